@@ -1,0 +1,48 @@
+"""The device mesh: replicas of the plan, and the axes that the plan splits work over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """`replicas` copies of a plan over axes of `sizes` devices each; ranks count the last axis fastest.
+
+    Each replica trains on its own samples. `axis` below is an index into `sizes`.
+    """
+
+    sizes: tuple[int, ...]
+    replicas: int = 1
+
+    @property
+    def plan_ngpus(self) -> int:
+        return prod(self.sizes)
+
+    @property
+    def runtime_ngpus(self) -> int:
+        return self.replicas * self.plan_ngpus
+
+    @property
+    def axes(self) -> range:
+        return range(len(self.sizes))
+
+    def coordinates(self, rank: int) -> tuple[int, tuple[int, ...]]:
+        """(replica, place on each axis) of a rank."""
+        place = []
+        for size in reversed(self.sizes):
+            rank, at = divmod(rank, size)
+            place.append(at)
+        return rank, tuple(reversed(place))
+
+    def stride(self, axis: int) -> int:
+        """Distance in ranks between neighbours on `axis`."""
+        return prod(self.sizes[axis + 1 :])
+
+    def spans_nodes(self, axis: int, devices_per_node: int) -> bool:
+        """Whether a group along `axis` has devices of more than one node."""
+        return self.stride(axis) * self.sizes[axis] > devices_per_node
+
+    def __str__(self) -> str:
+        return f"{self.replicas} x [{' x '.join(map(str, self.sizes))}]"

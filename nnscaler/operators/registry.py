@@ -1,0 +1,203 @@
+"""What the compiler knows about an operator, and the table of all of them.
+
+An `Operator` is an annotation and a few facts that it cannot say: arithmetic, what backward needs saved, and how
+constant arguments follow a split. The planner and the code generator read nothing else: no operator is named there.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+from nnscaler.annotation import Annotation, Bound, Shape
+from nnscaler.errors import UserError
+from nnscaler.graph import Block, Node, TensorMeta
+
+Annotate = Callable[[Node, Sequence[Shape], Sequence[Shape]], str]
+Flops = Callable[[dict[str, int], Node], float]
+Saves = Callable[[Node, Sequence[TensorMeta], Sequence[TensorMeta]], list[str]]
+Localize = Callable[[Node, Sequence[Shape], Sequence[Shape]], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def save_nothing(node: Node, inputs: Sequence[TensorMeta], outputs: Sequence[TensorMeta]) -> list[str]:
+    return []
+
+
+def save_inputs(node: Node, inputs: Sequence[TensorMeta], outputs: Sequence[TensorMeta]) -> list[str]:
+    return node.inputs
+
+
+def save_outputs(node: Node, inputs: Sequence[TensorMeta], outputs: Sequence[TensorMeta]) -> list[str]:
+    return list(node.outputs)
+
+
+def save_both(node: Node, inputs: Sequence[TensorMeta], outputs: Sequence[TensorMeta]) -> list[str]:
+    return [*node.inputs, *node.outputs]
+
+
+def save_cofactors(node: Node, inputs: Sequence[TensorMeta], outputs: Sequence[TensorMeta]) -> list[str]:
+    """For products: an input is needed where another input has a gradient."""
+    return [
+        name for i, name in enumerate(node.inputs) if any(meta.requires_grad for j, meta in enumerate(inputs) if j != i)
+    ]
+
+
+def no_flops(sizes: dict[str, int], node: Node) -> float:
+    return 0.0
+
+
+def contraction_flops(sizes: dict[str, int], node: Node) -> float:
+    """One multiply and one add for each combination of all named dimensions."""
+    return 2.0 * prod(sizes.values())
+
+
+@dataclass(frozen=True)
+class Operator:
+    """Facts about one operator.
+
+    annotate    annotation text for given input and output shapes
+    flops       forward floating-point operations from the local size of each annotated name
+    backward    backward operations as a multiple of forward's; None: once for each input that has a gradient
+    saves       names of the tensors that backward reads
+    localize    (args, kwargs) for given local shapes, where constants such as a view's sizes depend on them
+    alias       the result is a view: no time, no memory
+    function    the Python function that generated code calls; None for ATen operators
+    """
+
+    name: str
+    annotate: Annotate
+    flops: Flops = no_flops
+    backward: float | None = None
+    saves: Saves = save_inputs
+    localize: Localize | None = None
+    alias: bool = False
+    function: Callable[..., Any] | None = None
+
+
+_operators: dict[str, Operator] = {}
+
+
+def add(operator: Operator) -> None:
+    _operators[operator.name] = operator
+
+
+def find(name: str) -> Operator | None:
+    return _operators.get(name)
+
+
+def names() -> list[str]:
+    return sorted(_operators)
+
+
+def operator_of(node: Node) -> Operator:
+    """The node's operator; a `UserError` that says where it was called and how to register it if there is none."""
+    operator = _operators.get(node.op)
+    if operator is None:
+        raise UserError(
+            f"operator {node.op} has no annotation (called at {node.source or 'an unknown line'}); wrap the call in a "
+            "function and register it: @nnscaler.register_op('<inputs> -> <outputs>'), for example 'b l d -> b l d'"
+        )
+    return operator
+
+
+def bind(node: Node, block: Block) -> Bound:
+    """The node's annotation matched to its shapes in `block`."""
+    inputs = [block.tensors[name].shape for name in node.inputs]
+    outputs = [block.tensors[name].shape for name in node.outputs]
+    text = operator_of(node).annotate(node, inputs, outputs)
+    try:
+        return Annotation.parse(text).bind(inputs, outputs)
+    except UserError as error:
+        raise UserError(f"operator {node.op} at {node.source or 'an unknown line'}: {error}") from None
+
+
+LeafTracer = Callable[[Operator, tuple[Any, ...], dict[str, Any]], Any]
+leaf_tracer: ContextVar[LeafTracer | None] = ContextVar("leaf_tracer", default=None)
+"""Set while a model is traced: takes a registered operator's call instead of the function itself."""
+
+
+def register_op(
+    annotation: str | Annotate,
+    *,
+    name: str | None = None,
+    flops: Flops | None = None,
+    backward: float | None = None,
+    saves: Saves = save_inputs,
+    localize: Localize | None = None,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a function of tensors as one operator that the compiler may split as its annotation says.
+
+    The decorated function becomes one node of the traced graph, whatever it does inside, and generated code calls it on
+    each device's shards. Its tensor arguments, in the order of its signature, are the annotation's inputs; other
+    arguments are constants and are not annotated.
+
+        @register_op("b l d^, n^ d^, b l -> b l")
+        def chunk_linear_cross_entropy(hidden_states, weight, labels, padding_idx, chunk_size=1024): ...
+
+    annotation  see `nnscaler.annotation`; or a function (node, input shapes, output shapes) -> annotation text
+    name        the operator's name in graphs and plans; the function's own by default
+    flops       (local size of each annotated name, node) -> forward operations; 0 (memory-bound) by default
+    backward    backward operations as a multiple of forward's; by default once for each input that has a gradient
+    saves       which tensors backward keeps; the inputs by default
+
+    Raises UserError where the annotation cannot be parsed or the name belongs to another function.
+    """
+    if isinstance(annotation, str):
+        Annotation.parse(annotation)
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        operator = Operator(
+            name=name or function.__name__,
+            annotate=(lambda node, inputs, outputs: annotation) if isinstance(annotation, str) else annotation,
+            flops=flops or no_flops,
+            backward=backward,
+            saves=saves,
+            localize=localize,
+            function=function,
+        )
+        known = _operators.get(operator.name)
+        if known is not None and (known.function is None or known.function.__qualname__ != function.__qualname__):
+            raise UserError(f"an operator named '{operator.name}' is already registered; choose another name=")
+        add(operator)
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            tracer = leaf_tracer.get()
+            if tracer is None:
+                return function(*args, **kwargs)
+            bound = signature.bind(*args, **kwargs)
+            return tracer(operator, bound.args, bound.kwargs)
+
+        return call
+
+    return decorate
+
+
+def registered(name: str) -> Callable[..., Any]:
+    """The function registered under `name`, for generated code. Raises UserError where its module is not imported."""
+    operator = _operators.get(name)
+    if operator is None or operator.function is None:
+        raise UserError(
+            f"the generated code calls the registered operator '{name}', which this process has not registered; "
+            "import the module that registers it first"
+        )
+    return operator.function
+
+
+def family(
+    names: str,
+    annotate: Annotate,
+    *,
+    saves: Saves = save_inputs,
+    **facts: Any,
+) -> None:
+    """Adds one operator for each of the space-separated ATen overload names."""
+    base = Operator("", annotate, saves=saves, **facts)
+    for name in names.split():
+        add(replace(base, name=f"aten.{name}"))

@@ -1,0 +1,73 @@
+"""How a tensor lies on one axis of the device mesh, in DTensor's words.
+
+A tensor on a mesh of k axes has one placement an axis. Where the same dimension is sharded on several axes, the
+earlier axis is the outer one: device (i, j) of an m x n mesh holds slice i * n + j.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Each device of the axis holds one equal, contiguous slice of tensor dimension `dim`."""
+
+    dim: int
+
+    def __str__(self) -> str:
+        return f"S({self.dim})"
+
+
+@dataclass(frozen=True)
+class Replicate:
+    """Each device of the axis holds the whole tensor.
+
+    Its gradient is whole on each device too, unless `partial_grad`: then each device makes a term of the gradient,
+    because each uses the tensor for a part of the work. `str` writes that as R*.
+    """
+
+    partial_grad: bool = False
+
+    def __str__(self) -> str:
+        return "R*" if self.partial_grad else "R"
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Each device of the axis holds a term; the tensor is their sum."""
+
+    def __str__(self) -> str:
+        return "P"
+
+
+Placement = Shard | Replicate | Partial
+Placements = tuple[Placement, ...]
+
+REPLICATE = Replicate()
+SHARED = Replicate(partial_grad=True)
+PARTIAL = Partial()
+
+
+def parse_placement(text: str) -> Placement:
+    """The placement that `str` wrote: `S(1)`, `R`, `R*` or `P`."""
+    plain: dict[str, Placement] = {"R": REPLICATE, "R*": SHARED, "P": PARTIAL}
+    match = re.fullmatch(r"S\((\d+)\)", text)
+    if match is None and text not in plain:
+        raise ValueError(f"placement is {text!r}; allowed are 'S(dim)', 'R', 'R*' and 'P'")
+    return Shard(int(match[1])) if match else plain[text]
+
+
+def format_placements(placements: Placements) -> str:
+    return ",".join(str(placement) for placement in placements)
+
+
+def local_shape(shape: tuple[int, ...], placements: Placements, axis_sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of one device's part of a tensor of global `shape`. Every sharded dimension must divide evenly."""
+    local = list(shape)
+    for placement, size in zip(placements, axis_sizes, strict=True):
+        if isinstance(placement, Shard):
+            assert local[placement.dim] % size == 0, (shape, placements, axis_sizes)
+            local[placement.dim] //= size
+    return tuple(local)

@@ -1,0 +1,191 @@
+"""model + example inputs -> Graph, by `torch.export` under fake tensors."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram, export
+
+from nnscaler.errors import UserError
+from nnscaler.graph import Block, Call, Graph, Node, TensorMeta
+from nnscaler.trace.convert import CallTarget, Converter
+from nnscaler.trace.leaf import Leaf, Session, Structure, recording
+from nnscaler.trace.repeated import find_repeated
+
+logger = logging.getLogger(__name__)
+
+STRATEGIES = ("reuse_cache", "meta")
+
+
+def trace(
+    model: nn.Module, example_inputs: Mapping[str, Tensor], buffers: Mapping[str, Tensor], strategy: str = "reuse_cache"
+) -> Graph:
+    """Traces `model`'s forward.
+
+    model           on the meta device; nothing is computed and no weight is needed
+    example_inputs  tensors by parameter name of `forward`; only shapes and types matter
+    buffers         values of the model's buffers by name, kept in the graph
+    strategy        reuse_cache: each distinct repeated module is traced once;
+                    meta: every module is traced, and equal ones are merged afterwards
+
+    Raises UserError where the model does something that cannot be compiled.
+    """
+    if strategy not in STRATEGIES:
+        raise UserError(f"trace strategy is '{strategy}'; allowed are {', '.join(STRATEGIES)}")
+    example = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in example_inputs.items()
+    }
+    repeated = find_repeated(model)
+    with recording() as session:
+        with _repeated_as_leaves(model, repeated, session, reuse=strategy == "reuse_cache"):
+            program = _export(model, (), example)
+        traced = {
+            token: _export(_FlatCall(leaf), tuple(leaf.example), {})
+            for token, leaf in list(session.leaves.items())
+            if leaf.operator is None
+        }
+    constants: dict[str, Tensor] = {}
+    blocks, targets = _merge_equal(session, traced, constants)
+    root = Converter(program, session, "", targets, constants).block("model", type(model).__name__)
+    return _assemble(model, root, blocks, {**buffers, **constants})
+
+
+class _FlatCall(nn.Module):
+    """A repeated module as a function of a flat list of tensors."""
+
+    def __init__(self, leaf: Leaf) -> None:
+        super().__init__()
+        self.module = leaf.function.__self__  # type: ignore[attr-defined]
+        self.leaf = leaf
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        args, kwargs = self.leaf.arguments.put(tensors)
+        return Structure.take(self.module(*args, **kwargs))[1]
+
+
+def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+    program = export(module, args, kwargs, strict=False)
+    mutates = [
+        node for node in program.graph.nodes if getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+    ]
+    return program.run_decompositions({}) if mutates else program
+
+
+@contextmanager
+def _repeated_as_leaves(model: nn.Module, repeated: dict[str, str], session: Session, reuse: bool) -> Iterator[None]:
+    """Inside, a call of a repeated module is recorded as one leaf."""
+
+    def leaf_forward(module: nn.Module, key: str | None) -> Any:
+        original = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return session.call(key, lambda arguments: Leaf(original, arguments), args, kwargs)
+
+        return forward
+
+    modules = [model.get_submodule(path) for path in repeated]
+    for module, key in zip(modules, repeated.values()):
+        module.forward = leaf_forward(module, key if reuse else None)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def _merge_equal(
+    session: Session, traced: dict[str, ExportedProgram], constants: dict[str, Tensor]
+) -> tuple[dict[str, Block], dict[str, CallTarget]]:
+    """The distinct blocks by name, and what a call of each leaf becomes. Equal blocks print the same."""
+    blocks: dict[str, Block] = {}
+    by_text: dict[str, str] = {}
+    targets: dict[str, CallTarget] = {}
+    for token, program in traced.items():
+        module = session.leaves[token].function.__self__  # type: ignore[attr-defined]
+        kind = type(module).__name__
+        names_of_inputs = session.leaves[token].arguments.tensor_names(
+            list(inspect.signature(module.forward).parameters)
+        )
+        block = Converter(program, session, "module.", {}, constants, names_of_inputs).block("block", kind)
+        used = {name for node in block.nodes for name in node.inputs}.union(block.outputs)
+        kept = [index for index, name in enumerate(block.inputs) if name in used]
+        block.inputs = [block.inputs[index] for index in kept]
+        text = str(block)
+        if text not in by_text:
+            base = "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in kind).lstrip("_")
+            count = sum(name.rstrip("0123456789").rstrip("_") == base for name in blocks)
+            block.name = base if not count else f"{base}_{count + 1}"
+            by_text[text] = block.name
+            blocks[block.name] = block
+        targets[token] = CallTarget(by_text[text], kept)
+    return blocks, targets
+
+
+def _assemble(model: nn.Module, root: Block, blocks: dict[str, Block], buffers: dict[str, Tensor]) -> Graph:
+    """Binds each call to its module's parameters, ties equal ones, and finds what needs a gradient."""
+    canonical: dict[int, str] = {}
+    names: dict[str, str] = {}
+    metas: dict[str, TensorMeta] = {}
+    trained = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in [*trained.items(), *model.named_buffers(remove_duplicate=False)]:
+        names[name] = canonical.setdefault(id(tensor), name)
+        metas[name] = TensorMeta(tuple(tensor.shape), tensor.dtype, name in trained and tensor.requires_grad)
+    for name, tensor in buffers.items():
+        names.setdefault(name, name)
+        metas.setdefault(name, TensorMeta(tuple(tensor.shape), tensor.dtype))
+    root.parameters = {tensor: names[path] for tensor, path in root.parameters.items()}
+    for node in root.nodes:
+        if isinstance(node, Call):
+            rest = blocks[node.block].parameters
+            node.parameters = {tensor: names[f"{node.module}.{path}"] for tensor, path in rest.items()}
+    graph = Graph(root, blocks, {}, {})
+    used = {path for _, _, path in graph.parameter_uses()}
+    graph.parameters = {path: meta for path, meta in metas.items() if path in used}
+    graph.buffers = {path: tensor for path, tensor in buffers.items() if path in used}
+    _mark_gradients(graph)
+    return graph
+
+
+def _mark_gradients(graph: Graph) -> None:
+    """Sets `requires_grad` of every tensor from those of the parameters."""
+    for block, tensor, path in graph.parameter_uses():
+        block.tensors[tensor] = graph.parameters[path]
+    for block in graph.all_blocks():
+        for name in block.inputs:
+            block.tensors[name] = replace(block.tensors[name], requires_grad=False)
+    changed = True
+    while changed:  # a block's input may need a gradient because of what a call of another block made
+        changed = False
+        for block in graph.all_blocks():
+            for node in block.nodes:
+                inputs = [block.tensors[name].requires_grad for name in node.inputs]
+                if isinstance(node, Call):
+                    changed |= _mark_call(graph, block, node, inputs)
+                else:
+                    _mark_outputs(block, node, [any(inputs)] * len(node.outputs))
+
+
+def _mark_call(graph: Graph, caller: Block, node: Call, inputs: list[bool]) -> bool:
+    block = graph.blocks[node.block]
+    changed = False
+    for name, needed in zip(block.inputs, inputs, strict=True):
+        if needed and not block.tensors[name].requires_grad:
+            block.tensors[name] = replace(block.tensors[name], requires_grad=True)
+            changed = True
+    before = [caller.tensors[name].requires_grad for name in node.outputs]
+    after = [block.tensors[name].requires_grad for name in block.outputs]
+    _mark_outputs(caller, node, after)
+    return changed or before != after
+
+
+def _mark_outputs(block: Block, node: Node, needed: list[bool]) -> None:
+    for name, needs in zip(node.outputs, needed, strict=True):
+        meta = block.tensors[name]
+        block.tensors[name] = replace(meta, requires_grad=needs and not node.no_grad and meta.dtype.is_floating_point)
