@@ -117,6 +117,7 @@ class Graph:
     blocks: dict[str, Block]
     parameters: dict[str, TensorMeta]
     buffers: dict[str, torch.Tensor]  # values, by full name; not trained
+    tied: dict[str, str] = field(default_factory=dict)  # other name of a parameter -> its name in `parameters`
 
     def all_blocks(self) -> list[Block]:
         return [self.root, *self.blocks.values()]

@@ -29,8 +29,8 @@ def broadcast(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> 
 # Backward needs nothing but the gradient (or a mask it can take from it).
 family(
     "add.Tensor add.Scalar sub.Tensor sub.Scalar rsub.Scalar rsub.Tensor neg.default to.dtype to.device "
-    "to.dtype_layout _to_copy.default clone.default contiguous.default mul.Scalar div.Scalar floor.default ceil.default round.default "
-    "sign.default zeros_like.default ones_like.default full_like.default",
+    "to.dtype_layout _to_copy.default clone.default contiguous.default mul.Scalar div.Scalar floor.default "
+    "ceil.default round.default sign.default zeros_like.default ones_like.default full_like.default",
     broadcast,
     saves=save_nothing,
 )

@@ -190,6 +190,11 @@ def registered(name: str) -> Callable[..., Any]:
     return operator.function
 
 
+def all_registered() -> list[Callable[..., Any]]:
+    """The functions of all registered operators, by name."""
+    return [operator.function for _, operator in sorted(_operators.items()) if operator.function is not None]
+
+
 def family(
     names: str,
     annotate: Annotate,

@@ -149,6 +149,8 @@ def _assemble(model: nn.Module, root: Block, blocks: dict[str, Block], buffers: 
     used = {path for _, _, path in graph.parameter_uses()}
     graph.parameters = {path: meta for path, meta in metas.items() if path in used}
     graph.buffers = {path: tensor for path, tensor in buffers.items() if path in used}
+    graph.tied = {name: path for name, path in names.items() if name != path and path in used}
+    graph.tied = {name: path for name, path in names.items() if name != path and path in used}
     _mark_gradients(graph)
     return graph
 

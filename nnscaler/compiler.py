@@ -1,0 +1,198 @@
+"""Compiling: model -> graph -> plan -> generated code, as files in one directory.
+
+graph.txt            the traced model
+plan.json            the plan, and what the runtime needs to know of parameters
+gencode_stage0.py    what each rank runs
+buffers.safetensors  values of the model's buffers
+compiled.json        what all of this was compiled for
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from nnscaler.codegen import generate
+from nnscaler.errors import UserError
+from nnscaler.hardware import Hardware, detect_hardware, load_hardware
+from nnscaler.mesh import Mesh
+from nnscaler.operators.registry import all_registered
+from nnscaler.planner import find_plan
+from nnscaler.trace import STRATEGIES, build_on_meta, trace
+from nnscaler.trace.repeated import describe
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
+CODE = "gencode_stage0.py"
+DONE = "compiled.json"
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """What to compile for.
+
+    plan_ngpus          devices that one copy of the model is split over
+    runtime_ngpus       devices in all: runtime_ngpus / plan_ngpus copies train on different samples
+    trace_strategy      see `nnscaler.trace`
+    gpu_mem_constraint  GiB a device that the plan may use; None: 90 % of the device's
+    recompute_modules   class names of modules whose results are computed again in backward
+    micro_batches       gradient accumulation steps
+    hardware            name of bundled hardware to plan for; None: this machine
+    """
+
+    plan_ngpus: int = 1
+    runtime_ngpus: int = 1
+    trace_strategy: str = "reuse_cache"
+    gpu_mem_constraint: float | None = None
+    recompute_modules: tuple[str, ...] = ()
+    micro_batches: int = 1
+    hardware: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("plan_ngpus", "runtime_ngpus", "micro_batches"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.runtime_ngpus % self.plan_ngpus:
+            raise UserError(
+                f"runtime_ngpus is {self.runtime_ngpus}; it must be a multiple of plan_ngpus={self.plan_ngpus}"
+            )
+        if self.gpu_mem_constraint is not None and not self.gpu_mem_constraint > 0:
+            raise UserError(f"gpu_mem_constraint is {self.gpu_mem_constraint} GB; it must be more than 0")
+        if self.trace_strategy not in STRATEGIES:
+            raise UserError(f"trace_strategy is '{self.trace_strategy}'; allowed are {', '.join(STRATEGIES)}")
+
+    @property
+    def mesh(self) -> Mesh:
+        return Mesh((self.plan_ngpus,), self.runtime_ngpus // self.plan_ngpus)
+
+    def find_hardware(self) -> Hardware:
+        return load_hardware(self.hardware) if self.hardware else detect_hardware()
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is compiled: `make` builds the model, `inputs` are examples of its forward's arguments by name.
+
+    dtype is that of the parameters in computation.
+    """
+
+    make: Callable[[], nn.Module]
+    inputs: Mapping[str, Tensor]
+    dtype: torch.dtype = torch.bfloat16
+
+    def build(self) -> tuple[nn.Module, dict[str, Tensor]]:
+        """The model on the meta device, and its buffers' values."""
+        model, buffers = build_on_meta(self.make)
+        for parameter in model.parameters():
+            if parameter.dtype.is_floating_point:
+                parameter.data = parameter.data.to(self.dtype)
+        return model, buffers
+
+
+def compile_model(source: Source, config: ComputeConfig, directory: Path) -> Path:
+    """Compiles into `directory`, replacing what is there. It appears whole or not at all.
+
+    Raises UserError where the model cannot be traced, an operator is not known, or no plan fits.
+    """
+    started = time.perf_counter()
+    hardware = config.find_hardware()
+    model, buffers = source.build()
+    graph = trace(model, source.inputs, buffers, config.trace_strategy)
+    logger.info(
+        "traced %s in %.1f s: %d operators in %d blocks",
+        type(model).__name__, time.perf_counter() - started,
+        sum(len(block.nodes) for block in graph.all_blocks()), len(graph.all_blocks()),
+    )  # fmt: skip
+    memory = None if config.gpu_mem_constraint is None else config.gpu_mem_constraint * GIB
+    plan = find_plan(
+        graph,
+        config.mesh,
+        hardware,
+        memory=memory,
+        recompute_modules=config.recompute_modules,
+        micro_batches=config.micro_batches,
+    )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        (work / "graph.txt").write_text(str(graph))
+        (work / "plan.json").write_text(plan.dumps())
+        (work / CODE).write_text(generate(plan))
+        if graph.buffers:
+            save_file(
+                {name: tensor.contiguous() for name, tensor in graph.buffers.items()}, work / "buffers.safetensors"
+            )
+        (work / DONE).write_text(json.dumps(identity(source, model, config), indent=1))
+        shutil.rmtree(directory, ignore_errors=True)
+        work.rename(directory)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    logger.info("compiled to %s in %.1f s", directory, time.perf_counter() - started)
+    return directory
+
+
+def identity(source: Source, model: nn.Module, config: ComputeConfig) -> dict[str, Any]:
+    """Everything that a compiled directory depends on, as plain values: equal identities compile to the same files."""
+    return {
+        "model": _digest(describe(model)),
+        "inputs": {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in source.inputs.items()},
+        "dtype": str(source.dtype),
+        "config": {**asdict(config), "recompute_modules": list(config.recompute_modules)},
+        "hardware": config.find_hardware().name,
+        "operators": _digest("\n".join(_source_of(function) for function in all_registered())),
+        "nnscaler": _package_digest(),
+        "torch": torch.__version__.split("+")[0],
+    }
+
+
+def differences(directory: Path, wanted: Mapping[str, Any]) -> list[str] | None:
+    """What a compiled directory was compiled differently for; None where there is nothing complete."""
+    try:
+        found: dict[str, Any] = json.loads((directory / DONE).read_text())
+    except (OSError, ValueError):
+        return None
+    found_flat, wanted_flat = _flatten(found), _flatten(wanted)
+    return [
+        f"{key}: compiled {found_flat.get(key)}, wanted {wanted_flat.get(key)}"
+        for key in sorted({*found_flat, *wanted_flat})
+        if found_flat.get(key) != wanted_flat.get(key)
+    ]
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value})
+    return flat
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _source_of(function: Callable[..., Any]) -> str:
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return function.__qualname__
+
+
+def _package_digest() -> str:
+    """Digest of this package's own source: another version of the compiler may plan and write differently."""
+    root = Path(__file__).parent
+    files = sorted(path for kind in ("*.py", "*.json") for path in root.rglob(kind))
+    return _digest("\n".join(f"{path.relative_to(root)}\n{path.read_text()}" for path in files))

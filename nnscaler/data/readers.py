@@ -1,0 +1,202 @@
+"""How each type of file is read: from bytes to documents, one at a time, never the whole file in memory."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import re
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nnscaler import hub
+from nnscaler.errors import UserError
+
+Document = Iterable[str]
+
+BLOCK = 1 << 18  # characters or bytes read at a time
+DEFAULT_COLUMN = "text"
+
+
+def read_documents(path: Path, file: IO[bytes], column: str | None) -> Iterator[Document]:
+    """Yields the documents of one open file, each as an iterator over blocks of its text.
+
+    Args:
+        path: what the file is called: its suffix, one of `READERS` or that and `.gz`, says how to read it.
+        file: the open file, at its beginning.
+        column: the column of a row that holds its text; None picks `text`, or else the only column of strings.
+
+    Raises:
+        UserError: the file is damaged (with the line, where the format has lines), or has no such text column.
+    """
+    try:
+        yield from READERS[kind(path)](_uncompressed(path, file), path, column)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        place = f"{path}, near line {_line_of_damage(path)}"
+        raise UserError(f"{place}: damaged gzip data: {hub.first_line(error)}") from error
+    except pa.ArrowException as error:
+        raise UserError(f"cannot read {path}: {hub.first_line(error)}") from error
+
+
+def kind(path: Path) -> str:
+    """The suffix that says how to read a file, that of compression left out."""
+    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+
+
+def _uncompressed(path: Path, file: IO[bytes]) -> IO[bytes]:
+    return gzip.open(file) if path.suffix.lower() == ".gz" else file  # type: ignore[return-value]
+
+
+def _line_of_damage(path: Path) -> int:
+    """The line (from 1) where a gzip file stops being readable."""
+    line = 1
+    try:
+        with gzip.open(path) as file:
+            while block := file.read1(BLOCK):
+                line += block.count(b"\n")
+    except (OSError, EOFError, zlib.error):
+        pass
+    return line
+
+
+def _text(file: IO[bytes]) -> io.TextIOWrapper:
+    return io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline="")
+
+
+def _read_text(file: IO[bytes], path: Path, column: str | None) -> Iterator[Document]:
+    reader = _text(file)
+    yield iter(lambda: reader.read(BLOCK), "")
+
+
+def _read_json_lines(file: IO[bytes], path: Path, column: str | None) -> Iterator[Document]:
+    for number, line in enumerate(file, start=1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode(errors="replace"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: not JSON: {hub.first_line(error)}") from error
+        column, text = _row_text(row, column, f"{path}, line {number}")
+        yield (text,)
+
+
+def _read_json(file: IO[bytes], path: Path, column: str | None) -> Iterator[Document]:
+    """Rows of a JSON array, or objects one after the other, decoded one at a time."""
+    reader, decoder = _text(file), json.JSONDecoder()
+    between = re.compile(r"[\s,\[\]]*")
+    pending, at = "", 0  # text read, and where in it the next row begins
+    line, depth, more = 1, 0, True
+    while more or at < len(pending):
+        gap = between.match(pending, at).group()  # type: ignore[union-attr]
+        at, line, depth = at + len(gap), line + gap.count("\n"), depth + gap.count("[") - gap.count("]")
+        try:
+            row, end = decoder.raw_decode(pending, at)
+        except (ValueError, RecursionError) as error:
+            what, place = hub.first_line(error), getattr(error, "pos", at)
+            # No further text can mend an error that is well before the end of what has been read.
+            hopeless = isinstance(error, RecursionError) or (
+                place < len(pending) - 16 and not what.startswith("Unterminated string")
+            )
+            # Doubling what is pending keeps the work linear in the length of one long row.
+            block = reader.read(max(BLOCK, len(pending) - at)) if more else ""
+            more = bool(block)
+            if at < len(pending) and (hopeless or not more):
+                line += pending.count("\n", at, place)
+                raise UserError(f"{path}, line {line}: not JSON: {what}") from error
+            pending, at = pending[at:] + block, 0
+            continue
+        column, text = _row_text(row, column, f"{path}, line {line}")
+        yield (text,)
+        at, line = end, line + pending.count("\n", at, end)
+    if depth:
+        raise UserError(f"{path}, line {line}: not JSON: the file ends inside a list")
+
+
+def _read_csv(file: IO[bytes], path: Path, column: str | None) -> Iterator[Document]:
+    csv.field_size_limit(sys.maxsize)  # a field may be a whole book
+    rows = csv.reader(_text(file), strict=True)
+    try:
+        header = next(rows, None)
+        if header is None:
+            return
+        index = header.index(_choose_column(header, header, column, path))
+        for row in rows:
+            if row:
+                yield (row[index],)
+    except IndexError as error:
+        raise UserError(f"{path}, line {rows.line_num}: the row is shorter than the header") from error
+    except csv.Error as error:
+        raise UserError(f"{path}, line {rows.line_num}: not CSV: {hub.first_line(error)}") from error
+
+
+def _read_parquet(file: IO[bytes], path: Path, column: str | None) -> Iterator[Document]:
+    with tempfile.TemporaryFile() as seekable:  # the format is read from its end
+        if isinstance(file, gzip.GzipFile):
+            shutil.copyfileobj(file, seekable)
+            file = seekable
+        parquet = pq.ParquetFile(file, buffer_size=BLOCK, pre_buffer=False)
+        schema = parquet.schema_arrow
+        strings = [
+            field.name
+            for field in schema
+            if pa.types.is_string(field.type)
+            or pa.types.is_large_string(field.type)
+            or pa.types.is_string_view(field.type)
+        ]
+        column = _choose_column(strings, schema.names, column, path)
+        if column not in strings:
+            raise UserError(f"{path}: column {column!r} holds {schema.field(column).type}, not text")
+        rows = max(1, parquet.metadata.num_rows)
+        row_bytes = sum(parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups)) // rows
+        for batch in parquet.iter_batches(min(1000, BLOCK // max(1, row_bytes) + 1), columns=[column]):
+            for text in batch.column(0).cast(pa.large_binary()).to_pylist():
+                yield (text.decode(errors="replace") if text else "",)
+
+
+READERS = {
+    ".txt": _read_text,
+    ".md": _read_text,
+    ".jsonl": _read_json_lines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
+
+
+def _row_text(row: Any, column: str | None, place: str) -> tuple[str, str]:
+    """The text column of a decoded JSON row (chosen now if `column` is None) and its text."""
+    if not isinstance(row, dict):
+        raise UserError(f"{place}: a row must be a JSON object, not {type(row).__name__}")
+    if column is None or column not in row:
+        strings = [name for name, value in row.items() if isinstance(value, str)]
+        column = _choose_column(strings, list(row), column, place)
+    text = row[column]
+    if text is None:
+        text = ""
+    if not isinstance(text, str):
+        raise UserError(f"{place}: column {column!r} holds {type(text).__name__}, not text")
+    if not text.isascii():  # JSON may spell half a surrogate pair, which is no text: tokenizers refuse it
+        text = text.encode(errors="surrogatepass").decode(errors="replace")
+    return column, text
+
+
+def _choose_column(strings: list[str], columns: list[str], wanted: str | None, place: str | Path) -> str:
+    wanted = wanted if wanted is not None or DEFAULT_COLUMN not in columns else DEFAULT_COLUMN
+    if wanted is None and len(strings) == 1:
+        return strings[0]
+    if wanted is None or wanted not in columns:
+        problem = f"no column {wanted!r}" if wanted else "which column holds the text?"
+        raise UserError(f"{place}: {problem} Choose one with --text_column: {', '.join(columns) or 'there is none'}")
+    return wanted

@@ -1,0 +1,146 @@
+"""Where documents come from: local files, local folders, and datasets of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from nnscaler import hub
+from nnscaler.data.readers import READERS, Document, kind, read_documents
+from nnscaler.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+PARQUET_BRANCH = "refs/convert/parquet"  # where the hub keeps every public dataset as <config>/<split>/*.parquet
+
+
+class Corpus:
+    """The documents of some files, in the order of the files.
+
+    Args:
+        files: paths with one of the suffixes of `READERS`, or that and `.gz`.
+        text_column: the column of a row that holds its text; None picks `text`, or else the only column of strings.
+    """
+
+    def __init__(self, files: list[Path], text_column: str | None = None) -> None:
+        self.files = files
+        self.text_column = text_column
+        self.size = sum(path.stat().st_size for path in files)  # bytes on disk
+        self._finished = 0
+        self._file: IO[bytes] | None = None
+
+    @property
+    def position(self) -> int:
+        """Bytes of the files read so far by `documents`."""
+        return self._finished + (self._file.tell() if self._file is not None else 0)
+
+    def documents(self) -> Iterator[Document]:
+        """Yields each document as an iterator over its text, to be used up before the next one is asked for.
+
+        A .txt or .md file is one document; a row of a .jsonl, .json, .csv or .parquet file is one. Text is taken as it
+        is, but for bytes that are not UTF-8 and lone surrogates, which become U+FFFD. A row without text is "".
+
+        Raises:
+            UserError: a file cannot be read, is damaged (with its line), or has no such text column.
+        """
+        self._finished = 0
+        for path in self.files:
+            try:
+                with open(path, "rb") as self._file:
+                    yield from read_documents(path, self._file, self.text_column)
+            except OSError as error:
+                raise UserError(f"cannot read {path}: {hub.first_line(error)}") from error
+            finally:
+                self._file = None
+            self._finished += path.stat().st_size
+
+
+def find_corpus(path_or_name: str, text_column: str | None = None, split: str | None = None) -> Corpus:
+    """The corpus in a local file, in a local folder (recursively, in the order of the paths), or on the hub.
+
+    Args:
+        path_or_name: a path; or `owner/dataset`, or `owner/dataset:config`, on the hub.
+        text_column: see `Corpus`.
+        split: on the hub, the split to take (None: train). In a folder, takes only the files in a subfolder of that
+            name, or whose own name begins with it (None: all files).
+
+    Raises:
+        UserError: nothing there, no file of a known type, or no such split.
+    """
+    path = Path(path_or_name).expanduser()
+    if os.path.isdir(path):
+        return Corpus(_folder_files(path, split), text_column)
+    if os.path.exists(path):
+        if kind(path) not in READERS:
+            raise UserError(f"{path}: cannot read this type of file; known are {', '.join(READERS)} and .gz of these")
+        if split is not None:
+            raise UserError(f"{path} is a single file and has no split {split!r}; --split is for folders and hub names")
+        return Corpus([path], text_column)
+    if path.suffix in READERS or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?", path_or_name):
+        raise UserError(f"no such file or folder: {path_or_name}")
+    return Corpus(_hub_files(path_or_name, split or "train"), text_column)
+
+
+def _folder_files(folder: Path, split: str | None) -> list[Path]:
+    found = []
+    for parent, subfolders, names in os.walk(folder):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        found += [Path(parent, name).relative_to(folder) for name in names if not name.startswith(".")]
+    files = sorted(path for path in found if kind(path) in READERS)
+    if not files:
+        raise UserError(f"{folder} holds no file that can be read; known are {', '.join(READERS)} and .gz of these")
+    if len(files) < len(found):
+        logger.info("%s: %d files of other types are left out", folder, len(found) - len(files))
+    if split is not None:
+        in_split = re.compile(rf"{re.escape(split)}(?![a-zA-Z0-9])")
+        files = [path for path in files if split in path.parts[:-1] or in_split.match(path.name)]
+        if not files:
+            raise UserError(f"{folder} has no split {split!r}: no subfolder of that name and no file {split}-*")
+    return [folder / path for path in files]
+
+
+def _hub_files(name: str, split: str) -> list[Path]:
+    """Local copies of the Parquet files that the hub made of a dataset, whatever the dataset itself is stored as."""
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    repo, _, config = name.partition(":")
+    source: dict[str, Any] = {"repo_id": repo, "repo_type": "dataset", "revision": PARQUET_BRANCH}
+    online = hub.reachable()
+    try:
+        if online:
+            stored = HfApi().list_repo_files(**source)
+        else:
+            cached = Path(snapshot_download(**source, local_files_only=True))
+            stored = [path.relative_to(cached).as_posix() for path in cached.rglob("*.parquet")]
+        chosen = _choose_parquet(repo, stored, config, split)
+        return [Path(hf_hub_download(**source, filename=file, local_files_only=not online)) for file in chosen]
+    except LocalEntryNotFoundError as error:
+        reason = "it is not in the local cache, and the hub cannot be reached"
+        raise UserError(f"no such file, folder or dataset: {name}; {reason}") from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(f"cannot get the dataset {name} from the hub: {hub.first_line(error)}") from error
+
+
+def _choose_parquet(repo: str, stored: list[str], config: str, split: str) -> list[str]:
+    """The files of one config and split among paths `<config>/<split>/<number>.parquet`."""
+    folders = {path.rpartition("/")[0] for path in stored if path.endswith(".parquet")}
+    configs = sorted({folder.partition("/")[0] for folder in folders})
+    if not config and ("default" in configs or len(configs) == 1):
+        config = "default" if "default" in configs else configs[0]
+    if config not in configs:
+        raise UserError(f"{repo}: choose a config as {repo}:CONFIG; there are {', '.join(configs) or 'none'}")
+    splits = {
+        folder.partition("/")[2].removeprefix("partial-"): folder
+        for folder in sorted(folders)
+        if folder.startswith(f"{config}/")
+    }
+    if split not in splits:
+        raise UserError(f"{repo} has no split {split!r}; there are {', '.join(sorted(splits))}")
+    if splits[split].startswith(f"{config}/partial-"):
+        logger.warning("%s: the hub has converted only the first part of this large dataset", repo)
+    return sorted(path for path in stored if path.startswith(splits[split] + "/"))

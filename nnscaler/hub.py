@@ -1,0 +1,64 @@
+"""The Hugging Face hub, with a short patience: its own clients retry for minutes where there is no network."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
+
+from nnscaler.errors import UserError
+
+PATIENCE = 4.0  # seconds
+
+# One line a request would bury our own messages.
+logging.getLogger("httpx").setLevel(logging.WARNING)
+logging.getLogger("httpx2").setLevel(logging.WARNING)
+
+
+@functools.cache
+def reachable() -> bool:
+    """Whether the hub answers within `PATIENCE` seconds. Asked once a process; always False under HF_HUB_OFFLINE."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    answers = []
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):
+            answers.append(get_session().head(constants.ENDPOINT, timeout=PATIENCE))
+
+    # In a thread, because no timeout of an HTTP client covers a name server that does not answer.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    return bool(answers)
+
+
+def load_tokenizer(path_or_name: str) -> Any:
+    """The `transformers` tokenizer of a local directory, or of a model on the hub or in its local cache.
+
+    Raises:
+        UserError: there is no tokenizer to load there.
+    """
+    from transformers import AutoTokenizer
+
+    local = Path(path_or_name).exists()
+    online = not local and reachable()
+    try:
+        return AutoTokenizer.from_pretrained(path_or_name, local_files_only=not online)
+    except Exception as error:  # the loaders raise whatever the damaged file makes them raise
+        if local or online:
+            reason = first_line(error)
+        else:
+            reason = "no such directory, not in the local cache, and the Hugging Face hub cannot be reached"
+        raise UserError(f"cannot load a tokenizer from {path_or_name!r}: {reason}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, cut to its first line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,97 @@
+"""Changes to a model's configuration, as a user types them."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PretrainedConfig
+
+from nnscaler.errors import UserError
+
+# What a configuration says about itself rather than about the model.
+FIXED = {"model_type", "architectures", "transformers_version", "_name_or_path", "dtype"}
+SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+
+
+def changed_config(config: PretrainedConfig, changes: dict[str, str]) -> PretrainedConfig:
+    """A copy of a configuration with other values for some of its fields.
+
+    Args:
+        config: a `transformers` configuration.
+        changes: for names of fields, values as text, such as `{"hidden_size": "512"}`. A list with an entry a layer is
+            cut to the new number of layers, and a head dimension that follows from other sizes goes on following.
+
+    Raises:
+        UserError: an unknown field, a value of the wrong type, or sizes that do not fit together.
+    """
+    fields = {name: value for name, value in config.to_dict().items() if name not in FIXED}
+    for name, text in changes.items():
+        name = config.attribute_map.get(name, name)
+        # A published configuration has rope_theta where the class has it inside of rope_parameters.
+        holder = fields if name in fields else fields.get("rope_parameters") or {}
+        if name not in holder:
+            near = difflib.get_close_matches(name, fields, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(fields)}"
+            raise UserError(f"a {config.model_type} configuration has no field {name!r}; {hint}")
+        holder[name] = _value(name, text, holder[name])
+    _follow(config, changes, fields)
+    _check_sizes(config, fields)
+    try:
+        return type(config).from_dict({**fields, "architectures": config.architectures})
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise UserError(f"not a {config.model_type} configuration: {str(error).splitlines()[-1].strip()}") from error
+
+
+def _value(name: str, text: str, current: Any) -> Any:
+    """The value that a text spells, of the type of the current value (of any type if that is None)."""
+    if isinstance(current, str):
+        return text
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = {"True": True, "False": False, "None": None}.get(text, text)
+    if isinstance(current, float) and type(value) is int:
+        value = float(value)
+    if current is not None and value is not None and type(value) is not type(current):
+        raise UserError(f"{name} takes a value of type {type(current).__name__}, such as {current}, not {text!r}")
+    return value
+
+
+def _follow(config: PretrainedConfig, changes: dict[str, str], fields: dict[str, Any]) -> None:
+    """Adapts the fields that were derived from a field that changed."""
+    before = config.to_dict()
+    for name, value in before.items():
+        if isinstance(value, list) and len(value) == _size(config, before, "num_hidden_layers") and name not in changes:
+            fields[name] = value[: _size(config, fields, "num_hidden_layers")]
+    head_dim = _size(config, before, "head_dim")
+    if head_dim and head_dim * _size(config, before, "num_attention_heads") == _size(config, before, "hidden_size"):
+        fields["head_dim"] = fields["head_dim"] if "head_dim" in changes else None
+
+
+def _check_sizes(config: PretrainedConfig, fields: dict[str, Any]) -> None:
+    for name in SIZES:
+        size = _size(config, fields, name)
+        if size is not None and size < 1:
+            raise UserError(f"{name} is {size}, and must be 1 or more")
+    hidden, heads, groups = (
+        _size(config, fields, name) for name in ("hidden_size", "num_attention_heads", "num_key_value_heads")
+    )
+    if hidden and heads and hidden % heads and not _size(config, fields, "head_dim"):
+        raise UserError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+    if heads and groups and heads % groups:
+        raise UserError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
+
+
+def _size(config: PretrainedConfig, fields: dict[str, Any], name: str) -> Any:
+    """A field by its usual name, which some classes spell differently."""
+    return fields.get(config.attribute_map.get(name, name))

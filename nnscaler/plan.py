@@ -1,0 +1,116 @@
+"""The plan: everything the code generator needs to know, and the figures that explain it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from nnscaler.graph import Graph
+from nnscaler.mesh import Mesh
+from nnscaler.placement import Placements, format_placements
+
+GIB = 2.0**30
+
+
+@dataclass(frozen=True)
+class NodePlan:
+    """How one node runs: the annotated name split on each mesh axis (`-`: none), and the layouts that follow."""
+
+    split: str
+    inputs: tuple[Placements, ...]
+    outputs: tuple[Placements, ...]
+
+
+@dataclass
+class Plan:
+    """A graph laid over a mesh.
+
+    nodes       (block, node name) -> how it runs
+    inputs      block -> layouts of its inputs, as callers pass them; outputs likewise
+    parameters  full name -> layout in which it is stored
+    recomputed  block -> names of nodes that backward computes again
+    seconds     predicted time of one micro-batch by (category, block, name); memory likewise, in bytes a device
+    """
+
+    graph: Graph
+    mesh: Mesh
+    hardware: str
+    nodes: dict[tuple[str, str], NodePlan]
+    inputs: dict[str, list[Placements]]
+    outputs: dict[str, list[Placements]]
+    parameters: dict[str, Placements]
+    recomputed: dict[str, set[str]]
+    micro_batches: int = 1
+    seconds: dict[tuple[str, str, str], float] = field(default_factory=dict)
+    memory: dict[tuple[str, str, str], float] = field(default_factory=dict)
+
+    @property
+    def step_seconds(self) -> float:
+        """Predicted time of an optimizer step."""
+        return sum(self.seconds.values()) * self.micro_batches
+
+    @property
+    def memory_bytes(self) -> float:
+        """Predicted peak of memory a device."""
+        return sum(self.memory.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan without its graph, as plain values."""
+        return {
+            "mesh": {"sizes": list(self.mesh.sizes), "replicas": self.mesh.replicas},
+            "hardware": self.hardware,
+            "micro_batches": self.micro_batches,
+            "predicted": {
+                "step_seconds": self.step_seconds,
+                "memory_gib": self.memory_bytes / GIB,
+                "seconds_by_category": _by_category(self.seconds, self.micro_batches),
+                "gib_by_category": _by_category(self.memory, 1 / GIB),
+            },
+            "inputs": list(self.graph.root.inputs),
+            "parameters": {name: self._parameter_json(name) for name in self.graph.parameters},
+            "tied": self.graph.tied,
+            "blocks": {
+                block.name: {
+                    "calls": self.graph.count(block),
+                    "inputs": dict(zip(block.inputs, map(format_placements, self.inputs[block.name]))),
+                    "outputs": dict(zip(block.outputs, map(format_placements, self.outputs[block.name]))),
+                    "recomputed": sorted(self.recomputed.get(block.name, ())),
+                    "nodes": {
+                        node.name: self._node_json(block.name, node.name, node.op)
+                        for node in block.nodes
+                        if (block.name, node.name) in self.nodes
+                    },
+                }
+                for block in self.graph.all_blocks()
+            },
+        }
+
+    def _parameter_json(self, name: str) -> dict[str, Any]:
+        meta = self.graph.parameters[name]
+        return {
+            "shape": list(meta.shape),
+            "dtype": str(meta.dtype).removeprefix("torch."),
+            "trained": meta.requires_grad,
+            "layout": format_placements(self.parameters[name]),
+        }
+
+    def _node_json(self, block: str, name: str, op: str) -> dict[str, Any]:
+        node = self.nodes[block, name]
+        return {
+            "op": op,
+            "split": node.split,
+            "inputs": [format_placements(layout) for layout in node.inputs],
+            "outputs": [format_placements(layout) for layout in node.outputs],
+            "milliseconds": 1e3 * self.seconds.get(("node", block, name), 0.0),
+        }
+
+    def dumps(self) -> str:
+        return json.dumps(self.to_json(), indent=1)
+
+
+def _by_category(items: dict[tuple[str, str, str], float], factor: float) -> dict[str, float]:
+    totals: dict[str, float] = {}
+    for (category, _, _), value in items.items():
+        totals[category] = totals.get(category, 0.0) + value * factor
+    return totals

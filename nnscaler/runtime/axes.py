@@ -1,0 +1,67 @@
+"""Process groups of a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from nnscaler.errors import UserError
+from nnscaler.mesh import Mesh
+from nnscaler.placement import Placements, Shard
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The group of ranks along one mesh axis through this rank, and this rank's place in it."""
+
+    size: int
+    rank: int
+    group: dist.ProcessGroup | None  # None where the axis has one device
+
+
+class Axes:
+    """The groups of `mesh` that this process belongs to. Every rank builds them in the same order."""
+
+    def __init__(self, mesh: Mesh, device: torch.device) -> None:
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if world != mesh.runtime_ngpus:
+            raise UserError(f"the plan is for runtime_ngpus={mesh.runtime_ngpus} processes; started are {world}")
+        self.mesh = mesh
+        self.device = device
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.replica, self.place = mesh.coordinates(self.rank)
+        self._names = ("replica", *(f"axis{axis}" for axis in mesh.axes))
+        self._sizes = (mesh.replicas, *mesh.sizes)
+        self._device_mesh: DeviceMesh | None = None
+        if world > 1:
+            self._device_mesh = init_device_mesh(device.type, self._sizes, mesh_dim_names=self._names)
+        self._groups: dict[tuple[str, ...], Axis] = {}
+        self._axes = [self._axis([name]) for name in self._names[1:]]
+
+    def __getitem__(self, axis: int) -> Axis:
+        return self._axes[axis]
+
+    def __iter__(self) -> Iterable[Axis]:
+        return iter(self._axes)
+
+    def owners(self, layout: Placements) -> Axis:
+        """The ranks that hold the same shard of a parameter stored in `layout`."""
+        replicated = [f"axis{axis}" for axis, place in enumerate(layout) if not isinstance(place, Shard)]
+        return self._axis(["replica", *replicated])
+
+    def _axis(self, names: list[str]) -> Axis:
+        """The group over several mesh dimensions together, ranks counting the last one fastest."""
+        names = [name for name in names if self._sizes[self._names.index(name)] > 1]
+        key = tuple(names)
+        if not names:
+            return Axis(1, 0, None)
+        if key not in self._groups:
+            assert self._device_mesh is not None
+            part = self._device_mesh[key if len(key) > 1 else key[0]]
+            part = part._flatten("_".join(key)) if len(key) > 1 else part
+            self._groups[key] = Axis(part.size(), part.get_local_rank(), part.get_group())
+        return self._groups[key]

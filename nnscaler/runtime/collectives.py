@@ -1,0 +1,140 @@
+"""The collectives that generated code calls: each is a function of a tensor with the right backward.
+
+`axis` is the mesh axis (group) that takes part, `dim` a tensor dimension. Shards are equal and contiguous, in the order
+of the ranks on the axis. `backward` names the collective of the gradient where more than one is possible: it depends on
+whether each device's gradient of the whole tensor is whole or a term of a sum.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nnscaler.runtime.axes import Axis
+
+# Renamed in torch 2.13; the old names still work there, with a warning.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_reduce(x: Tensor, axis: Axis, backward: str) -> Tensor:
+    """P -> R (`backward="identity"`) or R* (`"all_reduce"`): the sum of the devices' terms."""
+    return _Collective.apply(x, axis, _sum, _FUNCTIONS[backward], (), ())
+
+
+def share(x: Tensor, axis: Axis) -> Tensor:
+    """R -> R*: the same tensor; its gradient is the sum of the devices' terms."""
+    return _Collective.apply(x, axis, _identity, _sum, (), ())
+
+
+def divide(x: Tensor, axis: Axis) -> Tensor:
+    """R* -> R: the same tensor; every device has the whole gradient, and gives its part of the sum."""
+    return _Collective.apply(x, axis, _identity, _divided, (), ())
+
+
+def all_gather(x: Tensor, axis: Axis, dim: int, backward: str) -> Tensor:
+    """S(dim) -> R (`backward="slice"`) or R* (`"reduce_scatter"`): the whole tensor."""
+    return _Collective.apply(x, axis, _gathered, _FUNCTIONS[backward], (dim,), (dim,))
+
+
+def reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """P -> S(dim): this device's slice of the sum of the devices' terms."""
+    return _Collective.apply(x, axis, _scattered, _gathered, (dim,), (dim,))
+
+
+def slice_(x: Tensor, axis: Axis, dim: int, backward: str) -> Tensor:
+    """R (`backward="all_gather"`) or R* (`"pad"`) -> S(dim): this device's slice."""
+    return _Collective.apply(x, axis, _sliced, _FUNCTIONS[backward], (dim,), (dim,))
+
+
+def all_to_all(x: Tensor, axis: Axis, source: int, target: int) -> Tensor:
+    """S(source) -> S(target): whole along `source`, this device's slice along `target`."""
+    return _Collective.apply(x, axis, _exchanged, _exchanged, (source, target), (target, source))
+
+
+class _Collective(torch.autograd.Function):
+    """Runs one function forward and another backward, each over the axis."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, axis: Axis, forward: Any, backward: Any, arguments: Any, backward_arguments: Any
+    ) -> Tensor:
+        ctx.backward_call = (backward, axis, backward_arguments)
+        return forward(x, axis, *arguments) if axis.group is not None else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        function, axis, arguments = ctx.backward_call
+        result = function(gradient, axis, *arguments) if axis.group is not None else gradient
+        return (result, None, None, None, None, None)
+
+
+def _identity(x: Tensor, axis: Axis) -> Tensor:
+    return x.view_as(x)
+
+
+def _sum(x: Tensor, axis: Axis) -> Tensor:
+    result = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(result, group=axis.group)
+    return result
+
+
+def _divided(x: Tensor, axis: Axis) -> Tensor:
+    return x / axis.size
+
+
+def _gathered(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    x = x.contiguous()
+    result = x.new_empty((axis.size, *x.shape))
+    all_gather_single(result.flatten(0, 1) if x.dim() else result, x, group=axis.group)
+    return _merge(result, dim)
+
+
+def _scattered(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    parts = _divide(x, axis.size, dim)
+    result = torch.empty_like(parts[0])
+    reduce_scatter_single(result, parts.flatten(0, 1), group=axis.group)
+    return result
+
+
+def _sliced(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    # A copy: a view would keep the whole tensor alive.
+    return x.chunk(axis.size, dim)[axis.rank].clone(memory_format=torch.contiguous_format)
+
+
+def _padded(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] *= axis.size
+    result = x.new_zeros(shape)
+    result.chunk(axis.size, dim)[axis.rank].copy_(x)
+    return result
+
+
+def _exchanged(x: Tensor, axis: Axis, source: int, target: int) -> Tensor:
+    parts = _divide(x, axis.size, target)
+    result = torch.empty_like(parts)
+    dist.all_to_all_single(result, parts, group=axis.group)
+    return _merge(result, source)
+
+
+def _divide(x: Tensor, count: int, dim: int) -> Tensor:
+    """[count, *slice]: the equal slices of `x` along `dim`, contiguous."""
+    return x.unflatten(dim, (count, x.shape[dim] // count)).movedim(dim, 0).contiguous()
+
+
+def _merge(parts: Tensor, dim: int) -> Tensor:
+    """The tensor whose slices along `dim` are parts[0], parts[1], ..."""
+    return parts.movedim(0, dim).flatten(dim, dim + 1)
+
+
+_FUNCTIONS = {
+    "identity": _identity,
+    "all_reduce": _sum,
+    "slice": _sliced,
+    "reduce_scatter": _scattered,
+    "all_gather": _gathered,
+    "pad": _padded,
+}

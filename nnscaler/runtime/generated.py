@@ -1,0 +1,28 @@
+"""Names that generated code imports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+
+from torch import Tensor
+
+from nnscaler.operators import registered
+from nnscaler.runtime.recompute import recompute
+
+__all__ = ["operators", "recompute", "scope"]
+
+
+def operators(*names: str) -> SimpleNamespace:
+    """The registered functions of these names, as attributes."""
+    return SimpleNamespace(**{name: registered(name) for name in names})
+
+
+class scope:  # noqa: N801  reads as a function in generated code
+    """The parameters below a module path, by their names below it."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], prefix: str) -> None:
+        self._parameters, self._prefix = parameters, prefix
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._parameters[self._prefix + name]

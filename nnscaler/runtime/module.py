@@ -1,0 +1,97 @@
+"""The model as a rank runs it: generated code over this rank's shards."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from nnscaler.errors import UserError
+from nnscaler.mesh import Mesh
+from nnscaler.runtime.axes import Axes
+from nnscaler.runtime.buckets import BUCKET_ELEMENTS, GradientReducer, make_buckets
+from nnscaler.runtime.optimizer import decays
+from nnscaler.runtime.shards import Box, ParameterSpec
+
+ReadPart = Callable[[str, Box], Tensor]
+
+
+class ParallelModule(nn.Module):
+    """Loads a compiled plan and runs it.
+
+    `forward(**inputs)` takes the whole inputs of the traced model on every rank of a replica and returns its whole
+    outputs. Parameters and their gradients live in `buckets`; `backward()` on the output fills `Bucket.gradient` once
+    `reducer.end_micro_batch()` and `reducer.finish()` have been called.
+    """
+
+    def __init__(self, directory: Path, device: torch.device, bucket_elements: int = BUCKET_ELEMENTS) -> None:
+        super().__init__()
+        plan = json.loads((directory / "plan.json").read_text())
+        mesh = Mesh(tuple(plan["mesh"]["sizes"]), plan["mesh"]["replicas"])
+        self.axes = Axes(mesh, device)
+        self.input_names: list[str] = plan["inputs"]
+        self.specs = {name: ParameterSpec.from_json(fields) for name, fields in plan["parameters"].items()}
+        self.tied: dict[str, str] = plan["tied"]
+        decayed = {name: decays(spec.shape) for name, spec in self.specs.items()}
+        self.buckets = make_buckets(self.specs, self.axes, decayed, bucket_elements)
+        self.reducer = GradientReducer(self.buckets)
+        self._weights: dict[str, Tensor] = {}
+        for bucket in self.buckets:
+            self._weights.update(bucket.parameters)
+        self._load_fixed(directory)
+        self._weights.update({name: self._weights[target] for name, target in self.tied.items()})
+        self._code = _load_source(directory / "gencode_stage0.py")
+
+    def _load_fixed(self, directory: Path) -> None:
+        """Buffers, and parameters that are not trained: whole on every device."""
+        path = directory / "buffers.safetensors"
+        values = load_file(path) if path.exists() else {}
+        for name, spec in self.specs.items():
+            if spec.trained:
+                continue
+            fixed = values[name].to(self.axes.device) if name in values else None
+            self._weights[name] = (
+                torch.zeros(spec.shape, dtype=spec.dtype, device=self.axes.device) if fixed is None else fixed
+            )
+        self.buffer_names = set(values)
+
+    def forward(self, **inputs: Tensor) -> Any:
+        missing = set(self.input_names) ^ set(inputs)
+        if missing:
+            raise UserError(f"forward got inputs {sorted(inputs)}; the compiled model takes {sorted(self.input_names)}")
+        return self._code.forward(self._weights, self.axes, *(inputs[name] for name in self.input_names))
+
+    def parameters_to_load(self) -> dict[str, ParameterSpec]:
+        """Every parameter that has no value yet: trained and frozen ones, not buffers."""
+        return {name: spec for name, spec in self.specs.items() if name not in self.buffer_names}
+
+    @torch.no_grad()
+    def load(self, read: ReadPart) -> None:
+        """Fills this rank's shards: `read(name, box)` gives a part of a whole parameter, of any float type."""
+        for name, spec in self.parameters_to_load().items():
+            self.load_one(name, read(name, spec.box(self.axes.mesh, self.axes.place)))
+
+    @torch.no_grad()
+    def load_one(self, name: str, part: Tensor) -> None:
+        """Fills this rank's shard of one parameter."""
+        self._weights[name].copy_(part)
+
+    def box(self, name: str) -> Box:
+        """The part of a whole parameter that this rank computes with."""
+        return self.specs[name].box(self.axes.mesh, self.axes.place)
+
+
+def _load_source(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"nnscaler_generated_{abs(hash(path))}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,84 @@
+"""What part of a parameter a rank holds, as boxes of the whole tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from nnscaler.mesh import Mesh
+from nnscaler.placement import Placements, Shard, local_shape, parse_placement
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangular part of a tensor: where it begins in each dimension, and how long it is there."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        return tuple(slice(offset, offset + size) for offset, size in zip(self.offsets, self.sizes))
+
+    def shifted(self, offsets: tuple[int, ...]) -> Box:
+        return Box(tuple(a + b for a, b in zip(self.offsets, offsets)), self.sizes)
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """A parameter of the whole model and the layout in which each rank holds it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    layout: Placements
+    trained: bool
+
+    @staticmethod
+    def from_json(fields: Mapping[str, Any]) -> ParameterSpec:
+        """From a parameter's entry in `plan.json`."""
+        layout = tuple(parse_placement(text) for text in fields["layout"].split(","))
+        return ParameterSpec(tuple(fields["shape"]), getattr(torch, fields["dtype"]), layout, fields["trained"])
+
+    def box(self, mesh: Mesh, place: tuple[int, ...]) -> Box:
+        """The part that the device at `place` on the mesh axes holds."""
+        sizes = local_shape(self.shape, self.layout, mesh.sizes)
+        offsets = [0] * len(self.shape)
+        left = list(self.shape)
+        for placement, devices, at in zip(self.layout, mesh.sizes, place, strict=True):
+            if isinstance(placement, Shard):
+                left[placement.dim] //= devices
+                offsets[placement.dim] += at * left[placement.dim]
+        return Box(tuple(offsets), sizes)
+
+
+def flat_range_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int, Box]]:
+    """Covers elements [start, stop) of a contiguous tensor of `shape` with boxes, in order.
+
+    Yields (flat index of the box's first element, box). A range that cuts rows needs at most 2 * rank - 1 boxes.
+    """
+    if start >= stop:
+        return
+    if not shape:
+        yield 0, Box((), ())
+        return
+    row = prod(shape[1:])
+    first, last = -(-start // row), stop // row
+    if first > last:  # inside one row
+        yield from _in_row(shape, first - 1, start, stop)
+        return
+    if start < first * row:
+        yield from _in_row(shape, first - 1, start, first * row)
+    if first < last:
+        yield first * row, Box((first, *(0 for _ in shape[1:])), (last - first, *shape[1:]))
+    if last * row < stop:
+        yield from _in_row(shape, last, last * row, stop)
+
+
+def _in_row(shape: tuple[int, ...], index: int, start: int, stop: int) -> Iterator[tuple[int, Box]]:
+    begin = index * prod(shape[1:])
+    for at, box in flat_range_boxes(shape[1:], start - begin, stop - begin):
+        yield begin + at, Box((index, *box.offsets), (1, *box.sizes))
