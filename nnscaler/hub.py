@@ -51,12 +51,14 @@ def load_tokenizer(path_or_name: str) -> Any:
     online = not local and reachable()
     try:
         return AutoTokenizer.from_pretrained(path_or_name, local_files_only=not online)
-    except Exception as error:  # the loaders raise whatever the damaged file makes them raise
-        if local or online:
-            reason = first_line(error)
-        else:
+    except Exception as error:  # the loaders raise whatever a damaged file makes them raise
+        if not local and not online:
             reason = "no such directory, not in the local cache, and the Hugging Face hub cannot be reached"
-        raise UserError(f"cannot load a tokenizer from {path_or_name!r}: {reason}") from error
+        elif local and not any(Path(path_or_name).glob("*token*")):
+            reason = "it holds no tokenizer.json"
+        else:
+            reason = first_line(error)
+        raise UserError(f"cannot load a tokenizer from {path_or_name}: {reason}") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -1,0 +1,1 @@
+"""Checkpoints: sharded saves, resuming on any mesh, merging, export."""

@@ -81,10 +81,13 @@ class _RootBody(Body):
         lines: list[str] = []
         wanted = self.plan.inputs[first.block]
         arguments = [self._in_layout(name, layout, lines) for name, layout in zip(first.inputs, wanted)]
-        for name, layout in zip(last.outputs, self.plan.outputs[first.block]):
-            self._define(name, layout, name)
+        variables = list(last.outputs)
+        if len(chain) > 1:
+            variables = [self._fresh(first.module.rsplit(".", 1)[0].rsplit(".", 1)[-1])]
+        for name, variable, layout in zip(last.outputs, variables, self.plan.outputs[first.block]):
+            self._define(name, layout, variable)
         function = f"recompute({first.block}, " if self._is_recomputed(first.block) else f"{first.block}("
-        result = ", ".join(last.outputs)
+        result = ", ".join(variables)
         if len(chain) == 1:
             call = ", ".join([f'scope(w, "{first.module}.")', "axes", *arguments])
             return [*lines, f"{result} = {function}{call})"]

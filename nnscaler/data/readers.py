@@ -13,6 +13,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,14 +38,21 @@ def read_documents(path: Path, file: IO[bytes], column: str | None) -> Iterator[
         column: the column of a row that holds its text; None picks `text`, or else the only column of strings.
 
     Raises:
-        UserError: the file is damaged (with the line, where the format has lines), or has no such text column.
+        UserError: the file is damaged (with the line, where the format has lines), or has no such text column. What
+            the file system and the libraries raise is left to `reading`.
     """
+    yield from READERS[kind(path)](_uncompressed(path, file), path, column)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what goes wrong while a file is read into a `UserError` that names the file."""
     try:
-        yield from READERS[kind(path)](_uncompressed(path, file), path, column)
+        yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         place = f"{path}, near line {_line_of_damage(path)}"
         raise UserError(f"{place}: damaged gzip data: {hub.first_line(error)}") from error
-    except pa.ArrowException as error:
+    except (OSError, pa.ArrowException) as error:
         raise UserError(f"cannot read {path}: {hub.first_line(error)}") from error
 
 
@@ -74,8 +82,12 @@ def _text(file: IO[bytes]) -> io.TextIOWrapper:
 
 
 def _read_text(file: IO[bytes], path: Path, column: str | None) -> Iterator[Document]:
+    def blocks() -> Iterator[str]:
+        with reading(path):  # here too, because this runs when the document is read, after it has been yielded
+            yield from iter(lambda: reader.read(BLOCK), "")
+
     reader = _text(file)
-    yield iter(lambda: reader.read(BLOCK), "")
+    yield blocks()
 
 
 def _read_json_lines(file: IO[bytes], path: Path, column: str | None) -> Iterator[Document]:
@@ -87,7 +99,7 @@ def _read_json_lines(file: IO[bytes], path: Path, column: str | None) -> Iterato
         try:
             row = json.loads(line.decode(errors="replace"))
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: not JSON: {hub.first_line(error)}") from error
+            raise UserError(f"{path}, line {number}: not JSON: {_json_complaint(error)}") from error
         column, text = _row_text(row, column, f"{path}, line {number}")
         yield (text,)
 
@@ -104,7 +116,7 @@ def _read_json(file: IO[bytes], path: Path, column: str | None) -> Iterator[Docu
         try:
             row, end = decoder.raw_decode(pending, at)
         except (ValueError, RecursionError) as error:
-            what, place = hub.first_line(error), getattr(error, "pos", at)
+            what, place = _json_complaint(error), getattr(error, "pos", at)
             # No further text can mend an error that is well before the end of what has been read.
             hopeless = isinstance(error, RecursionError) or (
                 place < len(pending) - 16 and not what.startswith("Unterminated string")
@@ -122,6 +134,10 @@ def _read_json(file: IO[bytes], path: Path, column: str | None) -> Iterator[Docu
         at, line = end, line + pending.count("\n", at, end)
     if depth:
         raise UserError(f"{path}, line {line}: not JSON: the file ends inside a list")
+
+
+def _json_complaint(error: ValueError | RecursionError) -> str:
+    return error.msg.removesuffix(" starting at") if isinstance(error, json.JSONDecodeError) else hub.first_line(error)
 
 
 def _read_csv(file: IO[bytes], path: Path, column: str | None) -> Iterator[Document]:
@@ -197,6 +213,7 @@ def _choose_column(strings: list[str], columns: list[str], wanted: str | None, p
     if wanted is None and len(strings) == 1:
         return strings[0]
     if wanted is None or wanted not in columns:
-        problem = f"no column {wanted!r}" if wanted else "which column holds the text?"
-        raise UserError(f"{place}: {problem} Choose one with --text_column: {', '.join(columns) or 'there is none'}")
+        problem = f"there is no column {wanted!r}" if wanted else "it is not clear which column holds the text"
+        choices = f"choose one of {', '.join(columns)} with --text_column" if columns else "there is none at all"
+        raise UserError(f"{place}: {problem}; {choices}")
     return wanted

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nnscaler import hub
-from nnscaler.data.readers import READERS, Document, kind, read_documents
+from nnscaler.data.readers import READERS, Document, kind, read_documents, reading
 from nnscaler.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class Corpus:
     def __init__(self, files: list[Path], text_column: str | None = None) -> None:
         self.files = files
         self.text_column = text_column
-        self.size = sum(path.stat().st_size for path in files)  # bytes on disk
+        self.size = sum(_size(path) for path in files)  # bytes on disk
         self._finished = 0
         self._file: IO[bytes] | None = None
 
@@ -49,14 +49,15 @@ class Corpus:
         """
         self._finished = 0
         for path in self.files:
-            try:
-                with open(path, "rb") as self._file:
-                    yield from read_documents(path, self._file, self.text_column)
-            except OSError as error:
-                raise UserError(f"cannot read {path}: {hub.first_line(error)}") from error
-            finally:
-                self._file = None
-            self._finished += path.stat().st_size
+            with reading(path), open(path, "rb") as self._file:
+                yield from read_documents(path, self._file, self.text_column)
+            self._file = None
+            self._finished += _size(path)
+
+
+def _size(path: Path) -> int:
+    with reading(path):
+        return path.stat().st_size
 
 
 def find_corpus(path_or_name: str, text_column: str | None = None, split: str | None = None) -> Corpus:

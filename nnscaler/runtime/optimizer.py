@@ -37,8 +37,8 @@ class ShardedOptimizer:
 
     STATE = ("exp_avg", "exp_avg_sq")
 
-    def __init__(self, buckets: list[Bucket], config: OptimizerConfig) -> None:
-        self.buckets, self.config = buckets, config
+    def __init__(self, buckets: list[Bucket], config: OptimizerConfig, plan_ngpus: int) -> None:
+        self.buckets, self.config, self.plan_ngpus = buckets, config, plan_ngpus
         self.masters = [
             bucket.owned if bucket.owned.dtype == torch.float32 else bucket.owned.to(torch.float32)
             for bucket in buckets
@@ -81,18 +81,20 @@ class ShardedOptimizer:
             group["step"] = steps  # where apex counts
 
     @torch.no_grad()
-    def step(self, tokens: Tensor, lr: float) -> Tensor:
-        """One update from the accumulated gradients, which are sums over `tokens` labels; clears them.
+    def step(self, labels: int, lr: float) -> Tensor:
+        """One update from the accumulated gradients of summed losses, taken as the mean over all labels; clears them.
 
-        tokens  number of labels in all micro-batches of all ranks, a scalar on the device
-        Returns the norm of the whole gradient before clipping, a scalar on the device; nothing waits for the device.
+        labels  number of labels in this rank's micro-batches
+        Returns the norm of the mean's whole gradient before clipping, on the device; nothing waits for the device.
         """
         norms = [torch.linalg.vector_norm(bucket.gradient) for bucket in self.buckets]
-        squares = torch.stack(norms).square().sum()
+        squares = torch.stack(norms).double().square().sum()
+        sums = torch.stack([squares, squares.new_tensor(float(labels) / self.plan_ngpus)])
         if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(squares)  # every element is owned by exactly one rank
-        scale = 1.0 / tokens.clamp(min=1).to(torch.float32)
-        norm = squares.sqrt() * scale
+            # Every element is owned by exactly one rank; the ranks of a replica see the same labels.
+            dist.all_reduce(sums)
+        scale = (1.0 / sums[1].clamp(min=1)).float()
+        norm = sums[0].sqrt().float() * scale
         if self.config.clip_gnorm:
             scale = scale * (self.config.clip_gnorm / (norm + 1e-6)).clamp(max=1.0)
         for parameter, (index, part) in zip(self._parameters(), self._parts, strict=True):
@@ -101,16 +103,22 @@ class ShardedOptimizer:
             group["lr"] = lr
         self._adam.step()
         self.steps += 1
+        for bucket in self.buckets:
+            bucket.gradient.zero_()
+        self.publish_masters()
+        return norm
+
+    @torch.no_grad()
+    def publish_masters(self) -> None:
+        """Makes every rank's parameters those of the masters."""
         works = []
         for bucket, master in zip(self.buckets, self.masters):
             if master is not bucket.owned:
                 bucket.owned.copy_(master)
             works.append(bucket.publish())
-            bucket.gradient.zero_()
         for work in works:
             if work is not None:
                 work.wait()
-        return norm
 
 
 def _decay_ranges(bucket: Bucket) -> tuple[slice, slice]:

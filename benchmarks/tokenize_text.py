@@ -1,0 +1,178 @@
+"""Measures bookcorpus.py: its speed against the tokenizer's own encode_batch, or its memory on a large corpus.
+
+    python examples/shakespeare.py --output quickstart
+    python benchmarks/tokenize_text.py --tokenizer quickstart/tokenizer --text quickstart/plays
+    python benchmarks/tokenize_text.py --tokenizer quickstart/tokenizer --text quickstart/plays --memory 1.0
+
+Speed: both tokenise the same documents on all cores, in turns, in one process. encode_batch has all texts in memory and
+leaves its result there; ours reads a file, and writes the packed dataset. Memory: bookcorpus.py runs by itself on the
+text, repeated to the size asked for, and the resident memory of its processes is read every 20 ms.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from nnscaler import hub
+from nnscaler.cli.args import ArgumentParser, run
+from nnscaler.data.pack import pack
+from nnscaler.data.sources import Corpus, find_corpus
+from nnscaler.errors import UserError
+
+BOOKCORPUS = Path(__file__).resolve().parents[1] / "bookcorpus.py"
+SEQUENCE_LENGTH = 4096
+CORES = len(os.sched_getaffinity(0))
+
+
+def main() -> None:
+    flags = ArgumentParser(description=__doc__.split("\n")[0])
+    flags.add_argument("--tokenizer", required=True, help="tokenizer: a directory, or a model on the hub. Required")
+    flags.add_argument("--text", required=True, help="text: a file or folder that bookcorpus.py reads. Required")
+    flags.add_argument("--repeats", type=int, default=5, help="measurements of each speed, a number")
+    flags.add_argument("--memory", type=float, metavar="GB", help="measure the memory on this many GB of text instead")
+    flags.add_argument("--json", help="file to write the results to (default: none)")
+    args = flags.parse_args()
+    texts = ["".join(document) for document in find_corpus(args.text).documents()]
+    if not any(texts):
+        raise UserError(f"{args.text} holds no text")
+    with tempfile.TemporaryDirectory() as directory:
+        if args.memory is None:
+            rows = list(measure_speed(texts, args.tokenizer, args.repeats, Path(directory)))
+        else:
+            rows = list(measure_memory(texts, args.tokenizer, args.memory, Path(directory)))
+    print_table(rows)
+    if args.json:
+        Path(args.json).write_text(json.dumps({"cores": CORES, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+
+
+def shapes(texts: list[str]) -> dict[str, list[str]]:
+    """The same text as documents of different lengths."""
+    lines = [line for text in texts for line in text.splitlines(keepends=True)]
+    return {"as it is": texts, "a line a document": lines, "all in one document": ["".join(texts)]}
+
+
+def measure_speed(texts: list[str], tokenizer_name: str, repeats: int, directory: Path) -> Iterator[dict[str, Any]]:
+    tokenizer = hub.load_tokenizer(tokenizer_name)
+    for shape, documents in shapes(texts).items():
+        file, out = directory / f"{shape}.jsonl", directory / "packed"
+        write_rows(file, documents, size=0)
+
+        def encode_batch(documents: list[str] = documents) -> int:
+            return sum(len(encoding) for encoding in tokenizer.backend_tokenizer.encode_batch(documents))
+
+        def ours(file: Path = file, out: Path = out) -> int:
+            packing = pack(Corpus([file]), tokenizer, out, SEQUENCE_LENGTH, CORES, provenance={})
+            shutil.rmtree(out)
+            return packing.tokens
+
+        theirs_seconds, our_seconds = [], []
+        for _ in range(repeats):
+            theirs_seconds.append(seconds(encode_batch))
+            our_seconds.append(seconds(ours))
+        size = sum(len(text.encode()) for text in documents) / 1e6
+        theirs, mine = (size / statistics.median(measured) for measured in (theirs_seconds, our_seconds))
+        yield {
+            "documents": f"{len(documents):,} {shape}",
+            "encode_batch MB/s": round(theirs, 2),
+            "bookcorpus MB/s": round(mine, 2),
+            "ratio": round(mine / theirs, 2),
+        }
+
+
+def seconds(work: Callable[[], int]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def measure_memory(texts: list[str], tokenizer: str, gigabytes: float, directory: Path) -> Iterator[dict[str, Any]]:
+    for shape, documents in shapes(texts).items():
+        whole = shape == "all in one document"
+        file, out = directory / ("text.txt" if whole else "text.jsonl"), directory / shape
+        size = (write_text if whole else write_rows)(file, documents, size=gigabytes * 1e9)
+        command = [
+            sys.executable,
+            str(BOOKCORPUS),
+            "--data_path_or_name",
+            str(file),
+            "--save_path",
+            str(out),
+        ]
+        command += ["--tokenizer_path_or_name", tokenizer, "--sequence_length", str(SEQUENCE_LENGTH)]
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, resident_bytes(process.pid))
+            time.sleep(0.02)
+        if process.returncode != 0:
+            raise UserError(f"bookcorpus.py failed with status {process.returncode}")
+        took = time.perf_counter() - start
+        yield {
+            "documents": shape,
+            "text GB": round(size / 1e9, 3),
+            "peak memory GB": round(peak / 1e9, 3),
+            "seconds": round(took, 1),
+            "MB/s": round(size / 1e6 / took, 2),
+        }
+        file.unlink()
+
+
+def write_rows(file: Path, documents: list[str], size: float) -> int:
+    """Writes the documents as JSON lines, again and again until there are `size` bytes of text; returns the bytes."""
+    return _write_repeated(file, [json.dumps({"text": text}) + "\n" for text in documents], documents, size)
+
+
+def write_text(file: Path, documents: list[str], size: float) -> int:
+    return _write_repeated(file, documents, documents, size)
+
+
+def _write_repeated(file: Path, written: list[str], documents: list[str], size: float) -> int:
+    once, total = sum(len(text.encode()) for text in documents), 0
+    with open(file, "w", encoding="utf-8") as out:
+        while total == 0 or total < size:
+            out.writelines(written)
+            total += once
+    return total
+
+
+def resident_bytes(root: int) -> int:
+    """Resident memory of a process and its descendants, in bytes."""
+    parents, resident = {}, {}
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        except OSError:  # it has ended meanwhile
+            continue
+        process = int(status.parent.name)
+        parents[process] = int(fields["PPid"])
+        resident[process] = int(fields.get("VmRSS", "0 kB").split()[0]) * 1024
+    family = {root}
+    while more := {process for process, parent in parents.items() if parent in family} - family:
+        family |= more
+    return sum(resident.get(process, 0) for process in family)
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    cells = [list(rows[0]), *([f"{value}" for value in row.values()] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    for row in cells:
+        print(
+            "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths)))
+        )
+
+
+if __name__ == "__main__":
+    run(main)

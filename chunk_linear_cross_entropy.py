@@ -1,0 +1,109 @@
+"""The last projection and the cross-entropy loss in one operator that never holds the logits of all tokens.
+
+The logits of 131,072 tokens over Llama-3's 128,256 words are 32 GiB in bf16. Here a chunk of tokens at a time is
+projected, and its losses and gradients are computed at once from the same logits, so that nothing of a chunk but its
+gradients (the size of its inputs) outlives it, and backward computes no logits again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnscaler import register_op
+
+
+def _flops(sizes: dict[str, int], node: object) -> float:
+    """Three products of the size of the logits: the logits, and the gradients of both inputs."""
+    return 6.0 * sizes["b"] * sizes["l"] * sizes["d"] * sizes["n"]
+
+
+@register_op("b l d^, n^ d^, b l -> b l", flops=_flops, backward=0.0)
+def chunk_linear_cross_entropy(
+    hidden_states: Tensor, weight: Tensor, labels: Tensor, padding_idx: int, chunk_size: int = 1024
+) -> Tensor:
+    """Cross-entropy of `hidden_states @ weight.T` against `labels`, token by token.
+
+    hidden_states  [b, l, d], any float type
+    weight         [n, d], the same type
+    labels         [b, l], int64: the index of the right word, or `padding_idx`
+    padding_idx    label of tokens that count for nothing: their loss and gradient are 0
+    chunk_size     tokens whose logits exist at a time
+
+    Returns [b, l] losses in fp32. Backward is cheapest where every loss has the same gradient, as after a sum; other
+    gradients are right too, and cost the logits once more. Raises ValueError for shapes that do not fit.
+    """
+    if hidden_states.shape[:-1] != labels.shape or hidden_states.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"hidden_states {list(hidden_states.shape)}, weight {list(weight.shape)} and labels {list(labels.shape)} "
+            "do not fit; expected [b, l, d], [n, d] and [b, l]"
+        )
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
+    losses = _ChunkedLoss.apply(hidden_states.flatten(0, -2), weight, labels.flatten(), padding_idx, chunk_size)
+    return losses.view(labels.shape)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """[t, d], [n, d], [t] -> [t]. Gradients are computed in forward for an incoming gradient of one a token."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, padding_idx: int, chunk_size: int) -> Tensor:
+        ctx.padding_idx, ctx.chunk_size = padding_idx, chunk_size
+        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        losses, *gradients = _run(hidden, weight, labels, padding_idx, chunk_size, None, wanted)
+        ctx.save_for_backward(hidden, weight, labels, *gradients)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        hidden, weight, labels, hidden_gradient, weight_gradient = ctx.saved_tensors
+        if all(stride == 0 for stride, size in zip(gradient.stride(), gradient.shape) if size > 1) and len(gradient):
+            # One number for all tokens, as a sum's backward gives: known without looking at its values.
+            scale = gradient[0]
+            parts = [
+                part * scale.to(part.dtype) if part is not None else None for part in (hidden_gradient, weight_gradient)
+            ]
+        else:
+            wanted = hidden_gradient is not None, weight_gradient is not None
+            _, *parts = _run(hidden, weight, labels, ctx.padding_idx, ctx.chunk_size, gradient, wanted)
+        return (*parts, None, None, None)
+
+
+def _run(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    padding_idx: int,
+    chunk_size: int,
+    gradient: Tensor | None,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Losses [t], and the gradients of hidden and weight where wanted, for the losses' `gradient` (None: all ones)."""
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    hidden_gradient = torch.empty_like(hidden) if wanted[0] else None
+    weight_gradient = torch.zeros_like(weight) if wanted[1] else None
+    for start in range(0, len(hidden), chunk_size):
+        chunk = slice(start, start + chunk_size)
+        counted = labels[chunk] != padding_idx
+        target = torch.where(counted, labels[chunk], 0).unsqueeze(1)
+        logits = (hidden[chunk] @ weight.t()).to(exact)
+        largest = logits.amax(dim=1, keepdim=True)
+        at_target = logits.gather(1, target) - largest
+        total = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
+        losses[chunk] = torch.where(counted, (total.log() - at_target).squeeze(1), 0.0)
+        if not any(wanted):
+            continue
+        # d loss / d logits = softmax - one at the label, times the loss's gradient; in the logits' own memory.
+        factor = counted.to(exact) if gradient is None else torch.where(counted, gradient[chunk].to(exact), 0.0)
+        factor = factor.unsqueeze(1)
+        logits.mul_(factor / total).scatter_add_(1, target, -factor)
+        logits_gradient = logits.to(hidden.dtype)
+        if hidden_gradient is not None:
+            torch.mm(logits_gradient, weight, out=hidden_gradient[chunk])
+        if weight_gradient is not None:
+            weight_gradient.addmm_(logits_gradient.t(), hidden[chunk])
+    return losses, hidden_gradient, weight_gradient

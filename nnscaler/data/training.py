@@ -1,0 +1,117 @@
+"""Samples for training, in an order that depends on nothing but the seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnscaler.errors import UserError
+
+COLUMN = "input_ids"
+
+
+@dataclass(frozen=True)
+class PackedDataset:
+    """Token sequences of equal length, as `bookcorpus.py` writes them."""
+
+    rows: Any  # datasets.Dataset
+    sequence_length: int
+    path: Path
+
+    @staticmethod
+    def open(path: Path) -> PackedDataset:
+        """Raises UserError where there is no such dataset, or none of token sequences."""
+        if not path.exists():
+            raise UserError(f"dataset_path is '{path}', which does not exist; make one with bookcorpus.py")
+        try:
+            rows = datasets.load_from_disk(str(path))
+        except (FileNotFoundError, ValueError, OSError) as error:
+            raise UserError(f"dataset_path is '{path}', which is not a dataset that bookcorpus.py wrote") from error
+        if COLUMN not in getattr(rows, "column_names", ()) or len(rows) == 0:
+            raise UserError(
+                f"dataset_path is '{path}', whose rows have no column '{COLUMN}'; make one with bookcorpus.py"
+            )
+        rows = rows.with_format("numpy", columns=[COLUMN])
+        return PackedDataset(rows, len(rows[0][COLUMN]), path)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def largest_token(self, sample: int = 64) -> int:
+        """The largest token id of up to `sample` rows spread over the dataset."""
+        step = max(1, len(self) // sample)
+        return max(int(np.max(self.rows[index][COLUMN])) for index in range(0, len(self), step))
+
+
+@dataclass
+class SampleOrder:
+    """Which row is the k-th sample: a new permutation of all rows every epoch."""
+
+    rows: int
+    seed: int
+    _epoch: int = -1
+    _permutation: Any = None
+
+    def row(self, sample: int) -> int:
+        epoch, place = divmod(sample, self.rows)
+        if epoch != self._epoch:
+            generator = np.random.default_rng((self.seed, epoch))
+            self._epoch, self._permutation = epoch, generator.permutation(self.rows)
+        return int(self._permutation[place])
+
+
+@dataclass(frozen=True)
+class Share:
+    """A replica's part of each step's samples: micro-batch m of replica r holds the next `micro_batch_size` samples
+    after those of micro-batches before it and of replicas before it."""
+
+    replica: int
+    replicas: int
+    micro_batch_size: int
+    micro_batches: int
+
+    @property
+    def step_samples(self) -> int:
+        return self.replicas * self.micro_batch_size * self.micro_batches
+
+    def samples(self, consumed: int, micro_batch: int) -> range:
+        """Sample numbers of a micro-batch of the step that starts after `consumed` samples."""
+        begin = consumed + (micro_batch * self.replicas + self.replica) * self.micro_batch_size
+        return range(begin, begin + self.micro_batch_size)
+
+
+class Batches:
+    """Micro-batches of one replica, read ahead by a thread."""
+
+    def __init__(self, dataset: PackedDataset, seed: int, share: Share, ignored: int, device: torch.device) -> None:
+        self._dataset, self._share, self._ignored, self._device = dataset, share, ignored, device
+        self._order = SampleOrder(len(dataset), seed)
+
+    def step(self, consumed: int) -> Iterator[tuple[dict[str, Tensor], int]]:
+        """(inputs on the device, number of labels) of each micro-batch of a step."""
+        wanted = [self._share.samples(consumed, index) for index in range(self._share.micro_batches)]
+        with ThreadPoolExecutor(1) as reader:
+            ahead = reader.submit(self._read, wanted[0])
+            for following in [*wanted[1:], None]:
+                batch, labels = ahead.result()
+                if following is not None:
+                    ahead = reader.submit(self._read, following)
+                yield {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}, labels
+
+    def _read(self, samples: range) -> tuple[dict[str, Tensor], int]:
+        rows = np.stack([self._dataset.rows[self._order.row(sample)][COLUMN] for sample in samples])
+        input_ids = torch.from_numpy(rows.astype(np.int64))
+        labels = torch.full_like(input_ids, self._ignored)
+        labels[:, :-1] = input_ids[:, 1:]
+        batch = {"input_ids": input_ids, "labels": labels}
+        if self._device.type == "cuda":
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        return batch, int((labels != self._ignored).sum())
