@@ -56,7 +56,7 @@ def main() -> None:
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
     print(f"parameters  {model.num_parameters():,}")
-    print(f"size        {sum(file.stat().st_size for file in output.iterdir()) / 1e9:,.3f} GB")
+    print(f"size        {sum(file.stat().st_size for file in output.iterdir()) / 1e6:,.1f} MB")
     print(f"saved to    {output}")
 
 

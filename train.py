@@ -57,7 +57,8 @@ def parse() -> argparse.Namespace:
     add("--runtime_ngpus", type=int, help="devices in all (default: processes that torchrun started, or plan_ngpus)")
     add("--gpu_mem_constraint", type=float, help="memory a device that the plan may use, in GB of 2^30 bytes "
         "(default: 90 %% of the device's)")  # fmt: skip
-    add("--hardware", choices=hardware_names(), help="plan for this hardware (default: this machine's)")
+    add("--hardware", help=f"plan for this hardware: {', '.join(hardware_names())}, or a .json file like theirs "
+        "(default: this machine's)")  # fmt: skip
     add("--trace_strategy", choices=STRATEGIES, default="reuse_cache", help="how the model is traced: reuse_cache "
         "traces each distinct layer once, meta traces every layer")  # fmt: skip
     add("--enable_chunk_loss", action="store_true", help="last projection and loss in chunks of 1024 tokens, "

@@ -12,6 +12,7 @@ text, repeated to the size asked for, and the resident memory of its processes i
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import statistics
@@ -31,6 +32,8 @@ from nnscaler.data.pack import pack
 from nnscaler.data.sources import Corpus, find_corpus
 from nnscaler.errors import UserError
 
+logger = logging.getLogger("tokenize_text")
+
 BOOKCORPUS = Path(__file__).resolve().parents[1] / "bookcorpus.py"
 SEQUENCE_LENGTH = 4096
 CORES = len(os.sched_getaffinity(0))
@@ -47,11 +50,15 @@ def main() -> None:
     texts = ["".join(document) for document in find_corpus(args.text).documents()]
     if not any(texts):
         raise UserError(f"{args.text} holds no text")
+    rows = []
     with tempfile.TemporaryDirectory() as directory:
         if args.memory is None:
-            rows = list(measure_speed(texts, args.tokenizer, args.repeats, Path(directory)))
+            measured = measure_speed(texts, args.tokenizer, args.repeats, Path(directory))
         else:
-            rows = list(measure_memory(texts, args.tokenizer, args.memory, Path(directory)))
+            measured = measure_memory(texts, args.tokenizer, args.memory, Path(directory))
+        for row in measured:
+            logger.info("%s", row)
+            rows.append(row)
     print_table(rows)
     if args.json:
         Path(args.json).write_text(json.dumps({"cores": CORES, "rows": rows}, indent=2) + "\n", encoding="utf-8")

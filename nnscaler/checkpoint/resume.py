@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnscaler.checkpoint.folder import TrainerState, is_checkpoint, latest_checkpoint
+from nnscaler.checkpoint.folder import TrainerState, check_complete, is_checkpoint, latest_checkpoint
 from nnscaler.checkpoint.sharded import Part, load_parts, owned_state
 from nnscaler.errors import UserError
 from nnscaler.runtime.module import ParallelModule
@@ -18,12 +18,18 @@ from nnscaler.runtime.weights import SafetensorsReader
 
 
 def find_resumable(path: Path) -> Path:
-    """What a resume path means: itself, or the newest complete checkpoint below a folder. Raises UserError."""
+    """What a resume path means: itself, or the newest complete checkpoint below a folder.
+
+    Raises UserError for what does not exist, is incomplete, or is something else.
+    """
     if not path.exists():
         raise UserError(f"resume_path is '{path}', which does not exist")
-    if path.is_file() or is_checkpoint(path) or SafetensorsReader.available(path):
-        return path
-    return latest_checkpoint(path)
+    if path.is_file():
+        _open_merged(path)
+    elif not SafetensorsReader.available(path):
+        path = path if is_checkpoint(path) else latest_checkpoint(path)
+        check_complete(path)
+    return path
 
 
 def resume(path: Path, module: ParallelModule, optimizer: ShardedOptimizer, prefix: str) -> TrainerState | None:
@@ -48,17 +54,22 @@ def resume(path: Path, module: ParallelModule, optimizer: ShardedOptimizer, pref
 
 
 def _load_merged(path: Path, parts: list[Part]) -> TrainerState:
-    """Each rank reads its own parts of a merged file (memory-mapped)."""
+    """Each rank reads its own parts of a merged file."""
+    tensors, state = _open_merged(path)
+    _fill(parts, tensors, path)
+    return state
+
+
+def _open_merged(path: Path) -> tuple[dict[str, Tensor], TrainerState]:
+    """The tensors of a merged file, memory-mapped, by kind and name (`model.<name>`, ...)."""
     try:
         content: dict[str, Any] = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
         tensors = {f"model.{name}": tensor for name, tensor in content["model"].items()}
         for kind, values in content["optimizer"].items():
             tensors.update({f"{kind}.{name}": tensor for name, tensor in values.items()})
-        state = TrainerState(**content["trainer"])
+        return tensors, TrainerState(**content["trainer"])
     except Exception as error:  # torch.load raises whatever a damaged file makes it raise
-        raise UserError(f"resume_path is '{path}', which is not a merged checkpoint: {error}") from error
-    _fill(parts, tensors, path)
-    return state
+        raise UserError(f"resume_path is '{path}', which is not a merged checkpoint") from error
 
 
 def _fill(parts: list[Part], tensors: Mapping[str, Tensor], path: Path) -> None:

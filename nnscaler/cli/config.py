@@ -49,7 +49,7 @@ class DatasetConfig:
             )
         if self.dataset is not None and self.sequence_length not in (None, self.dataset.sequence_length):
             raise UserError(
-                f"sequence_length is {self.sequence_length}, the dataset's sequences have {self.dataset.sequence_length}"
+                f"sequence_length is {self.sequence_length}, but the dataset has {self.dataset.sequence_length}"
             )
         if self.length < 2:
             raise UserError(f"sequence_length is {self.length}; it must be at least 2")

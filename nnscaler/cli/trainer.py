@@ -35,6 +35,8 @@ class Trainer:
     def __init__(self, args: TrainerArgs) -> None:
         self.args = args
         self.rank = int(os.environ.get("RANK", 0))
+        if self.rank > 0:
+            logging.getLogger("nnscaler").setLevel(logging.ERROR)  # one rank reports
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
@@ -86,11 +88,10 @@ class Trainer:
         dataset, vocabulary = self.args.dataset.dataset, self.args.model.vocabulary
         if dataset is None:
             raise UserError("training needs a dataset_path; without one only --run_mode compile works")
-        largest = dataset.largest_token()
-        if vocabulary is not None and largest >= vocabulary:
+        if vocabulary is not None and dataset.vocabulary > vocabulary:
             raise UserError(
-                f"dataset '{dataset.path}' has token id {largest}, the model's vocabulary ends at {vocabulary - 1}; "
-                "prepare it with the model's own tokenizer"
+                f"dataset '{dataset.path}' was made with a vocabulary of {dataset.vocabulary} tokens, the model knows "
+                f"{vocabulary}; prepare it with the model's own tokenizer"
             )
         return dataset
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 logger = logging.getLogger(__name__)
 
-PIECE = 1 << 18  # characters in a piece, about
-LONGEST_PIECE = 16 * PIECE  # characters after which a cut is made even where it may change a token
+PIECE = 1 << 17  # characters in a piece, about
+LONGEST_PIECE = 32 * PIECE  # characters after which a cut is made even where it may change a token
 SEARCHED = 4096  # characters at the end of a piece in which a place to cut is looked for
 CONTEXT = 128  # characters on either side of a cut that are tokenised to see that it changes nothing
 TRIES = 16  # places of each kind that are tested

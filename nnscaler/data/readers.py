@@ -27,6 +27,7 @@ Document = Iterable[str]
 
 BLOCK = 1 << 18  # characters or bytes read at a time
 DEFAULT_COLUMN = "text"
+HALF_PAIR = re.compile(r"[\ud800-\udfff]")  # JSON may spell half a surrogate pair, which no tokenizer takes
 
 
 def read_documents(path: Path, file: IO[bytes], column: str | None) -> Iterator[Document]:
@@ -203,8 +204,10 @@ def _row_text(row: Any, column: str | None, place: str) -> tuple[str, str]:
         text = ""
     if not isinstance(text, str):
         raise UserError(f"{place}: column {column!r} holds {type(text).__name__}, not text")
-    if not text.isascii():  # JSON may spell half a surrogate pair, which is no text: tokenizers refuse it
-        text = text.encode(errors="surrogatepass").decode(errors="replace")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = HALF_PAIR.sub("\ufffd", text)
     return column, text
 
 

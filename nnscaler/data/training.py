@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnscaler.data.pack import COLUMN, PROVENANCE
 from nnscaler.errors import UserError
-
-COLUMN = "input_ids"
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,14 @@ class PackedDataset:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def largest_token(self, sample: int = 64) -> int:
-        """The largest token id of up to `sample` rows spread over the dataset."""
-        step = max(1, len(self) // sample)
-        return max(int(np.max(self.rows[index][COLUMN])) for index in range(0, len(self), step))
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids there may be: the tokenizer's vocabulary, or what up to 64 rows show where it is unknown."""
+        try:
+            return int(json.loads((self.path / PROVENANCE).read_text())["vocab_size"])
+        except (OSError, ValueError, KeyError):
+            step = max(1, len(self) // 64)
+            return 1 + max(int(np.max(self.rows[index][COLUMN])) for index in range(0, len(self), step))
 
 
 @dataclass

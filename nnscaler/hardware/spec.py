@@ -63,13 +63,19 @@ def hardware_names() -> list[str]:
 
 
 def load_hardware(name: str) -> Hardware:
-    """The bundled specification of `name` (case does not matter). Raises UserError with the known names."""
-    path = _SPECS / f"{name.lower()}.json"
+    """The bundled specification of `name` (case does not matter), or the one in a JSON file of that path.
+
+    Raises UserError for what is neither, and for a file whose fields are not those of `Hardware`.
+    """
+    path = Path(name) if name.endswith(".json") else _SPECS / f"{name.lower()}.json"
     if not path.exists():
-        raise UserError(f"hardware is '{name}'; known are {', '.join(hardware_names())}")
-    fields: dict[str, Any] = json.loads(path.read_text())
-    fields["intra"], fields["inter"] = Link(**fields["intra"]), Link(**fields["inter"])
-    return Hardware(**fields)
+        raise UserError(f"hardware is '{name}'; known are {', '.join(hardware_names())}, and paths of .json files")
+    try:
+        fields: dict[str, Any] = json.loads(path.read_text())
+        fields["intra"], fields["inter"] = Link(**fields["intra"]), Link(**fields["inter"])
+        return Hardware(**fields)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"hardware file '{path}' does not describe a machine ({error}); see {_SPECS}") from error
 
 
 def detect_hardware() -> Hardware:

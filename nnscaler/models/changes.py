@@ -44,8 +44,9 @@ def changed_config(config: PretrainedConfig, changes: dict[str, str]) -> Pretrai
             hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(fields)}"
             raise UserError(f"a {config.model_type} configuration has no field {name!r}; {hint}")
         holder[name] = _value(name, text, holder[name])
-    _follow(config, changes, fields)
+    _cut_lists(config, changes, fields)
     _check_sizes(config, fields)
+    _derive_head_dim(config, changes, fields)
     try:
         return type(config).from_dict({**fields, "architectures": config.architectures})
     except (StrictDataclassError, ValueError, TypeError) as error:
@@ -67,15 +68,11 @@ def _value(name: str, text: str, current: Any) -> Any:
     return value
 
 
-def _follow(config: PretrainedConfig, changes: dict[str, str], fields: dict[str, Any]) -> None:
-    """Adapts the fields that were derived from a field that changed."""
-    before = config.to_dict()
-    for name, value in before.items():
-        if isinstance(value, list) and len(value) == _size(config, before, "num_hidden_layers") and name not in changes:
+def _cut_lists(config: PretrainedConfig, changes: dict[str, str], fields: dict[str, Any]) -> None:
+    """Cuts the lists that have an entry a layer to the new number of layers."""
+    for name, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == config.num_hidden_layers and name not in changes:
             fields[name] = value[: _size(config, fields, "num_hidden_layers")]
-    head_dim = _size(config, before, "head_dim")
-    if head_dim and head_dim * _size(config, before, "num_attention_heads") == _size(config, before, "hidden_size"):
-        fields["head_dim"] = fields["head_dim"] if "head_dim" in changes else None
 
 
 def _check_sizes(config: PretrainedConfig, fields: dict[str, Any]) -> None:
@@ -83,13 +80,25 @@ def _check_sizes(config: PretrainedConfig, fields: dict[str, Any]) -> None:
         size = _size(config, fields, name)
         if size is not None and size < 1:
             raise UserError(f"{name} is {size}, and must be 1 or more")
-    hidden, heads, groups = (
-        _size(config, fields, name) for name in ("hidden_size", "num_attention_heads", "num_key_value_heads")
-    )
-    if hidden and heads and hidden % heads and not _size(config, fields, "head_dim"):
-        raise UserError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+    heads, groups = (_size(config, fields, name) for name in ("num_attention_heads", "num_key_value_heads"))
     if heads and groups and heads % groups:
         raise UserError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
+
+
+def _derive_head_dim(config: PretrainedConfig, changes: dict[str, str], fields: dict[str, Any]) -> None:
+    """Where the heads share out the hidden size, has them go on doing so."""
+    before = config.to_dict()
+    head_dim = before.get("head_dim")
+    old_hidden, old_heads = (_size(config, before, name) for name in ("hidden_size", "num_attention_heads"))
+    hidden, heads = (_size(config, fields, name) for name in ("hidden_size", "num_attention_heads"))
+    if "head_dim" in changes or not (old_hidden and old_heads and hidden and heads):
+        return
+    if head_dim is not None and head_dim * old_heads != old_hidden:
+        return
+    if hidden % heads:
+        raise UserError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+    if head_dim is not None:
+        fields["head_dim"] = hidden // heads
 
 
 def _size(config: PretrainedConfig, fields: dict[str, Any], name: str) -> Any:

@@ -17,12 +17,12 @@ def _reduced(node: Node, rank: int, index: int = 1) -> set[int]:
     return {dim % rank for dim in (given if isinstance(given, (list, tuple)) else [given])} if rank else set()
 
 
-def reduction(mark: str) -> Annotate:
-    """Reduces the dimensions of argument 1 (all without it); `mark` is `+` where devices may reduce their own parts."""
+def reduction(mark: str, index: int = 1) -> Annotate:
+    """Reduces the dimensions of argument `index` (all without it); `mark` is + where devices may reduce their parts."""
 
     def annotate(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
         names = dim_names(inputs[0])
-        reduced = _reduced(node, len(names))
+        reduced = _reduced(node, len(names), index)
         source = [name + mark if i in reduced else name for i, name in enumerate(names)]
         if len(outputs[0]) == len(names):
             target = ["1" if i in reduced else name for i, name in enumerate(names)]
@@ -75,7 +75,7 @@ family(
 )
 family("max.dim min.dim", reduction("^"), saves=save_outputs)
 family(
-    "var.correction std.correction var.dim std.dim norm.ScalarOpt_dim logsumexp.default",
+    "var.correction std.correction var.dim std.dim logsumexp.default",
     reduction("^"),
     saves=save_both,
 )
@@ -83,3 +83,4 @@ family("softmax.int log_softmax.int _softmax.default _log_softmax.default", alon
 family("cumsum.default sort.default", along(1), saves=save_outputs)
 family("layer_norm.default rms_norm.default", normalization, saves=save_inputs)
 family("cross_entropy_loss.default", cross_entropy, saves=save_inputs)
+family("norm.ScalarOpt_dim", reduction("^", 2), saves=save_both)

@@ -161,7 +161,8 @@ family("expand.default", broadcast, saves=save_nothing, alias=True, localize=to_
 family("transpose.int t.default", transpose, saves=save_nothing, alias=True)
 family("permute.default", permute, saves=save_nothing, alias=True)
 family("unsqueeze.default", unsqueeze, saves=save_nothing, alias=True)
-family("squeeze.default squeeze.dim squeeze.dims", squeeze, saves=save_nothing, alias=True)
+# A dimension of which a device holds one element must not be squeezed there: sizes are given instead.
+family("squeeze.default squeeze.dim squeeze.dims", squeeze, saves=save_nothing, alias=True, localize=to_local_shape)
 family("alias.default detach.default", broadcast, saves=save_nothing, alias=True)
 family("slice.Tensor narrow.default", whole_along(1), saves=save_nothing, alias=True)
 family(

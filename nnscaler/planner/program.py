@@ -43,8 +43,6 @@ from nnscaler.planner.milp import MixedIntegerProgram
 from nnscaler.planner.problem import Decision, Flow, Problem, Use
 from nnscaler.reshard import reshard_steps, without_gradient
 
-GIB = 2.0**30
-MILLISECOND = 1e-3
 Terms = list[tuple[int, float]]
 
 
@@ -104,9 +102,16 @@ class Program:
     again: dict[tuple[int, Placements], int] = field(default_factory=dict)
     memory_terms: Terms = field(default_factory=list)
     again_terms: dict[str, Terms] = field(default_factory=lambda: defaultdict(list))
+    second: float = 1.0  # what counts as one in the objective, and in the memory row: HiGHS's tolerances are absolute
+    byte: float = 1.0
 
     def build(self, memory: float | None) -> None:
         """States the program for a limit of memory; without one, memory is what is minimised."""
+        decisions = self.problem.decisions
+        fastest = sum(min(d.count * decision_seconds(d, option.seconds) for option in d.options) for d in decisions)
+        largest = sum(max(d.count * (option.memory + option.transient) for option in d.options) for d in decisions)
+        self.second = fastest / 1000 or 1.0
+        self.byte = (largest if memory is None else memory) / 1000 or 1.0
         for decision in self.problem.decisions:
             self._choice(decision)
         for index in reversed(range(len(self.problem.flows))):  # a view before what it views
@@ -116,7 +121,7 @@ class Program:
     def _choice(self, decision: Decision) -> None:
         """time, choice"""
         xs = [
-            self.milp.variable(decision.count * decision_seconds(decision, option.seconds) / MILLISECOND, integer=True)
+            self.milp.variable(decision.count * decision_seconds(decision, option.seconds) / self.second, integer=True)
             for option in decision.options
         ]
         self.milp.row([(x, 1.0) for x in xs], 1.0, 1.0)
@@ -143,7 +148,7 @@ class Program:
                     continue
                 if (source, target) not in resharded:
                     seconds = flow_seconds(self.problem, flow, source, target) or 0.0
-                    resharded[source, target] = self.milp.variable(flow.count * seconds / MILLISECOND)
+                    resharded[source, target] = self.milp.variable(flow.count * seconds / self.second)
                 self.milp.row([(resharded[source, target], 1.0), (e, -1.0)], 0.0)
             if consumer in flow.saved_by:
                 self._keep(index, pairs, self.kept)
@@ -204,7 +209,7 @@ class Program:
         if (index, layout) not in kept:
             flow = self.problem.flows[index]
             variable = self.milp.variable()
-            size = self.problem.costs.local_bytes(flow.meta, layout) / GIB
+            size = self.problem.costs.local_bytes(flow.meta, layout) / self.byte
             if kept is self.kept:
                 self.memory_terms.append((variable, flow.count * size))
             else:
@@ -219,17 +224,21 @@ class Program:
         """working, memory"""
         working, again = self.milp.variable(bound=1e9), self.milp.variable(bound=1e9)
         for decision, xs in zip(self.problem.decisions, self.x):
-            transient = [(x, -option.transient / GIB) for x, option in zip(xs, decision.options) if option.transient]
+            transient = [
+                (x, -option.transient / self.byte) for x, option in zip(xs, decision.options) if option.transient
+            ]
             if transient:
                 self.milp.row([(working, 1.0), *transient], 0.0)
             self.memory_terms += [
-                (x, decision.count * option.memory / GIB) for x, option in zip(xs, decision.options) if option.memory
+                (x, decision.count * option.memory / self.byte)
+                for x, option in zip(xs, decision.options)
+                if option.memory
             ]
         for terms in self.again_terms.values():
             self.milp.row([(again, 1.0), *_minus(terms)], 0.0)
         total = [*self.memory_terms, (working, 1.0), (again, 1.0)]
         if memory is not None:
-            self.milp.row(total, upper=memory / GIB)
+            self.milp.row(total, upper=memory / self.byte)
             return
         self.milp.cost = [0.0] * len(self.milp.cost)
         for variable, size in total:

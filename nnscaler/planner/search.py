@@ -61,7 +61,7 @@ def nodes_to_recompute(graph: Graph, modules: Sequence[str]) -> dict[str, set[st
     for module in modules:
         if module not in known:
             raise UserError(
-                f"recompute_modules has '{module}', which the model has not; it has {', '.join(sorted(known))}"
+                f"recompute_modules has '{module}', which is not in the model; {', '.join(sorted(known))} are"
             )
     for block in graph.all_blocks():
         inside = [node for node in block.nodes if set(modules).intersection(node.module_types)]
@@ -79,11 +79,15 @@ def nodes_to_recompute(graph: Graph, modules: Sequence[str]) -> dict[str, set[st
 def _does_not_fit(problem: Problem, memory: float) -> str:
     evaluation = evaluate(problem, least_memory(problem).chosen)
     assert evaluation is not None
-    items = ", ".join(f"{_describe(key)} {size / GIB:.1f} GB" for key, size in evaluation.largest(4))
+    items = ", ".join(f"{_describe(key)} {_gigabytes(size)}" for key, size in evaluation.largest(4))
     return (
-        f"no plan fits: needs {evaluation.total_memory / GIB:.1f} GB a device, constraint {memory / GIB:.1f} GB; "
+        f"no plan fits: needs {_gigabytes(evaluation.total_memory)} a device, constraint {_gigabytes(memory)}; "
         f"the largest items are {items}"
     )
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / GIB:.1f} GB" if size > GIB / 10 else f"{size / GIB:.2g} GB"
 
 
 def _describe(key: tuple[str, str, str]) -> str:

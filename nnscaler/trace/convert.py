@@ -99,10 +99,7 @@ class Converter:
             return None
         source = _source(node)
         if op in _VALUE_READS:
-            raise UserError(
-                f"the model reads a tensor's value while it is traced ({op} at {source}); trace it with "
-                "--trace_strategy cpu, cuda or cuda_run_cpu_offload, or remove the read"
-            )
+            raise UserError(f"the model reads a tensor's value while it is traced ({op} at {source}); remove the read")
         args = fx.map_arg(node.args, lambda item: env[item])
         kwargs = fx.map_arg(node.kwargs, lambda item: env[item])
         same = _identity(op, args, node.meta["val"], block)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.export import ExportedProgram, export
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from nnscaler.errors import UserError
 from nnscaler.graph import Block, Call, Graph, Node, TensorMeta
@@ -71,7 +75,15 @@ class _FlatCall(nn.Module):
 
 
 def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    program = export(module, args, kwargs, strict=False)
+    try:
+        program = export(module, args, kwargs, strict=False)
+    except (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException) as error:
+        frames = re.findall(r'File "([^"]+)", line (\d+), in forward', str(error))
+        where = f" (at {Path(frames[-1][0]).name}:{frames[-1][1]})" if frames else ""
+        raise UserError(
+            f"the model reads a tensor's value while it is traced{where}; trace strategies that really execute it are "
+            "needed for that, or remove the read"
+        ) from error
     mutates = [
         node for node in program.graph.nodes if getattr(getattr(node.target, "_schema", None), "is_mutable", False)
     ]

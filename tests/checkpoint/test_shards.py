@@ -1,0 +1,34 @@
+"""Flat ranges as boxes: every element once, in order, and few boxes."""
+
+from math import prod
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nnscaler.mesh import Mesh
+from nnscaler.placement import REPLICATE, SHARED, Shard
+from nnscaler.runtime.shards import ParameterSpec, flat_range_boxes
+
+
+@given(shape=st.lists(st.integers(1, 5), max_size=4), ends=st.tuples(st.integers(0, 700), st.integers(0, 700)))
+def test_boxes_cover_a_flat_range_exactly_once_and_in_order(shape, ends):
+    total = prod(shape)
+    start, stop = sorted(end % (total + 1) for end in ends)
+    whole = torch.arange(total).view(shape)
+    covered, boxes = [], list(flat_range_boxes(tuple(shape), start, stop))
+    for at, box in boxes:
+        elements = whole[box.slices].flatten().tolist()
+        assert elements[0] == at
+        covered += elements
+    assert covered == list(range(start, stop))
+    assert len(boxes) <= max(1, 2 * len(shape) - 1)
+
+
+def test_nested_shards_count_the_earlier_axis_outermost():
+    spec = ParameterSpec((8, 6), torch.float32, (Shard(0), Shard(0)), True)
+    boxes = [spec.box(Mesh((2, 2)), (i, j)).offsets for i in (0, 1) for j in (0, 1)]
+    assert boxes == [(0, 0), (2, 0), (4, 0), (6, 0)]
+    mixed = ParameterSpec((8, 6), torch.float32, (Shard(1), SHARED), True)
+    assert mixed.box(Mesh((2, 2)), (1, 0)).offsets == (0, 3)
+    assert ParameterSpec((8,), torch.float32, (REPLICATE,), False).box(Mesh((2,)), (1,)).sizes == (8,)

@@ -1,0 +1,101 @@
+"""Datasets of the Hugging Face hub, with a hub made of files of this test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+from nnscaler import hub
+from nnscaler.data.sources import find_corpus
+from nnscaler.errors import UserError
+
+PARQUET = {"repo_type": "dataset", "revision": "refs/convert/parquet"}
+
+
+@pytest.fixture
+def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that puts files into the hub; each holds one document, its own name."""
+
+    def list_repo_files(self: Any, repo_id: str, **kwargs: Any) -> list[str]:
+        assert (repo_id, kwargs) == ("owner/name", PARQUET)
+        return [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
+
+    def hf_hub_download(repo_id: str, filename: str, local_files_only: bool, **kwargs: Any) -> str:
+        assert (repo_id, kwargs) == ("owner/name", PARQUET)
+        return str(tmp_path / filename)
+
+    def snapshot_download(repo_id: str, local_files_only: bool, **kwargs: Any) -> str:
+        assert (repo_id, local_files_only, kwargs) == ("owner/name", True, PARQUET)
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_repo_files)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+
+    def store(*names: str) -> None:
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.table({"text": [name]}), tmp_path / name)
+
+    return store
+
+
+def texts(name: str, split: str | None = None) -> list[str]:
+    return ["".join(document) for document in find_corpus(name, split=split).documents()]
+
+
+def test_a_dataset_is_read_from_the_parquet_branch(stored: Any) -> None:
+    stored("plain_text/train/0001.parquet", "plain_text/train/0000.parquet", "plain_text/test/0000.parquet")
+    assert texts("owner/name") == ["plain_text/train/0000.parquet", "plain_text/train/0001.parquet"]
+    assert texts("owner/name", "test") == ["plain_text/test/0000.parquet"]
+
+
+def test_a_dataset_in_the_cache_is_read_without_a_network(stored: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored("plain_text/train/0000.parquet")
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", None)
+    assert texts("owner/name") == ["plain_text/train/0000.parquet"]
+
+
+def test_one_of_several_configs(stored: Any) -> None:
+    stored("en/train/0000.parquet", "de/train/0000.parquet", "de/test/0000.parquet")
+    with pytest.raises(UserError, match=r"owner/name:CONFIG; there are de, en"):
+        texts("owner/name")
+    with pytest.raises(UserError, match=r"there are de, en"):
+        texts("owner/name:fr")
+    assert texts("owner/name:en") == ["en/train/0000.parquet"]
+    with pytest.raises(UserError, match=r"no split 'validation'; there are test, train"):
+        texts("owner/name:de", "validation")
+    stored("default/train/0000.parquet")
+    assert texts("owner/name") == ["default/train/0000.parquet"]
+
+
+def test_a_dataset_that_is_converted_in_part(stored: Any, caplog: pytest.LogCaptureFixture) -> None:
+    stored("default/partial-train/0000.parquet")
+    assert texts("owner/name") == ["default/partial-train/0000.parquet"]
+    assert "only the first part" in caplog.text
+
+
+def test_a_dataset_that_is_not_there(stored: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any, **kwargs: Any) -> None:
+        raise RepositoryNotFoundError("404: no such repository\nmore", response=mock.Mock())
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", refuse)
+    with pytest.raises(UserError, match=r"^cannot get the dataset owner/name from the hub: 404: no such repository$"):
+        texts("owner/name")
+
+    def not_cached(**kwargs: Any) -> None:
+        raise LocalEntryNotFoundError("a long story")
+
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", not_cached)
+    with pytest.raises(UserError, match=r"owner/name; it is not in the local cache, and the hub cannot be reached$"):
+        texts("owner/name")

@@ -1,0 +1,109 @@
+"""Every collective, forward and backward, against the dense result on one process."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from nnscaler.mesh import Mesh
+from nnscaler.placement import PARTIAL, REPLICATE, SHARED, Shard
+from nnscaler.reshard import reshard_steps
+from nnscaler.runtime import collectives
+from nnscaler.runtime.axes import Axes
+from tests.launch import run
+
+SHAPE = (4, 8, 12)
+PLACES = [Shard(0), Shard(1), Shard(2), REPLICATE, SHARED, PARTIAL]
+
+
+def _whole(seed: int) -> torch.Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _terms(whole: torch.Tensor, size: int, seed: int) -> list[torch.Tensor]:
+    """Random tensors that add up to `whole`."""
+    generator = torch.Generator().manual_seed(seed)
+    terms = [torch.randn(whole.shape, generator=generator, dtype=whole.dtype) for _ in range(size - 1)]
+    return [*terms, whole - sum(terms)]
+
+
+def _local(whole: torch.Tensor, layout, axes: Axes, seed: int) -> torch.Tensor:
+    """This rank's part of `whole` in a layout; terms of sums are random."""
+    for number, place in enumerate(layout):
+        axis = axes[number]
+        if isinstance(place, Shard):
+            whole = whole.chunk(axis.size, place.dim)[axis.rank]
+        elif place == PARTIAL:
+            whole = _terms(whole, axis.size, seed + number)[axis.rank]
+    return whole.clone()
+
+
+def _gradient_layout(layout):
+    """How a tensor's gradient lies: partial where the tensor is shared, whole where the tensor is a term of a sum."""
+    return tuple(PARTIAL if place == SHARED else REPLICATE if place == PARTIAL else place for place in layout)
+
+
+def _sum_of_terms(local: torch.Tensor, layout, axes: Axes) -> torch.Tensor:
+    """Adds up the terms of the partial axes."""
+    for number, place in enumerate(layout):
+        if place == PARTIAL and axes[number].group is not None:
+            local = local.clone()
+            dist.all_reduce(local, group=axes[number].group)
+    return local
+
+
+def _call(x: torch.Tensor, step, axes: Axes) -> torch.Tensor:
+    forward, backward = step.collectives
+    axis = axes[step.axis]
+    dim = step.source.dim if isinstance(step.source, Shard) else getattr(step.target, "dim", None)
+    if forward == "identity":
+        return collectives.share(x, axis) if backward == "all_reduce" else collectives.divide(x, axis)
+    if forward == "all_reduce":
+        return collectives.all_reduce(x, axis, backward)
+    if forward == "all_to_all":
+        return collectives.all_to_all(x, axis, step.source.dim, step.target.dim)
+    if forward == "reduce_scatter":
+        return collectives.reduce_scatter(x, axis, dim)
+    return {"slice": collectives.slice_, "all_gather": collectives.all_gather}[forward](x, axis, dim, backward)
+
+
+def check_all_pairs(sizes: tuple[int, ...]) -> int:
+    """Reshards between every two layouts and compares values and gradients with slices of the whole tensor."""
+    axes = Axes(Mesh(sizes), torch.device("cpu"))
+    checked = 0
+    layouts = [()]
+    for _ in sizes:
+        layouts = [(*layout, place) for layout in layouts for place in PLACES]
+    for source in layouts:
+        for target in layouts:
+            steps = reshard_steps(source, target)
+            if steps is None:
+                continue
+            try:
+                x = _local(_whole(0), source, axes, seed=1).requires_grad_()
+            except (IndexError, RuntimeError):
+                continue
+            y = x
+            for step in steps:
+                y = _call(y, step, axes)
+            found = _sum_of_terms(y.detach(), target, axes)
+            wanted = _local(_whole(0), tuple(REPLICATE if place == PARTIAL else place for place in target), axes, 0)
+            where = f"{source} -> {target}"
+            assert found.shape == wanted.shape, where
+            assert (found - wanted).abs().max() < 1e-9, where
+            gradient = _gradient_layout(target)
+            y.backward(_local(_whole(5), gradient, axes, seed=6))
+            found = _sum_of_terms(x.grad, _gradient_layout(source), axes)
+            expected = tuple(REPLICATE if place == PARTIAL else place for place in _gradient_layout(source))
+            wanted = _local(_whole(5), expected, axes, 0)
+            assert (found - wanted).abs().max() < 1e-9, f"gradient of {where}"
+            checked += 1
+    return checked
+
+
+@pytest.mark.parametrize("sizes", [(2,), (4,), (2, 2)], ids=str)
+def test_resharding_between_all_layouts(sizes):
+    world = 1
+    for size in sizes:
+        world *= size
+    counts = run(world, check_all_pairs, sizes)
+    assert min(counts) >= 25 ** len(sizes)

@@ -1,0 +1,101 @@
+"""Trained in parallel, a model's losses and weights are those of the plain single-process loop."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from nnscaler.checkpoint.folder import latest_checkpoint
+from nnscaler.checkpoint.merge import Checkpoint
+from tests import tiny
+from tests.launch import run
+from tests.parity import STEPS, TOLERANCE, Case, plain_loop, train_all
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("parity")
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    tiny.write_hardware(folder)
+    return tiny.write_dataset(folder / "data")
+
+
+@pytest.fixture(scope="module")
+def reference(rows):
+    """The plain loop's result for a case; computed once for cases that come to the same."""
+    known: dict[tuple[int, bool], tuple[list[float], dict[str, Tensor]]] = {}
+
+    def get(case: Case) -> tuple[list[float], dict[str, Tensor]]:
+        key = (case.sequences, case.tied)
+        if key not in known:
+            known[key] = plain_loop(rows, [case.sequences] * STEPS, case.tied)
+        return known[key]
+
+    return get
+
+
+def compare(case: Case, folder: Path, reference) -> None:
+    losses, weights = reference(case)
+    metrics = [json.loads(line) for line in (folder / "runs" / case.name / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in metrics] == list(range(1, STEPS + 1))
+    for found, wanted in zip(metrics, losses):
+        assert found["loss"] == pytest.approx(wanted, rel=TOLERANCE), case.name
+    checkpoint = Checkpoint.open(latest_checkpoint(folder / "checkpoints" / case.name))
+    shapes = {name.removeprefix("model."): shape for name, shape in checkpoint.shapes().items()}
+    for name, wanted in weights.items():
+        assert tiny.close(checkpoint.read(f"model.{name}", shapes[name]), wanted) < TOLERANCE, (case.name, name)
+    assert losses[-1] < losses[0] - 0.05, "the reference does not learn: the comparison would say little"
+
+
+def splits(case: Case, folder: Path) -> dict[str, set[str]]:
+    """Operator -> the names it is split along anywhere in the compiled plan."""
+    plan = json.loads((folder / "code" / case.name / "plan.json").read_text())
+    found: dict[str, set[str]] = {}
+    for block in plan["blocks"].values():
+        for node in block["nodes"].values():
+            found.setdefault(node["op"], set()).add(node["split"])
+    return found
+
+
+MATRIX = [(1, 2), (2, 2), (1, 4), (2, 4), (4, 4)]
+RECOMPUTE = [(), ("LlamaDecoderLayer",)]
+
+
+@pytest.mark.parametrize(("plan", "runtime"), MATRIX)
+def test_plain_loop_and_parallel_training_agree(plan, runtime, folder, reference):
+    cases = [Case(plan, runtime, *choice) for choice in product((False, True), RECOMPUTE, (1, 4))]
+    run(runtime, train_all, cases, folder, init=False)
+    for case in cases:
+        compare(case, folder, reference)
+    if plan > 1:
+        for case in cases:
+            found = splits(case, folder)
+            assert "k" in found["attention"], "attention is split over heads"
+            assert found["aten.linear.default"] - {"-"}, "linear layers are split"
+
+
+EXTRA = [
+    Case(2, 2, tied=True),
+    Case(2, 2, chunk_loss=True, tied=True, micro_batch=2),
+    Case(2, 2, recompute=("LlamaMLP",)),
+    Case(2, 2, recompute=("LlamaMLP", "LlamaAttention"), micro_batch=2, accumulation=2),
+]
+
+
+def test_tied_weights_parts_recomputed_and_batches(folder, reference):
+    run(2, train_all, EXTRA, folder, init=False)
+    for case in EXTRA:
+        compare(case, folder, reference)
+
+
+def test_one_process_without_torchrun(folder, reference):
+    case = Case(1, 1, chunk_loss=True)
+    run(1, train_all, [case], folder, init=False)
+    compare(case, folder, reference)

@@ -1,0 +1,73 @@
+"""Runs a function in several processes that form a gloo group, as torchrun would."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+# Workers are forked from a server that has these loaded already.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed", "transformers", "nnscaler.cli.trainer"])
+
+
+def run(world: int, function: Callable[..., Any], *args: Any, init: bool = True, timeout: float = 300) -> list[Any]:
+    """`function(*args)` on ranks 0 .. world - 1; returns what each gave. An error in one is raised here.
+
+    `init`: whether the default process group is set up before, or `function` does it from the environment.
+    """
+    queue = _context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        port = _free_port()
+        ranks = [
+            _context.Process(target=_rank, args=(rank, world, folder, port, init, queue, function, args))
+            for rank in range(world)
+        ]
+        for process in ranks:
+            process.start()
+        results: dict[int, Any] = {}
+        try:
+            while len(results) < world:
+                rank, value, error = queue.get(timeout=timeout)
+                if error is not None:
+                    raise AssertionError(f"rank {rank} failed:\n{error}")
+                results[rank] = value
+        finally:
+            for process in ranks:
+                process.join(timeout=10 if len(results) == world else 0.1)
+                process.kill()
+    return [results[rank] for rank in range(world)]
+
+
+def _rank(
+    rank: int, world: int, folder: str, port: int, init: bool, queue: Any, function: Callable[..., Any], args: Any
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    try:
+        if init and world > 1:
+            store = dist.FileStore(os.path.join(folder, "store"), world)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=120))
+        queue.put((rank, function(*args), None))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except BaseException:
+        queue.put((rank, None, traceback.format_exc()))
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

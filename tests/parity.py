@@ -1,0 +1,127 @@
+"""Ways to train the tiny Llama: in parallel through the trainer, and as a plain loop."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chunk_linear_cross_entropy import chunk_linear_cross_entropy
+from nnscaler.cli.config import CheckpointConfig, DatasetConfig, LogConfig, LRSchedulerConfig, ModelConfig, TrainerArgs
+from nnscaler.cli.trainer import Trainer
+from nnscaler.compiler import ComputeConfig
+from nnscaler.data.training import PackedDataset
+from nnscaler.models.causal_lm import WEIGHT_PREFIX, CausalLM, prepare_config
+from nnscaler.runtime.optimizer import OptimizerConfig
+from nnscaler.runtime.weights import initial_parameters
+from nnscaler.trace import build_on_meta
+from tests import tiny
+
+STEPS = 20
+SEED = 3
+RATE = 1e-3
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train."""
+
+    plan: int
+    runtime: int
+    chunk_loss: bool = False
+    recompute: tuple[str, ...] = ()
+    accumulation: int = 1
+    tied: bool = False
+    micro_batch: int = 1
+
+    @property
+    def name(self) -> str:
+        flags = [f"{self.plan}x{self.runtime}", f"acc{self.accumulation}", f"batch{self.micro_batch}"]
+        flags += ["chunk"] * self.chunk_loss + list(self.recompute) + ["tied"] * self.tied
+        return "-".join(flags)
+
+    @property
+    def sequences(self) -> int:
+        """Sequences an optimizer step."""
+        return self.runtime // self.plan * self.accumulation * self.micro_batch
+
+
+def arguments(case: Case, folder: Path) -> TrainerArgs:
+    config = tiny.config(tie_word_embeddings=case.tied)
+    prepare_config(config, tiny.LENGTH, "auto", case.chunk_loss)
+    compute = ComputeConfig(
+        case.plan, case.runtime, recompute_modules=case.recompute, micro_batches=case.accumulation,
+        hardware=str(folder / "hardware.json"),
+    )  # fmt: skip
+    return TrainerArgs(
+        name=case.name,
+        model=ModelConfig(
+            make=lambda: CausalLM(config, chunk_linear_cross_entropy if case.chunk_loss else None),
+            weight_prefix=WEIGHT_PREFIX,
+            vocabulary=tiny.VOCABULARY,
+        ),
+        compute=compute,
+        dataset=DatasetConfig(PackedDataset.open(folder / "data")),
+        optimizer=OptimizerConfig(lr=RATE),
+        lr_scheduler=LRSchedulerConfig("constant"),
+        checkpoint=CheckpointConfig(folder / "checkpoints", interval=0),
+        log=LogConfig(folder / "runs"),
+        precision="fp32",
+        micro_batch_size=case.micro_batch,
+        max_train_steps=STEPS,
+        seed=SEED,
+        gen_savedir=folder / "code",
+    )
+
+
+def train_all(cases: list[Case], folder: Path) -> None:
+    """On every rank: trains each case, one after the other."""
+    port = int(os.environ["MASTER_PORT"])
+    for index, case in enumerate(cases):
+        os.environ["MASTER_PORT"] = str(port + index)
+        Trainer(arguments(case, folder)).run()
+
+
+def plain_loop(rows: np.ndarray, sequences: list[int], tied: bool = False) -> tuple[list[float], dict[str, Tensor]]:
+    """The same training as anyone would write it: one process, one model, torch.optim.AdamW.
+
+    sequences  how many sequences each step has
+    Returns the loss of each step, and the final parameters by name.
+    """
+    config = tiny.config(tie_word_embeddings=tied)
+    prepare_config(config, tiny.LENGTH, "sdpa", False)
+    meta, _ = build_on_meta(lambda: CausalLM(config))
+    model = CausalLM(config)
+    with torch.no_grad():
+        for name, value in initial_parameters(meta, SEED, torch.device("cpu")):
+            model.get_parameter(name).copy_(value)
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=RATE, betas=(0.9, 0.95), eps=1e-8,
+    )  # fmt: skip
+    order = np.concatenate([np.random.default_rng((SEED, epoch)).permutation(len(rows)) for epoch in range(10)])
+    losses, consumed = [], 0
+    for count in sequences:
+        batch = torch.from_numpy(rows[order[consumed : consumed + count]].astype(np.int64))
+        consumed += count
+        total = 0.0
+        for sequence in batch.unsqueeze(1):
+            logits = model.model(input_ids=sequence).logits
+            loss = torch.nn.functional.cross_entropy(logits[0, :-1], sequence[0, 1:], reduction="sum")
+            loss.backward()
+            total += loss.item()
+        labels = len(batch) * (tiny.LENGTH - 1)
+        for parameter in model.parameters():
+            parameter.grad /= labels
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total / labels)
+    return losses, {name: parameter.detach() for name, parameter in model.named_parameters()}

@@ -1,0 +1,139 @@
+"""Bad input to train.py and ckpt_merger.py: one line that says what is wrong, exit status 2, nothing written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ckpt_merger
+import train
+from nnscaler.cli.args import run
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.write_model(folder / "model")
+    tiny.write_model(folder / "small_vocabulary", vocab_size=16)
+    tiny.write_dataset(folder / "data")
+    tiny.write_hardware(folder)
+    return folder
+
+
+@pytest.fixture
+def fails(inputs, tmp_path, monkeypatch, capsys):
+    """Runs a script with flags in an empty folder, and returns the one line that it prints when it fails."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(script, *flags: str) -> str:
+        flags = tuple(flag.replace("{}", str(inputs)) for flag in flags)
+        monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *flags])
+        with pytest.raises(SystemExit) as stopped:
+            run(script.main)
+        assert stopped.value.code == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+        assert len(lines) == 1, lines
+        assert list(tmp_path.iterdir()) == [], "nothing is written"
+        return lines[0]
+
+    return call
+
+
+MODEL = ("--model_id", "{}/model")
+DATA = ("--dataset_path", "{}/data")
+PLAN = (*MODEL, "--sequence_length", "32", "--run_mode", "compile", "--precision", "fp32")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((*DATA,), "the following arguments are required: --model_id"),
+        ((*MODEL,), "neither dataset_path nor sequence_length is given"),
+        ((*MODEL, "--dataset_path", "{}/nowhere"), "/nowhere', which does not exist"),
+        ((*MODEL, "--dataset_path", "{}/model"), "is not a dataset that bookcorpus.py wrote"),
+        (("--model_id", "{}/data", *DATA), "is not a model: it has no config.json"),
+        (("--model_id", "no/such-model", *DATA), "no/such-model"),
+        ((*MODEL, *DATA, "--sequence_length", "64"), "sequence_length is 64, but the dataset has 32"),
+        (("--model_id", "{}/small_vocabulary", *DATA), "vocabulary of 96 tokens, the model knows 16"),
+        (
+            (*PLAN, "--plan_ngpus", "4", "--runtime_ngpus", "6"),
+            "runtime_ngpus is 6; it must be a multiple of plan_ngpus=4",
+        ),
+        ((*PLAN, "--plan_ngpus", "0"), "plan_ngpus is 0; it must be at least 1"),
+        ((*MODEL, *DATA, "--runtime_ngpus", "2"), "runtime_ngpus is 2, but 1 processes run"),
+        ((*MODEL, "--sequence_length", "32"), "training needs a dataset_path"),
+        ((*MODEL, "--sequence_length", "1", "--run_mode", "compile"), "sequence_length is 1; it must be at least 2"),
+        ((*PLAN, "--hardware", "b9000"), "hardware is 'b9000'; known are a100"),
+        ((*PLAN, "--hardware", "{}/model/config.json"), "does not describe a machine"),
+        ((*PLAN, "--recompute_modules", "LlamaBlock"), "'LlamaBlock', which is not in the model; CausalLM, Embedding"),
+        ((*PLAN, "--recompute_modules", "LlamaModel"), "contains LlamaDecoderLayer; name those instead"),
+        (
+            (*PLAN, "--gpu_mem_constraint", "0.0001", "--hardware", "h100"),
+            "constraint 0.0001 GB; the largest items are",
+        ),
+        ((*PLAN, "--gpu_mem_constraint", "-1"), "gpu_mem_constraint is -1.0 GB; it must be more than 0"),
+        ((*MODEL, *DATA, "--resume_path", "{}/nothing"), "/nothing', which does not exist"),
+        ((*MODEL, *DATA, "--resume_path", "{}/data"), "holds no complete checkpoint"),
+        ((*MODEL, *DATA, "--resume_path", "{}/hardware.json"), "is not a merged checkpoint"),
+        ((*MODEL, *DATA, "--micro_batch_size", "0"), "micro_batch_size is 0; it must be at least 1"),
+        ((*MODEL, *DATA, "--max_train_steps", "0"), "max_train_steps is 0; it must be at least 1"),
+        ((*MODEL, *DATA, "--warmup_steps", "-1"), "warmup_steps is -1; it must be 0 or more"),
+        ((*MODEL, *DATA, "--no_such_flag"), "unrecognized arguments: --no_such_flag"),
+    ],
+)
+def test_train(fails, flags, message):
+    assert message in fails(train, *flags)
+
+
+def test_a_plan_that_does_not_fit_says_what_takes_most(fails):
+    line = fails(train, *PLAN, "--gpu_mem_constraint", "0.001", "--hardware", "h100", "--micro_batch_size", "64")
+    assert "no plan fits: needs" in line
+    assert "GB" in line
+
+
+def write_checkpoint(folder: Path) -> Path:
+    """What a checkpoint's index and state look like, without tensors."""
+    step = folder / "run" / "step_00000001"
+    step.mkdir(parents=True)
+    state = {
+        "step": 1,
+        "consumed": 1,
+        "seed": 0,
+        "run": "run",
+        "model": "m",
+        "parameters": {},
+        "tied": {},
+        "prefix": "",
+    }
+    (step / "trainer.json").write_text(json.dumps({**state, "saved_at": 0.0}))
+    return step
+
+
+def test_merging_nothing(fails, inputs):
+    assert "nothing to write" in fails(ckpt_merger, "--ckpt_dir", "{}/data")
+    assert "does not exist" in fails(ckpt_merger, "--ckpt_dir", "{}/nowhere", "--output_fname", "x.ckpt")
+    assert "holds no complete checkpoint" in fails(ckpt_merger, "--ckpt_dir", "{}/data", "--output_fname", "x.ckpt")
+
+
+def test_a_torn_checkpoint_is_neither_merged_nor_resumed(fails, inputs):
+    write_checkpoint(inputs / "torn")
+    torn = ("--ckpt_dir", "{}/torn", "--output_fname", "x.ckpt")
+    assert "is incomplete: it has no .metadata" in fails(ckpt_merger, *torn)
+    assert "is incomplete: it has no .metadata" in fails(train, *MODEL, *DATA, "--resume_path", "{}/torn")
+    shutil.rmtree(inputs / "torn")
+
+
+def test_the_process_exits_with_2_and_without_traceback(inputs, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "--model_id", str(inputs / "model"), "--dataset-path", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: dataset_path is 'nowhere', which does not exist; make one with bookcorpus.py"
+    assert list(tmp_path.iterdir()) == []
