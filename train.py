@@ -63,7 +63,8 @@ def parse() -> argparse.Namespace:
         "traces each distinct layer once, meta traces every layer")  # fmt: skip
     add("--enable_chunk_loss", action="store_true", help="last projection and loss in chunks of 1024 tokens, "
         "never holding all logits")  # fmt: skip
-    add("--recompute_modules", default="", help="comma-separated class names whose results backward computes again")
+    add("--recompute_modules", default="", help="comma-separated class names: what modules of these "
+        "classes compute, and nothing else, is computed again in backward (default: the planner chooses)")  # fmt: skip
     add("--explore_pipeline", action="store_true", help="search pipeline stages too")
     add("--pipeline_pivots", default="", help="comma-separated class names at which stages may begin")
     add("--attn_implementation", choices=("auto", "sdpa", "eager"), default="auto", help="auto: one attention "
@@ -114,7 +115,7 @@ def trainer_args(options: argparse.Namespace) -> TrainerArgs:
         runtime_ngpus=runtime_ngpus,
         trace_strategy=options.trace_strategy,
         gpu_mem_constraint=options.gpu_mem_constraint,
-        recompute_modules=tuple(filter(None, options.recompute_modules.split(","))),
+        recompute_modules=tuple(filter(None, options.recompute_modules.split(","))) or None,
         micro_batches=options.grad_accumulation_steps,
         hardware=options.hardware,
     )

@@ -1,6 +1,6 @@
 """Looks at what a run made: draws its loss curve, and lets the merged model write a line.
 
-    python examples/look.py --run runs/llama --model merged_model --prompt "KING HENRY" --plot loss.png
+python examples/look.py --run runs/llama --model merged_model --prompt "KING HENRY" --plot loss.png
 """
 
 from __future__ import annotations

@@ -49,7 +49,8 @@ class ComputeConfig:
     runtime_ngpus       devices in all: runtime_ngpus / plan_ngpus copies train on different samples
     trace_strategy      see `nnscaler.trace`
     gpu_mem_constraint  GiB a device that the plan may use; None: 90 % of the device's
-    recompute_modules   class names of modules whose results are computed again in backward
+    recompute_modules   class names of modules whose results, and no others, are computed again in backward; None: the
+                        planner chooses what is
     micro_batches       gradient accumulation steps
     hardware            name of bundled hardware to plan for; None: this machine
     """
@@ -58,7 +59,7 @@ class ComputeConfig:
     runtime_ngpus: int = 1
     trace_strategy: str = "reuse_cache"
     gpu_mem_constraint: float | None = None
-    recompute_modules: tuple[str, ...] = ()
+    recompute_modules: tuple[str, ...] | None = None
     micro_batches: int = 1
     hardware: str | None = None
 
@@ -125,6 +126,7 @@ def compile_model(source: Source, config: ComputeConfig, directory: Path) -> Pat
         memory=memory,
         recompute_modules=config.recompute_modules,
         micro_batches=config.micro_batches,
+        fused=hardware.name != "CPU",
     )
     directory.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
@@ -151,8 +153,8 @@ def identity(source: Source, model: nn.Module, config: ComputeConfig) -> dict[st
         "model": _digest(describe(model)),
         "inputs": {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in source.inputs.items()},
         "dtype": str(source.dtype),
-        "config": {**asdict(config), "recompute_modules": list(config.recompute_modules)},
-        "hardware": config.find_hardware().name,
+        "config": {**asdict(config), "recompute_modules": list(config.recompute_modules or [None])},
+        "hardware": config.find_hardware().identity(),
         "operators": _digest("\n".join(_source_of(function) for function in all_registered())),
         "nnscaler": _package_digest(),
         "torch": torch.__version__.split("+")[0],

@@ -15,7 +15,7 @@ GIB = 2.0**30
 
 @dataclass(frozen=True)
 class NodePlan:
-    """How one node runs: the annotated name split on each mesh axis (`-`: none), and the layouts that follow."""
+    """How one node runs: the annotated name split on each axis (`-`: none), and the layouts that follow."""
 
     split: str
     inputs: tuple[Placements, ...]
@@ -29,18 +29,22 @@ class Plan:
     nodes       (block, node name) -> how it runs
     inputs      block -> layouts of its inputs, as callers pass them; outputs likewise
     parameters  full name -> layout in which it is stored
-    recomputed  block -> names of nodes that backward computes again
+    levels      block -> how many of its calls have which recompute level (see `nnscaler.planner.levels`)
+    recomputed  block -> nodes that backward computes again at level `part`
+    gathered_again  (block, tensor) that backward gathers again rather than keep
     seconds     predicted time of one micro-batch by (category, block, name); memory likewise, in bytes a device
     """
 
     graph: Graph
     mesh: Mesh
     hardware: str
-    nodes: dict[tuple[str, str], NodePlan]
-    inputs: dict[str, list[Placements]]
-    outputs: dict[str, list[Placements]]
-    parameters: dict[str, Placements]
-    recomputed: dict[str, set[str]]
+    nodes: dict[tuple[str, str], NodePlan] = field(default_factory=dict)
+    inputs: dict[str, list[Placements]] = field(default_factory=dict)
+    outputs: dict[str, list[Placements]] = field(default_factory=dict)
+    parameters: dict[str, Placements] = field(default_factory=dict)
+    levels: dict[str, dict[str, int]] = field(default_factory=dict)
+    recomputed: dict[str, set[str]] = field(default_factory=dict)
+    gathered_again: set[tuple[str, str]] = field(default_factory=set)
     micro_batches: int = 1
     seconds: dict[tuple[str, str, str], float] = field(default_factory=dict)
     memory: dict[tuple[str, str, str], float] = field(default_factory=dict)
@@ -75,7 +79,9 @@ class Plan:
                     "calls": self.graph.count(block),
                     "inputs": dict(zip(block.inputs, map(format_placements, self.inputs[block.name]))),
                     "outputs": dict(zip(block.outputs, map(format_placements, self.outputs[block.name]))),
+                    "recompute": self.levels.get(block.name, {}),
                     "recomputed": sorted(self.recomputed.get(block.name, ())),
+                    "gathered_again": sorted(name for where, name in self.gathered_again if where == block.name),
                     "nodes": {
                         node.name: self._node_json(block.name, node.name, node.op)
                         for node in block.nodes
@@ -102,7 +108,6 @@ class Plan:
             "split": node.split,
             "inputs": [format_placements(layout) for layout in node.inputs],
             "outputs": [format_placements(layout) for layout in node.outputs],
-            "milliseconds": 1e3 * self.seconds.get(("node", block, name), 0.0),
         }
 
     def dumps(self) -> str:

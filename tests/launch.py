@@ -7,7 +7,9 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
+from queue import Empty
 from typing import Any
 
 # Workers are forked from a server that has these loaded already.
@@ -34,13 +36,24 @@ def run(world: int, function: Callable[..., Any], *args: Any, init: bool = True,
             while len(results) < world:
                 rank, value, error = queue.get(timeout=timeout)
                 if error is not None:
-                    raise AssertionError(f"rank {rank} failed:\n{error}")
+                    errors = {rank: error, **_other_errors(queue)}  # what came first may be another rank's crash
+                    raise AssertionError("\n".join(f"rank {rank} failed:\n{text}" for rank, text in errors.items()))
                 results[rank] = value
         finally:
             for process in ranks:
                 process.join(timeout=10 if len(results) == world else 0.1)
                 process.kill()
     return [results[rank] for rank in range(world)]
+
+
+def _other_errors(queue: Any) -> dict[int, str]:
+    errors: dict[int, str] = {}
+    with suppress(Empty):
+        while True:
+            rank, _, error = queue.get(timeout=1)
+            if error is not None:
+                errors[rank] = error
+    return errors
 
 
 def _rank(

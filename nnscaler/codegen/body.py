@@ -1,17 +1,21 @@
-"""Writing one block as a Python function."""
+"""Writing one block as Python functions: one a region, and one that runs them with what comes between."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
+from nnscaler.codegen.schedule import Region, Step, schedule, uses
 from nnscaler.codegen.spelling import spell
-from nnscaler.graph import Block, Call, Node, Ref, TensorMeta, format_argument, map_refs, short_dtype
+from nnscaler.graph import Block, Node, Ref, TensorMeta, format_argument, map_refs, short_dtype
 from nnscaler.operators import operator_of
 from nnscaler.placement import Placement, Placements, Shard, format_placements, local_shape
 from nnscaler.plan import Plan
-from nnscaler.reshard import Step, reshard_steps
+from nnscaler.planner.options import is_alias
+from nnscaler.planner.units import Unit
+from nnscaler.reshard import Step as Reshard
+from nnscaler.reshard import reshard_steps
 
 INDENT = "    "
 
@@ -23,33 +27,41 @@ class Body:
     plan: Plan
     block: Block
     names: dict[tuple[str, Placements], str] = field(default_factory=dict)  # (tensor, layout) -> Python expression
-    taken: set[str] = field(default_factory=set)
     made: dict[str, Placements] = field(default_factory=dict)  # tensor -> layout it is made in
-    released: set[str] = field(default_factory=set)
-    uses_device: bool = False
+    taken: set[str] = field(default_factory=set)
+    functions: list[list[str]] = field(default_factory=list)
+    needs_device: bool = False  # whether a region takes the variable `device`
 
-    def write(self) -> list[str]:
-        """The function's lines."""
+    def write(self) -> list[list[str]]:
+        """The lines of each function, the block's own last."""
         block = self.block
-        self.taken = {*block.tensors, "w", "axes", "ops", "device", "torch", "F", "collectives"}
+        self.taken = {*block.tensors, "w", "axes", "keep", "ops", "device", "torch", "F", "collectives"}
         for tensor, layout in zip(block.inputs, self.plan.inputs[block.name]):
             self._define(tensor, layout, tensor)
         for tensor, path in block.parameters.items():
             self._define(tensor, self._stored(tensor), f'w["{path}"]')
-        last_use = self._last_uses()
-        lines = []
-        for module_nodes in self._parts():
-            lines += self._part(module_nodes, last_use)
+        steps = schedule(self.plan, block)
+        lines: list[str] = []
+        for index, step in enumerate(steps):
+            for region in step.regions:
+                lines += self._region(region, index)
+            for unit in step.others:
+                lines += self._other(unit, step)
+            lines += self._release([*steps[index + 1 :]])
         results = [
             self._in_layout(tensor, layout, lines)
             for tensor, layout in zip(block.outputs, self.plan.outputs[block.name])
         ]
-        arguments = ", ".join(["w", "axes", *block.inputs])
-        head = [f"def {block.name}({arguments}):", *self._signature()]
-        if self.uses_device:
+        head = [f"def {self._name()}({', '.join([*self._first_arguments(), *block.inputs])}):", *self._signature()]
+        if self.needs_device or any("device=device" in line for line in lines):
             head.append("device = axes.device")
-        statements = [*head[1:], *lines, f"return {', '.join(results)}"]
-        return [head[0], *(INDENT + line if line else "" for line in statements)]
+        return [*self.functions, _function([*head, *lines, f"return {', '.join(results)}"])]
+
+    def _name(self) -> str:
+        return self.block.name
+
+    def _first_arguments(self) -> list[str]:
+        return ["w", "axes", "keep"]
 
     def _signature(self) -> list[str]:
         """Comments with each input's own shape, and the global one where it differs."""
@@ -73,86 +85,115 @@ class Body:
         self.made[tensor] = layout
         self.names[tensor, layout] = expression
 
-    def _parts(self) -> Iterator[list[Node]]:
-        """Runs of nodes that are recomputed together, and single runs of those that are not."""
-        again = self.plan.recomputed.get(self.block.name, set())
-        if len(again) == len(self.block.nodes):
-            again = set()  # the whole block: its callers recompute it
-        for _, nodes in groupby(self.block.nodes, key=lambda node: node.name in again):
-            yield list(nodes)
-
-    def _part(self, nodes: list[Node], last_use: dict[str, int]) -> list[str]:
-        again = self.plan.recomputed.get(self.block.name, set())
-        if nodes[0].name not in again or len(again) == len(self.block.nodes):
-            return self._statements(nodes, last_use)
-        return self._recomputed(nodes, last_use)
-
-    def _recomputed(self, nodes: list[Node], last_use: dict[str, int]) -> list[str]:
-        """A nested function of what the nodes need from outside, and its call under `recompute`."""
-        inside = {name for node in nodes for name in node.outputs}
-        needed = [name for node in nodes for name in node.inputs if name not in inside | set(self.block.parameters)]
-        arguments = ", ".join(dict.fromkeys(self.names[name, self.made[name]] for name in needed))
-        end = self.block.nodes.index(nodes[-1])
-        results = [name for node in nodes for name in node.outputs if last_use[name] > end]
-        function = self._fresh(f"{_common_module(nodes) or self.block.name}_again")
-        before = dict(self.names)
-        body = self._statements(nodes, {**last_use, **dict.fromkeys(results, len(self.block.nodes))}, keep=set(needed))
-        # What was resharded inside is not visible outside.
-        self.names = before | {key: name for key, name in self.names.items() if key[0] in results}
-        self.names = {
-            key: name for key, name in self.names.items() if key[0] not in results or key[1] == self.made[key[0]]
-        }
-        joined = ", ".join(results)
-        return [
-            "",
-            f"def {function}({arguments}):",
-            *(INDENT + line for line in [*body, f"return {joined}"]),
-            "",
-            f"{joined} = recompute({', '.join(filter(None, [function, arguments]))})",
+    def _region(self, region: Region, index: int) -> list[str]:
+        """A region's function, and the lines that call it. Views alone need none."""
+        if all(is_alias(unit) for unit in region.units):
+            lines: list[str] = []
+            for unit in region.units:
+                for node in unit.nodes:
+                    lines += self._node(node, lines)
+            return lines
+        lines = []
+        inside = {name for unit in region.units for node in unit.nodes for name in node.outputs}
+        given: dict[str, tuple[str, Placements]] = {}  # the function's parameter -> what is passed
+        for unit in region.units:
+            for tensor in unit.inputs:
+                if tensor not in inside:
+                    layout = uses(self.plan, self.block, unit, tensor)
+                    expression = self._in_layout(tensor, layout, lines)
+                    given.setdefault(expression, (tensor, layout))
+        parameters = self._parameter_names(given)
+        nodes = sorted((node for unit in region.units for node in unit.nodes), key=self.block.nodes.index)
+        outputs = [
+            name for name in dict.fromkeys(n for u in region.units for n in u.outputs) if self._used_after(name, inside)
         ]
+        name = f"{self._name()}_{'again' if region.again else 'region'}_{index}"
+        self._region_function(name, parameters, given, nodes, outputs)
+        keep = "compute" if region.again else None
+        arguments = ", ".join([f'"{keep}"' if keep else self._keep(), *given])
+        for tensor in outputs:
+            self._define(tensor, self._made_in(nodes, tensor), tensor)
+        return [*lines, f"{', '.join(outputs)} = {name}({arguments})"]
 
-    def _statements(self, nodes: list[Node], last_use: dict[str, int], keep: set[str] | None = None) -> list[str]:
-        """The nodes' lines, a comment for each module, and `del` for what is not needed after it."""
+    def _keep(self) -> str:
+        return "keep"
+
+    def _parameter_names(self, given: dict[str, tuple[str, Placements]]) -> list[str]:
+        """A name for each argument of a region: a variable keeps its own, a parameter gets the tensor's."""
+        return [expression if expression.isidentifier() else tensor for expression, (tensor, _) in given.items()]
+
+    def _used_after(self, tensor: str, inside: set[str]) -> bool:
+        makers = {name for node in self.block.nodes if inside & set(node.outputs) for name in node.outputs}
+        users = [node for node in self.block.nodes if tensor in node.inputs and not makers.issuperset(node.outputs)]
+        return bool(users) or tensor in self.block.outputs
+
+    def _made_in(self, nodes: Iterable[Node], tensor: str) -> Placements:
+        for node in nodes:
+            if tensor in node.outputs:
+                return self.plan.nodes[self.block.name, node.name].outputs[node.outputs.index(tensor)]
+        raise AssertionError(tensor)
+
+    def _region_function(
+        self,
+        name: str,
+        parameters: list[str],
+        given: dict[str, tuple[str, Placements]],
+        nodes: list[Node],
+        outputs: list[str],
+    ) -> None:
+        outer_names, outer_made = self.names, self.made
+        self.names = {given[expression]: own for expression, own in zip(given, parameters)}
+        self.made = dict(self.names.keys())
         lines: list[str] = []
-        for module, group in groupby(nodes, key=lambda node: None if isinstance(node, Call) else node.module):
+        for module, group in groupby(nodes, key=lambda node: node.module):
             members = list(group)
-            if module is None:
-                lines += self._calls(members)
-            else:
-                lines.append(f"# {module or self.block.module_type}  {members[0].source}".rstrip())
-                lines += [line for node in members for line in self._node(node)]
-            lines += self._release(members, last_use, keep or set())
+            lines.append(f"# {module or self.block.module_type}  {members[0].source}".rstrip())
+            for node in members:
+                lines += self._node(node, lines)
+        head = ["@region", f"def {name}({', '.join(parameters)}):"]
+        if any("device=device" in line for line in lines):
+            self.needs_device = True
+            parameters.append("device")
+            head[1] = f"def {name}({', '.join(parameters)}):"
+            given["device"] = ("", ())
+        self.functions.append(_function([*head, *lines, f"return {', '.join(outputs)}"]))
+        self.names, self.made = outer_names, outer_made
+
+    def _other(self, unit: Unit, step: Step) -> list[str]:
+        """A registered operator and the views of its results."""
+        lines = [f"# {unit.main.module or self.block.module_type}  {unit.main.source}".rstrip()]
+        for node in unit.nodes:
+            lines += self._node(node, lines)
         return lines
 
-    def _calls(self, members: Sequence[Node]) -> list[str]:
-        raise AssertionError("only the root calls blocks")
-
-    def _node(self, node: Node) -> list[str]:
+    def _node(self, node: Node, before: list[str]) -> list[str]:
+        """The statement of a node; what reshards its inputs is added to `before`."""
         plan = self.plan.nodes[self.block.name, node.name]
-        lines: list[str] = []
         layouts = iter(plan.inputs)
-        named = {"args": node.args, "kwargs": node.kwargs}
         operator = operator_of(node)
+        args, kwargs = node.args, node.kwargs
         if operator.localize is not None:
             shapes = [
                 [self._local(name, layout) for name, layout in zip(names, side)]
                 for names, side in ((node.inputs, plan.inputs), (node.outputs, plan.outputs))
             ]
-            named["args"], named["kwargs"] = operator.localize(node, *shapes)
-        named = map_refs(named, lambda ref: Ref(self._in_layout(ref.name, next(layouts), lines)))
+            args, kwargs = operator.localize(node, *shapes)
+        args, kwargs = map_refs((args, kwargs), lambda ref: Ref(self._in_layout(ref.name, next(layouts), before)))
         if operator.function is not None:
-            arguments = [format_argument(arg) for arg in named["args"]]
-            arguments += [f"{key}={format_argument(arg)}" for key, arg in named["kwargs"].items()]
-            expression = f"ops.{operator.name}({', '.join(arguments)})"
+            expression = self._registered(operator.name, plan.split, args, kwargs)
         else:
-            expression = spell(node.op, named["args"], named["kwargs"])
-        self.uses_device |= "device=device" in expression
+            expression = spell(node.op, args, kwargs)
         for name, layout in zip(node.outputs, plan.outputs):
             self._define(name, layout, name)
         target = ", ".join(node.outputs) + ("," if node.returns_tuple and len(node.outputs) == 1 else "")
         needs_no_grad = node.no_grad and any(self.block.tensors[name].requires_grad for name in node.inputs)
         statement = f"{target} = {expression}"
-        return [*lines, "with torch.no_grad():", INDENT + statement] if needs_no_grad else [*lines, statement]
+        return ["with torch.no_grad():", INDENT + statement] if needs_no_grad else [statement]
+
+    def _registered(self, name: str, split: str, args: Sequence[object], kwargs: dict[str, object]) -> str:
+        arguments = [format_argument(arg) for arg in args]
+        arguments += [f"{key}={format_argument(arg)}" for key, arg in kwargs.items()]
+        return f"ops.{name}({', '.join(arguments)})"
 
     def _local(self, tensor: str, layout: Placements) -> tuple[int, ...]:
         return local_shape(self.block.tensors[tensor].shape, layout, self.plan.mesh.sizes)
@@ -173,14 +214,14 @@ class Body:
             self.names[tensor, layout] = expression
         return self.names[tensor, layout]
 
-    def _changes(self, step: Step, tensor: str) -> bool:
+    def _changes(self, step: Reshard, tensor: str) -> bool:
         """Whether a step does anything: one that only concerns gradients does not where there are none."""
         forward, backward = step.collectives
         if self.plan.mesh.sizes[step.axis] == 1:
             return False
         return forward != "identity" or (self.block.tensors[tensor].requires_grad and backward != "identity")
 
-    def _collective(self, x: str, step: Step, tensor: str) -> str:
+    def _collective(self, x: str, step: Reshard, tensor: str) -> str:
         forward, backward = step.collectives
         axis = f"axes[{step.axis}]"
         if not self.block.tensors[tensor].requires_grad:
@@ -194,6 +235,8 @@ class Body:
         dim = _dim(step.source if isinstance(step.source, Shard) else step.target)
         if forward == "reduce_scatter":
             return f"collectives.reduce_scatter({x}, {axis}, dim={dim})"
+        if forward == "all_gather" and (self.block.name, tensor) in self.plan.gathered_again:
+            return f'collectives.all_gather({x}, {axis}, dim={dim}, backward="{backward}", again=True)'
         function = "slice_" if forward == "slice" else forward
         return f'collectives.{function}({x}, {axis}, dim={dim}, backward="{backward}")'
 
@@ -205,33 +248,30 @@ class Body:
         self.taken.add(candidate)
         return candidate
 
-    def _last_uses(self) -> dict[str, int]:
-        """Index of the last node that uses each tensor; the number of nodes for the block's results."""
-        last = {name: index for index, node in enumerate(self.block.nodes) for name in (*node.outputs, *node.inputs)}
-        return {**last, **dict.fromkeys(self.block.outputs, len(self.block.nodes))}
-
-    def _release(self, members: Sequence[Node], last_use: dict[str, int], keep: set[str]) -> list[str]:
-        """`del` of the variables whose tensors nobody uses after these nodes, so that their memory is free."""
-        end = self.block.nodes.index(members[-1])
+    def _release(self, following: list[Step]) -> list[str]:
+        """`del` of the variables whose tensors nobody uses in later steps, so that their memory is free."""
+        needed = set(self.block.outputs)
+        for step in following:
+            for unit in [*step.others, *(unit for region in step.regions for unit in region.units)]:
+                needed.update(unit.inputs)
         dead = []
-        for (tensor, _), name in self.names.items():
-            is_variable = name.isidentifier() and tensor not in self.block.parameters
-            borrowed = tensor in self.block.inputs or tensor in keep
-            if is_variable and not (borrowed and name == tensor) and last_use.get(tensor, -1) <= end:
+        for (tensor, layout), name in list(self.names.items()):
+            if tensor in needed or (tensor in self.block.parameters and not name.isidentifier()):
+                continue
+            if name.isidentifier() and not (tensor in self.block.inputs and name == tensor):
                 dead.append(name)
-        dead = [name for name in dict.fromkeys(dead) if name not in self.released]
-        self.released.update(dead)
-        return [f"del {', '.join(dead)}"] if dead else []
+            del self.names[tensor, layout]
+        dead = list(dict.fromkeys(dead))
+        return [f"del {', '.join(dead)}"] if dead and following else []
 
 
 _WITHOUT_GRADIENT = {"all_reduce": "identity", "reduce_scatter": "slice", "pad": "all_gather"}
 
 
-def _common_module(nodes: Sequence[Node]) -> str:
-    """The last name of the longest module path that all nodes are in."""
-    paths = [node.module.split(".") for node in nodes]
-    shared = [parts[0] for parts in zip(*paths) if len(set(parts)) == 1]
-    return shared[-1] if shared else ""
+def _function(lines: Sequence[str]) -> list[str]:
+    """A function's lines: its head (decorator and `def`) as it is, the rest indented."""
+    start = next(index for index, line in enumerate(lines) if line.startswith("def ")) + 1
+    return [*lines[:start], *(INDENT + line for line in lines[start:])]
 
 
 def _tag(layout: Placements) -> str:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from nnscaler.codegen.body import INDENT, Body
-from nnscaler.graph import Call, Node
+from nnscaler.codegen.schedule import Step
+from nnscaler.graph import Call
 from nnscaler.operators import operator_of
 from nnscaler.plan import GIB, Plan
+from nnscaler.planner.levels import LEVELS
+from nnscaler.planner.units import Unit
 
 
 def generate(plan: Plan) -> str:
-    """The source of a module with one function a block, and `forward(w, axes, <inputs>)`."""
+    """The source of a module with a function a block and its regions, and `forward(w, axes, <inputs>)`."""
     graph = plan.graph
-    bodies = [Body(plan, block).write() for block in graph.blocks.values()]
-    root = _RootBody(plan, graph.root).write()
-    root[0] = root[0].replace(f"def {graph.root.name}(", "def forward(", 1)
-    functions = "\n\n\n".join("\n".join(lines) for lines in [*bodies, root])
-    return f"{_header(plan)}\n\n\n{functions}\n"
+    functions = [lines for block in graph.blocks.values() for lines in Body(plan, block).write()]
+    functions += _RootBody(plan, graph.root).write()
+    return f"{_header(plan)}\n\n\n" + "\n\n\n".join("\n".join(lines) for lines in functions) + "\n"
 
 
 def _header(plan: Plan) -> str:
     registered = {
-        node.op: operator_of(node).function
+        node.op
         for block in plan.graph.all_blocks()
         for node in block.nodes
         if not isinstance(node, Call) and operator_of(node).function is not None
@@ -37,14 +36,15 @@ def _header(plan: Plan) -> str:
         "",
         "Each function runs one block on this device's shards. w[name] is this device's shard of a parameter, axes[i]",
         "the group of devices along mesh axis i. S(d): sharded along dimension d; R: whole on each device; R*: whole,",
-        "with a partial gradient; P: terms of a sum.",
+        "with a partial gradient; P: terms of a sum. A region is computation without communication, compiled where",
+        "there is an accelerator; `keep` is the block's recompute level: what a region keeps for backward.",
         '"""',
         "",
         "import torch",
         "import torch.nn.functional as F",
         "",
         "from nnscaler.runtime import collectives",
-        "from nnscaler.runtime.generated import operators, recompute, scope",
+        "from nnscaler.runtime.generated import operators, recompute, region, scope",
         "",
         f"ops = operators({', '.join(repr(name) for name in sorted(registered))})",
     ]
@@ -52,31 +52,51 @@ def _header(plan: Plan) -> str:
 
 
 class _RootBody(Body):
-    """The root block: calls of blocks, a loop where the same one is called again and again."""
+    """The root block: `forward`, with a loop where the same block is called again and again."""
 
-    def _calls(self, members: Sequence[Node]) -> list[str]:
-        lines: list[str] = []
-        calls = [node for node in members if isinstance(node, Call)]
-        for chain in self._chains(calls):
-            lines += self._chain(chain)
-        return lines
+    def _name(self) -> str:
+        return "forward"
 
-    def _chains(self, calls: list[Call]) -> list[list[Call]]:
-        """Splits consecutive calls into runs that a loop can write: one result, passed on as it is in one place."""
+    def _first_arguments(self) -> list[str]:
+        return ["w", "axes"]
+
+    def _keep(self) -> str:
+        return '"none"'
+
+    def _other(self, unit: Unit, step: Step) -> list[str]:
+        if unit.kind != "call":
+            return super()._other(unit, step)
+        chain = next((chain for chain in self._chains() if unit.main in chain), None)
+        assert chain is not None
+        return self._chain(chain) if unit.main is chain[0] else []
+
+    def _chains(self) -> list[list[Call]]:
+        """The calls in runs that a loop can write: one result, passed on as it is in one place."""
         chains: list[list[Call]] = []
-        for call in calls:
-            if chains and _continues(chains[-1], call) and self._passes_on(chains[-1][-1], call):
-                chains[-1].append(call)
-            else:
-                chains.append([call])
+        for node in self.block.nodes:
+            if isinstance(node, Call):
+                if chains and self._continues(chains[-1], node):
+                    chains[-1].append(node)
+                else:
+                    chains.append([node])
         return chains
 
-    def _passes_on(self, before: Call, call: Call) -> bool:
-        """Whether what one call makes lies as the next one needs it."""
-        needed = self.plan.inputs[call.block][call.inputs.index(before.outputs[0])]
-        return self.plan.outputs[before.block][0] == needed
+    def _continues(self, chain: list[Call], call: Call) -> bool:
+        before = chain[-1]
+        if call.block != before.block or len(before.outputs) != 1 or len(call.outputs) != 1:
+            return False
+        differs = [index for index, (a, b) in enumerate(zip(before.inputs, call.inputs)) if a != b]
+        if len(differs) != 1 or call.inputs[differs[0]] != before.outputs[0]:
+            return False
+        users = [node for node in self.block.nodes if before.outputs[0] in node.inputs]
+        if users != [call] or before.outputs[0] in self.block.outputs:
+            return False
+        if len(chain) > 1 and _carried(chain) != differs[0]:
+            return False
+        return self.plan.outputs[before.block][0] == self.plan.inputs[call.block][differs[0]]
 
     def _chain(self, chain: list[Call]) -> list[str]:
+        """The lines that call a chain: a loop for each recompute level."""
         first, last = chain[0], chain[-1]
         lines: list[str] = []
         wanted = self.plan.inputs[first.block]
@@ -84,48 +104,48 @@ class _RootBody(Body):
         variables = list(last.outputs)
         if len(chain) > 1:
             variables = [self._fresh(first.module.rsplit(".", 1)[0].rsplit(".", 1)[-1])]
+            carried = _carried(chain)
+            lines.append(f"{variables[0]} = {arguments[carried]}")
+            arguments[carried] = variables[0]
         for name, variable, layout in zip(last.outputs, variables, self.plan.outputs[first.block]):
             self._define(name, layout, variable)
-        function = f"recompute({first.block}, " if self._is_recomputed(first.block) else f"{first.block}("
-        result = ", ".join(variables)
-        if len(chain) == 1:
-            call = ", ".join([f'scope(w, "{first.module}.")', "axes", *arguments])
-            return [*lines, f"{result} = {function}{call})"]
-        carried = _carried(chain)
-        lines.append(f"{result} = {arguments[carried]}")
-        arguments[carried] = result
-        loop, prefix = _loop(chain)
-        call = ", ".join([f"scope(w, {prefix})", "axes", *arguments])
-        return [*lines, loop, f"{INDENT}{result} = {function}{call})"]
+        for level, calls in self._by_level(chain):
+            loop, prefix = _loop(calls)
+            inside = ", ".join([f"scope(w, {prefix})", "axes", _KEEP[level], *arguments])
+            function = f"recompute({first.block}, {inside})" if level == "all" else f"{first.block}({inside})"
+            call = f"{', '.join(variables)} = {function}"
+            lines += [loop, INDENT + call] if loop else [call]
+        return lines
 
-    def _is_recomputed(self, block: str) -> bool:
-        nodes = self.plan.graph.blocks[block].nodes
-        return len(self.plan.recomputed.get(block, ())) == len(nodes)
+    def _by_level(self, chain: list[Call]) -> list[tuple[str, list[Call]]]:
+        """The calls of each level. Those that keep least come first: backward reaches them last, with memory free."""
+        calls = self.plan.graph.calls(chain[0].block)
+        counts = self.plan.levels[chain[0].block]
+        levels = [level for level in (*reversed(LEVELS), "part") for _ in range(counts.get(level, 0))]
+        level_of = {call.name: level for call, level in zip(calls, levels, strict=True)}
+        return [
+            (level, [call for call in chain if level_of[call.name] == level])
+            for level in dict.fromkeys(level_of[call.name] for call in chain)
+        ]
 
 
-def _continues(chain: list[Call], call: Call) -> bool:
-    before = chain[-1]
-    if call.block != before.block or len(before.outputs) != 1 or len(call.outputs) != 1:
-        return False
-    differs = [index for index, (a, b) in enumerate(zip(before.inputs, call.inputs)) if a != b]
-    if len(differs) != 1 or call.inputs[differs[0]] != before.outputs[0]:
-        return False
-    return len(chain) == 1 or _carried(chain) == differs[0]
+# What a block's regions keep at each level. At `all` the whole block is computed again, and then keeps everything.
+_KEEP = {"none": '"none"', "cheap": '"cheap"', "compute": '"compute"', "all": '"none"', "part": '"none"'}
 
 
 def _carried(chain: list[Call]) -> int:
     """Index of the argument that each call takes from the call before."""
-    if len(chain) == 1:
-        return 0
     return next(i for i, (a, b) in enumerate(zip(chain[0].inputs, chain[1].inputs)) if a != b)
 
 
-def _loop(chain: list[Call]) -> tuple[str, str]:
-    """The `for` line over the calls' module paths, and the expression of a path's prefix inside."""
-    stems = [call.module.rsplit(".", 1) for call in chain]
+def _loop(calls: list[Call]) -> tuple[str, str]:
+    """The `for` line over the calls' module paths (none for one call), and the prefix of parameters' names inside."""
+    if len(calls) == 1:
+        return "", f'"{calls[0].module}."'
+    stems = [call.module.rsplit(".", 1) for call in calls]
     indices = [int(stem[-1]) if stem[-1].isdigit() else -1 for stem in stems]
-    if len({stem[0] for stem in stems}) == 1 and indices == list(range(indices[0], indices[0] + len(chain))):
-        bounds = f"{len(chain)}" if indices[0] == 0 else f"{indices[0]}, {indices[0] + len(chain)}"
+    if len({stem[0] for stem in stems}) == 1 and indices == list(range(indices[0], indices[0] + len(calls))):
+        bounds = f"{len(calls)}" if indices[0] == 0 else f"{indices[0]}, {indices[0] + len(calls)}"
         return f"for i in range({bounds}):", f'f"{stems[0][0]}.{{i}}."'
-    paths = ", ".join(f'"{call.module}."' for call in chain)
+    paths = ", ".join(f'"{call.module}."' for call in calls)
     return f"for prefix in ({paths}):", "prefix"

@@ -136,8 +136,12 @@ def _pieces_of_all(
 ) -> Iterator[_Piece]:
     """Cuts all documents into pieces, and counts the documents."""
     for document in documents:
+        if isinstance(document, str) and len(document) < PIECE:
+            pieces: Iterable[str] = [document]  # most are, and there may be millions of them
+        else:
+            pieces = cut_into_pieces([document] if isinstance(document, str) else document, encode)
         held, opens = "", True  # a piece is held back until it is known whether another one follows
-        for text in cut_into_pieces(document, encode):
+        for text in pieces:
             if held:
                 yield _Piece(held, opens, closes=False)
                 opens = False

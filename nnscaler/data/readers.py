@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from nnscaler import hub
 from nnscaler.errors import UserError
 
-Document = Iterable[str]
+Document = str | Iterator[str]  # its text, or blocks of its text where that may be longer than memory
 
 BLOCK = 1 << 18  # characters or bytes read at a time
 DEFAULT_COLUMN = "text"
@@ -31,7 +31,7 @@ HALF_PAIR = re.compile(r"[\ud800-\udfff]")  # JSON may spell half a surrogate pa
 
 
 def read_documents(path: Path, file: IO[bytes], column: str | None) -> Iterator[Document]:
-    """Yields the documents of one open file, each as an iterator over blocks of its text.
+    """Yields the documents of one open file.
 
     Args:
         path: what the file is called: its suffix, one of `READERS` or that and `.gz`, says how to read it.
@@ -102,7 +102,7 @@ def _read_json_lines(file: IO[bytes], path: Path, column: str | None) -> Iterato
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not JSON: {_json_complaint(error)}") from error
         column, text = _row_text(row, column, f"{path}, line {number}")
-        yield (text,)
+        yield text
 
 
 def _read_json(file: IO[bytes], path: Path, column: str | None) -> Iterator[Document]:
@@ -131,7 +131,7 @@ def _read_json(file: IO[bytes], path: Path, column: str | None) -> Iterator[Docu
             pending, at = pending[at:] + block, 0
             continue
         column, text = _row_text(row, column, f"{path}, line {line}")
-        yield (text,)
+        yield text
         at, line = end, line + pending.count("\n", at, end)
     if depth:
         raise UserError(f"{path}, line {line}: not JSON: the file ends inside a list")
@@ -151,7 +151,7 @@ def _read_csv(file: IO[bytes], path: Path, column: str | None) -> Iterator[Docum
         index = header.index(_choose_column(header, header, column, path))
         for row in rows:
             if row:
-                yield (row[index],)
+                yield row[index]
     except IndexError as error:
         raise UserError(f"{path}, line {rows.line_num}: the row is shorter than the header") from error
     except csv.Error as error:
@@ -179,7 +179,7 @@ def _read_parquet(file: IO[bytes], path: Path, column: str | None) -> Iterator[D
         row_bytes = sum(parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups)) // rows
         for batch in parquet.iter_batches(min(1000, BLOCK // max(1, row_bytes) + 1), columns=[column]):
             for text in batch.column(0).cast(pa.large_binary()).to_pylist():
-                yield (text.decode(errors="replace") if text else "",)
+                yield text.decode(errors="replace") if text else ""
 
 
 READERS = {

@@ -39,7 +39,7 @@ class Corpus:
         return self._finished + (self._file.tell() if self._file is not None else 0)
 
     def documents(self) -> Iterator[Document]:
-        """Yields each document as an iterator over its text, to be used up before the next one is asked for.
+        """Yields each document; one that is an iterator is to be used up before the next one is asked for.
 
         A .txt or .md file is one document; a row of a .jsonl, .json, .csv or .parquet file is one. Text is taken as it
         is, but for bytes that are not UTF-8 and lone surrogates, which become U+FFFD. A row without text is "".

@@ -47,7 +47,7 @@ class PackedDataset:
 
     @property
     def vocabulary(self) -> int:
-        """How many token ids there may be: the tokenizer's vocabulary, or what up to 64 rows show where it is unknown."""
+        """How many token ids there may be: the tokenizer's vocabulary, or what 64 rows show where it is unknown."""
         try:
             return int(json.loads((self.path / PROVENANCE).read_text())["vocab_size"])
         except (OSError, ValueError, KeyError):

@@ -1,24 +1,30 @@
-"""Seconds that operators, collectives and the optimizer take on given hardware.
+"""Seconds that units, collectives and the optimizer take on given hardware, and the bytes that they hold.
 
-Every figure here is a roofline: arithmetic over the rate the device reaches, or bytes over its bandwidth, whichever is
-longer, plus a launch. Times are for one device; all devices work on equal shards.
+Products and registered operators: arithmetic over the rate the device reaches, or bytes over its bandwidth, whichever
+is longer. Cheap operators move bytes: a fused cluster those that enter and leave it, an unfused one those of each
+operator.
+Times are for one device; all devices work on equal shards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from nnscaler.graph import Block, Node, TensorMeta
-from nnscaler.hardware import Hardware, Link
+from nnscaler.hardware import Hardware
 from nnscaler.mesh import Mesh
-from nnscaler.operators import Operator, operator_of
-from nnscaler.placement import Placements, local_shape
+from nnscaler.operators import operator_of
+from nnscaler.placement import Placements, Shard, local_shape
+from nnscaler.planner.units import Unit, needed_by, saved_by
 from nnscaler.reshard import Step
+from nnscaler.runtime.buckets import BUCKET_ELEMENTS
 
 MASTER_BYTES = 4  # fp32 master weight
 MOMENT_BYTES = 8  # two fp32 moments of Adam
 GRADIENT_BYTES = 4  # gradients are accumulated, and exchanged, in fp32
+
+Local = tuple[Node, dict[str, int], list[int]]  # node, local size of its annotated names, local bytes of its tensors
 
 
 @dataclass(frozen=True)
@@ -37,10 +43,12 @@ NO_TIME = Seconds()
 
 @dataclass(frozen=True)
 class CostModel:
-    """Prices work on a mesh of one kind of hardware."""
+    """Prices work on a mesh of one kind of hardware. `fused`: clusters of cheap operators run as one kernel."""
 
     hardware: Hardware
     mesh: Mesh
+    fused: bool = False
+    origins: set[str] = field(default_factory=set, compare=False)  # where the figures used so far come from
 
     def local_bytes(self, meta: TensorMeta, placements: Placements) -> int:
         """Bytes of one device's part of a tensor."""
@@ -49,84 +57,126 @@ class CostModel:
             size *= length
         return size
 
-    def operator(self, node: Node, block: Block, sizes: dict[str, int], local_bytes: Sequence[int]) -> Seconds:
-        """Time of a node whose annotated names have the local `sizes` and whose tensors the `local_bytes`."""
+    def unit(
+        self, unit: Unit, block: Block, layouts: Mapping[str, Placements], nodes: Sequence[Local]
+    ) -> tuple[Seconds, float, float]:
+        """(time, bytes held while it runs, bytes that backward keeps of inner tensors) of a unit laid out so."""
+        if unit.kind == "cheap" and self.fused:
+            return self._cluster(unit, block, layouts)
+        seconds, transient, inside = NO_TIME, 0.0, 0.0
+        kept: set[str] = set()
+        for node, sizes, local in nodes:
+            operator = operator_of(node)
+            if operator.alias:
+                continue
+            seconds += self.node(node, block, sizes, local)
+            transient = max(transient, 2.0 * sum(local))
+            kept.update(saved_by(node, block))
+        if unit.kind == "cheap":  # what others save of themselves is their output, or what it is a view of
+            inner = {name for node in unit.nodes for name in node.outputs} - set(unit.outputs)
+            inside = sum(self.local_bytes(block.tensors[name], layouts[name]) for name in kept & inner)
+        return seconds, transient, inside
+
+    def _cluster(self, unit: Unit, block: Block, layouts: Mapping[str, Placements]) -> tuple[Seconds, float, float]:
+        """A fused cluster: forward reads its inputs and writes its outputs; backward reads the inputs that matter and
+        the outputs' gradients, and writes the inputs' gradients."""
+        if all(operator_of(node).alias for node in unit.nodes):
+            return NO_TIME, 0.0, 0.0
+        size = {name: self.local_bytes(block.tensors[name], layouts[name]) for name in (*unit.inputs, *unit.outputs)}
+        read, written = (sum(size[name] for name in names) for names in (unit.inputs, unit.outputs))
+        forward = self._roofline(0.0, read + written)
+        backward = 0.0
+        if any(block.tensors[name].requires_grad for name in unit.outputs):
+            needed = sum(size[name] for name in needed_by(unit, block))
+            given = sum(size[name] for name in unit.outputs if block.tensors[name].requires_grad)
+            made = sum(size[name] for name in unit.inputs if block.tensors[name].requires_grad)
+            backward = self._roofline(0.0, needed + given + made)
+        return Seconds(forward, backward), 2.0 * (read + written), 0.0
+
+    def node(self, node: Node, block: Block, sizes: dict[str, int], local: Sequence[int]) -> Seconds:
+        """Time of a node on its own."""
         operator = operator_of(node)
-        if operator.alias:
-            return Seconds()
         metas = [block.tensors[name] for name in (*node.inputs, *node.outputs)]
         flops = operator.flops(sizes, node)
         rate = self.hardware.flops_per_second(node.op, metas[0].dtype) if flops else 1.0
-        moved = sum(local_bytes)
+        moved = sum(local)
         forward = self._roofline(flops / rate, moved)
         if not any(block.tensors[name].requires_grad for name in node.outputs):
             return Seconds(forward)
         needed = [meta.requires_grad for meta in metas[: len(node.inputs)]]
         # Backward reads the outputs' gradients and what was saved, and writes the inputs' gradients.
-        written = sum(size for size, needs in zip(local_bytes, needed) if needs)
-        read = moved if self._saves(operator, node, block) else sum(local_bytes[len(node.inputs) :])
+        written = sum(size for size, needs in zip(local, needed) if needs)
+        read = moved if saved_by(node, block) else sum(local[len(node.inputs) :])
         ratio = sum(needed) if operator.backward is None else operator.backward
         return Seconds(forward, self._roofline(ratio * flops / rate, written + read))
-
-    @staticmethod
-    def _saves(operator: Operator, node: Node, block: Block) -> bool:
-        inputs = [block.tensors[name] for name in node.inputs]
-        return bool(operator.saves(node, inputs, [block.tensors[name] for name in node.outputs]))
 
     def _roofline(self, arithmetic: float, moved: float) -> float:
         return self.hardware.launch + max(arithmetic, moved / self.hardware.memory_bandwidth)
 
     def steps(self, meta: TensorMeta, source: Placements, steps: Sequence[Step]) -> Seconds:
         """Time of the collectives that reshard a tensor; backward's only where it has a gradient."""
-        total = Seconds()
+        total = NO_TIME
         current = list(source)
         for step in steps:
             before = self.local_bytes(meta, tuple(current))
             current[step.axis] = step.target
-            whole = max(before, self.local_bytes(meta, tuple(current)))
+            part = max(before, self.local_bytes(meta, tuple(current)))
             forward, backward = step.collectives
             total += Seconds(
-                self.collective(forward, whole, step.axis),
-                self.collective(backward, whole, step.axis) if meta.requires_grad else 0.0,
+                self.collective(forward, part, step.axis),
+                self.collective(backward, part, step.axis) if meta.requires_grad else 0.0,
             )
         return total
 
-    def collective(self, name: str, whole: float, axis: int) -> float:
-        """Seconds of a collective over one mesh axis. `whole` is the bytes of the tensor on its less sharded side."""
-        link = self._link(self.mesh.spans_nodes(axis, self.hardware.devices_per_node))
-        size = self.mesh.sizes[axis]
-        if size == 1 or name == "identity":
+    def collective(self, name: str, size: float, axis: int) -> float:
+        """Seconds of a collective over one mesh axis. `size`: bytes of the larger of a device's input and output."""
+        devices = self.mesh.sizes[axis]
+        if devices == 1 or name == "identity":
             return 0.0
-        share = whole / size
         if name in ("slice", "pad", "divide"):
-            return self.hardware.launch + 2 * share / self.hardware.memory_bandwidth
-        # all_to_all moves (size - 1) / size of what a device holds, which is one share of the whole tensor.
-        factor = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}[name]
-        return link.latency + factor * (size - 1) * share / link.bandwidth
+            return self.hardware.launch + 2 * size / devices / self.hardware.memory_bandwidth
+        spans = self.mesh.spans_nodes(axis, self.hardware.devices_per_node)
+        per_node = max(1, self.hardware.devices_per_node // self.mesh.stride(axis)) if spans else devices
+        return self._communicate(name, size, devices, spans, min(per_node, devices))
 
-    def _link(self, spans_nodes: bool) -> Link:
-        return self.hardware.inter if spans_nodes else self.hardware.intra
+    def _communicate(self, name: str, size: float, devices: int, spans_nodes: bool, per_node: int) -> float:
+        estimate = self.hardware.collective_seconds(name, size, devices, spans_nodes, per_node)
+        self.origins.add(f"communication: {estimate.origin}")
+        return estimate.seconds
 
     def owners(self, placements: Placements) -> int:
         """How many ranks hold the same shard of a parameter: they exchange its gradient and share its optimizer."""
         held = self.mesh.replicas
-        for axis, placement in zip(self.mesh.axes, placements, strict=True):
-            held *= 1 if str(placement).startswith("S") else self.mesh.sizes[axis]
+        for placement, size in zip(placements, self.mesh.sizes, strict=True):
+            held *= 1 if isinstance(placement, Shard) else size
         return held
 
-    def optimizer(self, meta: TensorMeta, placements: Placements, micro_batches: int) -> float:
-        """Seconds a micro-batch of gradient exchange, update and parameter exchange of one trained parameter."""
+    def gradient_exchange(self, meta: TensorMeta, placements: Placements) -> float:
+        """Seconds a micro-batch that a trained parameter's gradient travels, beside backward's computation."""
         elements = self.local_bytes(meta, placements) / meta.dtype.itemsize
-        owners = self.owners(placements)
-        link = self._link(self.mesh.runtime_ngpus > self.hardware.devices_per_node)
-        sent = elements * (owners - 1) / owners / link.bandwidth
-        exchange = sent * GRADIENT_BYTES + sent * meta.dtype.itemsize / micro_batches
+        return self._among_owners("reduce_scatter", elements * GRADIENT_BYTES, placements)
+
+    def update(self, meta: TensorMeta, placements: Placements, micro_batches: int) -> float:
+        """Seconds of a parameter's update and exchange after a step, spread over its micro-batches."""
+        size = self.local_bytes(meta, placements)
+        elements = size / meta.dtype.itemsize
         state = 2 * (MASTER_BYTES + MOMENT_BYTES) + GRADIENT_BYTES + meta.dtype.itemsize
-        update = elements / owners * state / self.hardware.memory_bandwidth / micro_batches
-        return exchange + update
+        update = elements / self.owners(placements) * state / self.hardware.memory_bandwidth
+        return (self._among_owners("all_gather", size, placements) + update) / micro_batches
+
+    def _among_owners(self, name: str, size: float, placements: Placements) -> float:
+        """Seconds of a collective over all ranks that hold the same shard. Parameters are exchanged many at a time: of
+        the latency each has as large a part as it has of a bucket."""
+        owners = self.owners(placements)
+        if owners == 1:
+            return 0.0
+        spans = self.mesh.runtime_ngpus > self.hardware.devices_per_node
+        bucket = BUCKET_ELEMENTS * GRADIENT_BYTES
+        per_node = min(owners, self.hardware.devices_per_node)
+        return self._communicate(name, bucket, owners, spans, per_node) * size / bucket
 
     def parameter_memory(self, meta: TensorMeta, placements: Placements) -> float:
-        """Bytes that a trained parameter takes all the time: itself, and the owned part of gradient and state."""
+        """Bytes that a parameter takes all the time: itself, and the owned part of gradient, master and moments."""
         stored = self.local_bytes(meta, placements)
         if not meta.requires_grad:
             return stored

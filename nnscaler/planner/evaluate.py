@@ -1,4 +1,4 @@
-"""What a choice of options costs: the program's objective and memory, added up plainly."""
+"""What a solution costs: the program's objective and memory, added up plainly."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from nnscaler.placement import Placements
-from nnscaler.planner.problem import Option, Problem, Use
-from nnscaler.planner.program import decision_seconds, flow_seconds, storage
+from nnscaler.planner.options import Option
+from nnscaler.planner.problem import Flow, Problem, Use
+from nnscaler.planner.program import Solution, gathers, resharding, storage
+
+Key = tuple[str, str, str]  # category, block, name
 
 
 @dataclass
 class Evaluation:
     """Seconds a micro-batch and bytes a device, each by (category, block, name)."""
 
-    seconds: dict[tuple[str, str, str], float] = field(default_factory=dict)
-    memory: dict[tuple[str, str, str], float] = field(default_factory=dict)
+    seconds: dict[Key, float] = field(default_factory=dict)
+    memory: dict[Key, float] = field(default_factory=dict)
 
     @property
     def total_seconds(self) -> float:
@@ -25,97 +28,119 @@ class Evaluation:
     def total_memory(self) -> float:
         return sum(self.memory.values())
 
-    def largest(self, count: int) -> list[tuple[tuple[str, str, str], float]]:
+    def largest(self, count: int) -> list[tuple[Key, float]]:
         """The items that take most memory, largest first."""
         return sorted(self.memory.items(), key=lambda item: -item[1])[:count]
 
 
-def evaluate(problem: Problem, chosen: list[int]) -> Evaluation | None:
-    """The cost of option `chosen[d]` for each decision d; None where a tensor cannot be resharded as needed."""
-    return _Evaluator(problem, [d.options[o] for d, o in zip(problem.decisions, chosen, strict=True)]).run()
+def evaluate(problem: Problem, solution: Solution) -> Evaluation | None:
+    """The cost of a solution; None where a tensor cannot be resharded as needed."""
+    options = [d.options[o] for d, o in zip(problem.decisions, solution.chosen, strict=True)]
+    return _Evaluator(problem, solution, options).run()
 
 
 @dataclass
 class _Evaluator:
     problem: Problem
+    solution: Solution
     options: list[Option]
     result: Evaluation = field(default_factory=Evaluation)
-    kept: set[tuple[int, Placements]] = field(default_factory=set)
-    again: set[tuple[int, Placements]] = field(default_factory=set)
 
     def run(self) -> Evaluation | None:
+        exchange = backward = 0.0
         for decision, option in zip(self.problem.decisions, self.options):
             key = (decision.kind, decision.block, decision.name)
-            self._add(self.result.seconds, key, decision.count * decision_seconds(decision, option.seconds))
-            self._add(self.result.memory, key, decision.count * option.memory)
-        for index in range(len(self.problem.flows)):
-            if not self._reshard(index):
+            if decision.kind == "parameter":
+                self._time(("update", *key[1:]), decision.count * option.seconds.forward)
+                exchange += decision.count * option.seconds.backward
+            else:
+                self._time(("forward", *key[1:]), decision.count * option.seconds.forward)
+                self._time(("backward", *key[1:]), decision.count * option.seconds.backward)
+                backward += decision.count * option.seconds.backward
+                calls = self._calls(decision.block, decision.again) if decision.count else 0
+                self._time(("again", *key[1:]), calls * option.seconds.forward)
+            self._hold(key, decision.count * option.memory)
+            self._hold(
+                ("inside", *key[1:]), self._inside(decision.block, decision.again, decision.count) * option.inside
+            )
+        self._time(("exchange", "", ""), max(0.0, exchange - backward))
+        for index, flow in enumerate(self.problem.flows):
+            again = index in self.solution.gathered_again
+            if not self._reshard(flow, again):
                 return None
-            self._keep(index)
-        for index, layout in self.kept:
-            flow = self.problem.flows[index]
-            size = flow.count * self.problem.costs.local_bytes(flow.meta, layout)
-            self._add(self.result.memory, ("saved", flow.block, flow.tensor), size)
-        self._peaks()
+            self._keep(flow, again)
+        self._working()
         return self.result
 
-    @staticmethod
-    def _add(totals: dict[tuple[str, str, str], float], key: tuple[str, str, str], value: float) -> None:
+    def _time(self, key: Key, value: float) -> None:
         if value:
-            totals[key] = totals.get(key, 0.0) + value
+            self.result.seconds[key] = self.result.seconds.get(key, 0.0) + value
 
-    def _made(self, index: int) -> Placements:
-        decision, output = self.problem.flows[index].producer
+    def _hold(self, key: Key, value: float) -> None:
+        if value:
+            self.result.memory[key] = self.result.memory.get(key, 0.0) + value
+
+    def _calls(self, block: str, levels: frozenset[str] | set[str]) -> int:
+        return sum(count for level, count in self.solution.levels[block].items() if level in levels)
+
+    def _inside(self, block: str, again: frozenset[str], count: int) -> int:
+        if len(self.problem.levels[block]) > 1:
+            return self._calls(block, {"none"}) if count else 0
+        return 0 if again else count
+
+    def _made(self, flow: Flow) -> Placements:
+        decision, output = flow.producer
         return self.options[decision].outputs[output]
 
     def _used(self, use: Use) -> Placements:
         return self.options[use[0]].inputs[use[1]]
 
-    def _reshard(self, index: int) -> bool:
-        flow = self.problem.flows[index]
-        source = self._made(index)
+    def _share(self, flow: Flow) -> float:
+        """How much of a flow there is for each call of its block."""
+        return flow.count / self.problem.calls[flow.block]
+
+    def _reshard(self, flow: Flow, gathered_again: bool) -> bool:
+        source = self._made(flow)
         for target in {self._used(consumer) for consumer in flow.consumers} - {source}:
-            seconds = flow_seconds(self.problem, flow, source, target)
+            seconds = resharding(self.problem, flow, source, target)
             if seconds is None:
                 return False
-            self._add(self.result.seconds, ("reshard", flow.block, flow.tensor), flow.count * seconds)
+            key = (flow.block, flow.tensor)
+            self._time(("reshard", *key), flow.count * (seconds.forward + seconds.backward))
+            if gathered_again and gathers(source, target):
+                self._time(("reshard again", *key), flow.count * seconds.forward)
+            self._time(
+                ("reshard again", *key), self._share(flow) * self._calls(flow.block, flow.again) * seconds.forward
+            )
         return True
 
-    def _keep(self, index: int) -> None:
-        flow = self.problem.flows[index]
-        if flow.saved:
-            self._keep_made(index, self.kept)
-        for users, kept in ((flow.saved_by, self.kept), (flow.again_by, self.again)):
-            for use in users:
+    def _keep(self, flow: Flow, gathered_again: bool) -> None:
+        source = storage(self._made(flow))
+        for level, calls in self.solution.levels[flow.block].items():
+            kept: set[Placements] = set()
+            if level in flow.made and not flow.held:
+                kept.add(source)
+            moved = flow.moved.get(level, ())
+            for use in [*flow.used.get(level, ()), *moved]:
                 target = storage(self._used(use))
-                borrowed = flow.held or flow.view_of is not None
-                if borrowed and storage(self._made(index)) == target:
-                    self._keep_made(index, kept)
-                else:
-                    kept.add((index, target))
+                if gathered_again and gathers(source, target):
+                    continue
+                if target != source or not (flow.held or use in moved):
+                    kept.add(target)
+            for layout in kept:
+                size = self._share(flow) * calls * self.problem.costs.local_bytes(flow.meta, layout)
+                self._hold(("saved", flow.block, flow.tensor), size)
 
-    def _keep_made(self, index: int, kept: set[tuple[int, Placements]]) -> None:
-        flow = self.problem.flows[index]
-        layout = self._made(index)
-        while flow.view_of is not None:
-            layout = self.options[flow.producer[0]].inputs[0]
-            index = flow.view_of
-            flow = self.problem.flows[index]
-        if not flow.held:
-            kept.add((index, storage(layout)))
-
-    def _peaks(self) -> None:
-        """The one operator, and the one recomputed part, that hold most while they run."""
-        working = [
+    def _working(self) -> None:
+        """The one operator, or the one block's backward, that holds most while it runs."""
+        most = max(
             (option.transient, decision.block, decision.name)
             for decision, option in zip(self.problem.decisions, self.options)
-        ]
-        size, block, name = max(working)
-        self._add(self.result.memory, ("working", block, name), size)
-        again: dict[str, float] = defaultdict(float)
-        for index, layout in self.again:
-            flow = self.problem.flows[index]
-            again[flow.block] += self.problem.costs.local_bytes(flow.meta, layout)
-        if again:
-            block, size = max(again.items(), key=lambda item: item[1])
-            self._add(self.result.memory, ("recomputed", block, ""), size)
+        )
+        blocks: dict[str, float] = defaultdict(float)
+        for flow in self.problem.flows:
+            level = self.problem.levels[flow.block][0]
+            if self.problem.calls[flow.block] > 1 and not flow.held and (level in flow.made or flow.used.get(level)):
+                blocks[flow.block] += self.problem.costs.local_bytes(flow.meta, self._made(flow))
+        size, block, name = max([most, *((size, block, "backward") for block, size in blocks.items())])
+        self._hold(("working", block, name), size)

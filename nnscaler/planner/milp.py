@@ -30,9 +30,12 @@ class MixedIntegerProgram:
         return len(self.cost) - 1
 
     def row(self, terms: list[tuple[int, float]], lower: float = -INFINITY, upper: float = INFINITY) -> None:
-        """Adds lower <= sum of value * variable over `terms` <= upper."""
-        self.columns.extend(column for column, _ in terms)
-        self.values.extend(value for _, value in terms)
+        """Adds lower <= sum of value * variable over `terms` <= upper. A variable may stand in several terms."""
+        together: dict[int, float] = {}
+        for column, value in terms:
+            together[column] = together.get(column, 0.0) + value
+        self.columns.extend(together)
+        self.values.extend(together.values())
         self.starts.append(len(self.columns))
         self.lower.append(lower)
         self.upper.append(upper)

@@ -1,61 +1,47 @@
 """The planning problem of a graph on a mesh: decisions, and the tensors that flow between them.
 
-A `Decision` is one choice among options: how a node is split, how a parameter is stored, how a block's input or output
-lies. A `Flow` is a tensor on its way from the decision that makes it to those that use it; where the layouts differ it
-is resharded, once for each layout that is needed. Decisions inside a block are shared by all its calls.
+A `Decision` is one choice among options: how a unit is laid out, how a parameter is stored, how a block's input or
+output lies. A `Flow` is a tensor on its way from the decision that makes it to those that use it; where the layouts
+differ it is resharded, once for each layout that is needed. Decisions inside a block are shared by all its calls, of
+which each recompute level has a number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import product
 
-from nnscaler.annotation import Bound
-from nnscaler.graph import Block, Call, Graph, Node, TensorMeta
+from nnscaler.graph import Block, Call, Graph, TensorMeta
 from nnscaler.mesh import Mesh
-from nnscaler.operators import bind, operator_of
-from nnscaler.placement import REPLICATE, SHARED, Placement, Placements, Shard
-from nnscaler.planner.costs import NO_TIME, CostModel, Seconds
-from nnscaler.reshard import without_gradient
+from nnscaler.placement import REPLICATE, SHARED, Placements
+from nnscaler.planner.costs import CostModel, Seconds
+from nnscaler.planner.levels import LEVELS, Keeping, keeping, part_again
+from nnscaler.planner.options import Option, is_alias, layouts_of, unit_options
+from nnscaler.planner.units import Unit, divide
 
-Use = tuple[int, int]  # (decision, index of its input)
-
-
-@dataclass(frozen=True)
-class Option:
-    """One way to decide: layouts of inputs and outputs, and what it costs a micro-batch, once."""
-
-    label: str
-    inputs: tuple[Placements, ...]
-    outputs: tuple[Placements, ...]
-    seconds: Seconds = NO_TIME
-    memory: float = 0.0  # bytes held all the time
-    transient: float = 0.0  # bytes held while it runs
+Use = tuple[int, int]  # (decision, index of its input or output)
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A choice among `options`, made once for all `count` places it stands for."""
+    """A choice among `options`, made once for all `count` places it stands for. `again`: levels that run it again."""
 
-    kind: str  # node, parameter, input, output
+    kind: str  # unit, parameter, input, output
     block: str
     name: str
     options: tuple[Option, ...]
     count: int = 1
-    recomputed: bool = False
+    again: frozenset[str] = frozenset()
 
 
 @dataclass
 class Flow:
-    """A tensor from `producer` (decision, output index) to its `consumers`, `count` times in a micro-batch.
+    """A tensor from `producer` to its `consumers`, `count` times in a micro-batch.
 
-    saved       the layout in which it is produced is kept for backward
-    saved_by    consumers that keep the layout they use for backward
-    again_by    consumers that keep it too, but only while their part is recomputed
-    recomputed  some consumer's part is recomputed: resharding there happens twice
-    view_of     index of the flow that this one is a view of, whose storage it shares
-    held        a parameter: kept anyway in the layout in which it is stored
+    made, used, moved  level -> what it keeps of the tensor for backward: the layout in which it is made; the layouts in
+                       which the listed consumers use it; those layouts where the tensor was resharded for them
+    held               a parameter: kept anyway in the layout in which it is stored
+    again              levels at which resharding is done again in backward
     """
 
     tensor: str
@@ -64,31 +50,50 @@ class Flow:
     producer: Use
     consumers: list[Use] = field(default_factory=list)
     count: int = 1
-    saved: bool = False
-    saved_by: list[Use] = field(default_factory=list)
-    again_by: list[Use] = field(default_factory=list)
-    recomputed: bool = False
-    view_of: int | None = None
+    made: set[str] = field(default_factory=set)
+    used: dict[str, list[Use]] = field(default_factory=dict)
+    moved: dict[str, list[Use]] = field(default_factory=dict)
     held: bool = False
+    again: frozenset[str] = frozenset()
 
 
 @dataclass
 class Problem:
-    """Everything the mixed-integer program is made from."""
+    """Everything the mixed-integer program is made from.
+
+    calls         block -> how often it runs in a micro-batch
+    levels        block -> recompute levels that its calls may have
+    parameter_of  (block, tensor) -> decision
+    """
 
     costs: CostModel
     decisions: list[Decision] = field(default_factory=list)
     flows: list[Flow] = field(default_factory=list)
-    parameter_of: dict[tuple[str, str], int] = field(default_factory=dict)  # (block, tensor) -> decision
+    calls: dict[str, int] = field(default_factory=dict)
+    levels: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    parameter_of: dict[tuple[str, str], int] = field(default_factory=dict)
 
 
-def build_problem(graph: Graph, costs: CostModel, recomputed: dict[str, set[str]], micro_batches: int) -> Problem:
-    """States the problem of a graph.
+@dataclass(frozen=True)
+class Recomputing:
+    """What the user wants recomputed: nothing said (`free`), or names of nodes by block, and nothing else."""
 
-    recomputed     block name -> names of its nodes that are recomputed in backward
-    micro_batches  micro-batches an optimizer step, over which the optimizer's time is spread
-    """
-    builder = _Builder(graph, Problem(costs), recomputed)
+    free: bool = True
+    nodes: Mapping[str, frozenset[str]] = field(default_factory=dict)
+
+    def levels(self, block: Block, fused: bool) -> tuple[str, ...]:
+        """The levels that calls of a block may have; `part` keeps all but what the named nodes compute."""
+        if self.free:
+            return tuple(level for level in LEVELS if not (fused and level == "cheap"))  # which `none` is there
+        named = self.nodes.get(block.name, frozenset())
+        if not named:
+            return ("none",)
+        return ("all",) if len(named) == len(block.nodes) else ("part",)
+
+
+def build_problem(graph: Graph, costs: CostModel, recomputing: Recomputing, micro_batches: int) -> Problem:
+    """States the problem of a graph. `micro_batches`: how many a step has; the optimizer's time is spread over them."""
+    builder = _Builder(graph, Problem(costs), recomputing)
     builder.decide_parameters(micro_batches)
     for block in [*graph.blocks.values(), graph.root]:
         _Body(builder, block).build()
@@ -101,7 +106,7 @@ class _Builder:
 
     graph: Graph
     problem: Problem
-    recomputed: dict[str, set[str]]
+    recomputing: Recomputing
     interface: dict[tuple[str, str, int], int] = field(default_factory=dict)  # (block, side, index) -> decision
 
     @property
@@ -132,12 +137,14 @@ class _Builder:
     def _stored(self, meta: TensorMeta) -> list[Placements]:
         if not meta.requires_grad:
             return [(REPLICATE,) * len(self.mesh.sizes)]
-        return layouts(meta.shape, self.mesh, SHARED)
+        return layouts_of(meta.shape, self.mesh, SHARED)
 
     def _parameter_option(self, meta: TensorMeta, layout: Placements, micro_batches: int) -> Option:
         costs = self.problem.costs
-        seconds = costs.optimizer(meta, layout, micro_batches) if meta.requires_grad else 0.0
-        return Option("", (), (layout,), Seconds(0.0, seconds), costs.parameter_memory(meta, layout))
+        seconds = Seconds()
+        if meta.requires_grad:
+            seconds = Seconds(costs.update(meta, layout, micro_batches), costs.gradient_exchange(meta, layout))
+        return Option((), (layout,), seconds, costs.parameter_memory(meta, layout))
 
 
 class _Body:
@@ -145,35 +152,50 @@ class _Body:
 
     def __init__(self, builder: _Builder, block: Block) -> None:
         self.builder, self.block = builder, block
+        self.problem = builder.problem
         self.is_root = block is builder.graph.root
         self.count = builder.graph.count(block)
-        self.again = builder.recomputed.get(block.name, set())
+        self.units = divide(block)
+        self.levels = ("none",) if self.is_root else builder.recomputing.levels(block, builder.problem.costs.fused)
+        self.kept_at = {level: self._keeping(level) for level in self.levels}
+        self.problem.calls[block.name], self.problem.levels[block.name] = self.count, self.levels
         self.flows: dict[str, Flow] = {}
+
+    def _keeping(self, level: str) -> Keeping:
+        fused = self.problem.costs.fused
+        if level != "part":
+            return keeping(level, self.units, self.block, fused)
+        named = self.builder.recomputing.nodes[self.block.name]
+        parts = [index for index, unit in enumerate(self.units) if any(node.name in named for node in unit.nodes)]
+        return part_again(parts, self.units, self.block, fused)
 
     def build(self) -> None:
         for index, tensor in enumerate(self.block.inputs):
             self._open(tensor, (self._boundary("input", index, tensor), 0)).count = self._distinct_arguments(index)
         for tensor in self.block.parameters:
-            self._open(tensor, (self.builder.problem.parameter_of[self.block.name, tensor], 0)).held = True
-        for node in self.block.nodes:
-            if isinstance(node, Call):
-                self._call(node)
+            self._open(tensor, (self.problem.parameter_of[self.block.name, tensor], 0)).held = True
+        for index, unit in enumerate(self.units):
+            if unit.kind == "call":
+                self._call(unit)
             else:
-                self._node(node)
+                self._unit(index, unit)
         for index, tensor in enumerate(self.block.outputs):
             self.flows[tensor].consumers.append((self._boundary("output", index, tensor), 0))
         self._close()
 
     def _open(self, tensor: str, producer: Use) -> Flow:
-        self.flows[tensor] = Flow(tensor, self.block.name, self.block.tensors[tensor], producer, count=self.count)
-        return self.flows[tensor]
+        flow = Flow(tensor, self.block.name, self.block.tensors[tensor], producer, count=self.count)
+        flow.made = {level for level, kept in self.kept_at.items() if tensor in kept.made}
+        flow.again = frozenset(level for level, kept in self.kept_at.items() if kept.reshard)
+        self.flows[tensor] = flow
+        return flow
 
     def _boundary(self, side: str, index: int, tensor: str) -> int:
         """The decision how the block's callers and its body agree to lay one of its inputs or outputs."""
         mesh = self.builder.mesh
         shape = self.block.tensors[tensor].shape
-        choices = [(REPLICATE,) * len(mesh.sizes)] if self.is_root else layouts(shape, mesh, REPLICATE)
-        options = tuple(Option("", (layout,), (layout,)) for layout in choices)
+        choices = [(REPLICATE,) * len(mesh.sizes)] if self.is_root else layouts_of(shape, mesh, REPLICATE)
+        options = tuple(Option((layout,), (layout,)) for layout in choices)
         decision = self.builder.decide(Decision(side, self.block.name, tensor, options))
         self.builder.interface[self.block.name, side, index] = decision
         return decision
@@ -182,100 +204,37 @@ class _Body:
         """How many different tensors the calls of this block pass as one of its inputs."""
         return 1 if self.is_root else len({call.inputs[index] for call in self.builder.graph.calls(self.block.name)})
 
-    def _call(self, node: Call) -> None:
-        for index, tensor in enumerate(node.inputs):
-            self.flows[tensor].consumers.append((self.builder.interface[node.block, "input", index], 0))
-        for index, tensor in enumerate(node.outputs):
-            self._open(tensor, (self.builder.interface[node.block, "output", index], 0))
+    def _call(self, unit: Unit) -> None:
+        call = unit.main
+        assert isinstance(call, Call)
+        for index, tensor in enumerate(call.inputs):
+            self.flows[tensor].consumers.append((self.builder.interface[call.block, "input", index], 0))
+        for index, tensor in enumerate(call.outputs):
+            self._open(tensor, (self.builder.interface[call.block, "output", index], 0))
 
-    def _node(self, node: Node) -> None:
-        operator = operator_of(node)
-        options = node_options(node, self.block, bind(node, self.block), self.builder.problem.costs)
-        recomputed = node.name in self.again
-        decision = Decision("node", self.block.name, node.name, tuple(options), self.count, recomputed)
-        index_of_decision = self.builder.decide(decision)
-        inputs, outputs = ([self.block.tensors[name] for name in names] for names in (node.inputs, node.outputs))
-        kept = operator.saves(node, inputs, outputs) if any(meta.requires_grad for meta in outputs) else []
-        for index, tensor in enumerate(node.inputs):
-            flow, use = self.flows[tensor], (index_of_decision, index)
+    def _unit(self, index: int, unit: Unit) -> None:
+        options = tuple(unit_options(unit, self.block, self.problem.costs))
+        again = frozenset(level for level, kept in self.kept_at.items() if index in kept.again)
+        count = 0 if is_alias(unit) else self.count
+        decision = self.builder.decide(Decision("unit", self.block.name, unit.name, options, count, again))
+        for position, tensor in enumerate(unit.inputs):
+            flow, use = self.flows[tensor], (decision, position)
             flow.consumers.append(use)
-            flow.recomputed |= recomputed
-            if tensor in kept:
-                (flow.again_by if recomputed else flow.saved_by).append(use)
-            if recomputed and not self._inside(flow):
-                flow.saved = True  # what a recomputed part starts from
-        for index, tensor in enumerate(node.outputs):
-            flow = self._open(tensor, (index_of_decision, index))
-            flow.saved = tensor in kept and not recomputed
-            if operator.alias and node.inputs:
-                flow.view_of = id(self.flows[node.inputs[0]])  # an index once all flows are known
-
-    def _inside(self, flow: Flow) -> bool:
-        """Whether a flow is produced by a recomputed part."""
-        return self.builder.problem.decisions[flow.producer[0]].recomputed
+            for level, kept in self.kept_at.items():
+                if (index, tensor) in kept.used:
+                    flow.used.setdefault(level, []).append(use)
+                if (index, tensor) in kept.moved:
+                    flow.moved.setdefault(level, []).append(use)
+        for position, tensor in enumerate(unit.outputs):
+            self._open(tensor, (decision, position))
 
     def _close(self) -> None:
         """Adds the flows; equal ones (the chain through repeated blocks) become one with a count."""
         merged: dict[object, Flow] = {}
-        index_of: dict[int, int] = {}
         for flow in self.flows.values():
             flow.consumers = list(dict.fromkeys(flow.consumers))
-            if not flow.consumers:
-                continue
-            same = merged.setdefault((flow.producer, tuple(flow.consumers)), flow)
-            if same is not flow:
-                same.count += flow.count
-            else:
-                index_of[id(flow)] = len(self.builder.problem.flows) + len(index_of)
-        for flow in merged.values():
-            flow.view_of = None if flow.view_of is None else index_of[flow.view_of]
-        self.builder.problem.flows.extend(merged.values())
-
-
-def layouts(shape: Sequence[int], mesh: Mesh, whole: Placement) -> list[Placements]:
-    """All ways to lay a tensor on the mesh: on each axis `whole` or sharded along a dimension that divides."""
-    per_axis = [[whole, *(Shard(dim) for dim in range(len(shape)))] for _ in mesh.axes]
-    return [layout for layout in product(*per_axis) if _divides(shape, layout, mesh)]
-
-
-def _divides(shape: Sequence[int], layout: Placements, mesh: Mesh) -> bool:
-    left = list(shape)
-    for placement, size in zip(layout, mesh.sizes, strict=True):
-        if isinstance(placement, Shard):
-            if left[placement.dim] % size:
-                return False
-            left[placement.dim] //= size
-    return True
-
-
-def node_options(node: Node, block: Block, bound: Bound, costs: CostModel) -> list[Option]:
-    """Every way to split a node over the axes, with its cost; ways that come to the same layouts appear once."""
-    mesh = costs.mesh
-    inputs = [block.tensors[name] for name in node.inputs]
-    outputs = [block.tensors[name] for name in node.outputs]
-    found: dict[object, Option] = {}
-    names = [way.name for way in bound.splits(1)]
-    for chosen in product(names, repeat=len(mesh.sizes)):
-        sizes = dict(bound.sizes)
-        for name, devices in zip(chosen, mesh.sizes):
-            if name is not None:
-                sizes[name] = sizes[name] // devices if sizes[name] % devices == 0 else 0
-        if not all(sizes[name] for name in chosen if name is not None):
-            continue
-        ways = [bound.split(name) for name in chosen]
-        ins = [_layout(meta, [way.inputs[i] for way in ways if way]) for i, meta in enumerate(inputs)]
-        outs = [_layout(meta, [way.outputs[i] for way in ways if way]) for i, meta in enumerate(outputs)]
-        key = (tuple(ins), tuple(outs))
-        if key in found or not all(_divides(meta.shape, lay, mesh) for meta, lay in zip(inputs + outputs, ins + outs)):
-            continue
-        local = [costs.local_bytes(meta, lay) for meta, lay in zip(inputs + outputs, ins + outs)]
-        seconds = costs.operator(node, block, sizes, local)
-        label = ",".join(name or "-" for name in chosen)
-        transient = 0.0 if operator_of(node).alias else 2.0 * sum(local)
-        found[key] = Option(label, key[0], key[1], seconds, 0.0, transient)
-    return list(found.values())
-
-
-def _layout(meta: TensorMeta, placements: list[Placement]) -> Placements:
-    layout = tuple(placements)
-    return layout if meta.requires_grad else without_gradient(layout)
+            if flow.consumers:
+                same = merged.setdefault((flow.producer, tuple(flow.consumers)), flow)
+                if same is not flow:
+                    same.count += flow.count
+        self.problem.flows.extend(merged.values())

@@ -1,33 +1,41 @@
 """The planning problem as a mixed-integer program.
 
-Sets      d decision, o its option; f flow, p a layout its producer can give, c a consumer, s a layout c can need.
-Data      n_d, n_f      how often a decision or flow occurs in a micro-batch
-          t_do          seconds of an option: forward, once more where it is recomputed, and backward
-          r_fps         seconds of resharding flow f from p to s, likewise
-          m_do, w_do    bytes that an option holds all the time, and while it runs
-          b_fs          bytes of flow f in layout s
-          M             bytes of device memory
-Variables x_do in {0, 1}   option o is chosen for d
-          e_fcps >= 0      f is made in p and used by c in s
-          y_fps  >= 0      f is resharded from p to s (for whichever consumers: once)
-          k_fs   >= 0      f is kept for backward in layout s
-          a_fs   >= 0      f is kept in s while its part is recomputed
-          h_fp   >= 0      f, a view, is kept in the layout in which it is made: what it views is kept
-          W, A   >= 0      most bytes that one operator, and one recomputed part, hold while they run
+Sets      d decision, o its option; b block, l recompute level; f flow, p a layout its producer can give, c a consumer,
+          s a layout c can need
+Data      n_d, n_f, N_b  how often a decision, a flow, a block occurs in a micro-batch
+          t_do, t'_do    seconds of an option: forward, backward
+          r_fps, r'_fps  seconds of resharding flow f from p to s: forward, backward
+          q_do, u_do     seconds of a parameter's gradient exchange, which runs beside backward, and of its update
+          m_do, w_do     bytes that an option holds all the time, and while it runs
+          i_do           bytes of inner tensors that an unfused cluster keeps
+          b_fs           bytes of flow f in layout s;  M bytes of device memory
+          level l keeps f as made, as used by c, or as moved to c (see `levels`), and runs d, and resharding, again
+Variables x_do in {0,1}  option o is chosen for d
+          n_bl integer   calls of block b at level l
+          z_dol >= 0     calls at level l in which d has option o
+          e_fcps >= 0    f is made in p and used by c in s
+          y_fps >= 0     f is resharded from p to s (for whichever consumers: once)
+          Y_fpsl >= 0    calls at level l in which that is done again in backward
+          k_fsl >= 0     calls at level l that keep f in layout s
+          g_fps in {0,1} backward gathers f again, from p to s, rather than keep it
+          E >= 0         seconds of gradient exchange that backward does not hide
+          W >= 0         most bytes that one operator, or one block's backward, holds while it runs
 
-minimise      sum_d n_d t_do x_do + sum_f n_f r_fps y_fps                                             (time)
-subject to    sum_o x_do = 1                                                                          (choice)
-              sum_s e_fcps = sum of x over the producer's options that make f in p                    (making)
-              sum_p e_fcps = sum of x over c's options that use f in s                                (using)
-              y_fps >= e_fcps                                              for p != s                 (resharding)
-              k_fs >= sum_p e_fcps                                         for c that saves f         (keeping)
-              k_fp >= sum of x over the producer's options that make f in p    if f itself is saved
-              for a view f of g, made in p from g's layout q(p): the two right-hand sides bound h_fp for
-              e_fcpp, k_fs for e_fcps with p != s, and k_gq(p) >= h_fp
-              a_fs likewise from the consumers that save f while their part is recomputed
-              W >= sum_o w_do x_do                                                                    (working)
-              A >= sum_f b_fs a_fs                                         for each block
-              sum_d n_d m_do x_do + sum_f n_f b_fs k_fs + W + A <= M                                  (memory)
+minimise      sum_d n_d (t_do + t'_do) x_do + sum_f n_f (r_fps + r'_fps) y_fps + sum_d n_d u_do x_do + E          (time)
+              + sum over what is run again of t_do z_dol, r_fps n_f / N_b Y_fpsl and n_f r_fps g_fps
+subject to    sum_o x_do = 1                                                                                    (choice)
+              sum_l n_bl = N_b;  sum_o z_dol = n_bl;  sum_l z_dol = N_b x_do                                    (levels)
+              sum_s e_fcps = sum of x over the producer's options that make f in p                              (making)
+              sum_p e_fcps = sum of x over c's options that use f in s                                           (using)
+              y_fps >= e_fcps                                                   for p != s                  (resharding)
+              Y_fpsl >= n_bl - N_b (1 - y_fps)                                                                  (again)
+              k_fsl >= sum of z_l over the producer's options that make f in s     if l keeps f as made       (keeping)
+              k_fsl >= sum of z_l over c's options that use f in s, less N_b sum_p g_fps   if l keeps f as used by c,
+                       and less that over the producer's options that make f in s          if as moved to c
+              g_fps <= sum of x over the producer's options that make f in p, if all-gathers make s of it  (gathering)
+              E >= sum_d n_d q_do x_do - sum_d n_d t'_do x_do                                                  (hiding)
+              W >= sum_o w_do x_do;  W >= sum_f b_fs of what level `cheap` keeps of one call of b             (working)
+              sum_d n_d m_do x_do + sum_f b_fs n_f / N_b k_fsl + sum_d i_do z_do,none + W <= M                 (memory)
 """
 
 from __future__ import annotations
@@ -37,20 +45,23 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from nnscaler.placement import Placements
-from nnscaler.planner.costs import Seconds
-from nnscaler.planner.milp import MixedIntegerProgram
+from nnscaler.placement import Placements, Replicate, Shard
+from nnscaler.planner.costs import NO_TIME, Seconds
+from nnscaler.planner.milp import INFINITY, MixedIntegerProgram
 from nnscaler.planner.problem import Decision, Flow, Problem, Use
 from nnscaler.reshard import reshard_steps, without_gradient
 
 Terms = list[tuple[int, float]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Solution:
-    """Index of the chosen option of each decision."""
+    """Index of the chosen option of each decision, how many calls of each block have which level, and indices of the
+    flows that backward gathers again where all-gathers made them."""
 
     chosen: list[int]
+    levels: dict[str, dict[str, int]]
+    gathered_again: frozenset[int] = frozenset()
 
 
 def solve(problem: Problem, memory: float, gap: float = 1e-4) -> Solution | None:
@@ -58,9 +69,7 @@ def solve(problem: Problem, memory: float, gap: float = 1e-4) -> Solution | None
     program = Program(problem)
     program.build(memory)
     values = program.milp.solve(gap)
-    if values is None:
-        return None
-    return program.solution(values)
+    return None if values is None else program.solution(values)
 
 
 def least_memory(problem: Problem) -> Solution:
@@ -72,18 +81,10 @@ def least_memory(problem: Problem) -> Solution:
     return program.solution(values)
 
 
-def decision_seconds(decision: Decision, seconds: Seconds) -> float:
-    """t_do: seconds of an option in one place."""
-    return seconds.forward * (2 if decision.recomputed else 1) + seconds.backward
-
-
-def flow_seconds(problem: Problem, flow: Flow, source: Placements, target: Placements) -> float | None:
-    """r_fps: seconds of one resharding; None where it is impossible."""
+def resharding(problem: Problem, flow: Flow, source: Placements, target: Placements) -> Seconds | None:
+    """Seconds of bringing a flow from one layout to another; None where that is impossible."""
     steps = reshard_steps(source, target)
-    if steps is None:
-        return None
-    seconds = problem.costs.steps(flow.meta, source, steps)
-    return seconds.forward * (2 if flow.recomputed else 1) + seconds.backward
+    return None if steps is None else problem.costs.steps(flow.meta, source, steps)
 
 
 def storage(layout: Placements) -> Placements:
@@ -91,41 +92,105 @@ def storage(layout: Placements) -> Placements:
     return without_gradient(layout)
 
 
+def gathers(source: Placements, target: Placements) -> bool:
+    """Whether `target` is what all-gathers make of `source`: it can be made again from what is held."""
+    pairs = [(p, s) for p, s in zip(storage(source), storage(target)) if p != s]
+    return bool(pairs) and all(isinstance(p, Shard) and isinstance(s, Replicate) for p, s in pairs)
+
+
 @dataclass
 class Program:
-    """Builds the program of a problem; `x[d][o]` are the variables of the choices."""
+    """Builds the program of a problem; `x[d][o]` are the variables of the choices, `n[b][l]` those of the levels."""
 
     problem: Problem
     milp: MixedIntegerProgram = field(default_factory=MixedIntegerProgram)
     x: list[list[int]] = field(default_factory=list)
-    kept: dict[tuple[int, Placements], int] = field(default_factory=dict)
-    again: dict[tuple[int, Placements], int] = field(default_factory=dict)
+    n: dict[str, dict[str, int]] = field(default_factory=dict)
+    z: dict[tuple[int, str], list[int]] = field(default_factory=dict)
+    kept: dict[tuple[int, Placements, str], int] = field(default_factory=dict)
+    gathered: dict[tuple[int, Placements, Placements], int] = field(default_factory=dict)
     memory_terms: Terms = field(default_factory=list)
-    again_terms: dict[str, Terms] = field(default_factory=lambda: defaultdict(list))
     second: float = 1.0  # what counts as one in the objective, and in the memory row: HiGHS's tolerances are absolute
     byte: float = 1.0
 
     def build(self, memory: float | None) -> None:
         """States the program for a limit of memory; without one, memory is what is minimised."""
         decisions = self.problem.decisions
-        fastest = sum(min(d.count * decision_seconds(d, option.seconds) for option in d.options) for d in decisions)
+        fastest = sum(d.count * min(o.seconds.forward + o.seconds.backward for o in d.options) for d in decisions)
         largest = sum(max(d.count * (option.memory + option.transient) for option in d.options) for d in decisions)
         self.second = fastest / 1000 or 1.0
-        self.byte = (largest if memory is None else memory) / 1000 or 1.0
-        for decision in self.problem.decisions:
-            self._choice(decision)
-        for index in reversed(range(len(self.problem.flows))):  # a view before what it views
+        self.byte = (largest if memory is None else min(memory, 100 * largest)) / 1000 or 1.0
+        for block, levels in self.problem.levels.items():
+            if len(levels) > 1:
+                self._levels(block)
+        for index in range(len(decisions)):
+            self._choice(index)
+        for index in range(len(self.problem.flows)):
             self._flow(index)
+        self._hide()
         self._memory(memory)
 
-    def _choice(self, decision: Decision) -> None:
-        """time, choice"""
+    def solution(self, values: np.ndarray) -> Solution:
+        """What the variables' values mean."""
+        chosen = [max(range(len(xs)), key=lambda option: values[xs[option]]) for xs in self.x]
+        levels = {block: {levels[0]: self.problem.calls[block]} for block, levels in self.problem.levels.items()}
+        for block, counts in self.n.items():
+            levels[block] = {level: round(values[n]) for level, n in counts.items() if round(values[n])}
+        again = frozenset(index for (index, _, _), g in self.gathered.items() if values[g] > 0.5)
+        return Solution(chosen, levels, again)
+
+    def _time(self, seconds: float) -> float:
+        return seconds / self.second
+
+    def _levels(self, block: str) -> None:
+        """levels, of a block"""
+        calls = float(self.problem.calls[block])
+        self.n[block] = {level: self.milp.variable(bound=calls, integer=True) for level in self.problem.levels[block]}
+        self.milp.row([(n, 1.0) for n in self.n[block].values()], calls, calls)
+
+    def _choice(self, index: int) -> None:
+        """time, choice, and levels of a decision"""
+        decision = self.problem.decisions[index]
         xs = [
-            self.milp.variable(decision.count * decision_seconds(decision, option.seconds) / self.second, integer=True)
+            self.milp.variable(self._time(decision.count * self._seconds(decision, option.seconds)), integer=True)
             for option in decision.options
         ]
         self.milp.row([(x, 1.0) for x in xs], 1.0, 1.0)
         self.x.append(xs)
+        if decision.block in self.n and decision.kind != "parameter":
+            self._choice_by_level(index, decision, xs)
+        elif decision.again:
+            for x, option in zip(xs, decision.options):
+                self.milp.cost[x] += self._time(decision.count * option.seconds.forward)
+
+    @staticmethod
+    def _seconds(decision: Decision, seconds: Seconds) -> float:
+        # A parameter's exchange is hidden behind backward as far as it goes: `_hide` counts the rest.
+        return seconds.forward + (0.0 if decision.kind == "parameter" else seconds.backward)
+
+    def _choice_by_level(self, index: int, decision: Decision, xs: list[int]) -> None:
+        calls = float(self.problem.calls[decision.block])
+        for level, n in self.n[decision.block].items():
+            again = level in decision.again
+            self.z[index, level] = [
+                self.milp.variable(self._time(option.seconds.forward) if again else 0.0, bound=calls)
+                for option in decision.options
+            ]
+            self.milp.row([*((z, 1.0) for z in self.z[index, level]), (n, -1.0)], 0.0, 0.0)
+        for option, x in enumerate(xs):
+            by_level = [(self.z[index, level][option], 1.0) for level in self.n[decision.block]]
+            self.milp.row([*by_level, (x, -calls)], 0.0, 0.0)
+
+    def _calls(self, block: str, use: Use, level: str, layouts: set[Placements], side: str) -> Terms:
+        """Calls of `block` at `level` in which a decision makes or uses a tensor in one of the (storage) layouts."""
+        index, position = use
+        decision = self.problem.decisions[index]
+        matching = [
+            o for o, option in enumerate(decision.options) if storage(getattr(option, side)[position]) in layouts
+        ]
+        if decision.block == block and (index, level) in self.z:
+            return [(self.z[index, level][option], 1.0) for option in matching]
+        return [(self.x[index][option], float(self.problem.calls[block])) for option in matching]
 
     def _layouts(self, use: Use, side: str) -> dict[Placements, Terms]:
         """Layout -> the options of a decision that make (side `outputs`) or use (`inputs`) a tensor in it."""
@@ -136,27 +201,33 @@ class Program:
         return found
 
     def _flow(self, index: int) -> None:
-        """making, using, resharding, keeping"""
+        """making, using, resharding, again, keeping"""
         flow = self.problem.flows[index]
         made = self._layouts(flow.producer, "outputs")
         resharded: dict[tuple[Placements, Placements], int] = {}
         for consumer in flow.consumers:
-            used = self._layouts(consumer, "inputs")
-            pairs = self._pairs(flow, made, used)
-            for (source, target), e in pairs.items():
+            for (source, target), e in self._pairs(flow, made, self._layouts(consumer, "inputs")).items():
                 if source == target:
                     continue
                 if (source, target) not in resharded:
-                    seconds = flow_seconds(self.problem, flow, source, target) or 0.0
-                    resharded[source, target] = self.milp.variable(flow.count * seconds / self.second)
+                    resharded[source, target] = self._reshard(flow, source, target)
                 self.milp.row([(resharded[source, target], 1.0), (e, -1.0)], 0.0)
-            if consumer in flow.saved_by:
-                self._keep(index, pairs, self.kept)
-            if consumer in flow.again_by:
-                self._keep(index, pairs, self.again)
-        if flow.saved:
-            for layout, xs in made.items():
-                self._keep_made(index, layout, xs, self.kept)
+        again = self._gather_again(index, made, resharded)
+        for level in self.problem.levels[flow.block]:
+            self._keep(index, level, set(map(storage, made)), again)
+
+    def _reshard(self, flow: Flow, source: Placements, target: Placements) -> int:
+        """The variable y_fps."""
+        seconds = resharding(self.problem, flow, source, target) or NO_TIME
+        y = self.milp.variable(self._time(flow.count * (seconds.forward + seconds.backward)))
+        calls = float(self.problem.calls[flow.block])
+        for level in flow.again:
+            if flow.block not in self.n:
+                self.milp.cost[y] += self._time(flow.count * seconds.forward)
+            elif seconds.forward:
+                repeated = self.milp.variable(self._time(flow.count / calls * seconds.forward), bound=calls)
+                self.milp.row([(repeated, 1.0), (self.n[flow.block][level], -1.0), (y, -calls)], -calls)
+        return y
 
     def _pairs(
         self, flow: Flow, made: dict[Placements, Terms], used: dict[Placements, Terms]
@@ -165,7 +236,7 @@ class Program:
             (source, target): self.milp.variable()
             for source in made
             for target in used
-            if source == target or flow_seconds(self.problem, flow, source, target) is not None
+            if source == target or resharding(self.problem, flow, source, target) is not None
         }
         for source, xs in made.items():
             self.milp.row([(e, 1.0) for (p, _), e in pairs.items() if p == source] + _minus(xs), 0.0, 0.0)
@@ -173,76 +244,107 @@ class Program:
             self.milp.row([(e, 1.0) for (_, s), e in pairs.items() if s == target] + _minus(xs), 0.0, 0.0)
         return pairs
 
-    def _keep(
-        self, index: int, pairs: dict[tuple[Placements, Placements], int], kept: dict[tuple[int, Placements], int]
-    ) -> None:
-        """keeping, for one consumer that saves the flow in the layout it uses"""
+    def _keep(self, index: int, level: str, made: set[Placements], again: dict[Placements, Terms]) -> None:
+        """keeping, for one flow and level"""
         flow = self.problem.flows[index]
-        resharded: dict[Placements, Terms] = defaultdict(list)
-        for (source, target), e in pairs.items():
-            if storage(source) == storage(target) and (flow.held or flow.view_of is not None):
-                self._keep_made(index, source, [(e, 1.0)], kept)
-            else:
-                resharded[storage(target)].append((e, 1.0))
-        for layout, terms in resharded.items():
-            self.milp.row([(self._kept(index, layout, kept), 1.0), *_minus(terms)], 0.0)
+        if level in flow.made and not flow.held:
+            for layout in made:
+                self._keep_row(index, layout, level, self._calls(flow.block, flow.producer, level, {layout}, "outputs"))
+        for use in [*flow.used.get(level, ()), *flow.moved.get(level, ())]:
+            options = self.problem.decisions[use[0]].options
+            for layout in dict.fromkeys(storage(option.inputs[use[1]]) for option in options):
+                calls = self._calls(flow.block, use, level, {layout}, "inputs")
+                if flow.held or use in flow.moved.get(level, ()):
+                    calls = calls + _minus(self._calls(flow.block, flow.producer, level, {layout}, "outputs"))
+                self._keep_row(index, layout, level, calls + again.get(layout, []))
 
-    def _keep_made(self, index: int, layout: Placements, terms: Terms, kept: dict[tuple[int, Placements], int]) -> None:
-        """keeping the layout in which a flow is made: of a view, what it views; of a parameter, nothing more"""
+    def _gather_again(
+        self, index: int, made: dict[Placements, Terms], resharded: dict[tuple[Placements, Placements], int]
+    ) -> dict[Placements, Terms]:
+        """gathering: target -> minus N_b sum_p g_fps"""
         flow = self.problem.flows[index]
-        while flow.view_of is not None:
-            layout, index = self._viewed(flow, layout), flow.view_of
-            flow = self.problem.flows[index]
-        if not flow.held:
-            self.milp.row([(self._kept(index, storage(layout), kept), 1.0), *_minus(terms)], 0.0)
+        terms: dict[Placements, Terms] = {}
+        if not (flow.used or flow.moved):
+            return terms
+        for source, target in resharded:
+            if gathers(source, target):
+                seconds = resharding(self.problem, flow, source, target) or NO_TIME
+                g = self.milp.variable(self._time(flow.count * seconds.forward), integer=True)
+                self.milp.row([(g, 1.0), *_minus(made[source])], upper=0.0)
+                terms.setdefault(storage(target), []).append((g, -float(self.problem.calls[flow.block])))
+                self.gathered[index, source, target] = g
+        return terms
 
-    def _viewed(self, flow: Flow, layout: Placements) -> Placements:
-        """q(p): the layout of what is viewed when the view lies in `layout`."""
-        decision, output = flow.producer
-        for option in self.problem.decisions[decision].options:
-            if option.outputs[output] == layout:
-                return option.inputs[0]
-        raise AssertionError("a layout that no option makes")
+    def _keep_row(self, index: int, layout: Placements, level: str, calls: Terms) -> None:
+        self.milp.row([(self._kept(index, layout, level), 1.0), *_minus(calls)], 0.0)
 
-    def _kept(self, index: int, layout: Placements, kept: dict[tuple[int, Placements], int]) -> int:
-        """The variable k_fs or a_fs."""
-        if (index, layout) not in kept:
+    def _kept(self, index: int, layout: Placements, level: str) -> int:
+        """The variable k_fsl."""
+        if (index, layout, level) not in self.kept:
             flow = self.problem.flows[index]
-            variable = self.milp.variable()
+            variable = self.milp.variable(bound=float(self.problem.calls[flow.block]))
             size = self.problem.costs.local_bytes(flow.meta, layout) / self.byte
-            if kept is self.kept:
-                self.memory_terms.append((variable, flow.count * size))
-            else:
-                self.again_terms[flow.block].append((variable, size))
-            kept[index, layout] = variable
-        return kept[index, layout]
+            self.memory_terms.append((variable, flow.count / self.problem.calls[flow.block] * size))
+            self.kept[index, layout, level] = variable
+        return self.kept[index, layout, level]
 
-    def solution(self, values: np.ndarray) -> Solution:
-        return Solution([max(range(len(xs)), key=lambda option: values[xs[option]]) for xs in self.x])
+    def _hide(self) -> None:
+        """hiding"""
+        exposed = self.milp.variable(1.0, bound=INFINITY)
+        terms: Terms = [(exposed, 1.0)]
+        for decision, xs in zip(self.problem.decisions, self.x):
+            sign = -1.0 if decision.kind == "parameter" else 1.0
+            for x, option in zip(xs, decision.options):
+                if option.seconds.backward:
+                    terms.append((x, sign * self._time(decision.count * option.seconds.backward)))
+        self.milp.row(terms, 0.0)
 
     def _memory(self, memory: float | None) -> None:
         """working, memory"""
-        working, again = self.milp.variable(bound=1e9), self.milp.variable(bound=1e9)
-        for decision, xs in zip(self.problem.decisions, self.x):
+        working = self.milp.variable(bound=INFINITY)
+        for index, (decision, xs) in enumerate(zip(self.problem.decisions, self.x)):
             transient = [
                 (x, -option.transient / self.byte) for x, option in zip(xs, decision.options) if option.transient
             ]
             if transient:
                 self.milp.row([(working, 1.0), *transient], 0.0)
-            self.memory_terms += [
-                (x, decision.count * option.memory / self.byte)
-                for x, option in zip(xs, decision.options)
-                if option.memory
-            ]
-        for terms in self.again_terms.values():
-            self.milp.row([(again, 1.0), *_minus(terms)], 0.0)
-        total = [*self.memory_terms, (working, 1.0), (again, 1.0)]
+            for option, x in zip(decision.options, xs):
+                if option.memory:
+                    self.memory_terms.append((x, decision.count * option.memory / self.byte))
+            self._inside(index, decision)
+        for terms in self._backward_of_blocks().values():
+            self.milp.row([(working, 1.0), *_minus(terms)], 0.0)
+        total = [*self.memory_terms, (working, 1.0)]
         if memory is not None:
             self.milp.row(total, upper=memory / self.byte)
             return
         self.milp.cost = [0.0] * len(self.milp.cost)
         for variable, size in total:
             self.milp.cost[variable] += size
+
+    def _inside(self, index: int, decision: Decision) -> None:
+        """Inner tensors of unfused clusters, at level `none` (and outside of what level `part` computes again)."""
+        for option, (settings, x) in enumerate(zip(decision.options, self.x[index])):
+            if not settings.inside:
+                continue
+            if (index, "none") in self.z:
+                self.memory_terms.append((self.z[index, "none"][option], settings.inside / self.byte))
+            elif not decision.again:
+                self.memory_terms.append((x, decision.count * settings.inside / self.byte))
+
+    def _backward_of_blocks(self) -> dict[str, Terms]:
+        """Block -> bytes of what one call of it keeps at its first level, which its backward holds at some moment."""
+        by_block: dict[str, Terms] = defaultdict(list)
+        for flow in self.problem.flows:
+            level = self.problem.levels[flow.block][0]
+            if self.problem.calls[flow.block] < 2 or flow.held or not (level in flow.made or flow.used.get(level)):
+                continue
+            by_block[flow.block] += [
+                (x, self.problem.costs.local_bytes(flow.meta, layout) / self.byte)
+                for layout, xs in self._layouts(flow.producer, "outputs").items()
+                for x, _ in xs
+            ]
+        return by_block
 
 
 def _minus(terms: Terms) -> Terms:

@@ -10,11 +10,11 @@ from nnscaler.errors import UserError
 from nnscaler.graph import Call, Graph
 from nnscaler.hardware import Hardware
 from nnscaler.mesh import Mesh
-from nnscaler.plan import GIB, NodePlan, Plan
+from nnscaler.plan import GIB, Plan
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.evaluate import Evaluation, evaluate
-from nnscaler.planner.problem import Problem, build_problem
-from nnscaler.planner.program import least_memory, solve
+from nnscaler.planner.problem import Problem, Recomputing, build_problem
+from nnscaler.planner.program import Solution, least_memory, solve
 
 logger = logging.getLogger(__name__)
 
@@ -25,38 +25,42 @@ def find_plan(
     hardware: Hardware,
     *,
     memory: float | None = None,
-    recompute_modules: Sequence[str] = (),
+    recompute_modules: Sequence[str] | None = None,
     micro_batches: int = 1,
+    fused: bool = False,
 ) -> Plan:
     """The plan of least predicted step time.
 
     memory             bytes a device that the plan may use; 90 % of the hardware's by default
-    recompute_modules  class names: what modules of these classes compute is computed again in backward
+    recompute_modules  class names: what modules of these classes compute, and nothing else, is computed again in
+                       backward; None: the planner chooses
     micro_batches      gradient accumulation steps of an optimizer step
+    fused              whether blocks will be compiled, so that cheap operators run as one kernel
 
     Raises UserError where nothing fits, with what takes most memory, and for unknown class names.
     """
     memory = 0.9 * hardware.memory if memory is None else memory
-    recomputed = nodes_to_recompute(graph, recompute_modules)
-    costs = CostModel(hardware, mesh)
+    recomputing = Recomputing()
+    if recompute_modules is not None:
+        recomputing = Recomputing(False, nodes_to_recompute(graph, recompute_modules))
     started = time.perf_counter()
-    problem = build_problem(graph, costs, recomputed, micro_batches)
+    problem = build_problem(graph, CostModel(hardware, mesh, fused), recomputing, micro_batches)
     solution = solve(problem, memory)
     if solution is None:
         raise UserError(_does_not_fit(problem, memory))
-    evaluation = evaluate(problem, solution.chosen)
+    evaluation = evaluate(problem, solution)
     assert evaluation is not None
     logger.info(
-        "planned %s on %s in %.1f s: %.3f s a step, %.1f GiB of %.1f GiB a device",
+        "planned %s on %s in %.1f s: %.3g s a step, %.3g GiB of %.3g GiB a device",
         mesh, hardware.name, time.perf_counter() - started,
         evaluation.total_seconds * micro_batches, evaluation.total_memory / GIB, memory / GIB,
     )  # fmt: skip
-    return to_plan(graph, problem, solution.chosen, evaluation, hardware, recomputed, micro_batches)
+    return _to_plan(graph, problem, solution, evaluation, recomputing, micro_batches)
 
 
-def nodes_to_recompute(graph: Graph, modules: Sequence[str]) -> dict[str, set[str]]:
+def nodes_to_recompute(graph: Graph, modules: Sequence[str]) -> dict[str, frozenset[str]]:
     """Block -> names of its nodes that were called inside a module of one of the classes."""
-    found: dict[str, set[str]] = {}
+    found: dict[str, frozenset[str]] = {}
     known = {kind for block in graph.all_blocks() for node in block.nodes for kind in node.module_types}
     for module in modules:
         if module not in known:
@@ -65,19 +69,18 @@ def nodes_to_recompute(graph: Graph, modules: Sequence[str]) -> dict[str, set[st
             )
     for block in graph.all_blocks():
         inside = [node for node in block.nodes if set(modules).intersection(node.module_types)]
-        calls = [node for node in inside if isinstance(node, Call) and block is graph.root]
-        outside = [node for node in calls if graph.blocks[node.block].module_type not in modules]
-        if outside or (block is graph.root and calls and len(inside) > len(calls)):
-            kinds = sorted({graph.blocks[node.block].module_type for node in calls})
+        calls = [node for node in inside if isinstance(node, Call)]
+        kinds = sorted({graph.blocks[call.block].module_type for call in calls})
+        if (calls and len(calls) < len(inside)) or set(kinds) - set(modules):
             raise UserError(f"recompute_modules names a module that contains {', '.join(kinds)}; name those instead")
-        names = {node.name for node in inside if not isinstance(node, Call)}
+        names = frozenset(node.name for node in inside if not isinstance(node, Call))
         if names:
             found[block.name] = names
     return found
 
 
 def _does_not_fit(problem: Problem, memory: float) -> str:
-    evaluation = evaluate(problem, least_memory(problem).chosen)
+    evaluation = evaluate(problem, least_memory(problem))
     assert evaluation is not None
     items = ", ".join(f"{_describe(key)} {_gigabytes(size)}" for key, size in evaluation.largest(4))
     return (
@@ -95,32 +98,38 @@ def _describe(key: tuple[str, str, str]) -> str:
     role = {
         "parameter": "parameter with its gradient and optimizer state",
         "saved": "activation",
+        "inside": "activations inside",
         "working": "working memory of",
-        "recomputed": "recomputation of",
     }[category]
     return f"{role} {block}{f'.{name}' if name else ''}"
 
 
-def to_plan(
+def _to_plan(
     graph: Graph,
     problem: Problem,
-    chosen: list[int],
+    solution: Solution,
     evaluation: Evaluation,
-    hardware: Hardware,
-    recomputed: dict[str, set[str]],
+    recomputing: Recomputing,
     micro_batches: int,
 ) -> Plan:
-    """The chosen options by the names of the graph."""
-    plan = Plan(graph, problem.costs.mesh, hardware.name, {}, {}, {}, {}, recomputed, micro_batches)
-    plan.seconds, plan.memory = evaluation.seconds, evaluation.memory
-    for decision, index in zip(problem.decisions, chosen):
+    """A solution by the names of the graph."""
+    plan = Plan(graph, problem.costs.mesh, problem.costs.hardware.name, micro_batches=micro_batches)
+    plan.seconds, plan.memory, plan.levels = evaluation.seconds, evaluation.memory, solution.levels
+    for decision, index in zip(problem.decisions, solution.chosen):
         option = decision.options[index]
-        if decision.kind == "node":
-            plan.nodes[decision.block, decision.name] = NodePlan(option.label, option.inputs, option.outputs)
+        if decision.kind == "unit":
+            plan.nodes.update({(decision.block, name): way for name, way in option.ways})
         elif decision.kind != "parameter":
             side = plan.inputs if decision.kind == "input" else plan.outputs
             side.setdefault(decision.block, []).append(option.outputs[0])
+        names = {name for name, _ in option.ways}
+        if "part" in problem.levels[decision.block] and names & recomputing.nodes[decision.block]:
+            plan.recomputed.setdefault(decision.block, set()).update(names)
     for block, tensor, path in graph.parameter_uses():
-        index = problem.parameter_of[block.name, tensor]
-        plan.parameters[path] = problem.decisions[index].options[chosen[index]].outputs[0]
+        decision_index = problem.parameter_of[block.name, tensor]
+        option = problem.decisions[decision_index].options[solution.chosen[decision_index]]
+        plan.parameters[path] = option.outputs[0]
+    for index in solution.gathered_again:
+        flow = problem.flows[index]
+        plan.gathered_again.add((flow.block, flow.tensor))
     return plan

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 from torch import Tensor
 
 from nnscaler.operators import registered
-from nnscaler.runtime.recompute import recompute
+from nnscaler.runtime.regions import recompute, region
 
-__all__ = ["operators", "recompute", "scope"]
+__all__ = ["operators", "recompute", "region", "scope"]
 
 
 def operators(*names: str) -> SimpleNamespace:

@@ -26,7 +26,7 @@ def flags(*shape: int) -> Tensor:
 
 UNARY = tuple(
     "neg floor ceil round sign silu gelu sin cos abs square softplus mish hardswish leaky_relu erf exp sigmoid tanh "
-    "relu elu clone contiguous zeros_like ones_like alias detach isnan isinf".split()  # noqa: SIM905
+    "relu elu clone contiguous zeros_like ones_like alias detach isnan isinf".split()
 )
 UNARY_POSITIVE = ["log", "log1p", "rsqrt", "sqrt", "reciprocal"]
 BINARY = ["add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor", "rsub.Tensor", "maximum.default", "minimum.default"]

@@ -1,0 +1,87 @@
+"""The order in which a block's units run: regions of pure computation, and between them what must not be compiled.
+
+A region is a set of units without a collective or a registered operator between any two of them, so that it can be one
+compiled function. Units are put into as few regions as the plan's resharding allows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nnscaler.graph import Block
+from nnscaler.placement import Placements
+from nnscaler.plan import Plan
+from nnscaler.planner.units import Unit, divide
+
+
+@dataclass
+class Region:
+    """Units that run as one function; `again`: backward computes them again at level `part`."""
+
+    units: list[Unit]
+    again: bool = False
+
+
+@dataclass
+class Step:
+    """A number of regions that do not depend on each other, then registered operators and calls in order."""
+
+    regions: list[Region] = field(default_factory=list)
+    others: list[Unit] = field(default_factory=list)
+
+
+def schedule(plan: Plan, block: Block) -> list[Step]:
+    """The steps of a block."""
+    units = divide(block)
+    made_by = {name: index for index, unit in enumerate(units) for name in unit.outputs}
+    again = plan.recomputed.get(block.name, set())
+    place: list[int] = []  # step of each unit
+    for unit in units:
+        earliest = 0
+        for name in unit.inputs:
+            if name not in made_by:
+                continue
+            producer = made_by[name]
+            is_pure, was_pure = pure(unit), pure(units[producer])
+            apart = not was_pure or uses(plan, block, unit, name) != makes(plan, block, units[producer], name)
+            apart |= (unit.name in again) != (units[producer].name in again)
+            earliest = max(earliest, place[producer] + (is_pure and apart))
+        place.append(earliest)
+    steps = [Step() for _ in range(max(place, default=-1) + 1)]
+    for unit, at in zip(units, place):
+        step = steps[at]
+        if not pure(unit):
+            step.others.append(unit)
+            continue
+        is_again = unit.name in again
+        same = [region for region in step.regions if region.again == is_again]
+        if same:
+            same[0].units.append(unit)
+        else:
+            step.regions.append(Region([unit], is_again))
+    return steps
+
+
+def pure(unit: Unit) -> bool:
+    """Whether a unit can be part of a region."""
+    return unit.kind in ("product", "cheap")
+
+
+def uses(plan: Plan, block: Block, unit: Unit, tensor: str) -> Placements:
+    """The layout in which a unit uses a tensor."""
+    for node in unit.nodes:
+        if tensor in node.inputs:
+            if unit.kind == "call":
+                return plan.inputs[node.block][node.inputs.index(tensor)]  # type: ignore[attr-defined]
+            return plan.nodes[block.name, node.name].inputs[node.inputs.index(tensor)]
+    raise AssertionError(f"{unit.name} does not use {tensor}")
+
+
+def makes(plan: Plan, block: Block, unit: Unit, tensor: str) -> Placements:
+    """The layout in which a unit makes a tensor."""
+    for node in unit.nodes:
+        if tensor in node.outputs:
+            if unit.kind == "call":
+                return plan.outputs[node.block][node.outputs.index(tensor)]  # type: ignore[attr-defined]
+            return plan.nodes[block.name, node.name].outputs[node.outputs.index(tensor)]
+    raise AssertionError(f"{unit.name} does not make {tensor}")

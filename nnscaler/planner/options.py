@@ -1,0 +1,141 @@
+"""Every way to lay a unit on the mesh, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from nnscaler.annotation import Bound, Split
+from nnscaler.graph import Block, Node, TensorMeta
+from nnscaler.mesh import Mesh
+from nnscaler.operators import bind, operator_of
+from nnscaler.placement import Placement, Placements, Shard
+from nnscaler.plan import NodePlan
+from nnscaler.planner.costs import NO_TIME, CostModel, Seconds
+from nnscaler.planner.units import Unit
+from nnscaler.reshard import without_gradient
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to decide: layouts of inputs and outputs, and what it costs in one place and micro-batch.
+
+    inside     bytes that backward keeps of a cluster's inner tensors where it is not fused
+    transient  bytes held while it runs
+    memory     bytes held all the time
+    ways       node name -> how it runs
+    """
+
+    inputs: tuple[Placements, ...]
+    outputs: tuple[Placements, ...]
+    seconds: Seconds = NO_TIME
+    memory: float = 0.0
+    transient: float = 0.0
+    inside: float = 0.0
+    ways: tuple[tuple[str, NodePlan], ...] = ()
+
+
+Assignment = tuple[Split, ...]  # for one mesh axis: how each node of the unit is split
+
+
+def unit_options(unit: Unit, block: Block, costs: CostModel) -> list[Option]:
+    """All options of a unit; those that come to the same layouts of inputs and outputs appear once."""
+    bounds = [bind(node, block) for node in unit.nodes]
+    on_one_axis = list(_assignments(unit, block, bounds))
+    found: dict[object, Option] = {}
+    for chosen in product(on_one_axis, repeat=len(costs.mesh.sizes)):
+        option = _option(unit, block, bounds, chosen, costs)
+        if option is not None:
+            found.setdefault((option.inputs, option.outputs), option)
+    return list(found.values())
+
+
+def _assignments(unit: Unit, block: Block, bounds: Sequence[Bound]) -> Iterator[Assignment]:
+    """Splits of all nodes on one axis under which no tensor inside the unit needs resharding."""
+
+    def extend(index: int, layouts: dict[str, Placement], chosen: Assignment) -> Iterator[Assignment]:
+        if index == len(unit.nodes):
+            yield chosen
+            return
+        node = unit.nodes[index]
+        for way in bounds[index].splits(1):
+            known = dict(layouts)
+            if all(
+                known.setdefault(name, _seen(place, block.tensors[name])) == _seen(place, block.tensors[name])
+                for name, place in zip(node.inputs, way.inputs)
+            ):
+                known.update(zip(node.outputs, way.outputs))
+                yield from extend(index + 1, known, (*chosen, way))
+
+    yield from extend(0, {}, ())
+
+
+def _seen(place: Placement, meta: TensorMeta) -> Placement:
+    return place if meta.requires_grad else without_gradient((place,))[0]
+
+
+def _option(
+    unit: Unit, block: Block, bounds: Sequence[Bound], chosen: tuple[Assignment, ...], costs: CostModel
+) -> Option | None:
+    """The option of one assignment an axis; None where a size does not divide."""
+    layouts: dict[str, Placements] = {}
+    ways: list[tuple[str, NodePlan]] = []
+    locals_: list[tuple[Node, dict[str, int], list[int]]] = []
+    for index, (node, bound) in enumerate(zip(unit.nodes, bounds)):
+        splits = [assignment[index] for assignment in chosen]
+        sizes = local_sizes(bound, splits, costs.mesh)
+        if sizes is None:
+            return None
+        for side, names in (("inputs", node.inputs), ("outputs", node.outputs)):
+            for i, name in enumerate(names):
+                meta = block.tensors[name]
+                layouts[name] = tuple(_seen(getattr(split, side)[i], meta) for split in splits)
+                if not divides(meta.shape, layouts[name], costs.mesh):
+                    return None
+        inputs, outputs = ([layouts[name] for name in names] for names in (node.inputs, node.outputs))
+        ways.append((node.name, NodePlan(",".join(s.name or "-" for s in splits), tuple(inputs), tuple(outputs))))
+        names = [*node.inputs, *node.outputs]
+        locals_.append((node, sizes, [costs.local_bytes(block.tensors[name], layouts[name]) for name in names]))
+    seconds, transient, inside = costs.unit(unit, block, layouts, locals_)
+    return Option(
+        tuple(layouts[name] for name in unit.inputs),
+        tuple(layouts[name] for name in unit.outputs),
+        seconds,
+        transient=transient,
+        inside=inside,
+        ways=tuple(ways),
+    )
+
+
+def local_sizes(bound: Bound, splits: Sequence[Split], mesh: Mesh) -> dict[str, int] | None:
+    """Size of each annotated name on one device; None where one does not divide."""
+    sizes = dict(bound.sizes)
+    for split, devices in zip(splits, mesh.sizes, strict=True):
+        if split.name is not None:
+            if sizes[split.name] % devices:
+                return None
+            sizes[split.name] //= devices
+    return sizes
+
+
+def layouts_of(shape: Sequence[int], mesh: Mesh, whole: Placement) -> list[Placements]:
+    """All ways to lay a tensor on the mesh: on each axis `whole` or sharded along a dimension that divides."""
+    per_axis = [[whole, *(Shard(dim) for dim in range(len(shape)))] for _ in mesh.axes]
+    return [layout for layout in product(*per_axis) if divides(shape, layout, mesh)]
+
+
+def divides(shape: Sequence[int], layout: Placements, mesh: Mesh) -> bool:
+    """Whether every sharded dimension is a multiple of the devices that it is sharded over."""
+    left = list(shape)
+    for placement, size in zip(layout, mesh.sizes, strict=True):
+        if isinstance(placement, Shard):
+            if left[placement.dim] % size:
+                return False
+            left[placement.dim] //= size
+    return True
+
+
+def is_alias(unit: Unit) -> bool:
+    """Whether a unit computes nothing: all its results are views."""
+    return unit.kind == "cheap" and all(operator_of(node).alias for node in unit.nodes)

@@ -1,0 +1,158 @@
+"""Dividing a block into the units that the planner decides about.
+
+A unit is one product (an operator with arithmetic to speak of), one registered operator, or a cluster of cheap
+operators that run as one fused kernel and therefore in one layout. Views belong to the unit whose result they look at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from nnscaler.graph import Block, Call, Node
+from nnscaler.operators import operator_of
+from nnscaler.operators.registry import no_flops
+
+
+@dataclass
+class Unit:
+    """Nodes that are decided about together, in order of execution.
+
+    kind     product, registered, cheap, or call
+    inputs   tensors from outside, in order of first use; `outputs` those that others use
+    depth    products and registered operators on the longest way here from the block's inputs
+    """
+
+    kind: str
+    nodes: list[Node]
+    depth: int = 0
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The name of the last result: what the unit is there for."""
+        return self.nodes[-1].name
+
+    @property
+    def main(self) -> Node:
+        """The node that costs: of a product or registered operator, that one."""
+        return self.nodes[0]
+
+
+def node_kind(node: Node) -> str:
+    if isinstance(node, Call):
+        return "call"
+    operator = operator_of(node)
+    if operator.function is not None:
+        return "registered"
+    return "cheap" if operator.flops is no_flops else "product"
+
+
+def divide(block: Block) -> list[Unit]:
+    """The units of a block, in an order in which they can run."""
+    made_by = {name: node for node in block.nodes for name in node.outputs}
+    depths = _depths(block, made_by)
+    cluster = _clusters(block, made_by, depths)
+    units = []
+    for nodes in cluster:
+        unit = Unit(node_kind(nodes[0]), nodes, max(depths[node.name] for node in nodes))
+        inside = {name for node in nodes for name in node.outputs}
+        unit.inputs = list(dict.fromkeys(name for node in nodes for name in node.inputs if name not in inside))
+        outside = {name for node in block.nodes if node not in nodes for name in node.inputs}.union(block.outputs)
+        unit.outputs = [name for node in nodes for name in node.outputs if name in outside]
+        units.append(unit)
+    return _in_order(units)
+
+
+def saved_by(node: Node, block: Block) -> list[str]:
+    """Names of the tensors that a node's backward reads."""
+    inputs, outputs = ([block.tensors[name] for name in names] for names in (node.inputs, node.outputs))
+    if isinstance(node, Call) or not any(meta.requires_grad for meta in outputs):
+        return []
+    return operator_of(node).saves(node, inputs, outputs)
+
+
+def needed_by(unit: Unit, block: Block) -> list[str]:
+    """The unit's inputs and outputs that its backward reads, or from which it computes inner tensors of a cluster."""
+    made_by = {name: node for node in unit.nodes for name in node.outputs}
+    needed: dict[str, None] = {}
+
+    def want(name: str) -> None:
+        if name not in made_by or name in unit.outputs:
+            needed[name] = None
+        elif unit.kind == "cheap":
+            for source in made_by[name].inputs:
+                want(source)
+        else:
+            needed.update(dict.fromkeys(unit.outputs))  # the outputs are views of what is saved
+
+    for node in unit.nodes:
+        for name in saved_by(node, block):
+            want(name)
+    return list(needed)
+
+
+def _depths(block: Block, made_by: dict[str, Node]) -> dict[str, int]:
+    """Node name -> units that are not cheap on the longest way from the inputs, itself included."""
+    depths: dict[str, int] = {}
+    for node in block.nodes:
+        before = max((depths[made_by[name].name] for name in node.inputs if name in made_by), default=0)
+        depths[node.name] = before + (node_kind(node) != "cheap")
+    return depths
+
+
+def _clusters(block: Block, made_by: dict[str, Node], depths: dict[str, int]) -> list[list[Node]]:
+    """Nodes put together: cheap neighbours of equal depth, and views with what they look at.
+
+    Equal depth keeps a product from lying between two parts of a cluster.
+    """
+    leader = {node.name: node.name for node in block.nodes}
+
+    def find(name: str) -> str:
+        while leader[name] != name:
+            name = leader[name]
+        return name
+
+    def neighbours() -> Iterator[tuple[Node, Node]]:
+        for node in block.nodes:
+            for name in node.inputs:
+                if name in made_by:
+                    yield made_by[name], node
+
+    for producer, node in neighbours():
+        if node_kind(producer) == node_kind(node) == "cheap" and depths[producer.name] == depths[node.name]:
+            leader[find(node.name)] = find(producer.name)
+    groups: dict[str, list[Node]] = {}
+    for node in block.nodes:
+        groups.setdefault(find(node.name), []).append(node)
+    for key, nodes in list(groups.items()):
+        producers = {find(made_by[name].name) for node in nodes for name in node.inputs if name in made_by} - {key}
+        if len(producers) == 1 and all(_is_view(node) for node in nodes):
+            (host,) = producers
+            if node_kind(groups[host][0]) in ("product", "registered"):
+                groups[host].extend(groups.pop(key))
+                leader[key] = host
+    return list(groups.values())
+
+
+def _is_view(node: Node) -> bool:
+    return node_kind(node) == "cheap" and operator_of(node).alias
+
+
+def _in_order(units: list[Unit]) -> list[Unit]:
+    """Sorted so that each comes after those whose results it uses; otherwise as the nodes stand in the block."""
+    made_by = {name: unit for unit in units for name in unit.outputs}
+    done: list[Unit] = []
+
+    def visit(unit: Unit) -> None:
+        if unit in done:
+            return
+        for name in unit.inputs:
+            if name in made_by:
+                visit(made_by[name])
+        done.append(unit)
+
+    for unit in units:
+        visit(unit)
+    return done

@@ -1,0 +1,73 @@
+"""benchmark_comm, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from nnscaler.hardware.communication import COLLECTIVES, CommunicationTimes, Group
+from nnscaler.profiler.benchmark_comm import find_world, groups
+
+MODULE = "nnscaler.profiler.benchmark_comm"
+
+
+def command(*arguments: str, cache: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if "RANK" not in name and "WORLD" not in name}
+    environment |= {"NNSCALER_CACHE": cache, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_two_processes_measure_and_keep_the_times(tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    done = command(*torchrun, "-m", MODULE, "--backend=gloo", cache=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "communication").iterdir()
+    assert path.name == "cpu.json"
+    times = CommunicationTimes.from_json(json.loads(path.read_text()))
+    assert set(times.curves) == {(name, Group(2, 2)) for name in COLLECTIVES}
+    assert all(curve[0][0] == 1024 for curve in times.curves.values())
+    assert "gloo" in times.source
+    assert all(name in done.stdout for name in COLLECTIVES)
+    assert "GB/s" in done.stdout
+    assert str(path) in done.stderr
+
+
+def test_one_process_is_told_the_command(tmp_path):
+    done = command("-m", MODULE, cache=str(tmp_path))
+    assert done.returncode == 2
+    assert "torchrun --nnodes=" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_groups_of_a_node():
+    assert groups(4, 4) == {Group(2, 2): [[0, 1], [2, 3]], Group(4, 4): [[0, 1, 2, 3]]}
+    assert set(groups(6, 6)) == {Group(2, 2), Group(6, 6)}
+
+
+def test_groups_over_nodes():
+    kinds = groups(8, 4)
+    assert kinds[Group(2, 1)] == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert kinds[Group(4, 2)] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert kinds[Group(8, 4)] == [list(range(8))]
+    assert set(groups(3, 1)) == {Group(3, 1)}
+
+
+@pytest.mark.parametrize(("world", "per_node"), [(2, 1), (6, 3), (12, 4), (16, 8), (32, 2)])
+def test_every_rank_is_in_one_group_of_each_kind(world, per_node):
+    for group, ranks in groups(world, per_node).items():
+        assert sorted(rank for members in ranks for rank in members) == list(range(world))
+        for members in ranks:
+            on_nodes = [rank // per_node for rank in members]
+            assert {on_nodes.count(node) for node in on_nodes} == {group.per_node}
+            assert len(members) == group.size
+
+
+def test_the_world_is_what_torchrun_says(monkeypatch):
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    world = find_world("gloo")
+    assert (world.rank, world.size, world.nodes, world.device_name) == (5, 8, 2, "cpu")
