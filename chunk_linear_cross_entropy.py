@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nnscaler import register_op
+from nnscaler.kernels import softmax_loss
 
 
 def _flops(sizes: dict[str, int], node: object) -> float:
@@ -52,23 +53,22 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, padding_idx: int, chunk_size: int) -> Tensor:
         ctx.padding_idx, ctx.chunk_size = padding_idx, chunk_size
-        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        losses, *gradients = _run(hidden, weight, labels, padding_idx, chunk_size, None, wanted)
-        ctx.save_for_backward(hidden, weight, labels, *gradients)
+        ctx.wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        losses, *ctx.gradients = _run(hidden, weight, labels, padding_idx, chunk_size, None, ctx.wanted)
+        ctx.save_for_backward(hidden, weight, labels)
         return losses
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        hidden, weight, labels, hidden_gradient, weight_gradient = ctx.saved_tensors
-        if all(stride == 0 for stride, size in zip(gradient.stride(), gradient.shape) if size > 1) and len(gradient):
-            # One number for all tokens, as a sum's backward gives: known without looking at its values.
-            scale = gradient[0]
-            parts = [
-                part * scale.to(part.dtype) if part is not None else None for part in (hidden_gradient, weight_gradient)
-            ]
+        hidden, weight, labels = ctx.saved_tensors
+        gradients, ctx.gradients = ctx.gradients, None
+        # One number for all tokens, as a sum's backward gives, has stride 0: known without looking at its values.
+        uniform = len(gradient) > 0 and (len(gradient) == 1 or gradient.stride() == (0,))
+        if uniform and gradients is not None:
+            # In place, for they are as large as the inputs; a second backward through the same graph computes anew.
+            parts = [part.mul_(gradient[0].to(part.dtype)) if part is not None else None for part in gradients]
         else:
-            wanted = hidden_gradient is not None, weight_gradient is not None
-            _, *parts = _run(hidden, weight, labels, ctx.padding_idx, ctx.chunk_size, gradient, wanted)
+            _, *parts = _run(hidden, weight, labels, ctx.padding_idx, ctx.chunk_size, gradient, ctx.wanted)
         return (*parts, None, None, None)
 
 
@@ -82,28 +82,22 @@ def _run(
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Losses [t], and the gradients of hidden and weight where wanted, for the losses' `gradient` (None: all ones)."""
-    exact = torch.promote_types(hidden.dtype, torch.float32)
     losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     hidden_gradient = torch.empty_like(hidden) if wanted[0] else None
-    weight_gradient = torch.zeros_like(weight) if wanted[1] else None
+    weight_gradient = torch.empty_like(weight) if wanted[1] else None
     for start in range(0, len(hidden), chunk_size):
         chunk = slice(start, start + chunk_size)
-        counted = labels[chunk] != padding_idx
-        target = torch.where(counted, labels[chunk], 0).unsqueeze(1)
-        logits = (hidden[chunk] @ weight.t()).to(exact)
-        largest = logits.amax(dim=1, keepdim=True)
-        at_target = logits.gather(1, target) - largest
-        total = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
-        losses[chunk] = torch.where(counted, (total.log() - at_target).squeeze(1), 0.0)
-        if not any(wanted):
-            continue
-        # d loss / d logits = softmax - one at the label, times the loss's gradient; in the logits' own memory.
-        factor = counted.to(exact) if gradient is None else torch.where(counted, gradient[chunk].to(exact), 0.0)
-        factor = factor.unsqueeze(1)
-        logits.mul_(factor / total).scatter_add_(1, target, -factor)
-        logits_gradient = logits.to(hidden.dtype)
+        logits = hidden[chunk] @ weight.t()
+        incoming = None if gradient is None else gradient[chunk]
+        losses[chunk], logits_gradient = softmax_loss(logits, labels[chunk], padding_idx, incoming, any(wanted))
+        del logits  # its memory is the gradient's on a GPU
         if hidden_gradient is not None:
             torch.mm(logits_gradient, weight, out=hidden_gradient[chunk])
-        if weight_gradient is not None:
+        if weight_gradient is not None and start == 0:
+            torch.mm(logits_gradient.t(), hidden[chunk], out=weight_gradient)
+        elif weight_gradient is not None:
             weight_gradient.addmm_(logits_gradient.t(), hidden[chunk])
+        del logits_gradient  # before the next chunk's logits exist
+    if weight_gradient is not None and not len(hidden):
+        weight_gradient.zero_()
     return losses, hidden_gradient, weight_gradient

@@ -33,7 +33,14 @@ from nnscaler.compiler import ComputeConfig
 from nnscaler.data.training import PackedDataset
 from nnscaler.hardware import hardware_names
 from nnscaler.models import load_config
-from nnscaler.models.causal_lm import WEIGHT_PREFIX, CausalLM, count_parameters, flops_per_sequence, prepare_config
+from nnscaler.models.causal_lm import (
+    IMPLEMENTATIONS,
+    WEIGHT_PREFIX,
+    CausalLM,
+    count_parameters,
+    flops_per_sequence,
+    prepare_config,
+)
 from nnscaler.models.files import AssetWriter, find_weights
 from nnscaler.runtime.optimizer import OptimizerConfig
 from nnscaler.trace import STRATEGIES
@@ -67,8 +74,8 @@ def parse() -> argparse.Namespace:
         "classes compute, and nothing else, is computed again in backward (default: the planner chooses)")  # fmt: skip
     add("--explore_pipeline", action="store_true", help="search pipeline stages too")
     add("--pipeline_pivots", default="", help="comma-separated class names at which stages may begin")
-    add("--attn_implementation", choices=("auto", "sdpa", "eager"), default="auto", help="auto: one attention "
-        "operator, with the fastest kernel that is installed; others: as transformers writes them")  # fmt: skip
+    add("--attn_implementation", choices=IMPLEMENTATIONS, default="auto", help="attention kernel on a GPU; auto: the "
+        "fastest of those that are installed; eager: as the model writes it, scores and all")  # fmt: skip
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--max_train_steps", type=int, help="optimizer steps in all (default: one pass over the dataset)")

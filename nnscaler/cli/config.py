@@ -93,19 +93,19 @@ class CheckpointConfig:
     """Where checkpoints go, and how often.
 
     directory  holds a folder a run, which holds a folder a checkpoint
-    interval   optimizer steps between checkpoints; 0: only the last
+    interval   optimizer steps between checkpoints; 0: only the last; None: not even that
     keep       complete checkpoints that are kept; older ones are removed; 0: all
     resume     what to continue from: a checkpoint, a folder of them, a merged file; None: start anew
     """
 
     directory: Path = Path("checkpoints")
-    interval: int = 100
+    interval: int | None = 100
     keep: int = 3
     resume: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("interval", "keep"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise UserError(f"checkpoint {name} is {getattr(self, name)}; it must be 0 or more")
 
 

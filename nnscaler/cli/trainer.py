@@ -207,7 +207,7 @@ class _Run:
                     total.zero_()
                     since, reported = time.perf_counter(), self.step
                 interval = args.checkpoint.interval
-                if self.step == self.steps or (interval and self.step % interval == 0):
+                if interval is not None and (self.step == self.steps or (interval and self.step % interval == 0)):
                     self.save()
         if self.rank == 0:
             logger.info("trained to step %d; checkpoints in %s", self.step, self.folder)

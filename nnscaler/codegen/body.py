@@ -9,7 +9,7 @@ from itertools import groupby
 from nnscaler.codegen.schedule import Region, Step, schedule, uses
 from nnscaler.codegen.spelling import spell
 from nnscaler.graph import Block, Node, Ref, TensorMeta, format_argument, map_refs, short_dtype
-from nnscaler.operators import operator_of
+from nnscaler.operators import Operator, operator_of
 from nnscaler.placement import Placement, Placements, Shard, format_placements, local_shape
 from nnscaler.plan import Plan
 from nnscaler.planner.options import is_alias
@@ -180,7 +180,7 @@ class Body:
             args, kwargs = operator.localize(node, *shapes)
         args, kwargs = map_refs((args, kwargs), lambda ref: Ref(self._in_layout(ref.name, next(layouts), before)))
         if operator.function is not None:
-            expression = self._registered(operator.name, plan.split, args, kwargs)
+            expression = self._registered(operator, plan.split, args, kwargs)
         else:
             expression = spell(node.op, args, kwargs)
         for name, layout in zip(node.outputs, plan.outputs):
@@ -190,9 +190,13 @@ class Body:
         statement = f"{target} = {expression}"
         return ["with torch.no_grad():", INDENT + statement] if needs_no_grad else [statement]
 
-    def _registered(self, name: str, split: str, args: Sequence[object], kwargs: dict[str, object]) -> str:
+    def _registered(self, operator: Operator, split: str, args: Sequence[object], kwargs: dict[str, object]) -> str:
         arguments = [format_argument(arg) for arg in args]
         arguments += [f"{key}={format_argument(arg)}" for key, arg in kwargs.items()]
+        name = operator.name
+        for axis, dimension in enumerate(split.split(",")):
+            if dimension in operator.along and self.plan.mesh.sizes[axis] > 1:
+                name, arguments = f"{name}_along_{dimension}", [f"axes[{axis}]", *arguments]
         return f"ops.{name}({', '.join(arguments)})"
 
     def _local(self, tensor: str, layout: Placements) -> tuple[int, ...]:

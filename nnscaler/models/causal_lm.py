@@ -12,23 +12,30 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 from transformers.masking_utils import AttentionMaskInterface
 
 from nnscaler.errors import UserError
+from nnscaler.kernels import KERNELS
 from nnscaler.operators.attention import attention
 from nnscaler.trace import build_on_meta
 
 IGNORED = -100  # label of a token that counts for nothing
-ATTENTION = "nnscaler"  # our name in transformers' table of attention functions
+ATTENTION = "nnscaler"  # how our names in transformers' table of attention functions begin
 
 
-def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [b, h, l, d], key and value [b, k, l, d] -> [b, l, h, d]."""
-    return attention(query, key, value, options.get("scaling")), None
+def _attention_by(kernel: str) -> Callable[..., tuple[Tensor, None]]:
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, None]:
+        """transformers' attention interface: query [b, h, l, d], key and value [b, k, l, d] -> [b, l, h, d]."""
+        return attention(query, key, value, options.get("scaling"), True, kernel), None
+
+    return attend
 
 
-AttentionInterface.register(ATTENTION, _attention)
-# Rows are whole sequences without padding, so that causality needs no mask tensor.
-AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+for _kernel in ("auto", *KERNELS):
+    AttentionInterface.register(f"{ATTENTION}_{_kernel}", _attention_by(_kernel))
+    # Rows are whole sequences without padding, so that causality needs no mask tensor.
+    AttentionMaskInterface.register(f"{ATTENTION}_{_kernel}", lambda *args, **kwargs: None)
+
+IMPLEMENTATIONS = ("auto", *KERNELS, "eager")  # what --attn_implementation may be
 
 
 class CausalLM(nn.Module):
@@ -58,13 +65,14 @@ WEIGHT_PREFIX = "model."  # of `CausalLM`'s parameters, before the names that th
 def prepare_config(config: PretrainedConfig, sequence_length: int, implementation: str, chunk_loss: bool) -> None:
     """Sets a configuration up for training, or raises UserError for what is not supported."""
     config.use_cache = False
-    config._attn_implementation = ATTENTION if implementation == "auto" else implementation
+    config._attn_implementation = implementation if implementation == "eager" else f"{ATTENTION}_{implementation}"
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or []
-    if implementation == "auto" and window and sequence_length > window and ("sliding_attention" in kinds or not kinds):
+    sliding = window and sequence_length > window and ("sliding_attention" in kinds or not kinds)
+    if implementation != "eager" and sliding:
         raise UserError(
             f"the model attends to a sliding window of {window} tokens, sequences have {sequence_length}; "
-            "use --attn_implementation sdpa or eager"
+            "use --attn_implementation eager"
         )
     scaled = [
         name for name in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(config, name, None)

@@ -1,17 +1,20 @@
-"""Attention as one operator, split over key-value heads."""
+"""Attention as one operator, split over key-value heads, or along the sequence."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from nnscaler.annotation import Shape
 from nnscaler.graph import Node
+from nnscaler.kernels import attend, attend_to_prefix
 from nnscaler.operators.registry import family, register_op, save_both
 from nnscaler.operators.text import write
+from nnscaler.runtime import collectives
+from nnscaler.runtime.axes import Axis
 
 
 def attention_flops(sizes: dict[str, int], node: Node) -> float:
@@ -30,21 +33,53 @@ def _is_causal(node: Node) -> bool:
 ATTENTION_BACKWARD = 2.5
 
 
+def attention_along_l(
+    axis: Axis,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None = None,
+    is_causal: bool = True,
+    kernel: str = "auto",
+) -> Tensor:
+    """`attention` of this device's rows of the query with all keys and values (context parallelism).
+
+    A causal mask gives late rows more work: of 2n pieces of the sequence, which lie on n devices in order, each device
+    computes the i-th and the i-th last, so that all have as much to do. The query's rows travel there, and back.
+    """
+    if not is_causal:
+        return attend(query, key, value, scale, False, kernel)
+    rows = query.shape[2]
+    if rows % 2:
+        return attend_to_prefix(query, key, value, scale, kernel, (axis.rank + 1) * rows)
+    pieces = collectives.balance(query, axis, dim=2).chunk(2, 2)
+    ends = [(axis.rank + 1) * rows // 2, (2 * axis.size - axis.rank) * rows // 2]
+    out = [attend_to_prefix(piece, key, value, scale, kernel, end) for piece, end in zip(pieces, ends)]
+    return collectives.unbalance(torch.cat(out, 1), axis, dim=1)
+
+
 @register_op(
-    "b (k g^) l^ d^, b k s^ d^, b k s^ e^ -> b l^ (k g^) e^",
+    "b (k g^) l d^, b k s^ d^, b k s^ e^ -> b l (k g^) e^",
     flops=attention_flops,
     backward=ATTENTION_BACKWARD,
     saves=save_both,
+    along={"l": attention_along_l},
 )
-def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, is_causal: bool = True) -> Tensor:
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None = None,
+    is_causal: bool = True,
+    kernel: str = "auto",
+) -> Tensor:
     """Softmax attention with grouped key-value heads.
 
     query [b, h, l, d], key [b, k, s, d], value [b, k, s, e], with h a multiple of k: query head i attends to key-value
     head i // (h / k). Returns [b, l, h, e] in the dtype of `query`. `scale` multiplies the scores; None is 1 / sqrt(d).
+    `kernel` is a name of `nnscaler.kernels.KERNELS`, or auto.
     """
-    grouped = query.shape[1] != key.shape[1]
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped)
-    return out.transpose(1, 2)
+    return attend(query, key, value, scale, is_causal, kernel)
 
 
 def scaled_dot_product_attention(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -67,6 +67,8 @@ class Operator:
     localize    (args, kwargs) for given local shapes, where constants such as a view's sizes depend on them
     alias       the result is a view: no time, no memory
     function    the Python function that generated code calls; None for ATen operators
+    along       annotated name -> function that computes the shards of a split along it, where `function` on the shards
+                does not: it takes the axis first, then `function`'s arguments
     """
 
     name: str
@@ -77,6 +79,7 @@ class Operator:
     localize: Localize | None = None
     alias: bool = False
     function: Callable[..., Any] | None = None
+    along: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
 
 _operators: dict[str, Operator] = {}
@@ -129,6 +132,7 @@ def register_op(
     backward: float | None = None,
     saves: Saves = save_inputs,
     localize: Localize | None = None,
+    along: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function of tensors as one operator that the compiler may split as its annotation says.
 
@@ -144,6 +148,8 @@ def register_op(
     flops       (local size of each annotated name, node) -> forward operations; 0 (memory-bound) by default
     backward    backward operations as a multiple of forward's; by default once for each input that has a gradient
     saves       which tensors backward keeps; the inputs by default
+    along       for names along which shards need to know of each other: the function to call instead, with the mesh
+                axis (`nnscaler.runtime.axes.Axis`) before the other arguments
 
     Raises UserError where the annotation cannot be parsed or the name belongs to another function.
     """
@@ -159,6 +165,7 @@ def register_op(
             saves=saves,
             localize=localize,
             function=function,
+            along=along or {},
         )
         known = _operators.get(operator.name)
         if known is not None and (known.function is None or known.function.__qualname__ != function.__qualname__):
@@ -179,15 +186,15 @@ def register_op(
     return decorate
 
 
-def registered(name: str) -> Callable[..., Any]:
-    """The function registered under `name`, for generated code. Raises UserError where its module is not imported."""
+def registered(name: str) -> Operator:
+    """The operator registered under `name`, for generated code. Raises UserError where its module is not imported."""
     operator = _operators.get(name)
     if operator is None or operator.function is None:
         raise UserError(
             f"the generated code calls the registered operator '{name}', which this process has not registered; "
             "import the module that registers it first"
         )
-    return operator.function
+    return operator
 
 
 def all_registered() -> list[Callable[..., Any]]:

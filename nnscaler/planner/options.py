@@ -85,7 +85,8 @@ def _option(
     for index, (node, bound) in enumerate(zip(unit.nodes, bounds)):
         splits = [assignment[index] for assignment in chosen]
         sizes = local_sizes(bound, splits, costs.mesh)
-        if sizes is None:
+        special = [split for split in splits if split.name in operator_of(node).along]
+        if sizes is None or len(special) > 1:  # such a split's function knows of one axis
             return None
         for side, names in (("inputs", node.inputs), ("outputs", node.outputs)):
             for i, name in enumerate(names):

@@ -55,6 +55,19 @@ def all_to_all(x: Tensor, axis: Axis, source: int, target: int) -> Tensor:
     return _Collective.apply(x, axis, _exchanged, _exchanged, (source, target), (target, source))
 
 
+def balance(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """The i-th and the i-th last of 2n equal pieces along `dim`, of which each of the n devices has two in order.
+
+    For work that grows along the sequence: each device gets as much of it. `x` must have an even length along `dim`.
+    """
+    return _Collective.apply(x, axis, _balanced, _unbalanced, (dim,), (dim,))
+
+
+def unbalance(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """The inverse of `balance`."""
+    return _Collective.apply(x, axis, _unbalanced, _balanced, (dim,), (dim,))
+
+
 class _Collective(torch.autograd.Function):
     """Runs one function forward and another backward, each over the axis."""
 
@@ -118,6 +131,32 @@ def _exchanged(x: Tensor, axis: Axis, source: int, target: int) -> Tensor:
     result = torch.empty_like(parts)
     dist.all_to_all_single(result, parts, group=axis.group)
     return _merge(result, source)
+
+
+def _balanced(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    last = 2 * axis.size - 1
+    held = [2 * axis.rank, 2 * axis.rank + 1]
+    wanted = [axis.rank, last - axis.rank]
+    return _exchange_pieces(x, axis, dim, [min(i, last - i) for i in held], [i // 2 for i in wanted])
+
+
+def _unbalanced(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    last = 2 * axis.size - 1
+    held = [axis.rank, last - axis.rank]
+    wanted = [2 * axis.rank, 2 * axis.rank + 1]
+    return _exchange_pieces(x, axis, dim, [i // 2 for i in held], [min(i, last - i) for i in wanted])
+
+
+def _exchange_pieces(x: Tensor, axis: Axis, dim: int, targets: list[int], sources: list[int]) -> Tensor:
+    """Sends the two halves of `x` to two devices, and joins the two pieces that two devices send."""
+    parts = _divide(x, 2, dim)
+    # all_to_all takes what it sends, and gives what it receives, in the order of the devices.
+    if targets[0] > targets[1]:
+        parts = parts.flip(0)
+    result = torch.empty_like(parts)
+    received, sent = ([devices.count(rank) for rank in range(axis.size)] for devices in (sources, targets))
+    dist.all_to_all_single(result, parts, received, sent, group=axis.group)
+    return _merge(result.flip(0) if sources[0] > sources[1] else result, dim)
 
 
 def _divide(x: Tensor, count: int, dim: int) -> Tensor:

@@ -14,8 +14,14 @@ __all__ = ["operators", "recompute", "region", "scope"]
 
 
 def operators(*names: str) -> SimpleNamespace:
-    """The registered functions of these names, as attributes."""
-    return SimpleNamespace(**{name: registered(name) for name in names})
+    """The registered functions of these names as attributes `name`, and `name_along_dimension` for special splits."""
+    found = SimpleNamespace()
+    for name in names:
+        operator = registered(name)
+        setattr(found, name, operator.function)
+        for dimension, function in operator.along.items():
+            setattr(found, f"{name}_along_{dimension}", function)
+    return found
 
 
 class scope:  # noqa: N801  reads as a function in generated code

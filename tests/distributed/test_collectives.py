@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from nnscaler.mesh import Mesh
+from nnscaler.operators.attention import attention, attention_along_l
 from nnscaler.placement import PARTIAL, REPLICATE, SHARED, Shard
 from nnscaler.reshard import reshard_steps
 from nnscaler.runtime import collectives
@@ -107,3 +108,45 @@ def test_resharding_between_all_layouts(sizes):
         world *= size
     counts = run(world, check_all_pairs, sizes)
     assert min(counts) >= 25 ** len(sizes)
+
+
+def attention_of_shards(length: int, is_causal: bool) -> None:
+    """Attention split along the sequence: values and gradients are slices of the whole's; work is balanced."""
+    axes = Axes(Mesh((dist.get_world_size(),)), torch.device("cpu"))
+    axis = axes[0]
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, length, 6), (2, 2, length, 6), (2, 2, length, 5)]
+    whole = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    gradient = torch.randn(2, length, 4, 5, generator=generator, dtype=torch.float64)
+    wanted = attention(*whole, None, is_causal)
+    expected = torch.autograd.grad(wanted, whole, gradient)
+
+    rows = whole[0].detach().chunk(axis.size, 2)[axis.rank].requires_grad_()
+    others = [tensor.detach().requires_grad_() for tensor in whole[1:]]
+    found = attention_along_l(axis, rows, *others, None, is_causal)
+    torch.testing.assert_close(found, wanted.chunk(axis.size, 1)[axis.rank])
+    gradients = torch.autograd.grad(found, [rows, *others], gradient.chunk(axis.size, 1)[axis.rank].contiguous())
+    torch.testing.assert_close(gradients[0], expected[0].chunk(axis.size, 2)[axis.rank])
+    for part, right in zip((x.contiguous() for x in gradients[1:]), expected[1:]):
+        dist.all_reduce(part, group=axis.group)
+        torch.testing.assert_close(part, right)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_attention_along_the_sequence(world):
+    for length in (8 * world, 3 * world):  # an odd number of rows cannot be balanced
+        for is_causal in (True, False):
+            run(world, attention_of_shards, length, is_causal)
+
+
+def work_of_shards(length: int) -> list[int]:
+    """Query-key pairs that each rank computes for a causal mask."""
+    axes = Axes(Mesh((dist.get_world_size(),)), torch.device("cpu"))
+    position = torch.arange(length, dtype=torch.float64).view(1, length).chunk(axes[0].size, 1)[axes[0].rank]
+    mine = collectives.balance(position.contiguous(), axes[0], dim=1)
+    assert torch.equal(collectives.unbalance(mine, axes[0], dim=1), position)
+    return int((mine + 1).sum())
+
+
+def test_a_causal_masks_work_is_balanced():
+    assert len(set(run(4, work_of_shards, 48))) == 1

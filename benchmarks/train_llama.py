@@ -1,0 +1,160 @@
+"""Trains a Llama of random weights on random tokens, with the plan that the planner finds, and reports the speed.
+
+    torchrun --nproc_per_node=4 benchmarks/train_llama.py --sequence_length 131072
+    torchrun --nproc_per_node=2 benchmarks/train_llama.py --layers 8 --sequence_length 65536 --plan_ngpus 2
+
+Everything of a training step is in it: data loading, gradient exchange, clipping and the optimizer. The result is the
+median of the steps after the first two, beside what the plan predicted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.measure import RESULTS, table, write
+from chunk_linear_cross_entropy import chunk_linear_cross_entropy
+from nnscaler.cli.args import ArgumentParser, run
+from nnscaler.cli.config import (
+    CheckpointConfig,
+    DatasetConfig,
+    LogConfig,
+    ModelConfig,
+    TrainerArgs,
+)
+from nnscaler.cli.trainer import Trainer
+from nnscaler.compiler import ComputeConfig
+from nnscaler.data.training import PackedDataset
+from nnscaler.models import load_config
+from nnscaler.models.causal_lm import WEIGHT_PREFIX, CausalLM, count_parameters, flops_per_sequence, prepare_config
+
+WARM_UP = 2  # steps
+
+
+def parse() -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--model_id", default="meta-llama/Meta-Llama-3-8B", help="whose configuration is used")
+    add("--layers", type=int, help="decoder layers (default: the configuration's)")
+    add("--sequence_length", type=int, default=131072, help="tokens")
+    add("--micro_batch_size", type=int, default=1, help="sequences")
+    add("--grad_accumulation_steps", type=int, default=4, help="micro-batches of a step")
+    add("--steps", type=int, default=5, help="optimizer steps, of which two warm up")
+    add("--plan_ngpus", type=int, help="devices of one copy of the model (default: all)")
+    add("--gpu_mem_constraint", type=float, help="GB a device that the plan may use")
+    add("--recompute_modules", default="", help="as in train.py")
+    add("--attn_implementation", default="auto", help="as in train.py")
+    add("--no_chunk_loss", action="store_true", help="loss by PyTorch, on all logits")
+    add("--label", help="what the result is called (default: from the setting)")
+    add("--output", type=Path, default=RESULTS / "train", help="folder for the result's JSON")
+    return parser.parse_args()
+
+
+def dataset(folder: Path, sequences: int, length: int, vocabulary: int) -> PackedDataset:
+    """Random tokens. Every rank writes its own, equal ones."""
+    import datasets
+
+    tokens = np.random.default_rng(0).integers(vocabulary, size=(sequences, length), dtype=np.int32)
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_dict({"input_ids": tokens}).save_to_disk(str(folder))
+    return PackedDataset.open(folder)
+
+
+def main() -> None:
+    options = parse()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s", stream=sys.stderr)
+    config = load_config(options.model_id)
+    config.num_hidden_layers = options.layers or config.num_hidden_layers
+    length, plan_ngpus = options.sequence_length, options.plan_ngpus or world
+    loss = None if options.no_chunk_loss else chunk_linear_cross_entropy
+    prepare_config(config, length, options.attn_implementation, loss is not None)
+    flops = flops_per_sequence(config, count_parameters(config), length)
+    name = options.label or (
+        f"{options.model_id.rsplit('/', 1)[-1]}-{config.num_hidden_layers}layers-{length}x{options.micro_batch_size}"
+        f"-plan{plan_ngpus}of{world}"
+    )
+    # The ranks share one folder, of which the port of their rendezvous is the name they all know.
+    work = Path(tempfile.gettempdir()) / f"nnscaler-benchmark-{os.environ.get('MASTER_PORT', os.getpid())}"
+    try:
+        compute = ComputeConfig(
+            plan_ngpus,
+            world,
+            gpu_mem_constraint=options.gpu_mem_constraint,
+            recompute_modules=tuple(filter(None, options.recompute_modules.split(","))) or None,
+            micro_batches=options.grad_accumulation_steps,
+        )
+        sequences = world // plan_ngpus * options.micro_batch_size * options.grad_accumulation_steps
+        args = TrainerArgs(
+            name="benchmark",
+            model=ModelConfig(lambda: CausalLM(config, loss), None, WEIGHT_PREFIX, None, flops),
+            compute=compute,
+            dataset=DatasetConfig(dataset(work / f"data{rank}", sequences * options.steps, length, config.vocab_size)),
+            checkpoint=CheckpointConfig(work / "checkpoints", interval=None),
+            log=LogConfig(work / "runs"),
+            micro_batch_size=options.micro_batch_size,
+            max_train_steps=options.steps,
+            gen_savedir=work / "code",
+        )
+        Trainer(args).run()
+        if rank == 0:
+            report(options, name, work, compute, flops, sequences, world)
+    finally:
+        if rank == 0:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def report(
+    options: argparse.Namespace,
+    name: str,
+    work: Path,
+    compute: ComputeConfig,
+    flops: tuple[float, float],
+    sequences: int,
+    world: int,
+) -> None:
+    """Prints what was measured beside what was predicted, and writes it."""
+    metrics = [json.loads(line) for line in (work / "runs" / "benchmark" / "metrics.jsonl").read_text().splitlines()]
+    plan = json.loads((work / "code" / "benchmark" / "plan.json").read_text())
+    predicted = plan["predicted"]
+    seconds = statistics.median(entry["seconds_per_step"] for entry in metrics[WARM_UP:])
+    peak = max(entry.get("peak_memory_gib", 0.0) for entry in metrics)
+    rate = compute.find_hardware().flops["bfloat16"] * world
+    tokens = sequences * options.sequence_length / world
+    result = {
+        "name": name,
+        "sequence_length": options.sequence_length,
+        "sequences_per_step": sequences,
+        "devices": world,
+        "seconds_per_step": seconds,
+        "predicted_seconds_per_step": predicted["step_seconds"],
+        "tokens_per_second_per_gpu": tokens / seconds,
+        "mfu": flops[0] * sequences / seconds / rate,
+        "mfu_causal": flops[1] * sequences / seconds / rate,
+        "peak_memory_gib": peak,
+        "predicted_memory_gib": predicted["memory_gib"],
+        "recompute": {name: block["recompute"] for name, block in plan["blocks"].items() if block["recompute"]},
+        "steps": [entry["seconds_per_step"] for entry in metrics],
+        "loss": [entry["loss"] for entry in metrics],
+    }
+    write(options.output / f"{name}.json", result)
+    rows = [
+        ["seconds a step", seconds, predicted["step_seconds"], predicted["step_seconds"] / seconds],
+        ["peak memory, GiB", peak, predicted["memory_gib"], predicted["memory_gib"] / peak if peak else 0.0],
+    ]
+    print(f"{name}: {tokens / seconds:.0f} tokens/s/GPU, MFU {result['mfu']:.1%}, causal {result['mfu_causal']:.1%}")
+    print(table(["", "measured", "predicted", "ratio"], rows))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,104 @@
+"""Cross-entropy of logits, and its gradient in the logits' own memory."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def softmax_loss(
+    logits: Tensor, labels: Tensor, padding_idx: int, gradient: Tensor | None, wanted: bool
+) -> tuple[Tensor, Tensor]:
+    """(losses, gradient of the logits) of cross-entropy, row by row.
+
+    logits       [t, n], any float type; overwritten
+    labels       [t] int64: index of the right word, or `padding_idx`, whose rows get loss 0 and gradient 0
+    gradient     [t] of the losses; None: all ones
+    wanted       whether the logits' gradient is; without it the second result means nothing
+
+    Returns [t] fp32 (fp64 for fp64 logits) and [t, n] in the type of `logits`.
+    """
+    if logits.is_cuda and logits.dtype != torch.float64 and logits.is_contiguous():
+        return _on_gpu(logits, labels, padding_idx, gradient, wanted)
+    return _plain(logits, labels, padding_idx, gradient, wanted)
+
+
+def _plain(
+    logits: Tensor, labels: Tensor, padding_idx: int, gradient: Tensor | None, wanted: bool
+) -> tuple[Tensor, Tensor]:
+    dtype = logits.dtype
+    logits = logits.to(torch.promote_types(dtype, torch.float32))
+    counted = labels != padding_idx
+    target = torch.where(counted, labels, 0).unsqueeze(1)
+    largest = logits.amax(dim=1, keepdim=True)
+    at_target = logits.gather(1, target) - largest
+    total = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
+    losses = torch.where(counted, (total.log() - at_target).squeeze(1), 0.0)
+    if not wanted:
+        return losses, logits
+    # d loss / d logits = softmax - one at the label, times the loss's gradient.
+    factor = counted.to(logits.dtype) if gradient is None else torch.where(counted, gradient.to(logits.dtype), 0.0)
+    factor = factor.unsqueeze(1)
+    logits.mul_(factor / total).scatter_add_(1, target, -factor)
+    return losses, logits.to(dtype)
+
+
+def _on_gpu(
+    logits: Tensor, labels: Tensor, padding_idx: int, gradient: Tensor | None, wanted: bool
+) -> tuple[Tensor, Tensor]:
+    """One program a row, which it reads twice: for maximum and sum together, and for the gradient."""
+    rows, words = logits.shape
+    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    _kernel()[(rows,)](
+        logits, labels, losses, gradient if gradient is not None else losses, words, padding_idx,
+        0 if gradient is None else gradient.stride(0),
+        HAS_GRADIENT=gradient is not None, WANTED=wanted, BLOCK=8192, num_warps=16,
+    )  # fmt: skip
+    return losses, logits
+
+
+@functools.cache
+def _kernel() -> Any:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def softmax_loss_kernel(  # type: ignore[no-untyped-def]
+        logits, labels, losses, gradient, words, padding_idx, gradient_stride,
+        HAS_GRADIENT: tl.constexpr, WANTED: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
+    ):  # fmt: skip
+        row = tl.program_id(0)
+        label = tl.load(labels + row)
+        start = logits + row.to(tl.int64) * words
+        counted = label != padding_idx
+        # Read before the reductions, behind which all threads have it, for the gradient overwrites the logits.
+        at_label = tl.load(start + tl.where(counted, label, 0)).to(tl.float32)
+        offsets = tl.arange(0, BLOCK)
+        # A thread keeps the maximum and the sum of its own columns; they meet once, at the end.
+        largest = tl.full((BLOCK,), -float("inf"), tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for at in range(0, words, BLOCK):
+            x = tl.load(start + at + offsets, mask=at + offsets < words, other=-float("inf")).to(tl.float32)
+            higher = tl.maximum(largest, x)
+            known = higher > -float("inf")  # columns past the end stay at zero
+            total = tl.where(known, total * tl.exp(largest - higher) + tl.exp(x - higher), 0.0)
+            largest = higher
+        top = tl.max(largest, 0)
+        total_of_row = tl.sum(tl.where(largest > -float("inf"), total * tl.exp(largest - top), 0.0), 0)
+        tl.store(losses + row, tl.where(counted, tl.log(total_of_row) + top - at_label, 0.0))
+        if WANTED:
+            factor = tl.where(counted, 1.0, 0.0)
+            if HAS_GRADIENT:
+                factor = tl.where(counted, tl.load(gradient + row * gradient_stride).to(tl.float32), 0.0)
+            scale = tl.where(counted, factor / total_of_row, 0.0)
+            for at in range(0, words, BLOCK):
+                columns = at + offsets
+                x = tl.load(start + columns, mask=columns < words, other=0.0).to(tl.float32)
+                value = tl.where(counted, tl.exp(x - top) * scale, 0.0)
+                value = tl.where(columns == label, value - factor, value)
+                tl.store(start + columns, value.to(logits.dtype.element_ty), mask=columns < words)
+
+    return softmax_loss_kernel
