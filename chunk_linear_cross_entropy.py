@@ -101,3 +101,4 @@ def _run(
     if weight_gradient is not None and not len(hidden):
         weight_gradient.zero_()
     return losses, hidden_gradient, weight_gradient
+

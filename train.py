@@ -95,6 +95,7 @@ def parse() -> argparse.Namespace:
     add("--keep_checkpoints", type=int, default=3, help="newest checkpoints that are kept; 0: all")
     add("--log_dir", type=Path, default=Path("runs"), help="folder for TensorBoard and metrics.jsonl")
     add("--log_interval", type=int, default=1, help="steps between reports")
+    add("--profile", type=Path, help="folder for a torch profiler trace of two steps, and where their time went")
     add("--gen_savedir", type=Path, default=Path(".nnscaler"), help="folder for compiled plans and code")
     return parser.parse_args()
 
@@ -138,7 +139,7 @@ def trainer_args(options: argparse.Namespace) -> TrainerArgs:
         checkpoint=CheckpointConfig(
             options.checkpoint_dir, options.checkpoint_interval, options.keep_checkpoints, options.resume_path
         ),
-        log=LogConfig(options.log_dir, options.log_interval),
+        log=LogConfig(options.log_dir, options.log_interval, options.profile),
         run_mode=options.run_mode,
         precision=options.precision,
         micro_batch_size=options.micro_batch_size,

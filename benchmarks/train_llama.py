@@ -54,6 +54,7 @@ def parse() -> argparse.Namespace:
     add("--gpu_mem_constraint", type=float, help="GB a device that the plan may use")
     add("--recompute_modules", default="", help="as in train.py")
     add("--attn_implementation", default="auto", help="as in train.py")
+    add("--profile", type=Path, help="folder for a profile of two steps")
     add("--no_chunk_loss", action="store_true", help="loss by PyTorch, on all logits")
     add("--label", help="what the result is called (default: from the setting)")
     add("--output", type=Path, default=RESULTS / "train", help="folder for the result's JSON")
@@ -101,7 +102,7 @@ def main() -> None:
             compute=compute,
             dataset=DatasetConfig(dataset(work / f"data{rank}", sequences * options.steps, length, config.vocab_size)),
             checkpoint=CheckpointConfig(work / "checkpoints", interval=None),
-            log=LogConfig(work / "runs"),
+            log=LogConfig(work / "runs", profile=options.profile),
             micro_batch_size=options.micro_batch_size,
             max_train_steps=options.steps,
             gen_savedir=work / "code",
@@ -128,7 +129,7 @@ def report(
     plan = json.loads((work / "code" / "benchmark" / "plan.json").read_text())
     predicted = plan["predicted"]
     seconds = statistics.median(entry["seconds_per_step"] for entry in metrics[WARM_UP:])
-    peak = max(entry.get("peak_memory_gib", 0.0) for entry in metrics)
+    peak = max(entry.get("peak_memory_gib", 0.0) for entry in metrics[1:])  # the first step compiles
     rate = compute.find_hardware().flops["bfloat16"] * world
     tokens = sequences * options.sequence_length / world
     result = {

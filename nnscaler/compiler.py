@@ -31,6 +31,7 @@ from nnscaler.hardware import Hardware, detect_hardware, load_hardware
 from nnscaler.mesh import Mesh
 from nnscaler.operators.registry import all_registered
 from nnscaler.planner import find_plan
+from nnscaler.profiler.operators import OperatorTimes
 from nnscaler.trace import STRATEGIES, build_on_meta, trace
 from nnscaler.trace.repeated import describe
 
@@ -119,6 +120,7 @@ def compile_model(source: Source, config: ComputeConfig, directory: Path) -> Pat
         sum(len(block.nodes) for block in graph.all_blocks()), len(graph.all_blocks()),
     )  # fmt: skip
     memory = None if config.gpu_mem_constraint is None else config.gpu_mem_constraint * GIB
+    times = OperatorTimes.here() if config.hardware is None else None
     plan = find_plan(
         graph,
         config.mesh,
@@ -127,7 +129,10 @@ def compile_model(source: Source, config: ComputeConfig, directory: Path) -> Pat
         recompute_modules=config.recompute_modules,
         micro_batches=config.micro_batches,
         fused=hardware.name != "CPU",
+        times=times,
     )
+    if times is not None:
+        times.save()
     directory.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:

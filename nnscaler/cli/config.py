@@ -111,10 +111,14 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Logs: TensorBoard and metrics.jsonl below `directory`, every `interval` steps."""
+    """Logs: TensorBoard and metrics.jsonl below `directory`, every `interval` steps.
+
+    profile  folder for a profile of a few steps (see `nnscaler.profiler.steps`); None: no profile
+    """
 
     directory: Path = Path("runs")
     interval: int = 1
+    profile: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from nnscaler.cli.log import RunLog
 from nnscaler.compiler import Source, compile_model, differences, identity
 from nnscaler.data.training import Batches, PackedDataset, Share
 from nnscaler.errors import UserError
+from nnscaler.profiler.steps import StepProfiler
 from nnscaler.runtime.module import ParallelModule
 from nnscaler.runtime.optimizer import ShardedOptimizer
 from nnscaler.runtime.weights import initial_parameters
@@ -178,6 +179,7 @@ class _Run:
         batches = Batches(self.dataset, self.seed, self.share, args.dataset.ignored_label, self.device)
         total = torch.zeros(2, dtype=torch.float64, device=self.device)  # losses, labels since the last report
         since, reported = time.perf_counter(), self.step
+        profiler = StepProfiler(args.log.profile if self.rank == 0 else None)
         with RunLog(args.log.directory / self.folder.name, self.steps, self.step, self.rank == 0) as log:
             while self.step < self.steps:
                 labels = 0
@@ -193,6 +195,7 @@ class _Run:
                 norm = self.optimizer.step(labels, rate)
                 self.step += 1
                 self.consumed += self.share.step_samples
+                profiler.step()
                 log.advance()
                 if self.step % args.log.interval == 0 or self.step == self.steps:
                     if dist.is_initialized():
@@ -220,6 +223,7 @@ class _Run:
         }
         if self.device.type == "cuda":
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            torch.cuda.reset_peak_memory_stats()
         flops = self.args.model.flops_per_sequence
         hardware = self.args.compute.find_hardware()
         peak = hardware.flops.get("bfloat16" if self.args.precision == "bf16" else "float32")

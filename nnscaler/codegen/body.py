@@ -12,7 +12,6 @@ from nnscaler.graph import Block, Node, Ref, TensorMeta, format_argument, map_re
 from nnscaler.operators import Operator, operator_of
 from nnscaler.placement import Placement, Placements, Shard, format_placements, local_shape
 from nnscaler.plan import Plan
-from nnscaler.planner.options import is_alias
 from nnscaler.planner.units import Unit
 from nnscaler.reshard import Step as Reshard
 from nnscaler.reshard import reshard_steps
@@ -86,8 +85,9 @@ class Body:
         self.names[tensor, layout] = expression
 
     def _region(self, region: Region, index: int) -> list[str]:
-        """A region's function, and the lines that call it. Views alone need none."""
-        if all(is_alias(unit) for unit in region.units):
+        """A region's function, and the lines that call it. One operator (and views) gains nothing from being one."""
+        computing = [node for unit in region.units for node in unit.nodes if not operator_of(node).alias]
+        if len(computing) < 2 and not region.again:
             lines: list[str] = []
             for unit in region.units:
                 for node in unit.nodes:

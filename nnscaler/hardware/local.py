@@ -1,6 +1,7 @@
 """What was measured on this machine, kept in ~/.cache/nnscaler or the folder that the variable NNSCALER_CACHE names.
 
 communication/<device name>.json    written by `nnscaler.profiler.benchmark_comm`
+operators/<device name>.json        written by `nnscaler.profiler.operators` while a plan is made
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ def cache_folder() -> Path:
 def communication_path(device: str) -> Path:
     """The file of the communication times of `device`, by the name that the device gives itself."""
     return cache_folder() / "communication" / f"{_file_name(device)}.json"
+
+
+def operators_path(device: str) -> Path:
+    """The file of the operator times of `device`."""
+    return cache_folder() / "operators" / f"{_file_name(device)}.json"
 
 
 def measured_on(device: str) -> CommunicationTimes:

@@ -16,7 +16,8 @@ from nnscaler.hardware import Hardware
 from nnscaler.mesh import Mesh
 from nnscaler.operators import operator_of
 from nnscaler.placement import Placements, Shard, local_shape
-from nnscaler.planner.units import Unit, needed_by, saved_by
+from nnscaler.planner.units import Unit, needed_by, node_kind, saved_by
+from nnscaler.profiler.operators import OperatorTimes
 from nnscaler.reshard import Step
 from nnscaler.runtime.buckets import BUCKET_ELEMENTS
 
@@ -24,7 +25,24 @@ MASTER_BYTES = 4  # fp32 master weight
 MOMENT_BYTES = 8  # two fp32 moments of Adam
 GRADIENT_BYTES = 4  # gradients are accumulated, and exchanged, in fp32
 
-Local = tuple[Node, dict[str, int], list[int]]  # node, local size of its annotated names, local bytes of its tensors
+
+@dataclass(frozen=True)
+class Local:
+    """A node on one device.
+
+    sizes       local size of each annotated name
+    inputs      its local inputs
+    bytes       local bytes of its inputs and outputs
+    axis        the mesh axis over which its function exchanges tensors itself; None: it does not
+    travelling  which inputs and outputs those are
+    """
+
+    node: Node
+    sizes: dict[str, int]
+    inputs: list[TensorMeta]
+    bytes: list[int]
+    axis: int | None = None
+    travelling: Sequence[bool] = ()
 
 
 @dataclass(frozen=True)
@@ -43,11 +61,17 @@ NO_TIME = Seconds()
 
 @dataclass(frozen=True)
 class CostModel:
-    """Prices work on a mesh of one kind of hardware. `fused`: clusters of cheap operators run as one kernel."""
+    """Prices work on a mesh of one kind of hardware.
+
+    fused  clusters of cheap operators run as one kernel
+    times  measured times of operators, which come before what the hardware's rates say
+    """
 
     hardware: Hardware
     mesh: Mesh
     fused: bool = False
+    times: OperatorTimes | None = None
+    rates: dict[str, Seconds] = field(default_factory=dict, compare=False)  # node -> measured seconds an operation
     origins: set[str] = field(default_factory=set, compare=False)  # where the figures used so far come from
 
     def local_bytes(self, meta: TensorMeta, placements: Placements) -> int:
@@ -65,13 +89,15 @@ class CostModel:
             return self._cluster(unit, block, layouts)
         seconds, transient, inside = NO_TIME, 0.0, 0.0
         kept: set[str] = set()
-        for node, sizes, local in nodes:
-            operator = operator_of(node)
-            if operator.alias:
+        for local in nodes:
+            node = local.node
+            if operator_of(node).alias:
                 continue
-            seconds += self.node(node, block, sizes, local)
-            transient = max(transient, 2.0 * sum(local))
+            seconds += self._node(local, block) + self._exchange(local, block)
+            transient = max(transient, 2.0 * sum(local.bytes))
             kept.update(saved_by(node, block))
+            if local.axis is not None:  # what it computes before the exchange is kept beside what it gives
+                inside += sum(local.bytes[len(node.inputs) :])
         if unit.kind == "cheap":  # what others save of themselves is their output, or what it is a view of
             inner = {name for node in unit.nodes for name in node.outputs} - set(unit.outputs)
             inside = sum(self.local_bytes(block.tensors[name], layouts[name]) for name in kept & inner)
@@ -93,22 +119,52 @@ class CostModel:
             backward = self._roofline(0.0, needed + given + made)
         return Seconds(forward, backward), 2.0 * (read + written), 0.0
 
-    def node(self, node: Node, block: Block, sizes: dict[str, int], local: Sequence[int]) -> Seconds:
+    def _node(self, local: Local, block: Block) -> Seconds:
         """Time of a node on its own."""
-        operator = operator_of(node)
+        node, operator = local.node, operator_of(local.node)
+        flops = operator.flops(local.sizes, node)
+        if (measured := self._measured(local, flops)) is not None:
+            self.origins.add("operators: measured")
+            return measured
         metas = [block.tensors[name] for name in (*node.inputs, *node.outputs)]
-        flops = operator.flops(sizes, node)
         rate = self.hardware.flops_per_second(node.op, metas[0].dtype) if flops else 1.0
-        moved = sum(local)
+        moved = sum(local.bytes)
         forward = self._roofline(flops / rate, moved)
         if not any(block.tensors[name].requires_grad for name in node.outputs):
             return Seconds(forward)
         needed = [meta.requires_grad for meta in metas[: len(node.inputs)]]
         # Backward reads the outputs' gradients and what was saved, and writes the inputs' gradients.
-        written = sum(size for size, needs in zip(local, needed) if needs)
-        read = moved if saved_by(node, block) else sum(local[len(node.inputs) :])
+        written = sum(size for size, needs in zip(local.bytes, needed) if needs)
+        read = moved if saved_by(node, block) else sum(local.bytes[len(node.inputs) :])
         ratio = sum(needed) if operator.backward is None else operator.backward
         return Seconds(forward, self._roofline(ratio * flops / rate, written + read))
+
+    def _measured(self, local: Local, flops: float) -> Seconds | None:
+        """Measured time of a node. One that exchanges parts itself is as fast as its whole call, operation by
+        operation."""
+        if self.times is None or node_kind(local.node) == "cheap":
+            return None
+        if local.axis is not None:
+            known = self.rates.get(local.node.name)
+            return None if known is None else Seconds(flops * known.forward, flops * known.backward)
+        found = self.times.seconds(local.node, local.inputs)
+        if found is None:
+            return None
+        if flops:
+            self.rates.setdefault(local.node.name, Seconds(found[0] / flops, found[1] / flops))
+        return Seconds(*found)
+
+    def _exchange(self, local: Local, block: Block) -> Seconds:
+        """Time in which an operator's function sends parts of its inputs and outputs around itself."""
+        if local.axis is None:
+            return NO_TIME
+        names = (*local.node.inputs, *local.node.outputs)
+        moved = [(name, size) for name, size, travels in zip(names, local.bytes, local.travelling) if travels]
+        forward = sum(self.collective("all_to_all", size, local.axis) for _, size in moved)
+        backward = sum(
+            self.collective("all_to_all", size, local.axis) for name, size in moved if block.tensors[name].requires_grad
+        )
+        return Seconds(forward, backward)
 
     def _roofline(self, arithmetic: float, moved: float) -> float:
         return self.hardware.launch + max(arithmetic, moved / self.hardware.memory_bandwidth)

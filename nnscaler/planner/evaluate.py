@@ -60,9 +60,8 @@ class _Evaluator:
                 calls = self._calls(decision.block, decision.again) if decision.count else 0
                 self._time(("again", *key[1:]), calls * option.seconds.forward)
             self._hold(key, decision.count * option.memory)
-            self._hold(
-                ("inside", *key[1:]), self._inside(decision.block, decision.again, decision.count) * option.inside
-            )
+            kept = self._calls(decision.block, decision.inside) if decision.count else 0
+            self._hold(("inside", *key[1:]), kept * option.inside)
         self._time(("exchange", "", ""), max(0.0, exchange - backward))
         for index, flow in enumerate(self.problem.flows):
             again = index in self.solution.gathered_again
@@ -82,11 +81,6 @@ class _Evaluator:
 
     def _calls(self, block: str, levels: frozenset[str] | set[str]) -> int:
         return sum(count for level, count in self.solution.levels[block].items() if level in levels)
-
-    def _inside(self, block: str, again: frozenset[str], count: int) -> int:
-        if len(self.problem.levels[block]) > 1:
-            return self._calls(block, {"none"}) if count else 0
-        return 0 if again else count
 
     def _made(self, flow: Flow) -> Placements:
         decision, output = flow.producer

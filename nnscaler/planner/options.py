@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from nnscaler.annotation import Bound, Split
-from nnscaler.graph import Block, Node, TensorMeta
+from nnscaler.graph import Block, TensorMeta
 from nnscaler.mesh import Mesh
 from nnscaler.operators import bind, operator_of
-from nnscaler.placement import Placement, Placements, Shard
+from nnscaler.placement import Placement, Placements, Shard, local_shape
 from nnscaler.plan import NodePlan
-from nnscaler.planner.costs import NO_TIME, CostModel, Seconds
+from nnscaler.planner.costs import NO_TIME, CostModel, Local, Seconds
 from nnscaler.planner.units import Unit
 from nnscaler.reshard import without_gradient
 
@@ -21,7 +21,7 @@ from nnscaler.reshard import without_gradient
 class Option:
     """One way to decide: layouts of inputs and outputs, and what it costs in one place and micro-batch.
 
-    inside     bytes that backward keeps of a cluster's inner tensors where it is not fused
+    inside     bytes that backward keeps of inner tensors: of a cluster that is not fused, of an operator that exchanges
     transient  bytes held while it runs
     memory     bytes held all the time
     ways       node name -> how it runs
@@ -81,12 +81,12 @@ def _option(
     """The option of one assignment an axis; None where a size does not divide."""
     layouts: dict[str, Placements] = {}
     ways: list[tuple[str, NodePlan]] = []
-    locals_: list[tuple[Node, dict[str, int], list[int]]] = []
+    locals_: list[Local] = []
     for index, (node, bound) in enumerate(zip(unit.nodes, bounds)):
         splits = [assignment[index] for assignment in chosen]
         sizes = local_sizes(bound, splits, costs.mesh)
-        special = [split for split in splits if split.name in operator_of(node).along]
-        if sizes is None or len(special) > 1:  # such a split's function knows of one axis
+        along = [axis for axis, split in enumerate(splits) if split.name in operator_of(node).along]
+        if sizes is None or len(along) > 1:  # such a split's function knows of one axis
             return None
         for side, names in (("inputs", node.inputs), ("outputs", node.outputs)):
             for i, name in enumerate(names):
@@ -96,8 +96,15 @@ def _option(
                     return None
         inputs, outputs = ([layouts[name] for name in names] for names in (node.inputs, node.outputs))
         ways.append((node.name, NodePlan(",".join(s.name or "-" for s in splits), tuple(inputs), tuple(outputs))))
-        names = [*node.inputs, *node.outputs]
-        locals_.append((node, sizes, [costs.local_bytes(block.tensors[name], layouts[name]) for name in names]))
+        local = [costs.local_bytes(block.tensors[name], layouts[name]) for name in (*node.inputs, *node.outputs)]
+        travelling = [
+            isinstance(place, Shard) for axis in along for place in (*splits[axis].inputs, *splits[axis].outputs)
+        ]
+        metas = [
+            replace(block.tensors[name], shape=local_shape(block.tensors[name].shape, layouts[name], costs.mesh.sizes))
+            for name in node.inputs
+        ]
+        locals_.append(Local(node, sizes, metas, local, along[0] if along else None, travelling))
     seconds, transient, inside = costs.unit(unit, block, layouts, locals_)
     return Option(
         tuple(layouts[name] for name in unit.inputs),

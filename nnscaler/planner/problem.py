@@ -24,7 +24,11 @@ Use = tuple[int, int]  # (decision, index of its input or output)
 
 @dataclass(frozen=True)
 class Decision:
-    """A choice among `options`, made once for all `count` places it stands for. `again`: levels that run it again."""
+    """A choice among `options`, made once for all `count` places it stands for.
+
+    again   levels that run it again
+    inside  levels that keep its inner tensors
+    """
 
     kind: str  # unit, parameter, input, output
     block: str
@@ -32,6 +36,7 @@ class Decision:
     options: tuple[Option, ...]
     count: int = 1
     again: frozenset[str] = frozenset()
+    inside: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -215,8 +220,13 @@ class _Body:
     def _unit(self, index: int, unit: Unit) -> None:
         options = tuple(unit_options(unit, self.block, self.problem.costs))
         again = frozenset(level for level, kept in self.kept_at.items() if index in kept.again)
+        inside = frozenset(
+            level
+            for level, kept in self.kept_at.items()
+            if index not in kept.again and (kept.inside or unit.kind == "registered")
+        )
         count = 0 if is_alias(unit) else self.count
-        decision = self.builder.decide(Decision("unit", self.block.name, unit.name, options, count, again))
+        decision = self.builder.decide(Decision("unit", self.block.name, unit.name, options, count, again, inside))
         for position, tensor in enumerate(unit.inputs):
             flow, use = self.flows[tensor], (decision, position)
             flow.consumers.append(use)

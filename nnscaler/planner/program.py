@@ -7,7 +7,7 @@ Data      n_d, n_f, N_b  how often a decision, a flow, a block occurs in a micro
           r_fps, r'_fps  seconds of resharding flow f from p to s: forward, backward
           q_do, u_do     seconds of a parameter's gradient exchange, which runs beside backward, and of its update
           m_do, w_do     bytes that an option holds all the time, and while it runs
-          i_do           bytes of inner tensors that an unfused cluster keeps
+          i_do           bytes of inner tensors that an unfused cluster, or an operator that exchanges parts, keeps
           b_fs           bytes of flow f in layout s;  M bytes of device memory
           level l keeps f as made, as used by c, or as moved to c (see `levels`), and runs d, and resharding, again
 Variables x_do in {0,1}  option o is chosen for d
@@ -35,7 +35,7 @@ subject to    sum_o x_do = 1                                                    
               g_fps <= sum of x over the producer's options that make f in p, if all-gathers make s of it  (gathering)
               E >= sum_d n_d q_do x_do - sum_d n_d t'_do x_do                                                  (hiding)
               W >= sum_o w_do x_do;  W >= sum_f b_fs of what level `cheap` keeps of one call of b             (working)
-              sum_d n_d m_do x_do + sum_f b_fs n_f / N_b k_fsl + sum_d i_do z_do,none + W <= M                 (memory)
+              sum_d n_d m_do x_do + sum_f b_fs n_f / N_b k_fsl + sum_d i_do z_dol, where l keeps it, + W <= M  (memory)
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ class Program:
         seconds = resharding(self.problem, flow, source, target) or NO_TIME
         y = self.milp.variable(self._time(flow.count * (seconds.forward + seconds.backward)))
         calls = float(self.problem.calls[flow.block])
-        for level in flow.again:
+        for level in sorted(flow.again):
             if flow.block not in self.n:
                 self.milp.cost[y] += self._time(flow.count * seconds.forward)
             elif seconds.forward:
@@ -323,14 +323,15 @@ class Program:
             self.milp.cost[variable] += size
 
     def _inside(self, index: int, decision: Decision) -> None:
-        """Inner tensors of unfused clusters, at level `none` (and outside of what level `part` computes again)."""
+        """Inner tensors, at the levels that keep them."""
         for option, (settings, x) in enumerate(zip(decision.options, self.x[index])):
             if not settings.inside:
                 continue
-            if (index, "none") in self.z:
-                self.memory_terms.append((self.z[index, "none"][option], settings.inside / self.byte))
-            elif not decision.again:
-                self.memory_terms.append((x, decision.count * settings.inside / self.byte))
+            for level in sorted(decision.inside):
+                if (index, level) in self.z:
+                    self.memory_terms.append((self.z[index, level][option], settings.inside / self.byte))
+                else:
+                    self.memory_terms.append((x, decision.count * settings.inside / self.byte))
 
     def _backward_of_blocks(self) -> dict[str, Terms]:
         """Block -> bytes of what one call of it keeps at its first level, which its backward holds at some moment."""

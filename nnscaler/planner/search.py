@@ -15,6 +15,7 @@ from nnscaler.planner.costs import CostModel
 from nnscaler.planner.evaluate import Evaluation, evaluate
 from nnscaler.planner.problem import Problem, Recomputing, build_problem
 from nnscaler.planner.program import Solution, least_memory, solve
+from nnscaler.profiler.operators import OperatorTimes
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ def find_plan(
     recompute_modules: Sequence[str] | None = None,
     micro_batches: int = 1,
     fused: bool = False,
+    times: OperatorTimes | None = None,
 ) -> Plan:
     """The plan of least predicted step time.
 
@@ -36,6 +38,7 @@ def find_plan(
                        backward; None: the planner chooses
     micro_batches      gradient accumulation steps of an optimizer step
     fused              whether blocks will be compiled, so that cheap operators run as one kernel
+    times              measured times of operators, where the hardware is present
 
     Raises UserError where nothing fits, with what takes most memory, and for unknown class names.
     """
@@ -44,7 +47,7 @@ def find_plan(
     if recompute_modules is not None:
         recomputing = Recomputing(False, nodes_to_recompute(graph, recompute_modules))
     started = time.perf_counter()
-    problem = build_problem(graph, CostModel(hardware, mesh, fused), recomputing, micro_batches)
+    problem = build_problem(graph, CostModel(hardware, mesh, fused, times), recomputing, micro_batches)
     solution = solve(problem, memory)
     if solution is None:
         raise UserError(_does_not_fit(problem, memory))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
+import functools
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -15,13 +16,17 @@ from nnscaler.runtime.axes import Axes, Axis
 from nnscaler.runtime.collectives import all_gather_single, reduce_scatter_single
 from nnscaler.runtime.shards import Box, ParameterSpec, flat_range_boxes
 
-BUCKET_ELEMENTS = 2**26  # a bucket is exchanged as one: large enough for full bandwidth, small beside the model
+BUCKET_ELEMENTS = 2**25  # a bucket is exchanged as one: large enough for full bandwidth, small beside the model
+MOST_IN_FLIGHT = 2  # buckets whose exchange goes on beside backward
 _ALIGNMENT = 64  # elements; keeps every parameter's first byte where kernels like it
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A parameter's place in its bucket: the local shard's box in the whole tensor, and where its elements begin."""
+    """A parameter's place in a bucket: the local shard's box in the whole tensor, and where its elements begin and end.
+
+    A bucket is cut anywhere: `start` is below 0 where the parameter begins in the bucket before.
+    """
 
     name: str
     spec: ParameterSpec
@@ -31,6 +36,11 @@ class Slot:
     @property
     def stop(self) -> int:
         return self.start + prod(self.box.sizes)
+
+    def within(self, size: int) -> tuple[slice, slice]:
+        """The elements that a bucket of `size` has of the parameter: in the bucket, and in the parameter."""
+        start, stop = max(self.start, 0), min(self.stop, size)
+        return slice(start, stop), slice(start - self.start, stop - self.start)
 
 
 @dataclass(frozen=True)
@@ -45,24 +55,20 @@ class OwnedPart:
 
 
 class Bucket:
-    """Local shards of parameters with equal owners and type, one after the other in one buffer.
+    """A range of the buffer in which parameters of equal owners and type lie one after the other.
 
-    flat      [n] the parameters, on every owner; each parameter is a view of it
+    flat      [n] the parameters, on every owner
     owned     [n / owners] the slice of `flat` that this rank updates
     gradient  [n / owners] fp32: the sum over owners and micro-batches of that slice's gradient
     """
 
-    def __init__(self, slots: list[Slot], owners: Axis, device: torch.device) -> None:
+    def __init__(self, flat: Tensor, slots: list[Slot], owners: Axis) -> None:
+        self.flat = flat
         self.slots = slots
         self.owners = owners
-        self.device = device
-        padded = _round_up(slots[-1].stop, _ALIGNMENT * owners.size)
-        self.flat = torch.zeros(padded, dtype=slots[0].spec.dtype, device=device)
+        self.device = flat.device
         self.owned = self.flat.chunk(owners.size)[owners.rank]
-        self.gradient = torch.zeros(self.owned.shape, dtype=torch.float32, device=device)
-        self.parameters = {
-            slot.name: nn.Parameter(self.flat[slot.start : slot.stop].view(slot.box.sizes)) for slot in slots
-        }
+        self.gradient = torch.zeros(self.owned.shape, dtype=torch.float32, device=self.device)
 
     @property
     def owned_range(self) -> range:
@@ -89,35 +95,33 @@ class Bucket:
 
 def make_buckets(
     specs: Mapping[str, ParameterSpec], axes: Axes, decays: Mapping[str, bool], elements: int = BUCKET_ELEMENTS
-) -> list[Bucket]:
-    """Puts trained parameters into buckets of about `elements`, in the order given.
+) -> tuple[list[Bucket], dict[str, nn.Parameter]]:
+    """Lays trained parameters into buffers, cut into buckets of about `elements`; and the parameters as views of them.
 
-    Within a bucket the parameters with weight decay come first, so that the two kinds are ranges.
+    Parameters come in the order given, but those with weight decay first, so that the two kinds are ranges.
     """
-    open_groups: dict[object, list[str]] = {}
-    groups: list[tuple[Axis, list[str]]] = []
-    for name, spec in specs.items():
-        if not spec.trained:
-            continue
-        owners = axes.owners(spec.layout)
-        key = (id(owners.group), spec.dtype)
-        group = open_groups.get(key)
-        if group is None or sum(_local_size(specs[other], axes) for other in group) >= elements:
-            group = open_groups[key] = []
-            groups.append((owners, group))
-        group.append(name)
-    buckets = []
-    for owners, names in groups:
+    groups: dict[object, tuple[Axis, list[str]]] = {}
+    for name in sorted((name for name, spec in specs.items() if spec.trained), key=lambda name: not decays[name]):
+        owners = axes.owners(specs[name].layout)
+        groups.setdefault((id(owners.group), specs[name].dtype), (owners, []))[1].append(name)
+    buckets: list[Bucket] = []
+    parameters: dict[str, nn.Parameter] = {}
+    for owners, names in groups.values():
         slots, at = [], 0
-        for name in sorted(names, key=lambda name: not decays[name]):
+        for name in names:
             slots.append(Slot(name, specs[name], specs[name].box(axes.mesh, axes.place), at))
             at = _round_up(slots[-1].stop, _ALIGNMENT)
-        buckets.append(Bucket(slots, owners, axes.device))
-    return buckets
-
-
-def _local_size(spec: ParameterSpec, axes: Axes) -> int:
-    return prod(spec.box(axes.mesh, axes.place).sizes)
+        size = _round_up(min(elements, at), _ALIGNMENT * owners.size)
+        flat = torch.zeros(_round_up(at, _ALIGNMENT * owners.size), dtype=specs[names[0]].dtype, device=axes.device)
+        for start in range(0, len(flat), size):
+            stop = min(start + size, len(flat))
+            inside = [
+                replace(slot, start=slot.start - start) for slot in slots if slot.start < stop and slot.stop > start
+            ]
+            buckets.append(Bucket(flat[start:stop], inside, owners))
+        for slot in slots:
+            parameters[slot.name] = nn.Parameter(flat[slot.start : slot.stop].view(slot.box.sizes))
+    return buckets, {name: parameters[name] for name in specs if name in parameters}
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -127,29 +131,32 @@ def _round_up(value: int, multiple: int) -> int:
 class GradientReducer:
     """Sums gradients over owners while backward goes on: a bucket is sent when its last gradient has arrived."""
 
-    def __init__(self, buckets: Iterable[Bucket]) -> None:
+    def __init__(self, buckets: Iterable[Bucket], parameters: Mapping[str, nn.Parameter]) -> None:
         self._buckets = list(buckets)
         self._arrived: dict[int, set[str]] = {}
         self._buffers: dict[int, Tensor] = {}
         self._in_flight: deque[tuple[dist.Work | None, int, Tensor, Tensor]] = deque()
+        pieces: dict[str, list[tuple[int, Slot]]] = defaultdict(list)
         for index, bucket in enumerate(self._buckets):
             for slot in bucket.slots:
-                bucket.parameters[slot.name].register_post_accumulate_grad_hook(self._hook(index, slot))
+                pieces[slot.name].append((index, slot))
+        for name, parameter in parameters.items():
+            parameter.register_post_accumulate_grad_hook(functools.partial(self._take, pieces[name]))
 
-    def _hook(self, index: int, slot: Slot):  # type: ignore[no-untyped-def]
-        def take(parameter: Tensor) -> None:
-            assert parameter.grad is not None
+    def _take(self, pieces: list[tuple[int, Slot]], parameter: Tensor) -> None:
+        """A gradient that has arrived goes to its buckets."""
+        assert parameter.grad is not None
+        gradient, parameter.grad = parameter.grad.reshape(-1), None
+        for index, slot in pieces:
+            bucket = self._buckets[index]
             if index not in self._buffers:
-                bucket = self._buckets[index]
                 self._buffers[index] = torch.zeros(bucket.flat.shape, dtype=torch.float32, device=bucket.device)
                 self._arrived[index] = set()
-            self._buffers[index][slot.start : slot.stop].copy_(parameter.grad.view(-1))
-            parameter.grad = None
+            there, here = slot.within(len(bucket.flat))
+            self._buffers[index][there].copy_(gradient[here])
             self._arrived[index].add(slot.name)
-            if len(self._arrived[index]) == len(self._buckets[index].slots):
+            if len(self._arrived[index]) == len(bucket.slots):
                 self._send(index)
-
-        return take
 
     def _send(self, index: int) -> None:
         bucket, buffer = self._buckets[index], self._buffers.pop(index)
@@ -157,7 +164,7 @@ class GradientReducer:
         if bucket.owners.group is None:
             bucket.gradient += buffer
             return
-        while len(self._in_flight) > 1:  # bounds the buffers alive
+        while len(self._in_flight) >= MOST_IN_FLIGHT:  # bounds the buffers alive
             self._receive()
         mine = torch.empty_like(bucket.gradient)
         work = reduce_scatter_single(mine, buffer, group=bucket.owners.group, async_op=True)

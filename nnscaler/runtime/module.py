@@ -40,11 +40,9 @@ class ParallelModule(nn.Module):
         self.specs = {name: ParameterSpec.from_json(fields) for name, fields in plan["parameters"].items()}
         self.tied: dict[str, str] = plan["tied"]
         decayed = {name: decays(spec.shape) for name, spec in self.specs.items()}
-        self.buckets = make_buckets(self.specs, self.axes, decayed, bucket_elements)
-        self.reducer = GradientReducer(self.buckets)
-        self._weights: dict[str, Tensor] = {}
-        for bucket in self.buckets:
-            self._weights.update(bucket.parameters)
+        self.buckets, parameters = make_buckets(self.specs, self.axes, decayed, bucket_elements)
+        self.reducer = GradientReducer(self.buckets, parameters)
+        self._weights: dict[str, Tensor] = {**parameters}
         self._load_fixed(directory)
         self._weights.update({name: self._weights[target] for name, target in self.tied.items()})
         self._code = _load_source(directory / "gencode_stage0.py")

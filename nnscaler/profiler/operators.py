@@ -1,0 +1,153 @@
+"""How long operators take on this machine's accelerator: each distinct call is timed once and kept on disk.
+
+operators/<device name>.json in the cache folder (see `nnscaler.hardware.local`) maps a call, written with the types and
+shapes of its tensors, to the seconds of its forward and backward, or to null where it could not be run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from math import prod
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnscaler.graph import Node, Ref, TensorMeta, format_argument, map_refs
+from nnscaler.hardware.local import operators_path, write_text
+from nnscaler.operators import operator_of
+
+logger = logging.getLogger(__name__)
+
+_SUSTAINED = 0.2  # seconds that each operator runs
+_KERNEL_LIBRARIES = ("flash-attn-4", "flash-attn", "liger-kernel")
+
+
+@dataclass
+class OperatorTimes:
+    """Seconds of operators, from the cache or measured on the present device."""
+
+    path: Path
+    versions: str
+    known: dict[str, list[float] | None] = field(default_factory=dict)
+    measured: int = 0  # how many were measured since the cache was read
+
+    @staticmethod
+    def here() -> OperatorTimes | None:
+        """Those of this machine's accelerator; None where there is none."""
+        if not torch.cuda.is_available():
+            return None
+        times = OperatorTimes(operators_path(torch.cuda.get_device_name()), _versions())
+        try:
+            kept = json.loads(times.path.read_text())
+            if kept.get("versions") == times.versions:
+                times.known = kept["seconds"]
+        except (OSError, ValueError, KeyError, AttributeError):
+            pass  # nothing was measured yet, or the file is of no use: it is written anew
+        return times
+
+    def seconds(self, node: Node, inputs: Sequence[TensorMeta]) -> tuple[float, float] | None:
+        """(forward, backward) of a node on inputs of these local shapes; None where it cannot be run.
+
+        backward is 0 where no input has a gradient.
+        """
+        key = call_text(node, inputs)
+        if key not in self.known:
+            if not self.measured:
+                logger.info("timing operators on this device, once each (kept in %s)", self.path)
+            self.measured += 1
+            self.known[key] = _measure(node, inputs)
+        found = self.known[key]
+        return None if found is None else (found[0], found[1])
+
+    def save(self) -> None:
+        """Writes what was measured, if anything was. Raises UserError where that is impossible."""
+        if self.measured:
+            text = json.dumps({"versions": self.versions, "seconds": dict(sorted(self.known.items()))}, indent=0)
+            write_text(self.path, text)
+            self.measured = 0
+
+
+def call_text(node: Node, inputs: Sequence[TensorMeta]) -> str:
+    """A call with its tensors' types and shapes for names; `*` marks those with a gradient."""
+    metas = iter(inputs)
+    args, kwargs = map_refs((node.args, node.kwargs), lambda ref: Ref(_tensor_text(next(metas))))
+    arguments = [format_argument(arg) for arg in args]
+    return f"{node.op}({', '.join([*arguments, *(f'{k}={format_argument(v)}' for k, v in kwargs.items())])})"
+
+
+def _tensor_text(meta: TensorMeta) -> str:
+    return f"{str(meta.dtype).removeprefix('torch.')}{list(meta.shape)}{'*' * meta.requires_grad}"
+
+
+def _versions() -> str:
+    """What the times depend on beside the device: torch, and the libraries that kernels come from."""
+    found = [f"torch {torch.__version__}"]
+    for name in _KERNEL_LIBRARIES:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def _measure(node: Node, inputs: Sequence[TensorMeta]) -> list[float] | None:
+    try:
+        tensors = iter([_example(meta) for meta in inputs])
+        args, kwargs = map_refs((node.args, node.kwargs), lambda ref: next(tensors))
+        return _forward_and_backward(_function(node), operator_of(node).backward == 0.0, args, kwargs)
+    except (RuntimeError, ValueError) as error:  # out of memory is a RuntimeError too
+        logger.info("%s cannot be timed here (%s): estimated instead", call_text(node, inputs), str(error)[:80])
+        return None
+    finally:
+        torch.cuda.empty_cache()
+
+
+def _function(node: Node) -> Callable[..., Any]:
+    operator = operator_of(node)
+    if operator.function is not None:
+        return operator.function
+    found: Any = torch.ops
+    for part in node.op.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _example(meta: TensorMeta) -> Tensor:
+    """Random numbers, for kernels run faster on zeros; zeros for integers, which are always valid indices."""
+    if not meta.dtype.is_floating_point:
+        return torch.zeros(meta.shape, dtype=meta.dtype, device="cuda")
+    value = torch.randn(meta.shape, dtype=meta.dtype, device="cuda") * prod(meta.shape[-1:]) ** -0.5
+    return value.requires_grad_(meta.requires_grad)
+
+
+def _forward_and_backward(function: Callable[..., Any], all_at_once: bool, args: Any, kwargs: Any) -> list[float]:
+    """Median times in the second half of a run that is long enough for the clock to fall to what it can sustain.
+
+    all_at_once  forward computes the gradients too, for equal ones of its results
+    """
+    inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.requires_grad]
+    times: list[tuple[float, float]] = []
+    total = 0.0
+    while total < _SUSTAINED or len(times) < 2:
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+        events[0].record()
+        out = function(*args, **kwargs)
+        events[1].record()
+        results = [x for x in (out if isinstance(out, (tuple, list)) else [out]) if x.requires_grad]
+        gradients = [x.new_ones(()).expand(x.shape) if all_at_once else torch.randn_like(x) for x in results]
+        events[2].record()
+        if results:
+            torch.autograd.grad(results, inputs, gradients, allow_unused=True)
+        events[3].record()
+        torch.cuda.synchronize()
+        times.append((events[0].elapsed_time(events[1]) / 1e3, events[2].elapsed_time(events[3]) / 1e3))
+        total += sum(times[-1])
+    late = times[len(times) // 2 :]
+    return [median(forward for forward, _ in late), median(backward for _, backward in late) if results else 0.0]
