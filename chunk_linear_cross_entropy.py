@@ -101,4 +101,3 @@ def _run(
     if weight_gradient is not None and not len(hidden):
         weight_gradient.zero_()
     return losses, hidden_gradient, weight_gradient
-

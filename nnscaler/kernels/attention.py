@@ -78,6 +78,11 @@ def _cudnn() -> Kernel:
 def _sdpa() -> Kernel:
     def run(q: Tensor, k: Tensor, v: Tensor, scale: float | None, is_causal: bool) -> Tensor:
         if is_causal and q.shape[1] != k.shape[1]:
+            if q.is_cuda:  # torch's own flash attention, whose causal mask ends with the last row
+                parts = [x.transpose(1, 2) for x in (q, k, v)]
+                return torch.ops.aten._scaled_dot_product_flash_attention(
+                    *parts, dropout_p=0.0, is_causal=True, scale=scale
+                )[0].transpose(1, 2)
             groups = q.shape[2] // k.shape[2]  # a mask object and grouped heads do not go together
             k, v = (x.repeat_interleave(groups, 2).transpose(1, 2) for x in (k, v))
             mask = causal_lower_right(q.shape[1], k.shape[2])

@@ -18,9 +18,9 @@ from nnscaler.runtime.axes import Axis
 
 
 def attention_flops(sizes: dict[str, int], node: Node) -> float:
-    """Two products of every query with every key, halved by a causal mask."""
+    """Two products of every query with every key that it sees: with a causal mask the last query sees all."""
     dense = 2.0 * sizes["b"] * sizes["k"] * sizes["g"] * sizes["l"] * sizes["s"] * (sizes["d"] + sizes["e"])
-    return dense / 2 if _is_causal(node) else dense
+    return dense * (1 - sizes["l"] / sizes["s"] / 2) if _is_causal(node) else dense
 
 
 def _is_causal(node: Node) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 from nnscaler.graph import Block, Node, TensorMeta
 from nnscaler.hardware import Hardware
@@ -19,7 +20,7 @@ from nnscaler.placement import Placements, Shard, local_shape
 from nnscaler.planner.units import Unit, needed_by, node_kind, saved_by
 from nnscaler.profiler.operators import OperatorTimes
 from nnscaler.reshard import Step
-from nnscaler.runtime.buckets import BUCKET_ELEMENTS
+from nnscaler.runtime.buckets import BUCKET_ELEMENTS, MOST_IN_FLIGHT
 
 MASTER_BYTES = 4  # fp32 master weight
 MOMENT_BYTES = 8  # two fp32 moments of Adam
@@ -34,7 +35,8 @@ class Local:
     inputs      its local inputs
     bytes       local bytes of its inputs and outputs
     axis        the mesh axis over which its function exchanges tensors itself; None: it does not
-    travelling  which inputs and outputs those are
+    together    then: the size of each annotated name of all that is done on the axis, of which each device does as much
+    travelling  and: which inputs and outputs are exchanged
     """
 
     node: Node
@@ -42,6 +44,7 @@ class Local:
     inputs: list[TensorMeta]
     bytes: list[int]
     axis: int | None = None
+    together: dict[str, int] = field(default_factory=dict)
     travelling: Sequence[bool] = ()
 
 
@@ -71,7 +74,6 @@ class CostModel:
     mesh: Mesh
     fused: bool = False
     times: OperatorTimes | None = None
-    rates: dict[str, Seconds] = field(default_factory=dict, compare=False)  # node -> measured seconds an operation
     origins: set[str] = field(default_factory=set, compare=False)  # where the figures used so far come from
 
     def local_bytes(self, meta: TensorMeta, placements: Placements) -> int:
@@ -84,7 +86,10 @@ class CostModel:
     def unit(
         self, unit: Unit, block: Block, layouts: Mapping[str, Placements], nodes: Sequence[Local]
     ) -> tuple[Seconds, float, float]:
-        """(time, bytes held while it runs, bytes that backward keeps of inner tensors) of a unit laid out so."""
+        """(time, bytes held while it runs, bytes that backward keeps of inner tensors) of a unit laid out so.
+
+        While it runs means in backward: the gradients of what goes in and comes out.
+        """
         if unit.kind == "cheap" and self.fused:
             return self._cluster(unit, block, layouts)
         seconds, transient, inside = NO_TIME, 0.0, 0.0
@@ -94,7 +99,7 @@ class CostModel:
             if operator_of(node).alias:
                 continue
             seconds += self._node(local, block) + self._exchange(local, block)
-            transient = max(transient, 2.0 * sum(local.bytes))
+            transient = max(transient, float(sum(local.bytes)))
             kept.update(saved_by(node, block))
             if local.axis is not None:  # what it computes before the exchange is kept beside what it gives
                 inside += sum(local.bytes[len(node.inputs) :])
@@ -117,12 +122,14 @@ class CostModel:
             given = sum(size[name] for name in unit.outputs if block.tensors[name].requires_grad)
             made = sum(size[name] for name in unit.inputs if block.tensors[name].requires_grad)
             backward = self._roofline(0.0, needed + given + made)
-        return Seconds(forward, backward), 2.0 * (read + written), 0.0
+        return Seconds(forward, backward), float(read + written), 0.0
 
     def _node(self, local: Local, block: Block) -> Seconds:
         """Time of a node on its own."""
         node, operator = local.node, operator_of(local.node)
         flops = operator.flops(local.sizes, node)
+        if local.axis is not None:
+            flops = operator.flops(local.together, node) / self.mesh.sizes[local.axis]
         if (measured := self._measured(local, flops)) is not None:
             self.origins.add("operators: measured")
             return measured
@@ -140,19 +147,16 @@ class CostModel:
         return Seconds(forward, self._roofline(ratio * flops / rate, written + read))
 
     def _measured(self, local: Local, flops: float) -> Seconds | None:
-        """Measured time of a node. One that exchanges parts itself is as fast as its whole call, operation by
-        operation."""
+        """Measured time of a node with `flops` operations, which for one that exchanges parts are not those of the
+        call on its local inputs."""
         if self.times is None or node_kind(local.node) == "cheap":
             return None
-        if local.axis is not None:
-            known = self.rates.get(local.node.name)
-            return None if known is None else Seconds(flops * known.forward, flops * known.backward)
         found = self.times.seconds(local.node, local.inputs)
         if found is None:
             return None
-        if flops:
-            self.rates.setdefault(local.node.name, Seconds(found[0] / flops, found[1] / flops))
-        return Seconds(*found)
+        done = operator_of(local.node).flops(local.sizes, local.node)
+        share = flops / done if done else 1.0
+        return Seconds(found[0] * share, found[1] * share)
 
     def _exchange(self, local: Local, block: Block) -> Seconds:
         """Time in which an operator's function sends parts of its inputs and outputs around itself."""
@@ -177,12 +181,18 @@ class CostModel:
             before = self.local_bytes(meta, tuple(current))
             current[step.axis] = step.target
             part = max(before, self.local_bytes(meta, tuple(current)))
-            forward, backward = step.collectives
-            total += Seconds(
-                self.collective(forward, part, step.axis),
-                self.collective(backward, part, step.axis) if meta.requires_grad else 0.0,
-            )
+            forward, backward = (self._moving(name, step, meta, part) for name in step.collectives)
+            total += Seconds(forward, backward if meta.requires_grad else 0.0)
         return total
+
+    def _moving(self, name: str, step: Step, meta: TensorMeta, size: float) -> float:
+        """Time of one collective, and of the copies that put slices one after the other for it, or back in place."""
+        dims = {place.dim for place in (step.source, step.target) if isinstance(place, Shard)}
+        copies = 1 if name == "all_reduce" else 0
+        if name in ("all_gather", "reduce_scatter", "all_to_all"):
+            copies = sum(prod(meta.shape[:dim]) > 1 for dim in dims)  # else the slices lie so already
+        moved = 2 * copies * size if self.mesh.sizes[step.axis] > 1 else 0.0
+        return self.collective(name, size, step.axis) + moved / self.hardware.memory_bandwidth
 
     def collective(self, name: str, size: float, axis: int) -> float:
         """Seconds of a collective over one mesh axis. `size`: bytes of the larger of a device's input and output."""
@@ -213,12 +223,17 @@ class CostModel:
         return self._among_owners("reduce_scatter", elements * GRADIENT_BYTES, placements)
 
     def update(self, meta: TensorMeta, placements: Placements, micro_batches: int) -> float:
-        """Seconds of a parameter's update and exchange after a step, spread over its micro-batches."""
+        """Seconds of a parameter's update and exchange after a step, spread over its micro-batches, and of copying its
+        gradient to the buffers and adding it up in each of them."""
         size = self.local_bytes(meta, placements)
         elements = size / meta.dtype.itemsize
-        state = 2 * (MASTER_BYTES + MOMENT_BYTES) + GRADIENT_BYTES + meta.dtype.itemsize
-        update = elements / self.owners(placements) * state / self.hardware.memory_bandwidth
-        return (self._among_owners("all_gather", size, placements) + update) / micro_batches
+        owned = elements / self.owners(placements)
+        # The gradient is read for its norm, scaled, read again, and cleared.
+        state = 2 * (MASTER_BYTES + MOMENT_BYTES) + 5 * GRADIENT_BYTES + MASTER_BYTES + meta.dtype.itemsize
+        update = owned * state / self.hardware.memory_bandwidth
+        copied = elements * (meta.dtype.itemsize + 2 * GRADIENT_BYTES) + owned * 3 * GRADIENT_BYTES
+        once = self._among_owners("all_gather", size, placements) + update
+        return once / micro_batches + copied / self.hardware.memory_bandwidth
 
     def _among_owners(self, name: str, size: float, placements: Placements) -> float:
         """Seconds of a collective over all ranks that hold the same shard. Parameters are exchanged many at a time: of
@@ -230,6 +245,12 @@ class CostModel:
         bucket = BUCKET_ELEMENTS * GRADIENT_BYTES
         per_node = min(owners, self.hardware.devices_per_node)
         return self._communicate(name, bucket, owners, spans, per_node) * size / bucket
+
+    def buffer_memory(self, elements: int) -> float:
+        """Bytes of the buffers in which gradients of a model of so many elements are exchanged: those in flight and
+        two that are being filled, and of those in flight what comes back."""
+        bucket = min(BUCKET_ELEMENTS, elements) * GRADIENT_BYTES
+        return bucket * (MOST_IN_FLIGHT + 2) + bucket * MOST_IN_FLIGHT / self.mesh.runtime_ngpus
 
     def parameter_memory(self, meta: TensorMeta, placements: Placements) -> float:
         """Bytes that a parameter takes all the time: itself, and the owned part of gradient, master and moments."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass, field
 
 from nnscaler.placement import Placements
@@ -126,15 +125,15 @@ class _Evaluator:
                 self._hold(("saved", flow.block, flow.tensor), size)
 
     def _working(self) -> None:
-        """The one operator, or the one block's backward, that holds most while it runs."""
-        most = max(
+        """What the one operator holds that holds most while it runs; what backward of a block computes again where no
+        call keeps it; and the buffers."""
+        size, block, name = max(
             (option.transient, decision.block, decision.name)
             for decision, option in zip(self.problem.decisions, self.options)
         )
-        blocks: dict[str, float] = defaultdict(float)
-        for flow in self.problem.flows:
-            level = self.problem.levels[flow.block][0]
-            if self.problem.calls[flow.block] > 1 and not flow.held and (level in flow.made or flow.used.get(level)):
-                blocks[flow.block] += self.problem.costs.local_bytes(flow.meta, self._made(flow))
-        size, block, name = max([most, *((size, block, "backward") for block, size in blocks.items())])
         self._hold(("working", block, name), size)
+        for flow in self.problem.flows:
+            if flow.needed and not self.solution.levels[flow.block].get("none"):
+                size = self.problem.costs.local_bytes(flow.meta, self._made(flow))
+                self._hold(("working", flow.block, "backward"), size)
+        self._hold(("buffers", "", ""), self.problem.buffers)

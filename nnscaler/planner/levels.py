@@ -1,6 +1,7 @@
 """Recompute levels: what each keeps of a block for backward, and what it computes again.
 
-none     keep what each operator saves; nothing is computed again (but what a fusing compiler does by itself)
+none     keep what each operator saves; nothing is computed again. A fusing compiler keeps what products save, and of
+         what cheap operators save the least from which they give the rest
 cheap    keep the smallest set of tensors from which cheap operators give the rest
 compute  keep the block's inputs, what registered operators save, and what collectives bring; compute products again
 all      keep the block's inputs
@@ -8,7 +9,7 @@ all      keep the block's inputs
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import networkx
@@ -41,18 +42,18 @@ class Keeping:
 
 
 def keeping(level: str, units: list[Unit], block: Block, fused: bool) -> Keeping:
-    """What `level` means for a block. A fusing compiler makes `none` what `cheap` is."""
-    if level == "none" and not fused:
-        return _keep_all(units, block)
-    if level in ("none", "cheap"):
-        return _keep_cut(units, block)
+    """What `level` means for a block."""
+    if level == "none":
+        return _keep_cut(units, block, ("registered", "product")) if fused else _keep_all(units, block)
+    if level == "cheap":
+        return _keep_cut(units, block, ("registered",))
     return _keep_from(units, block, everything=level == "all")
 
 
 def part_again(parts: Iterable[int], units: list[Unit], block: Block, fused: bool) -> Keeping:
     """Level `none` but for given units, which are computed again from their inputs."""
     again = set(parts)
-    base = _keep_all(units, block) if not fused else _keep_cut(units, block)
+    base = keeping("none", units, block, fused)
     made_inside = {name for index in again for name in units[index].outputs}
     inputs = {name for index in again for name in units[index].inputs} - made_inside
     return Keeping(
@@ -83,20 +84,32 @@ def _keep_all(units: list[Unit], block: Block) -> Keeping:
     )
 
 
-def _keep_cut(units: list[Unit], block: Block) -> Keeping:
-    """The least bytes from which cheap units give what is needed: a minimum cut between what exists and what is."""
+def _keep_cut(units: list[Unit], block: Block, as_used: Collection[str]) -> Keeping:
+    """The least bytes from which cheap units give what is needed: a minimum cut between what exists and what is.
+
+    as_used  kinds of units whose inputs are kept as they are used, rather than computed again
+    """
     needed = _needed(units, block)
     made_by = {name: index for index, unit in enumerate(units) for name in unit.outputs}
-    used = {(index, name) for index, name, is_input in needed if is_input and units[index].kind == "registered"}
+    used = {(index, name) for index, name, is_input in needed if is_input and units[index].kind in as_used}
     wanted = {name for index, name, _ in needed if (index, name) not in used}
     if not wanted:
         return Keeping(used=frozenset(used))
-    cheap = {name: node for unit in units if unit.kind == "cheap" for node in unit.nodes for name in node.outputs}
+    kept_anyway = {name for _, name in used}
+    cheap = {
+        name: node
+        for unit in units
+        if unit.kind == "cheap"
+        for node in unit.nodes
+        for name in node.outputs
+        if name not in kept_anyway
+    }
     network = networkx.DiGraph()
     for name, meta in block.tensors.items():
         inner = name in cheap and name not in made_by
         if not inner:  # an inner tensor of a cluster is never kept: an edge without capacity has no limit
-            network.add_edge((name, "in"), (name, "out"), capacity=0 if name in block.parameters else meta.nbytes)
+            free = name in block.parameters or name in kept_anyway
+            network.add_edge((name, "in"), (name, "out"), capacity=0 if free else meta.nbytes)
         else:
             network.add_edge((name, "in"), (name, "out"))
         if name not in cheap:
@@ -109,7 +122,7 @@ def _keep_cut(units: list[Unit], block: Block) -> Keeping:
     _, (reached, _) = networkx.minimum_cut(network, "exists", "needed")
     cut = {name for name in block.tensors if (name, "in") in reached and (name, "out") not in reached}
     again, uses = _again(wanted, cut, units)
-    kept = {name for name in cut if name not in block.parameters}
+    kept = cut - set(block.parameters) - kept_anyway
     moved = {(index, name) for index, name, is_input in needed if is_input} | uses
     return Keeping(frozenset(kept), frozenset(used), frozenset(moved - used), frozenset(again))
 

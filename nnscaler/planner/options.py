@@ -104,7 +104,11 @@ def _option(
             replace(block.tensors[name], shape=local_shape(block.tensors[name].shape, layouts[name], costs.mesh.sizes))
             for name in node.inputs
         ]
-        locals_.append(Local(node, sizes, metas, local, along[0] if along else None, travelling))
+        together = {
+            name: size * costs.mesh.sizes[along[0]] if along and name == splits[along[0]].name else size
+            for name, size in sizes.items()
+        }
+        locals_.append(Local(node, sizes, metas, local, along[0] if along else None, together, travelling))
     seconds, transient, inside = costs.unit(unit, block, layouts, locals_)
     return Option(
         tuple(layouts[name] for name in unit.inputs),

@@ -46,6 +46,7 @@ class Flow:
     made, used, moved  level -> what it keeps of the tensor for backward: the layout in which it is made; the layouts in
                        which the listed consumers use it; those layouts where the tensor was resharded for them
     held               a parameter: kept anyway in the layout in which it is stored
+    needed             backward of its block reads it, whether kept or computed again
     again              levels at which resharding is done again in backward
     """
 
@@ -59,6 +60,7 @@ class Flow:
     used: dict[str, list[Use]] = field(default_factory=dict)
     moved: dict[str, list[Use]] = field(default_factory=dict)
     held: bool = False
+    needed: bool = False
     again: frozenset[str] = frozenset()
 
 
@@ -69,6 +71,7 @@ class Problem:
     calls         block -> how often it runs in a micro-batch
     levels        block -> recompute levels that its calls may have
     parameter_of  (block, tensor) -> decision
+    buffers       bytes that every plan needs for exchanging gradients
     """
 
     costs: CostModel
@@ -77,6 +80,7 @@ class Problem:
     calls: dict[str, int] = field(default_factory=dict)
     levels: dict[str, tuple[str, ...]] = field(default_factory=dict)
     parameter_of: dict[tuple[str, str], int] = field(default_factory=dict)
+    buffers: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,10 @@ class Recomputing:
     free: bool = True
     nodes: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
-    def levels(self, block: Block, fused: bool) -> tuple[str, ...]:
+    def levels(self, block: Block) -> tuple[str, ...]:
         """The levels that calls of a block may have; `part` keeps all but what the named nodes compute."""
         if self.free:
-            return tuple(level for level in LEVELS if not (fused and level == "cheap"))  # which `none` is there
+            return LEVELS
         named = self.nodes.get(block.name, frozenset())
         if not named:
             return ("none",)
@@ -98,7 +102,8 @@ class Recomputing:
 
 def build_problem(graph: Graph, costs: CostModel, recomputing: Recomputing, micro_batches: int) -> Problem:
     """States the problem of a graph. `micro_batches`: how many a step has; the optimizer's time is spread over them."""
-    builder = _Builder(graph, Problem(costs), recomputing)
+    trained = sum(meta.numel for meta in graph.parameters.values() if meta.requires_grad)
+    builder = _Builder(graph, Problem(costs, buffers=costs.buffer_memory(trained)), recomputing)
     builder.decide_parameters(micro_batches)
     for block in [*graph.blocks.values(), graph.root]:
         _Body(builder, block).build()
@@ -161,9 +166,11 @@ class _Body:
         self.is_root = block is builder.graph.root
         self.count = builder.graph.count(block)
         self.units = divide(block)
-        self.levels = ("none",) if self.is_root else builder.recomputing.levels(block, builder.problem.costs.fused)
+        self.levels = ("none",) if self.is_root else builder.recomputing.levels(block)
         self.kept_at = {level: self._keeping(level) for level in self.levels}
         self.problem.calls[block.name], self.problem.levels[block.name] = self.count, self.levels
+        everything = self._keeping("none")
+        self.needed = everything.made | {name for _, name in everything.used | everything.moved}
         self.flows: dict[str, Flow] = {}
 
     def _keeping(self, level: str) -> Keeping:
@@ -192,6 +199,7 @@ class _Body:
         flow = Flow(tensor, self.block.name, self.block.tensors[tensor], producer, count=self.count)
         flow.made = {level for level, kept in self.kept_at.items() if tensor in kept.made}
         flow.again = frozenset(level for level, kept in self.kept_at.items() if kept.reshard)
+        flow.needed = tensor in self.needed and tensor not in self.block.parameters
         self.flows[tensor] = flow
         return flow
 

@@ -19,7 +19,8 @@ Variables x_do in {0,1}  option o is chosen for d
           k_fsl >= 0     calls at level l that keep f in layout s
           g_fps in {0,1} backward gathers f again, from p to s, rather than keep it
           E >= 0         seconds of gradient exchange that backward does not hide
-          W >= 0         most bytes that one operator, or one block's backward, holds while it runs
+          U >= 0         most bytes that one operator holds while it runs
+          V_b >= 0       bytes that backward computes again of one call of b, where no call keeps them
 
 minimise      sum_d n_d (t_do + t'_do) x_do + sum_f n_f (r_fps + r'_fps) y_fps + sum_d n_d u_do x_do + E          (time)
               + sum over what is run again of t_do z_dol, r_fps n_f / N_b Y_fpsl and n_f r_fps g_fps
@@ -34,13 +35,14 @@ subject to    sum_o x_do = 1                                                    
                        and less that over the producer's options that make f in s          if as moved to c
               g_fps <= sum of x over the producer's options that make f in p, if all-gathers make s of it  (gathering)
               E >= sum_d n_d q_do x_do - sum_d n_d t'_do x_do                                                  (hiding)
-              W >= sum_o w_do x_do;  W >= sum_f b_fs of what level `cheap` keeps of one call of b             (working)
-              sum_d n_d m_do x_do + sum_f b_fs n_f / N_b k_fsl + sum_d i_do z_dol, where l keeps it, + W <= M  (memory)
+              U >= sum_o w_do x_do                                                                            (working)
+              V_b >= B_b (1 - n_b,none), where B_b = sum_f b_fs x_do of what level `none` keeps of one call      (again)
+              sum_d n_d m_do x_do + sum_f b_fs n_f / N_b k_fsl + sum_d i_do z_dol, where l keeps it,
+                       + U + sum_b V_b + the buffers in which gradients are exchanged <= M                     (memory)
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -312,11 +314,9 @@ class Program:
                 if option.memory:
                     self.memory_terms.append((x, decision.count * option.memory / self.byte))
             self._inside(index, decision)
-        for terms in self._backward_of_blocks().values():
-            self.milp.row([(working, 1.0), *_minus(terms)], 0.0)
-        total = [*self.memory_terms, (working, 1.0)]
+        total = [*self.memory_terms, (working, 1.0), *((self._again(block), 1.0) for block in self._computing_again())]
         if memory is not None:
-            self.milp.row(total, upper=memory / self.byte)
+            self.milp.row(total, upper=(memory - self.problem.buffers) / self.byte)
             return
         self.milp.cost = [0.0] * len(self.milp.cost)
         for variable, size in total:
@@ -333,19 +333,28 @@ class Program:
                 else:
                     self.memory_terms.append((x, decision.count * settings.inside / self.byte))
 
-    def _backward_of_blocks(self) -> dict[str, Terms]:
-        """Block -> bytes of what one call of it keeps at its first level, which its backward holds at some moment."""
-        by_block: dict[str, Terms] = defaultdict(list)
+    def _computing_again(self) -> list[str]:
+        """Blocks of which some call may not keep everything."""
+        return [block for block, levels in self.problem.levels.items() if levels != ("none",)]
+
+    def _again(self, block: str) -> int:
+        """The variable V_b"""
+        terms: Terms = []
+        most = 0.0
         for flow in self.problem.flows:
-            level = self.problem.levels[flow.block][0]
-            if self.problem.calls[flow.block] < 2 or flow.held or not (level in flow.made or flow.used.get(level)):
-                continue
-            by_block[flow.block] += [
-                (x, self.problem.costs.local_bytes(flow.meta, layout) / self.byte)
-                for layout, xs in self._layouts(flow.producer, "outputs").items()
-                for x, _ in xs
-            ]
-        return by_block
+            if flow.block == block and flow.needed:
+                sizes = {
+                    layout: self.problem.costs.local_bytes(flow.meta, layout) / self.byte
+                    for layout in self._layouts(flow.producer, "outputs")
+                }
+                most += max(sizes.values())
+                terms += [
+                    (x, sizes[layout]) for layout, xs in self._layouts(flow.producer, "outputs").items() for x, _ in xs
+                ]
+        again = self.milp.variable(bound=INFINITY)
+        keeping = [(self.n[block]["none"], most)] if "none" in self.n.get(block, {}) else []
+        self.milp.row([(again, 1.0), *keeping, *_minus(terms)], 0.0)
+        return again
 
 
 def _minus(terms: Terms) -> Terms:

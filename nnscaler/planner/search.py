@@ -103,8 +103,9 @@ def _describe(key: tuple[str, str, str]) -> str:
         "saved": "activation",
         "inside": "activations inside",
         "working": "working memory of",
+        "buffers": "buffers of the gradients' exchange",
     }[category]
-    return f"{role} {block}{f'.{name}' if name else ''}"
+    return f"{role} {block}{f'.{name}' if name else ''}".rstrip()
 
 
 def _to_plan(

@@ -21,8 +21,7 @@ def recompute(function: Callable[..., Any], *args: Any) -> Any:
 def region(function: Callable[..., Any]) -> Callable[..., Any]:
     """A region as `call(keep, *args)`, where `keep` is the recompute level: none, cheap or compute.
 
-    On an accelerator it is compiled, once for each level. There `none` already keeps no more than `cheap`: the
-    compiler computes cheap operators again by itself.
+    On an accelerator it is compiled, once for each level.
     """
     plain: dict[str, Callable[..., Any]] = {
         "none": function,
@@ -35,10 +34,9 @@ def region(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(keep: str, *args: Any) -> Any:
         if not _on_accelerator(args):
             return plain[keep](*args)
-        level = "none" if keep == "cheap" else keep
-        if level not in compiled:
-            compiled[level] = torch.compile(plain[level], dynamic=False, fullgraph=True)
-        return compiled[level](*args)
+        if keep not in compiled:
+            compiled[keep] = torch.compile(plain[keep], dynamic=False, fullgraph=True)
+        return compiled[keep](*args)
 
     return call
 
