@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from nnscaler.codegen import generate
 from nnscaler.errors import UserError
 from nnscaler.hardware import Hardware, detect_hardware, load_hardware
-from nnscaler.mesh import Mesh
+from nnscaler.mesh import Mesh, meshes
 from nnscaler.operators.registry import all_registered
 from nnscaler.planner import find_plan
 from nnscaler.profiler.operators import OperatorTimes
@@ -77,9 +77,9 @@ class ComputeConfig:
         if self.trace_strategy not in STRATEGIES:
             raise UserError(f"trace_strategy is '{self.trace_strategy}'; allowed are {', '.join(STRATEGIES)}")
 
-    @property
-    def mesh(self) -> Mesh:
-        return Mesh((self.plan_ngpus,), self.runtime_ngpus // self.plan_ngpus)
+    def meshes(self, hardware: Hardware) -> list[Mesh]:
+        """The meshes to try."""
+        return meshes(self.plan_ngpus, self.runtime_ngpus // self.plan_ngpus, hardware.devices_per_node)
 
     def find_hardware(self) -> Hardware:
         return load_hardware(self.hardware) if self.hardware else detect_hardware()
@@ -123,7 +123,7 @@ def compile_model(source: Source, config: ComputeConfig, directory: Path) -> Pat
     times = OperatorTimes.here() if config.hardware is None else None
     plan = find_plan(
         graph,
-        config.mesh,
+        config.meshes(hardware),
         hardware,
         memory=memory,
         recompute_modules=config.recompute_modules,

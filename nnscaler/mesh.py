@@ -46,3 +46,10 @@ class Mesh:
 
     def __str__(self) -> str:
         return f"{self.replicas} x [{' x '.join(map(str, self.sizes))}]"
+
+
+def meshes(plan_ngpus: int, replicas: int, devices_per_node: int) -> list[Mesh]:
+    """Every mesh of one and two axes, of which the second stays inside a node."""
+    inner = [size for size in range(2, min(plan_ngpus, devices_per_node + 1)) if plan_ngpus % size == 0]
+    fitting = [size for size in inner if plan_ngpus <= devices_per_node or devices_per_node % size == 0]
+    return [Mesh((plan_ngpus,), replicas), *(Mesh((plan_ngpus // size, size), replicas) for size in fitting)]

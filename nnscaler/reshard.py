@@ -5,6 +5,7 @@ The planner prices these steps and the code generator writes them, so that what 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nnscaler.placement import PARTIAL, REPLICATE, SHARED, Placement, Placements, Replicate, Shard
@@ -67,6 +68,11 @@ def reshard_steps(source: Placements, target: Placements) -> list[Step] | None:
                 change(inner, goal if isinstance(goal, Replicate) else REPLICATE)
         change(axis, wanted)
     return steps
+
+
+def brings_together(steps: Sequence[Step] | None) -> bool:
+    """Whether steps make a whole of shards whose gradients are sums: what is done with weights beside computation."""
+    return bool(steps) and all(step.collectives == ("all_gather", "reduce_scatter") for step in steps or ())
 
 
 def without_gradient(placements: Placements) -> Placements:

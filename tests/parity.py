@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
+from nnscaler import compiler, planner
 from nnscaler.cli.config import CheckpointConfig, DatasetConfig, LogConfig, LRSchedulerConfig, ModelConfig, TrainerArgs
 from nnscaler.cli.trainer import Trainer
 from nnscaler.compiler import ComputeConfig
 from nnscaler.data.training import PackedDataset
 from nnscaler.models.causal_lm import WEIGHT_PREFIX, CausalLM, prepare_config
+from nnscaler.plan import Plan
 from nnscaler.runtime.optimizer import OptimizerConfig
 from nnscaler.runtime.weights import initial_parameters
 from nnscaler.trace import build_on_meta
@@ -38,12 +44,26 @@ class Case:
     accumulation: int = 1
     tied: bool = False
     micro_batch: int = 1
+    key_value_heads: int = 4
+    layers: int = 2
+    levels: tuple[str, ...] = ()  # recompute level of each layer, in place of what the planner chose
+    hardware: str = "hardware.json"
 
     @property
     def name(self) -> str:
         flags = [f"{self.plan}x{self.runtime}", f"acc{self.accumulation}", f"batch{self.micro_batch}"]
         flags += ["chunk"] * self.chunk_loss + list(self.recompute) + ["tied"] * self.tied
-        return "-".join(flags)
+        flags += [f"kv{self.key_value_heads}"] * (self.key_value_heads != 4) + list(self.levels)
+        return "-".join([*flags, self.hardware.removesuffix(".json")])
+
+    @property
+    def model(self) -> dict[str, object]:
+        """What its model differs in from the tiny Llama."""
+        return {
+            "tie_word_embeddings": self.tied,
+            "num_key_value_heads": self.key_value_heads,
+            "num_hidden_layers": self.layers,
+        }
 
     @property
     def sequences(self) -> int:
@@ -52,12 +72,15 @@ class Case:
 
 
 def arguments(case: Case, folder: Path) -> TrainerArgs:
-    config = tiny.config(tie_word_embeddings=case.tied)
+    config = tiny.config(**case.model)
     prepare_config(config, tiny.LENGTH, "auto", case.chunk_loss)
     compute = ComputeConfig(
-        case.plan, case.runtime, recompute_modules=case.recompute, micro_batches=case.accumulation,
-        hardware=str(folder / "hardware.json"),
-    )  # fmt: skip
+        case.plan,
+        case.runtime,
+        recompute_modules=case.recompute if not case.levels else None,
+        micro_batches=case.accumulation,
+        hardware=str(folder / case.hardware),
+    )
     return TrainerArgs(
         name=case.name,
         model=ModelConfig(
@@ -84,16 +107,32 @@ def train_all(cases: list[Case], folder: Path) -> None:
     port = int(os.environ["MASTER_PORT"])
     for index, case in enumerate(cases):
         os.environ["MASTER_PORT"] = str(port + index)
-        Trainer(arguments(case, folder)).run()
+        with _levels(case.levels):
+            Trainer(arguments(case, folder)).run()
 
 
-def plain_loop(rows: np.ndarray, sequences: list[int], tied: bool = False) -> tuple[list[float], dict[str, Tensor]]:
+@contextmanager
+def _levels(levels: tuple[str, ...]) -> Iterator[None]:
+    """Inside, plans get these recompute levels for their layers."""
+
+    def find_plan(*args: Any, **kwargs: Any) -> Plan:
+        plan = planner.find_plan(*args, **kwargs)
+        if levels:
+            plan.levels["llama_decoder_layer"] = {level: levels.count(level) for level in levels}
+        return plan
+
+    with patch.object(compiler, "find_plan", find_plan):
+        yield
+
+
+def plain_loop(rows: np.ndarray, sequences: list[int], **changes: object) -> tuple[list[float], dict[str, Tensor]]:
     """The same training as anyone would write it: one process, one model, torch.optim.AdamW.
 
     sequences  how many sequences each step has
+    changes    what the model differs in from the tiny Llama
     Returns the loss of each step, and the final parameters by name.
     """
-    config = tiny.config(tie_word_embeddings=tied)
+    config = tiny.config(**changes)
     prepare_config(config, tiny.LENGTH, "eager", False)
     meta, _ = build_on_meta(lambda: CausalLM(config))
     model = CausalLM(config)

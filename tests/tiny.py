@@ -37,7 +37,7 @@ def write_dataset(folder: Path, rows: int = 80, length: int = LENGTH, vocabulary
     return tokens
 
 
-def write_hardware(folder: Path, memory: float = 1e12, **changes: object) -> str:
+def write_hardware(folder: Path, name: str = "hardware.json", memory: float = 1e12, **changes: object) -> str:
     """A machine without latencies and with slow arithmetic, so that even tiny operators are worth splitting."""
     link = {"bandwidth": 1e12, "latency": 0.0}
     fields = {
@@ -45,7 +45,7 @@ def write_hardware(folder: Path, memory: float = 1e12, **changes: object) -> str
         "efficiency": {"default": 1.0}, "launch": 0.0, "devices_per_node": 8, "intra": link, "inter": link,
         "source": "made up for tests",
     }  # fmt: skip
-    path = folder / "hardware.json"
+    path = folder / name
     path.write_text(json.dumps({**fields, **changes}))
     return str(path)
 

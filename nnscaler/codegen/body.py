@@ -14,7 +14,7 @@ from nnscaler.placement import Placement, Placements, Shard, format_placements, 
 from nnscaler.plan import Plan
 from nnscaler.planner.units import Unit
 from nnscaler.reshard import Step as Reshard
-from nnscaler.reshard import reshard_steps
+from nnscaler.reshard import brings_together, reshard_steps
 
 INDENT = "    "
 
@@ -210,13 +210,23 @@ class Body:
             assert steps is not None, (tensor, source, layout)
             steps = [step for step in steps if self._changes(step, tensor)]
             expression = self.names[tensor, source]
-            if steps:
+            if steps and self._is_gathered_weight(tensor, steps):
+                variable = self._fresh(f"{tensor}_{_tag(layout)}")
+                shards = "".join(f", (axes[{step.axis}], {_dim(step.source)})" for step in steps)
+                again = ", again=True" if (self.block.name, tensor) in self.plan.gathered_again else ""
+                lines.append(f"{variable} = axes.gathers.weight({expression}{shards}{again})")
+                expression = variable
+            elif steps:
                 variable = self._fresh(f"{tensor}_{_tag(layout)}")
                 for step in steps:
                     lines.append(f"{variable} = {self._collective(expression, step, tensor)}")
                     expression = variable
             self.names[tensor, layout] = expression
         return self.names[tensor, layout]
+
+    def _is_gathered_weight(self, tensor: str, steps: list[Reshard]) -> bool:
+        """Whether a parameter is brought together from shards, whose gradients are sums."""
+        return tensor in self.block.parameters and brings_together(steps)
 
     def _changes(self, step: Reshard, tensor: str) -> bool:
         """Whether a step does anything: one that only concerns gradients does not where there are none."""
@@ -239,8 +249,6 @@ class Body:
         dim = _dim(step.source if isinstance(step.source, Shard) else step.target)
         if forward == "reduce_scatter":
             return f"collectives.reduce_scatter({x}, {axis}, dim={dim})"
-        if forward == "all_gather" and (self.block.name, tensor) in self.plan.gathered_again:
-            return f'collectives.all_gather({x}, {axis}, dim={dim}, backward="{backward}", again=True)'
         function = "slice_" if forward == "slice" else forward
         return f'collectives.{function}({x}, {axis}, dim={dim}, backward="{backward}")'
 

@@ -250,7 +250,9 @@ class CostModel:
         """Bytes of the buffers in which gradients of a model of so many elements are exchanged: those in flight and
         two that are being filled, and of those in flight what comes back."""
         bucket = min(BUCKET_ELEMENTS, elements) * GRADIENT_BYTES
-        return bucket * (MOST_IN_FLIGHT + 2) + bucket * MOST_IN_FLIGHT / self.mesh.runtime_ngpus
+        buckets = -(-elements // BUCKET_ELEMENTS)
+        received = min(MOST_IN_FLIGHT, buckets) / self.mesh.runtime_ngpus
+        return bucket * (min(MOST_IN_FLIGHT + 2, buckets) + received)
 
     def parameter_memory(self, meta: TensorMeta, placements: Placements) -> float:
         """Bytes that a parameter takes all the time: itself, and the owned part of gradient, master and moments."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from nnscaler.placement import Placements
 from nnscaler.planner.options import Option
 from nnscaler.planner.problem import Flow, Problem, Use
-from nnscaler.planner.program import Solution, gathers, resharding, storage
+from nnscaler.planner.program import Solution, beside, resharding, storage
 
 Key = tuple[str, str, str]  # category, block, name
 
@@ -44,29 +44,33 @@ class _Evaluator:
     solution: Solution
     options: list[Option]
     result: Evaluation = field(default_factory=Evaluation)
+    beside: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "backward": 0.0})
+    gathers: bool = False
 
     def run(self) -> Evaluation | None:
-        exchange = backward = 0.0
+        forward = backward = 0.0
         for decision, option in zip(self.problem.decisions, self.options):
             key = (decision.kind, decision.block, decision.name)
             if decision.kind == "parameter":
                 self._time(("update", *key[1:]), decision.count * option.seconds.forward)
-                exchange += decision.count * option.seconds.backward
+                self.beside["backward"] += decision.count * option.seconds.backward
             else:
                 self._time(("forward", *key[1:]), decision.count * option.seconds.forward)
                 self._time(("backward", *key[1:]), decision.count * option.seconds.backward)
+                forward += decision.count * option.seconds.forward
                 backward += decision.count * option.seconds.backward
                 calls = self._calls(decision.block, decision.again) if decision.count else 0
                 self._time(("again", *key[1:]), calls * option.seconds.forward)
             self._hold(key, decision.count * option.memory)
             kept = self._calls(decision.block, decision.inside) if decision.count else 0
             self._hold(("inside", *key[1:]), kept * option.inside)
-        self._time(("exchange", "", ""), max(0.0, exchange - backward))
         for index, flow in enumerate(self.problem.flows):
             again = index in self.solution.gathered_again
             if not self._reshard(flow, again):
                 return None
             self._keep(flow, again)
+        self._time(("exchange", "", "forward"), max(0.0, self.beside["forward"] - forward))
+        self._time(("exchange", "", "backward"), max(0.0, self.beside["backward"] - backward))
         self._working()
         return self.result
 
@@ -99,12 +103,15 @@ class _Evaluator:
             if seconds is None:
                 return False
             key = (flow.block, flow.tensor)
-            self._time(("reshard", *key), flow.count * (seconds.forward + seconds.backward))
-            if gathered_again and gathers(source, target):
-                self._time(("reshard again", *key), flow.count * seconds.forward)
-            self._time(
-                ("reshard again", *key), self._share(flow) * self._calls(flow.block, flow.again) * seconds.forward
-            )
+            again = self._share(flow) * self._calls(flow.block, flow.again) * seconds.forward
+            if beside(flow, source, target):
+                self.gathers = True
+                again += flow.count * seconds.forward if gathered_again else 0.0
+                self.beside["forward"] += flow.count * seconds.forward
+                self.beside["backward"] += flow.count * seconds.backward + again
+            else:
+                self._time(("reshard", *key), flow.count * (seconds.forward + seconds.backward))
+                self._time(("reshard again", *key), again)
         return True
 
     def _keep(self, flow: Flow, gathered_again: bool) -> None:
@@ -116,7 +123,7 @@ class _Evaluator:
             moved = flow.moved.get(level, ())
             for use in [*flow.used.get(level, ()), *moved]:
                 target = storage(self._used(use))
-                if gathered_again and gathers(source, target):
+                if gathered_again and beside(flow, self._made(flow), self._used(use)):
                     continue
                 if target != source or not (flow.held or use in moved):
                     kept.add(target)
@@ -137,3 +144,5 @@ class _Evaluator:
                 size = self.problem.costs.local_bytes(flow.meta, self._made(flow))
                 self._hold(("working", flow.block, "backward"), size)
         self._hold(("buffers", "", ""), self.problem.buffers)
+        if self.gathers:
+            self._hold(("buffers", "", "gathered early"), self.problem.early)

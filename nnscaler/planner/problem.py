@@ -18,6 +18,7 @@ from nnscaler.planner.costs import CostModel, Seconds
 from nnscaler.planner.levels import LEVELS, Keeping, keeping, part_again
 from nnscaler.planner.options import Option, is_alias, layouts_of, unit_options
 from nnscaler.planner.units import Unit, divide
+from nnscaler.runtime.gathering import PREFETCH_BYTES
 
 Use = tuple[int, int]  # (decision, index of its input or output)
 
@@ -72,6 +73,7 @@ class Problem:
     levels        block -> recompute levels that its calls may have
     parameter_of  (block, tensor) -> decision
     buffers       bytes that every plan needs for exchanging gradients
+    early         bytes of weights that are gathered before they are needed, if any are gathered
     """
 
     costs: CostModel
@@ -81,6 +83,7 @@ class Problem:
     levels: dict[str, tuple[str, ...]] = field(default_factory=dict)
     parameter_of: dict[tuple[str, str], int] = field(default_factory=dict)
     buffers: float = 0.0
+    early: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,10 @@ class Recomputing:
 
 def build_problem(graph: Graph, costs: CostModel, recomputing: Recomputing, micro_batches: int) -> Problem:
     """States the problem of a graph. `micro_batches`: how many a step has; the optimizer's time is spread over them."""
-    trained = sum(meta.numel for meta in graph.parameters.values() if meta.requires_grad)
-    builder = _Builder(graph, Problem(costs, buffers=costs.buffer_memory(trained)), recomputing)
+    trained = [meta for meta in graph.parameters.values() if meta.requires_grad]
+    problem = Problem(costs, buffers=costs.buffer_memory(sum(meta.numel for meta in trained)))
+    problem.early = min(PREFETCH_BYTES, sum(meta.nbytes for meta in trained))
+    builder = _Builder(graph, problem, recomputing)
     builder.decide_parameters(micro_batches)
     for block in [*graph.blocks.values(), graph.root]:
         _Body(builder, block).build()

@@ -18,12 +18,13 @@ Variables x_do in {0,1}  option o is chosen for d
           Y_fpsl >= 0    calls at level l in which that is done again in backward
           k_fsl >= 0     calls at level l that keep f in layout s
           g_fps in {0,1} backward gathers f again, from p to s, rather than keep it
-          E >= 0         seconds of gradient exchange that backward does not hide
+          E, F >= 0      seconds of exchange that backward, and forward, do not hide
+          G >= 0         whether weights are gathered, some (a bytes) before they are needed
           U >= 0         most bytes that one operator holds while it runs
           V_b >= 0       bytes that backward computes again of one call of b, where no call keeps them
 
-minimise      sum_d n_d (t_do + t'_do) x_do + sum_f n_f (r_fps + r'_fps) y_fps + sum_d n_d u_do x_do + E          (time)
-              + sum over what is run again of t_do z_dol, r_fps n_f / N_b Y_fpsl and n_f r_fps g_fps
+minimise      sum_d n_d (t_do + t'_do) x_do + sum_f n_f (r_fps + r'_fps) y_fps + sum_d n_d u_do x_do + E + F      (time)
+              + sum over what is run again of t_do z_dol and r_fps n_f / N_b Y_fpsl;  without gathered weights
 subject to    sum_o x_do = 1                                                                                    (choice)
               sum_l n_bl = N_b;  sum_o z_dol = n_bl;  sum_l z_dol = N_b x_do                                    (levels)
               sum_s e_fcps = sum of x over the producer's options that make f in p                              (making)
@@ -34,24 +35,28 @@ subject to    sum_o x_do = 1                                                    
               k_fsl >= sum of z_l over c's options that use f in s, less N_b sum_p g_fps   if l keeps f as used by c,
                        and less that over the producer's options that make f in s          if as moved to c
               g_fps <= sum of x over the producer's options that make f in p, if all-gathers make s of it  (gathering)
-              E >= sum_d n_d q_do x_do - sum_d n_d t'_do x_do                                                  (hiding)
+              E >= sum_d n_d q_do x_do + sum over gathered weights of n_f r'_fps y_fps, and what of r_fps is done again
+                   - sum_d n_d t'_do x_do;  F >= sum over gathered weights of n_f r_fps y_fps - sum_d n_d t_do x_do
+                                                                                                               (hiding)
+              G >= y_fps of gathered weights                                                                    (early)
               U >= sum_o w_do x_do                                                                            (working)
               V_b >= B_b (1 - n_b,none), where B_b = sum_f b_fs x_do of what level `none` keeps of one call      (again)
               sum_d n_d m_do x_do + sum_f b_fs n_f / N_b k_fsl + sum_d i_do z_dol, where l keeps it,
-                       + U + sum_b V_b + the buffers in which gradients are exchanged <= M                     (memory)
+                       + U + sum_b V_b + a G + the buffers in which gradients are exchanged <= M               (memory)
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 
-from nnscaler.placement import Placements, Replicate, Shard
+from nnscaler.placement import Placements
 from nnscaler.planner.costs import NO_TIME, Seconds
 from nnscaler.planner.milp import INFINITY, MixedIntegerProgram
 from nnscaler.planner.problem import Decision, Flow, Problem, Use
-from nnscaler.reshard import reshard_steps, without_gradient
+from nnscaler.reshard import brings_together, reshard_steps, without_gradient
 
 Terms = list[tuple[int, float]]
 
@@ -66,10 +71,14 @@ class Solution:
     gathered_again: frozenset[int] = frozenset()
 
 
-def solve(problem: Problem, memory: float, gap: float = 1e-4) -> Solution | None:
-    """The choice of least time within `memory` bytes a device; None where nothing fits."""
+def solve(problem: Problem, memory: float, gap: float = 1e-4, below: float | None = None) -> Solution | None:
+    """The choice of least time within `memory` bytes a device; None where nothing fits, or takes less than `below`
+    seconds of a micro-batch."""
     program = Program(problem)
     program.build(memory)
+    if below is not None:
+        milp = program.milp
+        milp.row([(v, cost) for v, cost in enumerate(milp.cost) if cost], upper=program._time(below))
     values = program.milp.solve(gap)
     return None if values is None else program.solution(values)
 
@@ -86,18 +95,23 @@ def least_memory(problem: Problem) -> Solution:
 def resharding(problem: Problem, flow: Flow, source: Placements, target: Placements) -> Seconds | None:
     """Seconds of bringing a flow from one layout to another; None where that is impossible."""
     steps = reshard_steps(source, target)
-    return None if steps is None else problem.costs.steps(flow.meta, source, steps)
+    if steps is None:
+        return None
+    seconds = problem.costs.steps(flow.meta, source, steps)
+    if not beside(flow, source, target):
+        return seconds
+    exact = replace(flow.meta, dtype=torch.promote_types(flow.meta.dtype, torch.float32))  # gradients are added in fp32
+    return Seconds(seconds.forward, problem.costs.steps(exact, source, steps).backward)
+
+
+def beside(flow: Flow, source: Placements, target: Placements) -> bool:
+    """Whether a flow is brought from one layout to another beside computation: a weight that is gathered."""
+    return flow.held and brings_together(reshard_steps(source, target))
 
 
 def storage(layout: Placements) -> Placements:
     """The layout as far as memory goes: whose gradient is whole does not matter."""
     return without_gradient(layout)
-
-
-def gathers(source: Placements, target: Placements) -> bool:
-    """Whether `target` is what all-gathers make of `source`: it can be made again from what is held."""
-    pairs = [(p, s) for p, s in zip(storage(source), storage(target)) if p != s]
-    return bool(pairs) and all(isinstance(p, Shard) and isinstance(s, Replicate) for p, s in pairs)
 
 
 @dataclass
@@ -112,6 +126,7 @@ class Program:
     kept: dict[tuple[int, Placements, str], int] = field(default_factory=dict)
     gathered: dict[tuple[int, Placements, Placements], int] = field(default_factory=dict)
     memory_terms: Terms = field(default_factory=list)
+    beside: dict[str, Terms] = field(default_factory=dict)  # forward, backward -> seconds of gathers beside it
     second: float = 1.0  # what counts as one in the objective, and in the memory row: HiGHS's tolerances are absolute
     byte: float = 1.0
 
@@ -120,6 +135,7 @@ class Program:
         decisions = self.problem.decisions
         fastest = sum(d.count * min(o.seconds.forward + o.seconds.backward for o in d.options) for d in decisions)
         largest = sum(max(d.count * (option.memory + option.transient) for option in d.options) for d in decisions)
+        self.beside = {"forward": [], "backward": []}
         self.second = fastest / 1000 or 1.0
         self.byte = (largest if memory is None else min(memory, 100 * largest)) / 1000 or 1.0
         for block, levels in self.problem.levels.items():
@@ -221,15 +237,26 @@ class Program:
     def _reshard(self, flow: Flow, source: Placements, target: Placements) -> int:
         """The variable y_fps."""
         seconds = resharding(self.problem, flow, source, target) or NO_TIME
-        y = self.milp.variable(self._time(flow.count * (seconds.forward + seconds.backward)))
+        y = self.milp.variable()
+        hidden = beside(flow, source, target)
+        self._take_time(y, flow.count * seconds.forward, "forward" if hidden else None)
+        self._take_time(y, flow.count * seconds.backward, "backward" if hidden else None)
         calls = float(self.problem.calls[flow.block])
         for level in sorted(flow.again):
             if flow.block not in self.n:
-                self.milp.cost[y] += self._time(flow.count * seconds.forward)
+                self._take_time(y, flow.count * seconds.forward, "backward" if hidden else None)
             elif seconds.forward:
-                repeated = self.milp.variable(self._time(flow.count / calls * seconds.forward), bound=calls)
+                repeated = self.milp.variable(bound=calls)
+                self._take_time(repeated, flow.count / calls * seconds.forward, "backward" if hidden else None)
                 self.milp.row([(repeated, 1.0), (self.n[flow.block][level], -1.0), (y, -calls)], -calls)
         return y
+
+    def _take_time(self, variable: int, seconds: float, beside: str | None) -> None:
+        """Counts seconds for a variable: by themselves, or beside forward's or backward's computation."""
+        if beside is None:
+            self.milp.cost[variable] += self._time(seconds)
+        elif seconds:
+            self.beside[beside].append((variable, self._time(seconds)))
 
     def _pairs(
         self, flow: Flow, made: dict[Placements, Terms], used: dict[Placements, Terms]
@@ -269,9 +296,10 @@ class Program:
         if not (flow.used or flow.moved):
             return terms
         for source, target in resharded:
-            if gathers(source, target):
+            if beside(flow, source, target):
                 seconds = resharding(self.problem, flow, source, target) or NO_TIME
-                g = self.milp.variable(self._time(flow.count * seconds.forward), integer=True)
+                g = self.milp.variable(integer=True)
+                self._take_time(g, flow.count * seconds.forward, "backward")
                 self.milp.row([(g, 1.0), *_minus(made[source])], upper=0.0)
                 terms.setdefault(storage(target), []).append((g, -float(self.problem.calls[flow.block])))
                 self.gathered[index, source, target] = g
@@ -292,14 +320,17 @@ class Program:
 
     def _hide(self) -> None:
         """hiding"""
-        exposed = self.milp.variable(1.0, bound=INFINITY)
-        terms: Terms = [(exposed, 1.0)]
-        for decision, xs in zip(self.problem.decisions, self.x):
-            sign = -1.0 if decision.kind == "parameter" else 1.0
-            for x, option in zip(xs, decision.options):
-                if option.seconds.backward:
-                    terms.append((x, sign * self._time(decision.count * option.seconds.backward)))
-        self.milp.row(terms, 0.0)
+        for side, gathers in self.beside.items():
+            exposed = self.milp.variable(1.0, bound=INFINITY)
+            terms: Terms = [(exposed, 1.0), *_minus(gathers)]
+            for decision, xs in zip(self.problem.decisions, self.x):
+                exchanged = decision.kind == "parameter"
+                for x, option in zip(xs, decision.options):
+                    seconds = getattr(option.seconds, side)
+                    if seconds and not (exchanged and side == "forward"):  # a parameter's is its update
+                        sign = -1.0 if exchanged else 1.0
+                        terms.append((x, sign * self._time(decision.count * seconds)))
+            self.milp.row(terms, 0.0)
 
     def _memory(self, memory: float | None) -> None:
         """working, memory"""
@@ -315,6 +346,11 @@ class Program:
                     self.memory_terms.append((x, decision.count * option.memory / self.byte))
             self._inside(index, decision)
         total = [*self.memory_terms, (working, 1.0), *((self._again(block), 1.0) for block in self._computing_again())]
+        if self.beside["forward"]:
+            early = self.milp.variable()
+            for y, _ in self.beside["forward"]:
+                self.milp.row([(early, 1.0), (y, -1.0)], 0.0)
+            total.append((early, self.problem.early / self.byte))
         if memory is not None:
             self.milp.row(total, upper=(memory - self.problem.buffers) / self.byte)
             return

@@ -19,10 +19,12 @@ from nnscaler.profiler.operators import OperatorTimes
 
 logger = logging.getLogger(__name__)
 
+WORTH = 1e-3  # part of the step time that a mesh of more axes must save
+
 
 def find_plan(
     graph: Graph,
-    mesh: Mesh,
+    meshes: Sequence[Mesh],
     hardware: Hardware,
     *,
     memory: float | None = None,
@@ -31,7 +33,7 @@ def find_plan(
     fused: bool = False,
     times: OperatorTimes | None = None,
 ) -> Plan:
-    """The plan of least predicted step time.
+    """The plan of least predicted step time on one of the meshes, all of as many devices and replicas.
 
     memory             bytes a device that the plan may use; 90 % of the hardware's by default
     recompute_modules  class names: what modules of these classes compute, and nothing else, is computed again in
@@ -47,15 +49,21 @@ def find_plan(
     if recompute_modules is not None:
         recomputing = Recomputing(False, nodes_to_recompute(graph, recompute_modules))
     started = time.perf_counter()
-    problem = build_problem(graph, CostModel(hardware, mesh, fused, times), recomputing, micro_batches)
-    solution = solve(problem, memory)
-    if solution is None:
-        raise UserError(_does_not_fit(problem, memory))
-    evaluation = evaluate(problem, solution)
-    assert evaluation is not None
+    problems = [build_problem(graph, CostModel(hardware, m, fused, times), recomputing, micro_batches) for m in meshes]
+    found: tuple[Problem, Solution, Evaluation] | None = None
+    for problem in problems:
+        below = None if found is None else found[2].total_seconds * (1 - WORTH)
+        solution = solve(problem, memory, below=below)
+        if solution is not None:
+            evaluation = evaluate(problem, solution)
+            assert evaluation is not None
+            found = problem, solution, evaluation
+    if found is None:
+        raise UserError(_does_not_fit(problems[0], memory))
+    problem, solution, evaluation = found
     logger.info(
         "planned %s on %s in %.1f s: %.3g s a step, %.3g GiB of %.3g GiB a device",
-        mesh, hardware.name, time.perf_counter() - started,
+        problem.costs.mesh, hardware.name, time.perf_counter() - started,
         evaluation.total_seconds * micro_batches, evaluation.total_memory / GIB, memory / GIB,
     )  # fmt: skip
     return _to_plan(graph, problem, solution, evaluation, recomputing, micro_batches)

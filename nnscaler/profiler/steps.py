@@ -28,7 +28,7 @@ _KERNELS = (
 class StepProfiler:
     """Profiles steps `WARM_UP` to `WARM_UP + STEPS` of a run: call `step()` after each.
 
-    Writes trace.json (for Perfetto or chrome://tracing) and profile.txt into `folder`. Without a folder it does nothing.
+    Writes trace.json (for Perfetto) and profile.txt into `folder`. Without a folder it does nothing.
     """
 
     def __init__(self, folder: Path | None) -> None:

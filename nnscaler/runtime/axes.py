@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from nnscaler.errors import UserError
 from nnscaler.mesh import Mesh
 from nnscaler.placement import Placements, Shard
+
+if TYPE_CHECKING:
+    from nnscaler.runtime.gathering import Gathers
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,12 @@ class Axis:
 
 
 class Axes:
-    """The groups of `mesh` that this process belongs to. Every rank builds them in the same order."""
+    """The groups of `mesh` that this process belongs to. Every rank builds them in the same order.
+
+    gathers  how weights stored in shards are gathered over them, for generated code
+    """
+
+    gathers: Gathers
 
     def __init__(self, mesh: Mesh, device: torch.device) -> None:
         world = dist.get_world_size() if dist.is_initialized() else 1

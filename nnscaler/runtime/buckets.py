@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -140,14 +139,32 @@ class GradientReducer:
         for index, bucket in enumerate(self._buckets):
             for slot in bucket.slots:
                 pieces[slot.name].append((index, slot))
-        for name, parameter in parameters.items():
-            parameter.register_post_accumulate_grad_hook(functools.partial(self._take, pieces[name]))
+        self._pieces = {id(parameter): pieces[name] for name, parameter in parameters.items()}
+        self._deferred: deque[tuple[Tensor, dist.Work | None, Tensor]] = deque()
+        for parameter in parameters.values():
+            parameter.register_post_accumulate_grad_hook(self._take_own)
 
-    def _take(self, pieces: list[tuple[int, Slot]], parameter: Tensor) -> None:
+    def _take_own(self, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is not None:  # else it was deferred
+            self._take(parameter, gradient)
+
+    def defer(self, parameter: Tensor, work: dist.Work | None, gradient: Tensor) -> None:
+        """A gradient that will have arrived when `work` is complete."""
+        self._deferred.append((parameter, work, gradient))
+        if len(self._deferred) > MOST_IN_FLIGHT:
+            self._take_deferred()
+
+    def _take_deferred(self) -> None:
+        parameter, work, gradient = self._deferred.popleft()
+        if work is not None:
+            work.wait()
+        self._take(parameter, gradient)
+
+    def _take(self, parameter: Tensor, gradient: Tensor) -> None:
         """A gradient that has arrived goes to its buckets."""
-        assert parameter.grad is not None
-        gradient, parameter.grad = parameter.grad.reshape(-1), None
-        for index, slot in pieces:
+        gradient = gradient.reshape(-1)
+        for index, slot in self._pieces[id(parameter)]:
             bucket = self._buckets[index]
             if index not in self._buffers:
                 self._buffers[index] = torch.zeros(bucket.flat.shape, dtype=torch.float32, device=bucket.device)
@@ -178,6 +195,8 @@ class GradientReducer:
 
     def end_micro_batch(self) -> None:
         """Sends the buckets of which some parameter had no gradient in this micro-batch."""
+        while self._deferred:
+            self._take_deferred()
         for index in sorted(self._buffers):
             self._send(index)
 

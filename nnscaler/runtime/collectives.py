@@ -99,17 +99,35 @@ def _divided(x: Tensor, axis: Axis) -> Tensor:
     return x / axis.size
 
 
-def _gathered(x: Tensor, axis: Axis, dim: int) -> Tensor:
+def start_gather(x: Tensor, axis: Axis) -> tuple[Tensor, dist.Work | None]:
+    """Begins to bring the devices' shards together: [n, *shape], complete once the work is."""
     x = x.contiguous()
     result = x.new_empty((axis.size, *x.shape))
-    all_gather_single(result.flatten(0, 1) if x.dim() else result, x, group=axis.group)
-    return _merge(result, dim)
+    return result, all_gather_single(result.flatten(0, 1) if x.dim() else result, x, group=axis.group, async_op=True)
+
+
+def finish_gather(shards: Tensor, work: dist.Work | None, dim: int) -> Tensor:
+    """The whole tensor of which the shards along `dim` were gathered."""
+    if work is not None:
+        work.wait()
+    return _merge(shards, dim)
+
+
+def start_reduce_scatter(x: Tensor, axis: Axis, dim: int) -> tuple[Tensor, dist.Work | None]:
+    """Begins to add up the devices' terms: this device's slice of the sum, complete once the work is."""
+    parts = _divide(x, axis.size, dim)
+    result = torch.empty_like(parts[0])
+    return result, reduce_scatter_single(result, parts.flatten(0, 1), group=axis.group, async_op=True)
+
+
+def _gathered(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    return finish_gather(*start_gather(x, axis), dim)
 
 
 def _scattered(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    parts = _divide(x, axis.size, dim)
-    result = torch.empty_like(parts[0])
-    reduce_scatter_single(result, parts.flatten(0, 1), group=axis.group)
+    result, work = start_reduce_scatter(x, axis, dim)
+    if work is not None:
+        work.wait()
     return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,7 @@ from nnscaler.errors import UserError
 from nnscaler.mesh import Mesh
 from nnscaler.runtime.axes import Axes
 from nnscaler.runtime.buckets import BUCKET_ELEMENTS, GradientReducer, make_buckets
+from nnscaler.runtime.gathering import Gathers
 from nnscaler.runtime.optimizer import decays
 from nnscaler.runtime.shards import Box, ParameterSpec
 
@@ -42,6 +44,8 @@ class ParallelModule(nn.Module):
         decayed = {name: decays(spec.shape) for name, spec in self.specs.items()}
         self.buckets, parameters = make_buckets(self.specs, self.axes, decayed, bucket_elements)
         self.reducer = GradientReducer(self.buckets, parameters)
+        self.gathers = self.axes.gathers = Gathers(self.reducer.defer)
+        self._gathers_again = any(block["gathered_again"] for block in plan["blocks"].values())
         self._weights: dict[str, Tensor] = {**parameters}
         self._load_fixed(directory)
         self._weights.update({name: self._weights[target] for name, target in self.tied.items()})
@@ -64,7 +68,9 @@ class ParallelModule(nn.Module):
         missing = set(self.input_names) ^ set(inputs)
         if missing:
             raise UserError(f"forward got inputs {sorted(inputs)}; the compiled model takes {sorted(self.input_names)}")
-        return self._code.forward(self._weights, self.axes, *(inputs[name] for name in self.input_names))
+        self.gathers.begin()
+        with self.gathers.hooks() if self._gathers_again else nullcontext():
+            return self._code.forward(self._weights, self.axes, *(inputs[name] for name in self.input_names))
 
     def parameters_to_load(self) -> dict[str, ParameterSpec]:
         """Every parameter that has no value yet: trained and frozen ones, not buffers."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -30,12 +31,12 @@ def rows(folder):
 @pytest.fixture(scope="module")
 def reference(rows):
     """The plain loop's result for a case; computed once for cases that come to the same."""
-    known: dict[tuple[int, bool], tuple[list[float], dict[str, Tensor]]] = {}
+    known: dict[object, tuple[list[float], dict[str, Tensor]]] = {}
 
     def get(case: Case) -> tuple[list[float], dict[str, Tensor]]:
-        key = (case.sequences, case.tied)
+        key = (case.sequences, *case.model.items())
         if key not in known:
-            known[key] = plain_loop(rows, [case.sequences] * STEPS, case.tied)
+            known[key] = plain_loop(rows, [case.sequences] * STEPS, **case.model)
         return known[key]
 
     return get
@@ -77,8 +78,10 @@ def test_plain_loop_and_parallel_training_agree(plan, runtime, folder, reference
     if plan > 1:
         for case in cases:
             found = splits(case, folder)
-            assert "k" in found["attention"], "attention is split over heads"
+            assert found["attention"] - {"-"}, "attention is split over heads or along the sequence"
             assert found["aten.linear.default"] - {"-"}, "linear layers are split"
+            code = (folder / "code" / case.name / "gencode_stage0.py").read_text()
+            assert "again=True" in code, "weights are gathered in forward, and again in backward"
 
 
 EXTRA = [
@@ -93,6 +96,35 @@ def test_tied_weights_parts_recomputed_and_batches(folder, reference):
     run(2, train_all, EXTRA, folder, init=False)
     for case in EXTRA:
         compare(case, folder, reference)
+
+
+def plan_of(case: Case, folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "code" / case.name / "plan.json").read_text())
+
+
+def test_every_recompute_level(folder, reference):
+    cases = [
+        Case(2, 2, layers=4, levels=("all", "compute", "cheap", "none")),
+        Case(2, 2, layers=4, levels=("compute", "compute", "cheap", "cheap"), chunk_loss=True),
+        Case(1, 2, layers=4, levels=("all", "all", "all", "all")),
+    ]
+    run(2, train_all, cases, folder, init=False)
+    for case in cases:
+        compare(case, folder, reference)
+
+
+def test_two_axes_and_attention_along_the_sequence(folder, reference):
+    tiny.write_hardware(folder, "nodes.json", devices_per_node=2, inter={"bandwidth": 5e7, "latency": 0.0})
+    nodes = Case(4, 4, hardware="nodes.json")
+    one_head = Case(4, 4, key_value_heads=1, chunk_loss=True)
+    both = Case(4, 4, hardware="nodes.json", key_value_heads=2, levels=("all", "none"))
+    cases = [nodes, one_head, both]
+    run(4, train_all, cases, folder, init=False)
+    for case in cases:
+        compare(case, folder, reference)
+    assert len(plan_of(nodes, folder)["mesh"]["sizes"]) == 2
+    assert "l,k" in splits(nodes, folder)["attention"], "attention is split over heads and along the sequence"
+    assert "l" in splits(one_head, folder)["attention"]
 
 
 def test_one_process_without_torchrun(folder, reference):

@@ -18,7 +18,7 @@ from nnscaler.mesh import Mesh
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.evaluate import evaluate
 from nnscaler.planner.problem import Problem, Recomputing, build_problem
-from nnscaler.planner.program import Program, Solution, gathers, solve
+from nnscaler.planner.program import Program, Solution, beside, solve
 
 MOST = 8000  # solutions that are tried
 
@@ -101,7 +101,7 @@ def gatherable(problem: Problem, chosen: tuple[int, ...]) -> list[int]:
         index
         for index, flow in enumerate(problem.flows)
         if (flow.used or flow.moved)
-        and any(gathers(layout(flow.producer, "outputs"), layout(use, "inputs")) for use in flow.consumers)
+        and any(beside(flow, layout(flow.producer, "outputs"), layout(use, "inputs")) for use in flow.consumers)
     ]
 
 

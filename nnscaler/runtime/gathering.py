@@ -1,0 +1,146 @@
+"""Weights that are stored in shards and gathered while they are used (ZeRO-3).
+
+A block's weights are gathered just before they are used. After the first micro-batch the order of the gathers is known,
+and the next ones are started early, beside the computation. Gradients go back to the shards beside backward, in fp32.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nnscaler.runtime.axes import Axis
+from nnscaler.runtime.collectives import finish_gather, start_gather, start_reduce_scatter
+
+PREFETCH_BYTES = 2**28  # gathered before they are needed
+
+Step = tuple[Axis, int]  # the mesh axis over which a tensor is sharded, and along which dimension
+Defer = Callable[[Tensor, dist.Work | None, Tensor], None]  # (parameter, pending exchange, its result)
+
+
+@dataclass(eq=False)
+class _Gather:
+    """How a weight is gathered from its shard, and the first step's result where it has been started."""
+
+    shard: Tensor
+    steps: Sequence[Step]
+    started: tuple[Tensor, dist.Work | None] | None = None
+
+    @property
+    def bytes(self) -> int:
+        size = self.shard.nbytes
+        for axis, _ in self.steps:
+            size *= axis.size
+        return size
+
+    def start(self) -> None:
+        self.started = start_gather(self.shard.detach(), self.steps[0][0])
+
+    def finish(self) -> Tensor:
+        if self.started is None:
+            self.start()
+        assert self.started is not None
+        whole = finish_gather(*self.started, self.steps[0][1])
+        self.started = None
+        for axis, dim in self.steps[1:]:
+            whole = finish_gather(*start_gather(whole, axis), dim)
+        return whole
+
+
+class Gathers:
+    """The gathers of one model, in the order in which a micro-batch needs them.
+
+    defer  takes the gradients of shards, whose exchange may still be under way
+    """
+
+    def __init__(self, defer: Defer) -> None:
+        self.defer = defer
+        self._order: list[tuple[Tensor, Sequence[Step]]] = []  # what was gathered in the last micro-batch
+        self._next = 0  # place in the order of the next one that is needed
+        self._early: deque[_Gather] = deque()  # those started from there on
+        self._alive: dict[int, tuple[_Gather, weakref.ref[Tensor]]] = {}  # address -> gathered weight that lies there
+        self._again: weakref.WeakKeyDictionary[_Gather, weakref.ref[Tensor]] = weakref.WeakKeyDictionary()
+
+    def begin(self) -> None:
+        """A micro-batch begins."""
+        self._forget(self._next)
+        self._next = 0
+
+    def weight(self, parameter: Tensor, *steps: Step, again: bool = False) -> Tensor:
+        """The whole weight of which `parameter` is this device's shard. `again`: backward gathers it once more rather
+        than keep it."""
+        whole = _GatheredWeight.apply(parameter, self, steps)
+        if again:
+            address = whole.untyped_storage().data_ptr()
+            forget = lambda _: self._alive.pop(address, None)  # noqa: E731
+            self._alive[address] = (_Gather(parameter, steps), weakref.ref(whole, forget))
+        return whole
+
+    def take(self, parameter: Tensor, steps: Sequence[Step]) -> Tensor:
+        """Gathers a weight, or waits for it where that was started early; then starts the next ones."""
+        at = self._next
+        self._next += 1
+        if at < len(self._order) and self._order[at][0] is not parameter:
+            self._forget(at)  # the order is another one than last time
+        if at == len(self._order):
+            self._order.append((parameter, steps))
+        whole = (self._early.popleft() if self._early else _Gather(parameter, steps)).finish()
+        while (following := self._next + len(self._early)) < len(self._order):
+            gather = _Gather(*self._order[following])
+            if sum(early.bytes for early in self._early) + gather.bytes > PREFETCH_BYTES:
+                break
+            gather.start()
+            self._early.append(gather)
+        return whole
+
+    def _forget(self, place: int) -> None:
+        """The order from `place` on is not what was expected."""
+        del self._order[place:]
+        while self._early:
+            self._early.popleft().finish()
+
+    def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
+        """Inside, what autograd keeps of a weight to be gathered again is how to do that."""
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, tensor: Tensor) -> Any:
+        gather, whole = self._alive.get(tensor.untyped_storage().data_ptr(), (None, None))
+        if gather is None or whole is None or whole() is None:
+            return tensor
+        return gather, tensor.size(), tensor.stride(), tensor.storage_offset()
+
+    def _unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        gather, size, stride, offset = packed
+        known = self._again.get(gather)
+        whole = None if known is None else known()
+        if whole is None:
+            whole = self.take(gather.shard, gather.steps)
+            self._again[gather] = weakref.ref(whole)
+        return whole.as_strided(size, stride, offset)
+
+
+class _GatheredWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, gathers: Gathers, steps: Sequence[Step]) -> Tensor:
+        ctx.parameter, ctx.gathers, ctx.steps = parameter, gathers, steps
+        return gathers.take(parameter, steps)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        work = None
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        for axis, dim in reversed(ctx.steps):
+            if work is not None:
+                work.wait()
+            gradient, work = start_reduce_scatter(gradient, axis, dim)
+        ctx.gathers.defer(ctx.parameter, work, gradient)
+        return None, None, None
