@@ -66,8 +66,8 @@ def parse() -> argparse.Namespace:
         "(default: 90 %% of the device's)")  # fmt: skip
     add("--hardware", help=f"plan for this hardware: {', '.join(hardware_names())}, or a .json file like theirs "
         "(default: this machine's)")  # fmt: skip
-    add("--trace_strategy", choices=STRATEGIES, default="reuse_cache", help="how the model is traced: reuse_cache "
-        "traces each distinct layer once, meta traces every layer")  # fmt: skip
+    add("--trace_strategy", choices=STRATEGIES, default="reuse_cache", help="how the model is traced; "
+        + "; ".join(f"{name}: {strategy.summary}" for name, strategy in STRATEGIES.items()))  # fmt: skip
     add("--enable_chunk_loss", action="store_true", help="last projection and loss in chunks of 1024 tokens, "
         "never holding all logits")  # fmt: skip
     add("--recompute_modules", default="", help="comma-separated class names: what modules of these "

@@ -18,12 +18,13 @@ from nnscaler.checkpoint.sharded import owned_state, save_parts
 from nnscaler.cli.config import TrainerArgs
 from nnscaler.cli.log import RunLog
 from nnscaler.compiler import Source, compile_model, differences, identity
-from nnscaler.data.training import Batches, PackedDataset, Share
+from nnscaler.data.training import Batches, PackedDataset, Share, with_labels
 from nnscaler.errors import UserError
 from nnscaler.profiler.steps import StepProfiler
 from nnscaler.runtime.module import ParallelModule
 from nnscaler.runtime.optimizer import ShardedOptimizer
 from nnscaler.runtime.weights import initial_parameters
+from nnscaler.trace import STRATEGIES
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +99,14 @@ class Trainer:
 
     def _source(self) -> Source:
         shape = (self.args.micro_batch_size, self.args.dataset.length)
-        inputs = {name: torch.empty(shape, dtype=torch.int64, device="meta") for name in ("input_ids", "labels")}
-        return Source(self.args.model.make, inputs, _PRECISION[self.args.precision])
+        tokens = torch.empty(shape, dtype=torch.int64, device="meta")
+        if STRATEGIES[self.args.compute.trace_strategy].executes:
+            vocabulary = self.args.model.vocabulary
+            if vocabulary is None:
+                raise UserError("ModelConfig.vocabulary is not given; trace strategies that execute need it")
+            tokens = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(self.args.seed))
+        inputs = with_labels(tokens, self.args.dataset.ignored_label)
+        return Source(self.args.model.make, inputs, _PRECISION[self.args.precision], self.args.seed)
 
     def _compile_if_needed(self, source: Source) -> None:
         """Rank 0 compiles unless the folder holds just what is wanted; the others wait."""
