@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnscaler.data.pack import COLUMN, PROVENANCE
+from nnscaler.data.files import COLUMN, PROVENANCE
 from nnscaler.errors import UserError
 
 

@@ -13,11 +13,20 @@ from torch.overrides import TorchFunctionMode
 _VALUELESS = {torch.empty, torch.rand, torch.randn, torch.normal, torch.empty_strided}
 
 
+# What gives a tensor its first values. On the meta device it does nothing, and takes a millisecond a tensor for that.
+_FILLS = {Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_, nn.init.normal_, nn.init.uniform_}
+_FILLS |= {nn.init.constant_, nn.init.kaiming_uniform_, nn.init.kaiming_normal_}
+
+
 class _ValuelessOnMeta(TorchFunctionMode):
     """Puts uninitialised and random tensors on the meta device; computed ones (rotary frequencies, masks) stay real."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if func in _FILLS:
+            tensor = args[0] if args else kwargs.get("tensor")
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                return tensor
         if func in _VALUELESS:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
