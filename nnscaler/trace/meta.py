@@ -13,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 _VALUELESS = {torch.empty, torch.rand, torch.randn, torch.normal, torch.empty_strided}
 
 
-# What gives a tensor its first values. On the meta device it does nothing, and takes a millisecond a tensor for that.
-_FILLS = {Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_, nn.init.normal_, nn.init.uniform_}
-_FILLS |= {nn.init.constant_, nn.init.kaiming_uniform_, nn.init.kaiming_normal_}
+# Functions, of torch.nn.init, of Tensor, or that stand in for them, that give a tensor its first values. On the meta
+# device they do nothing, and take a millisecond a tensor for that.
+_FILLS = {"normal_", "uniform_", "zero_", "zeros_", "ones_", "fill_", "constant_", "kaiming_uniform_", "trunc_normal_"}
 
 
 class _ValuelessOnMeta(TorchFunctionMode):
@@ -23,7 +23,7 @@ class _ValuelessOnMeta(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func in _FILLS:
+        if getattr(func, "__name__", "") in _FILLS:
             tensor = args[0] if args else kwargs.get("tensor")
             if isinstance(tensor, Tensor) and tensor.is_meta:
                 return tensor
