@@ -66,8 +66,8 @@ def parse() -> argparse.Namespace:
         "(default: 90 %% of the device's)")  # fmt: skip
     add("--hardware", help=f"plan for this hardware: {', '.join(hardware_names())}, or a .json file like theirs "
         "(default: this machine's)")  # fmt: skip
-    add("--trace_strategy", choices=STRATEGIES, default="reuse_cache", help="how the model is traced: reuse_cache "
-        "traces each distinct layer once, meta traces every layer")  # fmt: skip
+    add("--trace_strategy", choices=STRATEGIES, default="reuse_cache", help="how the model is traced; "
+        + "; ".join(f"{name}: {strategy.summary}" for name, strategy in STRATEGIES.items()))  # fmt: skip
     add("--enable_chunk_loss", action="store_true", help="last projection and loss in chunks of 1024 tokens, "
         "never holding all logits")  # fmt: skip
     add("--recompute_modules", default="", help="comma-separated class names: what modules of these "
@@ -108,13 +108,14 @@ def trainer_args(options: argparse.Namespace) -> TrainerArgs:
     length = dataset.length
     prepare_config(config, length, options.attn_implementation, options.enable_chunk_loss)
     loss = chunk_linear_cross_entropy if options.enable_chunk_loss else None
-    weights = find_weights(options.model_id) if options.run_mode == "run" and not options.resume_path else None
+    running = options.run_mode == "run"
+    weights = find_weights(options.model_id) if running and not options.resume_path else None
     model = ModelConfig(
         make=lambda: CausalLM(config, loss),
         weights=weights,
         weight_prefix=WEIGHT_PREFIX,
         vocabulary=config.vocab_size,
-        flops_per_sequence=flops_per_sequence(config, count_parameters(config), length),
+        flops_per_sequence=flops_per_sequence(config, count_parameters(config), length) if running else None,
         save_assets=AssetWriter(config, DTYPES[options.precision], options.model_id, options.dataset_path),
     )
     runtime_ngpus = options.runtime_ngpus or int(os.environ.get("WORLD_SIZE", options.plan_ngpus))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import statistics
 import subprocess
@@ -26,6 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.report import CORES, print_table, write_json
 from nnscaler import hub
 from nnscaler.cli.args import ArgumentParser, run
 from nnscaler.data.pack import pack
@@ -36,7 +36,6 @@ logger = logging.getLogger("tokenize_text")
 
 BOOKCORPUS = Path(__file__).resolve().parents[1] / "bookcorpus.py"
 SEQUENCE_LENGTH = 4096
-CORES = len(os.sched_getaffinity(0))
 
 
 def main() -> None:
@@ -61,7 +60,7 @@ def main() -> None:
             rows.append(row)
     print_table(rows)
     if args.json:
-        Path(args.json).write_text(json.dumps({"cores": CORES, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+        write_json(Path(args.json), {"cores": CORES, "rows": rows})
 
 
 def shapes(texts: list[str]) -> dict[str, list[str]]:
@@ -170,15 +169,6 @@ def resident_bytes(root: int) -> int:
     while more := {process for process, parent in parents.items() if parent in family} - family:
         family |= more
     return sum(resident.get(process, 0) for process in family)
-
-
-def print_table(rows: list[dict[str, Any]]) -> None:
-    cells = [list(rows[0]), *([f"{value}" for value in row.values()] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    for row in cells:
-        print(
-            "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths)))
-        )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from nnscaler.mesh import Mesh, meshes
 from nnscaler.operators.registry import all_registered
 from nnscaler.planner import find_plan
 from nnscaler.profiler.operators import OperatorTimes
-from nnscaler.trace import STRATEGIES, build_on_meta, trace
+from nnscaler.trace import build_on_meta, find_strategy, trace
 from nnscaler.trace.repeated import describe
 
 logger = logging.getLogger(__name__)
@@ -74,8 +74,7 @@ class ComputeConfig:
             )
         if self.gpu_mem_constraint is not None and not self.gpu_mem_constraint > 0:
             raise UserError(f"gpu_mem_constraint is {self.gpu_mem_constraint} GB; it must be more than 0")
-        if self.trace_strategy not in STRATEGIES:
-            raise UserError(f"trace_strategy is '{self.trace_strategy}'; allowed are {', '.join(STRATEGIES)}")
+        find_strategy(self.trace_strategy)
 
     def meshes(self, hardware: Hardware) -> list[Mesh]:
         """The meshes to try."""
@@ -87,14 +86,18 @@ class ComputeConfig:
 
 @dataclass(frozen=True)
 class Source:
-    """What is compiled: `make` builds the model, `inputs` are examples of its forward's arguments by name.
+    """What is compiled.
 
-    dtype is that of the parameters in computation.
+    make    builds the model
+    inputs  examples of its forward's arguments by name; values matter only to a trace strategy that executes the model
+    dtype   of the parameters in computation
+    seed    of the weights with which such a strategy executes it
     """
 
     make: Callable[[], nn.Module]
     inputs: Mapping[str, Tensor]
     dtype: torch.dtype = torch.bfloat16
+    seed: int = 0
 
     def build(self) -> tuple[nn.Module, dict[str, Tensor]]:
         """The model on the meta device, and its buffers' values."""
@@ -113,7 +116,7 @@ def compile_model(source: Source, config: ComputeConfig, directory: Path) -> Pat
     started = time.perf_counter()
     hardware = config.find_hardware()
     model, buffers = source.build()
-    graph = trace(model, source.inputs, buffers, config.trace_strategy)
+    graph = trace(model, source.inputs, buffers, config.trace_strategy, source.seed)
     logger.info(
         "traced %s in %.1f s: %d operators in %d blocks",
         type(model).__name__, time.perf_counter() - started,
@@ -158,12 +161,21 @@ def identity(source: Source, model: nn.Module, config: ComputeConfig) -> dict[st
         "model": _digest(describe(model)),
         "inputs": {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in source.inputs.items()},
         "dtype": str(source.dtype),
+        "values": _values(source) if find_strategy(config.trace_strategy).executes else None,
         "config": {**asdict(config), "recompute_modules": list(config.recompute_modules or [None])},
         "hardware": config.find_hardware().identity(),
         "operators": _digest("\n".join(_source_of(function) for function in all_registered())),
         "nnscaler": _package_digest(),
         "torch": torch.__version__.split("+")[0],
     }
+
+
+def _values(source: Source) -> str:
+    """Digest of what decides the values that an executed model reads."""
+    digest = hashlib.sha256(str(source.seed).encode())
+    for tensor in source.inputs.values():
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def differences(directory: Path, wanted: Mapping[str, Any]) -> list[str] | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 # Workers are forked from a server that has these loaded already.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "transformers", "nnscaler.cli.trainer"])
+_context.set_forkserver_preload(["torch", "torch.distributed", "transformers", "nnscaler.cli.loop"])
 
 
 def run(world: int, function: Callable[..., Any], *args: Any, init: bool = True, timeout: float = 300) -> list[Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from nnscaler.codegen.body import INDENT, Body
 from nnscaler.codegen.schedule import Step
-from nnscaler.graph import Call
+from nnscaler.graph import Call, Node
 from nnscaler.operators import operator_of
 from nnscaler.plan import GIB, Plan
 from nnscaler.planner.levels import LEVELS
@@ -66,10 +68,19 @@ class _RootBody(Body):
     def _other(self, unit: Unit, step: Step) -> list[str]:
         if unit.kind != "call":
             return super()._other(unit, step)
-        chain = next((chain for chain in self._chains() if unit.main in chain), None)
-        assert chain is not None
-        return self._chain(chain) if unit.main is chain[0] else []
+        chain = next((chain for chain in self._chains if unit.main is chain[0]), None)
+        return self._chain(chain) if chain is not None else []  # a loop writes the rest of a chain with its first call
 
+    @cached_property
+    def _users(self) -> dict[str, list[Node]]:
+        """The nodes that read each tensor."""
+        users: dict[str, list[Node]] = {}
+        for node in self.block.nodes:
+            for name in dict.fromkeys(node.inputs):
+                users.setdefault(name, []).append(node)
+        return users
+
+    @cached_property
     def _chains(self) -> list[list[Call]]:
         """The calls in runs that a loop can write: one result, passed on as it is in one place."""
         chains: list[list[Call]] = []
@@ -88,8 +99,9 @@ class _RootBody(Body):
         differs = [index for index, (a, b) in enumerate(zip(before.inputs, call.inputs)) if a != b]
         if len(differs) != 1 or call.inputs[differs[0]] != before.outputs[0]:
             return False
-        users = [node for node in self.block.nodes if before.outputs[0] in node.inputs]
-        if users != [call] or before.outputs[0] in self.block.outputs:
+        if [user.name for user in self._users.get(before.outputs[0], [])] != [call.name] or before.outputs[
+            0
+        ] in self.block.outputs:
             return False
         if len(chain) > 1 and _carried(chain) != differs[0]:
             return False

@@ -21,14 +21,11 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from nnscaler.data.cut import PIECE, TokenIds, cut_into_pieces
+from nnscaler.data.files import COLUMN, DATA_FILE, PROVENANCE
 from nnscaler.data.readers import Document
 from nnscaler.data.sources import Corpus
 from nnscaler.directory import new_directory
 from nnscaler.errors import UserError
-
-COLUMN = "input_ids"
-PROVENANCE = "packing.json"
-DATA_FILE = "data-00000-of-00001.arrow"
 
 BATCH = PIECE  # characters tokenised by one call, about
 PIECE_COST = 64  # characters that the tokenizer's bookkeeping for a piece weighs in a batch

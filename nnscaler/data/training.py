@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from torch import Tensor
 
-from nnscaler.data.pack import COLUMN, PROVENANCE
+from nnscaler.data.files import COLUMN, PROVENANCE
 from nnscaler.errors import UserError
 
 
@@ -29,6 +28,8 @@ class PackedDataset:
     @staticmethod
     def open(path: Path) -> PackedDataset:
         """Raises UserError where there is no such dataset, or none of token sequences."""
+        import datasets  # takes a second, which planning without a dataset need not wait for
+
         if not path.exists():
             raise UserError(f"dataset_path is '{path}', which does not exist; make one with bookcorpus.py")
         try:
@@ -112,10 +113,15 @@ class Batches:
 
     def _read(self, samples: range) -> tuple[dict[str, Tensor], int]:
         rows = np.stack([self._dataset.rows[self._order.row(sample)][COLUMN] for sample in samples])
-        input_ids = torch.from_numpy(rows.astype(np.int64))
-        labels = torch.full_like(input_ids, self._ignored)
-        labels[:, :-1] = input_ids[:, 1:]
-        batch = {"input_ids": input_ids, "labels": labels}
+        batch = with_labels(torch.from_numpy(rows.astype(np.int64)), self._ignored)
+        labels = int((batch["labels"] != self._ignored).sum())
         if self._device.type == "cuda":
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-        return batch, int((labels != self._ignored).sum())
+        return batch, labels
+
+
+def with_labels(input_ids: Tensor, ignored: int) -> dict[str, Tensor]:
+    """`input_ids` [b, l] int64 and `labels`, the same shape: the token after each; `ignored` after the last."""
+    labels = torch.full_like(input_ids, ignored)
+    labels[:, :-1] = input_ids[:, 1:]
+    return {"input_ids": input_ids, "labels": labels}

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from nnscaler import hub
-from nnscaler.data.pack import PROVENANCE
+from nnscaler.data.files import PROVENANCE
 from nnscaler.errors import UserError
 from nnscaler.runtime.weights import SafetensorsReader
 

@@ -14,6 +14,7 @@ from torch.export.graph_signature import InputKind
 from nnscaler.errors import UserError
 from nnscaler.graph import Block, Call, Node, Ref, TensorMeta, map_refs
 from nnscaler.trace.leaf import Session
+from nnscaler.trace.source import is_own_code, line_of
 
 _DROPPED = {"aten._assert_tensor_metadata.default", "aten._assert_scalar.default"}
 _VALUE_READS = {"aten.item.default", "aten._local_scalar_dense.default", "aten.nonzero.default"}
@@ -190,14 +191,11 @@ def _identifier(text: str) -> str:
     return text if re.match(r"[A-Za-z]", text) else f"t_{text}"
 
 
-_TORCH = re.compile(r"[/\\](?:torch|nnscaler)[/\\]")
-
-
 def _source(node: fx.Node) -> str:
     """`file.py:line` of the innermost frame of the model's own code."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    own = [frame for frame in frames if not _TORCH.search(frame[0])] or frames
-    return f"{own[-1][0].rsplit('/', 1)[-1]}:{own[-1][1]}" if own else ""
+    own = [frame for frame in frames if is_own_code(frame[0])] or frames
+    return line_of(*own[-1]) if own else ""
 
 
 def _module_stack(node: fx.Node, prefix: str) -> tuple[str, tuple[str, ...]]:

@@ -13,11 +13,20 @@ from torch.overrides import TorchFunctionMode
 _VALUELESS = {torch.empty, torch.rand, torch.randn, torch.normal, torch.empty_strided}
 
 
+# Functions, of torch.nn.init, of Tensor, or that stand in for them, that give a tensor its first values. On the meta
+# device they do nothing, and take a millisecond a tensor for that.
+_FILLS = {"normal_", "uniform_", "zero_", "zeros_", "ones_", "fill_", "constant_", "kaiming_uniform_", "trunc_normal_"}
+
+
 class _ValuelessOnMeta(TorchFunctionMode):
     """Puts uninitialised and random tensors on the meta device; computed ones (rotary frequencies, masks) stay real."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if getattr(func, "__name__", "") in _FILLS:
+            tensor = args[0] if args else kwargs.get("tensor")
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                return tensor
         if func in _VALUELESS:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)

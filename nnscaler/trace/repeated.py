@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+
+from nnscaler.trace.leaf import Callee
 
 Facts = dict[tuple[str, str], str]  # (path of a submodule, fact) -> value, as text
 
@@ -18,6 +22,24 @@ def find_repeated(model: nn.Module) -> dict[str, str]:
     found: dict[str, str] = {}
     _search(model, "", found)
     return found
+
+
+@contextmanager
+def as_leaves(model: nn.Module, repeated: Mapping[str, str], callee: Callee, reuse: bool) -> Iterator[None]:
+    """Inside, `callee` takes the calls of repeated modules, by their fingerprint if those that are equal are one."""
+
+    def leaf_forward(module: nn.Module, key: str | None) -> Any:
+        original = module.forward
+        return lambda *args, **kwargs: callee.call_module(key, original, args, kwargs)
+
+    modules = [model.get_submodule(path) for path in repeated]
+    for module, key in zip(modules, repeated.values()):
+        module.forward = leaf_forward(module, key if reuse else None)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
 
 
 def describe(model: nn.Module) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,35 +20,43 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from nnscaler.errors import UserError
 from nnscaler.graph import Block, Call, Graph, Node, TensorMeta
 from nnscaler.trace.convert import CallTarget, Converter
+from nnscaler.trace.execute import ROOT, Execution, execute
 from nnscaler.trace.leaf import Leaf, Session, Structure, recording
-from nnscaler.trace.repeated import find_repeated
+from nnscaler.trace.repeated import as_leaves, find_repeated
+from nnscaler.trace.source import line_of
+from nnscaler.trace.strategies import STRATEGIES, find_strategy
 
 logger = logging.getLogger(__name__)
 
-STRATEGIES = ("reuse_cache", "meta")
-
 
 def trace(
-    model: nn.Module, example_inputs: Mapping[str, Tensor], buffers: Mapping[str, Tensor], strategy: str = "reuse_cache"
+    model: nn.Module,
+    example_inputs: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    strategy: str = "reuse_cache",
+    seed: int = 0,
 ) -> Graph:
     """Traces `model`'s forward.
 
-    model           on the meta device; nothing is computed and no weight is needed
-    example_inputs  tensors by parameter name of `forward`; only shapes and types matter
+    model           on the meta device; no weight is needed
+    example_inputs  tensors by parameter name of `forward`; only shapes and types matter, unless the model is executed
     buffers         values of the model's buffers by name, kept in the graph
-    strategy        reuse_cache: each distinct repeated module is traced once;
-                    meta: every module is traced, and equal ones are merged afterwards
+    strategy        one of `STRATEGIES`
+    seed            of the weights, where the model is executed
 
-    Raises UserError where the model does something that cannot be compiled.
+    Raises UserError where the model does something that cannot be compiled, or cannot be executed here.
     """
-    if strategy not in STRATEGIES:
-        raise UserError(f"trace strategy is '{strategy}'; allowed are {', '.join(STRATEGIES)}")
+    chosen = find_strategy(strategy)
     example = {
         name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in example_inputs.items()
     }
     repeated = find_repeated(model)
-    with recording() as session:
-        with _repeated_as_leaves(model, repeated, session, reuse=strategy == "reuse_cache"):
+    execution = None
+    if chosen.device is not None:
+        execution = Execution(torch.device(chosen.device), chosen.offload)
+        execute(model, example_inputs, buffers, repeated, execution, seed)
+    with recording(execution) as session:
+        with as_leaves(model, repeated, session, chosen.reuse), _reads_values_of(execution, model):
             program = _export(model, (), example)
         traced = {
             token: _export(_FlatCall(leaf), tuple(leaf.example), {})
@@ -71,7 +79,28 @@ class _FlatCall(nn.Module):
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         args, kwargs = self.leaf.arguments.put(tensors)
-        return Structure.take(self.module(*args, **kwargs))[1]
+        with self.leaf.reads():
+            return Structure.take(self.module(*args, **kwargs))[1]
+
+
+@contextmanager
+def _reads_values_of(execution: Execution | None, model: nn.Module) -> Iterator[None]:
+    """Inside, the forward of `model` reads the values that it read in an execution."""
+    if execution is None:
+        yield
+        return
+    original = model.forward
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with execution.reads.replay(ROOT):
+            return original(*args, **kwargs)
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
 
 
 def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
@@ -79,37 +108,15 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         program = export(module, args, kwargs, strict=False)
     except (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException) as error:
         frames = re.findall(r'File "([^"]+)", line (\d+), in forward', str(error))
-        where = f" (at {Path(frames[-1][0]).name}:{frames[-1][1]})" if frames else ""
+        where = f" (at {line_of(*frames[-1])})" if frames else ""
         raise UserError(
-            f"the model reads a tensor's value while it is traced{where}; trace strategies that really execute it are "
-            "needed for that, or remove the read"
+            f"the model reads a tensor's value while it is traced{where}; use a trace strategy that executes it "
+            f"({', '.join(name for name, known in STRATEGIES.items() if known.executes)}), or remove the read"
         ) from error
     mutates = [
         node for node in program.graph.nodes if getattr(getattr(node.target, "_schema", None), "is_mutable", False)
     ]
     return program.run_decompositions({}) if mutates else program
-
-
-@contextmanager
-def _repeated_as_leaves(model: nn.Module, repeated: dict[str, str], session: Session, reuse: bool) -> Iterator[None]:
-    """Inside, a call of a repeated module is recorded as one leaf."""
-
-    def leaf_forward(module: nn.Module, key: str | None) -> Any:
-        original = module.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return session.call(key, lambda arguments: Leaf(original, arguments), args, kwargs)
-
-        return forward
-
-    modules = [model.get_submodule(path) for path in repeated]
-    for module, key in zip(modules, repeated.values()):
-        module.forward = leaf_forward(module, key if reuse else None)
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward
 
 
 def _merge_equal(
@@ -161,7 +168,6 @@ def _assemble(model: nn.Module, root: Block, blocks: dict[str, Block], buffers: 
     used = {path for _, _, path in graph.parameter_uses()}
     graph.parameters = {path: meta for path, meta in metas.items() if path in used}
     graph.buffers = {path: tensor for path, tensor in buffers.items() if path in used}
-    graph.tied = {name: path for name, path in names.items() if name != path and path in used}
     graph.tied = {name: path for name, path in names.items() if name != path and path in used}
     _mark_gradients(graph)
     return graph
