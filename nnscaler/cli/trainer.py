@@ -47,7 +47,7 @@ class Trainer:
         """Compiles, or trains to the last step."""
         if self.args.run_mode == "compile":
             if self.rank == 0:
-                compile_model(self._source(), self.args.compute, self.gen_folder)
+                compile_model(self._source(), self.args.compute, self.gen_folder, self.args.explain)
             return
         self._check_world()
         dataset = self._dataset()
@@ -99,7 +99,15 @@ class Trainer:
     def _source(self) -> Source:
         shape = (self.args.micro_batch_size, self.args.dataset.length)
         inputs = {name: torch.empty(shape, dtype=torch.int64, device="meta") for name in ("input_ids", "labels")}
-        return Source(self.args.model.make, inputs, _PRECISION[self.args.precision])
+        model, sequences = self.args.model, self.args.micro_batch_size
+        flops = model.flops_per_sequence
+        return Source(
+            model.make,
+            inputs,
+            _PRECISION[self.args.precision],
+            tokens=sequences * self.args.dataset.length,
+            flops=(sequences * flops[0], sequences * flops[1]) if flops else None,
+        )
 
     def _compile_if_needed(self, source: Source) -> None:
         """Rank 0 compiles unless the folder holds just what is wanted; the others wait."""

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nnscaler.placement import Placements
+from nnscaler.placement import Placements, format_placements
+from nnscaler.plan import Key
 from nnscaler.planner.options import Option
 from nnscaler.planner.problem import Flow, Problem, Use
 from nnscaler.planner.program import Solution, gathers, resharding, storage
 
-Key = tuple[str, str, str]  # category, block, name
-
 
 @dataclass
 class Evaluation:
-    """Seconds a micro-batch and bytes a device, each by (category, block, name)."""
+    """Seconds a micro-batch and bytes a device. `beside`: the gradient exchange of each parameter, which runs beside
+    backward; what backward does not hide of all of it is among the seconds."""
 
     seconds: dict[Key, float] = field(default_factory=dict)
     memory: dict[Key, float] = field(default_factory=dict)
+    beside: dict[Key, float] = field(default_factory=dict)
 
     @property
     def total_seconds(self) -> float:
@@ -48,20 +49,22 @@ class _Evaluator:
     def run(self) -> Evaluation | None:
         exchange = backward = 0.0
         for decision, option in zip(self.problem.decisions, self.options):
-            key = (decision.kind, decision.block, decision.name)
+            place = (decision.block, decision.name)
             if decision.kind == "parameter":
-                self._time(("update", *key[1:]), decision.count * option.seconds.forward)
+                self._time(Key("update", *place), decision.count * option.seconds.forward)
+                self.result.beside[Key("exchange", *place)] = decision.count * option.seconds.backward
                 exchange += decision.count * option.seconds.backward
             else:
-                self._time(("forward", *key[1:]), decision.count * option.seconds.forward)
-                self._time(("backward", *key[1:]), decision.count * option.seconds.backward)
+                self._time(Key("forward", *place), decision.count * option.seconds.forward)
+                self._time(Key("backward", *place), decision.count * option.seconds.backward)
                 backward += decision.count * option.seconds.backward
-                calls = self._calls(decision.block, decision.again) if decision.count else 0
-                self._time(("again", *key[1:]), calls * option.seconds.forward)
-            self._hold(key, decision.count * option.memory)
-            kept = self._calls(decision.block, decision.inside) if decision.count else 0
-            self._hold(("inside", *key[1:]), kept * option.inside)
-        self._time(("exchange", "", ""), max(0.0, exchange - backward))
+                for level in sorted(decision.again) if decision.count else ():
+                    calls = self._calls(decision.block, {level})
+                    self._time(Key("again", *place, level), calls * option.seconds.forward)
+            self._hold(Key(decision.kind, *place), decision.count * option.memory)
+            for level in sorted(decision.inside) if decision.count else ():
+                self._hold(Key("inside", *place, level), self._calls(decision.block, {level}) * option.inside)
+        self._time(Key("exchange"), max(0.0, exchange - backward))
         for index, flow in enumerate(self.problem.flows):
             again = index in self.solution.gathered_again
             if not self._reshard(flow, again):
@@ -98,13 +101,12 @@ class _Evaluator:
             seconds = resharding(self.problem, flow, source, target)
             if seconds is None:
                 return False
-            key = (flow.block, flow.tensor)
-            self._time(("reshard", *key), flow.count * (seconds.forward + seconds.backward))
-            if gathered_again and gathers(source, target):
-                self._time(("reshard again", *key), flow.count * seconds.forward)
-            self._time(
-                ("reshard again", *key), self._share(flow) * self._calls(flow.block, flow.again) * seconds.forward
-            )
+            place = (flow.block, flow.tensor, f"{format_placements(source)} -> {format_placements(target)}")
+            self._time(Key("reshard", *place), flow.count * seconds.forward)
+            self._time(Key("reshard backward", *place), flow.count * seconds.backward)
+            calls = self._share(flow) * self._calls(flow.block, flow.again)
+            calls += flow.count if gathered_again and gathers(source, target) else 0
+            self._time(Key("reshard again", *place), calls * seconds.forward)
         return True
 
     def _keep(self, flow: Flow, gathered_again: bool) -> None:
@@ -122,7 +124,7 @@ class _Evaluator:
                     kept.add(target)
             for layout in kept:
                 size = self._share(flow) * calls * self.problem.costs.local_bytes(flow.meta, layout)
-                self._hold(("saved", flow.block, flow.tensor), size)
+                self._hold(Key("saved", flow.block, flow.tensor, level), size)
 
     def _working(self) -> None:
         """What the one operator holds that holds most while it runs; what backward of a block computes again where no
@@ -131,9 +133,9 @@ class _Evaluator:
             (option.transient, decision.block, decision.name)
             for decision, option in zip(self.problem.decisions, self.options)
         )
-        self._hold(("working", block, name), size)
+        self._hold(Key("working", block, name), size)
         for flow in self.problem.flows:
             if flow.needed and not self.solution.levels[flow.block].get("none"):
                 size = self.problem.costs.local_bytes(flow.meta, self._made(flow))
-                self._hold(("working", flow.block, "backward"), size)
-        self._hold(("buffers", "", ""), self.problem.buffers)
+                self._hold(Key("working", flow.block, "backward"), size)
+        self._hold(Key("buffers"), self.problem.buffers)
