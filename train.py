@@ -42,6 +42,7 @@ from nnscaler.models.causal_lm import (
     prepare_config,
 )
 from nnscaler.models.files import AssetWriter, find_weights
+from nnscaler.report import explain, read_plan
 from nnscaler.runtime.optimizer import OptimizerConfig
 from nnscaler.trace import STRATEGIES
 
@@ -53,6 +54,8 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument_group("what to train").add_argument
     add("--name", default="llama", help="name of the run: of its compiled code, checkpoints and logs")
     add("--run_mode", choices=("compile", "run"), default="run", help="compile: plan and write code; run: train")
+    add("--explain", action="store_true", help="with --run_mode compile: print what the plan costs, what limits it, "
+        "and what would help, for which it plans a few times more")  # fmt: skip
     add("--model_id", required=True, help="model directory (with safetensors, or only config.json), or hub name")
     add("--dataset_path", type=Path, help="dataset that bookcorpus.py wrote")
     add("--sequence_length", type=int, help="tokens a sequence, to plan without a dataset")
@@ -142,6 +145,7 @@ def trainer_args(options: argparse.Namespace) -> TrainerArgs:
         ),
         log=LogConfig(options.log_dir, options.log_interval, options.profile),
         run_mode=options.run_mode,
+        explain=options.explain,
         precision=options.precision,
         micro_batch_size=options.micro_batch_size,
         max_train_steps=options.max_train_steps,
@@ -151,7 +155,10 @@ def trainer_args(options: argparse.Namespace) -> TrainerArgs:
 
 
 def main() -> None:
-    Trainer(trainer_args(parse())).run()
+    trainer = Trainer(trainer_args(parse()))
+    trainer.run()
+    if trainer.args.explain and trainer.rank == 0:
+        print(explain(read_plan(trainer.gen_folder)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Compiling: model -> graph -> plan -> generated code, as files in one directory.
 
 graph.txt            the traced model
-plan.json            the plan, and what the runtime needs to know of parameters
+plan.json            the plan with all its costs, and what the runtime needs to know of parameters
+plan.html            the same, to read
 gencode_stage0.py    what each rank runs
 buffers.safetensors  values of the model's buffers
 compiled.json        what all of this was compiled for
@@ -17,7 +18,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,16 @@ from torch import Tensor, nn
 
 from nnscaler.codegen import generate
 from nnscaler.errors import UserError
+from nnscaler.graph import Graph
 from nnscaler.hardware import Hardware, detect_hardware, load_hardware
 from nnscaler.mesh import Mesh, meshes
 from nnscaler.operators.registry import all_registered
+from nnscaler.plan import Plan
 from nnscaler.planner import find_plan
 from nnscaler.profiler.operators import OperatorTimes
+from nnscaler.report import plan_report
+from nnscaler.report.page import plan_page
+from nnscaler.report.values import Work
 from nnscaler.trace import build_on_meta, find_strategy, trace
 from nnscaler.trace.repeated import describe
 
@@ -92,12 +98,16 @@ class Source:
     inputs  examples of its forward's arguments by name; values matter only to a trace strategy that executes the model
     dtype   of the parameters in computation
     seed    of the weights with which such a strategy executes it
+    tokens  of a micro-batch, and `flops` the forward and backward operations that they take (attention counted in full,
+            and halved by causality), for figures of speed; None: without
     """
 
     make: Callable[[], nn.Module]
     inputs: Mapping[str, Tensor]
     dtype: torch.dtype = torch.bfloat16
     seed: int = 0
+    tokens: int = 0
+    flops: tuple[float, float] | None = None
 
     def build(self) -> tuple[nn.Module, dict[str, Tensor]]:
         """The model on the meta device, and its buffers' values."""
@@ -107,9 +117,16 @@ class Source:
                 parameter.data = parameter.data.to(self.dtype)
         return model, buffers
 
+    def work(self, hardware: Hardware) -> Work | None:
+        """What a micro-batch is, where that is known."""
+        peak = hardware.flops.get(str(self.dtype).removeprefix("torch."))
+        return Work(self.tokens, self.flops, peak) if self.flops and peak else None
 
-def compile_model(source: Source, config: ComputeConfig, directory: Path) -> Path:
+
+def compile_model(source: Source, config: ComputeConfig, directory: Path, explain: bool = False) -> Path:
     """Compiles into `directory`, replacing what is there. It appears whole or not at all.
+
+    explain  also plan with more memory and more devices, for plan.json and plan.html to say what would help
 
     Raises UserError where the model cannot be traced, an operator is not known, or no plan fits.
     """
@@ -122,25 +139,18 @@ def compile_model(source: Source, config: ComputeConfig, directory: Path) -> Pat
         type(model).__name__, time.perf_counter() - started,
         sum(len(block.nodes) for block in graph.all_blocks()), len(graph.all_blocks()),
     )  # fmt: skip
-    memory = None if config.gpu_mem_constraint is None else config.gpu_mem_constraint * GIB
     times = OperatorTimes.here() if config.hardware is None else None
-    plan = find_plan(
-        graph,
-        config.meshes(hardware),
-        hardware,
-        memory=memory,
-        recompute_modules=config.recompute_modules,
-        micro_batches=config.micro_batches,
-        fused=hardware.name != "CPU",
-        times=times,
-    )
+    plan = _plan(graph, config, hardware, times)
+    replan = (lambda change: _plan(graph, replace(config, **change), hardware, times)) if explain else None
+    report = plan_report(plan, source.work(hardware), replan)
     if times is not None:
         times.save()
     directory.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         (work / "graph.txt").write_text(str(graph))
-        (work / "plan.json").write_text(plan.dumps())
+        (work / "plan.json").write_text(json.dumps(report, indent=1))
+        (work / "plan.html").write_text(plan_page(report))
         (work / CODE).write_text(generate(plan))
         if graph.buffers:
             save_file(
@@ -153,6 +163,19 @@ def compile_model(source: Source, config: ComputeConfig, directory: Path) -> Pat
         shutil.rmtree(work, ignore_errors=True)
     logger.info("compiled to %s in %.1f s", directory, time.perf_counter() - started)
     return directory
+
+
+def _plan(graph: Graph, config: ComputeConfig, hardware: Hardware, times: OperatorTimes | None) -> Plan:
+    return find_plan(
+        graph,
+        config.meshes(hardware),
+        hardware,
+        memory=None if config.gpu_mem_constraint is None else config.gpu_mem_constraint * GIB,
+        recompute_modules=config.recompute_modules,
+        micro_batches=config.micro_batches,
+        fused=hardware.name != "CPU",
+        times=times,
+    )
 
 
 def identity(source: Source, model: nn.Module, config: ComputeConfig) -> dict[str, Any]:

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from typing import Any
+from math import inf
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nnscaler.graph import Graph
 from nnscaler.mesh import Mesh
 from nnscaler.placement import Placements, format_placements
 
+if TYPE_CHECKING:
+    from nnscaler.planner.costs import CostModel
+
 GIB = 2.0**30
+
+
+class Key(NamedTuple):
+    """What seconds or bytes are for.
+
+    category  of seconds: forward, backward, again (computed again), reshard, reshard backward, reshard again, update,
+              exchange; of bytes: parameter, saved, inside (a unit's inner tensors), working, buffers
+    name      a unit, tensor or parameter of the block
+    detail    the recompute level, or the layouts between which a tensor is brought
+    """
+
+    category: str
+    block: str = ""
+    name: str = ""
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -32,7 +50,10 @@ class Plan:
     levels      block -> how many of its calls have which recompute level (see `nnscaler.planner.levels`)
     recomputed  block -> nodes that backward computes again at level `part`
     gathered_again  (block, tensor) that backward gathers again rather than keep
-    seconds     predicted time of one micro-batch by (category, block, name); memory likewise, in bytes a device
+    seconds     predicted time of one micro-batch; memory likewise, in bytes a device
+    beside      seconds of each parameter's gradient exchange, hidden behind backward or not: what is not is in seconds
+    costs       what the seconds and bytes were made with; None: nobody did
+    memory_limit  bytes a device that the plan was to fit into
     """
 
     graph: Graph
@@ -46,8 +67,11 @@ class Plan:
     recomputed: dict[str, set[str]] = field(default_factory=dict)
     gathered_again: set[tuple[str, str]] = field(default_factory=set)
     micro_batches: int = 1
-    seconds: dict[tuple[str, str, str], float] = field(default_factory=dict)
-    memory: dict[tuple[str, str, str], float] = field(default_factory=dict)
+    seconds: dict[Key, float] = field(default_factory=dict)
+    memory: dict[Key, float] = field(default_factory=dict)
+    beside: dict[Key, float] = field(default_factory=dict)
+    costs: CostModel | None = None
+    memory_limit: float = inf
 
     @property
     def step_seconds(self) -> float:
@@ -60,17 +84,12 @@ class Plan:
         return sum(self.memory.values())
 
     def to_json(self) -> dict[str, Any]:
-        """The plan without its graph, as plain values."""
+        """How everything lies and runs, as plain values, without the graph; `nnscaler.report` adds what it costs."""
         return {
+            "model": self.graph.root.module_type,
             "mesh": {"sizes": list(self.mesh.sizes), "replicas": self.mesh.replicas},
             "hardware": self.hardware,
             "micro_batches": self.micro_batches,
-            "predicted": {
-                "step_seconds": self.step_seconds,
-                "memory_gib": self.memory_bytes / GIB,
-                "seconds_by_category": _by_category(self.seconds, self.micro_batches),
-                "gib_by_category": _by_category(self.memory, 1 / GIB),
-            },
             "inputs": list(self.graph.root.inputs),
             "parameters": {name: self._parameter_json(name) for name in self.graph.parameters},
             "tied": self.graph.tied,
@@ -109,13 +128,3 @@ class Plan:
             "inputs": [format_placements(layout) for layout in node.inputs],
             "outputs": [format_placements(layout) for layout in node.outputs],
         }
-
-    def dumps(self) -> str:
-        return json.dumps(self.to_json(), indent=1)
-
-
-def _by_category(items: dict[tuple[str, str, str], float], factor: float) -> dict[str, float]:
-    totals: dict[str, float] = {}
-    for (category, _, _), value in items.items():
-        totals[category] = totals.get(category, 0.0) + value * factor
-    return totals

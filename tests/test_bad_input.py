@@ -79,6 +79,7 @@ PLAN = (*MODEL, "--sequence_length", "32", "--run_mode", "compile", "--precision
             (*PLAN, "--gpu_mem_constraint", "0.0001", "--hardware", "h100"),
             "constraint 0.0001 GB; the largest items are",
         ),
+        ((*MODEL, *DATA, "--explain"), "explain goes with run_mode compile; run_mode is run"),
         ((*PLAN, "--gpu_mem_constraint", "-1"), "gpu_mem_constraint is -1.0 GB; it must be more than 0"),
         ((*MODEL, *DATA, "--resume_path", "{}/nothing"), "/nothing', which does not exist"),
         ((*MODEL, *DATA, "--resume_path", "{}/data"), "holds no complete checkpoint"),

@@ -123,7 +123,7 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class TrainerArgs:
-    """A training run."""
+    """A training run. `explain`: with run_mode compile, say what would help, which takes a few plans more."""
 
     name: str
     model: ModelConfig
@@ -134,6 +134,7 @@ class TrainerArgs:
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     run_mode: str = "run"
+    explain: bool = False
     precision: str = "bf16"
     micro_batch_size: int = 1
     max_train_steps: int | None = None
@@ -143,6 +144,8 @@ class TrainerArgs:
     def __post_init__(self) -> None:
         if self.run_mode not in ("compile", "run"):
             raise UserError(f"run_mode is '{self.run_mode}'; allowed are compile, run")
+        if self.explain and self.run_mode != "compile":
+            raise UserError(f"explain goes with run_mode compile; run_mode is {self.run_mode}")
         if self.precision not in ("bf16", "fp32"):
             raise UserError(f"precision is '{self.precision}'; allowed are bf16, fp32")
         if self.micro_batch_size < 1:

@@ -37,7 +37,7 @@ class Trainer:
         """Compiles, or trains to the last step."""
         if self.args.run_mode == "compile":
             if self.rank == 0:
-                compile_model(self._source(), self.args.compute, self.gen_folder)
+                compile_model(self._source(), self.args.compute, self.gen_folder, self.args.explain)
             return
         # What only training needs takes a second to import, which planning need not wait for.
         from nnscaler.checkpoint.resume import find_resumable
@@ -99,7 +99,16 @@ class Trainer:
                 raise UserError("ModelConfig.vocabulary is not given; trace strategies that execute need it")
             tokens = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(self.args.seed))
         inputs = with_labels(tokens, self.args.dataset.ignored_label)
-        return Source(self.args.model.make, inputs, _PRECISION[self.args.precision], self.args.seed)
+        model, sequences = self.args.model, self.args.micro_batch_size
+        flops = model.flops_per_sequence
+        return Source(
+            model.make,
+            inputs,
+            _PRECISION[self.args.precision],
+            self.args.seed,
+            tokens=sequences * self.args.dataset.length,
+            flops=(sequences * flops[0], sequences * flops[1]) if flops else None,
+        )
 
     def _compile_if_needed(self, source: Source) -> None:
         """Rank 0 compiles unless the folder holds just what is wanted; the others wait."""

@@ -8,12 +8,12 @@ Times are for one device; all devices work on equal shards.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
 from nnscaler.graph import Block, Node, TensorMeta
-from nnscaler.hardware import Hardware
+from nnscaler.hardware import Estimate, Hardware
 from nnscaler.mesh import Mesh
 from nnscaler.operators import operator_of
 from nnscaler.placement import Placements, Shard, local_shape
@@ -25,6 +25,8 @@ from nnscaler.runtime.buckets import BUCKET_ELEMENTS, MOST_IN_FLIGHT
 MASTER_BYTES = 4  # fp32 master weight
 MOMENT_BYTES = 8  # two fp32 moments of Adam
 GRADIENT_BYTES = 4  # gradients are accumulated, and exchanged, in fp32
+
+LOCAL = ("slice", "pad", "divide")  # steps of resharding that no other device takes part in
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,6 @@ class CostModel:
     mesh: Mesh
     fused: bool = False
     times: OperatorTimes | None = None
-    origins: set[str] = field(default_factory=set, compare=False)  # where the figures used so far come from
 
     def local_bytes(self, meta: TensorMeta, placements: Placements) -> int:
         """Bytes of one device's part of a tensor."""
@@ -131,7 +132,6 @@ class CostModel:
         if local.axis is not None:
             flops = operator.flops(local.together, node) / self.mesh.sizes[local.axis]
         if (measured := self._measured(local, flops)) is not None:
-            self.origins.add("operators: measured")
             return measured
         metas = [block.tensors[name] for name in (*node.inputs, *node.outputs)]
         rate = self.hardware.flops_per_second(node.op, metas[0].dtype) if flops else 1.0
@@ -158,15 +158,23 @@ class CostModel:
         share = flops / done if done else 1.0
         return Seconds(found[0] * share, found[1] * share)
 
+    def node_origin(self, node: Node, inputs: Sequence[TensorMeta]) -> str:
+        """What says how long a node on these local inputs takes: `measured` or `roofline`."""
+        if self.times is None or node_kind(node) == "cheap" or self.times.seconds(node, inputs) is None:
+            return "roofline"
+        return "measured"
+
     def _exchange(self, local: Local, block: Block) -> Seconds:
         """Time in which an operator's function sends parts of its inputs and outputs around itself."""
         if local.axis is None:
             return NO_TIME
         names = (*local.node.inputs, *local.node.outputs)
         moved = [(name, size) for name, size, travels in zip(names, local.bytes, local.travelling) if travels]
-        forward = sum(self.collective("all_to_all", size, local.axis) for _, size in moved)
+        forward = sum(self.collective("all_to_all", size, local.axis).seconds for _, size in moved)
         backward = sum(
-            self.collective("all_to_all", size, local.axis) for name, size in moved if block.tensors[name].requires_grad
+            self.collective("all_to_all", size, local.axis).seconds
+            for name, size in moved
+            if block.tensors[name].requires_grad
         )
         return Seconds(forward, backward)
 
@@ -175,15 +183,19 @@ class CostModel:
 
     def steps(self, meta: TensorMeta, source: Placements, steps: Sequence[Step]) -> Seconds:
         """Time of the collectives that reshard a tensor; backward's only where it has a gradient."""
-        total = NO_TIME
+        return sum((seconds for _, _, seconds in self.each_step(meta, source, steps)), NO_TIME)
+
+    def each_step(
+        self, meta: TensorMeta, source: Placements, steps: Sequence[Step]
+    ) -> Iterator[tuple[Step, int, Seconds]]:
+        """(step, bytes of the larger of a device's input and output, time) of each step of `steps`."""
         current = list(source)
         for step in steps:
             before = self.local_bytes(meta, tuple(current))
             current[step.axis] = step.target
             part = max(before, self.local_bytes(meta, tuple(current)))
             forward, backward = (self._moving(name, step, meta, part) for name in step.collectives)
-            total += Seconds(forward, backward if meta.requires_grad else 0.0)
-        return total
+            yield step, part, Seconds(forward, backward if meta.requires_grad else 0.0)
 
     def _moving(self, name: str, step: Step, meta: TensorMeta, size: float) -> float:
         """Time of one collective, and of the copies that put slices one after the other for it, or back in place."""
@@ -192,23 +204,19 @@ class CostModel:
         if name in ("all_gather", "reduce_scatter", "all_to_all"):
             copies = sum(prod(meta.shape[:dim]) > 1 for dim in dims)  # else the slices lie so already
         moved = 2 * copies * size if self.mesh.sizes[step.axis] > 1 else 0.0
-        return self.collective(name, size, step.axis) + moved / self.hardware.memory_bandwidth
+        return self.collective(name, size, step.axis).seconds + moved / self.hardware.memory_bandwidth
 
-    def collective(self, name: str, size: float, axis: int) -> float:
-        """Seconds of a collective over one mesh axis. `size`: bytes of the larger of a device's input and output."""
+    def collective(self, name: str, size: float, axis: int) -> Estimate:
+        """Time of a collective over one mesh axis. `size`: bytes of the larger of a device's input and output."""
         devices = self.mesh.sizes[axis]
         if devices == 1 or name == "identity":
-            return 0.0
-        if name in ("slice", "pad", "divide"):
-            return self.hardware.launch + 2 * size / devices / self.hardware.memory_bandwidth
+            return Estimate(0.0, "roofline")
+        if name in LOCAL:
+            seconds = self.hardware.launch + 2 * size / devices / self.hardware.memory_bandwidth
+            return Estimate(seconds, "roofline")
         spans = self.mesh.spans_nodes(axis, self.hardware.devices_per_node)
         per_node = max(1, self.hardware.devices_per_node // self.mesh.stride(axis)) if spans else devices
-        return self._communicate(name, size, devices, spans, min(per_node, devices))
-
-    def _communicate(self, name: str, size: float, devices: int, spans_nodes: bool, per_node: int) -> float:
-        estimate = self.hardware.collective_seconds(name, size, devices, spans_nodes, per_node)
-        self.origins.add(f"communication: {estimate.origin}")
-        return estimate.seconds
+        return self.hardware.collective_seconds(name, size, devices, spans, min(per_node, devices))
 
     def owners(self, placements: Placements) -> int:
         """How many ranks hold the same shard of a parameter: they exchange its gradient and share its optimizer."""
@@ -220,31 +228,35 @@ class CostModel:
     def gradient_exchange(self, meta: TensorMeta, placements: Placements) -> float:
         """Seconds a micro-batch that a trained parameter's gradient travels, beside backward's computation."""
         elements = self.local_bytes(meta, placements) / meta.dtype.itemsize
-        return self._among_owners("reduce_scatter", elements * GRADIENT_BYTES, placements)
+        return self.among_owners("reduce_scatter", elements * GRADIENT_BYTES, placements).seconds
+
+    def weight_exchange(self, meta: TensorMeta, placements: Placements) -> float:
+        """Seconds in which the owners of a parameter's parts give each other what they updated."""
+        return self.among_owners("all_gather", self.local_bytes(meta, placements), placements).seconds
 
     def update(self, meta: TensorMeta, placements: Placements, micro_batches: int) -> float:
         """Seconds of a parameter's update and exchange after a step, spread over its micro-batches, and of copying its
         gradient to the buffers and adding it up in each of them."""
-        size = self.local_bytes(meta, placements)
-        elements = size / meta.dtype.itemsize
+        elements = self.local_bytes(meta, placements) / meta.dtype.itemsize
         owned = elements / self.owners(placements)
         # The gradient is read for its norm, scaled, read again, and cleared.
         state = 2 * (MASTER_BYTES + MOMENT_BYTES) + 5 * GRADIENT_BYTES + MASTER_BYTES + meta.dtype.itemsize
         update = owned * state / self.hardware.memory_bandwidth
         copied = elements * (meta.dtype.itemsize + 2 * GRADIENT_BYTES) + owned * 3 * GRADIENT_BYTES
-        once = self._among_owners("all_gather", size, placements) + update
+        once = self.weight_exchange(meta, placements) + update
         return once / micro_batches + copied / self.hardware.memory_bandwidth
 
-    def _among_owners(self, name: str, size: float, placements: Placements) -> float:
-        """Seconds of a collective over all ranks that hold the same shard. Parameters are exchanged many at a time: of
+    def among_owners(self, name: str, size: float, placements: Placements) -> Estimate:
+        """Time of a collective over all ranks that hold the same shard. Parameters are exchanged many at a time: of
         the latency each has as large a part as it has of a bucket."""
         owners = self.owners(placements)
         if owners == 1:
-            return 0.0
+            return Estimate(0.0, "roofline")
         spans = self.mesh.runtime_ngpus > self.hardware.devices_per_node
         bucket = BUCKET_ELEMENTS * GRADIENT_BYTES
         per_node = min(owners, self.hardware.devices_per_node)
-        return self._communicate(name, bucket, owners, spans, per_node) * size / bucket
+        estimate = self.hardware.collective_seconds(name, bucket, owners, spans, per_node)
+        return estimate._replace(seconds=estimate.seconds * size / bucket)
 
     def buffer_memory(self, elements: int) -> float:
         """Bytes of the buffers in which gradients of a model of so many elements are exchanged: those in flight and
@@ -254,11 +266,15 @@ class CostModel:
         received = min(MOST_IN_FLIGHT, buckets) / self.mesh.runtime_ngpus
         return bucket * (min(MOST_IN_FLIGHT + 2, buckets) + received)
 
-    def parameter_memory(self, meta: TensorMeta, placements: Placements) -> float:
+    def parameter_memory(self, meta: TensorMeta, placements: Placements) -> dict[str, float]:
         """Bytes that a parameter takes all the time: itself, and the owned part of gradient, master and moments."""
         stored = self.local_bytes(meta, placements)
         if not meta.requires_grad:
-            return stored
-        elements = stored / meta.dtype.itemsize
-        master = 0 if meta.dtype.itemsize == MASTER_BYTES else MASTER_BYTES
-        return stored + elements * (GRADIENT_BYTES + master + MOMENT_BYTES) / self.owners(placements)
+            return {"parameters": stored}
+        owned = stored / meta.dtype.itemsize / self.owners(placements)
+        return {
+            "parameters": stored,
+            "gradients": owned * GRADIENT_BYTES,
+            "master weights": 0.0 if meta.dtype.itemsize == MASTER_BYTES else owned * MASTER_BYTES,
+            "moments": owned * MOMENT_BYTES,
+        }

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nnscaler.placement import Placements
+from nnscaler.placement import Placements, format_placements
+from nnscaler.plan import Key
 from nnscaler.planner.options import Option
 from nnscaler.planner.problem import Flow, Problem, Use
 from nnscaler.planner.program import Solution, beside, resharding, storage
 
-Key = tuple[str, str, str]  # category, block, name
-
 
 @dataclass
 class Evaluation:
-    """Seconds a micro-batch and bytes a device, each by (category, block, name)."""
+    """Seconds a micro-batch and bytes a device.
+
+    beside  seconds of what runs beside computation: the exchange of each parameter's gradient, and gathering weights.
+            What forward and backward do not hide of all of it is among the seconds, as `exchange`
+    """
 
     seconds: dict[Key, float] = field(default_factory=dict)
     memory: dict[Key, float] = field(default_factory=dict)
+    beside: dict[Key, float] = field(default_factory=dict)
 
     @property
     def total_seconds(self) -> float:
@@ -26,6 +30,10 @@ class Evaluation:
     @property
     def total_memory(self) -> float:
         return sum(self.memory.values())
+
+    def seconds_beside(self, side: str) -> float:
+        """All that runs beside `forward`, or beside `backward`."""
+        return sum(value for key, value in self.beside.items() if (key.category == "reshard") == (side == "forward"))
 
     def largest(self, count: int) -> list[tuple[Key, float]]:
         """The items that take most memory, largest first."""
@@ -44,39 +52,42 @@ class _Evaluator:
     solution: Solution
     options: list[Option]
     result: Evaluation = field(default_factory=Evaluation)
-    beside: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "backward": 0.0})
-    gathers: bool = False
 
     def run(self) -> Evaluation | None:
         forward = backward = 0.0
         for decision, option in zip(self.problem.decisions, self.options):
-            key = (decision.kind, decision.block, decision.name)
+            place = (decision.block, decision.name)
             if decision.kind == "parameter":
-                self._time(("update", *key[1:]), decision.count * option.seconds.forward)
-                self.beside["backward"] += decision.count * option.seconds.backward
+                self._time(Key("update", *place), decision.count * option.seconds.forward)
+                self.result.beside[Key("exchange", *place)] = decision.count * option.seconds.backward
             else:
-                self._time(("forward", *key[1:]), decision.count * option.seconds.forward)
-                self._time(("backward", *key[1:]), decision.count * option.seconds.backward)
+                self._time(Key("forward", *place), decision.count * option.seconds.forward)
+                self._time(Key("backward", *place), decision.count * option.seconds.backward)
                 forward += decision.count * option.seconds.forward
                 backward += decision.count * option.seconds.backward
-                calls = self._calls(decision.block, decision.again) if decision.count else 0
-                self._time(("again", *key[1:]), calls * option.seconds.forward)
-            self._hold(key, decision.count * option.memory)
-            kept = self._calls(decision.block, decision.inside) if decision.count else 0
-            self._hold(("inside", *key[1:]), kept * option.inside)
+                for level in sorted(decision.again) if decision.count else ():
+                    calls = self._calls(decision.block, {level})
+                    self._time(Key("again", *place, level), calls * option.seconds.forward)
+            self._hold(Key(decision.kind, *place), decision.count * option.memory)
+            for level in sorted(decision.inside) if decision.count else ():
+                self._hold(Key("inside", *place, level), self._calls(decision.block, {level}) * option.inside)
         for index, flow in enumerate(self.problem.flows):
             again = index in self.solution.gathered_again
             if not self._reshard(flow, again):
                 return None
             self._keep(flow, again)
-        self._time(("exchange", "", "forward"), max(0.0, self.beside["forward"] - forward))
-        self._time(("exchange", "", "backward"), max(0.0, self.beside["backward"] - backward))
+        for side, computing in (("forward", forward), ("backward", backward)):
+            self._time(Key("exchange", "", side), max(0.0, self.result.seconds_beside(side) - computing))
         self._working()
         return self.result
 
     def _time(self, key: Key, value: float) -> None:
         if value:
             self.result.seconds[key] = self.result.seconds.get(key, 0.0) + value
+
+    def _beside(self, key: Key, value: float) -> None:
+        if value:
+            self.result.beside[key] = self.result.beside.get(key, 0.0) + value
 
     def _hold(self, key: Key, value: float) -> None:
         if value:
@@ -102,16 +113,15 @@ class _Evaluator:
             seconds = resharding(self.problem, flow, source, target)
             if seconds is None:
                 return False
-            key = (flow.block, flow.tensor)
-            again = self._share(flow) * self._calls(flow.block, flow.again) * seconds.forward
+            place = (flow.block, flow.tensor, f"{format_placements(source)} -> {format_placements(target)}")
+            calls = self._share(flow) * self._calls(flow.block, flow.again)
+            take = self._time
             if beside(flow, source, target):
-                self.gathers = True
-                again += flow.count * seconds.forward if gathered_again else 0.0
-                self.beside["forward"] += flow.count * seconds.forward
-                self.beside["backward"] += flow.count * seconds.backward + again
-            else:
-                self._time(("reshard", *key), flow.count * (seconds.forward + seconds.backward))
-                self._time(("reshard again", *key), again)
+                calls += flow.count if gathered_again else 0
+                take = self._beside
+            take(Key("reshard", *place), flow.count * seconds.forward)
+            take(Key("reshard backward", *place), flow.count * seconds.backward)
+            take(Key("reshard again", *place), calls * seconds.forward)
         return True
 
     def _keep(self, flow: Flow, gathered_again: bool) -> None:
@@ -129,7 +139,7 @@ class _Evaluator:
                     kept.add(target)
             for layout in kept:
                 size = self._share(flow) * calls * self.problem.costs.local_bytes(flow.meta, layout)
-                self._hold(("saved", flow.block, flow.tensor), size)
+                self._hold(Key("saved", flow.block, flow.tensor, level), size)
 
     def _working(self) -> None:
         """What the one operator holds that holds most while it runs; what backward of a block computes again where no
@@ -138,11 +148,11 @@ class _Evaluator:
             (option.transient, decision.block, decision.name)
             for decision, option in zip(self.problem.decisions, self.options)
         )
-        self._hold(("working", block, name), size)
+        self._hold(Key("working", block, name), size)
         for flow in self.problem.flows:
             if flow.needed and not self.solution.levels[flow.block].get("none"):
                 size = self.problem.costs.local_bytes(flow.meta, self._made(flow))
-                self._hold(("working", flow.block, "backward"), size)
-        self._hold(("buffers", "", ""), self.problem.buffers)
-        if self.gathers:
-            self._hold(("buffers", "", "gathered early"), self.problem.early)
+                self._hold(Key("working", flow.block, "backward"), size)
+        self._hold(Key("buffers"), self.problem.buffers)
+        if any(key.category == "reshard" for key in self.result.beside):
+            self._hold(Key("buffers", "", "gathered early"), self.problem.early)

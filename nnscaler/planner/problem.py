@@ -159,7 +159,7 @@ class _Builder:
         seconds = Seconds()
         if meta.requires_grad:
             seconds = Seconds(costs.update(meta, layout, micro_batches), costs.gradient_exchange(meta, layout))
-        return Option((), (layout,), seconds, costs.parameter_memory(meta, layout))
+        return Option((), (layout,), seconds, sum(costs.parameter_memory(meta, layout).values()))
 
 
 class _Body:

@@ -10,7 +10,7 @@ from nnscaler.errors import UserError
 from nnscaler.graph import Call, Graph
 from nnscaler.hardware import Hardware
 from nnscaler.mesh import Mesh
-from nnscaler.plan import GIB, Plan
+from nnscaler.plan import GIB, Key, Plan
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.evaluate import Evaluation, evaluate
 from nnscaler.planner.problem import Problem, Recomputing, build_problem
@@ -66,7 +66,9 @@ def find_plan(
         problem.costs.mesh, hardware.name, time.perf_counter() - started,
         evaluation.total_seconds * micro_batches, evaluation.total_memory / GIB, memory / GIB,
     )  # fmt: skip
-    return _to_plan(graph, problem, solution, evaluation, recomputing, micro_batches)
+    plan = _to_plan(graph, problem, solution, evaluation, recomputing, micro_batches)
+    plan.costs, plan.memory_limit = problem.costs, memory
+    return plan
 
 
 def nodes_to_recompute(graph: Graph, modules: Sequence[str]) -> dict[str, frozenset[str]]:
@@ -104,16 +106,15 @@ def _gigabytes(size: float) -> str:
     return f"{size / GIB:.1f} GB" if size > GIB / 10 else f"{size / GIB:.2g} GB"
 
 
-def _describe(key: tuple[str, str, str]) -> str:
-    category, block, name = key
+def _describe(key: Key) -> str:
     role = {
         "parameter": "parameter with its gradient and optimizer state",
         "saved": "activation",
         "inside": "activations inside",
         "working": "working memory of",
         "buffers": "buffers of the gradients' exchange",
-    }[category]
-    return f"{role} {block}{f'.{name}' if name else ''}".rstrip()
+    }[key.category]
+    return f"{role} {key.block}{f'.{key.name}' if key.name else ''}".rstrip()
 
 
 def _to_plan(
@@ -126,7 +127,8 @@ def _to_plan(
 ) -> Plan:
     """A solution by the names of the graph."""
     plan = Plan(graph, problem.costs.mesh, problem.costs.hardware.name, micro_batches=micro_batches)
-    plan.seconds, plan.memory, plan.levels = evaluation.seconds, evaluation.memory, solution.levels
+    plan.seconds, plan.beside, plan.memory = evaluation.seconds, evaluation.beside, evaluation.memory
+    plan.levels = solution.levels
     for decision, index in zip(problem.decisions, solution.chosen):
         option = decision.options[index]
         if decision.kind == "unit":

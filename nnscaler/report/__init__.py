@@ -1,0 +1,13 @@
+"""What a plan costs and why: plan.json's figures, plan.html, the short version, what would help, and comparing two.
+
+`plan_report` turns a plan into plain values, which go into plan.json; all else reads those.
+
+    python -m nnscaler.report .nnscaler/llama                     # the short version of a compiled plan
+    python -m nnscaler.report .nnscaler/llama .nnscaler/other     # what differs between two
+"""
+
+from nnscaler.report.compare import compare
+from nnscaler.report.text import explain
+from nnscaler.report.values import plan_report, read_plan
+
+__all__ = ["compare", "explain", "plan_report", "read_plan"]

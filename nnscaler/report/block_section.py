@@ -1,0 +1,119 @@
+"""The section of plan.html on one block: its recompute levels, operators and collectives in order, and parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nnscaler.report.charts import bar, colours, legend, swatch
+from nnscaler.report.markup import Markup, table, tag
+from nnscaler.report.spelling import gib, or_blank, percent, seconds
+
+Values = Mapping[str, Any]
+_HEAD = ["operator", "split", "layouts in → out", ">forward", ">backward", ">again", ">of the step", ">kept"]
+
+
+def block_section(name: str, block: Values, values: Values) -> Markup:
+    """A heading, then what `nnscaler.report.blocks.block_costs` says of the block."""
+    calls = f"called {block['calls']} times" if block["calls"] > 1 else "called once"
+    return tag(
+        "section", tag("h3", name, tag("small", f" {calls}")), *_levels(block), _operators(name, block, values),
+        *_parameters(block),
+    )  # fmt: skip
+
+
+def _levels(block: Values) -> list[Markup]:
+    """How many calls have which recompute level."""
+    if block["calls"] < 2:
+        return []
+    counts = {f"recompute {level}": one["calls"] for level, one in block["levels"].items()}
+    return [bar(counts, block["calls"], _calls), legend(counts, block["calls"], _calls)]
+
+
+def _calls(count: float) -> str:
+    return f"{count:.0f} call{'s' if count != 1 else ''}"
+
+
+def _operators(name: str, block: Values, values: Values) -> Markup:
+    """A row an operator, and below it one for each way in which its results are brought to other layouts."""
+    step = values["predicted"]["step_seconds"]
+    paint = colours(values["predicted"]["seconds_by_category"])
+    moves = _moves(name, values)
+    rows: list[list[object]] = []
+    kinds: list[str] = []
+
+    def add(row: list[object], kind: str = "") -> None:
+        rows.append(row)
+        kinds.append(kind)
+
+    def move(tensor: str) -> None:
+        for (_, layouts), (collectives, time) in moves.pop(tensor, {}).items():
+            text = tag("span", f"↳ {tensor}: {collectives}")
+            add([text, "", layouts.replace("->", "→"), *_times(time, step), ""], "move")
+
+    made = {tensor for unit in block["units"] for tensor in unit.get("outputs", ())}
+    for tensor in [tensor for tensor in moves if tensor not in made]:
+        move(tensor)
+    for tensor, size in block["given_saved_bytes"].items():
+        add([tag("span", f"{tensor}, from outside"), "", "", "", "", "", "", gib(size)], "move")
+    for unit in block["units"]:
+        if "calls_block" in unit:
+            add([tag("span", f"calls of {unit['calls_block']}"), *[""] * 7], "call")
+            continue
+        what = tag(
+            "span", swatch(paint[unit["category"]]), tag("b", unit["name"]),
+            tag("small", f" {_operators_of(unit)}", title=f"{unit['module']} {unit['source']}"),
+        )  # fmt: skip
+        layouts = f"{', '.join(unit['inputs'].values())} → {', '.join(unit['outputs'].values())}"
+        times = _times(unit["seconds"], step)
+        split = unit["splits"][0] if len(unit["splits"]) == 1 else ""
+        add([what, split, layouts, *times, or_blank(unit["saved_bytes"], gib)])
+        for tensor in unit["outputs"]:
+            move(tensor)
+    return table(_HEAD, rows, kinds)
+
+
+def _operators_of(unit: Values) -> str:
+    """The operators that a unit is made of, without where they are from."""
+    names = [name.removeprefix("aten.").partition(".")[0] for name in unit["operators"]]
+    shown = list(dict.fromkeys(names))
+    return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "")
+
+
+def _times(time: Values, step: float) -> list[object]:
+    """Cells: forward, backward, again, and the share of the step."""
+    three = [time[phase] for phase in ("forward", "backward", "again")]
+    return [*(or_blank(value, seconds) for value in three), percent(sum(three) / step)]
+
+
+def _moves(name: str, values: Values) -> dict[str, dict[tuple[str, str], tuple[str, dict[str, float]]]]:
+    """Tensor -> (tensor, layouts) -> the collectives that bring it there, and their seconds by phase."""
+    found: dict[str, dict[tuple[str, str], tuple[str, dict[str, float]]]] = {}
+    for one in values["collectives"]:
+        if one["block"] != name or not one["move"]:
+            continue
+        of_tensor = found.setdefault(one["what"], {})
+        key = (one["what"], one["move"])
+        text, time = of_tensor.get(key, ("", dict.fromkeys(("forward", "backward", "again"), 0.0)))
+        time[one["phase"]] += one["seconds"]
+        if one["collective"] not in text.split(", "):
+            text = ", ".join(filter(None, [text, one["collective"]]))
+        of_tensor[key] = (text, time)
+    return found
+
+
+def _parameters(block: Values) -> list[Markup]:
+    if not block["parameters"]:
+        return []
+    kinds = list(dict.fromkeys(kind for one in block["parameters"] for kind in one["bytes"]))
+    rows = [
+        [
+            one["tensor"], one["count"], one["layout"], one["owners"] if one["trained"] else "not trained",
+            *(or_blank(one["bytes"].get(kind, 0), gib) for kind in kinds),
+            or_blank(one["update_seconds"], seconds),
+        ]
+        for one in block["parameters"]
+    ]  # fmt: skip
+    bytes_of = [f">{kind}" for kind in kinds]
+    head = ["parameter", ">how many", "layout", ">ranks with the same shard", *bytes_of, ">update"]
+    return [table(head, rows)]

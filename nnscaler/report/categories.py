@@ -1,0 +1,90 @@
+"""What predicted seconds and bytes are for, in the words of a report. The sums are those of the plan."""
+
+from __future__ import annotations
+
+from nnscaler.graph import Block
+from nnscaler.operators import operator_of
+from nnscaler.operators.registry import contraction_flops
+from nnscaler.plan import Key, Plan
+from nnscaler.planner.costs import CostModel
+from nnscaler.planner.units import Unit, divide
+from nnscaler.report.parameters import ParameterGroup
+from nnscaler.report.transfers import Transfer
+
+MATMUL = "matmul"
+MEMORY_BOUND = "memory-bound"
+RECOMPUTE = "recompute"
+EXPOSED = "communication exposed"
+HIDDEN = "communication hidden"
+OPTIMIZER = "optimizer"
+WORKING = "working memory"
+BUFFERS = "communication buffers"
+
+
+def category_of(unit: Unit) -> str:
+    """What a unit's time is for: products of matrices, memory traffic, or the name of the operator that it is."""
+    if unit.kind == "cheap":
+        return MEMORY_BOUND
+    operator = operator_of(unit.main)
+    if operator.flops is contraction_flops:
+        return MATMUL
+    return operator.name.removeprefix("aten.").partition(".")[0]
+
+
+def costs_of(plan: Plan) -> CostModel:
+    """What the plan was priced with."""
+    assert plan.costs is not None, "only a plan that the planner made has costs"
+    return plan.costs
+
+
+def unit_categories(block: Block) -> dict[str, str]:
+    """Unit -> its category, for what a block computes itself."""
+    return {unit.name: category_of(unit) for unit in divide(block) if unit.kind != "call"}
+
+
+def seconds_by_category(
+    plan: Plan, transfers: list[Transfer], parameters: list[ParameterGroup]
+) -> tuple[dict[str, float], float]:
+    """(category -> seconds of a step, in order; seconds of communication that computation hides).
+
+    What is computed again is `recompute`, what is communicated again `communication`. Resharding that no other device
+    takes part in is memory traffic. What an operator's function exchanges itself is the operator's.
+    """
+    unit_of = {(block.name, name): what for block in plan.graph.all_blocks() for name, what in _items(block)}
+    own: dict[str, float] = {}
+    rest = dict.fromkeys((MEMORY_BOUND, RECOMPUTE, EXPOSED, OPTIMIZER), 0.0)
+    for key, value in plan.seconds.items():
+        if key.category in ("forward", "backward"):
+            what = unit_of[key.block, key.name]
+            totals = rest if what in rest else own
+            totals[what] = totals.get(what, 0.0) + value * plan.micro_batches
+        elif key.category == "again":
+            rest[RECOMPUTE] += value * plan.micro_batches
+    for transfer in transfers:
+        rest[MEMORY_BOUND if transfer.local else EXPOSED] += transfer.seconds - transfer.hidden
+    rest[OPTIMIZER] += sum(group.update_seconds for group in parameters)
+    first = {MATMUL: own.pop(MATMUL)} if MATMUL in own else {}
+    return {**first, **own, **rest}, sum(transfer.hidden for transfer in transfers)
+
+
+def _items(block: Block) -> list[tuple[str, str]]:
+    return list(unit_categories(block).items())
+
+
+def bytes_by_category(plan: Plan, parameters: list[ParameterGroup]) -> dict[str, float]:
+    """Category -> bytes a device, in order: parameters and what training adds to them, then activations."""
+    totals: dict[str, float] = {}
+    for group in parameters:
+        for what, size in group.memory.items():
+            totals[what] = totals.get(what, 0.0) + size
+    for key, size in plan.memory.items():
+        if key.category in ("saved", "inside"):
+            totals[saved_at(key)] = totals.get(saved_at(key), 0.0) + size
+    for what, category in ((WORKING, "working"), (BUFFERS, "buffers")):
+        totals[what] = sum(size for key, size in plan.memory.items() if key.category == category)
+    return totals
+
+
+def saved_at(key: Key) -> str:
+    """The category of an activation that backward needs: by the recompute level of the call that keeps it."""
+    return f"activations, level {key.detail}"

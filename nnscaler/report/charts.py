@@ -1,0 +1,77 @@
+"""Stacked bars with legends, of divs and inline styles alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from nnscaler.report.categories import BUFFERS, EXPOSED, HIDDEN, MATMUL, MEMORY_BOUND, OPTIMIZER, RECOMPUTE, WORKING
+from nnscaler.report.markup import Markup, tag
+from nnscaler.report.spelling import percent
+
+_COLOURS = {
+    MATMUL: "#3d6fb4",
+    MEMORY_BOUND: "#e3a83b",
+    RECOMPUTE: "#d0564d",
+    EXPOSED: "#2d9c8f",
+    HIDDEN: "#a9d8d0",
+    OPTIMIZER: "#8a8f98",
+    "parameters": "#3d6fb4",
+    "gradients": "#6f97cf",
+    "master weights": "#8a8f98",
+    "moments": "#b7bbc2",
+    WORKING: "#d0564d",
+    BUFFERS: "#2d9c8f",
+}
+_OTHERS = ("#7b57b2", "#b06fb5", "#57a55a", "#9ac26b", "#c98f6b", "#5e6f8f")  # operators by name, and recompute levels
+
+
+def colours(names: Mapping[str, float]) -> dict[str, str]:
+    """A colour for each category; those without one of their own take the next of the others."""
+    free = iter(_OTHERS * (1 + len(names) // len(_OTHERS)))
+    return {name: _COLOURS.get(name) or next(free) for name in names}
+
+
+def bar(parts: Mapping[str, float], whole: float, write: Callable[[float], str]) -> Markup:
+    """A bar of `parts`, as long as their share of `whole`."""
+    paint = colours(parts)
+    return tag(
+        "div",
+        *(
+            tag(
+                "span", "", title=f"{name}: {write(value)}",
+                style=f"width:{100 * value / whole:.3f}%;background:{paint[name]}",
+            )
+            for name, value in parts.items()
+            if value
+        ),
+        class_="bar",
+    )  # fmt: skip
+
+
+def legend(parts: Mapping[str, float], whole: float, write: Callable[[float], str]) -> Markup:
+    """Colour, name, value and share of each part."""
+    paint = colours(parts)
+    return tag(
+        "ul",
+        *(
+            tag(
+                "li",
+                swatch(paint[name]),
+                tag("span", name),
+                tag("b", write(value)),
+                tag("span", percent(value / whole), class_="faint"),
+            )
+            for name, value in parts.items()
+            if value
+        ),
+        class_="legend",
+    )
+
+
+def swatch(colour: str) -> Markup:
+    return tag("i", "", style=f"background:{colour}")
+
+
+def mark(at: float, text: str) -> Markup:
+    """A line across the bar above at a fraction of its length."""
+    return tag("div", tag("span", text), class_="mark", style=f"left:{100 * at:.3f}%")

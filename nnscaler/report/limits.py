@@ -1,0 +1,56 @@
+"""What limits a plan: where the step's time goes that something could save, and how full memory is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nnscaler.report.categories import EXPOSED, HIDDEN, MEMORY_BOUND, OPTIMIZER, RECOMPUTE
+from nnscaler.report.spelling import gib, seconds
+
+
+def limits_of(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """[{limit, share of the step, text}], largest share first. `values`: `predicted` and `costs` of a report."""
+    predicted = values["predicted"]
+    step, by_category = predicted["step_seconds"], predicted["seconds_by_category"]
+    arithmetic = {
+        name: value for name, value in by_category.items() if name not in (MEMORY_BOUND, RECOMPUTE, EXPOSED, OPTIMIZER)
+    }
+    hidden = predicted["hidden_seconds"][HIDDEN]
+    exposed = by_category[EXPOSED]
+    found = [
+        ("arithmetic", sum(arithmetic.values()), f"{_and(arithmetic)}, at the rates that the device reaches"),
+        ("memory bandwidth", by_category[MEMORY_BOUND], "operators that read and write more than they compute"),
+        (
+            "communication",
+            exposed,
+            f"{seconds(exposed)} that computation waits for; {seconds(hidden)} are hidden behind backward",
+        ),
+        ("optimizer", by_category[OPTIMIZER], "reading and writing the optimizer's state"),
+        ("memory", *_memory(values)),
+    ]
+    return [
+        {"limit": limit, "share": value / step, "text": text}
+        for limit, value, text in sorted(found, key=lambda one: -one[1])
+    ]
+
+
+def _memory(values: Mapping[str, Any]) -> tuple[float, str]:
+    """Seconds that are spent to hold less, and how full memory is. What level `none` computes again is the fusing
+    compiler's choice, not for want of memory."""
+    used, limit = (values["predicted"][name] for name in ("memory_bytes", "memory_limit_bytes"))
+    again = sum(
+        level["again_seconds"]
+        for block in values["costs"].values()
+        for name, level in block["levels"].items()
+        if name != "none"
+    )
+    again += sum(one["seconds"] for one in values["collectives"] if one["phase"] == "again")
+    spent = f"{seconds(again)} of computing and gathering again to stay within it" if again else "nothing is done twice"
+    return again, f"{gib(used)} of {gib(limit)} are used; {spent}"
+
+
+def _and(names: Mapping[str, float]) -> str:
+    """`a, b and c`"""
+    words = sorted(names, key=lambda name: -names[name])
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]])) or "nothing"

@@ -1,0 +1,54 @@
+"""Where predicted seconds come from, and what to measure so that more of them are known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from nnscaler.report.categories import OPTIMIZER
+from nnscaler.report.spelling import percent
+
+MEASURE_COMMUNICATION = "torchrun --nproc_per_node=<devices> -m nnscaler.profiler.benchmark_comm"
+
+
+def origins_of(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """[{what, origin, seconds, share}], largest first: what of the step rests on which kind of figure.
+
+    Seconds are those of the devices' work, hidden ones included; `share` is of the step's time.
+    """
+    totals: dict[tuple[str, str], float] = {}
+    for what, origin, seconds in _each(values):
+        totals[what, origin] = totals.get((what, origin), 0.0) + seconds
+    step = values["predicted"]["step_seconds"]
+    return [
+        {"what": what, "origin": origin, "seconds": seconds, "share": seconds / step}
+        for (what, origin), seconds in sorted(totals.items(), key=lambda item: -item[1])
+        if seconds
+    ]
+
+
+def _each(values: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
+    for block in values["costs"].values():
+        for unit in block["units"]:
+            if "category" in unit:
+                yield unit["category"], unit["origin"], sum(unit["seconds"].values())
+    for one in values["collectives"]:
+        yield one["collective"], one["origin"], one["seconds"]
+    yield OPTIMIZER, "roofline", values["predicted"]["seconds_by_category"][OPTIMIZER]
+
+
+def measuring(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """[{change, text}]: the largest part of computation, and of communication, that was not measured here."""
+    collectives = {one["collective"] for one in values["collectives"]}
+    unmeasured = [one for one in values["origins"] if one["origin"] != "measured" and one["share"] >= 0.01]
+    advice = []
+    computed = [one for one in unmeasured if one["what"] not in collectives]
+    if computed:
+        text = f"{percent(computed[0]['share'])} of the step rests on a {computed[0]['origin']} figure"
+        advice.append({"change": f"profile {computed[0]['what']}", "text": text})
+    moved = [one for one in unmeasured if one["what"] in collectives]
+    if moved:
+        share = sum(one["share"] for one in moved)
+        text = f"{percent(share)} of the step's time rests on unmeasured communication: {MEASURE_COMMUNICATION}"
+        advice.append({"change": "profile communication", "text": text})
+    return advice

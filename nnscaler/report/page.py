@@ -1,0 +1,140 @@
+"""plan.html: one file to read a plan in a browser, without scripts and without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nnscaler.report.block_section import block_section
+from nnscaler.report.categories import HIDDEN
+from nnscaler.report.charts import bar, legend, mark
+from nnscaler.report.markup import Markup, table, tag
+from nnscaler.report.spelling import LEGEND, gib, mesh, or_blank, percent, seconds
+
+Values = Mapping[str, Any]
+
+
+def plan_page(values: Values) -> str:
+    """The page of a plan, by the values of its plan.json."""
+    style = Markup(Path(__file__).with_name("style.css").read_text())
+    title = f"{values['model']} on {mesh(values['mesh'])} of {values['hardware']}"
+    head = tag("head", Markup('<meta charset="utf-8"/>'), tag("title", title), tag("style", style))
+    body = tag("body", tag("main", *_sections(values, title)))
+    return f"<!DOCTYPE html>\n{tag('html', head, body, lang='en')}\n"
+
+
+def _sections(values: Values, title: str) -> Iterator[Markup]:
+    yield tag("h1", title)
+    steps = values["micro_batches"]
+    yield tag("p", f"Predicted for an optimizer step of {steps} micro-batch{'es' if steps > 1 else ''} a copy.")
+    yield _headline(values["predicted"])
+    yield _time(values["predicted"])
+    yield _memory(values["predicted"])
+    yield _advice(values)
+    yield _notation(values)
+    for name, block in values["costs"].items():
+        yield block_section(name, block, values)
+    yield _collectives(values)
+    yield _origins(values)
+
+
+def _headline(predicted: Values) -> Markup:
+    cards = [("step", seconds(predicted["step_seconds"]))]
+    if "mfu" in predicted:
+        cards += [
+            ("tokens/s a device", f"{predicted['tokens_per_second_per_gpu']:,.0f}"),
+            ("MFU, attention in full", percent(predicted["mfu"])),
+            ("MFU, attention halved", percent(predicted["mfu_causal"])),
+        ]
+    cards.append(("memory a device", gib(predicted["memory_bytes"])))
+    return tag("div", *(tag("div", tag("b", value), tag("span", name)) for name, value in cards), class_="cards")
+
+
+def _time(predicted: Values) -> Markup:
+    parts, step = predicted["seconds_by_category"], predicted["step_seconds"]
+    hidden = {name: value for name, value in predicted["hidden_seconds"].items() if value}
+    behind = (
+        [
+            bar(hidden, max(step, hidden[HIDDEN]), seconds),
+            tag("p", f"Below the bar: {seconds(hidden[HIDDEN])} of communication behind backward.", class_="faint"),
+        ]
+        if hidden
+        else []
+    )
+    return tag("section", tag("h2", "Time of a step"), bar(parts, step, seconds), *behind, legend(parts, step, seconds))
+
+
+def _memory(predicted: Values) -> Markup:
+    parts, limit = predicted["bytes_by_category"], predicted["memory_limit_bytes"]
+    whole = max(predicted["device_memory_bytes"], limit, predicted["memory_bytes"])
+    text = f"{gib(predicted['memory_bytes'])} of the {gib(limit)} that the plan may use; a device has "
+    return tag(
+        "section",
+        tag("h2", "Memory of a device"),
+        tag("div", bar(parts, whole, gib), mark(limit / whole, f"limit {gib(limit)}"), class_="marked"),
+        tag("p", text + gib(predicted["device_memory_bytes"]) + ". Shares are of the limit.", class_="faint"),
+        legend(parts, limit, gib),
+    )
+
+
+def _advice(values: Values) -> Markup:
+    limits = table(
+        ["what limits", ">of the step", "why"],
+        [[tag("b", one["limit"]), percent(one["share"]), one["text"]] for one in values["limits"]],
+    )
+    planned = any("speed" in one for one in values["advice"])
+    note = [] if planned else [tag("p", "Compile with --explain to plan with more memory and devices.", class_="faint")]
+    helps = table(
+        ["what would help", "by how much"], [[tag("b", one["change"]), one["text"]] for one in values["advice"]]
+    )
+    return tag("section", tag("h2", "What limits the plan, and what would help"), limits, helps, *note)
+
+
+def _notation(values: Values) -> Markup:
+    """What the placements in the tables below mean."""
+    axes = len(values["mesh"]["sizes"])
+    several = " A tensor has one placement for each axis of the mesh, the outer axis first." if axes > 1 else ""
+    entries = (tag("li", tag("code", name), f" {meaning}") for name, meaning in LEGEND.items())
+    return tag(
+        "section",
+        tag("h2", "Operators"),
+        tag("ul", *entries, class_="notation"),
+        tag(
+            "p",
+            "Split is the name in the operator's annotation that the work is divided along. Times are those of a step: "
+            f"all calls and micro-batches. Kept is what backward needs of the results.{several}",
+            class_="faint",
+        ),
+    )
+
+
+def _collectives(values: Values) -> Markup:
+    rows = [
+        [
+            tag("b", one["collective"]), f"{one['block']}.{one['what']}", one["phase"], one["move"].replace("->", "→"),
+            one["devices"],
+            f"{one['calls']:.0f}", gib(one["size"]), seconds(one["seconds"]), or_blank(one["hidden"], seconds),
+            one["origin"],
+        ]
+        for one in values["collectives"]
+        if not one["local"]
+    ]  # fmt: skip
+    head = ["collective", "of", "when", "layouts", ">devices", ">calls", ">bytes", ">time", ">hidden", "origin"]
+    return tag("section", tag("h2", "Communication"), table(head, rows) if rows else tag("p", "There is none."))
+
+
+def _origins(values: Values) -> Markup:
+    rows = [[one["what"], one["origin"], seconds(one["seconds"]), percent(one["share"])] for one in values["origins"]]
+    sources = [
+        tag("li", tag("b", {"hardware": "roofline"}.get(name, name)), f": {text}")
+        for name, text in values["sources"].items()
+        if text
+    ]
+    return tag(
+        "section",
+        tag("h2", "Where the figures come from"),
+        tag("p", "Measured here, in the bundled profile of the hardware, or computed from its rates (roofline)."),
+        table(["what", "origin", ">time", ">of the step"], rows),
+        tag("ul", *sources),
+    )

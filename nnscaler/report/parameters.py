@@ -1,0 +1,62 @@
+"""What parameters cost: those of all calls of a block that are stored alike are one group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nnscaler.placement import Placements
+from nnscaler.plan import Key, Plan
+from nnscaler.planner.costs import CostModel
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """The same parameter of all calls of a block.
+
+    count           how many there are
+    layout          in which each is stored
+    owners          ranks that hold the same shard: they share its optimizer state
+    elements        of one device's shard of one of them
+    memory          category -> bytes a device, of all of them
+    update_seconds  a step, of all of them, on one device
+    """
+
+    block: str
+    tensor: str
+    count: int
+    layout: Placements
+    owners: int
+    elements: int
+    trained: bool
+    memory: dict[str, float]
+    update_seconds: float
+
+
+def parameter_groups(plan: Plan, costs: CostModel) -> list[ParameterGroup]:
+    """Every parameter that the plan holds memory for."""
+    paths = {(block.name, tensor): path for block, tensor, path in plan.graph.parameter_uses()}
+    blocks = {block.name: block for block in plan.graph.all_blocks()}
+    groups = []
+    for key, size in plan.memory.items():
+        if key.category != "parameter":
+            continue
+        layout = plan.parameters[paths[key.block, key.name]]
+        meta = blocks[key.block].tensors[key.name]
+        one = costs.parameter_memory(meta, layout)
+        count = round(size / sum(one.values()))
+        update = plan.seconds.get(Key("update", key.block, key.name), 0.0) * plan.micro_batches
+        exchange = count * costs.weight_exchange(meta, layout) if meta.requires_grad else 0.0
+        groups.append(
+            ParameterGroup(
+                block=key.block,
+                tensor=key.name,
+                count=count,
+                layout=layout,
+                owners=costs.owners(layout),
+                elements=costs.local_bytes(meta, layout) // meta.dtype.itemsize,
+                trained=meta.requires_grad,
+                memory={what: count * value for what, value in one.items()},
+                update_seconds=update - exchange,
+            )
+        )
+    return groups

@@ -1,0 +1,55 @@
+"""How a report writes seconds, bytes, shares and layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from nnscaler.plan import GIB
+
+LEGEND = {
+    "S(d)": "each device holds a slice along dimension d",
+    "R": "each device holds the whole",
+    "R*": "each device holds the whole, and a part of the sum that is its gradient",
+    "P": "each device holds a part of a sum",
+}
+
+
+def seconds(value: float) -> str:
+    """`9.64 s`, `12.3 ms`, `45 µs`"""
+    for factor, unit in ((1.0, "s"), (1e-3, "ms")):
+        if value >= factor:
+            return f"{three_digits(value / factor)} {unit}"
+    return f"{three_digits(value * 1e6)} µs"
+
+
+def or_blank(value: float, write: Callable[[float], str]) -> str:
+    """Nothing for zero, in the cells of a table."""
+    return write(value) if value else ""
+
+
+def gib(size: float) -> str:
+    """`29.1 GiB`, `512 MiB`, `4 B`"""
+    if size >= GIB:
+        return f"{three_digits(size / GIB)} GiB"
+    for factor, unit in ((2.0**20, "MiB"), (2.0**10, "KiB")):
+        if size >= factor:
+            return f"{size / factor:.0f} {unit}"
+    return f"{size:.0f} B"
+
+
+def percent(share: float) -> str:
+    """`48.1 %`"""
+    return f"{100 * share:.1f} %"
+
+
+def three_digits(value: float) -> str:
+    """`9.64`, `12.3`, `1234`, without an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def mesh(values: dict[str, list[int] | int]) -> str:
+    """`2 copies x 8 devices`, `1 copy x 2 x 8 devices`"""
+    sizes = values["sizes"]
+    assert isinstance(sizes, list)
+    copies = "1 copy" if values["replicas"] == 1 else f"{values['replicas']} copies"
+    return f"{copies} x {' x '.join(map(str, sizes))} devices"

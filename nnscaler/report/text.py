@@ -1,0 +1,74 @@
+"""The short version of a report: a screenful of text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nnscaler.report.spelling import gib, mesh, percent, seconds
+
+
+def explain(values: Mapping[str, Any]) -> str:
+    """About 25 lines on a plan. `values`: those of plan.json."""
+    predicted = values["predicted"]
+    step, limit = predicted["step_seconds"], predicted["memory_limit_bytes"]
+    lines = [
+        f"plan       {values['model']} on {mesh(values['mesh'])} of {values['hardware']}",
+        f"step       {seconds(step)} for {values['micro_batches']} micro-batches{speed(predicted)}",
+        *_listed("time", predicted["seconds_by_category"], step, seconds),
+        *(f"           {what:<30} {seconds(value):>9}" for what, value in predicted["hidden_seconds"].items() if value),
+        f"memory     {gib(predicted['memory_bytes'])} of {gib(limit)} that the plan may use",
+        *_listed("", predicted["bytes_by_category"], limit, gib),
+        *(f"recompute  {text}" for text in recompute(values)),
+        *_named("moves", [transfer(one) for one in largest(values)]),
+        *_named("limits", [f"{one['limit']}, {percent(one['share'])}: {one['text']}" for one in main_limits(values)]),
+        *_named("would help", [f"{one['change']}: {one['text']}" for one in values["advice"]]),
+    ]
+    return "\n".join(lines)
+
+
+def speed(predicted: Mapping[str, Any]) -> str:
+    """`, 3,627 tokens/s/GPU, MFU 93.2 % (51.0 % causal)`; nothing where that is not known."""
+    if "mfu" not in predicted:
+        return ""
+    rate = f"{predicted['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU"
+    return f", {rate}, MFU {percent(predicted['mfu'])} ({percent(predicted['mfu_causal'])} with attention halved)"
+
+
+def recompute(values: Mapping[str, Any]) -> list[str]:
+    """A line a block that is called more than once: how many calls have which level."""
+    return [
+        f"{name}: " + ", ".join(f"{level['calls']} {what}" for what, level in block["levels"].items())
+        for name, block in values["costs"].items()
+        if block["calls"] > 1
+    ]
+
+
+def transfer(one: Mapping[str, Any]) -> str:
+    """A collective in a line."""
+    hidden = f", {percent(one['hidden'] / one['seconds'])} of it hidden" if one["hidden"] else ""
+    what = f"{one['collective']} of {one['block']}.{one['what']} ({one['phase']}) over {one['devices']}"
+    size = f"{one['calls']:.0f} x {gib(one['size'])}"
+    return f"{what}: {size}, {seconds(one['seconds'])}{hidden} ({one['origin']})"
+
+
+def largest(values: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The collective that takes longest, and, where computation hides it, the longest that it does not hide."""
+    first = [one for one in values["collectives"] if not one["local"]][:1]
+    exposed = [one for one in values["collectives"] if not one["local"] and one["hidden"] < one["seconds"]][:1]
+    return first if first == exposed else [*first, *exposed]
+
+
+def main_limits(values: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The limits that matter: memory always, others from a hundredth of the step."""
+    return [one for one in values["limits"] if one["share"] >= 0.01 or one["limit"] == "memory"]
+
+
+def _listed(label: str, parts: Mapping[str, float], whole: float, write: Any) -> list[str]:
+    shown = [f"{what:<30} {write(value):>9}  {percent(value / whole):>7}" for what, value in parts.items() if value]
+    return _named(label, shown)
+
+
+def _named(label: str, lines: list[str]) -> list[str]:
+    """The lines behind a label that stands before the first."""
+    return [f"{'' if index else label:<10} {line}" for index, line in enumerate(lines)]

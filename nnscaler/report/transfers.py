@@ -1,0 +1,164 @@
+"""Every transfer between layouts that a plan makes: which collective, how many bytes, how long, and what says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from nnscaler.graph import TensorMeta
+from nnscaler.placement import Placements, parse_placement
+from nnscaler.plan import Key, Plan
+from nnscaler.planner.costs import GRADIENT_BYTES, LOCAL, CostModel
+from nnscaler.report.parameters import ParameterGroup
+from nnscaler.reshard import reshard_steps
+
+_PHASES = {"reshard": "forward", "reshard backward": "backward", "reshard again": "again"}
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One collective, or a local step of resharding, as often as a step runs it.
+
+    what        the tensor, or the gradients or weights of a block
+    phase       forward, backward, again (a second time in backward), or update (after backward)
+    move        the layouts, where it is a tensor that moves between two
+    devices     in the group
+    size        bytes of the larger of a device's input and output, once
+    calls       a step
+    seconds     a step, of which computation hides `hidden`
+    origin      measured, profile or roofline
+    """
+
+    block: str
+    what: str
+    phase: str
+    collective: str
+    move: str
+    devices: int
+    size: float
+    calls: float
+    seconds: float
+    hidden: float
+    origin: str
+
+    @property
+    def local(self) -> bool:
+        """Whether no other device takes part."""
+        return self.collective in LOCAL
+
+
+def all_transfers(plan: Plan, costs: CostModel, parameters: list[ParameterGroup]) -> list[Transfer]:
+    """Those of activations and gathered weights in the order of the plan, then gradients and updated weights."""
+    moved = [
+        transfer
+        for seconds, hidden in ((plan.seconds, _nothing), (plan.beside, lambda key: _hidden(plan, key)))
+        for key, value in seconds.items()
+        for transfer in _steps(plan, costs, key, value, hidden(key))
+    ]
+    return [*moved, *_gradients(plan, costs, parameters), *_weights(costs, parameters, plan)]
+
+
+def _nothing(key: Key) -> float:
+    return 0.0
+
+
+def _hidden(plan: Plan, key: Key) -> float:
+    """The part that computation hides of what runs beside it, as `key` does."""
+    side = "forward" if key.category == "reshard" else "backward"
+    total = sum(v for other, v in plan.beside.items() if (other.category == "reshard") == (side == "forward"))
+    return 1 - plan.seconds.get(Key("exchange", "", side), 0.0) / total if total else 0.0
+
+
+def _steps(plan: Plan, costs: CostModel, key: Key, seconds: float, hidden: float) -> Iterator[Transfer]:
+    """The steps that one entry of the plan's seconds is for, each with its part of them."""
+    phase = _PHASES.get(key.category)
+    if phase is None:
+        return
+    source, target = (_placements(text) for text in key.detail.split(" -> "))
+    meta = _meta(plan, key.block, key.name)
+    steps = reshard_steps(source, target)
+    assert steps is not None, key
+    is_backward = phase == "backward"
+    if is_backward and key in plan.beside:  # a weight's gradients are added in fp32
+        meta = replace(meta, dtype=torch.promote_types(meta.dtype, torch.float32))
+    priced = [
+        (step, size, time.backward if is_backward else time.forward)
+        for step, size, time in costs.each_step(meta, source, steps)
+    ]
+    calls = seconds / sum(time for _, _, time in priced)
+    for step, size, time in priced:
+        if time:
+            name = step.collectives[is_backward]
+            yield Transfer(
+                block=key.block,
+                what=key.name,
+                phase=phase,
+                collective=name,
+                move=key.detail,
+                devices=plan.mesh.sizes[step.axis],
+                size=size,
+                calls=calls * plan.micro_batches,
+                seconds=calls * time * plan.micro_batches,
+                hidden=hidden * calls * time * plan.micro_batches,
+                origin=costs.collective(name, size, step.axis).origin,
+            )
+
+
+def _gradients(plan: Plan, costs: CostModel, parameters: list[ParameterGroup]) -> Iterator[Transfer]:
+    """The gradients of each block, summed over those who hold the same shards, beside backward."""
+    hidden = _hidden(plan, Key("exchange"))
+    for group in _exchanged(parameters):
+        first = group[0]
+        seconds = plan.micro_batches * sum(plan.beside[Key("exchange", one.block, one.tensor)] for one in group)
+        yield Transfer(
+            block=first.block,
+            what="gradients",
+            phase="backward",
+            collective="reduce_scatter",
+            move="",
+            devices=first.owners,
+            size=sum(one.count * one.elements for one in group) * GRADIENT_BYTES,
+            calls=plan.micro_batches,
+            seconds=seconds,
+            hidden=hidden * seconds,
+            origin=costs.among_owners("reduce_scatter", 1.0, first.layout).origin,
+        )
+
+
+def _weights(costs: CostModel, parameters: list[ParameterGroup], plan: Plan) -> Iterator[Transfer]:
+    """The weights of each block, gathered from those who updated a part each, once a step."""
+    for group in _exchanged(parameters):
+        first = group[0]
+        metas = [(one, _meta(plan, one.block, one.tensor)) for one in group]
+        yield Transfer(
+            block=first.block,
+            what="weights",
+            phase="update",
+            collective="all_gather",
+            move="",
+            devices=first.owners,
+            size=sum(one.count * costs.local_bytes(meta, one.layout) for one, meta in metas),
+            calls=1,
+            seconds=sum(one.count * costs.weight_exchange(meta, one.layout) for one, meta in metas),
+            hidden=0.0,
+            origin=costs.among_owners("all_gather", 1.0, first.layout).origin,
+        )
+
+
+def _exchanged(parameters: list[ParameterGroup]) -> list[list[ParameterGroup]]:
+    """The groups whose gradients travel, those of one block and as many owners together."""
+    together: dict[tuple[str, int], list[ParameterGroup]] = {}
+    for group in parameters:
+        if group.trained and group.owners > 1:
+            together.setdefault((group.block, group.owners), []).append(group)
+    return list(together.values())
+
+
+def _meta(plan: Plan, block: str, tensor: str) -> TensorMeta:
+    return next(one for one in plan.graph.all_blocks() if one.name == block).tensors[tensor]
+
+
+def _placements(text: str) -> Placements:
+    return tuple(parse_placement(one) for one in text.split(","))

@@ -1,0 +1,118 @@
+"""A plan's costs as plain values, which plan.json holds beside the plan itself; the other reports read nothing else.
+
+predicted     headline figures, and what they are made of
+limits        what the step's time and the device's memory go into, most important first
+advice        what would help: by measuring, and, where it was asked for, by planning again (see `would_help`)
+origins       share of the step by what says how long it takes: measured, profile (bundled), roofline (arithmetic)
+sources       where the hardware's figures come from
+collectives   every collective, and local step of resharding, longest first
+costs         block -> its operators, levels and parameters
+
+Seconds are those of an optimizer step, bytes those of a device. Equal inputs give equal values: no time, no place.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nnscaler.errors import UserError
+from nnscaler.plan import Plan
+from nnscaler.report.blocks import block_costs
+from nnscaler.report.categories import HIDDEN, bytes_by_category, costs_of, seconds_by_category
+from nnscaler.report.limits import limits_of
+from nnscaler.report.origins import measuring, origins_of
+from nnscaler.report.parameters import parameter_groups
+from nnscaler.report.transfers import all_transfers
+from nnscaler.report.would_help import Change, would_help
+
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a micro-batch is, for figures of speed.
+
+    tokens  that it has
+    flops   forward and backward operations of it: attention counted in full, and halved by causality
+    peak    FLOP/s of a device by its data sheet
+    """
+
+    tokens: int
+    flops: tuple[float, float]
+    peak: float
+
+
+def plan_report(plan: Plan, work: Work | None = None, replan: Callable[[Change], Plan] | None = None) -> dict[str, Any]:
+    """The plan and its costs as plain values, floats with six digits.
+
+    work    for tokens a second and MFU; None: without
+    replan  plans the same model with a changed configuration, to say what would help; None: that is not asked
+    """
+    costs = costs_of(plan)
+    parameters = parameter_groups(plan, costs)
+    transfers = all_transfers(plan, costs, parameters)
+    seconds, hidden = seconds_by_category(plan, transfers, parameters)
+    values = plan.to_json()
+    values["predicted"] = {
+        "step_seconds": plan.step_seconds,
+        "memory_bytes": plan.memory_bytes,
+        "memory_limit_bytes": plan.memory_limit,
+        "device_memory_bytes": costs.hardware.memory,
+        **_speed(plan, work),
+        "seconds_by_category": seconds,
+        "hidden_seconds": {HIDDEN: hidden},
+        "bytes_by_category": bytes_by_category(plan, parameters),
+    }
+    values["costs"] = {block.name: block_costs(plan, block, parameters) for block in plan.graph.all_blocks()}
+    values["collectives"] = [
+        {**asdict(one), "local": one.local} for one in sorted(transfers, key=lambda one: -one.seconds)
+    ]
+    values["limits"] = limits_of(values)
+    values["origins"] = origins_of(values)
+    values["advice"] = [*(would_help(plan, replan) if replan else ()), *measuring(values)]
+    values["sources"] = {
+        "hardware": costs.hardware.source,
+        "profile": costs.hardware.profile.source,
+        "measured": costs.hardware.measured.source,
+    }
+    return _rounded(values)
+
+
+def _speed(plan: Plan, work: Work | None) -> dict[str, float]:
+    """Tokens a second and device, and the fraction of the peak: operations of a micro-batch over what its devices
+    could do in its time."""
+    if work is None:
+        return {}
+    device_seconds = plan.step_seconds / plan.micro_batches * plan.mesh.plan_ngpus
+    return {
+        "tokens_per_second_per_gpu": work.tokens / device_seconds,
+        "mfu": work.flops[0] / device_seconds / work.peak,
+        "mfu_causal": work.flops[1] / device_seconds / work.peak,
+    }
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    return [_rounded(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """The values in a compiled directory, or in a plan.json. Raises UserError for what is neither."""
+    file = path / PLAN if path.is_dir() else path
+    try:
+        values: dict[str, Any] = json.loads(file.read_text())
+        values["predicted"]["step_seconds"]
+        return values
+    except OSError:
+        raise UserError(
+            f"'{path}' is no compiled plan: it has no {PLAN}; train.py --run_mode compile makes one"
+        ) from None
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"'{file}' is not a plan with its costs; compile again") from None

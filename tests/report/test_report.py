@@ -1,0 +1,339 @@
+"""The report adds up to what the planner predicts, and says of small plans what a hand calculation says."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from torch import nn
+
+from nnscaler.cli.args import run
+from nnscaler.compiler import ComputeConfig, Source, compile_model
+from nnscaler.errors import UserError
+from nnscaler.hardware import load_hardware
+from nnscaler.mesh import Mesh
+from nnscaler.models.causal_lm import CausalLM, prepare_config
+from nnscaler.plan import Key
+from nnscaler.planner import find_plan
+from nnscaler.profiler.operators import OperatorTimes
+from nnscaler.report import __main__ as command
+from nnscaler.report import compare, explain, plan_report, read_plan
+from nnscaler.report.page import plan_page
+from nnscaler.report.values import Work
+from nnscaler.trace import trace
+from tests import tiny
+
+
+def tiny_graph(dtype: torch.dtype = torch.bfloat16):
+    config = tiny.config(num_hidden_layers=4)
+    prepare_config(config, tiny.LENGTH, "auto", False)
+    inputs = {name: torch.empty((8, tiny.LENGTH), dtype=torch.int64, device="meta") for name in ("input_ids", "labels")}
+    model, buffers = Source(lambda: CausalLM(config), inputs, dtype).build()
+    return trace(model, inputs, buffers, "reuse_cache")
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return tiny_graph()
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory):
+    """Hardware on which everything costs something, communication most."""
+    link = {"bandwidth": 1e8, "latency": 1e-6}
+    folder = tmp_path_factory.mktemp("hardware")
+    return load_hardware(tiny.write_hardware(folder, intra=link, inter=link, launch=1e-7))
+
+
+CASES = [((1,), 1, False), ((2,), 1, False), ((2,), 2, False), ((1,), 4, True)]
+
+
+def tight(predicted) -> float:
+    """Bytes that leave room for two thirds of the activations that a plan keeps."""
+    kept = [size for name, size in predicted["bytes_by_category"].items() if name.startswith("activations")]
+    return predicted["memory_bytes"] - sum(kept) / 3
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def planned(request, graph, slow):
+    sizes, replicas, limited = request.param
+    mesh = Mesh(sizes, replicas)
+    fused = replicas == 1
+    free = find_plan(graph, [mesh], slow, micro_batches=2, fused=fused)
+    if not limited:
+        return free
+    limit = tight(plan_report(free)["predicted"])
+    return find_plan(graph, [mesh], slow, memory=limit, micro_batches=2, fused=fused)
+
+
+def test_the_parts_add_up_to_the_plan(planned):
+    values = plan_report(planned)
+    predicted = values["predicted"]
+    step, memory = planned.step_seconds, planned.memory_bytes
+    assert predicted["step_seconds"] == pytest.approx(step, rel=1e-5)
+    assert predicted["memory_bytes"] == pytest.approx(memory, rel=1e-5)
+    assert sum(predicted["seconds_by_category"].values()) == pytest.approx(step, rel=1e-5)
+    assert sum(predicted["bytes_by_category"].values()) == pytest.approx(memory, rel=1e-5)
+    hidden = predicted["hidden_seconds"]["communication hidden"]
+    assert sum(one["seconds"] for one in values["origins"]) == pytest.approx(step + hidden, rel=1e-5)
+    beside = planned.micro_batches * sum(planned.beside.values())
+    exposed = planned.micro_batches * planned.seconds.get(Key("exchange"), 0.0)
+    assert hidden == pytest.approx(beside - exposed, rel=1e-5)
+
+
+def test_each_block_has_its_part(planned):
+    values = plan_report(planned)
+    predicted = values["predicted"]
+    units = [unit for block in values["costs"].values() for unit in block["units"] if "name" in unit]
+    again = sum(unit["seconds"]["again"] for unit in units)
+    assert again == pytest.approx(predicted["seconds_by_category"]["recompute"], rel=1e-5)
+    by_level = sum(level["again_seconds"] for block in values["costs"].values() for level in block["levels"].values())
+    assert again == pytest.approx(by_level, rel=1e-4)
+    for category in ("matmul", "attention"):
+        own = sum(u["seconds"]["forward"] + u["seconds"]["backward"] for u in units if u["category"] == category)
+        assert own == pytest.approx(predicted["seconds_by_category"][category], rel=1e-4)
+    kept = sum(size for name, size in predicted["bytes_by_category"].items() if name.startswith("activations"))
+    given = sum(size for block in values["costs"].values() for size in block["given_saved_bytes"].values())
+    assert sum(unit["saved_bytes"] for unit in units) + given == pytest.approx(kept, rel=1e-4)
+    for name, block in values["costs"].items():
+        assert {level: one["calls"] for level, one in block["levels"].items()} == planned.levels[name]
+    layers = values["costs"]["llama_decoder_layer"]["units"]
+    assert [u["category"] for u in layers].count("matmul") == 7, "seven linear layers"
+    assert [u["name"] for u in layers if u["category"] == "attention"] == ["attention"]
+
+
+class Weighted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(256, 512, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).sum()
+
+
+@pytest.mark.parametrize("link", [1e30, 1e9, 1e7])
+def test_one_product_by_hand(tmp_path, link):
+    """Two copies of x [64, 256] @ w.T [256, 512] in fp32: arithmetic, exchange of gradients, memory."""
+    rate = {"bandwidth": link, "latency": 0.0}
+    hardware = load_hardware(tiny.write_hardware(tmp_path, memory_bandwidth=1e30, intra=rate, inter=rate))
+    inputs = {"x": torch.empty((64, 256), device="meta")}
+    model, buffers = Source(Weighted, inputs, torch.float32).build()
+    plan = find_plan(trace(model, inputs, buffers, "meta"), [Mesh((1,), 2)], hardware, micro_batches=3)
+    work = Work(64, (6e6, 3e6), 1e9)
+    values = plan_report(plan, work)
+    seconds = values["predicted"]["seconds_by_category"]
+    product = 2 * 64 * 256 * 512 / 1e9
+    assert seconds["matmul"] == pytest.approx(3 * 2 * product, rel=1e-5), "backward: only the weight's gradient"
+    weight = 4 * 256 * 512
+    exchange = 3 * weight / 2 / link  # half of it travels, after each micro-batch
+    hidden = min(exchange, 3 * product)
+    assert values["predicted"]["hidden_seconds"]["communication hidden"] == pytest.approx(hidden, rel=1e-4)
+    assert seconds["communication exposed"] == pytest.approx(exchange - hidden + weight / 2 / link, rel=1e-4)
+    assert seconds["recompute"] == 0
+    held = values["predicted"]["bytes_by_category"]
+    assert held["parameters"] == weight
+    assert held["gradients"] == weight / 2
+    assert held["moments"] == weight
+    assert held["master weights"] == 0
+    assert held["activations, level none"] == 64 * 256 * 4
+    assert held["communication buffers"] > 0
+    step = sum(seconds.values())
+    assert values["predicted"]["tokens_per_second_per_gpu"] == pytest.approx(3 * 64 / step, rel=1e-4)
+    assert values["predicted"]["mfu"] == pytest.approx(3 * 6e6 / step / 1e9, rel=1e-4)
+    assert values["predicted"]["mfu_causal"] == pytest.approx(values["predicted"]["mfu"] / 2, rel=1e-4)
+
+
+def test_collectives_say_what_moves(graph, slow):
+    """Every collective has the size, group and origin of what the plan's layouts need."""
+    values = plan_report(find_plan(graph, [Mesh((4,))], slow))
+    moved = [one for one in values["collectives"] if one["move"] and not one["local"]]
+    assert moved
+    assert {one["devices"] for one in moved} == {4}
+    assert {one["origin"] for one in moved} == {"roofline"}, "a file has no profile"
+    shape = graph.blocks["llama_decoder_layer"].tensors
+    for one in moved:
+        if one["block"] == "llama_decoder_layer" and one["collective"] == "all_to_all":
+            assert one["size"] == shape[one["what"]].nbytes / 4
+            assert one["calls"] == 4
+            assert one["seconds"] == pytest.approx(4 * (1e-6 + one["size"] * 3 / 4 / 1e8), rel=1e-2), "and copies"
+
+
+def test_the_bundled_profile_is_named(graph):
+    origins = plan_report(find_plan(graph, [Mesh((1,), 2)], load_hardware("h100")))["origins"]
+    assert {one["origin"] for one in origins if one["what"] in ("reduce_scatter", "all_gather")} == {"profile"}
+    assert {one["origin"] for one in origins if one["what"] in ("matmul", "attention")} == {"roofline"}
+
+
+def test_memory_limits_where_something_is_done_twice(graph, slow):
+    free = find_plan(graph, Mesh((1,)), slow, fused=True)
+    less = find_plan(graph, Mesh((1,)), slow, fused=True, memory=tight(plan_report(free)["predicted"]))
+    of_free, of_less = (
+        next(one for one in plan_report(plan)["limits"] if one["limit"] == "memory") for plan in (free, less)
+    )
+    assert of_free["share"] == 0
+    assert "nothing is done twice" in of_free["text"]
+    assert of_less["share"] * less.step_seconds >= 0.99 * (less.step_seconds - free.step_seconds) > 0
+
+
+def compile_tiny(folder: Path, hardware: str, explained: bool = False, **changes) -> Path:
+    config = tiny.config(num_hidden_layers=4)
+    prepare_config(config, tiny.LENGTH, "auto", False)
+    inputs = {name: torch.empty((8, tiny.LENGTH), dtype=torch.int64, device="meta") for name in ("input_ids", "labels")}
+    source = Source(lambda: CausalLM(config), inputs, torch.float32, tokens=8 * tiny.LENGTH, flops=(2e6, 1e6))
+    settings = ComputeConfig(**{"hardware": hardware, "plan_ngpus": 2, "runtime_ngpus": 2, **changes})
+    return compile_model(source, settings, folder, explained)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Folders with a plan that is explained, and with one for less memory."""
+    folder = tmp_path_factory.mktemp("compiled")
+    hardware = tiny.write_hardware(folder)
+    compile_tiny(folder / "a", hardware, explained=True)
+    limit = tight(read_plan(folder / "a")["predicted"])
+    compile_tiny(folder / "b", hardware, gpu_mem_constraint=limit / 2**30)
+    return folder
+
+
+def test_what_would_help_is_what_planning_so_finds(compiled):
+    advice = {one["change"]: one for one in read_plan(compiled / "a")["advice"]}
+    hardware = str(compiled / "hardware.json")
+    step = read_plan(compiled / "a")["predicted"]["step_seconds"]
+    wider = read_plan(compile_tiny(compiled / "wide", hardware, plan_ngpus=4, runtime_ngpus=4))["predicted"]
+    found = advice["+2 devices, each copy split over 4"]
+    assert found["step_seconds"] == wider["step_seconds"]
+    assert found["speed"] == pytest.approx(step / wider["step_seconds"], rel=1e-4)
+    copies = read_plan(compile_tiny(compiled / "copies", hardware, runtime_ngpus=4))["predicted"]
+    found = advice["+2 devices, in 2 copies"]
+    assert found["step_seconds"] == copies["step_seconds"]
+    assert found["speed"] == pytest.approx(2 * step / copies["step_seconds"], rel=1e-4)
+    assert advice["+20 GB a device"]["text"].startswith("no faster"), "this plan has all the memory that it wants"
+    assert not any("speed" in one for one in read_plan(compiled / "b")["advice"]), "planned again only when asked"
+
+
+def test_the_page_is_well_formed_and_needs_nothing_else(compiled):
+    text = (compiled / "a" / "plan.html").read_text()
+    page = ElementTree.fromstring(text)
+    for word in ("<script", "<link", "<img", "<iframe", "@import", "url(", "http"):
+        assert word not in text
+    assert not {"src", "href"} & {name for element in page.iter() for name in element.attrib}
+    shown = " ".join(page.itertext())
+    values = read_plan(compiled / "a")
+    for block in values["costs"].values():
+        for unit in block["units"]:
+            assert unit.get("name", "") in shown
+    for text in [one["text"] for one in (*values["limits"], *values["advice"])]:
+        assert text in shown
+    bars = [element for element in page.iter("div") if element.get("class") == "bar"]
+    lengths = [float(part.get("style").split("%")[0].removeprefix("width:")) for part in bars[0]]
+    assert sum(lengths) == pytest.approx(100, abs=0.1), "the bar of the step's time is full"
+
+
+def test_a_page_shows_odd_names_as_they_are(compiled):
+    values = copy.deepcopy(read_plan(compiled / "a"))
+    values["model"] = '<b class="x">&'
+    assert '<b class="x">&' in "".join(ElementTree.fromstring(plan_page(values)).itertext())
+
+
+def test_comparing(compiled):
+    a, b = read_plan(compiled / "a"), read_plan(compiled / "b")
+    same = compare(a, copy.deepcopy(a))
+    assert same.count("no difference") == 4
+    assert "1.000" in same
+    text = compare(a, b)
+    assert "memory limit: " in text
+    row = next(line for line in text.splitlines() if line.startswith("memory a device"))
+    assert float(row.split()[-1]) == pytest.approx(
+        b["predicted"]["memory_bytes"] / a["predicted"]["memory_bytes"], abs=1e-3
+    )
+    changed = copy.deepcopy(a)
+    unit = changed["costs"]["llama_decoder_layer"]["units"][0]
+    unit["outputs"] = dict.fromkeys(unit["outputs"], "P")
+    changed["costs"]["llama_decoder_layer"]["levels"] = {"all": {"calls": 4}}
+    text = compare(a, changed)
+    assert f"placement llama_decoder_layer.{unit['name']}: " in text
+    assert "recompute llama_decoder_layer: " in text
+    assert text.count("placement") == 1
+
+
+def test_the_command(compiled, capsys, monkeypatch, tmp_path):
+    def call(*paths: Path) -> str:
+        monkeypatch.setattr(sys, "argv", ["report", *map(str, paths)])
+        command.main()
+        return capsys.readouterr().out.rstrip("\n")
+
+    a, b = compiled / "a", compiled / "b"
+    assert call(a / "plan.json") == explain(read_plan(a))
+    assert call(a, b) == compare(read_plan(a), read_plan(b))
+    (tmp_path / "plan.json").write_text('{"mesh": {}}')
+    for path, message in ((tmp_path, "compile again"), (tmp_path / "nowhere", "is no compiled plan")):
+        with pytest.raises(UserError, match=message):
+            call(path)
+
+
+def test_the_same_files_in_another_process(tmp_path):
+    """Sets of strings are in another order in another process; a plan is not."""
+    hardware = tiny.write_hardware(tmp_path)
+    compile_tiny(tmp_path / "free", hardware)
+    limit = tight(read_plan(tmp_path / "free")["predicted"]) / 2**30
+    compile_tiny(tmp_path / "here", hardware, gpu_mem_constraint=limit)
+    code = (
+        "import sys; from pathlib import Path; from tests.report.test_report import compile_tiny; "
+        f"compile_tiny(Path(sys.argv[1]), sys.argv[2], gpu_mem_constraint={limit})"
+    )
+    arguments = [sys.executable, "-c", code, str(tmp_path / "there"), hardware]
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}
+    subprocess.run(arguments, check=True, env=environment, cwd=Path(__file__).parents[2], capture_output=True)
+    for name in ("plan.json", "plan.html", "gencode_stage0.py"):
+        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes(), name
+    assert (tmp_path / "here" / "plan.json").read_bytes() != (tmp_path / "free" / "plan.json").read_bytes()
+
+
+def test_explaining_an_8b_model(tmp_path, monkeypatch, capsys):
+    import train
+
+    flags = (
+        "--run_mode compile --model_id meta-llama/Meta-Llama-3-8B-Instruct --sequence_length 131072 --plan_ngpus 8 "
+        f"--runtime_ngpus 8 --enable-chunk-loss --hardware h100 --explain --gen_savedir {tmp_path}"
+    )
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
+    run(train.main)
+    text = capsys.readouterr().out
+    values = json.loads((tmp_path / "llama" / "plan.json").read_text())
+    predicted = values["predicted"]
+    assert text.rstrip("\n") == explain(values)
+    assert len(text.splitlines()) <= 35
+    assert "on 1 copy x 8 devices of H100" in text
+    tokens = 4 * 131072 / 8 / predicted["step_seconds"]
+    assert f"{tokens:,.0f} tokens/s/GPU" in text
+    assert 0.4 < predicted["mfu_causal"] < predicted["mfu"] < 1
+    assert predicted["memory_bytes"] <= predicted["memory_limit_bytes"] * (1 + 1e-5)
+    calls = values["costs"]["llama_decoder_layer"]["levels"].values()
+    assert sum(level["calls"] for level in calls) == 32
+    more = next(one for one in values["advice"] if one["change"] == "+20 GB a device")
+    assert more["speed"] > 1, "recomputing is what memory costs here"
+    assert any(one["change"] == "profile attention" for one in values["advice"])
+
+
+def test_operators_timed_on_the_device_are_called_measured(graph, slow, tmp_path):
+    """The same operators with times in the cache: what is there is measured, what could not be run is not."""
+    asked: list[str] = []
+
+    class Times(OperatorTimes):
+        def seconds(self, node, inputs):
+            asked.append(node.op)
+            return (1e-3, 2e-3) if node.op == "aten.linear.default" else None
+
+    values = plan_report(find_plan(graph, Mesh((2,)), slow, times=Times(tmp_path, "")))
+    assert {"aten.linear.default", "attention"} <= set(asked)
+    origin = {one["what"]: one["origin"] for one in values["origins"]}
+    assert origin["matmul"] == "measured"
+    assert origin["attention"] == origin["memory-bound"] == "roofline"
+    assert not any(one["change"] == "profile matmul" for one in values["advice"])
