@@ -129,6 +129,7 @@ def report(
     plan = json.loads((work / "code" / "benchmark" / "plan.json").read_text())
     predicted = plan["predicted"]
     seconds = statistics.median(entry["seconds_per_step"] for entry in metrics[WARM_UP:])
+    memory = predicted["memory_bytes"] / 2**30
     peak = max(entry.get("peak_memory_gib", 0.0) for entry in metrics[1:])  # the first step compiles
     rate = compute.find_hardware().flops["bfloat16"] * world
     tokens = sequences * options.sequence_length / world
@@ -143,15 +144,18 @@ def report(
         "mfu": flops[0] * sequences / seconds / rate,
         "mfu_causal": flops[1] * sequences / seconds / rate,
         "peak_memory_gib": peak,
-        "predicted_memory_gib": predicted["memory_gib"],
+        "predicted_memory_gib": memory,
         "recompute": {name: block["recompute"] for name, block in plan["blocks"].items() if block["recompute"]},
+        "mesh": plan["mesh"]["sizes"],
+        "seconds_by_category": predicted["seconds_by_category"],
+        "gib_by_category": {what: size / 2**30 for what, size in predicted["bytes_by_category"].items()},
         "steps": [entry["seconds_per_step"] for entry in metrics],
         "loss": [entry["loss"] for entry in metrics],
     }
     write(options.output / f"{name}.json", result)
     rows = [
         ["seconds a step", seconds, predicted["step_seconds"], predicted["step_seconds"] / seconds],
-        ["peak memory, GiB", peak, predicted["memory_gib"], predicted["memory_gib"] / peak if peak else 0.0],
+        ["peak memory, GiB", peak, memory, memory / peak if peak else 0.0],
     ]
     print(f"{name}: {tokens / seconds:.0f} tokens/s/GPU, MFU {result['mfu']:.1%}, causal {result['mfu_causal']:.1%}")
     print(table(["", "measured", "predicted", "ratio"], rows))
