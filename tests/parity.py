@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from nnscaler.compiler import ComputeConfig
 from nnscaler.data.training import PackedDataset
 from nnscaler.models.causal_lm import WEIGHT_PREFIX, CausalLM, prepare_config
 from nnscaler.plan import Plan
+from nnscaler.runtime import regions
 from nnscaler.runtime.optimizer import OptimizerConfig
 from nnscaler.runtime.weights import initial_parameters
 from nnscaler.trace import build_on_meta
@@ -47,12 +49,14 @@ class Case:
     key_value_heads: int = 4
     layers: int = 2
     levels: tuple[str, ...] = ()  # recompute level of each layer, in place of what the planner chose
+    compiled: bool = False  # whether regions are compiled, as on an accelerator
     hardware: str = "hardware.json"
 
     @property
     def name(self) -> str:
         flags = [f"{self.plan}x{self.runtime}", f"acc{self.accumulation}", f"batch{self.micro_batch}"]
         flags += ["chunk"] * self.chunk_loss + list(self.recompute) + ["tied"] * self.tied
+        flags += ["compiled"] * self.compiled
         flags += [f"kv{self.key_value_heads}"] * (self.key_value_heads != 4) + list(self.levels)
         return "-".join([*flags, self.hardware.removesuffix(".json")])
 
@@ -107,8 +111,16 @@ def train_all(cases: list[Case], folder: Path) -> None:
     port = int(os.environ["MASTER_PORT"])
     for index, case in enumerate(cases):
         os.environ["MASTER_PORT"] = str(port + index)
-        with _levels(case.levels):
+        with _levels(case.levels), _compiled_regions() if case.compiled else nullcontext():
             Trainer(arguments(case, folder)).run()
+
+
+@contextmanager
+def _compiled_regions() -> Iterator[None]:
+    """Inside, regions are compiled: without generating kernels, which takes long, but with all that goes before."""
+    compile_ = functools.partial(torch.compile, backend="aot_eager")
+    with patch.object(regions, "_on_accelerator", lambda args: True), patch.object(torch, "compile", compile_):
+        yield
 
 
 @contextmanager
