@@ -59,7 +59,8 @@ def parse() -> argparse.Namespace:
     add("--model_id", required=True, help="model directory (with safetensors, or only config.json), or hub name")
     add("--dataset_path", type=Path, help="dataset that bookcorpus.py wrote")
     add("--sequence_length", type=int, help="tokens a sequence, to plan without a dataset")
-    add("--resume_path", type=Path, help="checkpoint, folder of checkpoints (the newest counts), or merged file")
+    add("--resume_path", type=Path, help="checkpoint, folder of checkpoints (the newest counts), merged file, or model "
+        "directory with safetensors (weights only)")  # fmt: skip
     add("--seed", type=int, default=0, help="seed of the data's order, and of weights where the model has none")
 
     add = parser.add_argument_group("cluster and plan").add_argument
@@ -94,8 +95,11 @@ def parse() -> argparse.Namespace:
 
     add = parser.add_argument_group("files").add_argument
     add("--checkpoint_dir", type=Path, default=Path("checkpoints"), help="folder for checkpoints, one folder a run")
-    add("--checkpoint_interval", type=int, default=100, help="steps between checkpoints; 0: only at the end")
-    add("--keep_checkpoints", type=int, default=3, help="newest checkpoints that are kept; 0: all")
+    add("--checkpoint_interval", type=int, default=100, help="steps between checkpoints; 0: not by steps. There is "
+        "always one of the last step, and on SIGTERM one of the step then reached")  # fmt: skip
+    add("--checkpoint_minutes", type=float, default=0.0, help="minutes between checkpoints; 0: not by time")
+    add("--keep_checkpoints", type=int, default=3, help="newest checkpoints that are kept, beside those that the links "
+        "last and best (lowest training loss) point to; 0: all")  # fmt: skip
     add("--log_dir", type=Path, default=Path("runs"), help="folder for TensorBoard and metrics.jsonl")
     add("--log_interval", type=int, default=1, help="steps between reports")
     add("--profile", type=Path, help="folder for a torch profiler trace of two steps, and where their time went")
@@ -141,7 +145,11 @@ def trainer_args(options: argparse.Namespace) -> TrainerArgs:
         ),
         lr_scheduler=LRSchedulerConfig(options.lr_schedule, options.warmup_steps, options.min_learning_rate),
         checkpoint=CheckpointConfig(
-            options.checkpoint_dir, options.checkpoint_interval, options.keep_checkpoints, options.resume_path
+            options.checkpoint_dir,
+            options.checkpoint_interval,
+            options.checkpoint_minutes,
+            options.keep_checkpoints,
+            options.resume_path,
         ),
         log=LogConfig(options.log_dir, options.log_interval, options.profile),
         run_mode=options.run_mode,

@@ -46,6 +46,36 @@ def run(world: int, function: Callable[..., Any], *args: Any, init: bool = True,
     return [results[rank] for rank in range(world)]
 
 
+def start(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Starts `function(*args)` on ranks that set up their own process group, and leaves the processes to the caller.
+
+    What they print is lost, so that killing them makes no noise.
+    """
+    port = _free_port()
+    ranks = [_context.Process(target=_unattended, args=(rank, world, port, function, args)) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def _unattended(rank: int, world: int, port: int, function: Callable[..., Any], args: Any) -> None:
+    _prepare(rank, world, port)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    function(*args)
+
+
+def _prepare(rank: int, world: int, port: int) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+
+
 def _other_errors(queue: Any) -> dict[int, str]:
     errors: dict[int, str] = {}
     with suppress(Empty):
@@ -59,14 +89,9 @@ def _other_errors(queue: Any) -> dict[int, str]:
 def _rank(
     rank: int, world: int, folder: str, port: int, init: bool, queue: Any, function: Callable[..., Any], args: Any
 ) -> None:
-    import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
+    _prepare(rank, world, port)
     try:
         if init and world > 1:
             store = dist.FileStore(os.path.join(folder, "store"), world)

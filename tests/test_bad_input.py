@@ -127,8 +127,8 @@ def test_merging_nothing(fails, inputs):
 def test_a_torn_checkpoint_is_neither_merged_nor_resumed(fails, inputs):
     write_checkpoint(inputs / "torn")
     torn = ("--ckpt_dir", "{}/torn", "--output_fname", "x.ckpt")
-    assert "is incomplete: it has no .metadata" in fails(ckpt_merger, *torn)
-    assert "is incomplete: it has no .metadata" in fails(train, *MODEL, *DATA, "--resume_path", "{}/torn")
+    assert "is incomplete: it has no checksums" in fails(ckpt_merger, *torn)
+    assert "is incomplete: it has no checksums" in fails(train, *MODEL, *DATA, "--resume_path", "{}/torn")
     shutil.rmtree(inputs / "torn")
 
 

@@ -1,26 +1,30 @@
 """Checkpoints on disk: what they are called, which are complete, which to keep.
 
-    <directory>/<run>/step_00000100/    a checkpoint: shards, their index, trainer.json
+    <directory>/<run>/step_00000100/    a checkpoint: shards and their index, trainer.json, model/, checksums
     <directory>/<run>/last              a link to the newest
+    <directory>/<run>/best              a link to that with the lowest training loss
 
-A checkpoint is written under a name that begins with a dot, and gets its own name when everything is on disk.
+A checkpoint is written under a name that begins with a dot, and gets its own name when everything is on disk; it is
+removed the other way round. So what bears a checkpoint's name is complete, whenever the machine stops. The links are
+symbolic and relative: `cd`, `ls -l` and a copy of the run's folder understand them, and one is replaced in one step.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nnscaler.checkpoint.checksums import CHECKSUMS, Checksums, CorruptCheckpoint
 from nnscaler.errors import UserError
 
 TRAINER = "trainer.json"
-INDEX = ".metadata"  # written by torch.distributed.checkpoint
 ASSETS = "model"  # folder with config.json and tokenizer
+LAST, BEST = "last", "best"
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,11 @@ class TrainerState:
     step         optimizer steps taken
     consumed     samples consumed, from which the data's order goes on
     seed         of the data's order
+    samples      of the dataset, which the data's order depends on too
+    schedule     of the learning rate: peak, kind, warm-up, total steps, ...
+    loss         mean training loss a label, as last reported; None: not reported yet, or not finite
     run, model   names, for people
+    processes    that trained
     parameters   name -> {shape, dtype} of every trained parameter; dtype is the type of computation
     tied         other names of tied parameters
     prefix       what stands before the Hugging Face model's names in `parameters`
@@ -40,8 +48,12 @@ class TrainerState:
     step: int
     consumed: int
     seed: int
+    samples: int
+    schedule: dict[str, Any]
+    loss: float | None
     run: str
     model: str
+    processes: int
     parameters: dict[str, dict[str, Any]]
     tied: dict[str, str]
     prefix: str
@@ -52,36 +64,43 @@ class TrainerState:
 
     @staticmethod
     def read(folder: Path) -> TrainerState:
-        """Raises UserError where the folder is not a complete checkpoint."""
+        """Raises CorruptCheckpoint where the folder is not a complete checkpoint."""
         check_complete(folder)
         return TrainerState(**json.loads((folder / TRAINER).read_text()))
 
 
-def step_folder(run: Path, step: int) -> Path:
-    return run / f"step_{step:08d}"
-
-
-def working_folder(final: Path) -> Path:
+def working_folder(run: Path, step: int) -> Path:
     """Where a checkpoint is written before it is complete."""
-    return final.with_name(f".{final.name}.writing")
+    return run / f".step_{step:08d}.writing"
 
 
 def is_checkpoint(folder: Path) -> bool:
-    return folder.is_dir() and not folder.name.startswith(".") and (folder / TRAINER).exists()
+    """Whether a folder is meant as a checkpoint; it may be damaged."""
+    return folder.is_dir() and not folder.name.startswith(".") and any(
+        (folder / name).exists() for name in (TRAINER, CHECKSUMS)
+    )  # fmt: skip
 
 
 def check_complete(folder: Path) -> None:
-    """Raises UserError naming the first file that a checkpoint lacks."""
-    for name in (TRAINER, INDEX):
-        if not (folder / name).exists():
-            raise UserError(f"checkpoint '{folder}' is incomplete: it has no {name}")
+    """Raises CorruptCheckpoint naming the first file that is missing, of another length or, but for shards, changed."""
+    damage = next(Checksums.read(folder).damages(shards=False), None)
+    if damage is not None:
+        raise CorruptCheckpoint(damage)
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
     """Every checkpoint at or below a directory, the oldest first."""
     candidates = [directory, *directory.rglob("step_*")] if directory.is_dir() else []
     folders = [folder for folder in candidates if is_checkpoint(folder) and not folder.is_symlink()]
-    return sorted(folders, key=lambda folder: (json.loads((folder / TRAINER).read_text())["saved_at"], folder.name))
+    return sorted(folders, key=lambda folder: (saved_at(folder), folder.name))
+
+
+def saved_at(folder: Path) -> float:
+    """When a checkpoint was saved, in seconds since the epoch; for a damaged one, when its folder was last changed."""
+    try:
+        return float(json.loads((folder / TRAINER).read_text())["saved_at"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return folder.stat().st_mtime
 
 
 def latest_checkpoint(directory: Path) -> Path:
@@ -94,45 +113,73 @@ def latest_checkpoint(directory: Path) -> Path:
     return found[-1]
 
 
-def publish(work: Path, final: Path) -> None:
-    """Gives a written checkpoint its name, in one step, and points `last` to it."""
+def publish(work: Path, state: TrainerState) -> Path:
+    """Gives a written checkpoint its name, in one step, and points `last`, and `best` if it is, to it.
+
+    The name is that of the step; where an earlier one of the run has it, with a number behind. Returns the checkpoint.
+    """
     _sync(work)
-    if final.exists():
-        shutil.rmtree(final)
+    run, number = work.parent, 1
+    final = run / f"step_{state.step:08d}"
+    while final.exists():
+        number += 1
+        final = run / f"step_{state.step:08d}-{number}"
     work.rename(final)
-    link = final.parent / ".last.new"
-    link.unlink(missing_ok=True)
-    link.symlink_to(final.name)
-    link.replace(final.parent / "last")
-    _sync(final.parent)
+    _point(run / LAST, final)
+    best = _loss(run / BEST)
+    if state.loss is not None and (best is None or state.loss < best):
+        _point(run / BEST, final)
+    _sync_folder(run)
+    return final
+
+
+def _loss(folder: Path) -> float | None:
+    try:
+        loss = json.loads((folder / TRAINER).read_text())["loss"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return loss if isinstance(loss, float) and math.isfinite(loss) else None
+
+
+def _point(link: Path, folder: Path) -> None:
+    new = link.with_name(f".{link.name}.new")
+    new.unlink(missing_ok=True)
+    new.symlink_to(folder.name)
+    new.replace(link)
 
 
 def _sync(folder: Path) -> None:
     """Asks the system to put a folder's files and entries on disk."""
-    paths = [path for path in folder.iterdir() if path.is_file() and not path.is_symlink()]
-    for path in [*paths, folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    for path in folder.rglob("*"):
+        _sync_folder(path)
+    _sync_folder(folder)
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def remove_old(run: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints of a run (0: none is removed)."""
-    if keep:
-        for folder in complete_checkpoints(run)[:-keep]:
+    """Removes all but the newest `keep` checkpoints of a run and those that links point to (0: none is removed)."""
+    pointed_to = {(run / link).resolve() for link in (LAST, BEST)}
+    for folder in complete_checkpoints(run)[:-keep] if keep else []:
+        if folder.resolve() not in pointed_to:
+            remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder, which loses its name first."""
+    leaving = folder.with_name(f".{folder.name.lstrip('.')}.removing")
+    folder.rename(leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
+
+
+def remove_unfinished(run: Path) -> None:
+    """Removes what a run that was killed left half written or half removed."""
+    for pattern in (".step_*.writing", ".step_*.removing"):
+        for folder in run.glob(pattern):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def new_run_folder(directory: Path, name: str) -> Path:
-    """A folder for a run's checkpoints that holds no other run's: `name`, or `name-2`, ..."""
-    candidate, count = directory / name, 1
-    while complete_checkpoints(candidate):
-        count += 1
-        candidate = directory / f"{name}-{count}"
-    return candidate
-
-
-def now() -> float:
-    return time.time()

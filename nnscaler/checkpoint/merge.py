@@ -1,93 +1,70 @@
-"""Sharded checkpoint -> one file, or a Hugging Face model directory; a tensor at a time, so that memory stays small."""
+"""Sharded checkpoint -> one file, which training continues from; a tensor at a time, so that memory stays small.
+
+The file is `torch.save`'s: {"model": {name: tensor}, "optimizer": {"exp_avg": {name: tensor}, ...}, "trainer": ...,
+"checksums": int64 [tensors + 1]}. The tensors of the model and the optimizer are whole and in fp32. The checksums are
+the CRC-32 of each tensor's bytes, in the order of the names (`model.<name>`, `exp_avg.<name>`, ...), and then that of
+all other bytes of the file but the checksums' own.
+"""
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import struct
-from collections.abc import Iterable, Iterator
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
-from nnscaler.checkpoint.folder import ASSETS, TrainerState
-from nnscaler.checkpoint.sharded import Part, load_parts, tensors_of
+from nnscaler.checkpoint.checksums import CorruptCheckpoint, file_crc
+from nnscaler.checkpoint.folder import TrainerState
+from nnscaler.checkpoint.sharded import Part
+from nnscaler.checkpoint.stored import Checkpoint
 from nnscaler.errors import UserError
-from nnscaler.runtime.shards import Box
 
-SHARD_BYTES = 5 * 10**9  # of an exported model's safetensors files
-_SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
-_WRITE_BYTES = 2**28
+_CHECKSUMS = "checksums"
+_STEP = 2**24  # elements converted and written at once
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete sharded checkpoint, whose whole tensors can be read one by one."""
+def merge_to_file(checkpoint: Checkpoint, output: Path, verify: bool = False) -> None:
+    """Writes the file, which appears whole or not at all.
 
-    folder: Path
-    state: TrainerState
-
-    @staticmethod
-    def open(folder: Path) -> Checkpoint:
-        """Raises UserError where it is incomplete."""
-        state = TrainerState.read(folder)
-        missing = [name for name in _files(folder) if not (folder / name).exists()]
-        if missing:
-            raise UserError(f"checkpoint '{folder}' is incomplete: it has no {', '.join(sorted(missing))}")
-        return Checkpoint(folder, state)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Kind and name of each tensor (`model.<name>`, `exp_avg.<name>`, ...) -> its shape. All are fp32."""
-        return {name: tuple(entry.size) for name, entry in sorted(tensors_of(self.folder).items())}
-
-    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A whole tensor, on the CPU."""
-        tensor = torch.empty(shape, dtype=torch.float32)
-        load_parts(self.folder, [Part(name, shape, Box((0,) * len(shape), shape), tensor)])
-        return tensor
-
-    def dtype(self, parameter: str) -> torch.dtype:
-        """The type in which training computes with a parameter."""
-        return getattr(torch, self.state.parameters[parameter]["dtype"])
-
-
-def _files(folder: Path) -> set[str]:
-    """Names of the files that a checkpoint's index refers to."""
-    import torch.distributed.checkpoint as dcp
-
-    storage: dict[Any, Any] = dcp.FileSystemReader(folder).read_metadata().storage_data or {}
-    return {entry.relative_path for entry in storage.values()}
-
-
-def merge_to_file(checkpoint: Checkpoint, output: Path) -> None:
-    """Writes `{"model": ..., "optimizer": {"exp_avg": ..., ...}, "trainer": ...}`, all tensors whole and in fp32.
-
-    `torch.load` reads the file. It appears whole or not at all.
+    verify  read it again from the disk before it gets its name, and compare
+    Raises CorruptCheckpoint where the checkpoint is damaged, or what is read again differs; UserError where the file
+    cannot be written.
     """
     shapes = checkpoint.shapes()
     with FakeTensorMode():
         content = _nested({name: torch.empty(shape, dtype=torch.float32) for name, shape in shapes.items()})
+        content[_CHECKSUMS] = torch.empty(len(shapes) + 1, dtype=torch.int64)
     content["trainer"] = asdict(checkpoint.state)
     work = output.with_name(f".{output.name}.writing")
-    work.parent.mkdir(parents=True, exist_ok=True)
     try:
+        work.parent.mkdir(parents=True, exist_ok=True)
         with torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save(content, work)  # the file with room for every tensor
-        with FakeTensorMode():
-            placed = torch.load(work, weights_only=True)
-        with open(work, "r+b") as file:
-            for name, shape in _progress(shapes.items(), "merging"):
-                file.seek(_find(placed, name).untyped_storage()._checkpoint_offset)
-                _write(file, checkpoint.read(name, shape))
+        places = _Layout.read(work).places
+        with open(work, "r+b") as file, progress(shapes, "merging") as bar:
+            crcs = []
+            for name, shape in shapes.items():
+                file.seek(places[name].begin)
+                crcs.append(write_tensor(file, checkpoint.read(name, shape), torch.float32, bar))
+            file.flush()
+            crcs.append(_crc_without(work, list(places.values())))
+            file.seek(places[_CHECKSUMS].begin)
+            file.write(torch.tensor(crcs, dtype=torch.int64).numpy().data)
             file.flush()
             os.fsync(file.fileno())
+        if verify:
+            forget_cached(work)
+            MergedFile.open(work).check(list(shapes))
         work.replace(output)
+    except OSError as error:
+        raise UserError(f"cannot write '{output}': {error.strerror or error}") from error
     finally:
         work.unlink(missing_ok=True)
 
@@ -101,77 +78,127 @@ def _nested(tensors: dict[str, Tensor]) -> dict[str, Any]:
     return content
 
 
-def _find(content: dict[str, Any], name: str) -> Any:
-    kind, parameter = name.split(".", 1)
-    return content["model"][parameter] if kind == "model" else content["optimizer"][kind][parameter]
+def _flat(content: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors by kind and name, in the order of the names."""
+    tensors = {f"model.{name}": tensor for name, tensor in content["model"].items()}
+    for kind, values in content["optimizer"].items():
+        tensors.update({f"{kind}.{name}": tensor for name, tensor in values.items()})
+    return dict(sorted(tensors.items()))
 
 
-def _write(file: BinaryIO, tensor: Tensor) -> None:
-    data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
-    for start in range(0, len(data), _WRITE_BYTES):
-        file.write(data[start : start + _WRITE_BYTES])
+def progress(shapes: dict[str, tuple[int, ...]], what: str) -> Any:
+    """A bar that counts the bytes of fp32 tensors."""
+    total = sum(torch.Size(shape).numel() * 4 for shape in shapes.values())
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False)
 
 
-def _progress(items: Iterable[Any], what: str) -> Iterator[Any]:
-    yield from tqdm(list(items), desc=what, unit="tensor", leave=False)
+def write_tensor(file: BinaryIO, tensor: Tensor, dtype: torch.dtype, bar: Any) -> int:
+    """Writes an fp32 tensor's elements in `dtype`, converting a few at a time; returns the CRC-32 of the bytes."""
+    crc = 0
+    for elements in tensor.view(-1).split(_STEP):
+        data = elements.to(dtype).view(torch.uint8).numpy().data
+        crc = zlib.crc32(data, crc)
+        file.write(data)
+        bar.update(elements.nbytes)
+    return crc
 
 
-def export_model(checkpoint: Checkpoint, directory: Path) -> None:
-    """Writes a directory that `transformers` loads: safetensors in the training's type, config.json and tokenizer.
-
-    It appears whole or not at all. Raises UserError where it exists and is not empty, or the checkpoint was made from a
-    model without configuration.
-    """
-    if directory.exists() and any(directory.iterdir()):
-        raise UserError(f"output_dir is '{directory}', which is not empty")
-    assets = next((p for p in (checkpoint.folder / ASSETS, checkpoint.folder.parent / ASSETS) if p.is_dir()), None)
-    if assets is None:
-        raise UserError(f"checkpoint '{checkpoint.folder}' has no folder '{ASSETS}' with the model's config.json")
-    work = directory.with_name(f".{directory.name}.writing")
-    shutil.rmtree(work, ignore_errors=True)
-    shutil.copytree(assets, work)
-    try:
-        _write_safetensors(checkpoint, work)
-        if directory.exists():
-            directory.rmdir()
-        work.rename(directory)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+def forget_cached(path: Path) -> None:
+    """Makes the next reading of a file, whose content is on disk, come from there."""
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _write_safetensors(checkpoint: Checkpoint, directory: Path) -> None:
-    """https://huggingface.co/docs/safetensors: header length, JSON header, data; written tensor by tensor."""
-    shapes = {name.removeprefix("model."): s for name, s in checkpoint.shapes().items() if name.startswith("model.")}
-    shards: list[dict[str, int]] = [{}]
-    for name, shape in shapes.items():
-        size = torch.Size(shape).numel() * checkpoint.dtype(name).itemsize
-        if shards[-1] and sum(shards[-1].values()) + size > SHARD_BYTES:
-            shards.append({})
-        shards[-1][name] = size
-    prefix = checkpoint.state.prefix
-    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    files = ["model.safetensors"] if len(shards) == 1 else files
-    bar = tqdm(total=len(shapes), desc="exporting", unit="tensor", leave=False)
-    for file_name, shard in zip(files, shards):
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        at = 0
-        for name, size in shard.items():
-            kind = _SAFETENSORS_TYPES[checkpoint.dtype(name)]
-            exported = name.removeprefix(prefix)
-            header[exported] = {"dtype": kind, "shape": list(shapes[name]), "data_offsets": [at, at + size]}
-            at += size
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with open(directory / file_name, "wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for name in shard:
-                _write(file, checkpoint.read(f"model.{name}", shapes[name]).to(checkpoint.dtype(name)))
-                bar.update()
-            file.flush()
-            os.fsync(file.fileno())
-    bar.close()
-    if len(shards) > 1:
-        weight_map = {name.removeprefix(prefix): file for file, shard in zip(files, shards) for name in shard}
-        total = sum(sum(shard.values()) for shard in shards)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+@dataclass(frozen=True)
+class _Place:
+    begin: int
+    length: int
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the tensors of a merged file are, in bytes, and what else it holds."""
+
+    places: dict[str, _Place]
+    trainer: dict[str, Any]
+
+    @staticmethod
+    def read(path: Path) -> _Layout:
+        with FakeTensorMode():
+            content = torch.load(path, weights_only=True)
+            tensors = {**_flat(content), _CHECKSUMS: content[_CHECKSUMS]}
+            places = {
+                name: _Place(tensor.untyped_storage()._checkpoint_offset, tensor.nbytes)
+                for name, tensor in tensors.items()
+            }
+        return _Layout(places, content["trainer"])
+
+
+def _crc_without(path: Path, places: list[_Place]) -> int:
+    """CRC-32 of the bytes of a file outside of all places."""
+    crc, at = 0, 0
+    end = _Place(path.stat().st_size, 0)
+    with path.open("rb") as file:
+        for place in [*sorted(places, key=lambda place: place.begin), end]:
+            file.seek(at)
+            crc = zlib.crc32(file.read(max(0, place.begin - at)), crc)
+            at = place.begin + place.length
+    return crc
+
+
+@dataclass(frozen=True)
+class MergedFile:
+    """What `merge_to_file` wrote."""
+
+    path: Path
+    state: TrainerState
+    _places: dict[str, _Place]
+    _crcs: dict[str, int]
+
+    @staticmethod
+    def open(path: Path) -> MergedFile:
+        """Raises UserError for another file or one that is cut short, CorruptCheckpoint for a damaged index."""
+        try:
+            layout = _Layout.read(path)
+            state = TrainerState(**layout.trainer)
+        except Exception as error:  # torch.load raises whatever a damaged file makes it raise
+            raise UserError(f"'{path}' is not a merged checkpoint, or is cut short or damaged") from error
+        names = [name for name in layout.places if name != _CHECKSUMS]
+        with path.open("rb") as file:
+            file.seek(layout.places[_CHECKSUMS].begin)
+            data = file.read(layout.places[_CHECKSUMS].length)
+        crcs = torch.frombuffer(bytearray(data), dtype=torch.int64).tolist()
+        if len(crcs) != len(names) + 1 or crcs[-1] != _crc_without(path, list(layout.places.values())):
+            raise CorruptCheckpoint(f"merged checkpoint '{path}' is damaged: its index or its checksums have changed")
+        return MergedFile(path, state, layout.places, dict(zip(names, crcs)))
+
+    def check(self, names: list[str]) -> None:
+        """Raises CorruptCheckpoint naming the first of some tensors that has changed."""
+        for name in names:
+            place = self._places[name]
+            if file_crc(self.path, place.begin, place.length) != self._crcs[name]:
+                raise CorruptCheckpoint(f"merged checkpoint '{self.path}' is damaged: tensor '{name}' has changed")
+
+    def load(self, parts: list[Part]) -> None:
+        """Fills all ranks' parts, each rank reading its own. Collective: the ranks check the tensors together.
+
+        Raises, on every rank, CorruptCheckpoint where a tensor is damaged, UserError where one does not fit.
+        """
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        damages: list[CorruptCheckpoint | None] = [None] * world
+        try:
+            self.check(list(self._crcs)[rank::world])
+        except CorruptCheckpoint as damage:
+            damages[rank] = damage
+        if world > 1:
+            dist.all_gather_object(damages, damages[rank])
+        for found in filter(None, damages):
+            raise found
+        tensors = _flat(torch.load(self.path, mmap=True, weights_only=True, map_location="cpu"))
+        for part in parts:
+            tensor = tensors.get(part.name)
+            if tensor is None or tuple(tensor.shape) != part.shape:
+                stored = "is missing" if tensor is None else f"has shape {list(tensor.shape)}"
+                wanted = list(part.shape)
+                raise UserError(f"'{self.path}' does not fit the model: {part.name} {stored}, the model's is {wanted}")
+            part.tensor.copy_(tensor[part.box.slices])

@@ -2,83 +2,140 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from nnscaler.checkpoint.folder import TrainerState, check_complete, is_checkpoint, latest_checkpoint
-from nnscaler.checkpoint.sharded import Part, load_parts, owned_state
+from nnscaler.checkpoint.checksums import CorruptCheckpoint
+from nnscaler.checkpoint.claim import find_own, saved_since
+from nnscaler.checkpoint.folder import TrainerState, check_complete, complete_checkpoints, is_checkpoint
+from nnscaler.checkpoint.merge import MergedFile
+from nnscaler.checkpoint.randomness import new_random_states, set_random_states
+from nnscaler.checkpoint.sharded import load_parts, owned_state, whole
+from nnscaler.checkpoint.stored import Checkpoint
 from nnscaler.errors import UserError
 from nnscaler.runtime.module import ParallelModule
 from nnscaler.runtime.optimizer import ShardedOptimizer
 from nnscaler.runtime.weights import SafetensorsReader
 
+logger = logging.getLogger(__name__)
 
-def find_resumable(path: Path) -> Path:
-    """What a resume path means: itself, or the newest complete checkpoint below a folder.
 
-    Raises UserError for what does not exist, is incomplete, or is something else.
+def where_to_begin(directory: Path, resume_path: Path | None) -> tuple[list[Path], Path | None]:
+    """(what to load, the best first; this run's folder where torchrun restarted it). Nothing to load: begin anew.
+
+    directory    of the runs' folders
+    resume_path  as the user gave it
+    Raises UserError as `find_resumable` does.
+    """
+    own = find_own(directory, resume_path)
+    if own is not None:
+        folder, since = own
+        checkpoints = saved_since(folder, since)
+        logger.info("restarted by torchrun: %d checkpoints of this run in %s", len(checkpoints), folder)
+        if checkpoints:
+            return without_damaged(checkpoints), folder
+    return find_resumable(resume_path) if resume_path is not None else [], own and own[0]
+
+
+def find_resumable(path: Path) -> list[Path]:
+    """What a resume path means, the best first: itself, or the complete checkpoints below a folder, the newest first.
+
+    After a checkpoint come those of the same run that were made before it: what to fall back to if it is damaged.
+    Raises UserError for what does not exist or is something else.
     """
     if not path.exists():
         raise UserError(f"resume_path is '{path}', which does not exist")
     if path.is_file():
-        _open_merged(path)
-    elif not SafetensorsReader.available(path):
-        path = path if is_checkpoint(path) else latest_checkpoint(path)
-        check_complete(path)
-    return path
+        MergedFile.open(path)
+        return [path]
+    if SafetensorsReader.available(path):
+        return [path]
+    if is_checkpoint(path):
+        path = path.resolve()  # `last` or `best`
+        older = complete_checkpoints(path.parent)
+        found = [*older[: older.index(path)], path] if path in older else [path]
+    else:
+        found = complete_checkpoints(path)
+    if not found:
+        raise UserError(f"'{path}' holds no complete checkpoint")
+    return without_damaged(found[::-1])
 
 
-def resume(path: Path, module: ParallelModule, optimizer: ShardedOptimizer, prefix: str) -> TrainerState | None:
+def without_damaged(checkpoints: list[Path]) -> list[Path]:
+    """Those whose files are all there, and unchanged but for the shards, which are checked when they are read.
+
+    Raises UserError where there is none.
+    """
+    usable, damages = [], []
+    for checkpoint in checkpoints:
+        try:
+            check_complete(checkpoint)
+            usable.append(checkpoint)
+        except CorruptCheckpoint as damage:
+            damages.append(damage)
+            if not usable:
+                _warn(damage)
+    if not usable:
+        raise damages[0]
+    return usable
+
+
+def _warn(damage: CorruptCheckpoint) -> None:
+    logger.warning("%s; falling back to the newest complete checkpoint before it", damage)
+
+
+def resume(
+    paths: list[Path], module: ParallelModule, optimizer: ShardedOptimizer, prefix: str
+) -> tuple[Path, TrainerState | None]:
     """Loads parameters, optimizer and progress on any mesh. Collective.
 
-    path    what `find_resumable` gave
+    paths   what `find_resumable` gave: the first is loaded, or where it is damaged the next
     prefix  what stands before a Hugging Face model's names in the module's own
-    Returns where training stood; None for a Hugging Face model, which has weights only.
+    Returns what was loaded, and where training stood then; None for a Hugging Face model, which has weights only.
+    Raises CorruptCheckpoint where all are damaged, UserError where one does not fit the model.
     """
+    damages = []
+    for path in paths:
+        try:
+            return path, _load(path, module, optimizer, prefix)
+        except CorruptCheckpoint as damage:
+            damages.append(damage)
+            if path is not paths[-1]:
+                _warn(damage)
+    raise damages[0]
+
+
+def _load(path: Path, module: ParallelModule, optimizer: ShardedOptimizer, prefix: str) -> TrainerState | None:
+    device = module.axes.device
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    random: dict[str, Tensor] = {}
     if path.is_file():
-        state = _load_merged(path, owned_state(optimizer))
+        merged = MergedFile.open(path)
+        merged.load(owned_state(optimizer))
+        state = merged.state
     elif is_checkpoint(path):
-        state = TrainerState.read(path)
-        load_parts(path, owned_state(optimizer))
+        checkpoint = Checkpoint.open(path)
+        random = {
+            name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in checkpoint.random_states(rank).items()
+        }
+        load_parts(path, [*owned_state(optimizer), *(whole(name, tensor) for name, tensor in random.items())])
+        state = checkpoint.state
     else:
         load_safetensors(path, module, prefix)
         optimizer.load_masters()
         return None
     optimizer.set_steps(state.step)
     optimizer.publish_masters()
+    if random:
+        set_random_states({name.split(".")[1]: tensor for name, tensor in random.items()}, device)
+    else:
+        new_random_states(state.seed, state.step, rank)
     return state
-
-
-def _load_merged(path: Path, parts: list[Part]) -> TrainerState:
-    """Each rank reads its own parts of a merged file."""
-    tensors, state = _open_merged(path)
-    _fill(parts, tensors, path)
-    return state
-
-
-def _open_merged(path: Path) -> tuple[dict[str, Tensor], TrainerState]:
-    """The tensors of a merged file, memory-mapped, by kind and name (`model.<name>`, ...)."""
-    try:
-        content: dict[str, Any] = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
-        tensors = {f"model.{name}": tensor for name, tensor in content["model"].items()}
-        for kind, values in content["optimizer"].items():
-            tensors.update({f"{kind}.{name}": tensor for name, tensor in values.items()})
-        return tensors, TrainerState(**content["trainer"])
-    except Exception as error:  # torch.load raises whatever a damaged file makes it raise
-        raise UserError(f"resume_path is '{path}', which is not a merged checkpoint") from error
-
-
-def _fill(parts: list[Part], tensors: Mapping[str, Tensor], path: Path) -> None:
-    for part in parts:
-        tensor = tensors.get(part.name)
-        if tensor is None or tuple(tensor.shape) != part.shape:
-            found = "is missing" if tensor is None else f"has shape {list(tensor.shape)}"
-            raise UserError(f"'{path}' does not fit the model: {part.name} {found}, the model's is {list(part.shape)}")
-        part.tensor.copy_(tensor[part.box.slices])
 
 
 def load_safetensors(directory: Path, module: ParallelModule, prefix: str) -> None:

@@ -6,7 +6,7 @@ Each rank writes its parts once; parts are boxes of whole tensors, so that any o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +25,13 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from nnscaler.checkpoint.checksums import Piece
+from nnscaler.checkpoint.storage import CheckedReader, CheckedWriter
 from nnscaler.errors import UserError
 from nnscaler.runtime.optimizer import ShardedOptimizer
-from nnscaler.runtime.shards import Box
+from nnscaler.runtime.shards import Box, flat_range_boxes
+
+PIECE_ELEMENTS = 2**24  # at most in a piece of a tensor that is written and read at once: 64 MiB
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,20 @@ class Part:
     def key(self) -> tuple[str, tuple[int, ...]]:
         return self.name, self.box.offsets
 
+    def pieces(self) -> Iterator[Part]:
+        """The part in pieces of at most PIECE_ELEMENTS."""
+        flat = self.tensor.view(-1)
+        for start in range(0, len(flat), PIECE_ELEMENTS):
+            for at, box in flat_range_boxes(self.box.sizes, start, min(start + PIECE_ELEMENTS, len(flat))):
+                tensor = flat[at : at + torch.Size(box.sizes).numel()].view(box.sizes)
+                yield Part(self.name, self.shape, box.shifted(self.box.offsets), tensor)
+
+
+def whole(name: str, tensor: Tensor) -> Part:
+    """A tensor that one rank has to itself."""
+    shape = tuple(tensor.shape)
+    return Part(name, shape, Box((0,) * len(shape), shape), tensor)
+
 
 def owned_state(optimizer: ShardedOptimizer) -> list[Part]:
     """The fp32 master weights (`model.<name>`) and moments (`exp_avg.<name>`, ...) that this rank owns."""
@@ -55,28 +73,40 @@ def owned_state(optimizer: ShardedOptimizer) -> list[Part]:
     return parts
 
 
-def save_parts(folder: Path, parts: list[Part]) -> None:
-    """Writes all ranks' parts into a folder. Collective."""
-    writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True)
-    with _quiet():
-        dcp.save({}, storage_writer=writer, planner=_SavePlanner(parts), no_dist=not dist.is_initialized())
+def save_parts(
+    folder: Path, parts: list[Part], complete: Callable[[list[Piece]], None], group: dist.ProcessGroup | None = None
+) -> None:
+    """Writes all ranks' parts into a folder; then rank 0 calls `complete` with the pieces written. Collective.
+
+    group  for the ranks' agreement, with CPU tensors; None: the default one
+    Raises, on every rank, the first error of any: OSError where the folder cannot be written.
+    """
+    with _first_error(), _quiet():
+        pieces = [piece for part in parts for piece in part.pieces()]
+        dcp.save(
+            {}, storage_writer=CheckedWriter(folder, complete), planner=_SavePlanner(pieces),
+            process_group=group, no_dist=not dist.is_initialized(),
+        )  # fmt: skip
 
 
 def load_parts(folder: Path, parts: list[Part]) -> None:
-    """Fills all ranks' parts from a folder, whatever the division in which it was written. Collective."""
-    reader = dcp.FileSystemReader(folder)
+    """Fills all ranks' parts from a folder, whatever the division in which it was written. Collective.
+
+    Raises, on every rank, CorruptCheckpoint where any finds damage, UserError where a tensor does not fit.
+    """
+    with _first_error(), _quiet():
+        reader = CheckedReader(folder)
+        dcp.load({}, storage_reader=reader, planner=_LoadPlanner(parts), no_dist=not dist.is_initialized())
+
+
+@contextmanager
+def _first_error() -> Iterator[None]:
+    """Raises the lowest rank's error for what torch.distributed.checkpoint collects from all ranks."""
     try:
-        with _quiet():
-            dcp.load({}, storage_reader=reader, planner=_LoadPlanner(parts), no_dist=not dist.is_initialized())
-    except dcp.CheckpointException as error:
-        reasons = "; ".join(f"rank {rank}: {reason[0]}" for rank, reason in error.failures.items())
-        raise UserError(f"checkpoint '{folder}' cannot be read: {reasons}") from error
-
-
-def tensors_of(folder: Path) -> dict[str, TensorStorageMetadata]:
-    """The whole tensors that a checkpoint holds, by name."""
-    metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    return {name: entry for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
+        yield
+    except dcp.CheckpointException as failure:
+        reason, _ = min(failure.failures.items())[1]
+        raise reason from failure
 
 
 @contextmanager

@@ -93,19 +93,23 @@ class CheckpointConfig:
     """Where checkpoints go, and how often.
 
     directory  holds a folder a run, which holds a folder a checkpoint
-    interval   optimizer steps between checkpoints; 0: only the last; None: not even that
-    keep       complete checkpoints that are kept; older ones are removed; 0: all
-    resume     what to continue from: a checkpoint, a folder of them, a merged file; None: start anew
+    interval   optimizer steps between checkpoints; 0: not by steps, but the last step's state is saved; None: no
+               checkpoint at all
+    minutes    minutes between checkpoints; 0: not by time
+    keep       newest checkpoints that are kept, beside those that `last` and `best` point to; 0: all
+    resume     what to continue from: a checkpoint, a folder of them, a merged file, a Hugging Face model; None: start
+               anew
     """
 
     directory: Path = Path("checkpoints")
     interval: int | None = 100
+    minutes: float = 0.0
     keep: int = 3
     resume: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("interval", "keep"):
-            if (getattr(self, name) or 0) < 0:
+        for name in ("interval", "minutes", "keep"):
+            if not (getattr(self, name) or 0) >= 0:  # NaN is wrong too
                 raise UserError(f"checkpoint {name} is {getattr(self, name)}; it must be 0 or more")
 
 

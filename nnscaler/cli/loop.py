@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import logging
-import shutil
+import math
 import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from nnscaler.checkpoint import folder as checkpoints
+from nnscaler.checkpoint.claim import claim
+from nnscaler.checkpoint.due import Due
 from nnscaler.checkpoint.folder import TrainerState
 from nnscaler.checkpoint.resume import load_safetensors, resume
-from nnscaler.checkpoint.sharded import owned_state, save_parts
+from nnscaler.checkpoint.saver import Saver
 from nnscaler.cli.config import TrainerArgs
 from nnscaler.cli.log import RunLog
+from nnscaler.cli.processes import from_rank_0
 from nnscaler.compiler import Source
 from nnscaler.data.training import Batches, PackedDataset, Share
+from nnscaler.errors import UserError
 from nnscaler.profiler.steps import StepProfiler
 from nnscaler.runtime.module import ParallelModule
 from nnscaler.runtime.optimizer import ShardedOptimizer
@@ -27,7 +32,11 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingRun:
-    """One training run of what was compiled into `code`."""
+    """One training run of what was compiled into `code`.
+
+    resume_from  what to load, the best first; empty: start anew
+    own_folder   where this run's checkpoints are already, when torchrun restarted it
+    """
 
     def __init__(
         self,
@@ -36,26 +45,49 @@ class TrainingRun:
         device: torch.device,
         source: Source,
         dataset: PackedDataset,
-        resume_from: Path | None,
+        resume_from: list[Path],
+        own_folder: Path | None,
     ) -> None:
         self.args, self.device, self.dataset = args, device, dataset
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.module = ParallelModule(code, device)
         self.mesh = self.module.axes.mesh
         self.optimizer = ShardedOptimizer(self.module.buckets, self.args.optimizer, self.mesh.plan_ngpus)
-        self.step, self.consumed, self.seed = 0, 0, self.args.seed
-        state = resume(resume_from, self.module, self.optimizer, self.args.model.weight_prefix) if resume_from else None
-        if state is not None:
-            self.step, self.consumed, self.seed = state.step, state.consumed, state.seed
-            logger.info("continuing from %s: step %d, %d samples", resume_from, self.step, self.consumed)
-        elif resume_from is None:
-            self._first_weights(source)
         self.share = Share(
             self.module.axes.replica, self.mesh.replicas, self.args.micro_batch_size, self.args.compute.micro_batches
         )
-        left = max(1, len(dataset) // self.share.step_samples)
-        self.steps = self.args.max_train_steps or left
-        self.folder = self._run_folder(resume_from)
+        self.step, self.consumed, self.seed = 0, 0, self.args.seed
+        self.loss: float | None = None  # as last reported
+        loaded, state = None, None
+        if resume_from:
+            loaded, state = resume(resume_from, self.module, self.optimizer, self.args.model.weight_prefix)
+        else:
+            self._first_weights(source)
+        if state is not None:
+            self.step, self.consumed, self.seed, self.loss = state.step, state.consumed, state.seed, state.loss
+            logger.info("continuing from %s: step %d, %d samples", loaded, self.step, self.consumed)
+        left = (len(dataset) - self.consumed) // self.share.step_samples  # of this pass over the dataset
+        self.steps = self.args.max_train_steps or max(1, self.step + left)
+        self._warn_of_changes(state)
+        self.folder = self._claim_folder(loaded if state is not None else None, own_folder)
+
+    def _warn_of_changes(self, state: TrainerState | None) -> None:
+        if state is not None and state.samples != len(self.dataset):
+            logger.warning(
+                "the checkpoint was trained on a dataset of %d samples, this one has %d: samples may come twice or not",
+                state.samples, len(self.dataset),
+            )  # fmt: skip
+        if state is not None and state.schedule != self._schedule():
+            logger.warning("the learning rate was to follow %s; now it follows %s", state.schedule, self._schedule())
+
+    def _claim_folder(self, loaded: Path | None, own: Path | None) -> Path:
+        """Where this run's checkpoints go."""
+        config = self.args.checkpoint
+        within = loaded.resolve() if loaded is not None and loaded.is_dir() else None
+        folder = from_rank_0(lambda: claim(config.directory, self.args.name, within, own), self.device)
+        if not folder.is_dir():
+            raise UserError(f"'{folder}' is not seen by rank {self.rank}: checkpoint_dir must be shared by all nodes")
+        return folder
 
     def _first_weights(self, source: Source) -> None:
         model = self.args.model
@@ -68,18 +100,6 @@ class TrainingRun:
                     self.module.load_one(name, value[self.module.box(name).slices])
         self.optimizer.load_masters()
 
-    def _run_folder(self, resume_from: Path | None) -> Path:
-        """Where this run's checkpoints go: where they were when it continues, else a folder with no other run's."""
-        directory = self.args.checkpoint.directory
-        chosen = [directory / self.args.name]
-        if resume_from is not None and checkpoints.is_checkpoint(resume_from):
-            chosen = [resume_from.resolve().parent]
-        elif self.rank == 0:
-            chosen = [checkpoints.new_run_folder(directory, self.args.name)]
-        if dist.is_initialized():
-            dist.broadcast_object_list(chosen, src=0, device=self.device)
-        return chosen[0]
-
     def train(self) -> None:
         """Steps until `self.steps`; saves every interval and at the end."""
         args = self.args
@@ -90,8 +110,11 @@ class TrainingRun:
         total = torch.zeros(2, dtype=torch.float64, device=self.device)  # losses, labels since the last report
         since, reported = time.perf_counter(), self.step
         profiler = StepProfiler(args.log.profile if self.rank == 0 else None)
-        with RunLog(args.log.directory / self.folder.name, self.steps, self.step, self.rank == 0) as log:
-            while self.step < self.steps:
+        config, stop = args.checkpoint, False
+        log = RunLog(args.log.directory / self.folder.name, self.steps, self.step, self.rank == 0)
+        saver = Saver(self.folder, self.optimizer, self.device, config.keep, args.model.save_assets)
+        with log, saver, Due(config.interval or 0, config.minutes) as due:
+            while self.step < self.steps and not stop:
                 labels = 0
                 for batch, count in batches.step(self.consumed):
                     loss = self.module(**batch)
@@ -102,6 +125,7 @@ class TrainingRun:
                 self.module.reducer.finish()
                 total[1] += labels
                 rate = args.optimizer.lr * args.lr_scheduler.factor(self.step, self.steps)
+                saver.before_update()
                 norm = self.optimizer.step(labels, rate)
                 self.step += 1
                 self.consumed += self.share.step_samples
@@ -110,20 +134,19 @@ class TrainingRun:
                 if self.step % args.log.interval == 0 or self.step == self.steps:
                     if dist.is_initialized():
                         dist.all_reduce(total)
-                    values = {
-                        "loss": (total[0] / total[1].clamp(min=1)).item(),
-                        "gradient_norm": norm.item(),
-                        "lr": rate,
-                    }
+                    self.loss = (total[0] / total[1].clamp(min=1)).item()
+                    values = {"loss": self.loss, "gradient_norm": norm.item(), "lr": rate}
                     elapsed = time.perf_counter() - since
                     log.write(self.step, {**values, **self._speed(self.step - reported, elapsed)})
                     total.zero_()
                     since, reported = time.perf_counter(), self.step
-                interval = args.checkpoint.interval
-                if interval is not None and (self.step == self.steps or (interval and self.step % interval == 0)):
-                    self.save()
+                save, stop = due.after(self.step)
+                if config.interval is not None and (save or self.step == self.steps):
+                    saver.start(self._state())
+            saver.finish()
         if self.rank == 0:
-            logger.info("trained to step %d; checkpoints in %s", self.step, self.folder)
+            reason = "stopped by SIGTERM at" if stop else "trained to"
+            logger.info("%s step %d; checkpoints in %s", reason, self.step, self.folder)
 
     def _speed(self, steps: int, seconds: float) -> dict[str, float]:
         sequences = steps * self.share.step_samples / seconds / self.mesh.runtime_ngpus  # a second and GPU
@@ -141,24 +164,8 @@ class TrainingRun:
             values["mfu"], values["mfu_causal"] = flops[0] * sequences / peak, flops[1] * sequences / peak
         return values
 
-    def save(self) -> None:
-        """Writes a checkpoint: every rank its parts, then rank 0 the rest and the name. Collective."""
-        final = checkpoints.step_folder(self.folder, self.step)
-        work = checkpoints.working_folder(final)
-        if self.rank == 0:
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir(parents=True)
-        if dist.is_initialized():
-            dist.barrier()
-        save_parts(work, owned_state(self.optimizer))
-        if self.rank == 0:
-            self._state().write(work)
-            if self.args.model.save_assets is not None:
-                self.args.model.save_assets(work / checkpoints.ASSETS)
-            checkpoints.publish(work, final)
-            checkpoints.remove_old(self.folder, self.args.checkpoint.keep)
-        if dist.is_initialized():
-            dist.barrier()
+    def _schedule(self) -> dict[str, Any]:
+        return {"lr": self.args.optimizer.lr, **asdict(self.args.lr_scheduler), "steps": self.steps}
 
     def _state(self) -> TrainerState:
         parameters = {
@@ -170,10 +177,14 @@ class TrainingRun:
             step=self.step,
             consumed=self.consumed,
             seed=self.seed,
+            samples=len(self.dataset),
+            schedule=self._schedule(),
+            loss=self.loss if self.loss is not None and math.isfinite(self.loss) else None,
             run=self.folder.name,
             model=self.args.name,
+            processes=self.mesh.runtime_ngpus,
             parameters=parameters,
             tied=self.module.tied,
             prefix=self.args.model.weight_prefix,
-            saved_at=checkpoints.now(),
+            saved_at=time.time(),
         )

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from nnscaler.cli.config import TrainerArgs
+from nnscaler.cli.processes import from_rank_0, join_processes
 from nnscaler.compiler import Source, compile_model, differences, identity
 from nnscaler.data.training import PackedDataset, with_labels
 from nnscaler.errors import UserError
@@ -40,27 +41,24 @@ class Trainer:
                 compile_model(self._source(), self.args.compute, self.gen_folder, self.args.explain)
             return
         # What only training needs takes a second to import, which planning need not wait for.
-        from nnscaler.checkpoint.resume import find_resumable
+        from nnscaler.checkpoint.resume import where_to_begin
         from nnscaler.cli.loop import TrainingRun
 
         self._check_world()
         dataset = self._dataset()
         source = self._source()
-        resume_from = find_resumable(self.args.checkpoint.resume) if self.args.checkpoint.resume else None
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", device_id=self._device_id)
+            join_processes(self.device)
         try:
-            self._compile_if_needed(source)
-            TrainingRun(self.args, self.gen_folder, self.device, source, dataset, resume_from).train()
+            checkpoint = self.args.checkpoint
+            begin = from_rank_0(lambda: where_to_begin(checkpoint.directory, checkpoint.resume), self.device)
+            from_rank_0(lambda: self._compile_if_needed(source), self.device)
+            TrainingRun(self.args, self.gen_folder, self.device, source, dataset, *begin).train()
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-
-    @property
-    def _device_id(self) -> torch.device | None:
-        return self.device if self.device.type == "cuda" else None
 
     @property
     def gen_folder(self) -> Path:
@@ -111,24 +109,13 @@ class Trainer:
         )
 
     def _compile_if_needed(self, source: Source) -> None:
-        """Rank 0 compiles unless the folder holds just what is wanted; the others wait."""
-        error: list[UserError | None] = [None]
-        if self.rank == 0:
-            model, _ = source.build()
-            changed = differences(self.gen_folder, identity(source, model, self.args.compute))
-            try:
-                if changed is None:
-                    compile_model(source, self.args.compute, self.gen_folder)
-                elif changed:
-                    logger.warning(
-                        "%s was compiled for something else (%s): compiling", self.gen_folder, "; ".join(changed)
-                    )
-                    compile_model(source, self.args.compute, self.gen_folder)
-                else:
-                    logger.info("using the compiled plan in %s", self.gen_folder)
-            except UserError as failure:
-                error[0] = failure
-        if self.world > 1:
-            dist.broadcast_object_list(error, src=0, device=self.device)
-        if error[0] is not None:
-            raise error[0]
+        """Compiles unless the folder holds just what is wanted."""
+        model, _ = source.build()
+        changed = differences(self.gen_folder, identity(source, model, self.args.compute))
+        if changed is None:
+            compile_model(source, self.args.compute, self.gen_folder)
+        elif changed:
+            logger.warning("%s was compiled for something else (%s): compiling", self.gen_folder, "; ".join(changed))
+            compile_model(source, self.args.compute, self.gen_folder)
+        else:
+            logger.info("using the compiled plan in %s", self.gen_folder)

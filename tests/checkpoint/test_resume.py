@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -13,29 +13,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nnscaler import UserError
+from nnscaler.checkpoint.checksums import Checksums
+from nnscaler.checkpoint.export import export_model
 from nnscaler.checkpoint.folder import latest_checkpoint
-from nnscaler.checkpoint.merge import Checkpoint, export_model, merge_to_file
-from nnscaler.cli.config import CheckpointConfig
-from nnscaler.cli.trainer import Trainer
+from nnscaler.checkpoint.merge import merge_to_file
+from nnscaler.checkpoint.randomness import random_states, set_random_states
+from nnscaler.checkpoint.stored import Checkpoint
 from nnscaler.data.training import PackedDataset
-from nnscaler.models.files import AssetWriter
 from tests import tiny
+from tests.checkpoint.jobs import assert_equal, final, losses, tensors, train
 from tests.launch import run
-from tests.parity import SEED, TOLERANCE, Case, arguments, plain_loop
-
-
-def job(case: Case, folder: Path, steps: int, name: str, resume: Path | None = None, precision: str = "fp32"):
-    args = arguments(case, folder)
-    writer = AssetWriter(tiny.config(), {"fp32": "float32", "bf16": "bfloat16"}[precision], "none", None)
-    return dataclasses.replace(
-        args, name=name, max_train_steps=steps, precision=precision,
-        model=dataclasses.replace(args.model, save_assets=writer),
-        checkpoint=CheckpointConfig(folder / "checkpoints", interval=0, resume=resume),
-    )  # fmt: skip
-
-
-def train(case: Case, *job_arguments) -> None:
-    Trainer(job(case, *job_arguments)).run()
+from tests.parity import SEED, TOLERANCE, Case, plain_loop
 
 
 @pytest.fixture(scope="module")
@@ -51,33 +39,50 @@ ONE = Case(2, 2, accumulation=2)  # two sequences a step
 
 @pytest.fixture(scope="module")
 def saved(folder):
-    """Five steps, saved; and twelve without a stop, for comparison."""
-    run(2, train, ONE, folder, 12, "straight", init=False)
-    run(2, train, ONE, folder, 5, "first", init=False)
-    return latest_checkpoint(folder / "checkpoints" / "first")
+    """Twelve steps without a stop, and what was saved of the fifth while the next ones went on."""
+    run(2, train, ONE, folder, 12, "straight", {"interval": 5, "keep": 0}, init=False)
+    return folder / "checkpoints" / "straight" / "step_00000005"
 
 
-def losses(folder: Path, name: str) -> list[float]:
-    lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
-
-
-def state(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    checkpoint = Checkpoint.open(latest_checkpoint(folder / "checkpoints" / name))
-    return {name: checkpoint.read(name, shape) for name, shape in checkpoint.shapes().items()}
-
-
-def resume_copy(saved: Path, folder: Path, name: str) -> Path:
-    """A copy of a checkpoint in a run folder of its own, so that a run that goes on from it leaves the original."""
-    return Path(shutil.copytree(saved, folder / "checkpoints" / name / saved.name))
+def resume_copy(saved: Path, folder: Path, name: str) -> dict[str, Path]:
+    """Goes on from a copy of a checkpoint in a run folder of its own, so that the original is left."""
+    return {"resume": Path(shutil.copytree(saved, folder / "checkpoints" / name / saved.name))}
 
 
 def test_on_the_same_plan_it_is_bit_exact(folder, saved):
     run(2, train, ONE, folder, 12, "same", resume_copy(saved, folder, "same"), init=False)
     assert losses(folder, "same") == losses(folder, "straight")[5:]
-    wanted = state(folder, "straight")
-    for name, tensor in state(folder, "same").items():
-        assert torch.equal(tensor, wanted[name]), name
+    assert_equal(final(folder, "same"), final(folder, "straight"))
+
+
+def test_every_element_is_written_once_and_random_states_by_every_rank(folder, saved):
+    checkpoint = Checkpoint.open(saved)
+    elements = 3 * sum(np.prod(entry["shape"]) for entry in checkpoint.state.parameters.values())
+    stored = [entry for name, entry in checkpoint.entries.items() if not name.startswith("random.")]
+    assert sum(chunk.sizes.numel() for entry in stored for chunk in entry.chunks) == elements
+    assert {name for name in checkpoint.entries if name.startswith("random.")} == {
+        f"random.{generator}.{rank}" for generator in ("torch", "python", "numpy") for rank in (0, 1)
+    }
+    shards = [size for name, size in Checksums.read(saved).sizes().items() if name.endswith(".distcp")]
+    assert len(shards) == 2
+    pieces = sum(len(entry.chunks) for entry in checkpoint.entries.values())
+    assert sum(shards) < 4 * elements + 3000 * pieces + 2**16  # a piece's own header, and the random states
+
+
+def test_random_streams_continue(tmp_path):
+    device = torch.device("cpu")
+    for generator in (torch.manual_seed, random.seed, np.random.seed):
+        generator(7)
+    random.gauss()  # which keeps a second value for the next call
+    states = random_states(device)
+
+    def draw() -> list[float]:
+        return [torch.rand(()).item(), random.random(), random.gauss(), np.random.random(), np.random.standard_normal()]
+
+    wanted = draw()
+    assert draw() != wanted
+    set_random_states(states, device)
+    assert draw() == wanted
 
 
 OTHERS = [(Case(1, 4), 4), (Case(1, 1, accumulation=2), 2), (Case(2, 4, chunk_loss=True, accumulation=2), 4)]
@@ -86,36 +91,38 @@ OTHERS = [(Case(1, 4), 4), (Case(1, 1, accumulation=2), 2), (Case(2, 4, chunk_lo
 @pytest.mark.parametrize(("case", "sequences"), OTHERS, ids=lambda value: getattr(value, "name", ""))
 def test_on_another_plan_it_goes_on_at_the_exact_sample(folder, saved, case, sequences):
     """Straight from the shards, with other numbers of processes and of sequences a step."""
-    resumed = resume_copy(saved, folder, case.name)
-    run(case.runtime, train, case, folder, 10, case.name, resumed, init=False)
+    run(case.runtime, train, case, folder, 10, case.name, resume_copy(saved, folder, case.name), init=False)
     rows = PackedDataset.open(folder / "data").rows.with_format("numpy")["input_ids"]
     wanted, weights = plain_loop(np.asarray(rows), [2] * 5 + [sequences] * 5)
     assert losses(folder, case.name) == pytest.approx(wanted[5:], rel=TOLERANCE)
-    found = state(folder, case.name)
+    found = final(folder, case.name)
     for name, weight in weights.items():
         assert tiny.close(found[f"model.{name}"], weight) < TOLERANCE, name
 
 
 def test_a_merged_file_resumes_on_any_number_of_processes(folder, saved, tmp_path):
-    checkpoint = Checkpoint.open(saved)
-    merge_to_file(checkpoint, tmp_path / "merged.ckpt")
+    merge_to_file(Checkpoint.open(saved), tmp_path / "merged.ckpt", verify=True)
     content = torch.load(tmp_path / "merged.ckpt", weights_only=True)
-    assert set(content) == {"model", "optimizer", "trainer"}
+    assert set(content) == {"model", "optimizer", "trainer", "checksums"}
     assert set(content["optimizer"]) == {"exp_avg", "exp_avg_sq"}
+    whole = tensors(saved)
     for name, tensor in content["model"].items():
-        assert torch.equal(tensor, state(folder, "first")[f"model.{name}"])
+        assert torch.equal(tensor, whole[f"model.{name}"])
     for case in (Case(1, 1, accumulation=2), Case(1, 2)):
-        run(case.runtime, train, case, folder, 12, f"merged-{case.name}", tmp_path / "merged.ckpt", init=False)
-        assert losses(folder, f"merged-{case.name}") == pytest.approx(losses(folder, "straight")[5:], rel=TOLERANCE)
+        name = f"merged-{case.name}"
+        run(case.runtime, train, case, folder, 12, name, {"resume": tmp_path / "merged.ckpt"}, init=False)
+        assert losses(folder, name) == pytest.approx(losses(folder, "straight")[5:], rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_merged_model_is_the_training_model(folder, tmp_path, precision):
     """transformers loads it with nothing missing or unexpected, and its logits are those of the trained weights."""
     name = f"export-{precision}"
-    run(2, train, ONE, folder, 2, name, None, precision, init=False)
+    run(2, train, ONE, folder, 2, name, {"precision": precision}, init=False)
     checkpoint = Checkpoint.open(latest_checkpoint(folder / "checkpoints" / name))
-    export_model(checkpoint, tmp_path / "model")
+    export_model(checkpoint, tmp_path / "model", verify=True, shard_bytes=40_000)
+    index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not any(report.values()), report
     assert loaded.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
@@ -126,7 +133,7 @@ def test_the_merged_model_is_the_training_model(folder, tmp_path, precision):
         tokens = torch.arange(20).unsqueeze(0)
         assert torch.equal(loaded(tokens).logits, trained(tokens).logits)
     # The loss that training itself finds next is the merged model's loss on the same samples.
-    run(2, train, ONE, folder, 3, name, checkpoint.folder, precision, init=False)
+    run(2, train, ONE, folder, 3, name, {"precision": precision, "resume": checkpoint.folder}, init=False)
     rows = np.asarray(PackedDataset.open(folder / "data").rows["input_ids"])
     order = np.random.default_rng((SEED, 0)).permutation(len(rows))[4:6]
     batch = torch.from_numpy(rows[order].astype(np.int64))
@@ -137,3 +144,12 @@ def test_the_merged_model_is_the_training_model(folder, tmp_path, precision):
     assert losses(folder, name)[2] == pytest.approx(loss.item(), rel=tolerance)
     with pytest.raises(UserError, match="is not empty"):
         export_model(checkpoint, tmp_path / "model")
+
+
+def test_a_hugging_face_directory_gives_weights_alone(folder, saved, tmp_path):
+    """Training begins at step 0 and sample 0 from the exported weights."""
+    export_model(Checkpoint.open(saved), tmp_path / "model")
+    run(2, train, ONE, folder, 1, "weights", {"resume": tmp_path / "model"}, init=False)
+    state = Checkpoint.open(latest_checkpoint(folder / "checkpoints" / "weights")).state
+    assert (state.step, state.consumed) == (1, 2)
+    assert losses(folder, "weights")[0] < losses(folder, "straight")[0] - 0.01

@@ -1,0 +1,122 @@
+"""Sharded checkpoint -> a directory that transformers loads; a tensor at a time, so that memory stays small."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from nnscaler.checkpoint.checksums import CorruptCheckpoint, file_crc
+from nnscaler.checkpoint.folder import ASSETS
+from nnscaler.checkpoint.merge import forget_cached, progress, write_tensor
+from nnscaler.checkpoint.stored import Checkpoint
+from nnscaler.errors import UserError
+
+SHARD_BYTES = 5 * 10**9  # of a safetensors file, at most, unless one tensor is larger
+_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+_INDEX = "model.safetensors.index.json"
+
+
+def export_model(checkpoint: Checkpoint, directory: Path, verify: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes safetensors in the training's type with their index, config.json and tokenizer.
+
+    verify  read everything again from the disk before the directory gets its name, and compare
+    The directory appears whole or not at all. Raises UserError where it is not empty or cannot be written, or the
+    checkpoint was made from a model without configuration; CorruptCheckpoint where the checkpoint is damaged, or what
+    is read again differs.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"output_dir is '{directory}', which is not empty")
+    assets = checkpoint.folder / ASSETS
+    if not assets.is_dir():
+        raise UserError(f"checkpoint '{checkpoint.folder}' has no folder '{ASSETS}' with the model's config.json")
+    work = directory.with_name(f".{directory.name}.writing")
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        shutil.copytree(assets, work)
+        crcs = _write(checkpoint, work, _shards(checkpoint, shard_bytes))
+        if verify:
+            _check(work, crcs)
+        if directory.exists():
+            directory.rmdir()
+        work.rename(directory)
+    except OSError as error:
+        raise UserError(f"cannot write '{directory}': {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _shards(checkpoint: Checkpoint, shard_bytes: int) -> dict[str, dict[str, int]]:
+    """File -> parameter -> bytes."""
+    shards: list[dict[str, int]] = [{}]
+    for tensor, shape in checkpoint.shapes().items():
+        if tensor.startswith("model."):
+            name = tensor.removeprefix("model.")
+            size = torch.Size(shape).numel() * checkpoint.dtype(name).itemsize
+            if shards[-1] and sum(shards[-1].values()) + size > shard_bytes:
+                shards.append({})
+            shards[-1][name] = size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards)}
+
+
+def _write(checkpoint: Checkpoint, directory: Path, shards: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    """File -> exported tensor -> CRC-32 of its bytes."""
+    shapes, prefix = checkpoint.shapes(), checkpoint.state.prefix
+    written: dict[str, dict[str, int]] = {}
+    with progress({name: shape for name, shape in shapes.items() if name.startswith("model.")}, "exporting") as bar:
+        for file_name, shard in shards.items():
+            with open(directory / file_name, "wb") as file:
+                file.write(_header(checkpoint, shard))
+                written[file_name] = {}
+                for name in shard:
+                    tensor = checkpoint.read(f"model.{name}", shapes[f"model.{name}"])
+                    crc = write_tensor(file, tensor, checkpoint.dtype(name), bar)
+                    written[file_name][name.removeprefix(prefix)] = crc
+                file.flush()
+                os.fsync(file.fileno())
+    if len(shards) > 1:
+        weight_map = {name: file_name for file_name, crcs in written.items() for name in crcs}
+        total = sum(sum(shard.values()) for shard in shards.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / _INDEX).write_text(json.dumps(index, indent=1))
+    return written
+
+
+def _header(checkpoint: Checkpoint, shard: dict[str, int]) -> bytes:
+    """https://huggingface.co/docs/safetensors: length of the JSON header, JSON header."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, size in shard.items():
+        header[name.removeprefix(checkpoint.state.prefix)] = {
+            "dtype": _TYPES[checkpoint.dtype(name)],
+            "shape": checkpoint.state.parameters[name]["shape"],
+            "data_offsets": [at, at + size],
+        }
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _check(directory: Path, written: dict[str, dict[str, int]]) -> None:
+    """Raises CorruptCheckpoint for the first tensor that is not what was written."""
+    for file_name, crcs in written.items():
+        path = directory / file_name
+        forget_cached(path)
+        with safe_open(path, "pt") as opened:  # that the library can read it
+            names = set(opened.keys())
+        with path.open("rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            header = json.loads(file.read(length))
+        for name, crc in crcs.items():
+            begin, end = header[name]["data_offsets"] if name in names else (0, 0)
+            if file_crc(path, 8 + length + begin, end - begin) != crc:
+                raise CorruptCheckpoint(f"file '{file_name}' is damaged: tensor '{name}' is not what was written")

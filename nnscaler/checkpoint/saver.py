@@ -1,0 +1,182 @@
+"""Saves in the background while training goes on.
+
+A save copies what this rank owns to the CPU, which is all that training may wait for, and a thread writes the copy. On
+a GPU the copy runs beside the next forward and backward pass; only the update of the weights waits for it. The ranks'
+threads agree through a process group of their own, on the CPU, so that training's collectives are not in their way.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nnscaler.checkpoint import folder as folders
+from nnscaler.checkpoint.checksums import Checksums, Piece, whole_file
+from nnscaler.checkpoint.folder import TrainerState
+from nnscaler.checkpoint.randomness import random_states
+from nnscaler.checkpoint.sharded import Part, owned_state, save_parts, whole
+from nnscaler.errors import UserError
+from nnscaler.runtime.optimizer import ShardedOptimizer
+
+logger = logging.getLogger(__name__)
+
+_CRASH_SECONDS = 60  # that a save under way is given when training fails
+
+
+class Saver:
+    """Writes checkpoints into a run's folder. All methods but `before_update` are collective.
+
+    keep         newest checkpoints that are kept beside those that `last` and `best` point to; 0: all
+    save_assets  writes into a folder what makes an exported model complete; None: nothing
+    A save that fails leaves training, and the checkpoints before it, as they are: a line is logged. The last one of a
+    run (`finish`) raises UserError instead.
+    """
+
+    def __init__(
+        self, run: Path, optimizer: ShardedOptimizer, device: torch.device, keep: int,
+        save_assets: Callable[[Path], None] | None,
+    ) -> None:  # fmt: skip
+        self.run, self._device, self._keep, self._save_assets = run, device, keep, save_assets
+        self._owned = owned_state(optimizer)
+        self._distributed = dist.is_initialized()
+        self._rank = dist.get_rank() if self._distributed else 0
+        self._group = dist.new_group(backend="gloo") if self._distributed else None
+        self._staged: list[Part] | None = None
+        self._copied: torch.cuda.Event | None = None
+        self._thread: threading.Thread | None = None
+        self._failure: tuple[int, BaseException] | None = None  # the step, the error
+        self._assets: dict[str, bytes] | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self._thread is not None:
+            self._thread.join(_CRASH_SECONDS)  # what training did before it failed may still be saved
+
+    def start(self, state: TrainerState) -> None:
+        """Begins to save the present state; waits first where an earlier save is still being written."""
+        if self._thread is not None and self._thread.is_alive():
+            logger.warning("the checkpoint before that of step %d is still being written: waiting", state.step)
+        self._join()
+        self._report()
+        random = [whole(f"random.{name}.{self._rank}", tensor) for name, tensor in random_states(self._device).items()]
+        parts = [*self._stage(), *random]
+        self._thread = threading.Thread(target=self._write, args=(parts, state), daemon=True, name="checkpoint")
+        self._thread.start()
+
+    def before_update(self) -> None:
+        """To be called before the weights change: the device waits until they are copied."""
+        if self._copied is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._copied)
+        if self._thread is not None and not self._thread.is_alive():
+            self._report()
+
+    def finish(self) -> None:
+        """Waits for the last save. Raises UserError, on rank 0, where it failed; the others exit."""
+        self._join()
+        if self._failure is None:
+            return
+        if self._rank > 0:
+            raise SystemExit(2)  # one rank says why
+        raise UserError(self._describe()) from self._failure[1]
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def _report(self) -> None:
+        if self._failure is not None and self._rank == 0:
+            logger.error("%s; training goes on", self._describe())
+        self._failure = None
+
+    def _describe(self) -> str:
+        assert self._failure is not None
+        step, error = self._failure
+        reason = error.strerror or error if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        complete = folders.complete_checkpoints(self.run)
+        newest = f"the newest complete one is '{complete[-1]}'" if complete else "there is no complete one"
+        return f"cannot save a checkpoint of step {step} in '{self.run}': {reason}; {newest}"
+
+    def _stage(self) -> list[Part]:
+        """Copies of the owned parts on the CPU, in memory that is used again and again."""
+        if self._staged is None:
+            self._staged = _copies(self._owned, self._device)
+        if self._device.type == "cpu":
+            _copy(self._owned, self._staged)
+            return self._staged
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            _copy(self._owned, self._staged)
+            self._copied = torch.cuda.Event()
+            self._copied.record(stream)
+        return self._staged
+
+    def _write(self, parts: list[Part], state: TrainerState) -> None:
+        """In the background: all ranks' shards, then rank 0 the rest and the name."""
+        work = folders.working_folder(self.run, state.step)
+        try:
+            if self._copied is not None:
+                self._copied.synchronize()
+            save_parts(work, parts, lambda pieces: self._complete(work, state, pieces), self._group)
+        except BaseException as error:  # whatever it is, training does not end because of it
+            self._failure = state.step, error
+            if self._rank == 0:
+                shutil.rmtree(work, ignore_errors=True)
+
+    def _complete(self, work: Path, state: TrainerState, shards: list[Piece]) -> None:
+        """On rank 0, when every rank has written: the other files, their checksums, the name."""
+        state.write(work)
+        for name, content in self._model_assets().items():
+            path = work / folders.ASSETS / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        known = {piece.file for piece in shards}
+        others = [path for path in work.rglob("*") if path.is_file() and path.relative_to(work).as_posix() not in known]
+        Checksums(work, [*shards, *(whole_file(work, path) for path in others)]).write()
+        folders.publish(work, state)
+        folders.remove_old(self.run, self._keep)
+
+    def _model_assets(self) -> dict[str, bytes]:
+        """Relative path -> content; made once, since they do not change."""
+        if self._assets is None:
+            self._assets = {}
+            if self._save_assets is not None:
+                with tempfile.TemporaryDirectory() as directory:
+                    self._save_assets(Path(directory))
+                    files = [path for path in Path(directory).rglob("*") if path.is_file()]
+                    self._assets = {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
+        return self._assets
+
+
+def _copy(sources: list[Part], targets: list[Part]) -> None:
+    with torch.no_grad():
+        for source, target in zip(sources, targets, strict=True):
+            target.tensor.copy_(source.tensor, non_blocking=True)
+
+
+def _copies(parts: list[Part], device: torch.device) -> list[Part]:
+    """Parts of the same sizes in one block of CPU memory, which a GPU can write to by itself."""
+    assert all(part.tensor.dtype == torch.float32 for part in parts)
+    memory = torch.empty(sum(part.tensor.numel() for part in parts))
+    if device.type == "cuda" and len(memory):
+        _pin(memory)
+    chunks = memory.split([part.tensor.numel() for part in parts])
+    return [replace(part, tensor=chunk.view(part.box.sizes)) for part, chunk in zip(parts, chunks)]
+
+
+def _pin(memory: Tensor) -> None:
+    """Locks just this memory (`pin_memory` would take up to the next power of two)."""
+    status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel() * memory.element_size(), 0)
+    if int(status) != 0:
+        logger.warning("checkpoints are copied slowly: the system does not lock %d bytes of memory", memory.nbytes)

@@ -1,0 +1,101 @@
+"""torch.distributed.checkpoint's files, with a checksum for every piece of every tensor."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from nnscaler.checkpoint.checksums import Checksums, CorruptCheckpoint, Piece, file_crc
+from nnscaler.runtime.shards import Box
+
+
+@dataclass(frozen=True)
+class _CheckedResult(WriteResult):
+    """What a rank tells of a piece that it wrote."""
+
+    crc: int
+
+
+class CheckedWriter(dcp.FileSystemWriter):
+    """Writes one file a rank into a folder. When all have, rank 0 calls `complete` with the files' pieces.
+
+    An error in `complete`, as in any rank's writing, is one of the whole save, on all ranks. Tensors are on the CPU.
+    """
+
+    def __init__(self, folder: Path, complete: Callable[[list[Piece]], None]) -> None:
+        super().__init__(folder, single_file_per_rank=True, sync_files=True, per_thread_copy_ahead=0)
+        self._folder, self._complete = folder, complete
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        checked: list[WriteResult] = []
+        for result in super().write_data(plan, planner).wait():
+            stored = result.storage_data
+            crc = file_crc(self._folder / stored.relative_path, stored.offset, stored.length)  # from the page cache
+            checked.append(_CheckedResult(result.index, result.size_in_bytes, stored, crc))
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(checked)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        super().finish(metadata, results)
+        pieces = []
+        for result in (result for of_rank in results for result in of_rank):
+            assert isinstance(result, _CheckedResult)
+            stored = result.storage_data
+            pieces.append(Piece(result.crc, stored.offset, stored.length, stored.relative_path, _label(result.index)))
+        self._complete(pieces)
+
+
+def _label(index: MetadataIndex) -> str:
+    return f"{index.fqn}[{', '.join(map(str, index.offset or ()))}]"
+
+
+class CheckedReader(dcp.FileSystemReader):
+    """Reads what CheckedWriter wrote, and checks every piece that it reads. Raises CorruptCheckpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._folder, self._checksums = folder, Checksums.read(folder)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        damage = next(self._checksums.damages(shards=False), None)  # the index is a pickle: not loaded when changed
+        if damage is not None:
+            raise CorruptCheckpoint(damage)
+        return super().read_metadata(*args, **kwargs)
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        by_piece: dict[MetadataIndex, list[Any]] = {}
+        for item in plan.items:
+            by_piece.setdefault(item.storage_index, []).append(item)
+        for index, items in by_piece.items():
+            piece = self.read_piece(self.storage_data[index])
+            for item in items:
+                wanted = Box(tuple(item.storage_offsets), tuple(item.lengths))
+                target = planner.resolve_tensor(item)
+                target.copy_(piece[wanted.slices])
+                planner.commit_tensor(item, target)
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    def read_piece(self, stored: Any) -> Tensor:
+        """A piece of a tensor, from where the index says that it is."""
+        try:
+            with (self._folder / stored.relative_path).open("rb") as file:
+                data = self._checksums.read_piece(file, stored.relative_path, stored.offset)
+        except OSError as error:
+            raise CorruptCheckpoint(
+                f"checkpoint '{self._folder}' cannot be read: file '{stored.relative_path}': {error.strerror}"
+            ) from error
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

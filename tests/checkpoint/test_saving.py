@@ -1,0 +1,193 @@
+"""When checkpoints are written, which are kept, and that a disk in trouble hurts neither training nor older ones."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from nnscaler import UserError
+from nnscaler.checkpoint.checksums import Checksums
+from nnscaler.checkpoint.due import Due
+from nnscaler.checkpoint.folder import complete_checkpoints, latest_checkpoint, remove_old
+from nnscaler.cli.trainer import Trainer
+from tests import tiny
+from tests.checkpoint.jobs import assert_equal, job, losses, publish_one, tensors, train
+from tests.launch import run
+from tests.parity import Case
+
+TWO = Case(1, 2)
+ONE = Case(1, 1, accumulation=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saving")
+    tiny.write_hardware(folder)
+    tiny.write_dataset(folder / "data")
+    return folder
+
+
+def names(runs: Path) -> list[str]:
+    return [path.name for path in complete_checkpoints(runs)]
+
+
+def test_the_newest_and_those_that_links_point_to_are_kept(tmp_path):
+    for step, loss in enumerate([3.0, 1.0, None, 2.0, 1.0], 1):
+        publish_one(tmp_path, step, loss)
+        assert (tmp_path / "last").resolve().name == f"step_{step:08d}"
+        remove_old(tmp_path, 2)
+    assert names(tmp_path) == ["step_00000002", "step_00000004", "step_00000005"]
+    assert (tmp_path / "best").resolve().name == "step_00000002"  # not the equal one that came later
+    publish_one(tmp_path, 6, 0.5)
+    remove_old(tmp_path, 1)
+    assert names(tmp_path) == ["step_00000006"]
+    publish_one(tmp_path, 6, 0.7)  # again, after going back: nothing complete is ever replaced
+    remove_old(tmp_path, 0)
+    assert set(names(tmp_path)) == {"step_00000006", "step_00000006-2"}
+    assert (tmp_path / "last").resolve().name == "step_00000006-2"
+    assert {path.name for path in tmp_path.iterdir()} == {*names(tmp_path), "last", "best"}
+
+
+def test_due_by_steps_and_by_minutes():
+    by_steps, by_time, never = Due(3, 0), Due(0, 0.05 / 60), Due(0, 0)
+    assert [by_steps.after(step)[0] for step in range(1, 8)] == [False, False, True, False, False, True, False]
+    assert by_time.after(1) == (False, False)
+    time.sleep(0.06)
+    assert [by_time.after(step)[0] for step in (2, 3)] == [True, False]
+    assert not any(never.after(step)[0] for step in range(1, 4))
+
+
+def test_a_run_keeps_what_it_should(folder):
+    train(ONE, folder, 6, "kept", {"interval": 2, "keep": 1})
+    found = losses(folder, "kept")
+    best = 2 * min(range(3), key=lambda index: found[2 * index + 1]) + 2
+    assert set(names(folder / "checkpoints" / "kept")) == {f"step_{best:08d}", "step_00000006"}
+
+
+def train_until_terminated(folder: Path) -> list[str]:
+    """Rank 1 alone gets SIGTERM, after three steps."""
+
+    def terminate() -> None:
+        metrics = folder / "runs" / "terminated" / "metrics.jsonl"
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if os.environ["RANK"] == "1":
+        threading.Thread(target=terminate, daemon=True).start()
+    with messages() as said:
+        train(TWO, folder, 100_000, "terminated", {"interval": 0})
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    return said
+
+
+def test_sigterm_saves_on_all_ranks_and_ends(folder):
+    said = run(2, train_until_terminated, folder, init=False)[0]
+    steps = len(losses(folder, "terminated"))
+    assert 3 <= steps < 100_000
+    assert f"stopped by SIGTERM at step {steps}" in "\n".join(said)
+    saved = latest_checkpoint(folder / "checkpoints" / "terminated")
+    assert saved.name == f"step_{steps:08d}"
+    assert not list(Checksums.read(saved).damages(shards=True))
+
+
+@contextmanager
+def messages():
+    """What the package logs here."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("nnscaler")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield said
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of its own, of two megabytes."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", path], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"mounting is not permitted here: {mounted.stderr.decode().strip()}")
+    yield path
+    subprocess.run(["umount", "-l", path], check=True)
+
+
+def train_on(disk: Path, folder: Path, name: str, steps: int) -> tuple[list[str], str]:
+    with messages() as said:
+        try:
+            train(TWO, folder, steps, name, {"interval": 1, "keep": 0, "directory": disk})
+        except UserError as error:
+            return said, str(error)
+        except SystemExit as stopped:
+            return said, f"exit status {stopped.code}"
+    return said, ""
+
+
+def assert_unhurt(folder: Path, name: str, saved: list[Path]) -> None:
+    """Training found the losses that it finds without trouble, and what was saved before is what would have been."""
+    if not (folder / "checkpoints" / "healthy").exists():
+        run(2, train, TWO, folder, 8, "healthy", {"interval": 1, "keep": 0}, init=False)
+    assert losses(folder, name) == losses(folder, "healthy")
+    assert saved
+    for checkpoint in saved:
+        assert_equal(tensors(checkpoint), tensors(folder / "checkpoints" / "healthy" / checkpoint.name))
+
+
+def test_a_full_disk(folder, disk):
+    (said, error), (other_said, other) = run(2, train_on, disk, folder, "full", 8, init=False)
+    saved = complete_checkpoints(disk / "full")
+    assert 0 < len(saved) < 7
+    failures = [line for line in said if "cannot save a checkpoint" in line]
+    step = len(saved) + 1
+    assert failures[0] == (
+        f"cannot save a checkpoint of step {step} in '{disk / 'full'}': No space left on device; "
+        f"the newest complete one is '{saved[-1]}'; training goes on"
+    )
+    assert len(failures) == 8 - step  # one line for each, but for the last, which ends the run
+    assert error.startswith("cannot save a checkpoint of step 8")
+    assert "No space left on device" in error
+    assert "\n" not in error + failures[0]
+    assert other == "exit status 2"
+    assert not other_said
+    assert not [path for path in (disk / "full").iterdir() if path.name.endswith(".writing")]
+    assert_unhurt(folder, "full", saved)
+
+
+def make_read_only(disk: Path, runs: Path) -> None:
+    """When a first checkpoint is complete."""
+    while not complete_checkpoints(runs):
+        time.sleep(0.01)
+    while subprocess.run(["mount", "-o", "remount,ro", disk], capture_output=True).returncode != 0:
+        time.sleep(0.001)  # while a file is being written
+
+
+def test_a_directory_that_becomes_read_only(folder, disk):
+    subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+    thread = threading.Thread(target=make_read_only, args=(disk, disk / "locked"))
+    thread.start()
+    (said, error), _ = run(2, train_on, disk, folder, "locked", 8, init=False)
+    thread.join()
+    saved = complete_checkpoints(disk / "locked")
+    assert error.endswith(f"Read-only file system; the newest complete one is '{saved[-1]}'")
+    assert all("Read-only file system" in line for line in said if "cannot save" in line)
+    assert_unhurt(folder, "locked", saved)
+
+
+def test_a_directory_that_is_read_only_from_the_start(folder, disk, tmp_path):
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    with pytest.raises(UserError, match=r"cannot write checkpoints into .*: Read-only file system"):
+        Trainer(job(ONE, folder, 3, "never", directory=disk)).run()
