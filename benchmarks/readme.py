@@ -50,12 +50,12 @@ def headline() -> str:
         [
             "Measured (the files are in ``benchmarks/results``, the scripts beside them):",
             "",
-            f"* {describe(best)}: {best['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU, {best['mfu']:.1%} MFU by the",
-            f"  document's formula ({best['mfu_causal']:.1%} causal), optimizer and data loading included",
-            f"* the chunked loss, 16,384 tokens: {ours['milliseconds']:.1f} ms and {ours['gib']:.2f} GiB; Liger's in the "
-            "same run",
-            f"  {liger['milliseconds']:.1f} ms and {liger['gib']:.2f} GiB",
-            f"* {crash['kills']} runs killed at random moments: all resumed, no complete checkpoint lost, no torn one loaded",
+            f"* {describe(best)}: {best['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU,",
+            f"  {best['mfu']:.1%} MFU by the document's formula ({best['mfu_causal']:.1%} causal), optimizer included",
+            f"* the chunked loss, 16,384 tokens: {ours['milliseconds']:.1f} ms and {ours['gib']:.2f} GiB;",
+            f"  Liger's in the same run {liger['milliseconds']:.1f} ms and {liger['gib']:.2f} GiB",
+            f"* {crash['kills']} runs killed at random moments: all resumed, no complete checkpoint lost, no torn one",
+            "  loaded",
         ]
     )
 

@@ -47,6 +47,7 @@ subject to    sum_o x_do = 1                                                    
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -199,13 +200,11 @@ class Program:
             by_level = [(self.z[index, level][option], 1.0) for level in self.n[decision.block]]
             self.milp.row([*by_level, (x, -calls)], 0.0, 0.0)
 
-    def _calls(self, block: str, use: Use, level: str, layouts: set[Placements], side: str) -> Terms:
-        """Calls of `block` at `level` in which a decision makes or uses a tensor in one of the (storage) layouts."""
+    def _calls(self, block: str, use: Use, level: str, fits: Callable[[Placements], bool], side: str) -> Terms:
+        """Calls of `block` at `level` in which a decision makes or uses a tensor in a layout that fits."""
         index, position = use
         decision = self.problem.decisions[index]
-        matching = [
-            o for o, option in enumerate(decision.options) if storage(getattr(option, side)[position]) in layouts
-        ]
+        matching = [o for o, option in enumerate(decision.options) if fits(getattr(option, side)[position])]
         if decision.block == block and (index, level) in self.z:
             return [(self.z[index, level][option], 1.0) for option in matching]
         return [(self.x[index][option], float(self.problem.calls[block])) for option in matching]
@@ -276,16 +275,20 @@ class Program:
     def _keep(self, index: int, level: str, made: set[Placements], again: dict[Placements, Terms]) -> None:
         """keeping, for one flow and level"""
         flow = self.problem.flows[index]
+
+        def making(layout: Placements) -> Terms:
+            return self._calls(flow.block, flow.producer, level, lambda made: storage(made) == layout, "outputs")
+
         if level in flow.made and not flow.held:
             for layout in made:
-                self._keep_row(index, layout, level, self._calls(flow.block, flow.producer, level, {layout}, "outputs"))
+                self._keep_row(index, layout, level, making(layout))
         for use in [*flow.used.get(level, ()), *flow.moved.get(level, ())]:
             options = self.problem.decisions[use[0]].options
-            for layout in dict.fromkeys(storage(option.inputs[use[1]]) for option in options):
-                calls = self._calls(flow.block, use, level, {layout}, "inputs")
+            for used in dict.fromkeys(option.inputs[use[1]] for option in options):
+                calls = self._calls(flow.block, use, level, used.__eq__, "inputs")
                 if flow.held or use in flow.moved.get(level, ()):
-                    calls = calls + _minus(self._calls(flow.block, flow.producer, level, {layout}, "outputs"))
-                self._keep_row(index, layout, level, calls + again.get(layout, []))
+                    calls = calls + _minus(making(storage(used)))
+                self._keep_row(index, storage(used), level, calls + again.get(used, []))
 
     def _gather_again(
         self, index: int, made: dict[Placements, Terms], resharded: dict[tuple[Placements, Placements], int]
@@ -301,7 +304,7 @@ class Program:
                 g = self.milp.variable(integer=True)
                 self._take_time(g, flow.count * seconds.forward, "backward")
                 self.milp.row([(g, 1.0), *_minus(made[source])], upper=0.0)
-                terms.setdefault(storage(target), []).append((g, -float(self.problem.calls[flow.block])))
+                terms.setdefault(target, []).append((g, -float(self.problem.calls[flow.block])))
                 self.gathered[index, source, target] = g
         return terms
 

@@ -170,7 +170,9 @@ class GradientReducer:
                 self._buffers[index] = torch.zeros(bucket.flat.shape, dtype=torch.float32, device=bucket.device)
                 self._arrived[index] = set()
             there, here = slot.within(len(bucket.flat))
-            self._buffers[index][there].copy_(gradient[here])
+            # A tied weight's gradient may come in two parts: from where it is gathered, and where it is used as stored.
+            second = slot.name in self._arrived[index]
+            (self._buffers[index][there].add_ if second else self._buffers[index][there].copy_)(gradient[here])
             self._arrived[index].add(slot.name)
             if len(self._arrived[index]) == len(bucket.slots):
                 self._send(index)
