@@ -14,6 +14,7 @@ Train (compiles first where no matching plan is there):
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from nnscaler.cli.config import (
 from nnscaler.cli.trainer import Trainer
 from nnscaler.compiler import ComputeConfig
 from nnscaler.data.training import PackedDataset
+from nnscaler.errors import UserError
 from nnscaler.hardware import hardware_names
 from nnscaler.models import load_config
 from nnscaler.models.causal_lm import (
@@ -45,6 +47,8 @@ from nnscaler.models.files import AssetWriter, find_weights
 from nnscaler.report import explain, read_plan
 from nnscaler.runtime.optimizer import OptimizerConfig
 from nnscaler.trace import STRATEGIES
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
@@ -76,8 +80,10 @@ def parse() -> argparse.Namespace:
         "never holding all logits")  # fmt: skip
     add("--recompute_modules", default="", help="comma-separated class names: what modules of these "
         "classes compute, and nothing else, is computed again in backward (default: the planner chooses)")  # fmt: skip
-    add("--explore_pipeline", action="store_true", help="search pipeline stages too")
-    add("--pipeline_pivots", default="", help="comma-separated class names at which stages may begin")
+    add("--explore_pipeline", action="store_true", help="accepted with a warning: pipeline stages are not searched "
+        "yet, the plan has one stage")  # fmt: skip
+    add("--pipeline_pivots", default="", help="comma-separated class names at which stages may begin; only with "
+        "--explore_pipeline")  # fmt: skip
     add("--attn_implementation", choices=IMPLEMENTATIONS, default="auto", help="attention kernel on a GPU; auto: the "
         "fastest of those that are installed; eager: as the model writes it, scores and all")  # fmt: skip
 
@@ -109,6 +115,10 @@ def parse() -> argparse.Namespace:
 
 def trainer_args(options: argparse.Namespace) -> TrainerArgs:
     """What the flags mean. Raises UserError for what does not go together."""
+    if options.pipeline_pivots and not options.explore_pipeline:
+        raise UserError(f"--pipeline_pivots is '{options.pipeline_pivots}'; it goes only with --explore_pipeline")
+    if options.explore_pipeline:
+        logger.warning("--explore_pipeline: pipeline stages are not searched yet; planning one stage")
     config = load_config(options.model_id)
     packed = PackedDataset.open(options.dataset_path) if options.dataset_path else None
     dataset = DatasetConfig(packed, options.sequence_length)

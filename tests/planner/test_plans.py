@@ -24,6 +24,7 @@ from nnscaler.planner.options import Option
 from nnscaler.planner.problem import Decision, Problem, Recomputing, build_problem
 from nnscaler.planner.program import Program
 from nnscaler.trace import trace
+from tests import tiny
 
 GIB = 2.0**30
 SPLIT_OF = Mapping[
@@ -117,3 +118,26 @@ def test_what_cannot_fit_is_refused_with_the_reason():
         UserError, match=r"needs \d+\.\d GB a device, constraint 16\.0 GB; the largest items are .*lm_head"
     ):
         find_plan(model, [Mesh((8,))], load_hardware("h100"), memory=16 * GIB, micro_batches=4, fused=True)
+
+
+@pytest.mark.parametrize("hardware", ["cpu", "h100"])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_plan_stays_within_its_limit(hardware, layers):
+    config = tiny.config(num_hidden_layers=layers)
+    prepare_config(config, tiny.LENGTH, "auto", False)
+    tokens = torch.empty((1, tiny.LENGTH), dtype=torch.int64, device="meta")
+    source = Source(lambda: CausalLM(config), {"input_ids": tokens, "labels": tokens}, torch.float32)
+    built, buffers = source.build()
+    model = trace(built, source.inputs, buffers)
+    refused = 0
+    for devices in (1, 2, 4):
+        mesh = [Mesh((devices,))]
+        free = find_plan(model, mesh, load_hardware(hardware), fused=True).memory_bytes
+        for fraction in (0.97, 0.9, 0.8):
+            try:
+                plan = find_plan(model, mesh, load_hardware(hardware), memory=fraction * free, fused=True)
+            except UserError:
+                refused += 1
+                continue
+            assert plan.memory_bytes <= fraction * free * (1 + 1e-5), (devices, fraction)
+    assert refused < 9, "some limits can be kept"
