@@ -18,7 +18,7 @@ from nnscaler.checkpoint.stored import Checkpoint
 from tests.launch import run
 
 MIB = 2**20
-ROWS, COLUMNS, TENSORS = 2048, 2048, 8  # of 16 MiB each, and their two moments: 384 MiB in all
+ROWS, COLUMNS, TENSORS = 2048, 2048, 12  # of 16 MiB each, and their two moments: 576 MiB in all
 
 
 def measure(folder: Path, output: Path, what: str) -> int:
@@ -65,10 +65,10 @@ def test_peak_memory(saved, tmp_path, what):
     """At most the largest tensor and the pieces it is read in, whatever the number of tensors."""
     (peak,) = run(1, measure, saved, tmp_path / "output", what)
     largest = 4 * ROWS * COLUMNS
-    assert largest / 2 < peak < largest + 112 * MIB, f"{peak / MIB} MiB; all tensors are {24 * largest / MIB} MiB"
+    assert largest / 2 < peak < largest + 256 * MIB, f"{peak / MIB} MiB; all tensors are {36 * largest / MIB} MiB"
     if what == "merge":
         content = torch.load(tmp_path / "output", mmap=True, weights_only=True)
-        assert content["model"]["layer7"].eq(7.0).all()
+        assert content["model"]["layer11"].eq(11.0).all()
     else:
         config = json.loads((tmp_path / "output" / "config.json").read_text())
         assert config == {}
