@@ -77,9 +77,10 @@ def _write(checkpoint: Checkpoint, directory: Path, shards: dict[str, dict[str, 
                 file.write(_header(checkpoint, shard))
                 written[file_name] = {}
                 for name in shard:
-                    tensor = checkpoint.read(f"model.{name}", shapes[f"model.{name}"])
-                    crc = write_tensor(file, tensor, checkpoint.dtype(name), bar)
-                    written[file_name][name.removeprefix(prefix)] = crc
+                    exported, whole = name.removeprefix(prefix), f"model.{name}"
+                    written[file_name][exported] = write_tensor(  # no name holds a tensor while the next is read
+                        file, checkpoint.read(whole, shapes[whole]), checkpoint.dtype(name), bar
+                    )
                 file.flush()
                 os.fsync(file.fileno())
     if len(shards) > 1:

@@ -38,8 +38,12 @@ class CheckedWriter(dcp.FileSystemWriter):
         self._folder, self._complete = folder, complete
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            written = super().write_data(plan, planner).wait()
+        except RuntimeError as error:
+            raise _cause(error) from error
         checked: list[WriteResult] = []
-        for result in super().write_data(plan, planner).wait():
+        for result in written:
             stored = result.storage_data
             crc = file_crc(self._folder / stored.relative_path, stored.offset, stored.length)  # from the page cache
             checked.append(_CheckedResult(result.index, result.size_in_bytes, stored, crc))
@@ -55,6 +59,14 @@ class CheckedWriter(dcp.FileSystemWriter):
             stored = result.storage_data
             pieces.append(Piece(result.crc, stored.offset, stored.length, stored.relative_path, _label(result.index)))
         self._complete(pieces)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The system's error behind one that torch.save raises because of it, when it closes what it could not write."""
+    behind: BaseException | None = error
+    while behind is not None and not isinstance(behind, OSError):
+        behind = behind.__cause__ or behind.__context__
+    return behind or error
 
 
 def _label(index: MetadataIndex) -> str:
