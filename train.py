@@ -125,14 +125,13 @@ def trainer_args(options: argparse.Namespace) -> TrainerArgs:
     length = dataset.length
     prepare_config(config, length, options.attn_implementation, options.enable_chunk_loss)
     loss = chunk_linear_cross_entropy if options.enable_chunk_loss else None
-    running = options.run_mode == "run"
-    weights = find_weights(options.model_id) if running and not options.resume_path else None
+    weights = find_weights(options.model_id) if options.run_mode == "run" and not options.resume_path else None
     model = ModelConfig(
         make=lambda: CausalLM(config, loss),
         weights=weights,
         weight_prefix=WEIGHT_PREFIX,
         vocabulary=config.vocab_size,
-        flops_per_sequence=flops_per_sequence(config, count_parameters(config), length) if running else None,
+        flops_per_sequence=flops_per_sequence(config, count_parameters(config), length),
         save_assets=AssetWriter(config, DTYPES[options.precision], options.model_id, options.dataset_path),
     )
     runtime_ngpus = options.runtime_ngpus or int(os.environ.get("WORLD_SIZE", options.plan_ngpus))

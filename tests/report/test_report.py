@@ -172,8 +172,8 @@ def test_the_bundled_profile_is_named(graph):
 
 
 def test_memory_limits_where_something_is_done_twice(graph, slow):
-    free = find_plan(graph, Mesh((1,)), slow, fused=True)
-    less = find_plan(graph, Mesh((1,)), slow, fused=True, memory=tight(plan_report(free)["predicted"]))
+    free = find_plan(graph, [Mesh((1,))], slow, fused=True)
+    less = find_plan(graph, [Mesh((1,))], slow, fused=True, memory=tight(plan_report(free)["predicted"]))
     of_free, of_less = (
         next(one for one in plan_report(plan)["limits"] if one["limit"] == "memory") for plan in (free, less)
     )
@@ -331,7 +331,7 @@ def test_operators_timed_on_the_device_are_called_measured(graph, slow, tmp_path
             asked.append(node.op)
             return (1e-3, 2e-3) if node.op == "aten.linear.default" else None
 
-    values = plan_report(find_plan(graph, Mesh((2,)), slow, times=Times(tmp_path, "")))
+    values = plan_report(find_plan(graph, [Mesh((2,))], slow, times=Times(tmp_path, "")))
     assert {"aten.linear.default", "attention"} <= set(asked)
     origin = {one["what"]: one["origin"] for one in values["origins"]}
     assert origin["matmul"] == "measured"
