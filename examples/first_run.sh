@@ -36,7 +36,7 @@ step python examples/look.py --run $out/runs/first_run --model $out/merged_model
 say "Done. Look at"
 printf '  %-24s %s\n' \
     "loss curve" "$out/loss.png" \
-    "plan" "$out/compiled/first_run/plan.json" \
+    "plan" "$out/compiled/first_run/plan.html" \
     "generated code" "$out/compiled/first_run/gencode_stage0.py" \
     "TensorBoard" "tensorboard --logdir $out/runs" \
     "merged model" "$out/merged_model" \
