@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.report import CORES, print_table, write_json
+from benchmarks.measure import CORES, RESULTS, ROOT, print_rows, write
 from nnscaler.cli.args import ArgumentParser, run
 from nnscaler.errors import UserError
 from nnscaler.models import load_config
@@ -33,7 +33,6 @@ from nnscaler.models.changes import changed_config
 
 logger = logging.getLogger("compile_time")
 
-ROOT = Path(__file__).resolve().parents[1]
 BASE = "meta-llama/Meta-Llama-3-8B"
 GIB = 2**30
 EXPORT = "export"
@@ -82,7 +81,7 @@ def main() -> None:
     flags.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="what to compile")
     flags.add_argument("--repeats", type=int, default=3, help="rounds, of which the median counts")
     flags.add_argument("--timeout", type=float, default=300.0, help="seconds after which a compile is given up")
-    flags.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder for JSON")
+    flags.add_argument("--output", type=Path, default=RESULTS, help="folder for JSON")
     args = flags.parse_args()
     rounds: list[dict[str, Measured]] = []
     failed: dict[str, str] = {}
@@ -99,13 +98,13 @@ def main() -> None:
     rounds = [{name: entry for name, entry in one.items() if name not in failed} for one in rounds]
     rows = [row(name, rounds) for name in rounds[0]]
     claims = check(rounds)
-    print_table(rows)
+    print_rows(rows)
     for name, reason in failed.items():
         print(f"{name}: not measured: {reason}")
     print()
-    print_table(claims)
+    print_rows(claims)
     result = {"cores": CORES, "rounds": args.repeats, "rows": rows, "failed": failed, "claims": claims}
-    write_json(args.output / "compile_time.json", result)
+    write(args.output / "compile_time.json", result)
 
 
 def export(case: Case) -> Measured:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
+CORES = len(os.sched_getaffinity(0))
 
 
 def environment() -> dict[str, Any]:
@@ -43,6 +45,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in cells
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Prints rows of equal keys as a table."""
+    print(table(list(rows[0]), [list(row.values()) for row in rows]))
 
 
 def gpu_milliseconds(function: Callable[[], object], runs: int = 5, warm_up: int = 2) -> float:

@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.report import CORES, print_table, write_json
+from benchmarks.measure import CORES, ROOT, print_rows, write
 from nnscaler import hub
 from nnscaler.cli.args import ArgumentParser, run
 from nnscaler.data.pack import pack
@@ -34,7 +34,7 @@ from nnscaler.errors import UserError
 
 logger = logging.getLogger("tokenize_text")
 
-BOOKCORPUS = Path(__file__).resolve().parents[1] / "bookcorpus.py"
+BOOKCORPUS = ROOT / "bookcorpus.py"
 SEQUENCE_LENGTH = 4096
 
 
@@ -58,9 +58,9 @@ def main() -> None:
         for row in measured:
             logger.info("%s", row)
             rows.append(row)
-    print_table(rows)
+    print_rows(rows)
     if args.json:
-        write_json(Path(args.json), {"cores": CORES, "rows": rows})
+        write(Path(args.json), {"cores": CORES, "rows": rows})
 
 
 def shapes(texts: list[str]) -> dict[str, list[str]]:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks.report import CORES, print_table, write_json
+from benchmarks.measure import CORES, RESULTS, print_rows, write
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from nnscaler.cli.args import ArgumentParser, run
 from nnscaler.compiler import Source
@@ -45,7 +45,7 @@ def main() -> None:
     flags.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), help="rows to run")
     flags.add_argument("--lengths", nargs="+", type=int, default=[8192, 32768, 65536, 131072], help="tokens a sequence")
     flags.add_argument("--timeout", type=float, default=900.0, help="seconds after which a row is given up")
-    flags.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for JSON")
+    flags.add_argument("--output", type=Path, default=RESULTS, help="folder for JSON")
     args = flags.parse_args()
     load_config(args.model_id)  # its errors belong here, not into every row
     rows = []
@@ -54,10 +54,9 @@ def main() -> None:
             logger.info("%s, %d tokens", strategy, length)
             result = measure(args.model_id, args.layers, strategy, length, args.timeout)
             rows.append({"strategy": strategy, "context length": f"{length // 1024}K", **result})
-    print_table(rows)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    result = {"model": args.model_id, "layers": args.layers, "cores": CORES, "device": device, "rows": rows}
-    write_json(args.output / "trace_time.json", result)
+    print_rows(rows)
+    result = {"model": args.model_id, "layers": args.layers, "cores": CORES, "rows": rows}
+    write(args.output / "trace_time.json", result)
 
 
 def measure(model_id: str, layers: int | None, strategy: str, length: int, timeout: float) -> dict[str, str]:
