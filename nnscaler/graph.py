@@ -7,7 +7,7 @@ parameters, so that a model of any depth has one block a distinct layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -101,10 +101,8 @@ class Block:
                 module = node.module
                 lines.append(f"  # {module or '.'}  {node.source}".rstrip())
             results = ", ".join(f"{name}: {self.tensors[name]}" for name in node.outputs)
-            arguments = [format_argument(arg) for arg in node.args]
-            arguments += [f"{key}={format_argument(arg)}" for key, arg in node.kwargs.items()]
             callee = node.block if isinstance(node, Call) else node.op
-            lines.append(f"    {results} = {callee}({', '.join(arguments)})")
+            lines.append(f"    {results} = {callee}({format_arguments(node.args, node.kwargs)})")
         lines.append(f"    return {', '.join(self.outputs)}")
         return "\n".join(lines)
 
@@ -176,6 +174,12 @@ def format_argument(value: Any) -> str:
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return f'float("{value}")'
     return repr(value)
+
+
+def format_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """A call's arguments as Python source, without the parentheses."""
+    given = [format_argument(arg) for arg in args]
+    return ", ".join([*given, *(f"{key}={format_argument(arg)}" for key, arg in kwargs.items())])
 
 
 def short_dtype(dtype: torch.dtype) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from nnscaler.codegen.schedule import Region, Step, schedule, uses
+from nnscaler.codegen.schedule import Region, Step, makes, schedule, uses
 from nnscaler.codegen.spelling import spell
-from nnscaler.graph import Block, Node, Ref, TensorMeta, format_argument, map_refs, short_dtype
+from nnscaler.graph import Block, Node, Ref, TensorMeta, format_arguments, map_refs, short_dtype
 from nnscaler.operators import Operator, operator_of
 from nnscaler.placement import Placement, Placements, Shard, format_placements, local_shape
 from nnscaler.plan import Plan
@@ -45,8 +45,8 @@ class Body:
             for region in step.regions:
                 lines += self._region(region, index)
             for unit in step.others:
-                lines += self._other(unit, step)
-            lines += self._release([*steps[index + 1 :]])
+                lines += self._other(unit)
+            lines += self._release(steps[index + 1 :])
         results = [
             self._in_layout(tensor, layout, lines)
             for tensor, layout in zip(block.outputs, self.plan.outputs[block.name])
@@ -88,12 +88,8 @@ class Body:
         """A region's function, and the lines that call it. One operator (and views) gains nothing from being one."""
         computing = [node for unit in region.units for node in unit.nodes if not operator_of(node).alias]
         if len(computing) < 2 and not region.again:
-            lines: list[str] = []
-            for unit in region.units:
-                for node in unit.nodes:
-                    lines += self._node(node, lines)
-            return lines
-        lines = []
+            return [line for unit in region.units for line in self._nodes(unit.nodes)]
+        lines: list[str] = []
         inside = {name for unit in region.units for node in unit.nodes for name in node.outputs}
         given: dict[str, tuple[str, Placements]] = {}  # the function's parameter -> what is passed
         for unit in region.units:
@@ -104,15 +100,13 @@ class Body:
                     given.setdefault(expression, (tensor, layout))
         parameters = self._parameter_names(given)
         nodes = sorted((node for unit in region.units for node in unit.nodes), key=self.block.nodes.index)
-        outputs = [
-            name for name in dict.fromkeys(n for u in region.units for n in u.outputs) if self._used_after(name, inside)
-        ]
+        made = {name: unit for unit in region.units for name in unit.outputs if self._used_after(name, inside)}
+        outputs = list(made)
         name = f"{self._name()}_{'again' if region.again else 'region'}_{index}"
         self._region_function(name, parameters, given, nodes, outputs)
-        keep = "compute" if region.again else None
-        arguments = ", ".join([f'"{keep}"' if keep else self._keep(), *given])
-        for tensor in outputs:
-            self._define(tensor, self._made_in(nodes, tensor), tensor)
+        arguments = ", ".join(['"compute"' if region.again else self._keep(), *given])
+        for tensor, unit in made.items():
+            self._define(tensor, makes(self.plan, self.block, unit, tensor), tensor)
         return [*lines, f"{', '.join(outputs)} = {name}({arguments})"]
 
     def _keep(self) -> str:
@@ -126,12 +120,6 @@ class Body:
         makers = {name for node in self.block.nodes if inside & set(node.outputs) for name in node.outputs}
         users = [node for node in self.block.nodes if tensor in node.inputs and not makers.issuperset(node.outputs)]
         return bool(users) or tensor in self.block.outputs
-
-    def _made_in(self, nodes: Iterable[Node], tensor: str) -> Placements:
-        for node in nodes:
-            if tensor in node.outputs:
-                return self.plan.nodes[self.block.name, node.name].outputs[node.outputs.index(tensor)]
-        raise AssertionError(tensor)
 
     def _region_function(
         self,
@@ -148,8 +136,7 @@ class Body:
         for module, group in groupby(nodes, key=lambda node: node.module):
             members = list(group)
             lines.append(f"# {module or self.block.module_type}  {members[0].source}".rstrip())
-            for node in members:
-                lines += self._node(node, lines)
+            lines += self._nodes(members)
         head = ["@region", f"def {name}({', '.join(parameters)}):"]
         if any("device=device" in line for line in lines):
             self.needs_device = True
@@ -159,10 +146,17 @@ class Body:
         self.functions.append(_function([*head, *lines, f"return {', '.join(outputs)}"]))
         self.names, self.made = outer_names, outer_made
 
-    def _other(self, unit: Unit, step: Step) -> list[str]:
+    def _other(self, unit: Unit) -> list[str]:
         """A registered operator and the views of its results."""
-        lines = [f"# {unit.main.module or self.block.module_type}  {unit.main.source}".rstrip()]
-        for node in unit.nodes:
+        return [
+            f"# {unit.main.module or self.block.module_type}  {unit.main.source}".rstrip(),
+            *self._nodes(unit.nodes),
+        ]
+
+    def _nodes(self, nodes: Iterable[Node]) -> list[str]:
+        """The statements of some nodes, and what reshards their inputs."""
+        lines: list[str] = []
+        for node in nodes:
             lines += self._node(node, lines)
         return lines
 
@@ -191,13 +185,11 @@ class Body:
         return ["with torch.no_grad():", INDENT + statement] if needs_no_grad else [statement]
 
     def _registered(self, operator: Operator, split: str, args: Sequence[object], kwargs: dict[str, object]) -> str:
-        arguments = [format_argument(arg) for arg in args]
-        arguments += [f"{key}={format_argument(arg)}" for key, arg in kwargs.items()]
         name = operator.name
         for axis, dimension in enumerate(split.split(",")):
             if dimension in operator.along and self.plan.mesh.sizes[axis] > 1:
-                name, arguments = f"{name}_along_{dimension}", [f"axes[{axis}]", *arguments]
-        return f"ops.{name}({', '.join(arguments)})"
+                name, args = f"{name}_along_{dimension}", [Ref(f"axes[{axis}]"), *args]
+        return f"ops.{name}({format_arguments(args, kwargs)})"
 
     def _local(self, tensor: str, layout: Placements) -> tuple[int, ...]:
         return local_shape(self.block.tensors[tensor].shape, layout, self.plan.mesh.sizes)

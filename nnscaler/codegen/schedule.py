@@ -6,9 +6,10 @@ compiled function. Units are put into as few regions as the plan's resharding al
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from nnscaler.graph import Block
+from nnscaler.graph import Block, Call, Node
 from nnscaler.placement import Placements
 from nnscaler.plan import Plan
 from nnscaler.planner.units import Unit, divide
@@ -69,19 +70,19 @@ def pure(unit: Unit) -> bool:
 
 def uses(plan: Plan, block: Block, unit: Unit, tensor: str) -> Placements:
     """The layout in which a unit uses a tensor."""
-    for node in unit.nodes:
-        if tensor in node.inputs:
-            if unit.kind == "call":
-                return plan.inputs[node.block][node.inputs.index(tensor)]  # type: ignore[attr-defined]
-            return plan.nodes[block.name, node.name].inputs[node.inputs.index(tensor)]
-    raise AssertionError(f"{unit.name} does not use {tensor}")
+    node = next(node for node in unit.nodes if tensor in node.inputs)
+    return _layouts(plan, block, node)[0][node.inputs.index(tensor)]
 
 
 def makes(plan: Plan, block: Block, unit: Unit, tensor: str) -> Placements:
     """The layout in which a unit makes a tensor."""
-    for node in unit.nodes:
-        if tensor in node.outputs:
-            if unit.kind == "call":
-                return plan.outputs[node.block][node.outputs.index(tensor)]  # type: ignore[attr-defined]
-            return plan.nodes[block.name, node.name].outputs[node.outputs.index(tensor)]
-    raise AssertionError(f"{unit.name} does not make {tensor}")
+    node = next(node for node in unit.nodes if tensor in node.outputs)
+    return _layouts(plan, block, node)[1][node.outputs.index(tensor)]
+
+
+def _layouts(plan: Plan, block: Block, node: Node) -> tuple[Sequence[Placements], Sequence[Placements]]:
+    """Those of a node's inputs and outputs; a call's are those of its block."""
+    if isinstance(node, Call):
+        return plan.inputs[node.block], plan.outputs[node.block]
+    way = plan.nodes[block.name, node.name]
+    return way.inputs, way.outputs

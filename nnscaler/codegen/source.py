@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cached_property
 
 from nnscaler.codegen.body import INDENT, Body
-from nnscaler.codegen.schedule import Step
 from nnscaler.graph import Call, Node
 from nnscaler.operators import operator_of
 from nnscaler.plan import GIB, Plan
@@ -65,9 +64,9 @@ class _RootBody(Body):
     def _keep(self) -> str:
         return '"none"'
 
-    def _other(self, unit: Unit, step: Step) -> list[str]:
+    def _other(self, unit: Unit) -> list[str]:
         if unit.kind != "call":
-            return super()._other(unit, step)
+            return super()._other(unit)
         chain = next((chain for chain in self._chains if unit.main is chain[0]), None)
         return self._chain(chain) if chain is not None else []  # a loop writes the rest of a chain with its first call
 
@@ -99,9 +98,8 @@ class _RootBody(Body):
         differs = [index for index, (a, b) in enumerate(zip(before.inputs, call.inputs)) if a != b]
         if len(differs) != 1 or call.inputs[differs[0]] != before.outputs[0]:
             return False
-        if [user.name for user in self._users.get(before.outputs[0], [])] != [call.name] or before.outputs[
-            0
-        ] in self.block.outputs:
+        users = [user.name for user in self._users.get(before.outputs[0], [])]
+        if users != [call.name] or before.outputs[0] in self.block.outputs:
             return False
         if len(chain) > 1 and _carried(chain) != differs[0]:
             return False

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from nnscaler.graph import format_argument
+from nnscaler.graph import Ref, format_argument, format_arguments
 
 _INFIX = {"add.Tensor": "+", "sub.Tensor": "-", "mul.Tensor": "*", "div.Tensor": "/"}
 _WHOLE = 2**63 - 1  # the end of a slice that runs to the end
@@ -29,9 +29,7 @@ def spell(op: str, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
 
 
 def _arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> str:
-    given = [format_argument(arg) for arg in args]
-    given += [f"{key}={'device' if key == 'device' else format_argument(arg)}" for key, arg in kwargs.items()]
-    return ", ".join(given)
+    return format_arguments(args, {**kwargs, "device": Ref("device")} if "device" in kwargs else kwargs)
 
 
 def _functional(name: str, order: Sequence[int] | None = None) -> Callable[..., str]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnscaler.graph import Node, Ref, TensorMeta, format_argument, map_refs
+from nnscaler.graph import Node, Ref, TensorMeta, format_arguments, map_refs
 from nnscaler.hardware.local import operators_path, write_text
 from nnscaler.operators import operator_of
 
@@ -78,8 +78,7 @@ def call_text(node: Node, inputs: Sequence[TensorMeta]) -> str:
     """A call with its tensors' types and shapes for names; `*` marks those with a gradient."""
     metas = iter(inputs)
     args, kwargs = map_refs((node.args, node.kwargs), lambda ref: Ref(_tensor_text(next(metas))))
-    arguments = [format_argument(arg) for arg in args]
-    return f"{node.op}({', '.join([*arguments, *(f'{k}={format_argument(v)}' for k, v in kwargs.items())])})"
+    return f"{node.op}({format_arguments(args, kwargs)})"
 
 
 def _tensor_text(meta: TensorMeta) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nnscaler.errors import UserError
 from nnscaler.mesh import Mesh
 from nnscaler.runtime.axes import Axes
-from nnscaler.runtime.buckets import BUCKET_ELEMENTS, GradientReducer, make_buckets
+from nnscaler.runtime.buckets import GradientReducer, make_buckets
 from nnscaler.runtime.gathering import Gathers
 from nnscaler.runtime.optimizer import decays
 from nnscaler.runtime.shards import Box, ParameterSpec
@@ -34,7 +34,7 @@ class ParallelModule(nn.Module):
     `reducer.end_micro_batch()` and `reducer.finish()` have been called.
     """
 
-    def __init__(self, directory: Path, device: torch.device, bucket_elements: int = BUCKET_ELEMENTS) -> None:
+    def __init__(self, directory: Path, device: torch.device) -> None:
         super().__init__()
         plan = json.loads((directory / "plan.json").read_text())
         mesh = Mesh(tuple(plan["mesh"]["sizes"]), plan["mesh"]["replicas"])
@@ -43,7 +43,7 @@ class ParallelModule(nn.Module):
         self.specs = {name: ParameterSpec.from_json(fields) for name, fields in plan["parameters"].items()}
         self.tied: dict[str, str] = plan["tied"]
         decayed = {name: decays(spec.shape) for name, spec in self.specs.items()}
-        self.buckets, parameters = make_buckets(self.specs, self.axes, decayed, bucket_elements)
+        self.buckets, parameters = make_buckets(self.specs, self.axes, decayed)
         self.reducer = GradientReducer(self.buckets, parameters)
         self.gathers = self.axes.gathers = Gathers(self.reducer.defer)
         self._gathers_again = any(block["gathered_again"] for block in plan["blocks"].values())
