@@ -99,6 +99,13 @@ class Checksums:
             if file_crc(path, piece.begin, piece.length) != piece.crc:
                 yield f"checkpoint '{self.folder}' is damaged: {piece.label} has changed"
 
+    def check(self) -> None:
+        """Raises CorruptCheckpoint naming the first file that is missing, of another length or, but for shards,
+        changed."""
+        damage = next(self.damages(shards=False), None)
+        if damage is not None:
+            raise CorruptCheckpoint(damage)
+
 
 def _last_line(text: bytes) -> bytes:
     return b"%08x\t0\t%d\t%s\t\n" % (zlib.crc32(text), len(text), CHECKSUMS.encode())

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nnscaler.checkpoint.checksums import CHECKSUMS, Checksums, CorruptCheckpoint
+from nnscaler.checkpoint.checksums import CHECKSUMS, Checksums
 from nnscaler.errors import UserError
 
 TRAINER = "trainer.json"
@@ -82,10 +82,8 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def check_complete(folder: Path) -> None:
-    """Raises CorruptCheckpoint naming the first file that is missing, of another length or, but for shards, changed."""
-    damage = next(Checksums.read(folder).damages(shards=False), None)
-    if damage is not None:
-        raise CorruptCheckpoint(damage)
+    """Raises CorruptCheckpoint as `Checksums.check` does."""
+    Checksums.read(folder).check()
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:

@@ -81,9 +81,7 @@ class CheckedReader(dcp.FileSystemReader):
         self._folder, self._checksums = folder, Checksums.read(folder)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        damage = next(self._checksums.damages(shards=False), None)  # the index is a pickle: not loaded when changed
-        if damage is not None:
-            raise CorruptCheckpoint(damage)
+        self._checksums.check()  # the index is a pickle: not loaded when changed
         return super().read_metadata(*args, **kwargs)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
