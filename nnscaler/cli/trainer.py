@@ -112,10 +112,9 @@ class Trainer:
         """Compiles unless the folder holds just what is wanted."""
         model, _ = source.build()
         changed = differences(self.gen_folder, identity(source, model, self.args.compute))
-        if changed is None:
-            compile_model(source, self.args.compute, self.gen_folder)
-        elif changed:
-            logger.warning("%s was compiled for something else (%s): compiling", self.gen_folder, "; ".join(changed))
-            compile_model(source, self.args.compute, self.gen_folder)
-        else:
+        if changed == []:
             logger.info("using the compiled plan in %s", self.gen_folder)
+            return
+        if changed:
+            logger.warning("%s was compiled for something else (%s): compiling", self.gen_folder, "; ".join(changed))
+        compile_model(source, self.args.compute, self.gen_folder)
