@@ -85,6 +85,17 @@ class Bucket:
                 whole = box.shifted(slot.box.offsets)
                 yield OwnedPart(slot.name, slot.spec, whole, begin, begin + prod(box.sizes))
 
+    def without(self, names: set[str]) -> list[slice]:
+        """The ranges of `flat` that none of the parameters called so lies in."""
+        at, ranges = 0, []
+        for slot in self.slots:
+            if slot.name in names:
+                part = slot.within(len(self.flat))[0]
+                ranges.append(slice(at, part.start))
+                at = part.stop
+        ranges.append(slice(at, len(self.flat)))
+        return [part for part in ranges if part.start < part.stop]
+
     def publish(self) -> dist.Work | None:
         """Starts sending every owner's slice of `flat` to all owners."""
         if self.owners.group is None:
@@ -167,7 +178,7 @@ class GradientReducer:
         for index, slot in self._pieces[id(parameter)]:
             bucket = self._buckets[index]
             if index not in self._buffers:
-                self._buffers[index] = torch.zeros(bucket.flat.shape, dtype=torch.float32, device=bucket.device)
+                self._buffers[index] = torch.empty(bucket.flat.shape, dtype=torch.float32, device=bucket.device)
                 self._arrived[index] = set()
             there, here = slot.within(len(bucket.flat))
             # A tied weight's gradient may come in two parts: from where it is gathered, and where it is used as stored.
@@ -179,7 +190,8 @@ class GradientReducer:
 
     def _send(self, index: int) -> None:
         bucket, buffer = self._buckets[index], self._buffers.pop(index)
-        del self._arrived[index]
+        for unused in bucket.without(self._arrived.pop(index)):
+            buffer[unused].zero_()
         if bucket.owners.group is None:
             bucket.gradient += buffer
             return

@@ -87,9 +87,10 @@ class ShardedOptimizer:
         labels  number of labels in this rank's micro-batches
         Returns the norm of the mean's whole gradient before clipping, on the device; nothing waits for the device.
         """
-        norms = [torch.linalg.vector_norm(bucket.gradient) for bucket in self.buckets]
-        squares = torch.stack(norms).double().square().sum()
-        sums = torch.stack([squares, squares.new_tensor(float(labels) / self.plan_ngpus)])
+        gradients = [bucket.gradient for bucket in self.buckets]
+        squares = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+        # A constant filled in on the device: copying one there would wait for all that runs on it.
+        sums = torch.stack([squares, torch.full_like(squares, labels / self.plan_ngpus)])
         if dist.is_initialized() and dist.get_world_size() > 1:
             # Every element is owned by exactly one rank; the ranks of a replica see the same labels.
             dist.all_reduce(sums)
@@ -97,14 +98,14 @@ class ShardedOptimizer:
         norm = sums[0].sqrt().float() * scale
         if self.config.clip_gnorm:
             scale = scale * (self.config.clip_gnorm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, scale)
         for parameter, (index, part) in zip(self._parameters(), self._parts, strict=True):
-            parameter.grad = self.buckets[index].gradient[part].mul_(scale)
+            parameter.grad = gradients[index][part]
         for group in self._adam.param_groups:
             group["lr"] = lr
         self._adam.step()
         self.steps += 1
-        for bucket in self.buckets:
-            bucket.gradient.zero_()
+        torch._foreach_zero_(gradients)
         self.publish_masters()
         return norm
 
