@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ class TrainingRun:
         )
         self.step, self.consumed, self.seed = 0, 0, self.args.seed
         self.loss: float | None = None  # as last reported
+        self.peak = self.args.compute.find_hardware().flops.get("bfloat16" if args.precision == "bf16" else "float32")
         loaded, state = None, None
         if resume_from:
             loaded, state = resume(resume_from, self.module, self.optimizer, self.args.model.weight_prefix)
@@ -107,16 +109,17 @@ class TrainingRun:
             logger.info("nothing to do: step %d of %d is reached", self.step, self.steps)
             return
         batches = Batches(self.dataset, self.seed, self.share, args.dataset.ignored_label, self.device)
+        ahead = batches.after(self.consumed)
         total = torch.zeros(2, dtype=torch.float64, device=self.device)  # losses, labels since the last report
         since, reported = time.perf_counter(), self.step
-        profiler = StepProfiler(args.log.profile if self.rank == 0 else None)
+        profiler = StepProfiler(args.log.profile if self.rank == 0 else None, self.module.predicted_seconds)
         config, stop = args.checkpoint, False
         log = RunLog(args.log.directory / self.folder.name, self.steps, self.step, self.rank == 0)
         saver = Saver(self.folder, self.optimizer, self.device, config.keep, args.model.save_assets)
         with log, saver, Due(config.interval or 0, config.minutes) as due:
             while self.step < self.steps and not stop:
                 labels = 0
-                for batch, count in batches.step(self.consumed):
+                for batch, count in islice(ahead, self.share.micro_batches):
                     loss = self.module(**batch)
                     loss.backward()
                     self.module.reducer.end_micro_batch()
@@ -158,10 +161,8 @@ class TrainingRun:
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             torch.cuda.reset_peak_memory_stats()
         flops = self.args.model.flops_per_sequence
-        hardware = self.args.compute.find_hardware()
-        peak = hardware.flops.get("bfloat16" if self.args.precision == "bf16" else "float32")
-        if flops is not None and peak and self.device.type == "cuda":
-            values["mfu"], values["mfu_causal"] = flops[0] * sequences / peak, flops[1] * sequences / peak
+        if flops is not None and self.peak and self.device.type == "cuda":
+            values["mfu"], values["mfu_causal"] = flops[0] * sequences / self.peak, flops[1] * sequences / self.peak
         return values
 
     def _schedule(self) -> dict[str, Any]:

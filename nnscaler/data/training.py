@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -100,16 +101,20 @@ class Batches:
         self._dataset, self._share, self._ignored, self._device = dataset, share, ignored, device
         self._order = SampleOrder(len(dataset), seed)
 
-    def step(self, consumed: int) -> Iterator[tuple[dict[str, Tensor], int]]:
-        """(inputs on the device, number of labels) of each micro-batch of a step."""
-        wanted = [self._share.samples(consumed, index) for index in range(self._share.micro_batches)]
+    def after(self, consumed: int) -> Iterator[tuple[dict[str, Tensor], int]]:
+        """(inputs on the device, number of labels) of each micro-batch of the steps after `consumed` samples, without
+        end. While one is computed with, the next is read, also from one step to the next."""
+        wanted = self._samples(consumed)
         with ThreadPoolExecutor(1) as reader:
-            ahead = reader.submit(self._read, wanted[0])
-            for following in [*wanted[1:], None]:
+            ahead = reader.submit(self._read, next(wanted))
+            while True:
                 batch, labels = ahead.result()
-                if following is not None:
-                    ahead = reader.submit(self._read, following)
+                ahead = reader.submit(self._read, next(wanted))
                 yield {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}, labels
+
+    def _samples(self, consumed: int) -> Iterator[range]:
+        for begin in count(consumed, self._share.step_samples):
+            yield from (self._share.samples(begin, index) for index in range(self._share.micro_batches))
 
     def _read(self, samples: range) -> tuple[dict[str, Tensor], int]:
         rows = np.stack([self._dataset.rows[self._order.row(sample)][COLUMN] for sample in samples])

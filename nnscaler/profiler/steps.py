@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import re
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -15,24 +17,35 @@ logger = logging.getLogger(__name__)
 WARM_UP = 3  # steps before the profile: the first ones compile
 STEPS = 2
 
+COMMUNICATION = "communication"
 # Category of a GPU kernel by its name; the first that matches counts.
 _KERNELS = (
-    ("communication", r"nccl"),
+    (COMMUNICATION, r"nccl"),
     ("attention", r"flash|fmha|attention|sdpa"),
     ("matmul", r"gemm|nvjet|xmma|cutlass|cublas|splitk"),
-    ("optimizer", r"adam|multi_tensor"),
+    ("optimizer", r"adam|multi_tensor|foreach"),
     ("memory-bound", r""),
 )
+
+
+class Kernel(NamedTuple):
+    """A kernel's run on the device, in milliseconds."""
+
+    name: str
+    start: float
+    end: float
 
 
 class StepProfiler:
     """Profiles steps `WARM_UP` to `WARM_UP + STEPS` of a run: call `step()` after each.
 
     Writes trace.json (for Perfetto) and profile.txt into `folder`. Without a folder it does nothing.
+
+    predicted  category -> seconds of a step, by the plan
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path | None, predicted: Mapping[str, float]) -> None:
+        self._folder, self._predicted = folder, predicted
         self._done = 0
         self._profile: profile | None = None
 
@@ -51,27 +64,75 @@ class StepProfiler:
             self._profile.stop()
             self._folder.mkdir(parents=True, exist_ok=True)
             self._profile.export_chrome_trace(str(self._folder / "trace.json"))
-            text = kernel_table(self._profile, STEPS)
+            text = step_table(self._profile, STEPS, self._predicted)
             (self._folder / "profile.txt").write_text(text)
             logger.info("profile of %d steps in %s\n%s", STEPS, self._folder, text)
             self._profile = None
 
 
-def kernel_table(profiled: profile, steps: int, longest: int = 25) -> str:
-    """Milliseconds a step by category of kernel, and of the kernels that take longest. Kernels may overlap."""
-    kernels: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for event in profiled.events() or ():
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
-            kernels[event.name][0] += event.device_time / 1e3 / steps
-            kernels[event.name][1] += 1 / steps
-    totals: dict[str, float] = defaultdict(float)
-    for name, (milliseconds, _) in kernels.items():
-        totals[kernel_category(name)] += milliseconds
-    lines = [f"{category:14} {totals[category]:10.2f} ms a step" for category, _ in _KERNELS if totals[category]]
+def step_table(profiled: profile, steps: int, predicted: Mapping[str, float], longest: int = 25) -> str:
+    """Where the time of a step went, beside what the plan says, and the kernels that take longest.
+
+    predicted  category -> seconds of a step (`predicted.seconds_by_category` of plan.json)
+
+    All figures are milliseconds a step on this device. Kernels of a category are added up; communication beside which
+    no other kernel runs is exposed, and time in which none runs is idle.
+    """
+    kernels = [
+        Kernel(event.name, event.time_range.start / 1e3, event.time_range.end / 1e3)
+        for event in profiled.events() or ()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+    ]
+    measured = {name: value / steps for name, value in milliseconds_by_category(kernels).items()}
+    planned = _planned(predicted)
+    lines = [f"{'ms a step':22} {'measured':>10} {'plan':>10}"]
+    for name in dict.fromkeys((*measured, *planned)):
+        cells = ("" if name not in values else f"{values[name]:.2f}" for values in (measured, planned))
+        lines.append(f"{name:22} {' '.join(f'{cell:>10}' for cell in cells)}")
     lines += ["", f"{'ms a step':>10} {'times':>6}  kernel"]
-    for name, (milliseconds, count) in sorted(kernels.items(), key=lambda item: -item[1][0])[:longest]:
-        lines.append(f"{milliseconds:10.2f} {count:6.0f}  {name[:110]}")
+    by_name: dict[str, list[float]] = defaultdict(list)
+    for kernel in kernels:
+        by_name[kernel.name].append(kernel.end - kernel.start)
+    for name, times in sorted(by_name.items(), key=lambda item: -sum(item[1]))[:longest]:
+        lines.append(f"{sum(times) / steps:10.2f} {len(times) / steps:6.0f}  {name[:110]}")
     return "\n".join(lines) + "\n"
+
+
+def milliseconds_by_category(kernels: Sequence[Kernel]) -> dict[str, float]:
+    """Category -> milliseconds, from the first kernel's start to the last one's end."""
+    totals = {name: 0.0 for name, _ in _KERNELS}
+    for kernel in kernels:
+        totals[kernel_category(kernel.name)] += kernel.end - kernel.start
+    communication = totals.pop(COMMUNICATION)
+    others = covered([kernel for kernel in kernels if kernel_category(kernel.name) != COMMUNICATION])
+    busy = covered(kernels)
+    whole = max(kernel.end for kernel in kernels) - min(kernel.start for kernel in kernels) if kernels else 0.0
+    exposed = busy - others
+    return {
+        **totals,
+        "communication exposed": exposed,
+        "idle": whole - busy,
+        "whole": whole,
+        "communication hidden": communication - exposed,
+    }
+
+
+def covered(kernels: Sequence[Kernel]) -> float:
+    """Milliseconds in which at least one of the kernels runs."""
+    total, until = 0.0, float("-inf")
+    for kernel in sorted(kernels, key=lambda kernel: kernel.start):
+        total += max(0.0, kernel.end - max(kernel.start, until))
+        until = max(until, kernel.end)
+    return total
+
+
+def _planned(predicted: Mapping[str, float]) -> dict[str, float]:
+    """The plan's milliseconds in the categories of kernels: a registered operator, as the loss is, is matmul."""
+    own = {name for name, _ in _KERNELS} | {"recompute", "communication exposed"}
+    values: dict[str, float] = defaultdict(float)
+    for name, seconds in predicted.items():
+        values[name if name in own else "matmul"] += seconds * 1e3
+    return {**values, "whole": sum(values.values())}
 
 
 def kernel_category(name: str) -> str:

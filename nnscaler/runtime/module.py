@@ -42,6 +42,7 @@ class ParallelModule(nn.Module):
         self.input_names: list[str] = plan["inputs"]
         self.specs = {name: ParameterSpec.from_json(fields) for name, fields in plan["parameters"].items()}
         self.tied: dict[str, str] = plan["tied"]
+        self.predicted_seconds: dict[str, float] = plan["predicted"]["seconds_by_category"]
         decayed = {name: decays(spec.shape) for name, spec in self.specs.items()}
         self.buckets, parameters = make_buckets(self.specs, self.axes, decayed)
         self.reducer = GradientReducer(self.buckets, parameters)
