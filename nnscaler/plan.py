@@ -51,7 +51,7 @@ class Plan:
     recomputed  block -> nodes that backward computes again at level `part`
     gathered_again  (block, tensor) that backward gathers again rather than keep
     seconds     predicted time of one micro-batch; memory likewise, in bytes a device
-    beside      seconds of each parameter's gradient exchange, hidden behind backward or not: what is not is in seconds
+    beside      seconds of what is exchanged beside computation; by how much that takes longer for it is in seconds
     costs       what the seconds and bytes were made with; None: nobody did
     memory_limit  bytes a device that the plan was to fit into
     """

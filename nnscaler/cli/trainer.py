@@ -31,6 +31,8 @@ class Trainer:
             logging.getLogger("nnscaler").setLevel(logging.ERROR)  # one rank reports
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.device = torch.device("cpu")
+        # Near a device's limit fixed segments break up; read when the first tensor is made there.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         if torch.cuda.is_available():
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 

@@ -28,6 +28,7 @@ class Hardware:
     flops             dtype name -> peak dense FLOP/s by the data sheet
     efficiency        operator name -> fraction of the peak that is reached; `default` for those not named
     launch            seconds that an operator takes however small it is
+    interference      seconds that computation loses for each second of communication beside it
     intra, inter      the links between devices of a node, and of different nodes
     source            where the figures come from
     profile           how long collectives take on this kind of hardware
@@ -44,6 +45,7 @@ class Hardware:
     intra: Link
     inter: Link
     source: str
+    interference: float = 0.0
     profile: CommunicationTimes = NO_TIMES
     measured: CommunicationTimes = NO_TIMES
 

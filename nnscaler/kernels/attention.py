@@ -11,6 +11,8 @@ import importlib
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +105,7 @@ def _chosen(query: Tensor, key: Tensor, value: Tensor, kernel: str) -> Kernel:
         return _load("sdpa")
     if kernel == "auto":
         heads = (query.shape[2], key.shape[2], query.shape[3], value.shape[3])
-        kernel = _fastest(query.device, query.dtype, *heads, min(key.shape[1], PROBE_TOKENS))
+        kernel = _probed(query.device, query.dtype, *heads, min(key.shape[1], PROBE_TOKENS))
     return _load(kernel)
 
 
@@ -118,6 +120,19 @@ def _load(kernel: str) -> Kernel:
 
 
 @functools.cache
+def _probed(device: torch.device, *shape: Any) -> str:
+    """The fastest kernel, found out in a thread of its own: a checkpoint that the call is part of must not count what
+    the probe keeps for its backward."""
+
+    def probe() -> str:
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()  # what was launched before is not the kernels' time
+            return _fastest(device, *shape)
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(probe).result()
+
+
 def _fastest(device: torch.device, dtype: torch.dtype, h: int, k: int, d: int, e: int, length: int) -> str:
     """The kernel with the least time for forward and backward of one causal sequence among those that work, and are
     right: their results must be as near to fp32's as twice plain SDPA's are."""

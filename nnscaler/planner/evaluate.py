@@ -16,7 +16,7 @@ class Evaluation:
     """Seconds a micro-batch and bytes a device.
 
     beside  seconds of what runs beside computation: the exchange of each parameter's gradient, and gathering weights.
-            What forward and backward do not hide of all of it is among the seconds, as `exchange`
+            By how much forward and backward take longer for all of it is among the seconds, as `exchange`
     """
 
     seconds: dict[Key, float] = field(default_factory=dict)
@@ -77,9 +77,14 @@ class _Evaluator:
                 return None
             self._keep(flow, again)
         for side, computing in (("forward", forward), ("backward", backward)):
-            self._time(Key("exchange", "", side), max(0.0, self.result.seconds_beside(side) - computing))
+            self._time(Key("exchange", "", side), self._longer(self.result.seconds_beside(side), computing))
         self._working()
         return self.result
+
+    def _longer(self, exchange: float, computing: float) -> float:
+        """Seconds by which exchange makes the computing beside it longer."""
+        lost = self.problem.costs.hardware.interference
+        return max(lost * exchange, exchange - (1 - lost) * computing)
 
     def _time(self, key: Key, value: float) -> None:
         if value:

@@ -3,6 +3,7 @@
 Sets      d decision, o its option; b block, l recompute level; f flow, p a layout its producer can give, c a consumer,
           s a layout c can need
 Data      n_d, n_f, N_b  how often a decision, a flow, a block occurs in a micro-batch
+          h              seconds that computation loses for each second of exchange beside it
           t_do, t'_do    seconds of an option: forward, backward
           r_fps, r'_fps  seconds of resharding flow f from p to s: forward, backward
           q_do, u_do     seconds of a parameter's gradient exchange, which runs beside backward, and of its update
@@ -18,7 +19,7 @@ Variables x_do in {0,1}  option o is chosen for d
           Y_fpsl >= 0    calls at level l in which that is done again in backward
           k_fsl >= 0     calls at level l that keep f in layout s
           g_fps in {0,1} backward gathers f again, from p to s, rather than keep it
-          E, F >= 0      seconds of exchange that backward, and forward, do not hide
+          E, F >= 0      seconds by which exchange beside backward, and beside forward, makes them longer
           G >= 0         whether weights are gathered, some (a bytes) before they are needed
           U >= 0         most bytes that one operator holds while it runs
           V_b >= 0       bytes that backward computes again of one call of b, where no call keeps them
@@ -35,9 +36,9 @@ subject to    sum_o x_do = 1                                                    
               k_fsl >= sum of z_l over c's options that use f in s, less N_b sum_p g_fps   if l keeps f as used by c,
                        and less that over the producer's options that make f in s          if as moved to c
               g_fps <= sum of x over the producer's options that make f in p, if all-gathers make s of it  (gathering)
-              E >= sum_d n_d q_do x_do + sum over gathered weights of n_f r'_fps y_fps, and what of r_fps is done again
-                   - sum_d n_d t'_do x_do;  F >= sum over gathered weights of n_f r_fps y_fps - sum_d n_d t_do x_do
-                                                                                                               (hiding)
+              E >= h B, E >= B - (1 - h) sum_d n_d t'_do x_do, where B = sum_d n_d q_do x_do
+                   + sum over gathered weights of n_f r'_fps y_fps, and what of r_fps is done again;  F likewise,
+                   with B = sum over gathered weights of n_f r_fps y_fps, and t for t'                         (hiding)
               G >= y_fps of gathered weights                                                                    (early)
               U >= sum_o w_do x_do                                                                            (working)
               V_b >= B_b (1 - n_b,none), where B_b = sum_f b_fs x_do of what level `none` keeps of one call      (again)
@@ -184,7 +185,7 @@ class Program:
 
     @staticmethod
     def _seconds(decision: Decision, seconds: Seconds) -> float:
-        # A parameter's exchange is hidden behind backward as far as it goes: `_hide` counts the rest.
+        # By how much a parameter's exchange makes backward longer is for `_hide` to count.
         return seconds.forward + (0.0 if decision.kind == "parameter" else seconds.backward)
 
     def _choice_by_level(self, index: int, decision: Decision, xs: list[int]) -> None:
@@ -324,16 +325,19 @@ class Program:
     def _hide(self) -> None:
         """hiding"""
         for side, gathers in self.beside.items():
-            exposed = self.milp.variable(1.0, bound=INFINITY)
-            terms: Terms = [(exposed, 1.0), *_minus(gathers)]
+            longer = self.milp.variable(1.0, bound=INFINITY)
+            lost = self.problem.costs.hardware.interference
+            exchange, computing = list(gathers), Terms()
             for decision, xs in zip(self.problem.decisions, self.x):
                 exchanged = decision.kind == "parameter"
                 for x, option in zip(xs, decision.options):
                     seconds = getattr(option.seconds, side)
                     if seconds and not (exchanged and side == "forward"):  # a parameter's is its update
-                        sign = -1.0 if exchanged else 1.0
-                        terms.append((x, sign * self._time(decision.count * seconds)))
-            self.milp.row(terms, 0.0)
+                        (exchange if exchanged else computing).append((x, self._time(decision.count * seconds)))
+            hidden = [(x, (1 - lost) * seconds) for x, seconds in computing]
+            self.milp.row([(longer, 1.0), *_minus(exchange), *hidden], 0.0)
+            if lost:
+                self.milp.row([(longer, 1.0), *_minus([(x, lost * seconds) for x, seconds in exchange])], 0.0)
 
     def _memory(self, memory: float | None) -> None:
         """working, memory"""

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
-from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -119,10 +118,14 @@ def _function(node: Node) -> Callable[..., Any]:
 
 
 def _example(meta: TensorMeta) -> Tensor:
-    """Random numbers, for kernels run faster on zeros; zeros for integers, which are always valid indices."""
+    """Random numbers as training has them, for kernels run faster on zeros, and where softmax gives equal or extreme
+    results: a matrix is taken for weights that keep the size of what they are multiplied with, all else is normalised.
+    Zeros for integers, which are always valid indices."""
     if not meta.dtype.is_floating_point:
         return torch.zeros(meta.shape, dtype=meta.dtype, device="cuda")
-    value = torch.randn(meta.shape, dtype=meta.dtype, device="cuda") * prod(meta.shape[-1:]) ** -0.5
+    value = torch.randn(meta.shape, dtype=meta.dtype, device="cuda")
+    if len(meta.shape) == 2:
+        value *= meta.shape[-1] ** -0.5
     return value.requires_grad_(meta.requires_grad)
 
 

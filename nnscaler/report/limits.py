@@ -24,7 +24,7 @@ def limits_of(values: Mapping[str, Any]) -> list[dict[str, Any]]:
         (
             "communication",
             exposed,
-            f"{seconds(exposed)} that computation waits for; {seconds(hidden)} are hidden behind backward",
+            f"{seconds(exposed)} by which computation takes longer; {seconds(hidden)} are hidden behind it",
         ),
         ("optimizer", by_category[OPTIMIZER], "reading and writing the optimizer's state"),
         ("memory", *_memory(values)),
