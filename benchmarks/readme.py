@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,24 @@ def read(name: str) -> dict[str, Any]:
 
 
 def trainings() -> list[dict[str, Any]]:
-    return [read(f"train/{path.name}") for path in sorted((RESULTS / "train").glob("*.json"))]
+    """What was measured, whole models first, then by length."""
+    found = [read(f"train/{path.name}") for path in (RESULTS / "train").glob("*.json")]
+    return sorted(found, key=lambda one: (not whole(one), -one["sequence_length"], one["name"]))
+
+
+def whole(one: dict[str, Any]) -> bool:
+    return bool(one["name"].startswith("32layers"))
+
+
+def peer(one: dict[str, Any]) -> float | None:
+    """Tokens a second and GPU of torchtitan at the same work."""
+    found = {
+        row["sequence_length"]: float(row["tokens_per_second_per_gpu"]) for row in read("peers.json")["torchtitan"]
+    }
+    return found.get(one["sequence_length"]) if whole(one) else None
 
 
 def headline() -> str:
-    best = max(trainings(), key=lambda one: float(one["mfu"]))
     loss = {row["loss"]: row for row in read("loss.json")["rows"]}
     ours, liger = loss["this project, chunks of 1024"], loss["Liger"]
     crash = read("crash.json")
@@ -50,8 +64,7 @@ def headline() -> str:
         [
             "Measured (the files are in ``benchmarks/results``, the scripts beside them):",
             "",
-            f"* {describe(best)}: {best['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU,",
-            f"  {best['mfu']:.1%} MFU by the document's formula ({best['mfu_causal']:.1%} causal), optimizer included",
+            *[line for one in trainings() if whole(one) for line in headline_of(one)],
             f"* the chunked loss, 16,384 tokens: {ours['milliseconds']:.1f} ms and {ours['gib']:.2f} GiB;",
             f"  Liger's in the same run {liger['milliseconds']:.1f} ms and {liger['gib']:.2f} GiB",
             f"* {crash['kills']} runs killed at random moments: all resumed, no complete checkpoint lost, no torn one",
@@ -60,9 +73,19 @@ def headline() -> str:
     )
 
 
+def headline_of(one: dict[str, Any]) -> list[str]:
+    speed = f"{one['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU"
+    titan = peer(one)
+    beside = f"; torchtitan {titan:,.0f}" if titan else ""
+    return [
+        f"* {describe(one)}: {speed},",
+        f"  {one['mfu']:.1%} MFU by the document's formula ({one['mfu_causal']:.1%} causal), whole steps{beside}",
+    ]
+
+
 def describe(one: dict[str, Any]) -> str:
     layers = re.search(r"(\d+)layers", one["name"])
-    layers_text = f"{layers[1]} layers of " if layers else ""
+    layers_text = f"{layers[1]} layers of " if layers and not whole(one) else ""
     return f"{layers_text}Llama-3 8B, {one['sequence_length']:,} tokens on {one['device'].replace('NVIDIA ', '')}"
 
 
@@ -72,8 +95,9 @@ def performance() -> str:
             describe(one),
             f"{one['tokens_per_second_per_gpu']:,.0f}",
             f"{one['mfu']:.1%} / {one['mfu_causal']:.1%}",
-            f"{one['predicted_seconds_per_step']:.2f} / {one['seconds_per_step']:.2f} s",
-            f"{one['predicted_memory_gib']:.1f} / {one['peak_memory_gib']:.1f} GiB",
+            compared(one["predicted_seconds_per_step"], one["seconds_per_step"], "s", 2),
+            compared(one["predicted_memory_gib"], one["peak_memory_gib"], "GiB", 1),
+            f"{titan:,.0f}" if (titan := peer(one)) else "",
             one.get("note", ""),
         ]
         for one in trainings()
@@ -84,6 +108,7 @@ def performance() -> str:
         "MFU full / causal",
         "step, predicted / measured",
         "memory, predicted / measured",
+        "torchtitan",
         "note",
     ]
     losses = [
@@ -95,11 +120,31 @@ def performance() -> str:
             f"{DOCUMENT} (its own figure, not measured here).",
             "Whole training steps by ``benchmarks/train_llama.py``, the plan found by the planner:",
             rst_table(head, rows),
+            beside_others(),
             "Loss of 16,384 tokens, hidden size 4096, 128,256 words, forward and backward on one H200 "
             "(``benchmarks/loss.py``):",
             rst_table(["loss", "ms", "GiB above inputs"], losses),
         ]
     )
+
+
+def beside_others() -> str:
+    """What other programs did with the same work."""
+    peers = read("peers.json")
+    settings = "; ".join(row["setting"] for row in peers["torchtitan"])
+    hand, ours = peers["by_hand"], read("train/4layers-131072-60GB.json")
+    own = ours["seconds_per_step"] / ours["sequences_per_step"]
+    return textwrap.fill(
+        f"{peers['versions']}. torchtitan on the same machine in the same hour, as its own step reports say "
+        f"(``benchmarks/results/peers.json``): {settings}. A plan of 4 layers and 131,072 tokens written by hand takes "
+        f"{hand['seconds_per_micro_batch']:.3f} s a micro-batch without gradient exchange and optimizer; the planner's "
+        f"plan in generated code takes {own:.3f} s with both.",
+        120,
+    )
+
+
+def compared(predicted: float, measured: float, unit: str, digits: int) -> str:
+    return f"{predicted:.{digits}f} / {measured:.{digits}f} {unit} = {predicted / measured:.2f}"
 
 
 def filled(text: str) -> str:

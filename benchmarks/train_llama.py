@@ -10,6 +10,7 @@ median of the steps after the first two, beside what the plan predicted.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import os
@@ -147,6 +148,7 @@ def report(
         "predicted_memory_gib": memory,
         "recompute": {name: block["recompute"] for name, block in plan["blocks"].items() if block["recompute"]},
         "mesh": plan["mesh"]["sizes"],
+        "plan_sha256": hashlib.sha256((work / "code" / "benchmark" / "plan.json").read_bytes()).hexdigest()[:16],
         "seconds_by_category": predicted["seconds_by_category"],
         "gib_by_category": {what: size / 2**30 for what, size in predicted["bytes_by_category"].items()},
         "steps": [entry["seconds_per_step"] for entry in metrics],
