@@ -121,11 +121,27 @@ def performance() -> str:
             "Whole training steps by ``benchmarks/train_llama.py``, the plan found by the planner:",
             rst_table(head, rows),
             beside_others(),
+            "Predicted from bundled figures, not measured: 4 micro-batches (``benchmarks/predictions.py``):",
+            predictions(),
             "Loss of 16,384 tokens, hidden size 4096, 128,256 words, forward and backward on one H200 "
             "(``benchmarks/loss.py``):",
             rst_table(["loss", "ms", "GiB above inputs"], losses),
         ]
     )
+
+
+def predictions() -> str:
+    rows = [
+        [
+            f"{row['tokens']:,} tokens on {row['devices']}",
+            row["plan"],
+            f"{row['tokens_per_second_per_gpu']:,.0f}",
+            f"{row['mfu']:.1%} / {row['mfu_causal']:.1%}",
+            f"{row['memory_gib']:.1f} GiB",
+        ]
+        for row in read("predictions.json")["rows"]
+    ]
+    return rst_table(["Llama-3 8B", "plan", "tokens/s/GPU", "MFU full / causal", "memory"], rows)
 
 
 def beside_others() -> str:
