@@ -44,6 +44,7 @@ from nnscaler.models.causal_lm import (
     prepare_config,
 )
 from nnscaler.models.files import AssetWriter, find_weights
+from nnscaler.pipeline.schedules import KINDS
 from nnscaler.report import explain, read_plan
 from nnscaler.runtime.optimizer import OptimizerConfig
 from nnscaler.trace import STRATEGIES
@@ -80,10 +81,11 @@ def parse() -> argparse.Namespace:
         "never holding all logits")  # fmt: skip
     add("--recompute_modules", default="", help="comma-separated class names: what modules of these "
         "classes compute, and nothing else, is computed again in backward (default: the planner chooses)")  # fmt: skip
-    add("--explore_pipeline", action="store_true", help="accepted with a warning: pipeline stages are not searched "
-        "yet, the plan has one stage")  # fmt: skip
-    add("--pipeline_pivots", default="", help="comma-separated class names at which stages may begin; only with "
-        "--explore_pipeline")  # fmt: skip
+    add("--explore_pipeline", action="store_true", help="search pipelines too, and take one where it is faster")
+    add("--pipeline_pivots", default="", help="comma-separated class names of modules at which pipeline stages may "
+        "begin (default: the repeated one)")  # fmt: skip
+    add("--pipeline_schedule", choices=tuple(KINDS), help="pipeline with this schedule (default: the fastest)")
+    add("--pipeline_nstages", type=int, help="pipeline with so many stages (default: as many as are fastest)")
     add("--attn_implementation", choices=IMPLEMENTATIONS, default="auto", help="attention kernel on a GPU; auto: the "
         "fastest of those that are installed; eager: as the model writes it, scores and all")  # fmt: skip
 
@@ -143,6 +145,10 @@ def trainer_args(options: argparse.Namespace) -> TrainerArgs:
         recompute_modules=tuple(filter(None, options.recompute_modules.split(","))) or None,
         micro_batches=options.grad_accumulation_steps,
         hardware=options.hardware,
+        explore_pipeline=options.explore_pipeline,
+        pipeline_pivots=tuple(filter(None, options.pipeline_pivots.split(","))),
+        pipeline_schedule=options.pipeline_schedule,
+        pipeline_nstages=options.pipeline_nstages,
     )
     return TrainerArgs(
         name=options.name,

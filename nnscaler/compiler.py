@@ -3,7 +3,7 @@
 graph.txt            the traced model
 plan.json            the plan with all its costs, and what the runtime needs to know of parameters
 plan.html            the same, to read
-gencode_stage0.py    what each rank runs
+gencode_stage0.py    what each rank runs; of a pipeline, one such file a stage
 buffers.safetensors  values of the model's buffers
 compiled.json        what all of this was compiled for
 """
@@ -32,6 +32,9 @@ from nnscaler.graph import Graph
 from nnscaler.hardware import Hardware, detect_hardware, load_hardware
 from nnscaler.mesh import Mesh, meshes
 from nnscaler.operators.registry import all_registered
+from nnscaler.pipeline.plan import PipelinePlan
+from nnscaler.pipeline.schedules import KINDS
+from nnscaler.pipeline.search import Wanted, find_pipeline
 from nnscaler.plan import Plan
 from nnscaler.planner import find_plan
 from nnscaler.profiler.operators import OperatorTimes
@@ -44,7 +47,6 @@ from nnscaler.trace.repeated import describe
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
-CODE = "gencode_stage0.py"
 DONE = "compiled.json"
 
 
@@ -60,6 +62,9 @@ class ComputeConfig:
                         planner chooses what is
     micro_batches       gradient accumulation steps
     hardware            name of bundled hardware to plan for; None: this machine
+    explore_pipeline    whether pipelines are searched too. What the search may be told: pipeline_pivots, class names of
+                        modules at which stages may begin (none: the repeated block); pipeline_schedule, one of
+                        `nnscaler.pipeline.schedules.KINDS`; pipeline_nstages, how many stages
     """
 
     plan_ngpus: int = 1
@@ -69,6 +74,10 @@ class ComputeConfig:
     recompute_modules: tuple[str, ...] | None = None
     micro_batches: int = 1
     hardware: str | None = None
+    explore_pipeline: bool = False
+    pipeline_pivots: tuple[str, ...] = ()
+    pipeline_schedule: str | None = None
+    pipeline_nstages: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("plan_ngpus", "runtime_ngpus", "micro_batches"):
@@ -81,6 +90,15 @@ class ComputeConfig:
         if self.gpu_mem_constraint is not None and not self.gpu_mem_constraint > 0:
             raise UserError(f"gpu_mem_constraint is {self.gpu_mem_constraint} GB; it must be more than 0")
         find_strategy(self.trace_strategy)
+        for name in ("pipeline_pivots", "pipeline_schedule", "pipeline_nstages"):
+            value = getattr(self, name)
+            if value and not self.explore_pipeline:
+                shown = ",".join(value) if isinstance(value, tuple) else value
+                raise UserError(f"{name} is '{shown}', but explore_pipeline is not given; it is allowed only with that")
+        if self.pipeline_nstages is not None and self.pipeline_nstages < 1:
+            raise UserError(f"pipeline_nstages is {self.pipeline_nstages}; it must be at least 1")
+        if self.pipeline_schedule is not None and self.pipeline_schedule not in KINDS:
+            raise UserError(f"pipeline_schedule is '{self.pipeline_schedule}'; allowed are {', '.join(KINDS)}")
 
     def meshes(self, hardware: Hardware) -> list[Mesh]:
         """The meshes to try."""
@@ -130,6 +148,8 @@ def compile_model(source: Source, config: ComputeConfig, directory: Path, explai
 
     Raises UserError where the model cannot be traced, an operator is not known, or no plan fits.
     """
+    if explain and config.explore_pipeline:
+        raise UserError("explain does not go with explore_pipeline; leave one of them out")
     started = time.perf_counter()
     hardware = config.find_hardware()
     model, buffers = source.build()
@@ -140,9 +160,13 @@ def compile_model(source: Source, config: ComputeConfig, directory: Path, explai
         sum(len(block.nodes) for block in graph.all_blocks()), len(graph.all_blocks()),
     )  # fmt: skip
     times = OperatorTimes.here() if config.hardware is None else None
-    plan = _plan(graph, config, hardware, times)
-    replan = (lambda change: _plan(graph, replace(config, **change), hardware, times)) if explain else None
-    report = plan_report(plan, source.work(hardware), replan)
+    plan = (_pipeline if config.explore_pipeline else _plan)(graph, config, hardware, times)
+    if isinstance(plan, PipelinePlan):
+        report, page = {**plan.to_json(), "stages": [plan_report(stage) for stage in plan.stages]}, None
+    else:
+        replan = (lambda change: _plan(graph, replace(config, **change), hardware, times)) if explain else None
+        report = plan_report(plan, source.work(hardware), replan)
+        page = plan_page(report)
     if times is not None:
         times.save()
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -150,8 +174,10 @@ def compile_model(source: Source, config: ComputeConfig, directory: Path, explai
     try:
         (work / "graph.txt").write_text(str(graph))
         (work / "plan.json").write_text(json.dumps(report, indent=1))
-        (work / "plan.html").write_text(plan_page(report))
-        (work / CODE).write_text(generate(plan))
+        if page is not None:
+            (work / "plan.html").write_text(page)
+        for index, stage in enumerate(plan.stages if isinstance(plan, PipelinePlan) else [plan]):
+            (work / f"gencode_stage{index}.py").write_text(generate(stage))
         if graph.buffers:
             save_file(
                 {name: tensor.contiguous() for name, tensor in graph.buffers.items()}, work / "buffers.safetensors"
@@ -166,16 +192,24 @@ def compile_model(source: Source, config: ComputeConfig, directory: Path, explai
 
 
 def _plan(graph: Graph, config: ComputeConfig, hardware: Hardware, times: OperatorTimes | None) -> Plan:
-    return find_plan(
-        graph,
-        config.meshes(hardware),
-        hardware,
-        memory=None if config.gpu_mem_constraint is None else config.gpu_mem_constraint * GIB,
-        recompute_modules=config.recompute_modules,
-        micro_batches=config.micro_batches,
-        fused=hardware.name != "CPU",
-        times=times,
-    )
+    return find_plan(graph, config.meshes(hardware), hardware, **_settings(config, hardware, times))
+
+
+def _pipeline(
+    graph: Graph, config: ComputeConfig, hardware: Hardware, times: OperatorTimes | None
+) -> Plan | PipelinePlan:
+    wanted = Wanted(config.pipeline_pivots, config.pipeline_schedule, config.pipeline_nstages)
+    return find_pipeline(graph, config.meshes(hardware), hardware, wanted, **_settings(config, hardware, times))
+
+
+def _settings(config: ComputeConfig, hardware: Hardware, times: OperatorTimes | None) -> dict[str, Any]:
+    return {
+        "memory": None if config.gpu_mem_constraint is None else config.gpu_mem_constraint * GIB,
+        "recompute_modules": config.recompute_modules,
+        "micro_batches": config.micro_batches,
+        "fused": hardware.name != "CPU",
+        "times": times,
+    }
 
 
 def identity(source: Source, model: nn.Module, config: ComputeConfig) -> dict[str, Any]:
@@ -185,7 +219,11 @@ def identity(source: Source, model: nn.Module, config: ComputeConfig) -> dict[st
         "inputs": {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in source.inputs.items()},
         "dtype": str(source.dtype),
         "values": _values(source) if find_strategy(config.trace_strategy).executes else None,
-        "config": {**asdict(config), "recompute_modules": list(config.recompute_modules or [None])},
+        "config": {
+            **asdict(config),
+            "recompute_modules": list(config.recompute_modules or [None]),
+            "pipeline_pivots": list(config.pipeline_pivots),
+        },
         "hardware": config.find_hardware().identity(),
         "operators": _digest("\n".join(_source_of(function) for function in all_registered())),
         "nnscaler": _package_digest(),

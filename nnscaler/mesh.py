@@ -1,4 +1,4 @@
-"""The device mesh: replicas of the plan, and the axes that the plan splits work over."""
+"""The device mesh: pipeline ranks, replicas of the plan, and the axes that the plan splits work over."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from math import prod
 class Mesh:
     """`replicas` copies of a plan over axes of `sizes` devices each; ranks count the last axis fastest.
 
-    Each replica trains on its own samples. `axis` below is an index into `sizes`.
+    Each replica trains on its own samples. `axis` below is an index into `sizes`. A plan with a pipeline has so many
+    devices on each of `pipeline` ranks, and pipeline ranks count slowest: what is said least often goes between nodes.
     """
 
     sizes: tuple[int, ...]
     replicas: int = 1
+    pipeline: int = 1
 
     @property
     def plan_ngpus(self) -> int:
-        return prod(self.sizes)
+        """Devices of one copy of the model."""
+        return self.pipeline * prod(self.sizes)
 
     @property
     def runtime_ngpus(self) -> int:
@@ -30,11 +33,16 @@ class Mesh:
 
     def coordinates(self, rank: int) -> tuple[int, tuple[int, ...]]:
         """(replica, place on each axis) of a rank."""
+        rank %= self.replicas * prod(self.sizes)
         place = []
         for size in reversed(self.sizes):
             rank, at = divmod(rank, size)
             place.append(at)
         return rank, tuple(reversed(place))
+
+    def pipeline_rank(self, rank: int) -> int:
+        """Place of a rank in the pipeline."""
+        return rank // (self.replicas * prod(self.sizes))
 
     def stride(self, axis: int) -> int:
         """Distance in ranks between neighbours on `axis`."""
@@ -45,7 +53,8 @@ class Mesh:
         return self.stride(axis) * self.sizes[axis] > devices_per_node
 
     def __str__(self) -> str:
-        return f"{self.replicas} x [{' x '.join(map(str, self.sizes))}]"
+        pipeline = f"pipeline of {self.pipeline} x " if self.pipeline > 1 else ""
+        return f"{pipeline}{self.replicas} x [{' x '.join(map(str, self.sizes))}]"
 
 
 def meshes(plan_ngpus: int, replicas: int, devices_per_node: int) -> list[Mesh]:

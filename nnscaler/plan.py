@@ -53,6 +53,7 @@ class Plan:
     seconds     predicted time of one micro-batch; memory likewise, in bytes a device
     beside      seconds of what is exchanged beside computation; by how much that takes longer for it is in seconds
     costs       what the seconds and bytes were made with; None: nobody did
+    weight_seconds  of the seconds, those in which backward makes gradients of weights
     memory_limit  bytes a device that the plan was to fit into
     """
 
@@ -72,6 +73,7 @@ class Plan:
     beside: dict[Key, float] = field(default_factory=dict)
     costs: CostModel | None = None
     memory_limit: float = inf
+    weight_seconds: float = 0.0
 
     @property
     def step_seconds(self) -> float:

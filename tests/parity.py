@@ -51,6 +51,8 @@ class Case:
     levels: tuple[str, ...] = ()  # recompute level of each layer, in place of what the planner chose
     compiled: bool = False  # whether regions are compiled, as on an accelerator
     hardware: str = "hardware.json"
+    schedule: str | None = None  # of a pipeline, and how many stages it has
+    stages: int = 1
 
     @property
     def name(self) -> str:
@@ -58,6 +60,7 @@ class Case:
         flags += ["chunk"] * self.chunk_loss + list(self.recompute) + ["tied"] * self.tied
         flags += ["compiled"] * self.compiled
         flags += [f"kv{self.key_value_heads}"] * (self.key_value_heads != 4) + list(self.levels)
+        flags += [f"{self.schedule}{self.stages}"] if self.schedule else []
         return "-".join([*flags, self.hardware.removesuffix(".json")])
 
     @property
@@ -84,6 +87,9 @@ def arguments(case: Case, folder: Path) -> TrainerArgs:
         recompute_modules=case.recompute if not case.levels else None,
         micro_batches=case.accumulation,
         hardware=str(folder / case.hardware),
+        explore_pipeline=case.schedule is not None,
+        pipeline_schedule=case.schedule,
+        pipeline_nstages=case.stages if case.schedule else None,
     )
     return TrainerArgs(
         name=case.name,

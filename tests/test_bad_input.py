@@ -50,6 +50,7 @@ def fails(inputs, tmp_path, monkeypatch, capsys):
 MODEL = ("--model_id", "{}/model")
 DATA = ("--dataset_path", "{}/data")
 PLAN = (*MODEL, "--sequence_length", "32", "--run_mode", "compile", "--precision", "fp32")
+PIPELINE = (*PLAN, "--plan_ngpus", "2", "--explore_pipeline")
 
 
 @pytest.mark.parametrize(
@@ -80,6 +81,18 @@ PLAN = (*MODEL, "--sequence_length", "32", "--run_mode", "compile", "--precision
             "constraint 0.0001 GB; the largest items are",
         ),
         ((*MODEL, *DATA, "--explain"), "explain goes with run_mode compile; run_mode is run"),
+        (
+            (*PLAN, "--pipeline_pivots", "LlamaDecoderLayer"),
+            "pipeline_pivots is 'LlamaDecoderLayer', but explore_pipeline is not given",
+        ),
+        ((*PLAN, "--pipeline_nstages", "2"), "pipeline_nstages is '2', but explore_pipeline is not given"),
+        ((*PIPELINE, "--pipeline_pivots", "LlamaMLP"), "the model's repeated modules are LlamaDecoderLayer"),
+        ((*PIPELINE, "--pipeline_nstages", "3"), "pipeline_nstages is 3, but plan_ngpus=2 and 2 places"),
+        ((*PIPELINE, "--pipeline_schedule", "zb-v"), "pipeline_schedule is 'zb-v', but plan_ngpus=2 and 2 places"),
+        (
+            (*PIPELINE, "--pipeline_nstages", "2", "--grad_accumulation_steps", "1"),
+            "grad_accumulation_steps is 1; pipeline schedule 1f1b with 2 stages on 2 ranks needs at least 2",
+        ),
         ((*PLAN, "--gpu_mem_constraint", "-1"), "gpu_mem_constraint is -1.0 GB; it must be more than 0"),
         ((*MODEL, *DATA, "--resume_path", "{}/nothing"), "/nothing', which does not exist"),
         ((*MODEL, *DATA, "--resume_path", "{}/data"), "holds no complete checkpoint"),

@@ -18,8 +18,8 @@ from nnscaler.checkpoint.randomness import new_random_states, set_random_states
 from nnscaler.checkpoint.sharded import load_parts, owned_state, whole
 from nnscaler.checkpoint.stored import Checkpoint
 from nnscaler.errors import UserError
-from nnscaler.runtime.module import ParallelModule
 from nnscaler.runtime.optimizer import ShardedOptimizer
+from nnscaler.runtime.pipeline import TrainedModule
 from nnscaler.runtime.weights import SafetensorsReader
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def _warn(damage: CorruptCheckpoint) -> None:
 
 
 def resume(
-    paths: list[Path], module: ParallelModule, optimizer: ShardedOptimizer, prefix: str
+    paths: list[Path], module: TrainedModule, optimizer: ShardedOptimizer, prefix: str
 ) -> tuple[Path, TrainerState | None]:
     """Loads parameters, optimizer and progress on any mesh. Collective.
 
@@ -110,7 +110,7 @@ def resume(
     raise damages[0]
 
 
-def _load(path: Path, module: ParallelModule, optimizer: ShardedOptimizer, prefix: str) -> TrainerState | None:
+def _load(path: Path, module: TrainedModule, optimizer: ShardedOptimizer, prefix: str) -> TrainerState | None:
     device = module.axes.device
     rank = dist.get_rank() if dist.is_initialized() else 0
     random: dict[str, Tensor] = {}
@@ -138,7 +138,7 @@ def _load(path: Path, module: ParallelModule, optimizer: ShardedOptimizer, prefi
     return state
 
 
-def load_safetensors(directory: Path, module: ParallelModule, prefix: str) -> None:
+def load_safetensors(directory: Path, module: TrainedModule, prefix: str) -> None:
     """Each rank reads its own slices of a Hugging Face model. Raises UserError for names or shapes that differ."""
     reader = SafetensorsReader(directory)
     specs = module.parameters_to_load()

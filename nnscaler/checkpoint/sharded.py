@@ -96,7 +96,9 @@ def load_parts(folder: Path, parts: list[Part]) -> None:
     """
     with _first_error(), _quiet():
         reader = CheckedReader(folder)
-        dcp.load({}, storage_reader=reader, planner=_LoadPlanner(parts), no_dist=not dist.is_initialized())
+        planner = _LoadPlanner(parts)
+        dcp.load({}, storage_reader=reader, planner=planner, no_dist=not dist.is_initialized())
+    planner.fill_copies()
 
 
 @contextmanager
@@ -144,7 +146,15 @@ class _LoadPlanner(dcp.DefaultLoadPlanner):
 
     def __init__(self, parts: Iterable[Part]) -> None:
         super().__init__()
-        self._parts = {part.key: part for part in parts}
+        self._all = list(parts)
+        self._parts = {part.key: part for part in self._all}
+
+    def fill_copies(self) -> None:
+        """Parts of the same box, such as tied weights of two pipeline stages on a rank, are read once and copied."""
+        for part in self._all:
+            once = self._parts[part.key]
+            if part is not once:
+                part.tensor.copy_(once.tensor)
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from nnscaler.checkpoint.claim import claim
 from nnscaler.checkpoint.due import Due
@@ -21,12 +23,13 @@ from nnscaler.checkpoint.saver import Saver
 from nnscaler.cli.config import TrainerArgs
 from nnscaler.cli.log import RunLog
 from nnscaler.cli.processes import from_rank_0
+from nnscaler.cli.watch import Watch
 from nnscaler.compiler import Source
 from nnscaler.data.training import Batches, PackedDataset, Share
 from nnscaler.errors import UserError
 from nnscaler.profiler.steps import StepProfiler
-from nnscaler.runtime.module import ParallelModule
 from nnscaler.runtime.optimizer import ShardedOptimizer
+from nnscaler.runtime.pipeline import load_module
 from nnscaler.runtime.weights import initial_parameters
 
 logger = logging.getLogger(__name__)
@@ -37,6 +40,7 @@ class TrainingRun:
 
     resume_from  what to load, the best first; empty: start anew
     own_folder   where this run's checkpoints are already, when torchrun restarted it
+    watch        to be told of every step; None: one process
     """
 
     def __init__(
@@ -48,10 +52,11 @@ class TrainingRun:
         dataset: PackedDataset,
         resume_from: list[Path],
         own_folder: Path | None,
+        watch: Watch | None = None,
     ) -> None:
-        self.args, self.device, self.dataset = args, device, dataset
+        self.args, self.device, self.dataset, self.watch = args, device, dataset, watch
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.module = ParallelModule(code, device)
+        self.module = load_module(code, device)
         self.mesh = self.module.axes.mesh
         self.optimizer = ShardedOptimizer(self.module.buckets, self.args.optimizer, self.mesh.plan_ngpus)
         self.share = Share(
@@ -118,20 +123,19 @@ class TrainingRun:
         saver = Saver(self.folder, self.optimizer, self.device, config.keep, args.model.save_assets)
         with log, saver, Due(config.interval or 0, config.minutes) as due:
             while self.step < self.steps and not stop:
-                labels = 0
-                for batch, count in islice(ahead, self.share.micro_batches):
-                    loss = self.module(**batch)
-                    loss.backward()
-                    self.module.reducer.end_micro_batch()
-                    total[0] += loss.detach()
-                    labels += count
-                self.module.reducer.finish()
-                total[1] += labels
+                counts: list[int] = []  # labels of each micro-batch
+                loss = self.module.accumulate(_counted(islice(ahead, self.share.micro_batches), counts))
+                labels = sum(counts)
+                if self.module.gives_loss:
+                    total[0] += loss
+                    total[1] += labels
                 rate = args.optimizer.lr * args.lr_scheduler.factor(self.step, self.steps)
                 saver.before_update()
                 norm = self.optimizer.step(labels, rate)
                 self.step += 1
                 self.consumed += self.share.step_samples
+                if self.watch is not None:
+                    self.watch.reached(self.step)
                 profiler.step()
                 log.advance()
                 if self.step % args.log.interval == 0 or self.step == self.steps:
@@ -189,3 +193,10 @@ class TrainingRun:
             prefix=self.args.model.weight_prefix,
             saved_at=time.time(),
         )
+
+
+def _counted(micro_batches: Iterator[tuple[dict[str, Tensor], int]], counts: list[int]) -> Iterator[dict[str, Tensor]]:
+    """The inputs of micro-batches; their numbers of labels are added to `counts`."""
+    for inputs, labels in micro_batches:
+        counts.append(labels)
+        yield inputs

@@ -1,30 +1,57 @@
-"""The processes of a run: how they find each other, and what rank 0 finds out for all."""
+"""The processes of a run: how they find each other, what rank 0 finds out for all, and files that every node needs."""
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
+import shutil
+import socket
+import tempfile
 from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from nnscaler.cli.watch import Watch, is_leader
 from nnscaler.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+TIMEOUT = timedelta(minutes=10)  # of the start, and of every collective
 
-def join_processes(device: torch.device) -> None:
+
+def join_processes(device: torch.device, timeout: timedelta = TIMEOUT) -> Watch:
     """Sets up the default process group: NCCL on GPUs, gloo on CPUs.
 
     torchrun's processes meet in a store that outlives them. After a restart it still holds the addresses of those that
     were killed, and who reads one waits for a dead process; so each restart uses names of its own there.
+
+    Raises UserError that names the ranks that are not there within `timeout`.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
-    store, rank, world = next(dist.rendezvous("env://"))
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
     store = dist.PrefixStore(f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    keys = [f"here/{other}" for other in range(world)]
+    store.set(keys[rank], socket.gethostname())
+    try:
+        store.wait(keys, timeout)
+    except RuntimeError as error:
+        missing = [str(other) for other in range(world) if not store.check([keys[other]])]
+        raise UserError(
+            f"rank {', '.join(missing)} of {world} did not start within {timeout.total_seconds():.0f} s; is torchrun "
+            "running on every node, with the same --nnodes and --master_addr and its own --node_rank?"
+        ) from error
     device_id = device if device.type == "cuda" else None
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, device_id=device_id)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device_id
+    )  # fmt: skip
+    return Watch(store, rank, world, timeout / 2)
 
 
 def from_rank_0(function: Callable[[], T], device: torch.device) -> T:
@@ -44,3 +71,37 @@ def from_rank_0(function: Callable[[], T], device: torch.device) -> T:
     if outcome[1] is not None:
         raise outcome[1] if rank == 0 else SystemExit(2)
     return outcome[0]
+
+
+def share_folder(folder: Path, device: torch.device) -> None:
+    """Gives the files of rank 0's folder to every node that does not have them. Collective."""
+    wanted = [_digest(folder) if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(wanted, src=0, device=device)
+    lacks = is_leader() and _digest(folder) != wanted[0]
+    lacking = torch.tensor(int(lacks), device=device)
+    dist.all_reduce(lacking)
+    if not lacking.item():
+        return
+    files: list[dict[str, bytes]] = [_read_all(folder) if dist.get_rank() == 0 else {}]
+    dist.broadcast_object_list(files, src=0, device=device)
+    if lacks:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        for name, content in files[0].items():
+            (work / name).write_bytes(content)
+        shutil.rmtree(folder, ignore_errors=True)
+        work.rename(folder)
+        logger.info("took the compiled plan from rank 0")
+    dist.barrier()
+
+
+def _read_all(folder: Path) -> dict[str, bytes]:
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name, content in _read_all(folder).items():
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from nnscaler.cli.config import TrainerArgs
-from nnscaler.cli.processes import from_rank_0, join_processes
+from nnscaler.cli.processes import from_rank_0, join_processes, share_folder
+from nnscaler.cli.watch import Watch
 from nnscaler.compiler import Source, compile_model, differences, identity
 from nnscaler.data.training import PackedDataset, with_labels
 from nnscaler.errors import UserError
@@ -35,6 +36,7 @@ class Trainer:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         if torch.cuda.is_available():
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        self.watch: Watch | None = None
 
     def run(self) -> None:
         """Compiles, or trains to the last step."""
@@ -52,13 +54,21 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world > 1:
-            join_processes(self.device)
+            self.watch = join_processes(self.device)
         try:
             checkpoint = self.args.checkpoint
             begin = from_rank_0(lambda: where_to_begin(checkpoint.directory, checkpoint.resume), self.device)
             from_rank_0(lambda: self._compile_if_needed(source), self.device)
-            TrainingRun(self.args, self.gen_folder, self.device, source, dataset, *begin).train()
+            if self.world > 1:
+                share_folder(self.gen_folder, self.device)
+            TrainingRun(self.args, self.gen_folder, self.device, source, dataset, *begin, self.watch).train()
+        except RuntimeError:
+            if self.watch is not None:
+                self.watch.explain()
+            raise
         finally:
+            if self.watch is not None:
+                self.watch.close()
             if dist.is_initialized():
                 dist.destroy_process_group()
 

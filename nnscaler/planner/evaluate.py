@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 from nnscaler.placement import Placements, format_placements
@@ -17,11 +18,13 @@ class Evaluation:
 
     beside  seconds of what runs beside computation: the exchange of each parameter's gradient, and gathering weights.
             By how much forward and backward take longer for all of it is among the seconds, as `exchange`
+    weights  of the seconds, those in which backward makes gradients of weights
     """
 
     seconds: dict[Key, float] = field(default_factory=dict)
     memory: dict[Key, float] = field(default_factory=dict)
     beside: dict[Key, float] = field(default_factory=dict)
+    weights: float = 0.0
 
     @property
     def total_seconds(self) -> float:
@@ -70,7 +73,8 @@ class _Evaluator:
                     self._time(Key("again", *place, level), calls * option.seconds.forward)
             self._hold(Key(decision.kind, *place), decision.count * option.memory)
             for level in sorted(decision.inside) if decision.count else ():
-                self._hold(Key("inside", *place, level), self._calls(decision.block, {level}) * option.inside)
+                held = self._calls(decision.block, {level}) * self.problem.in_flight
+                self._hold(Key("inside", *place, level), held * option.inside)
         for index, flow in enumerate(self.problem.flows):
             again = index in self.solution.gathered_again
             if not self._reshard(flow, again):
@@ -78,6 +82,7 @@ class _Evaluator:
             self._keep(flow, again)
         for side, computing in (("forward", forward), ("backward", backward)):
             self._time(Key("exchange", "", side), self._longer(self.result.seconds_beside(side), computing))
+        self._weights()
         self._working()
         return self.result
 
@@ -144,7 +149,20 @@ class _Evaluator:
                     kept.add(target)
             for layout in kept:
                 size = self._share(flow) * calls * self.problem.costs.local_bytes(flow.meta, layout)
-                self._hold(Key("saved", flow.block, flow.tensor, level), size)
+                self._hold(Key("saved", flow.block, flow.tensor, level), size * self.problem.in_flight)
+
+    def _weights(self) -> None:
+        """A product's backward takes as long for each input that needs a gradient, weights among them."""
+        needing: dict[int, list[Flow]] = defaultdict(list)
+        for flow in self.problem.flows:
+            for decision, _ in flow.consumers:
+                if flow.meta.requires_grad:
+                    needing[decision].append(flow)
+        for index, flows in needing.items():
+            unit, option = self.problem.decisions[index], self.options[index]
+            if unit.kind == "unit":
+                share = sum(flow.held for flow in flows) / len(flows)
+                self.result.weights += share * unit.count * option.seconds.backward
 
     def _working(self) -> None:
         """What the one operator holds that holds most while it runs; what backward of a block computes again where no

@@ -74,6 +74,7 @@ class Problem:
     parameter_of  (block, tensor) -> decision
     buffers       bytes that every plan needs for exchanging gradients
     early         bytes of weights that are gathered before they are needed, if any are gathered
+    in_flight     micro-batches whose activations are held at a time
     """
 
     costs: CostModel
@@ -84,6 +85,7 @@ class Problem:
     parameter_of: dict[tuple[str, str], int] = field(default_factory=dict)
     buffers: float = 0.0
     early: float = 0.0
+    in_flight: int = 1
 
 
 @dataclass(frozen=True)
@@ -103,12 +105,24 @@ class Recomputing:
         return ("all",) if len(named) == len(block.nodes) else ("part",)
 
 
-def build_problem(graph: Graph, costs: CostModel, recomputing: Recomputing, micro_batches: int) -> Problem:
-    """States the problem of a graph. `micro_batches`: how many a step has; the optimizer's time is spread over them."""
+def build_problem(
+    graph: Graph,
+    costs: CostModel,
+    recomputing: Recomputing,
+    micro_batches: int,
+    layouts: Mapping[str, Placements] | None = None,
+    in_flight: int = 1,
+) -> Problem:
+    """States the problem of a graph.
+
+    micro_batches  how many a step has; the optimizer's time is spread over them
+    layouts        of parameters, and of inputs and outputs of the graph, that somebody else has decided, by name
+    in_flight      micro-batches whose activations are held at a time
+    """
     trained = [meta for meta in graph.parameters.values() if meta.requires_grad]
-    problem = Problem(costs, buffers=costs.buffer_memory(sum(meta.numel for meta in trained)))
+    problem = Problem(costs, buffers=costs.buffer_memory(sum(meta.numel for meta in trained)), in_flight=in_flight)
     problem.early = min(PREFETCH_BYTES, sum(meta.nbytes for meta in trained))
-    builder = _Builder(graph, problem, recomputing)
+    builder = _Builder(graph, problem, recomputing, layouts or {})
     builder.decide_parameters(micro_batches)
     for block in [*graph.blocks.values(), graph.root]:
         _Body(builder, block).build()
@@ -122,6 +136,7 @@ class _Builder:
     graph: Graph
     problem: Problem
     recomputing: Recomputing
+    layouts: Mapping[str, Placements]
     interface: dict[tuple[str, str, int], int] = field(default_factory=dict)  # (block, side, index) -> decision
 
     @property
@@ -145,7 +160,9 @@ class _Builder:
             groups.append((paths, uses))
         for paths, uses in groups:
             meta = self.graph.parameters[min(paths)]
-            options = tuple(self._parameter_option(meta, layout, micro_batches) for layout in self._stored(meta))
+            given = [self.layouts[path] for path in paths if path in self.layouts]
+            stored = given or self._stored(meta)
+            options = tuple(self._parameter_option(meta, layout, micro_batches) for layout in stored)
             index = self.decide(Decision("parameter", *min(uses), options, len(paths)))
             self.problem.parameter_of.update(dict.fromkeys(uses, index))
 
@@ -212,7 +229,8 @@ class _Body:
         """The decision how the block's callers and its body agree to lay one of its inputs or outputs."""
         mesh = self.builder.mesh
         shape = self.block.tensors[tensor].shape
-        choices = [(REPLICATE,) * len(mesh.sizes)] if self.is_root else layouts_of(shape, mesh, REPLICATE)
+        whole = (REPLICATE,) * len(mesh.sizes)
+        choices = [self.builder.layouts.get(tensor, whole)] if self.is_root else layouts_of(shape, mesh, REPLICATE)
         options = tuple(Option((layout,), (layout,)) for layout in choices)
         decision = self.builder.decide(Decision(side, self.block.name, tensor, options))
         self.builder.interface[self.block.name, side, index] = decision

@@ -10,6 +10,7 @@ Data      n_d, n_f, N_b  how often a decision, a flow, a block occurs in a micro
           m_do, w_do     bytes that an option holds all the time, and while it runs
           i_do           bytes of inner tensors that an unfused cluster, or an operator that exchanges parts, keeps
           b_fs           bytes of flow f in layout s;  M bytes of device memory
+          A           micro-batches whose activations are held at a time: 1 but for stages of a pipeline
           level l keeps f as made, as used by c, or as moved to c (see `levels`), and runs d, and resharding, again
 Variables x_do in {0,1}  option o is chosen for d
           n_bl integer   calls of block b at level l
@@ -42,7 +43,7 @@ subject to    sum_o x_do = 1                                                    
               G >= y_fps of gathered weights                                                                    (early)
               U >= sum_o w_do x_do                                                                            (working)
               V_b >= B_b (1 - n_b,none), where B_b = sum_f b_fs x_do of what level `none` keeps of one call      (again)
-              sum_d n_d m_do x_do + sum_f b_fs n_f / N_b k_fsl + sum_d i_do z_dol, where l keeps it,
+              sum_d n_d m_do x_do + A (sum_f b_fs n_f / N_b k_fsl + sum_d i_do z_dol), where l keeps it,
                        + U + sum_b V_b + a G + the buffers in which gradients are exchanged <= M               (memory)
 """
 
@@ -318,7 +319,8 @@ class Program:
             flow = self.problem.flows[index]
             variable = self.milp.variable(bound=float(self.problem.calls[flow.block]))
             size = self.problem.costs.local_bytes(flow.meta, layout) / self.byte
-            self.memory_terms.append((variable, flow.count / self.problem.calls[flow.block] * size))
+            held = flow.count / self.problem.calls[flow.block] * self.problem.in_flight
+            self.memory_terms.append((variable, held * size))
             self.kept[index, layout, level] = variable
         return self.kept[index, layout, level]
 
@@ -370,11 +372,12 @@ class Program:
         for option, (settings, x) in enumerate(zip(decision.options, self.x[index])):
             if not settings.inside:
                 continue
+            held = self.problem.in_flight * settings.inside / self.byte
             for level in sorted(decision.inside):
                 if (index, level) in self.z:
-                    self.memory_terms.append((self.z[index, level][option], settings.inside / self.byte))
+                    self.memory_terms.append((self.z[index, level][option], held))
                 else:
-                    self.memory_terms.append((x, decision.count * settings.inside / self.byte))
+                    self.memory_terms.append((x, decision.count * held))
 
     def _computing_again(self) -> list[str]:
         """Blocks of which some call may not keep everything."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from nnscaler.errors import UserError
 from nnscaler.graph import Call, Graph
 from nnscaler.hardware import Hardware
 from nnscaler.mesh import Mesh
+from nnscaler.placement import Placements
 from nnscaler.plan import GIB, Key, Plan
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.evaluate import Evaluation, evaluate
@@ -32,6 +33,8 @@ def find_plan(
     micro_batches: int = 1,
     fused: bool = False,
     times: OperatorTimes | None = None,
+    layouts: Mapping[str, Placements] | None = None,
+    in_flight: int = 1,
 ) -> Plan:
     """The plan of least predicted step time on one of the meshes, all of as many devices and replicas.
 
@@ -41,6 +44,8 @@ def find_plan(
     micro_batches      gradient accumulation steps of an optimizer step
     fused              whether blocks will be compiled, so that cheap operators run as one kernel
     times              measured times of operators, where the hardware is present
+    layouts            of parameters, and of inputs and outputs of the graph, where they are given, by name
+    in_flight          micro-batches whose activations are held at a time
 
     Raises UserError where nothing fits, with what takes most memory, and for unknown class names.
     """
@@ -49,7 +54,8 @@ def find_plan(
     if recompute_modules is not None:
         recomputing = Recomputing(False, nodes_to_recompute(graph, recompute_modules))
     started = time.perf_counter()
-    problems = [build_problem(graph, CostModel(hardware, m, fused, times), recomputing, micro_batches) for m in meshes]
+    costs = [CostModel(hardware, mesh, fused, times) for mesh in meshes]
+    problems = [build_problem(graph, model, recomputing, micro_batches, layouts, in_flight) for model in costs]
     found: tuple[Problem, Solution, Evaluation] | None = None
     for problem in problems:
         below = None if found is None else found[2].total_seconds * (1 - WORTH)
@@ -129,6 +135,7 @@ def _to_plan(
     plan = Plan(graph, problem.costs.mesh, problem.costs.hardware.name, micro_batches=micro_batches)
     plan.seconds, plan.beside, plan.memory = evaluation.seconds, evaluation.beside, evaluation.memory
     plan.levels = solution.levels
+    plan.weight_seconds = evaluation.weights
     for decision, index in zip(problem.decisions, solution.chosen):
         option = decision.options[index]
         if decision.kind == "unit":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain, combinations
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,13 +44,21 @@ class Axes:
         self.device = device
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.replica, self.place = mesh.coordinates(self.rank)
-        self._names = ("replica", *(f"axis{axis}" for axis in mesh.axes))
-        self._sizes = (mesh.replicas, *mesh.sizes)
+        axes = tuple(f"axis{axis}" for axis in mesh.axes)
+        self._names: tuple[str, ...] = ("replica", *axes)
+        self._sizes: tuple[int, ...] = (mesh.replicas, *mesh.sizes)
+        if mesh.pipeline > 1:
+            self._names, self._sizes = ("pipeline", *self._names), (mesh.pipeline, *self._sizes)
         self._device_mesh: DeviceMesh | None = None
         if world > 1:
             self._device_mesh = init_device_mesh(device.type, self._sizes, mesh_dim_names=self._names)
         self._groups: dict[tuple[str, ...], Axis] = {}
-        self._axes = [self._axis([name]) for name in self._names[1:]]
+        self._axes = [self._axis([name]) for name in axes]
+        self.pipeline = self._axis(["pipeline"]) if mesh.pipeline > 1 else Axis(1, 0, None)
+        if mesh.pipeline > 1:
+            # Other stages may need other groups of owners, but a group is made by all ranks together.
+            for names in chain.from_iterable(combinations(axes, count) for count in range(len(axes) + 1)):
+                self._axis(["replica", *names])
 
     def __getitem__(self, axis: int) -> Axis:
         return self._axes[axis]

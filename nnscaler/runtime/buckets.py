@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -60,10 +60,12 @@ class Bucket:
     flat      [n] the parameters, on every owner
     owned     [n / owners] the slice of `flat` that this rank updates
     gradient  [n / owners] fp32: the sum over owners and micro-batches of that slice's gradient
+    is_copy   whether another pipeline stage has the same parameters, and counts them as its own
     """
 
     def __init__(self, flat: Tensor, slots: list[Slot], owners: Axis) -> None:
         self.flat = flat
+        self.is_copy = False
         self.slots = slots
         self.owners = owners
         self.device = flat.device
@@ -105,16 +107,22 @@ class Bucket:
 
 
 def make_buckets(
-    specs: Mapping[str, ParameterSpec], axes: Axes, decays: Mapping[str, bool], elements: int = BUCKET_ELEMENTS
+    specs: Mapping[str, ParameterSpec],
+    axes: Axes,
+    decays: Mapping[str, bool],
+    elements: int = BUCKET_ELEMENTS,
+    alone: Collection[str] = (),
 ) -> tuple[list[Bucket], dict[str, nn.Parameter]]:
     """Lays trained parameters into buffers, cut into buckets of about `elements`; and the parameters as views of them.
 
-    Parameters come in the order given, but those with weight decay first, so that the two kinds are ranges.
+    Parameters come in the order given, but those with weight decay first, so that the two kinds are ranges. Each of
+    `alone` gets buckets of its own.
     """
     groups: dict[object, tuple[Axis, list[str]]] = {}
     for name in sorted((name for name, spec in specs.items() if spec.trained), key=lambda name: not decays[name]):
         owners = axes.owners(specs[name].layout)
-        groups.setdefault((id(owners.group), specs[name].dtype), (owners, []))[1].append(name)
+        key = (id(owners.group), specs[name].dtype, name if name in alone else None)
+        groups.setdefault(key, (owners, []))[1].append(name)
     buckets: list[Bucket] = []
     parameters: dict[str, nn.Parameter] = {}
     for owners, names in groups.values():
@@ -153,8 +161,14 @@ class GradientReducer:
                 pieces[slot.name].append((index, slot))
         self._pieces = {id(parameter): pieces[name] for name, parameter in parameters.items()}
         self._deferred: deque[tuple[Tensor, dist.Work | None, Tensor]] = deque()
-        for parameter in parameters.values():
+        self._parameters = list(parameters.values())
+        for parameter in self._parameters:
             parameter.register_post_accumulate_grad_hook(self._take_own)
+
+    def take_gradients(self) -> None:
+        """Takes the gradients that were set without a hook being called, as torch's split backward does."""
+        for parameter in self._parameters:
+            self._take_own(parameter)
 
     def _take_own(self, parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext
+from copy import copy
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,27 +32,45 @@ class ParallelModule(nn.Module):
 
     `forward(**inputs)` takes the whole inputs of the traced model on every rank of a replica and returns its whole
     outputs. Parameters and their gradients live in `buckets`; `backward()` on the output fills `Bucket.gradient` once
-    `reducer.end_micro_batch()` and `reducer.finish()` have been called.
+    `reducer.end_micro_batch()` and `reducer.finish()` have been called; `accumulate` does all of it.
     """
 
+    gives_loss = True
+
     def __init__(self, directory: Path, device: torch.device) -> None:
-        super().__init__()
         plan = json.loads((directory / "plan.json").read_text())
         mesh = Mesh(tuple(plan["mesh"]["sizes"]), plan["mesh"]["replicas"])
-        self.axes = Axes(mesh, device)
+        self._load(directory, plan, Axes(mesh, device))
+
+    @classmethod
+    def of_stage(
+        cls, directory: Path, plan: dict[str, Any], stage: int, axes: Axes, shared: Collection[str]
+    ) -> ParallelModule:
+        """One stage of a pipeline: `plan` is its part of plan.json, `shared` the parameters that other stages have
+        too, which get buckets of their own."""
+        module = cls.__new__(cls)
+        module._load(directory, plan, copy(axes), stage, shared)  # each stage gathers its own weights
+        return module
+
+    def _load(
+        self, directory: Path, plan: dict[str, Any], axes: Axes, stage: int = 0, shared: Collection[str] = ()
+    ) -> None:
+        super().__init__()
+        self.axes = axes
         self.input_names: list[str] = plan["inputs"]
         self.specs = {name: ParameterSpec.from_json(fields) for name, fields in plan["parameters"].items()}
         self.tied: dict[str, str] = plan["tied"]
         self.predicted_seconds: dict[str, float] = plan["predicted"]["seconds_by_category"]
         decayed = {name: decays(spec.shape) for name, spec in self.specs.items()}
-        self.buckets, parameters = make_buckets(self.specs, self.axes, decayed)
+        self.buckets, parameters = make_buckets(self.specs, self.axes, decayed, alone=shared)
+        self.trained = list(parameters.values())
         self.reducer = GradientReducer(self.buckets, parameters)
         self.gathers = self.axes.gathers = Gathers(self.reducer.defer)
         self._gathers_again = any(block["gathered_again"] for block in plan["blocks"].values())
         self._weights: dict[str, Tensor] = {**parameters}
         self._load_fixed(directory)
         self._weights.update({name: self._weights[target] for name, target in self.tied.items()})
-        self._code = _load_source(directory / "gencode_stage0.py")
+        self._code = _load_source(directory / f"gencode_stage{stage}.py")
 
     def _load_fixed(self, directory: Path) -> None:
         """Buffers, and parameters that are not trained: whole on every device."""
@@ -73,6 +92,17 @@ class ParallelModule(nn.Module):
         self.gathers.begin()
         with self.gathers.hooks() if self._gathers_again else nullcontext():
             return self._code.forward(self._weights, self.axes, *(inputs[name] for name in self.input_names))
+
+    def accumulate(self, micro_batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
+        """Forward and backward of a step's micro-batches: fills `Bucket.gradient`; gives the sum of their losses."""
+        total = torch.zeros((), dtype=torch.float64, device=self.axes.device)
+        for inputs in micro_batches:
+            loss = self(**inputs)
+            loss.backward()
+            self.reducer.end_micro_batch()
+            total += loss.detach()
+        self.reducer.finish()
+        return total
 
     def parameters_to_load(self) -> dict[str, ParameterSpec]:
         """Every parameter that has no value yet: trained and frozen ones, not buffers."""

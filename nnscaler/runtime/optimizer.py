@@ -44,6 +44,8 @@ class ShardedOptimizer:
             for bucket in buckets
         ]
         self.state = [{key: torch.zeros_like(master) for key in self.STATE} for master in self.masters]
+        counted = [float(not bucket.is_copy) for bucket in buckets]
+        self._counted = torch.tensor(counted, dtype=torch.float64, device=buckets[0].device)
         self.steps = 0
         ranges = [_decay_ranges(bucket) for bucket in buckets]
         decayed, others = ([(i, parts[kind]) for i, parts in enumerate(ranges)] for kind in (0, 1))
@@ -88,11 +90,11 @@ class ShardedOptimizer:
         Returns the norm of the mean's whole gradient before clipping, on the device; nothing waits for the device.
         """
         gradients = [bucket.gradient for bucket in self.buckets]
-        squares = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+        squares = (torch.stack(torch._foreach_norm(gradients)).double().square() * self._counted).sum()
         # A constant filled in on the device: copying one there would wait for all that runs on it.
         sums = torch.stack([squares, torch.full_like(squares, labels / self.plan_ngpus)])
         if dist.is_initialized() and dist.get_world_size() > 1:
-            # Every element is owned by exactly one rank; the ranks of a replica see the same labels.
+            # Every element is owned by one rank, copies apart; the ranks of a replica see the same labels.
             dist.all_reduce(sums)
         scale = (1.0 / sums[1].clamp(min=1)).float()
         norm = sums[0].sqrt().float() * scale

@@ -1,0 +1,72 @@
+"""Signs of life of a run's processes, so that a run that hangs can say whom it waits for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from datetime import timedelta
+
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+_BEAT = 2.0  # seconds between signs of life
+
+
+class Watch:
+    """Signs of life: a thread gives this rank's, and says whose are missing where a step takes over `patience`."""
+
+    def __init__(self, store: dist.Store, rank: int, world: int, patience: timedelta) -> None:
+        self._store, self._rank, self._world, self._patience = store, rank, world, patience.total_seconds()
+        self._stop = threading.Event()
+        self._waited = 0.0
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def reached(self, step: int) -> None:
+        """This rank has done optimizer step `step`."""
+        self._store.set(f"step/{self._rank}", str(step))
+        self._waited = 0.0
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def explain(self) -> None:
+        """Logs which ranks give no sign of life, or are behind this one. Takes some seconds."""
+        before = self._read("beat")
+        self._stop.wait(3 * _BEAT)
+        after, steps = self._read("beat"), self._read("step")
+        hosts = self._read("here")
+        silent = [other for other in range(self._world) if before.get(other) == after.get(other)]
+        mine = int(steps.get(self._rank, 0))
+        behind = [other for other in range(self._world) if int(steps.get(other, 0)) < mine and other not in silent]
+        for what, ranks in (("gives no sign of life", silent), ("is behind", behind)):
+            for other in ranks:
+                logger.error(
+                    "after step %d: rank %d on %s %s; its last step was %s",
+                    mine, other, hosts.get(other, "?"), what, steps.get(other, "none"),
+                )  # fmt: skip
+
+    def _read(self, kind: str) -> dict[int, str]:
+        keys = {other: f"{kind}/{other}" for other in range(self._world)}
+        return {other: self._store.get(key).decode() for other, key in keys.items() if self._store.check([key])}
+
+    def _run(self) -> None:
+        count = 0
+        while not self._stop.wait(_BEAT):
+            count += 1
+            try:
+                self._store.set(f"beat/{self._rank}", str(count))
+            except RuntimeError:  # the store is gone: so is the run
+                return
+            self._waited += _BEAT
+            if self._waited >= self._patience and is_leader():
+                self._waited = 0.0
+                threading.Thread(target=self.explain, daemon=True).start()
+
+
+def is_leader() -> bool:
+    """Whether this process is the first on its node."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0

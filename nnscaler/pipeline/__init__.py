@@ -1,0 +1,1 @@
+"""Pipeline parallelism: cutting a graph into stages, simulating schedules, and searching for the best of both."""

@@ -1,0 +1,220 @@
+"""Pipeline schedules of `torch.distributed.pipelining`, as lists of what each rank does in order.
+
+`torch_schedule` makes the schedule object that runs; `programs` reads from the same object, made for stages that are
+not there, what every rank will do. Nothing about a schedule is known twice: only how torch's two run times interleave
+their sends, receives and waits is stated here, because it says so nowhere but in its code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch.distributed.pipelining.schedules as torch_schedules
+
+from nnscaler.errors import UserError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A schedule by name.
+
+    torch_name       its class in `torch.distributed.pipelining`
+    stages_per_rank  numbers of stages that a rank may have
+    v_shaped         rank r of p has stages r and 2 p - 1 - r, rather than r, p + r, 2 p + r, ...
+    splits           backward is done in two parts, for a stage's input and for its weights
+    """
+
+    torch_name: str
+    stages_per_rank: tuple[int, ...]
+    v_shaped: bool = False
+    splits: bool = False
+
+
+KINDS = {
+    "1f1b": Kind("Schedule1F1B", (1,)),
+    "interleaved": Kind("ScheduleInterleaved1F1B", (2, 4)),
+    "zb-v": Kind("ScheduleZBVZeroBubble", (2,), v_shaped=True, splits=True),
+    "dualpipe-v": Kind("ScheduleDualPipeV", (2,), v_shaped=True, splits=True),
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A schedule for `stages` stages on `ranks` pipeline ranks and `micro_batches` a step.
+
+    Raises UserError for what torch cannot run.
+    """
+
+    kind: str
+    ranks: int
+    stages: int
+    micro_batches: int
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UserError(f"pipeline_schedule is '{self.kind}'; allowed are {', '.join(KINDS)}")
+        allowed = KINDS[self.kind].stages_per_rank
+        if self.stages % self.ranks or self.stages // self.ranks not in allowed:
+            counts = ", ".join(str(count * self.ranks) for count in allowed)
+            raise UserError(
+                f"pipeline schedule {self.kind} on {self.ranks} ranks takes {counts} stages; there are {self.stages}"
+            )
+        least = self.stages if self.kind in ("1f1b", "dualpipe-v") else self.ranks
+        if self.micro_batches < least:
+            raise UserError(
+                f"grad_accumulation_steps is {self.micro_batches}; pipeline schedule {self.kind} with {self.stages} "
+                f"stages on {self.ranks} ranks needs at least {least} micro-batches"
+            )
+        rounds = self.micro_batches // self.ranks
+        if self.kind == "interleaved" and self.micro_batches % rounds:
+            raise UserError(
+                f"grad_accumulation_steps is {self.micro_batches}; pipeline schedule interleaved on {self.ranks} ranks "
+                f"needs a multiple of {rounds}"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.kind}, {self.stages} stages on {self.ranks} ranks, {self.micro_batches} micro-batches"
+
+    def rank_of(self, stage: int) -> int:
+        """The pipeline rank that has a stage."""
+        turn, place = divmod(stage, self.ranks)
+        return self.ranks - 1 - place if KINDS[self.kind].v_shaped and turn % 2 else place
+
+    def stages_of(self, rank: int) -> list[int]:
+        """The stages of a pipeline rank, rising."""
+        return [stage for stage in range(self.stages) if self.rank_of(stage) == rank]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Computation: F forward; B backward; I and W its parts, for the stage's input and for its weights."""
+
+    kind: str
+    stage: int
+    micro_batch: int
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A micro-batch's activations from `stage` to the next (F), or their gradient to the stage before (B)."""
+
+    kind: str
+    stage: int
+    micro_batch: int
+
+    @property
+    def target(self) -> int:
+        return self.stage + 1 if self.kind == "F" else self.stage - 1
+
+
+@dataclass(frozen=True)
+class Post:
+    """A rank starts its side of transfers."""
+
+    transfers: tuple[Transfer, ...]
+
+
+@dataclass(frozen=True)
+class Wait:
+    """A rank waits until transfers are done."""
+
+    transfers: tuple[Transfer, ...]
+
+
+Program = list[Work | Post | Wait]
+
+
+def torch_schedule(schedule: Schedule, stages: Sequence[Any], loss: Callable[..., Any]) -> Any:
+    """The torch schedule over this rank's stages. Losses are summed, not averaged, over micro-batches."""
+    make = getattr(torch_schedules, KINDS[schedule.kind].torch_name)
+    given = stages[0] if schedule.kind == "1f1b" else list(stages)
+    return make(given, schedule.micro_batches, loss_fn=loss, scale_grads=False)
+
+
+def programs(schedule: Schedule) -> list[Program]:
+    """What each pipeline rank does in a step, in order."""
+    if schedule.kind == "1f1b":
+        return [list(_one_forward_one_backward(schedule, rank)) for rank in range(schedule.ranks)]
+    stages = [
+        SimpleNamespace(
+            stage_index=stage, num_stages=schedule.stages, group_rank=0, group_size=schedule.ranks, submod=None
+        )
+        for stage in schedule.stages_of(0)
+    ]
+    actions = torch_schedule(schedule, stages, lambda output, target: output).pipeline_order_with_comms
+    return [_program(schedule, rank, actions[rank]) for rank in range(schedule.ranks)]
+
+
+def in_flight(program: Program, stage: int) -> int:
+    """The most micro-batches of a stage whose activations are held at a time: from forward to the end of backward."""
+    most = now = 0
+    for step in program:
+        if isinstance(step, Work) and step.stage == stage:
+            now += {"F": 1, "B": -1, "I": 0, "W": -1}[step.kind]
+            most = max(most, now)
+    return most
+
+
+def _program(schedule: Schedule, rank: int, actions: Sequence[Any]) -> Program:
+    """torch's run time of actions: sends and receives are posted where they stand, work waits for what it uses."""
+    program: Program = []
+    sent: list[Transfer] = []
+    for action in (part for whole in actions for part in whole.sub_actions or (whole,)):
+        kind, stage, micro_batch = action.computation_type.value, action.stage_index, action.microbatch_index
+        if kind in ("SEND_F", "SEND_B"):
+            sent.append(Transfer(kind[-1], stage, micro_batch))
+            program.append(Post((sent[-1],)))
+        elif kind in ("RECV_F", "RECV_B"):
+            source = stage - 1 if kind == "RECV_F" else stage + 1
+            program.append(Post((Transfer(kind[-1], source, micro_batch),)))
+        elif kind in ("F", "B", "I", "W"):
+            source = stage - 1 if kind == "F" else stage + 1
+            if kind != "W" and 0 <= source < schedule.stages and schedule.rank_of(source) != rank:
+                program.append(Wait((Transfer("F" if kind == "F" else "B", source, micro_batch),)))
+            program.append(Work(kind, stage, micro_batch))
+    program.append(Wait(tuple(sent)))
+    return program
+
+
+def _one_forward_one_backward(schedule: Schedule, rank: int) -> Iterator[Work | Post | Wait]:
+    """torch's 1F1B: in the steady state a send is posted with the receive that follows, and both are waited for."""
+    count, last = schedule.micro_batches, schedule.stages - 1
+
+    def transfer(kind: str, source: int, micro_batch: int) -> tuple[Transfer, ...]:
+        moved = Transfer(kind, source, micro_batch)
+        return (moved,) if 0 <= source <= last and 0 <= moved.target <= last else ()
+
+    def exchange(*transfers: tuple[Transfer, ...]) -> Iterator[Post | Wait]:
+        together = sum(transfers, ())
+        yield Post(together)
+        yield Wait(together)
+
+    warmup = min(count, schedule.stages - rank)
+    sending: tuple[Transfer, ...] = ()
+    for micro_batch in range(warmup):
+        yield from exchange(transfer("F", rank - 1, micro_batch))
+        yield Work("F", rank, micro_batch)
+        yield Wait(sending)
+        sending = transfer("F", rank, micro_batch)
+        if micro_batch < warmup - 1:
+            yield Post(sending)
+    for micro_batch in range(count):
+        forward = warmup + micro_batch
+        if forward <= count:
+            yield from exchange(sending, transfer("B", rank + 1, micro_batch))
+        else:
+            yield from exchange(transfer("B", rank + 1, micro_batch))
+        yield Work("B", rank, micro_batch)
+        if forward > count:
+            yield Wait(sending)
+        sending = transfer("B", rank, micro_batch)
+        if forward < count:
+            yield from exchange(sending, transfer("F", rank - 1, forward))
+            yield Work("F", rank, forward)
+            sending = transfer("F", rank, forward)
+        else:
+            yield Post(sending)
+    yield Wait(sending)

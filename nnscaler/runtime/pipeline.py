@@ -1,0 +1,228 @@
+"""A model whose stages lie on the ranks of a pipeline, run by `torch.distributed.pipelining`.
+
+Each stage is a `ParallelModule` with its own buckets; a rank has one stage or more. Every rank of a replica reads the
+same micro-batches, and each stage takes from them what it uses; only what crosses between stages is sent.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+
+from nnscaler.mesh import Mesh
+from nnscaler.pipeline.schedules import Schedule, torch_schedule
+from nnscaler.runtime.axes import Axes
+from nnscaler.runtime.buckets import Bucket, GradientReducer
+from nnscaler.runtime.module import ParallelModule, ReadPart
+from nnscaler.runtime.shards import Box, ParameterSpec
+
+
+def load_module(directory: Path, device: torch.device) -> TrainedModule:
+    """The compiled model of a directory, as this rank runs it."""
+    plan = json.loads((directory / "plan.json").read_text())
+    return PipelineModule(directory, plan, device) if "pipeline" in plan else ParallelModule(directory, device)
+
+
+class PipelineModule:
+    """This rank's stages, and the schedule that runs them. Its interface is that of `ParallelModule`."""
+
+    def __init__(self, directory: Path, plan: dict[str, Any], device: torch.device) -> None:
+        pipeline, mesh = plan["pipeline"], plan["stages"][0]["mesh"]
+        self.schedule = Schedule(**pipeline["schedule"])
+        self.axes = Axes(Mesh(tuple(mesh["sizes"]), mesh["replicas"], self.schedule.ranks), device)
+        self.specs: dict[str, ParameterSpec] = {}
+        self.tied: dict[str, str] = {}
+        for part in plan["stages"]:
+            self.specs.update({name: ParameterSpec.from_json(fields) for name, fields in part["parameters"].items()})
+            self.tied.update(part["tied"])
+        shared: dict[str, list[int]] = pipeline["shared"]
+        self.stages = {
+            index: ParallelModule.of_stage(directory, plan["stages"][index], index, self.axes, shared)
+            for index in self.schedule.stages_of(self.axes.pipeline.rank)
+        }
+        self.predicted_seconds: Counter[str] = Counter()
+        for stage in self.stages.values():
+            self.predicted_seconds.update(stage.predicted_seconds)
+        self.buckets = [bucket for stage in self.stages.values() for bucket in stage.buckets]
+        self._shared = list(self._share(shared))
+        self.gives_loss = self.schedule.stages - 1 in self.stages
+        self._schedule = torch_schedule(
+            self.schedule,
+            [self._torch_stage(index, pipeline["crossing"], pipeline["splits"][index]) for index in self.stages],
+            lambda output, target: output,  # the last stage's output is the loss
+        )
+
+    def _torch_stage(self, index: int, crossing: list[list[dict[str, Any]]], splits: bool) -> _Stage:
+        """`crossing`: for each stage the tensors that it sends to the next."""
+        received = _examples(crossing[index - 1]) if index else ()
+        sent = _examples(crossing[index]) if index < self.schedule.stages - 1 else (torch.empty((), device="meta"),)
+        names = [tensor["name"] for tensor in crossing[index - 1]] if index else []
+        return _Stage(self.stages[index], names, index, self.schedule.stages, received, sent, self.axes, splits)
+
+    def _share(self, shared: Mapping[str, list[int]]) -> Iterator[_SharedParameter]:
+        """The shared parameters that this rank has. Every rank makes all groups."""
+        groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+        for name, users in shared.items():
+            ranks = tuple(sorted({self.schedule.rank_of(stage) for stage in users}))
+            if ranks not in groups:
+                groups[ranks] = _group_across(self.axes, ranks)
+            mine = {stage: _buckets_of(self.stages[stage], name) for stage in users if stage in self.stages}
+            for stage, buckets in mine.items():
+                for bucket in buckets:
+                    bucket.is_copy = stage != users[0]
+            for same in zip(*mine.values(), strict=True):
+                yield _SharedParameter(same, groups[ranks])
+
+    def accumulate(self, micro_batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
+        """Runs the schedule over a step's micro-batches: fills `Bucket.gradient`.
+
+        Returns the sum of their losses where `gives_loss`, else 0.
+        """
+        batches = list(micro_batches)
+        inputs = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        losses: list[Tensor] = []
+        target = next(iter(inputs.values())) if self.gives_loss else None
+        self._schedule.step(target=target, losses=losses, return_outputs=False, **inputs)
+        for stage in self.stages.values():
+            stage.reducer.finish()
+        for parameter in self._shared:
+            parameter.add_gradients()
+        total = torch.zeros((), dtype=torch.float64, device=self.axes.device)
+        for loss in losses:
+            total += loss.detach()
+        return total
+
+    def parameters_to_load(self) -> dict[str, ParameterSpec]:
+        """Every parameter of this rank's stages that has no value yet."""
+        return {name: spec for stage in self.stages.values() for name, spec in stage.parameters_to_load().items()}
+
+    def load(self, read: ReadPart) -> None:
+        """Fills this rank's shards: `read(name, box)` gives a part of a whole parameter, of any float type."""
+        for stage in self.stages.values():
+            stage.load(read)
+
+    def load_one(self, name: str, part: Tensor) -> None:
+        """Fills this rank's shard of one parameter, in each stage that has it."""
+        for stage in self.stages.values():
+            if name in stage.parameters_to_load():
+                stage.load_one(name, part)
+
+    def box(self, name: str) -> Box:
+        """The part of a whole parameter that this rank computes with."""
+        return self.specs[name].box(self.axes.mesh, self.axes.place)
+
+
+TrainedModule: TypeAlias = ParallelModule | PipelineModule
+
+
+class _Stage(PipelineStage):
+    """A torch stage that hands gradients to the stage's reducer.
+
+    Where it does not split backward, the part for the inputs does all, and the part for the weights nothing.
+    """
+
+    def __init__(
+        self,
+        module: ParallelModule,
+        received_names: list[str],
+        index: int,
+        stages: int,
+        received: tuple[Tensor, ...],
+        sent: tuple[Tensor, ...],
+        axes: Axes,
+        splits: bool,
+    ) -> None:
+        at_once = not splits or axes.device.type != "cpu"  # elsewhere regions are compiled
+        super().__init__(
+            _StageModule(module, received_names), index, stages, axes.device,
+            input_args=received, output_args=sent, group=axes.pipeline.group,
+            dw_builder=(lambda: _nothing) if at_once else None,
+        )  # fmt: skip
+        self._reducer: GradientReducer = module.reducer
+        self._at_once = at_once
+
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
+        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        if full_backward or self._at_once:
+            self._reducer.end_micro_batch()
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        if not self._at_once:
+            self._reducer.take_gradients()
+            self._reducer.end_micro_batch()
+
+
+def _nothing() -> None:
+    pass
+
+
+class _StageModule(nn.Module):
+    """A stage as torch calls it: what it received by place, the model's inputs by name."""
+
+    def __init__(self, module: ParallelModule, received: list[str]) -> None:
+        super().__init__()
+        self._run = module.forward
+        self._received = received
+        self._own = [name for name in module.input_names if name not in received]
+        self.weights = nn.ParameterList(module.trained)
+
+    def forward(self, *received: Tensor, **inputs: Tensor) -> Any:
+        return self._run(**dict(zip(self._received, received, strict=True)), **{n: inputs[n] for n in self._own})
+
+
+@dataclass(frozen=True)
+class _SharedParameter:
+    """A part of a parameter of several stages: its bucket in each of this rank's stages, and the group of all ranks."""
+
+    buckets: tuple[Bucket, ...]
+    group: dist.ProcessGroup | None
+
+    def add_gradients(self) -> None:
+        """Gives every stage the sum of all stages' gradients, so that all make the same update."""
+        total = self.buckets[0].gradient
+        for bucket in self.buckets[1:]:
+            total += bucket.gradient
+        if self.group is not None:
+            dist.all_reduce(total, group=self.group)
+        for bucket in self.buckets[1:]:
+            bucket.gradient.copy_(total)
+
+
+def _buckets_of(stage: ParallelModule, name: str) -> list[Bucket]:
+    return [bucket for bucket in stage.buckets if any(slot.name == name for slot in bucket.slots)]
+
+
+def _group_across(axes: Axes, pipeline_ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
+    """The group of the devices on these pipeline ranks that stand where this one does on the other axes."""
+    if len(pipeline_ranks) == 1:
+        return None
+    each = axes.mesh.runtime_ngpus // axes.mesh.pipeline
+    found = None
+    for place in range(each):
+        ranks = [rank * each + place for rank in pipeline_ranks]
+        group = dist.new_group(ranks)
+        if axes.rank in ranks:
+            found = group
+    return found
+
+
+def _examples(tensors: list[dict[str, Any]]) -> tuple[Tensor, ...]:
+    """Tensors without values, of the shapes, types and need of gradients that plan.json says."""
+    return tuple(
+        torch.empty(tensor["shape"], dtype=getattr(torch, tensor["dtype"]), device="meta").requires_grad_(
+            tensor["gradient"]
+        )
+        for tensor in tensors
+    )

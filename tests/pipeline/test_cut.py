@@ -1,0 +1,96 @@
+"""Stages of a graph together are the graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nnscaler import UserError
+from nnscaler.graph import Block, Call, Graph, Node, Ref, TensorMeta
+from nnscaler.models.causal_lm import CausalLM, prepare_config
+from nnscaler.pipeline.cut import cut, pivots, shared_parameters
+from nnscaler.trace import build_on_meta, trace
+from tests import tiny
+
+
+def llama(layers: int = 4, tied: bool = False) -> Graph:
+    config = tiny.config(num_hidden_layers=layers, tie_word_embeddings=tied)
+    prepare_config(config, tiny.LENGTH, "auto", False)
+    model, buffers = build_on_meta(lambda: CausalLM(config))
+    inputs = {name: torch.empty((1, tiny.LENGTH), dtype=torch.int64) for name in ("input_ids", "labels")}
+    return trace(model, inputs, buffers)
+
+
+def test_a_llama_passes_one_tensor_from_stage_to_stage():
+    graph = llama()
+    begins = pivots(graph)
+    assert [graph.root.nodes[index].outputs for index in begins] == [(f"layers_{i}",) for i in range(4)]
+    stages = cut(graph, begins[1:3])
+    assert [(stage.received, stage.sent) for stage in stages] == [
+        ((), ("layers_0",)), (("layers_0",), ("layers_1",)), (("layers_1",), ()),
+    ]  # fmt: skip
+    assert [stage.graph.root.inputs for stage in stages] == [["input_ids"], ["layers_0"], ["layers_1", "labels"]]
+    assert [len(stage.graph.calls("llama_decoder_layer")) for stage in stages] == [1, 1, 2]
+    assert stages[2].graph.root.outputs == graph.root.outputs
+    # Each parameter is in one stage; the table of rotary frequencies, a buffer, in each.
+    buffers = set(graph.buffers)
+    names = [name for stage in stages for name in stage.graph.parameters if name not in buffers]
+    assert sorted(names) == sorted(set(graph.parameters) - buffers)
+    assert all(set(stage.graph.buffers) == buffers for stage in stages)
+    assert shared_parameters([stage.graph for stage in stages]) == {}
+
+
+def test_every_stage_is_a_graph_of_its_own():
+    for stage in cut(llama(), pivots(llama())[1:]):
+        root = stage.graph.root
+        known = {*root.inputs, *root.parameters}
+        for node in root.nodes:
+            assert known.issuperset(node.inputs), node.name
+            known.update(node.outputs)
+        assert known.issuperset(root.outputs)
+        assert set(root.tensors) == known
+
+
+def test_tied_weights_belong_to_both_stages():
+    stages = cut(llama(tied=True), pivots(llama(tied=True))[2:3])
+    assert shared_parameters([stage.graph for stage in stages]) == {"model.model.embed_tokens.weight": [0, 1]}
+
+
+def skipping() -> Graph:
+    """x -> a -> b -> c -> d, where d also uses what came before a, and b's output is the graph's as well."""
+    block = Block("layer", "Layer", inputs=["h"], outputs=["r"])
+    block.tensors = {name: TensorMeta((4, 8), torch.float32, True) for name in ("h", "r")}
+    block.tensors["w"] = TensorMeta((8, 8), torch.float32, True)
+    block.parameters = {"w": "w"}
+    block.nodes = [Node("r", "aten.linear.default", (Ref("h"), Ref("w")), {}, ("r",))]
+    root = Block("model", "Model", inputs=["x"], parameters={"first": "first"})
+    root.tensors = {"x": TensorMeta((4, 8), torch.float32), "first": TensorMeta((8,), torch.float32, True)}
+    root.nodes.append(Node("start", "aten.mul.Tensor", (Ref("x"), Ref("first")), {}, ("start",)))
+    before = "start"
+    for name in "abcd":
+        call = Call(name, "call", (Ref(before),), {}, (name,), block="layer", parameters={"w": f"{name}.w"})
+        root.nodes.append(call)
+        before = name
+    root.nodes.append(Node("sum", "aten.add.Tensor", (Ref("d"), Ref("start")), {}, ("sum",)))
+    root.tensors.update({name: TensorMeta((4, 8), torch.float32, True) for name in ("start", *"abcd", "sum")})
+    root.outputs = ["sum", "b"]
+    graph = Graph(root, {"layer": block}, {}, {})
+    graph.parameters = {path: graph_block.tensors[tensor] for graph_block, tensor, path in graph.parameter_uses()}
+    return graph
+
+
+def test_what_a_later_stage_uses_goes_through_those_between():
+    stages = cut(skipping(), [2, 3, 4])
+    assert [stage.sent for stage in stages] == [("start", "a"), ("start", "b"), ("start", "b", "c"), ()]
+    assert [list(stage.graph.parameters) for stage in stages] == [["first", "a.w"], ["b.w"], ["c.w"], ["d.w"]]
+    assert stages[2].graph.root.inputs == ["start", "b"]
+
+
+def test_pivots_are_classes_of_repeated_modules():
+    with pytest.raises(UserError, match="has 'LlamaMLP'; the model's repeated modules are LlamaDecoderLayer"):
+        pivots(llama(), ["LlamaMLP"])
+    graph = llama()
+    graph.blocks.clear()
+    graph.root.nodes = [node for node in graph.root.nodes if not isinstance(node, Call)]
+    with pytest.raises(UserError, match="needs a model with repeated modules"):
+        pivots(graph)

@@ -1,0 +1,92 @@
+"""A simulated step takes as long as a real one: torch's run time, real processes, stages that sleep."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.pipelining import PipelineStage
+
+from nnscaler.pipeline.schedules import Schedule, programs, torch_schedule
+from nnscaler.pipeline.simulate import StageSeconds, simulate
+from tests.launch import run
+
+
+class Sleep(torch.autograd.Function):
+    """The same tensor, some time later; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx, x, forward, backward):
+        ctx.seconds = backward
+        time.sleep(forward)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        time.sleep(ctx.seconds)
+        return gradient.clone(), None, None
+
+
+class SleepingStage(nn.Module):
+    def __init__(self, seconds: StageSeconds) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        seconds = self.seconds
+        return Sleep.apply(x, seconds.forward, seconds.inputs) + Sleep.apply(self.weight, 0.0, seconds.weights)
+
+
+def stage_seconds(schedule: Schedule) -> list[StageSeconds]:
+    """Unequal stages: some wait for others whatever the schedule."""
+    part = schedule.ranks / schedule.stages * (2 if schedule.ranks > 2 else 1)  # more processes than cores
+    each = [(0.04 * part, (0.03 + 0.02 * (stage % 2)) * part, 0.03 * part) for stage in range(schedule.stages)]
+    return [StageSeconds(forward, inputs + weights, inputs, weights) for forward, inputs, weights in each]
+
+
+def measure(schedules: list[Schedule], repeats: int) -> list[float]:
+    """The shortest of some steps of each schedule, in seconds on the slowest rank."""
+    found = []
+    for schedule in schedules:
+        stages = []
+        for index in schedule.stages_of(dist.get_rank()):
+            received = torch.empty(4, 8, device="meta", requires_grad=index > 0)
+            module = SleepingStage(stage_seconds(schedule)[index])
+            sent = torch.empty(4, 8, device="meta", requires_grad=True)
+            stages.append(
+                PipelineStage(
+                    module, index, schedule.stages, torch.device("cpu"), input_args=received, output_args=sent
+                )
+            )
+        step = torch_schedule(schedule, stages, lambda output, target: output.sum())
+        rows = torch.ones(4 * schedule.micro_batches, 8)
+        inputs = (rows,) if 0 in schedule.stages_of(dist.get_rank()) else ()
+        times = []
+        for _ in range(repeats):
+            dist.barrier()
+            begin = time.perf_counter()
+            step.step(*inputs, target=rows, losses=[], return_outputs=False)
+            took = torch.tensor(time.perf_counter() - begin)
+            dist.all_reduce(took, op=dist.ReduceOp.MAX)
+            times.append(took.item())
+        found.append(min(times[1:]))  # the first makes connections
+    return found
+
+
+SCHEDULES = {
+    2: [Schedule("1f1b", 2, 2, 6), Schedule("interleaved", 2, 4, 6), Schedule("dualpipe-v", 2, 4, 6)],
+    4: [Schedule("1f1b", 4, 4, 4), Schedule("interleaved", 4, 8, 8), Schedule("zb-v", 4, 8, 8)],
+}
+
+
+@pytest.mark.parametrize("ranks", SCHEDULES)
+def test_simulated_and_measured_steps_take_equally_long(ranks):
+    measured = run(ranks, measure, SCHEDULES[ranks], 3)[0]
+    for schedule, seconds in zip(SCHEDULES[ranks], measured):
+        transfers = [0.0] * (schedule.stages - 1)
+        predicted = simulate(schedule, programs(schedule), stage_seconds(schedule), transfers).seconds
+        assert seconds == pytest.approx(predicted, rel=0.05), schedule

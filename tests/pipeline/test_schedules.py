@@ -1,0 +1,100 @@
+"""Programs do what torch's schedules do, and simulated they take as long as is known of the schedules."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from nnscaler import UserError
+from nnscaler.pipeline.schedules import KINDS, Post, Schedule, Wait, Work, in_flight, programs
+from nnscaler.pipeline.simulate import StageSeconds, simulate
+
+ALL = [
+    Schedule(kind, ranks, ranks * per_rank, micro_batches)
+    for kind, ranks, micro_batches in product(KINDS, (2, 3, 4), (8, 12, 16))
+    for per_rank in KINDS[kind].stages_per_rank
+    if not (kind == "interleaved" and micro_batches % (micro_batches // ranks))
+]
+
+
+@pytest.mark.parametrize("schedule", ALL, ids=str)
+def test_every_micro_batch_goes_forward_and_backward_once_in_every_stage(schedule):
+    found = programs(schedule)
+    for rank, program in enumerate(found):
+        work = [step for step in program if isinstance(step, Work)]
+        assert len(set(work)) == len(work)
+        for stage, micro_batch in product(schedule.stages_of(rank), range(schedule.micro_batches)):
+            kinds = [step.kind for step in work if (step.stage, step.micro_batch) == (stage, micro_batch)]
+            assert kinds in (["F", "B"], ["F", "I", "W"])
+        posted = [transfer for step in program if isinstance(step, Post) for transfer in step.transfers]
+        waited = {transfer for step in program if isinstance(step, Wait) for transfer in step.transfers}
+        assert len(set(posted)) == len(posted)
+        assert waited == set(posted), "what is posted is waited for"
+    ends = {transfer for program in found for step in program if isinstance(step, Post) for transfer in step.transfers}
+    crossing = sum(schedule.rank_of(s) != schedule.rank_of(s + 1) for s in range(schedule.stages - 1))
+    assert len(ends) == 2 * crossing * schedule.micro_batches
+
+
+def seconds(schedule: Schedule, transfer: float = 0.0) -> float:
+    """Of a step in which a rank's forward takes 1 s, and backward 2 s, half of it for the weights."""
+    part = schedule.ranks / schedule.stages
+    stages = [StageSeconds(part, 2 * part, part, part)] * schedule.stages
+    return simulate(schedule, programs(schedule), stages, [transfer] * (schedule.stages - 1)).seconds
+
+
+@pytest.mark.parametrize(("ranks", "micro_batches"), product((2, 4, 8), (8, 16, 64)))
+def test_bubbles_are_those_of_the_papers(ranks, micro_batches):
+    """Narayanan et al. 2021: (p - 1) (F + B) for 1F1B, that by the stages of a rank where they are interleaved; and
+    Qi et al. 2023: zero-bubble V hides all but the first stages' way down and up."""
+    work = 3.0 * micro_batches
+    assert seconds(Schedule("1f1b", ranks, ranks, micro_batches)) == pytest.approx(work + 3 * (ranks - 1))
+    for count in (2, 4):
+        interleaved = Schedule("interleaved", ranks, count * ranks, micro_batches)
+        assert seconds(interleaved) == pytest.approx(work + 3 * (ranks - 1) / count)
+    if micro_batches >= 2 * ranks:
+        zero_bubble = Schedule("zb-v", ranks, 2 * ranks, micro_batches)
+        assert seconds(zero_bubble) == pytest.approx(work + (ranks - 1) / 2)
+
+
+def test_one_slow_transfer_is_waited_for():
+    schedule = Schedule("1f1b", 2, 2, 2)
+    # F0 ends at 1 s, is there at 11 s, and its backward ends there at 14 s. Only then does stage 1 take F1, ready since
+    # 2 s: it arrives at 24 s, as the gradient of 0 does, and that of 1 after another 3 s and 10 s.
+    stages = [StageSeconds(1, 2, 1, 1)] * 2
+    spans = simulate(schedule, programs(schedule), stages, [10.0]).spans
+    begin = {(span.rank, span.work.kind, span.work.micro_batch): span.start for span in spans}
+    assert begin[0, "F", 1] == 1
+    assert begin[1, "F", 0] == 11
+    assert begin[1, "B", 0] == 12
+    assert begin[0, "B", 0] == 24
+    assert begin[1, "F", 1] == 24
+    assert begin[0, "B", 1] == 37
+
+
+def test_the_slowest_stage_sets_the_pace():
+    schedule = Schedule("1f1b", 2, 2, 10)
+    fast, slow = StageSeconds(1, 2, 1, 1), StageSeconds(2, 4, 2, 2)
+    assert simulate(schedule, programs(schedule), [fast, slow], [0.0]).seconds == pytest.approx(10 * 6 + 1 + 2)
+
+
+def test_activations_in_flight():
+    first, *_, last = programs(Schedule("1f1b", 4, 4, 8))
+    assert (in_flight(first, 0), in_flight(last, 3)) == (4, 1)
+    zero_bubble = programs(Schedule("zb-v", 4, 8, 8))
+    assert [in_flight(zero_bubble[0], stage) for stage in (0, 7)] == [8, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("gpipe", 2, 2, 4), "pipeline_schedule is 'gpipe'; allowed are 1f1b, interleaved, zb-v, dualpipe-v"),
+        (("1f1b", 2, 3, 4), "schedule 1f1b on 2 ranks takes 2 stages; there are 3"),
+        (("zb-v", 2, 8, 8), "schedule zb-v on 2 ranks takes 4 stages; there are 8"),
+        (("1f1b", 4, 4, 3), "grad_accumulation_steps is 3; .* needs at least 4 micro-batches"),
+        (("interleaved", 2, 4, 7), "grad_accumulation_steps is 7; .* needs a multiple of 3"),
+    ],
+)
+def test_what_torch_cannot_run_is_one_line(arguments, message):
+    with pytest.raises(UserError, match=message):
+        Schedule(*arguments)
