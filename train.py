@@ -32,7 +32,6 @@ from nnscaler.cli.config import (
 from nnscaler.cli.trainer import Trainer
 from nnscaler.compiler import ComputeConfig
 from nnscaler.data.training import PackedDataset
-from nnscaler.errors import UserError
 from nnscaler.hardware import hardware_names
 from nnscaler.models import load_config
 from nnscaler.models.causal_lm import (
@@ -117,10 +116,6 @@ def parse() -> argparse.Namespace:
 
 def trainer_args(options: argparse.Namespace) -> TrainerArgs:
     """What the flags mean. Raises UserError for what does not go together."""
-    if options.pipeline_pivots and not options.explore_pipeline:
-        raise UserError(f"--pipeline_pivots is '{options.pipeline_pivots}'; it goes only with --explore_pipeline")
-    if options.explore_pipeline:
-        logger.warning("--explore_pipeline: pipeline stages are not searched yet; planning one stage")
     config = load_config(options.model_id)
     packed = PackedDataset.open(options.dataset_path) if options.dataset_path else None
     dataset = DatasetConfig(packed, options.sequence_length)

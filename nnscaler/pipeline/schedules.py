@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -134,6 +135,7 @@ def torch_schedule(schedule: Schedule, stages: Sequence[Any], loss: Callable[...
     return make(given, schedule.micro_batches, loss_fn=loss, scale_grads=False)
 
 
+@cache
 def programs(schedule: Schedule) -> list[Program]:
     """What each pipeline rank does in a step, in order."""
     if schedule.kind == "1f1b":

@@ -1,9 +1,8 @@
 """graph + devices + hardware -> the best pipeline, or the plan without one where that is better.
 
-Number of stages, schedule, layout of what crosses between stages and cut points are tried in turn; each time the
-planner plans every distinct stage with the memory that its rank has for it and the micro-batches that the schedule
-keeps in flight, and the schedule's actions are simulated with the stages' times. Cut points begin at equal numbers of
-pivots a stage, and move towards equal times as long as that helps.
+Every schedule that the devices allow is estimated (see `stages`): how what crosses lies is chosen once for each number
+of pipeline ranks, and cut points, at first at equal numbers of pivots a stage, move towards equal times as long as that
+helps. Then those that may be faster than the best that has been found are planned, the most promising first.
 """
 
 from __future__ import annotations
@@ -11,20 +10,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nnscaler.errors import UserError
 from nnscaler.graph import Graph
 from nnscaler.hardware import Hardware
 from nnscaler.mesh import Mesh
 from nnscaler.pipeline.cut import pivots
-from nnscaler.pipeline.plan import PipelinePlan, update_seconds
+from nnscaler.pipeline.plan import PipelinePlan
 from nnscaler.pipeline.schedules import KINDS, Schedule
-from nnscaler.pipeline.stages import Candidate, StagePlanner
+from nnscaler.pipeline.stages import Candidate, Estimate, StagePlanner
 from nnscaler.placement import REPLICATE, Placements
 from nnscaler.plan import Plan
 from nnscaler.planner import find_plan
 from nnscaler.planner.options import layouts_of
+from nnscaler.planner.search import nodes_to_recompute
 from nnscaler.profiler.operators import OperatorTimes
 
 logger = logging.getLogger(__name__)
@@ -60,42 +60,53 @@ def find_pipeline(
     Raises UserError where nothing fits, and for what cannot be done as wanted.
     """
     memory = 0.9 * hardware.memory if memory is None else memory
-    begins = pivots(graph, wanted.pivots)
-    planners: dict[int, StagePlanner] = {}
+    nodes_to_recompute(graph, recompute_modules or ())  # all are known, though not to every stage
+    schedules = candidates(wanted, meshes[0].plan_ngpus, len(begins := pivots(graph, wanted.pivots)), micro_batches)
     best: Plan | PipelinePlan | None = None
-    best_candidate: Candidate | None = None
     refused = ""
-    for schedule in candidates(wanted, meshes[0].plan_ngpus, len(begins), micro_batches):
-        name = "without a pipeline" if schedule is None else str(schedule)
-        below = float("inf") if best is None else best.step_seconds
-        candidate: Candidate | None = None
+    if None in schedules:
         try:
             with _quiet_planner():
-                if schedule is None:
-                    found: Plan | PipelinePlan = find_plan(
-                        graph, meshes, hardware, memory=memory, recompute_modules=recompute_modules,
-                        micro_batches=micro_batches, fused=fused, times=times,
-                    )  # fmt: skip
-                else:
-                    of_rank = Mesh((meshes[0].plan_ngpus // schedule.ranks,), meshes[0].replicas)
-                    planner = StagePlanner(graph, of_rank, hardware, memory, recompute_modules, fused, times, begins)
-                    planner = planners.setdefault(schedule.ranks, planner)
-                    candidate, found = plan_schedule(planner, schedule, below)
+                best = find_plan(
+                    graph, meshes, hardware, memory=memory, recompute_modules=recompute_modules,
+                    micro_batches=micro_batches, fused=fused, times=times,
+                )  # fmt: skip
+            logger.info("without a pipeline: %.4g s a step", best.step_seconds)
         except UserError as error:
-            refused = f"{name}: {error}"
+            refused = f"without a pipeline: {error}"
+            logger.info("%s", refused)
+    planners = {
+        ranks: StagePlanner(
+            graph, Mesh((meshes[0].plan_ngpus // ranks,), meshes[0].replicas),
+            hardware, memory, recompute_modules, fused, times, begins,
+        )
+        for ranks in {schedule.ranks for schedule in schedules if schedule is not None}
+    }  # fmt: skip
+    estimates = []
+    for schedule in filter(None, schedules):
+        try:
+            estimates.append(estimated(planners[schedule.ranks], schedule))
+        except UserError as error:
+            refused = f"{schedule}: {error}"
+            logger.info("%s", refused)
+    for estimate in sorted(estimates, key=lambda one: one.step_seconds):
+        schedule = estimate.candidate.schedule
+        below = float("inf") if best is None else best.step_seconds
+        try:
+            with _quiet_planner():
+                found = planned(planners[schedule.ranks], estimate, below)
+        except UserError as error:
+            refused = f"{schedule}: {error}"
             logger.info("%s", refused)
             continue
-        if found.step_seconds >= below:
-            logger.info("%s: not faster", name)
+        if found is None:
+            logger.info("%s: not faster; estimated at %.4g s a step", schedule, estimate.step_seconds)
             continue
-        logger.info("%s: %.4g s a step", name, found.step_seconds)
-        best, best_candidate = found, candidate
+        logger.info("%s: %.4g s a step", schedule, found.step_seconds)
+        best = found
     if best is None:
         raise UserError(f"no pipeline fits; the last that was tried, {refused}")
-    if best_candidate is None:
-        return best
-    with _quiet_planner():
-        return planners[best_candidate.schedule.ranks].plan(best_candidate, exact=True)
+    return best
 
 
 def candidates(wanted: Wanted, devices: int, places: int, micro_batches: int) -> list[Schedule | None]:
@@ -130,43 +141,61 @@ def candidates(wanted: Wanted, devices: int, places: int, micro_batches: int) ->
     )
 
 
-def plan_schedule(planner: StagePlanner, schedule: Schedule, below: float) -> tuple[Candidate, PipelinePlan]:
-    """The best candidate for a schedule, and its plan: over layouts of what crosses, then over cut points.
-
-    Where it cannot take less than `below` seconds a step, the plan is a bound only. Raises UserError where none fits.
-    """
+def estimated(planner: StagePlanner, schedule: Schedule) -> Estimate:
+    """The estimate of a schedule with the best cut points. Raises UserError where it does not fit."""
     counts = even(len(planner.begins), schedule.stages)
-    first = planner.cut(counts)[0]
-    shape = first.graph.root.tensors[first.sent[0]].shape
-    whole: list[Placements] = [(REPLICATE,) * len(planner.mesh.sizes)]
-    layouts = layouts_of(shape, planner.mesh, REPLICATE) if planner.mesh.plan_ngpus > 1 else whole
-    bounds: list[tuple[Candidate, PipelinePlan]] = []
-    failure: UserError | None = None
-    for layout in layouts:
-        candidate = Candidate(schedule, counts, layout)
-        try:
-            bounds.append((candidate, planner.bound(candidate)))
-        except UserError as error:
-            failure = failure or error
-    if not bounds:
-        assert failure is not None
-        raise failure
-    best, plan = min(bounds, key=lambda pair: pair[1].step_seconds)
-    if plan.step_seconds >= below:
-        return best, plan
-    plan = planner.plan(best)
+    if planner.layout is None:
+        planner.layout = _best_layout(planner, schedule, counts)
+    best = planner.estimate(Candidate(schedule, counts, planner.layout))
     for _ in range(_BALANCING_ROUNDS):
-        moved = Candidate(schedule, balanced(best.counts, plan.stages), best.layout)
+        counts = balanced(best.candidate.counts, best.seconds)
         try:
-            if planner.bound(moved).step_seconds >= plan.step_seconds:
-                break
-            found = planner.plan(moved)
+            moved = planner.estimate(replace(best.candidate, counts=counts))
         except UserError:
             break
-        if found.step_seconds >= plan.step_seconds:
+        if moved.step_seconds >= best.step_seconds:
             break
-        best, plan = moved, found
-    return best, plan
+        best = moved
+    return best
+
+
+def _best_layout(planner: StagePlanner, schedule: Schedule, counts: tuple[int, ...]) -> Placements:
+    """The best layout of what crosses between stages."""
+    whole = (REPLICATE,) * len(planner.mesh.sizes)
+    if planner.mesh.plan_ngpus == 1:
+        return whole
+    first = planner.cut(counts)[0]
+    layouts = layouts_of(first.graph.root.tensors[first.sent[0]].shape, planner.mesh, REPLICATE)
+    seconds: dict[Placements, float] = {}
+    failure: UserError | None = None
+    for layout in layouts:
+        try:
+            seconds[layout] = planner.estimate(Candidate(schedule, counts, layout)).step_seconds
+        except UserError as error:
+            failure = error
+    if not seconds:
+        assert failure is not None
+        raise failure
+    return min(seconds, key=seconds.__getitem__)
+
+
+def planned(planner: StagePlanner, estimate: Estimate, below: float) -> PipelinePlan | None:
+    """The plan of an estimate, with cut points moved on by its stages' times; None where it does not take less than
+    `below` seconds a step. Raises UserError where it does not fit."""
+    plan = None
+    for _ in range(_BALANCING_ROUNDS):
+        found = planner.plan(estimate, below) if estimate.step_seconds < below else None
+        if found is None:
+            break
+        plan, below = found, found.step_seconds
+        counts = balanced(estimate.candidate.counts, [sum(stage.seconds.values()) for stage in found.stages])
+        if counts == estimate.candidate.counts:
+            break
+        try:
+            estimate = planner.estimate(replace(estimate.candidate, counts=counts))
+        except UserError:
+            break
+    return plan
 
 
 def even(places: int, stages: int) -> tuple[int, ...]:
@@ -174,13 +203,13 @@ def even(places: int, stages: int) -> tuple[int, ...]:
     return tuple(places // stages + (stage < places % stages) for stage in range(stages))
 
 
-def balanced(counts: Sequence[int], plans: Sequence[Plan]) -> tuple[int, ...]:
+def balanced(counts: Sequence[int], seconds: Sequence[float]) -> tuple[int, ...]:
     """As many places in all, but so that the slowest stage is as fast as it can be.
 
-    What a stage takes is supposed to be linear in its places, at the rate of the stages in the middle (or, of two
-    stages, as if the difference between them did not depend on their places).
+    seconds  of a micro-batch in each stage with `counts`. What a stage takes is supposed to be linear in its places, at
+             the rate of the stages in the middle (or, of two stages, as if the difference between them did not depend
+             on their places)
     """
-    seconds = [sum(plan.seconds.values()) - update_seconds(plan) for plan in plans]
     inner = range(1, len(counts) - 1) or range(len(counts))
     rate = min(seconds[i] / counts[i] for i in inner)
     fixed = [max(0.0, total - rate * count) for total, count in zip(seconds, counts)]

@@ -1,4 +1,11 @@
-"""Planning the stages of one candidate: a schedule, cut points, and a layout for what crosses between stages."""
+"""Planning the stages of one candidate: a schedule, cut points, and a layout for what crosses between stages.
+
+A candidate is estimated first: the stages' programs, all of a rank's together within its memory, are solved without
+asking for whole choices, which takes hundredths of a second a stage, and the schedule is simulated with the times that
+come out. No plan of the candidate is faster, but for how a stage's time is divided between forward and backward. Then
+stage after stage is planned in whole choices, in the memory that the estimate gave it, until the simulated step takes
+longer than the best that is known, or all are planned.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
-from nnscaler.graph import Graph
+from nnscaler.errors import UserError
+from nnscaler.graph import Call, Graph
 from nnscaler.hardware import Hardware
 from nnscaler.mesh import Mesh
 from nnscaler.pipeline.cut import StageGraph, cut, shared_parameters
@@ -14,9 +22,13 @@ from nnscaler.pipeline.plan import PipelinePlan, forward_seconds, update_seconds
 from nnscaler.pipeline.schedules import Schedule, in_flight, programs
 from nnscaler.pipeline.simulate import StageSeconds, simulate
 from nnscaler.placement import REPLICATE, SHARED, Placements, local_shape
-from nnscaler.plan import Key, Plan
+from nnscaler.plan import GIB, Key, Plan
 from nnscaler.planner import find_plan
+from nnscaler.planner.costs import CostModel
 from nnscaler.planner.options import divides
+from nnscaler.planner.problem import Problem, build_problem
+from nnscaler.planner.program import relaxed
+from nnscaler.planner.search import recomputing
 from nnscaler.profiler.operators import OperatorTimes
 
 
@@ -29,14 +41,47 @@ class Candidate:
     layout: Placements
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """A candidate without its plans. seconds: of a micro-batch in each stage; bytes: of each stage on a device."""
+
+    candidate: Candidate
+    seconds: tuple[float, ...]
+    bytes: tuple[float, ...]
+    step_seconds: float
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A stage to be planned.
+
+    like     equal for stages whose plans differ only in names
+    count    micro-batches of a step; held: those whose activations it holds at a time
+    buffers  bytes of what torch receives into: it has a buffer for each micro-batch
+    layouts  of what crosses, and of parameters that other stages have too
+    """
+
+    cut: StageGraph
+    like: object
+    count: int
+    held: int
+    buffers: int
+    layouts: Mapping[str, Placements]
+
+
 @dataclass
 class StagePlanner:
     """Plans stages on meshes of one pipeline rank's devices.
 
-    mesh    of a pipeline rank
-    begins  nodes of the root block at which stages may begin
-    memory  bytes a device that the stages of a rank may use together
-    known   plans by what they depend on: stages in the middle of a pipeline are alike
+    mesh       of a pipeline rank
+    begins     nodes of the root block at which stages may begin
+    memory     bytes a device that the stages of a rank may use together
+    layout     of what crosses, where it has been chosen
+    cuts       by numbers of `begins`
+    stages     by candidate
+    problems   by a stage's likeness
+    estimated  by the likeness of a rank's stages, and what they hold: seconds and bytes of each
+    planned    likewise of a stage: plans, each with the memory that it was to fit into
     """
 
     graph: Graph
@@ -47,87 +92,127 @@ class StagePlanner:
     fused: bool
     times: OperatorTimes | None
     begins: list[int]
-    known: dict[object, Plan] = field(default_factory=dict)
+    layout: Placements | None = None
+    cuts: dict[tuple[int, ...], list[StageGraph]] = field(default_factory=dict)
+    stages: dict[Candidate, list[_Stage]] = field(default_factory=dict)
+    problems: dict[object, Problem] = field(default_factory=dict)
+    estimated: dict[object, list[tuple[float, float]] | None] = field(default_factory=dict)
+    planned: dict[object, list[tuple[float, Plan]]] = field(default_factory=dict)
 
-    def cut(self, counts: Sequence[int]) -> list[StageGraph]:
+    def cut(self, counts: tuple[int, ...]) -> list[StageGraph]:
         """The stages with so many of `begins` each."""
-        return cut(self.graph, [self.begins[sum(counts[:index])] for index in range(1, len(counts))])
+        if counts not in self.cuts:
+            self.cuts[counts] = cut(self.graph, [self.begins[sum(counts[:index])] for index in range(1, len(counts))])
+        return self.cuts[counts]
 
-    def bound(self, candidate: Candidate) -> PipelinePlan:
-        """The plan in which every stage has its rank's memory for itself: no plan of the candidate is faster.
+    def estimate(self, candidate: Candidate) -> Estimate:
+        """Raises UserError where the stages of a rank do not fit into its memory."""
+        schedule, stages = candidate.schedule, self._stages(candidate)
+        found = [(0.0, 0.0)] * schedule.stages
+        for rank in range(schedule.ranks):
+            mine = schedule.stages_of(rank)
+            for stage, figures in zip(mine, self._estimate([stages[stage] for stage in mine])):
+                found[stage] = figures
+        seconds, sizes = zip(*found)
+        step = self._simulate(candidate, [self._guess(each) for each in seconds])
+        return Estimate(candidate, seconds, sizes, step)
 
-        Raises UserError where a stage does not fit even so.
+    def plan(self, estimate: Estimate, below: float = float("inf")) -> PipelinePlan | None:
+        """The plan of a candidate, None where it takes `below` seconds a step or more.
+
+        Raises UserError where a stage does not fit into the memory that the estimate gave it.
         """
-        return self._plan(candidate, [self.memory] * candidate.schedule.stages)
+        candidate, schedule = estimate.candidate, estimate.candidate.schedule
+        stages = self._stages(candidate)
+        seconds = [self._guess(each) for each in estimate.seconds]
+        free = [self.memory - sum(estimate.bytes[i] for i in schedule.stages_of(r)) for r in range(schedule.ranks)]
+        plans: dict[int, Plan] = {}
+        for index in sorted(range(schedule.stages), key=lambda i: -estimate.seconds[i]):
+            rank = schedule.rank_of(index)
+            plan = plans[index] = self._plan(stages[index], estimate.bytes[index] + free[rank])
+            free[rank] += estimate.bytes[index] - plan.memory_bytes
+            seconds[index] = self._seconds(plan, update=True)
+            if self._simulate(candidate, seconds) >= below:
+                return None
+        return self._assemble(candidate, stages, [plans[index] for index in range(schedule.stages)])
 
-    def plan(self, candidate: Candidate, exact: bool = False) -> PipelinePlan:
-        """The plan in which the stages of a rank share its memory as they would use it if they could.
-
-        exact  whether each stage's plan is about its own parameters, not about those of a stage that is alike
-        Raises UserError where a stage does not fit.
-        """
-        free = self.bound(candidate)
-        limits = [self.memory] * candidate.schedule.stages
-        if free.memory_bytes > self.memory:
-            used = [plan.memory_bytes for plan in free.stages]
-            for rank in range(candidate.schedule.ranks):
-                mine = candidate.schedule.stages_of(rank)
-                for stage in mine:
-                    limits[stage] = self.memory * used[stage] / sum(used[other] for other in mine)
-        return self._plan(candidate, limits, exact)
-
-    def _plan(self, candidate: Candidate, limits: Sequence[float], exact: bool = False) -> PipelinePlan:
-        schedule, counts, layout = candidate.schedule, candidate.counts, candidate.layout
-        stages = self.cut(counts)
-        steps = programs(schedule)
-        held = [in_flight(steps[schedule.rank_of(stage)], stage) for stage in range(schedule.stages)]
-        shared = shared_parameters([stage.graph for stage in stages])
-        plans = [
-            self._stage(stage, counts[i], candidate, shared, held[i], limits[i], i if exact else -1)
-            for i, stage in enumerate(stages)
-        ]
+    def _assemble(self, candidate: Candidate, stages: Sequence[_Stage], plans: Sequence[Plan]) -> PipelinePlan:
+        schedule = candidate.schedule
         timeline = simulate(
-            schedule, steps, [self._seconds(plan) for plan in plans],
-            [self._transfer(schedule, index, stage, layout) for index, stage in enumerate(stages[:-1])],
-        )  # fmt: skip
-        crossing = [{name: stage.graph.root.tensors[name] for name in stage.sent} for stage in stages[:-1]]
-        return PipelinePlan(plans, schedule, crossing, shared, [self._splits(plan) for plan in plans], timeline)
+            schedule, programs(schedule), [self._seconds(plan) for plan in plans], self._transfers(candidate)
+        )
+        crossing = [{name: stage.cut.graph.root.tensors[name] for name in stage.cut.sent} for stage in stages[:-1]]
+        shared = shared_parameters([stage.cut.graph for stage in stages])
+        own = [_renamed(plan, stage.cut.graph) for plan, stage in zip(plans, stages)]
+        return PipelinePlan(own, schedule, crossing, shared, [self._splits(plan) for plan in plans], timeline)
 
-    def _stage(
-        self, stage: StageGraph, count: int, candidate: Candidate, shared: Mapping[str, Sequence[int]],
-        held: int, limit: float, own: int,
-    ) -> Plan:  # fmt: skip
-        """The plan of a stage that holds `held` micro-batches within `limit`. The fastest that there is with one
-        micro-batch and all of the rank's memory is taken where it fits, since it is soon found."""
-        alike = (not stage.received, not stage.sent, count, candidate.schedule.micro_batches, candidate.layout, own)
-        fastest = (alike, 1, self.memory)
-        if fastest not in self.known:
-            self.known[fastest] = self._find(stage, candidate, shared, 1, self.memory)
-        grown = _holding(self.known[fastest], held)
-        if grown.memory_bytes <= limit:
-            return grown
-        key = (alike, held, limit)
-        if key not in self.known:
-            self.known[key] = self._find(stage, candidate, shared, held, limit)
-        return self.known[key]
+    def _stages(self, candidate: Candidate) -> list[_Stage]:
+        if candidate not in self.stages:
+            self.stages[candidate] = self._find_stages(candidate)
+        return self.stages[candidate]
 
-    def _find(
-        self, stage: StageGraph, candidate: Candidate, shared: Mapping[str, Sequence[int]], held: int, limit: float
-    ) -> Plan:
-        crossing = (*stage.received, *stage.sent)
-        tensors = stage.graph.root.tensors
-        layouts = {name: self._fitting(tensors[name].shape, candidate.layout) for name in crossing}
-        # All stages that have a parameter store it alike, so that their gradients can be added as they lie.
-        layouts.update({name: (SHARED,) * len(self.mesh.sizes) for name in shared if name in stage.graph.parameters})
-        count = candidate.schedule.micro_batches
-        # torch has a buffer for each micro-batch.
-        buffers = count * sum(self._local_bytes(stage, name, candidate.layout) for name in crossing)
+    def _find_stages(self, candidate: Candidate) -> list[_Stage]:
+        schedule, stages = candidate.schedule, self.cut(candidate.counts)
+        shared = shared_parameters([stage.graph for stage in stages])
+        found = []
+        for index, stage in enumerate(stages):
+            tensors = stage.graph.root.tensors
+            layouts = {name: self._fitting(tensors[name].shape, candidate.layout) for name in _crossing(stage)}
+            # All stages that have a parameter store it alike, so that their gradients can be added as they lie.
+            layouts |= {name: (SHARED,) * len(self.mesh.sizes) for name in shared if name in stage.graph.parameters}
+            size = sum(self._local_bytes(stage, name, candidate.layout) for name in _crossing(stage))
+            held = in_flight(programs(schedule)[schedule.rank_of(index)], index)
+            like = (_likeness(stage.graph), tuple(layouts.values()), schedule.micro_batches)
+            found.append(_Stage(stage, like, schedule.micro_batches, held, schedule.micro_batches * size, layouts))
+        return found
+
+    def _estimate(self, stages: Sequence[_Stage]) -> list[tuple[float, float]]:
+        """Seconds of a micro-batch and bytes of the stages of a rank."""
+        key = tuple((stage.like, stage.held) for stage in stages)
+        if key not in self.estimated:
+            problems = [replace(self._problem(stage), in_flight=stage.held) for stage in stages]
+            buffers = [stage.buffers for stage in stages]
+            found = relaxed(problems, self.memory - sum(buffers))
+            self.estimated[key] = found and [(each, size + more) for (each, size), more in zip(found, buffers)]
+        figures = self.estimated[key]
+        if figures is None:
+            held = ", ".join(str(stage.held) for stage in stages)
+            raise UserError(
+                f"its stages, {held} micro-batches in flight, need over {self.memory / GIB:.4g} GB a device"
+            )
+        return figures
+
+    def _problem(self, stage: _Stage) -> Problem:
+        if stage.like not in self.problems:
+            graph = stage.cut.graph
+            costs = CostModel(self.hardware, self.mesh, self.fused, self.times)
+            again = recomputing(graph, self._recomputed(graph))
+            self.problems[stage.like] = build_problem(graph, costs, again, stage.count, stage.layouts)
+        return self.problems[stage.like]
+
+    def _plan(self, stage: _Stage, limit: float) -> Plan:
+        """The plan of a stage within `limit`. One that was found for more memory is as fast, if it fits."""
+        known = self.planned.setdefault((stage.like, stage.held), [])
+        for allowed, plan in known:
+            if allowed >= limit >= plan.memory_bytes:
+                return plan
+        graph = stage.cut.graph
         plan = find_plan(
-            stage.graph, [self.mesh], self.hardware, memory=limit - buffers, recompute_modules=self.recompute_modules,
-            micro_batches=count, fused=self.fused, times=self.times, layouts=layouts, in_flight=held,
+            graph, [self.mesh], self.hardware, memory=limit - stage.buffers,
+            recompute_modules=self._recomputed(graph), micro_batches=stage.count, fused=self.fused, times=self.times,
+            layouts=stage.layouts, in_flight=stage.held,
         )  # fmt: skip
-        plan.memory[Key("buffers", "", "received")] = buffers
+        plan.memory[Key("buffers", "", "received")] = stage.buffers
+        plan.memory_limit = limit
+        known.append((limit, plan))
         return plan
+
+    def _recomputed(self, stage: Graph) -> list[str] | None:
+        """Those of `recompute_modules` that a stage has."""
+        if self.recompute_modules is None:
+            return None
+        there = {kind for block in stage.all_blocks() for node in block.nodes for kind in node.module_types}
+        return [name for name in self.recompute_modules if name in there]
 
     def _fitting(self, shape: tuple[int, ...], layout: Placements) -> Placements:
         whole = (REPLICATE,) * len(self.mesh.sizes)
@@ -139,18 +224,23 @@ class StagePlanner:
         meta = stage.graph.root.tensors[name]
         return meta.dtype.itemsize * prod(local_shape(meta.shape, self._fitting(meta.shape, layout), self.mesh.sizes))
 
-    def _seconds(self, plan: Plan) -> StageSeconds:
-        """A stage's part of the schedule; the update of its parameters comes after it.
+    def _seconds(self, plan: Plan, update: bool = False) -> StageSeconds:
+        """A stage's part of the schedule; the update of its parameters comes after it, or counts as backward.
 
         Where backward is split, each part computes again what it needs of what was not kept.
         """
         again = sum(seconds for key, seconds in plan.seconds.items() if key.category in ("again", "reshard again"))
         forward = forward_seconds(plan)
-        backward = sum(plan.seconds.values()) - update_seconds(plan) - forward
+        backward = sum(plan.seconds.values()) - forward - (0.0 if update else update_seconds(plan))
         if not self._splits(plan):
             return StageSeconds(forward, backward, backward, 0.0)
         weights = plan.weight_seconds
         return StageSeconds(forward, backward, backward - weights, weights + again)
+
+    def _guess(self, seconds: float) -> StageSeconds:
+        """A stage's part of the schedule where only the whole is known: two products in backward for one in forward."""
+        third = seconds / 3
+        return StageSeconds(third, 2 * third, *((2 * third, 0.0) if self.fused else (third, third)))
 
     def _splits(self, plan: Plan) -> bool:
         """Whether a stage can run backward in two parts: compiled regions, and weights that are gathered, make both
@@ -158,19 +248,75 @@ class StagePlanner:
         gathers = Key("buffers", "", "gathered early") in plan.memory
         return not self.fused and not gathers
 
-    def _transfer(self, schedule: Schedule, index: int, stage: StageGraph, layout: Placements) -> float:
-        """Seconds from a stage to the next, each device to the one in its place."""
-        ranks = schedule.rank_of(index), schedule.rank_of(index + 1)
-        if ranks[0] == ranks[1]:
-            return 0.0
-        each = self.mesh.runtime_ngpus
-        nodes = [{(rank * each + device) // self.hardware.devices_per_node for rank in ranks} for device in range(each)]
-        link = self.hardware.inter if any(len(node) > 1 for node in nodes) else self.hardware.intra
-        size = sum(self._local_bytes(stage, name, layout) for name in stage.sent)
-        return link.latency + size / link.bandwidth
+    def _simulate(self, candidate: Candidate, stages: Sequence[StageSeconds]) -> float:
+        """Seconds of a step."""
+        schedule = candidate.schedule
+        return simulate(schedule, programs(schedule), stages, self._transfers(candidate)).seconds
+
+    def _transfers(self, candidate: Candidate) -> list[float]:
+        """Seconds from each stage to the next, each device to the one in its place."""
+        schedule, each = candidate.schedule, self.mesh.runtime_ngpus
+        seconds = []
+        for index, stage in enumerate(self.cut(candidate.counts)[:-1]):
+            ranks = schedule.rank_of(index), schedule.rank_of(index + 1)
+            nodes = [{(r * each + device) // self.hardware.devices_per_node for r in ranks} for device in range(each)]
+            link = self.hardware.inter if any(len(node) > 1 for node in nodes) else self.hardware.intra
+            size = sum(self._local_bytes(stage, name, candidate.layout) for name in stage.sent)
+            seconds.append(0.0 if ranks[0] == ranks[1] else link.latency + size / link.bandwidth)
+        return seconds
 
 
-def _holding(plan: Plan, held: int) -> Plan:
-    """A plan for one micro-batch in flight, as one for several."""
-    memory = {key: size * (held if key.category in ("saved", "inside") else 1) for key, size in plan.memory.items()}
-    return replace(plan, memory=memory)
+def _crossing(stage: StageGraph) -> tuple[str, ...]:
+    return (*stage.received, *stage.sent)
+
+
+def _likeness(graph: Graph) -> object:
+    """Equal for graphs that differ only in the names of the root block's tensors and of parameters."""
+    place = {name: index for index, name in enumerate(_names(graph))}
+    nodes = tuple(
+        (node.op, node.block if isinstance(node, Call) else "", tuple(place[name] for name in node.inputs))
+        for node in graph.root.nodes
+    )
+    parameters = {path: index for index, path in enumerate(dict.fromkeys(path for *_, path in graph.parameter_uses()))}
+    uses = tuple(parameters[path] for *_, path in graph.parameter_uses())
+    metas = tuple(graph.root.tensors[name] for name in _names(graph))
+    return nodes, uses, metas, tuple(place[name] for name in graph.root.outputs)
+
+
+def _names(graph: Graph) -> list[str]:
+    """The root block's tensors and nodes, in an order that graphs which are alike share."""
+    root = graph.root
+    return list(
+        dict.fromkeys([*root.inputs, *root.parameters, *(name for node in root.nodes for name in node.outputs)])
+    )
+
+
+def _renamed(plan: Plan, graph: Graph) -> Plan:
+    """The plan of a graph that is like the one it was made for."""
+    if plan.graph is graph:
+        return plan
+    root = graph.root.name
+    names = dict(zip(_names(plan.graph), _names(graph), strict=True))
+    nodes = zip(plan.graph.root.nodes, graph.root.nodes, strict=True)
+    names |= {old.name: new.name for old, new in nodes}
+    paths = {old: new for (*_, old), (*_, new) in zip(plan.graph.parameter_uses(), graph.parameter_uses(), strict=True)}
+
+    def key(old: Key) -> Key:
+        return old._replace(name=names.get(old.name, old.name)) if old.block == root else old
+
+    def place(old: tuple[str, str]) -> tuple[str, str]:
+        return (root, names.get(old[1], old[1])) if old[0] == root else old
+
+    return replace(
+        plan,
+        graph=graph,
+        nodes={place(old): value for old, value in plan.nodes.items()},
+        parameters={paths[old]: layout for old, layout in plan.parameters.items()},
+        gathered_again={place(old) for old in plan.gathered_again},
+        recomputed={
+            block: {place((block, name))[1] for name in found} for block, found in plan.recomputed.items()
+        },
+        seconds={key(old): value for old, value in plan.seconds.items()},
+        memory={key(old): value for old, value in plan.memory.items()},
+        beside={key(old): value for old, value in plan.beside.items()},
+    )  # fmt: skip

@@ -40,8 +40,11 @@ class MixedIntegerProgram:
         self.lower.append(lower)
         self.upper.append(upper)
 
-    def solve(self, gap: float) -> np.ndarray | None:
-        """Values of the variables at an optimum within the relative `gap`; None where there is no solution."""
+    def solve(self, gap: float, relaxed: bool = False) -> np.ndarray | None:
+        """Values of the variables at an optimum within the relative `gap`; None where there is no solution.
+
+        relaxed  no variable needs to be an integer: the optimum is no higher, and soon found
+        """
         model = highspy.HighsLp()
         model.num_col_, model.num_row_ = len(self.cost), len(self.lower)
         model.col_cost_ = np.array(self.cost)
@@ -49,7 +52,8 @@ class MixedIntegerProgram:
         model.col_upper_ = np.array(self.bound)
         model.row_lower_, model.row_upper_ = np.array(self.lower), np.array(self.upper)
         model.integrality_ = [
-            highspy.HighsVarType.kInteger if integer else highspy.HighsVarType.kContinuous for integer in self.integer
+            highspy.HighsVarType.kInteger if integer and not relaxed else highspy.HighsVarType.kContinuous
+            for integer in self.integer
         ]
         model.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
         model.a_matrix_.start_ = np.array(self.starts)

@@ -75,6 +75,7 @@ class Problem:
     buffers       bytes that every plan needs for exchanging gradients
     early         bytes of weights that are gathered before they are needed, if any are gathered
     in_flight     micro-batches whose activations are held at a time
+    resharding    (tensor, whether it is a weight, from, to) -> seconds, or None where it is impossible; as far as known
     """
 
     costs: CostModel
@@ -86,6 +87,7 @@ class Problem:
     buffers: float = 0.0
     early: float = 0.0
     in_flight: int = 1
+    resharding: dict[tuple[TensorMeta, bool, Placements, Placements], Seconds | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

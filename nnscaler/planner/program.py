@@ -49,7 +49,7 @@ subject to    sum_o x_do = 1                                                    
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -86,6 +86,37 @@ def solve(problem: Problem, memory: float, gap: float = 1e-4, below: float | Non
     return None if values is None else program.solution(values)
 
 
+def relaxed(problems: Sequence[Problem], memory: float) -> list[tuple[float, float]] | None:
+    """(seconds of a micro-batch, bytes) of each problem, where all together have `memory` bytes a device and a choice
+    may be made in parts: no whole choices take less time in all. None where nothing fits."""
+    programs = [Program(problem) for problem in problems]
+    milp = MixedIntegerProgram()
+    for program in programs:
+        program.scale(memory)
+    second, byte = max(program.second for program in programs), max(program.byte for program in programs)
+    times: list[Terms] = []
+    sizes: list[Terms] = []
+    for program in programs:
+        begin = len(milp.cost)
+        program.milp, program.second, program.byte = milp, second, byte
+        program.state()
+        sizes.append(program.memory_total())
+        times.append([(variable, milp.cost[variable]) for variable in range(begin, len(milp.cost))])
+    buffers = sum(problem.buffers for problem in problems)
+    milp.row([term for size in sizes for term in size], upper=(memory - buffers) / byte)
+    values = milp.solve(gap=1e-4, relaxed=True)
+    if values is None:
+        return None
+
+    def total(terms: Terms) -> float:
+        return float(sum(values[variable] * value for variable, value in terms))
+
+    return [
+        (total(time) * second, total(size) * byte + problem.buffers)
+        for time, size, problem in zip(times, sizes, problems)
+    ]
+
+
 def least_memory(problem: Problem) -> Solution:
     """The choice that takes least memory, whatever its time."""
     program = Program(problem)
@@ -97,6 +128,13 @@ def least_memory(problem: Problem) -> Solution:
 
 def resharding(problem: Problem, flow: Flow, source: Placements, target: Placements) -> Seconds | None:
     """Seconds of bringing a flow from one layout to another; None where that is impossible."""
+    key = flow.meta, flow.held, source, target
+    if key not in problem.resharding:
+        problem.resharding[key] = _resharding(problem, flow, source, target)
+    return problem.resharding[key]
+
+
+def _resharding(problem: Problem, flow: Flow, source: Placements, target: Placements) -> Seconds | None:
     steps = reshard_steps(source, target)
     if steps is None:
         return None
@@ -135,21 +173,29 @@ class Program:
 
     def build(self, memory: float | None) -> None:
         """States the program for a limit of memory; without one, memory is what is minimised."""
+        self.scale(memory)
+        self.state()
+        self._memory(memory)
+
+    def scale(self, memory: float | None) -> None:
+        """Chooses the measures of time and memory."""
         decisions = self.problem.decisions
         fastest = sum(d.count * min(o.seconds.forward + o.seconds.backward for o in d.options) for d in decisions)
         largest = sum(max(d.count * (option.memory + option.transient) for option in d.options) for d in decisions)
-        self.beside = {"forward": [], "backward": []}
         self.second = fastest / 1000 or 1.0
         self.byte = (largest if memory is None else min(memory, 100 * largest)) / 1000 or 1.0
+
+    def state(self) -> None:
+        """Everything but the memory row."""
+        self.beside = {"forward": [], "backward": []}
         for block, levels in self.problem.levels.items():
             if len(levels) > 1:
                 self._levels(block)
-        for index in range(len(decisions)):
+        for index in range(len(self.problem.decisions)):
             self._choice(index)
         for index in range(len(self.problem.flows)):
             self._flow(index)
         self._hide()
-        self._memory(memory)
 
     def solution(self, values: np.ndarray) -> Solution:
         """What the variables' values mean."""
@@ -341,8 +387,8 @@ class Program:
             if lost:
                 self.milp.row([(longer, 1.0), *_minus([(x, lost * seconds) for x, seconds in exchange])], 0.0)
 
-    def _memory(self, memory: float | None) -> None:
-        """working, memory"""
+    def memory_total(self) -> Terms:
+        """working, and the left side of memory without the buffers"""
         working = self.milp.variable(bound=INFINITY)
         for index, (decision, xs) in enumerate(zip(self.problem.decisions, self.x)):
             transient = [
@@ -360,6 +406,11 @@ class Program:
             for y, _ in self.beside["forward"]:
                 self.milp.row([(early, 1.0), (y, -1.0)], 0.0)
             total.append((early, self.problem.early / self.byte))
+        return total
+
+    def _memory(self, memory: float | None) -> None:
+        """memory"""
+        total = self.memory_total()
         if memory is not None:
             self.milp.row(total, upper=(memory - self.problem.buffers) / self.byte)
             return

@@ -50,12 +50,10 @@ def find_plan(
     Raises UserError where nothing fits, with what takes most memory, and for unknown class names.
     """
     memory = 0.9 * hardware.memory if memory is None else memory
-    recomputing = Recomputing()
-    if recompute_modules is not None:
-        recomputing = Recomputing(False, nodes_to_recompute(graph, recompute_modules))
+    again = recomputing(graph, recompute_modules)
     started = time.perf_counter()
     costs = [CostModel(hardware, mesh, fused, times) for mesh in meshes]
-    problems = [build_problem(graph, model, recomputing, micro_batches, layouts, in_flight) for model in costs]
+    problems = [build_problem(graph, model, again, micro_batches, layouts, in_flight) for model in costs]
     found: tuple[Problem, Solution, Evaluation] | None = None
     for problem in problems:
         below = None if found is None else found[2].total_seconds * (1 - WORTH)
@@ -72,9 +70,14 @@ def find_plan(
         problem.costs.mesh, hardware.name, time.perf_counter() - started,
         evaluation.total_seconds * micro_batches, evaluation.total_memory / GIB, memory / GIB,
     )  # fmt: skip
-    plan = _to_plan(graph, problem, solution, evaluation, recomputing, micro_batches)
+    plan = _to_plan(graph, problem, solution, evaluation, again, micro_batches)
     plan.costs, plan.memory_limit = problem.costs, memory
     return plan
+
+
+def recomputing(graph: Graph, modules: Sequence[str] | None) -> Recomputing:
+    """What `recompute_modules` of `find_plan` means for a graph."""
+    return Recomputing() if modules is None else Recomputing(False, nodes_to_recompute(graph, modules))
 
 
 def nodes_to_recompute(graph: Graph, modules: Sequence[str]) -> dict[str, frozenset[str]]:
@@ -128,7 +131,7 @@ def _to_plan(
     problem: Problem,
     solution: Solution,
     evaluation: Evaluation,
-    recomputing: Recomputing,
+    again: Recomputing,
     micro_batches: int,
 ) -> Plan:
     """A solution by the names of the graph."""
@@ -144,7 +147,7 @@ def _to_plan(
             side = plan.inputs if decision.kind == "input" else plan.outputs
             side.setdefault(decision.block, []).append(option.outputs[0])
         names = {name for name, _ in option.ways}
-        if "part" in problem.levels[decision.block] and names & recomputing.nodes[decision.block]:
+        if "part" in problem.levels[decision.block] and names & again.nodes[decision.block]:
             plan.recomputed.setdefault(decision.block, set()).update(names)
     for block, tensor, path in graph.parameter_uses():
         decision_index = problem.parameter_of[block.name, tensor]
