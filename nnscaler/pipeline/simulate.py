@@ -8,7 +8,7 @@ transfer goes on when it is done.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nnscaler.pipeline.schedules import Post, Program, Schedule, Transfer, Wait, Work
 
@@ -21,6 +21,10 @@ class StageSeconds:
     backward: float
     inputs: float
     weights: float
+
+    def of_first(self) -> StageSeconds:
+        """The same in the first stage, of whose split backward torch leaves everything to the second part."""
+        return replace(self, inputs=0.0, weights=self.inputs + self.weights)
 
     def of(self, kind: str) -> float:
         return {"F": self.forward, "B": self.backward, "I": self.inputs, "W": self.weights}[kind]

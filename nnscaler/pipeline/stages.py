@@ -139,8 +139,9 @@ class StagePlanner:
     def _assemble(self, candidate: Candidate, stages: Sequence[_Stage], plans: Sequence[Plan]) -> PipelinePlan:
         schedule = candidate.schedule
         timeline = simulate(
-            schedule, programs(schedule), [self._seconds(plan) for plan in plans], self._transfers(candidate)
-        )
+            schedule, programs(schedule), _with_first([self._seconds(plan) for plan in plans]),
+            self._transfers(candidate),
+        )  # fmt: skip
         crossing = [{name: stage.cut.graph.root.tensors[name] for name in stage.cut.sent} for stage in stages[:-1]]
         shared = shared_parameters([stage.cut.graph for stage in stages])
         own = [_renamed(plan, stage.cut.graph) for plan, stage in zip(plans, stages)]
@@ -251,7 +252,7 @@ class StagePlanner:
     def _simulate(self, candidate: Candidate, stages: Sequence[StageSeconds]) -> float:
         """Seconds of a step."""
         schedule = candidate.schedule
-        return simulate(schedule, programs(schedule), stages, self._transfers(candidate)).seconds
+        return simulate(schedule, programs(schedule), _with_first(stages), self._transfers(candidate)).seconds
 
     def _transfers(self, candidate: Candidate) -> list[float]:
         """Seconds from each stage to the next, each device to the one in its place."""
@@ -264,6 +265,10 @@ class StagePlanner:
             size = sum(self._local_bytes(stage, name, candidate.layout) for name in stage.sent)
             seconds.append(0.0 if ranks[0] == ranks[1] else link.latency + size / link.bandwidth)
         return seconds
+
+
+def _with_first(stages: Sequence[StageSeconds]) -> list[StageSeconds]:
+    return [stages[0].of_first(), *stages[1:]]
 
 
 def _crossing(stage: StageGraph) -> tuple[str, ...]:

@@ -38,18 +38,22 @@ class SleepingStage(nn.Module):
 
     def forward(self, x):
         seconds = self.seconds
+        if not x.requires_grad:  # the first stage's: its operators have weights, and so a backward
+            x = x + 0 * self.weight
         return Sleep.apply(x, seconds.forward, seconds.inputs) + Sleep.apply(self.weight, 0.0, seconds.weights)
 
 
 def stage_seconds(schedule: Schedule) -> list[StageSeconds]:
     """Unequal stages: some wait for others whatever the schedule."""
-    part = schedule.ranks / schedule.stages * (2 if schedule.ranks > 2 else 1)  # more processes than cores
+    part = 3 * schedule.ranks / schedule.stages  # so long that what processes take to wake up is little
     each = [(0.04 * part, (0.03 + 0.02 * (stage % 2)) * part, 0.03 * part) for stage in range(schedule.stages)]
-    return [StageSeconds(forward, inputs + weights, inputs, weights) for forward, inputs, weights in each]
+    first, *others = (StageSeconds(forward, inputs + weights, inputs, weights) for forward, inputs, weights in each)
+    return [first.of_first(), *others]
 
 
-def measure(schedules: list[Schedule], repeats: int) -> list[float]:
-    """The shortest of some steps of each schedule, in seconds on the slowest rank."""
+def measure(schedules: list[Schedule]) -> list[float]:
+    """The time of a step of each schedule, in seconds on the slowest rank: the shortest of several, since whatever
+    else the machine does makes steps longer. There are enough when another one is within a fiftieth of it."""
     found = []
     for schedule in schedules:
         stages = []
@@ -65,8 +69,8 @@ def measure(schedules: list[Schedule], repeats: int) -> list[float]:
         step = torch_schedule(schedule, stages, lambda output, target: output.sum())
         rows = torch.ones(4 * schedule.micro_batches, 8)
         inputs = (rows,) if 0 in schedule.stages_of(dist.get_rank()) else ()
-        times = []
-        for _ in range(repeats):
+        times: list[float] = []
+        while len(times) < 3 or (len(times) < MOST and sorted(times[1:])[1] > 1.02 * min(times[1:])):
             dist.barrier()
             begin = time.perf_counter()
             step.step(*inputs, target=rows, losses=[], return_outputs=False)
@@ -77,15 +81,16 @@ def measure(schedules: list[Schedule], repeats: int) -> list[float]:
     return found
 
 
+MOST = 8  # steps of a schedule
 SCHEDULES = {
-    2: [Schedule("1f1b", 2, 2, 6), Schedule("interleaved", 2, 4, 6), Schedule("dualpipe-v", 2, 4, 6)],
-    4: [Schedule("1f1b", 4, 4, 4), Schedule("interleaved", 4, 8, 8), Schedule("zb-v", 4, 8, 8)],
+    2: [Schedule("1f1b", 2, 2, 4), Schedule("interleaved", 2, 4, 4), Schedule("dualpipe-v", 2, 4, 4)],
+    4: [Schedule("1f1b", 4, 4, 4), Schedule("interleaved", 4, 8, 4), Schedule("zb-v", 4, 8, 4)],
 }
 
 
 @pytest.mark.parametrize("ranks", SCHEDULES)
 def test_simulated_and_measured_steps_take_equally_long(ranks):
-    measured = run(ranks, measure, SCHEDULES[ranks], 3)[0]
+    measured = run(ranks, measure, SCHEDULES[ranks])[0]
     for schedule, seconds in zip(SCHEDULES[ranks], measured):
         transfers = [0.0] * (schedule.stages - 1)
         predicted = simulate(schedule, programs(schedule), stage_seconds(schedule), transfers).seconds
