@@ -2,7 +2,7 @@
 
 graph.txt            the traced model
 plan.json            the plan with all its costs, and what the runtime needs to know of parameters
-plan.html            the same, to read
+plan.html            the same, to read; of a pipeline there is a plan_stage0.html, ..., too
 gencode_stage0.py    what each rank runs; of a pipeline, one such file a stage
 buffers.safetensors  values of the model's buffers
 compiled.json        what all of this was compiled for
@@ -40,6 +40,7 @@ from nnscaler.planner import find_plan
 from nnscaler.profiler.operators import OperatorTimes
 from nnscaler.report import plan_report
 from nnscaler.report.page import plan_page
+from nnscaler.report.pipeline import pipeline_report, stage_page
 from nnscaler.report.values import Work
 from nnscaler.trace import build_on_meta, find_strategy, trace
 from nnscaler.trace.repeated import describe
@@ -144,12 +145,11 @@ class Source:
 def compile_model(source: Source, config: ComputeConfig, directory: Path, explain: bool = False) -> Path:
     """Compiles into `directory`, replacing what is there. It appears whole or not at all.
 
-    explain  also plan with more memory and more devices, for plan.json and plan.html to say what would help
+    explain  also plan with more memory and more devices, for plan.json and plan.html to say what would help; this is
+             not done for a pipeline
 
     Raises UserError where the model cannot be traced, an operator is not known, or no plan fits.
     """
-    if explain and config.explore_pipeline:
-        raise UserError("explain does not go with explore_pipeline; leave one of them out")
     started = time.perf_counter()
     hardware = config.find_hardware()
     model, buffers = source.build()
@@ -162,11 +162,12 @@ def compile_model(source: Source, config: ComputeConfig, directory: Path, explai
     times = OperatorTimes.here() if config.hardware is None else None
     plan = (_pipeline if config.explore_pipeline else _plan)(graph, config, hardware, times)
     if isinstance(plan, PipelinePlan):
-        report, page = {**plan.to_json(), "stages": [plan_report(stage) for stage in plan.stages]}, None
+        stages = plan.stages
+        report = pipeline_report(plan, source.work(hardware))
+        pages = {stage_page(index): plan_page(stage) for index, stage in enumerate(report["stages"])}
     else:
         replan = (lambda change: _plan(graph, replace(config, **change), hardware, times)) if explain else None
-        report = plan_report(plan, source.work(hardware), replan)
-        page = plan_page(report)
+        stages, report, pages = [plan], plan_report(plan, source.work(hardware), replan), {}
     if times is not None:
         times.save()
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -174,9 +175,9 @@ def compile_model(source: Source, config: ComputeConfig, directory: Path, explai
     try:
         (work / "graph.txt").write_text(str(graph))
         (work / "plan.json").write_text(json.dumps(report, indent=1))
-        if page is not None:
-            (work / "plan.html").write_text(page)
-        for index, stage in enumerate(plan.stages if isinstance(plan, PipelinePlan) else [plan]):
+        for name, page in {"plan.html": plan_page(report), **pages}.items():
+            (work / name).write_text(page)
+        for index, stage in enumerate(stages):
             (work / f"gencode_stage{index}.py").write_text(generate(stage))
         if graph.buffers:
             save_file(

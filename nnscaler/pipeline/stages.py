@@ -145,7 +145,8 @@ class StagePlanner:
         crossing = [{name: stage.cut.graph.root.tensors[name] for name in stage.cut.sent} for stage in stages[:-1]]
         shared = shared_parameters([stage.cut.graph for stage in stages])
         own = [_renamed(plan, stage.cut.graph) for plan, stage in zip(plans, stages)]
-        return PipelinePlan(own, schedule, crossing, shared, [self._splits(plan) for plan in plans], timeline)
+        splits, held = [self._splits(plan) for plan in plans], [stage.held for stage in stages]
+        return PipelinePlan(own, schedule, crossing, shared, splits, held, timeline, self.memory)
 
     def _stages(self, candidate: Candidate) -> list[_Stage]:
         if candidate not in self.stages:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from nnscaler.errors import UserError
 from nnscaler.report.spelling import gib, mesh, seconds, three_digits
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
     """Text on two plans, by the values of their plan.json: figures side by side, then what is laid out differently."""
+    if "pipeline" in a or "pipeline" in b:
+        raise UserError("plans with a pipeline cannot be compared; nnscaler.report explains each by itself")
     lines = [
         f"{'':<36} {'A':>12} {'B':>12} {'B / A':>8}",
         *_figures(a["predicted"], b["predicted"]),

@@ -10,7 +10,8 @@ from nnscaler.report.block_section import block_section
 from nnscaler.report.categories import HIDDEN
 from nnscaler.report.charts import bar, legend, mark
 from nnscaler.report.markup import Markup, table, tag
-from nnscaler.report.spelling import LEGEND, gib, mesh, or_blank, percent, seconds
+from nnscaler.report.pipeline import pipeline_sections
+from nnscaler.report.spelling import LEGEND, gib, mesh, or_blank, percent, pipeline_title, seconds
 
 Values = Mapping[str, Any]
 
@@ -18,14 +19,17 @@ Values = Mapping[str, Any]
 def plan_page(values: Values) -> str:
     """The page of a plan, by the values of its plan.json."""
     style = Markup(Path(__file__).with_name("style.css").read_text())
-    title = f"{values['model']} on {mesh(values['mesh'])} of {values['hardware']}"
-    head = tag("head", Markup('<meta charset="utf-8"/>'), tag("title", title), tag("style", style))
-    body = tag("body", tag("main", *_sections(values, title)))
+    name = f"{values['model']} on {mesh(values['mesh'])} of {values['hardware']}"
+    sections = _sections(values, name)
+    if "pipeline" in values:
+        name, sections = pipeline_title(values), pipeline_sections(values)
+    head = tag("head", Markup('<meta charset="utf-8"/>'), tag("title", name), tag("style", style))
+    body = tag("body", tag("main", *sections))
     return f"<!DOCTYPE html>\n{tag('html', head, body, lang='en')}\n"
 
 
-def _sections(values: Values, title: str) -> Iterator[Markup]:
-    yield tag("h1", title)
+def _sections(values: Values, name: str) -> Iterator[Markup]:
+    yield tag("h1", name)
     steps = values["micro_batches"]
     yield tag("p", f"Predicted for an optimizer step of {steps} micro-batch{'es' if steps > 1 else ''} a copy.")
     yield _headline(values["predicted"])
@@ -33,8 +37,8 @@ def _sections(values: Values, title: str) -> Iterator[Markup]:
     yield _memory(values["predicted"])
     yield _advice(values)
     yield _notation(values)
-    for name, block in values["costs"].items():
-        yield block_section(name, block, values)
+    for block, costs in values["costs"].items():
+        yield block_section(block, costs, values)
     yield _collectives(values)
     yield _origins(values)
 

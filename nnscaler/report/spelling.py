@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from nnscaler.plan import GIB
 
@@ -53,3 +54,16 @@ def mesh(values: dict[str, list[int] | int]) -> str:
     assert isinstance(sizes, list)
     copies = "1 copy" if values["replicas"] == 1 else f"{values['replicas']} copies"
     return f"{copies} x {' x '.join(map(str, sizes))} devices"
+
+
+def pipeline_title(values: Mapping[str, Any]) -> str:
+    """`CausalLM on 2 copies x 4 pipeline ranks x 2 devices of MI300X`, by the values of a plan.json"""
+    schedule, sizes, copies = values["pipeline"]["schedule"], values["mesh"]["sizes"], values["mesh"]["replicas"]
+    each = " x ".join(map(str, sizes))
+    copy = "1 copy" if copies == 1 else f"{copies} copies"
+    return f"{values['model']} on {copy} x {schedule['ranks']} pipeline ranks x {each} devices of {values['hardware']}"
+
+
+def describe_schedule(schedule: Mapping[str, Any]) -> str:
+    """`1f1b, 4 stages on 4 ranks, 64 micro-batches`"""
+    return "{kind}, {stages} stages on {ranks} ranks, {micro_batches} micro-batches".format(**schedule)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nnscaler.report.spelling import gib, mesh, percent, seconds
+from nnscaler.report.spelling import describe_schedule, gib, mesh, percent, pipeline_title, seconds
 
 
 def explain(values: Mapping[str, Any]) -> str:
-    """About 25 lines on a plan. `values`: those of plan.json."""
+    """About 25 lines on a plan; of a pipeline, some and one a stage. `values`: those of plan.json."""
+    if "pipeline" in values:
+        return _explain_pipeline(values)
     predicted = values["predicted"]
     step, limit = predicted["step_seconds"], predicted["memory_limit_bytes"]
     lines = [
@@ -25,6 +27,33 @@ def explain(values: Mapping[str, Any]) -> str:
         *_named("would help", [f"{one['change']}: {one['text']}" for one in values["advice"]]),
     ]
     return "\n".join(lines)
+
+
+def _explain_pipeline(values: Mapping[str, Any]) -> str:
+    predicted, pipeline = values["predicted"], values["pipeline"]
+    computing = ", ".join(percent(share) for share in pipeline["computing"])
+    used, limit = predicted["memory_bytes"], predicted["memory_limit_bytes"]
+    return "\n".join(
+        [
+            f"plan       {pipeline_title(values)}",
+            f"schedule   {describe_schedule(pipeline['schedule'])}",
+            f"step       {seconds(predicted['step_seconds'])}{speed(predicted)}",
+            f"           {seconds(predicted['update_seconds'])} of it update parameters; ranks compute {computing}",
+            f"memory     {gib(used)} of {gib(limit)} that the plan may use, on the rank that needs most",
+            *(f"{f'stage {index}':<10} {line}" for index, line in enumerate(_stage_lines(values))),
+        ]
+    )
+
+
+def _stage_lines(values: Mapping[str, Any]) -> Iterator[str]:
+    for stage, report in zip(values["pipeline"]["stages"], values["stages"], strict=True):
+        blocks = ", ".join(f"{count} {name}" for name, count in stage["blocks"].items())
+        again = "; ".join(["", *recompute(report)])
+        yield (
+            f"rank {stage['rank']}: {blocks}; forward {seconds(stage['forward_seconds'])}, "
+            f"backward {seconds(stage['backward_seconds'])}; {gib(stage['memory_bytes'])}, "
+            f"{stage['in_flight']} in flight{again}"
+        )
 
 
 def speed(predicted: Mapping[str, Any]) -> str:

@@ -62,7 +62,7 @@ def plan_report(plan: Plan, work: Work | None = None, replan: Callable[[Change],
         "memory_bytes": plan.memory_bytes,
         "memory_limit_bytes": plan.memory_limit,
         "device_memory_bytes": costs.hardware.memory,
-        **_speed(plan, work),
+        **speed_of(plan.step_seconds / plan.micro_batches * plan.mesh.plan_ngpus, work),
         "seconds_by_category": seconds,
         "hidden_seconds": {HIDDEN: hidden},
         "bytes_by_category": bytes_by_category(plan, parameters),
@@ -79,15 +79,14 @@ def plan_report(plan: Plan, work: Work | None = None, replan: Callable[[Change],
         "profile": costs.hardware.profile.source,
         "measured": costs.hardware.measured.source,
     }
-    return _rounded(values)
+    return rounded(values)
 
 
-def _speed(plan: Plan, work: Work | None) -> dict[str, float]:
+def speed_of(device_seconds: float, work: Work | None) -> dict[str, float]:
     """Tokens a second and device, and the fraction of the peak: operations of a micro-batch over what its devices
-    could do in its time."""
+    could do in its time. `device_seconds`: a micro-batch's time, times its devices."""
     if work is None:
         return {}
-    device_seconds = plan.step_seconds / plan.micro_batches * plan.mesh.plan_ngpus
     return {
         "tokens_per_second_per_gpu": work.tokens / device_seconds,
         "mfu": work.flops[0] / device_seconds / work.peak,
@@ -95,12 +94,13 @@ def _speed(plan: Plan, work: Work | None) -> dict[str, float]:
     }
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """The value with six digits of each float in it."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
-        return {key: _rounded(one) for key, one in value.items()}
-    return [_rounded(one) for one in value] if isinstance(value, (list, tuple)) else value
+        return {key: rounded(one) for key, one in value.items()}
+    return [rounded(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def read_plan(path: Path) -> dict[str, Any]:

@@ -1,0 +1,122 @@
+"""What a pipeline costs and why: the values of its plan.json, and its page.
+
+pipeline   the schedule; what crosses between stages; shared parameters; of each rank, the share of a step in which it
+           computes; and the simulated step: [rank, kind of work, stage, micro-batch, begin, end in seconds] each
+predicted  headline figures of a step; memory is that of the rank that needs most
+stages     the report of each stage (see `values`), as of a model of its own
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from nnscaler.graph import TensorMeta
+from nnscaler.pipeline.plan import PipelinePlan, forward_seconds, update_seconds
+from nnscaler.placement import local_shape
+from nnscaler.report.markup import Markup, table, tag
+from nnscaler.report.spelling import describe_schedule, gib, percent, pipeline_title, seconds
+from nnscaler.report.text import recompute
+from nnscaler.report.timeline import timeline
+from nnscaler.report.values import Work, plan_report, rounded, speed_of
+
+Values = Mapping[str, Any]
+
+
+def pipeline_report(plan: PipelinePlan, work: Work | None = None) -> dict[str, Any]:
+    """The plan and its costs as plain values, floats with six digits. `work`: for figures of speed; None: without."""
+    first, schedule, step = plan.stages[0], plan.schedule, plan.step_seconds
+    devices = schedule.ranks * first.mesh.plan_ngpus
+    values = {
+        "model": first.graph.root.module_type,
+        "mesh": {"sizes": list(first.mesh.sizes), "replicas": first.mesh.replicas},
+        "hardware": first.hardware,
+        "micro_batches": schedule.micro_batches,
+        "predicted": {
+            "step_seconds": step,
+            "update_seconds": plan.update_seconds,
+            "memory_bytes": plan.memory_bytes,
+            "memory_limit_bytes": plan.memory_limit,
+            **speed_of(step / schedule.micro_batches * devices, work),
+        },
+        "pipeline": {
+            "schedule": asdict(schedule),
+            "crossing": [_crossing(plan, index, tensors) for index, tensors in enumerate(plan.crossing)],
+            "shared": plan.shared,
+            "splits": plan.splits,
+            "stages": [
+                {
+                    "rank": schedule.rank_of(index),
+                    "blocks": {block.name: stage.graph.count(block) for block in stage.graph.blocks.values()},
+                    "forward_seconds": forward_seconds(stage),
+                    "backward_seconds": sum(stage.seconds.values()) - forward_seconds(stage) - update_seconds(stage),
+                    "in_flight": plan.in_flight[index],
+                    "memory_bytes": stage.memory_bytes,
+                }
+                for index, stage in enumerate(plan.stages)
+            ],
+            "computing": [plan.timeline.busy(rank) / step for rank in range(schedule.ranks)],
+            "timeline": [
+                [span.rank, span.work.kind, span.work.stage, span.work.micro_batch, span.start, span.end]
+                for span in plan.timeline.spans
+            ],
+        },
+    }
+    return {**rounded(values), "stages": [plan_report(stage) for stage in plan.stages]}
+
+
+def _crossing(plan: PipelinePlan, index: int, tensors: Mapping[str, TensorMeta]) -> list[dict[str, Any]]:
+    """The tensors that a stage sends to the next, as a device has them."""
+    stage = plan.stages[index]
+    root = stage.graph.root
+    layouts = dict(zip(root.outputs, stage.outputs[root.name]))
+    return [
+        {
+            "name": name,
+            "shape": list(local_shape(meta.shape, layouts[name], stage.mesh.sizes)),
+            "dtype": str(meta.dtype).removeprefix("torch."),
+            "gradient": meta.requires_grad,
+        }
+        for name, meta in tensors.items()
+    ]
+
+
+def pipeline_sections(values: Values) -> Iterator[Markup]:
+    """The body of the page."""
+    predicted, pipeline = values["predicted"], values["pipeline"]
+    yield tag("h1", pipeline_title(values))
+    yield tag("p", f"Predicted for an optimizer step: {describe_schedule(pipeline['schedule'])}.")
+    cards = [("step", seconds(predicted["step_seconds"]))]
+    if "mfu" in predicted:
+        cards.append(("tokens/s a device", f"{predicted['tokens_per_second_per_gpu']:,.0f}"))
+        cards.append(("MFU, attention in full", percent(predicted["mfu"])))
+        cards.append(("MFU, attention halved", percent(predicted["mfu_causal"])))
+    cards.append((f"memory a device, of {gib(predicted['memory_limit_bytes'])}", gib(predicted["memory_bytes"])))
+    yield tag("div", *(tag("div", tag("b", value), tag("span", name)) for name, value in cards), class_="cards")
+    yield tag("section", tag("h2", "Timeline of a step"), *timeline(pipeline))
+    update = f"After it, parameters are updated, which takes {seconds(predicted['update_seconds'])}."
+    yield tag("p", update, class_="faint")
+    rows = [
+        [
+            tag("a", f"stage {index}", href=stage_page(index)), stage["rank"],
+            ", ".join(f"{count} {name}" for name, count in stage["blocks"].items()),
+            seconds(stage["forward_seconds"]), seconds(stage["backward_seconds"]), stage["in_flight"],
+            gib(stage["memory_bytes"]), "; ".join(recompute(report)),
+            ", ".join(f"{one['name']} {one['shape']}" for one in sent),
+        ]
+        for index, (stage, report, sent) in enumerate(
+            zip(pipeline["stages"], values["stages"], [*pipeline["crossing"], []], strict=True)
+        )
+    ]  # fmt: skip
+    head = ["stage", ">rank", "blocks", ">forward", ">backward", ">in flight", ">memory", "recompute", "sends"]
+    note = "Seconds are those of a micro-batch; what is sent is a device's part. Each stage has a page of its own."
+    yield tag("section", tag("h2", "Stages"), table(head, rows), tag("p", note, class_="faint"))
+    shared = [f"{name}: stages {', '.join(map(str, users))}" for name, users in pipeline["shared"].items()]
+    if shared:
+        yield tag("section", tag("h2", "Parameters of several stages"), tag("p", "; ".join(shared)))
+
+
+def stage_page(index: int) -> str:
+    """The file with the page of a stage."""
+    return f"plan_stage{index}.html"

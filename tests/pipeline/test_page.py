@@ -1,0 +1,89 @@
+"""A compiled pipeline says what its stages and its schedule are: in plan.json, on its page, and in a few lines."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from nnscaler.compiler import ComputeConfig, Source, compile_model
+from nnscaler.errors import UserError
+from nnscaler.models.causal_lm import CausalLM, prepare_config
+from nnscaler.pipeline.schedules import Schedule, Work, programs
+from nnscaler.report import compare, explain, read_plan
+from tests import tiny
+
+STAGES, RANKS, COUNT = 4, 2, 4
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    config = tiny.config(num_hidden_layers=4, tie_word_embeddings=True)
+    prepare_config(config, tiny.LENGTH, "auto", False)
+    inputs = {name: torch.empty((1, tiny.LENGTH), dtype=torch.int64, device="meta") for name in ("input_ids", "labels")}
+    source = Source(lambda: CausalLM(config), inputs, tokens=tiny.LENGTH, flops=(2e6, 1e6))
+    compute = ComputeConfig(
+        4, 8, micro_batches=COUNT, hardware=tiny.write_hardware(folder),
+        explore_pipeline=True, pipeline_schedule="zb-v", pipeline_nstages=STAGES,
+    )  # fmt: skip
+    return compile_model(source, compute, folder / "code")
+
+
+def test_values_hold_schedule_and_stages(compiled):
+    values = read_plan(compiled)
+    pipeline = values["pipeline"]
+    schedule = Schedule(**pipeline["schedule"])
+    assert schedule == Schedule("zb-v", RANKS, STAGES, COUNT)
+    done = [(rank, kind, stage, index) for rank, kind, stage, index, _, _ in pipeline["timeline"]]
+    wanted = [
+        (rank, step.kind, step.stage, step.micro_batch)
+        for rank, program in enumerate(programs(schedule))
+        for step in program
+        if isinstance(step, Work)
+    ]
+    assert sorted(done) == sorted(wanted), "the timeline is that of the schedule"
+    end = max(span[5] for span in pipeline["timeline"])
+    assert values["predicted"]["step_seconds"] == pytest.approx(end + values["predicted"]["update_seconds"])
+    ranks = [[one for one in pipeline["stages"] if one["rank"] == rank] for rank in range(RANKS)]
+    most = max(sum(stage["memory_bytes"] for stage in mine) for mine in ranks)
+    assert values["predicted"]["memory_bytes"] == pytest.approx(most)
+    tokens = COUNT * tiny.LENGTH / values["predicted"]["step_seconds"] / 4
+    assert values["predicted"]["tokens_per_second_per_gpu"] == pytest.approx(tokens, rel=1e-5)
+    assert pipeline["shared"] == {"model.model.embed_tokens.weight": [0, 3]}
+    assert [one["in_flight"] for one in pipeline["stages"]] == [4, 3, 2, 1]
+
+
+def test_the_page_draws_every_work_and_needs_nothing_else(compiled):
+    text = (compiled / "plan.html").read_text()
+    page = ElementTree.fromstring(text.removeprefix("<!DOCTYPE html>\n"))
+    (picture,) = page.iter(f"{SVG}svg")
+    rectangles = list(picture.iter(f"{SVG}rect"))
+    spans = [span for span in read_plan(compiled)["pipeline"]["timeline"] if span[5] > span[4]]
+    assert len(rectangles) == len(spans)
+    right = float(picture.get("width"))
+    for rectangle, (rank, _, stage, index, *_) in zip(rectangles, spans, strict=True):
+        assert f"stage {stage}, micro-batch {index}" in rectangle.find(f"{SVG}title").text
+        assert float(rectangle.get("x")) + float(rectangle.get("width")) <= right + 1
+        same = [other for other, span in zip(rectangles, spans) if span[0] == rank]
+        assert {other.get("y") for other in same} == {rectangle.get("y")}, "a row a rank"
+    links = [link.get("href") for link in page.iter("a")]
+    assert links == [f"plan_stage{index}.html" for index in range(STAGES)]
+    for link in links:
+        ElementTree.fromstring((compiled / link).read_text().removeprefix("<!DOCTYPE html>\n"))
+    assert not any(element.get("src") for element in page.iter())
+
+
+def test_the_short_version_has_a_line_a_stage(compiled):
+    values = read_plan(compiled)
+    lines = explain(values).splitlines()
+    assert "schedule   zb-v, 4 stages on 2 ranks, 4 micro-batches" in lines
+    stages = [line for line in lines if line.startswith("stage ")]
+    assert [line.split()[:4] for line in stages] == [
+        ["stage", str(index), "rank", f"{rank}:"] for index, rank in enumerate((0, 1, 1, 0))
+    ]
+    assert all("1 llama_decoder_layer; forward " in line for line in stages)
+    with pytest.raises(UserError, match="plans with a pipeline cannot be compared"):
+        compare(values, values)
