@@ -10,9 +10,11 @@ import pytest
 from nnscaler import UserError
 from nnscaler.hardware import load_hardware
 from nnscaler.mesh import Mesh
+from nnscaler.pipeline.cut import pivots
 from nnscaler.pipeline.plan import PipelinePlan
 from nnscaler.pipeline.schedules import Schedule
-from nnscaler.pipeline.search import Wanted, balanced, candidates, even, find_pipeline
+from nnscaler.pipeline.search import Wanted, balanced, candidates, estimated, even, find_pipeline
+from nnscaler.pipeline.stages import StagePlanner
 from nnscaler.plan import Plan
 from nnscaler.planner import find_plan
 from tests import tiny
@@ -59,6 +61,66 @@ def test_what_is_in_flight_counts(tmp_path):
     assert find_plan(graph, [mesh], machine, recompute_modules=(), in_flight=2, memory=limit)
     with pytest.raises(UserError, match="no plan fits"):
         find_plan(graph, [mesh], machine, recompute_modules=(), in_flight=3, memory=limit)
+
+
+def test_a_stage_computes_again_what_it_cannot_hold_for_all_in_flight(tmp_path):
+    """Of two stages alike under 1F1B the first holds two micro-batches, the last one: only the first must recompute."""
+    graph, far, wanted = llama(), hardware(tmp_path, intra=SLOW), Wanted(schedule="1f1b")
+
+    def found(memory: float) -> PipelinePlan:
+        plan = find_pipeline(graph, [Mesh((2,))], far, wanted, memory=memory, micro_batches=4)
+        assert isinstance(plan, PipelinePlan)
+        assert plan.memory_bytes <= memory
+        return plan
+
+    free = found(1e12)
+    assert free.in_flight == [2, 1]
+    assert [stage.levels["llama_decoder_layer"] for stage in free.stages] == [{"none": 2}] * 2
+    first, last = found(0.8 * free.memory_bytes).stages
+    assert first.levels["llama_decoder_layer"] != {"none": 2}
+    assert last.levels["llama_decoder_layer"] == {"none": 2}
+
+
+def test_another_schedule_where_the_best_holds_too_much(tmp_path):
+    """Zero-bubble V is fastest, but holds more than 1F1B or interleaving; nothing may be computed again."""
+    machine = hardware(tmp_path, intra={"bandwidth": 1e9, "latency": 3e-4})
+
+    def found(memory: float, wanted: Wanted) -> Plan | PipelinePlan:
+        return find_pipeline(
+            llama(), [Mesh((2,))], machine, wanted, memory=memory, recompute_modules=(), micro_batches=4
+        )
+
+    free = found(1e12, Wanted())
+    assert isinstance(free, PipelinePlan)
+    assert free.schedule.kind == "zb-v"
+    limit = 0.85 * free.memory_bytes
+    small = found(limit, Wanted())
+    assert isinstance(small, PipelinePlan)
+    assert small.schedule.kind != "zb-v"
+    assert small.memory_bytes <= limit
+    with pytest.raises(UserError, match="no pipeline fits; the last that was tried, zb-v, 4 stages"):
+        found(limit, Wanted(schedule="zb-v"))
+
+
+def test_estimates_are_no_higher_than_plans(tmp_path):
+    """What a stage takes in whole choices is no less than what it takes where choices may be made in parts."""
+    graph, machine = llama(), hardware(tmp_path, intra=SLOW)
+
+    def compare(memory: float) -> tuple[float, float]:
+        """(seconds of the plan over those of the estimate, bytes of the plan)"""
+        planner = StagePlanner(graph, Mesh((1,)), machine, memory, None, False, None, pivots(graph))
+        estimate = estimated(planner, Schedule("1f1b", 2, 2, 4))
+        plan = planner.plan(estimate)
+        assert plan is not None
+        seconds = [sum(stage.seconds.values()) for stage in plan.stages]
+        assert all(a <= b * (1 + 1e-6) for a, b in zip(estimate.seconds, seconds))
+        return sum(seconds) / sum(estimate.seconds), plan.memory_bytes
+
+    ratio, used = compare(1e12)
+    assert ratio == pytest.approx(1, abs=1e-6), "nothing is scarce"
+    ratios = [compare(share * used)[0] for share in (0.85, 0.8)]
+    assert all(ratio < 1.05 for ratio in ratios)
+    assert max(ratios) > 1 + 1e-6, "memory is so wide that nothing is chosen in parts: the comparison says little"
 
 
 def test_cut_points_move_towards_equal_times():
