@@ -38,7 +38,10 @@ MATRIX = {
         case("interleaved", 2, 4, 4, tied=False, recompute=True),
         case("zb-v", 2, 4, 4, tied=True, recompute=False),
         case("zb-v", 2, 4, 8, tied=False, recompute=True),
-        case("dualpipe-v", 2, 4, 4, tied=True, recompute=True),
+        # Planned and run as on an accelerator, where regions are compiled, and backward is not split.
+        dataclasses.replace(
+            case("dualpipe-v", 2, 4, 4, tied=True, recompute=True), hardware="compiled.json", compiled=True
+        ),
     ],
     4: [
         case("1f1b", 4, 2, 4, tied=False, recompute=True),
@@ -58,6 +61,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
     hardware = Path(tiny.write_hardware(folder))
     hardware.write_text(hardware.read_text().replace('"Test"', '"CPU"'))  # not compiled: backward is split in two
+    tiny.write_hardware(folder, "compiled.json")
     return folder
 
 
