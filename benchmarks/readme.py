@@ -123,6 +123,7 @@ def performance() -> str:
             beside_others(),
             "Predicted from bundled figures, not measured: 4 micro-batches (``benchmarks/predictions.py``):",
             predictions(),
+            pipelines(),
             "Loss of 16,384 tokens, hidden size 4096, 128,256 words, forward and backward on one H200 "
             "(``benchmarks/loss.py``):",
             rst_table(["loss", "ms", "GiB above inputs"], losses),
@@ -142,6 +143,19 @@ def predictions() -> str:
         for row in read("predictions.json")["rows"]
     ]
     return rst_table(["Llama-3 8B", "plan", "tokens/s/GPU", "MFU full / causal", "memory"], rows)
+
+
+def pipelines() -> str:
+    """The document's 70B setting."""
+    plans = {plan["search"]: plan for plan in read("plan_70b.json")["plans"]}
+    best, without = plans["every schedule"], plans["no pipeline"]
+    return textwrap.fill(
+        "Predicted for the document's 70B setting, 8,192 tokens on 16 MI300X, 64 micro-batches "
+        f"(``benchmarks/plan_70b.py``): {best['plan']}, {best['step_seconds']:.1f} s a step, MFU {best['mfu']:.1%}; "
+        f"without a pipeline {without['step_seconds']:.1f} s, {without['mfu']:.1%}. The document measured 100.3 s, "
+        "24.2 %.",
+        120,
+    )
 
 
 def beside_others() -> str:
