@@ -60,6 +60,8 @@ def headline() -> str:
     loss = {row["loss"]: row for row in read("loss.json")["rows"]}
     ours, liger = loss["this project, chunks of 1024"], loss["Liger"]
     crash = read("crash.json")
+    compiles = {row["case"]: row for row in read("compile_time.json")["rows"]}
+    ours_8b, large = compiles["8B-128K"], compiles["405B-plan-128"]["seconds"]
     return "\n".join(
         [
             "Measured (the files are in ``benchmarks/results``, the scripts beside them):",
@@ -67,6 +69,8 @@ def headline() -> str:
             *[line for one in trainings() if whole(one) for line in headline_of(one)],
             f"* the chunked loss, 16,384 tokens: {ours['milliseconds']:.1f} ms and {ours['gib']:.2f} GiB;",
             f"  Liger's in the same run {liger['milliseconds']:.1f} ms and {liger['gib']:.2f} GiB",
+            f"* compiling 8B at 131,072 tokens on two cores: {ours_8b['seconds']} s to plan and code,",
+            f"  {ours_8b['time / export']} times one ``torch.export``; 405B's shape for 128 devices: {large} s",
             f"* {crash['kills']} runs killed at random moments: all resumed, no complete checkpoint lost, no torn one",
             "  loaded",
         ]
