@@ -1,12 +1,13 @@
-"""Stacked bars with legends, of divs and inline styles alone."""
+"""Headline figures, and stacked bars with legends, of divs and inline styles alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from nnscaler.report.categories import BUFFERS, EXPOSED, HIDDEN, MATMUL, MEMORY_BOUND, OPTIMIZER, RECOMPUTE, WORKING
 from nnscaler.report.markup import Markup, tag
-from nnscaler.report.spelling import percent
+from nnscaler.report.spelling import gib, percent, seconds
 
 _COLOURS = {
     MATMUL: "#3d6fb4",
@@ -75,3 +76,16 @@ def swatch(colour: str) -> Markup:
 def mark(at: float, text: str) -> Markup:
     """A line across the bar above at a fraction of its length."""
     return tag("div", tag("span", text), class_="mark", style=f"left:{100 * at:.3f}%")
+
+
+def headline(predicted: Mapping[str, Any], memory: str) -> Markup:
+    """The figures that matter most, as cards. `memory`: what that of a device is called."""
+    cards = [("step", seconds(predicted["step_seconds"]))]
+    if "mfu" in predicted:
+        cards += [
+            ("tokens/s a device", f"{predicted['tokens_per_second_per_gpu']:,.0f}"),
+            ("MFU, attention in full", percent(predicted["mfu"])),
+            ("MFU, attention halved", percent(predicted["mfu_causal"])),
+        ]
+    cards.append((memory, gib(predicted["memory_bytes"])))
+    return tag("div", *(tag("div", tag("b", value), tag("span", name)) for name, value in cards), class_="cards")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from nnscaler.errors import UserError
-from nnscaler.report.spelling import gib, mesh, seconds, three_digits
+from nnscaler.report.spelling import devices, gib, seconds, three_digits
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
@@ -48,7 +48,7 @@ def _row(name: str, a: float, b: float, write: Callable[[float], str]) -> str:
 
 def _settings(values: Mapping[str, Any]) -> dict[str, str]:
     return {
-        "mesh": mesh(values["mesh"]),
+        "mesh": devices(values),
         "hardware": values["hardware"],
         "micro-batches": str(values["micro_batches"]),
         "memory limit": gib(values["predicted"]["memory_limit_bytes"]),

@@ -8,10 +8,10 @@ from typing import Any
 
 from nnscaler.report.block_section import block_section
 from nnscaler.report.categories import HIDDEN
-from nnscaler.report.charts import bar, legend, mark
+from nnscaler.report.charts import bar, headline, legend, mark
 from nnscaler.report.markup import Markup, table, tag
 from nnscaler.report.pipeline import pipeline_sections
-from nnscaler.report.spelling import LEGEND, gib, mesh, or_blank, percent, pipeline_title, seconds
+from nnscaler.report.spelling import LEGEND, gib, or_blank, percent, plan_title, seconds
 
 Values = Mapping[str, Any]
 
@@ -19,10 +19,8 @@ Values = Mapping[str, Any]
 def plan_page(values: Values) -> str:
     """The page of a plan, by the values of its plan.json."""
     style = Markup(Path(__file__).with_name("style.css").read_text())
-    name = f"{values['model']} on {mesh(values['mesh'])} of {values['hardware']}"
-    sections = _sections(values, name)
-    if "pipeline" in values:
-        name, sections = pipeline_title(values), pipeline_sections(values)
+    name = plan_title(values)
+    sections = pipeline_sections(values, name) if "pipeline" in values else _sections(values, name)
     head = tag("head", Markup('<meta charset="utf-8"/>'), tag("title", name), tag("style", style))
     body = tag("body", tag("main", *sections))
     return f"<!DOCTYPE html>\n{tag('html', head, body, lang='en')}\n"
@@ -32,7 +30,7 @@ def _sections(values: Values, name: str) -> Iterator[Markup]:
     yield tag("h1", name)
     steps = values["micro_batches"]
     yield tag("p", f"Predicted for an optimizer step of {steps} micro-batch{'es' if steps > 1 else ''} a copy.")
-    yield _headline(values["predicted"])
+    yield headline(values["predicted"], "memory a device")
     yield _time(values["predicted"])
     yield _memory(values["predicted"])
     yield _advice(values)
@@ -41,18 +39,6 @@ def _sections(values: Values, name: str) -> Iterator[Markup]:
         yield block_section(block, costs, values)
     yield _collectives(values)
     yield _origins(values)
-
-
-def _headline(predicted: Values) -> Markup:
-    cards = [("step", seconds(predicted["step_seconds"]))]
-    if "mfu" in predicted:
-        cards += [
-            ("tokens/s a device", f"{predicted['tokens_per_second_per_gpu']:,.0f}"),
-            ("MFU, attention in full", percent(predicted["mfu"])),
-            ("MFU, attention halved", percent(predicted["mfu_causal"])),
-        ]
-    cards.append(("memory a device", gib(predicted["memory_bytes"])))
-    return tag("div", *(tag("div", tag("b", value), tag("span", name)) for name, value in cards), class_="cards")
 
 
 def _time(predicted: Values) -> Markup:

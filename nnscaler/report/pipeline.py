@@ -14,9 +14,11 @@ from typing import Any
 
 from nnscaler.graph import TensorMeta
 from nnscaler.pipeline.plan import PipelinePlan, forward_seconds, update_seconds
+from nnscaler.pipeline.schedules import Schedule
 from nnscaler.placement import local_shape
+from nnscaler.report.charts import headline
 from nnscaler.report.markup import Markup, table, tag
-from nnscaler.report.spelling import describe_schedule, gib, percent, pipeline_title, seconds
+from nnscaler.report.spelling import gib, seconds
 from nnscaler.report.text import recompute
 from nnscaler.report.timeline import timeline
 from nnscaler.report.values import Work, plan_report, rounded, speed_of
@@ -82,18 +84,12 @@ def _crossing(plan: PipelinePlan, index: int, tensors: Mapping[str, TensorMeta])
     ]
 
 
-def pipeline_sections(values: Values) -> Iterator[Markup]:
+def pipeline_sections(values: Values, name: str) -> Iterator[Markup]:
     """The body of the page."""
     predicted, pipeline = values["predicted"], values["pipeline"]
-    yield tag("h1", pipeline_title(values))
-    yield tag("p", f"Predicted for an optimizer step: {describe_schedule(pipeline['schedule'])}.")
-    cards = [("step", seconds(predicted["step_seconds"]))]
-    if "mfu" in predicted:
-        cards.append(("tokens/s a device", f"{predicted['tokens_per_second_per_gpu']:,.0f}"))
-        cards.append(("MFU, attention in full", percent(predicted["mfu"])))
-        cards.append(("MFU, attention halved", percent(predicted["mfu_causal"])))
-    cards.append((f"memory a device, of {gib(predicted['memory_limit_bytes'])}", gib(predicted["memory_bytes"])))
-    yield tag("div", *(tag("div", tag("b", value), tag("span", name)) for name, value in cards), class_="cards")
+    yield tag("h1", name)
+    yield tag("p", f"Predicted for an optimizer step: {Schedule(**pipeline['schedule'])}.")
+    yield headline(predicted, f"memory a device, of {gib(predicted['memory_limit_bytes'])}")
     yield tag("section", tag("h2", "Timeline of a step"), *timeline(pipeline))
     update = f"After it, parameters are updated, which takes {seconds(predicted['update_seconds'])}."
     yield tag("p", update, class_="faint")

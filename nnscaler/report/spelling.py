@@ -48,22 +48,15 @@ def three_digits(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def mesh(values: dict[str, list[int] | int]) -> str:
-    """`2 copies x 8 devices`, `1 copy x 2 x 8 devices`"""
-    sizes = values["sizes"]
-    assert isinstance(sizes, list)
-    copies = "1 copy" if values["replicas"] == 1 else f"{values['replicas']} copies"
-    return f"{copies} x {' x '.join(map(str, sizes))} devices"
+def devices(values: Mapping[str, Any]) -> str:
+    """`2 copies x 8 devices`, `1 copy x 4 pipeline ranks x 2 devices`, by the values of a plan.json"""
+    copies = values["mesh"]["replicas"]
+    parts = ["1 copy" if copies == 1 else f"{copies} copies"]
+    if "pipeline" in values:
+        parts.append(f"{values['pipeline']['schedule']['ranks']} pipeline ranks")
+    return f"{' x '.join([*parts, *map(str, values['mesh']['sizes'])])} devices"
 
 
-def pipeline_title(values: Mapping[str, Any]) -> str:
-    """`CausalLM on 2 copies x 4 pipeline ranks x 2 devices of MI300X`, by the values of a plan.json"""
-    schedule, sizes, copies = values["pipeline"]["schedule"], values["mesh"]["sizes"], values["mesh"]["replicas"]
-    each = " x ".join(map(str, sizes))
-    copy = "1 copy" if copies == 1 else f"{copies} copies"
-    return f"{values['model']} on {copy} x {schedule['ranks']} pipeline ranks x {each} devices of {values['hardware']}"
-
-
-def describe_schedule(schedule: Mapping[str, Any]) -> str:
-    """`1f1b, 4 stages on 4 ranks, 64 micro-batches`"""
-    return "{kind}, {stages} stages on {ranks} ranks, {micro_batches} micro-batches".format(**schedule)
+def plan_title(values: Mapping[str, Any]) -> str:
+    """`CausalLM on 2 copies x 8 devices of H200`"""
+    return f"{values['model']} on {devices(values)} of {values['hardware']}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nnscaler.report.spelling import describe_schedule, gib, mesh, percent, pipeline_title, seconds
+from nnscaler.pipeline.schedules import Schedule
+from nnscaler.report.spelling import gib, percent, plan_title, seconds
 
 
 def explain(values: Mapping[str, Any]) -> str:
@@ -15,7 +16,7 @@ def explain(values: Mapping[str, Any]) -> str:
     predicted = values["predicted"]
     step, limit = predicted["step_seconds"], predicted["memory_limit_bytes"]
     lines = [
-        f"plan       {values['model']} on {mesh(values['mesh'])} of {values['hardware']}",
+        f"plan       {plan_title(values)}",
         f"step       {seconds(step)} for {values['micro_batches']} micro-batches{speed(predicted)}",
         *_listed("time", predicted["seconds_by_category"], step, seconds),
         *(f"           {what:<30} {seconds(value):>9}" for what, value in predicted["hidden_seconds"].items() if value),
@@ -35,8 +36,8 @@ def _explain_pipeline(values: Mapping[str, Any]) -> str:
     used, limit = predicted["memory_bytes"], predicted["memory_limit_bytes"]
     return "\n".join(
         [
-            f"plan       {pipeline_title(values)}",
-            f"schedule   {describe_schedule(pipeline['schedule'])}",
+            f"plan       {plan_title(values)}",
+            f"schedule   {Schedule(**pipeline['schedule'])}",
             f"step       {seconds(predicted['step_seconds'])}{speed(predicted)}",
             f"           {seconds(predicted['update_seconds'])} of it update parameters; ranks compute {computing}",
             f"memory     {gib(used)} of {gib(limit)} that the plan may use, on the rank that needs most",
