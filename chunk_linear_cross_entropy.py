@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nnscaler import register_op
-from nnscaler.kernels import softmax_loss
+from nnscaler.kernels import scale_gradient, softmax_loss
 
 
 def _flops(sizes: dict[str, int], node: object) -> float:
@@ -66,7 +66,10 @@ class _ChunkedLoss(torch.autograd.Function):
         uniform = len(gradient) > 0 and (len(gradient) == 1 or gradient.stride() == (0,))
         if uniform and gradients is not None:
             # In place, for they are as large as the inputs; a second backward through the same graph computes anew.
-            parts = [part.mul_(gradient[0].to(part.dtype)) if part is not None else None for part in gradients]
+            parts = gradients
+            for part in parts:
+                if part is not None:
+                    scale_gradient(part, gradient[0])
         else:
             _, *parts = _run(hidden, weight, labels, ctx.padding_idx, ctx.chunk_size, gradient, ctx.wanted)
         return (*parts, None, None, None)

@@ -49,19 +49,30 @@ def _plain(
 def _on_gpu(
     logits: Tensor, labels: Tensor, padding_idx: int, gradient: Tensor | None, wanted: bool
 ) -> tuple[Tensor, Tensor]:
-    """One program a row, which it reads twice: for maximum and sum together, and for the gradient."""
+    """One program a row, which it reads twice: for maximum and sum together, and backwards for the gradient, while much
+    of the row is still in the cache."""
     rows, words = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    _kernel()[(rows,)](
+    _kernels()[0][(rows,)](
         logits, labels, losses, gradient if gradient is not None else losses, words, padding_idx,
         0 if gradient is None else gradient.stride(0),
-        HAS_GRADIENT=gradient is not None, WANTED=wanted, BLOCK=8192, num_warps=16,
+        HAS_GRADIENT=gradient is not None, WANTED=wanted, BLOCK=16384, num_warps=32,
     )  # fmt: skip
     return losses, logits
 
 
+def scale_gradient(gradient: Tensor, factor: Tensor) -> None:
+    """Multiplies a contiguous gradient by a number [] in its place. Where that is 1, a GPU leaves the memory alone."""
+    if gradient.is_cuda:
+        block = 16384
+        grid = (-(-gradient.numel() // block),)
+        _kernels()[1][grid](gradient, factor, gradient.numel(), BLOCK=block, num_warps=8)
+    else:
+        gradient.mul_(factor.to(gradient.dtype))
+
+
 @functools.cache
-def _kernel() -> Any:
+def _kernels() -> tuple[Any, Any]:
     import triton
     import triton.language as tl
 
@@ -77,28 +88,41 @@ def _kernel() -> Any:
         # Read before the reductions, behind which all threads have it, for the gradient overwrites the logits.
         at_label = tl.load(start + tl.where(counted, label, 0)).to(tl.float32)
         offsets = tl.arange(0, BLOCK)
-        # A thread keeps the maximum and the sum of its own columns; they meet once, at the end.
-        largest = tl.full((BLOCK,), -float("inf"), tl.float32)
-        total = tl.zeros((BLOCK,), tl.float32)
+        log2_e = 1.4426950408889634
+        # Eight columns of a block lie in one thread, which keeps their maximum and sum; all meet once, at the end.
+        largest = tl.full((BLOCK // 8,), -3e38, tl.float32)
+        total = tl.zeros((BLOCK // 8,), tl.float32)
         for at in range(0, words, BLOCK):
-            x = tl.load(start + at + offsets, mask=at + offsets < words, other=-float("inf")).to(tl.float32)
-            higher = tl.maximum(largest, x)
-            known = higher > -float("inf")  # columns past the end stay at zero
-            total = tl.where(known, total * tl.exp(largest - higher) + tl.exp(x - higher), 0.0)
+            x = tl.load(
+                start + at + offsets, mask=at + offsets < words, other=-float("inf"), eviction_policy="evict_last"
+            )
+            x = tl.reshape(x.to(tl.float32) * log2_e, (BLOCK // 8, 8))
+            higher = tl.maximum(largest, tl.max(x, 1))
+            total = total * tl.exp2(largest - higher) + tl.sum(tl.exp2(x - higher[:, None]), 1)
             largest = higher
         top = tl.max(largest, 0)
-        total_of_row = tl.sum(tl.where(largest > -float("inf"), total * tl.exp(largest - top), 0.0), 0)
-        tl.store(losses + row, tl.where(counted, tl.log(total_of_row) + top - at_label, 0.0))
+        log_of_row = top + tl.log2(tl.sum(total * tl.exp2(largest - top), 0))
+        tl.store(losses + row, tl.where(counted, log_of_row / log2_e - at_label, 0.0))
         if WANTED:
             factor = tl.where(counted, 1.0, 0.0)
             if HAS_GRADIENT:
                 factor = tl.where(counted, tl.load(gradient + row * gradient_stride).to(tl.float32), 0.0)
-            scale = tl.where(counted, factor / total_of_row, 0.0)
-            for at in range(0, words, BLOCK):
-                columns = at + offsets
-                x = tl.load(start + columns, mask=columns < words, other=0.0).to(tl.float32)
-                value = tl.where(counted, tl.exp(x - top) * scale, 0.0)
+            blocks = tl.cdiv(words, BLOCK)
+            for done in range(0, blocks):
+                columns = (blocks - 1 - done) * BLOCK + offsets
+                inside = columns < words
+                x = tl.load(start + columns, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+                value = tl.where(counted, tl.exp2(x * log2_e - log_of_row) * factor, 0.0)
                 value = tl.where(columns == label, value - factor, value)
-                tl.store(start + columns, value.to(logits.dtype.element_ty), mask=columns < words)
+                tl.store(start + columns, value.to(logits.dtype.element_ty), mask=inside, eviction_policy="evict_first")
 
-    return softmax_loss_kernel
+    @triton.jit
+    def scale_kernel(gradient, factor, length, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+        by = tl.load(factor).to(tl.float32)
+        if by != 1.0:
+            at = gradient + tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            inside = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK) < length
+            value = tl.load(at, mask=inside).to(tl.float32) * by
+            tl.store(at, value.to(gradient.dtype.element_ty), mask=inside)
+
+    return softmax_loss_kernel, scale_kernel

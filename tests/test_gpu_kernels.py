@@ -1,0 +1,63 @@
+"""The kernels for GPUs against what runs on the CPU."""
+
+import pytest
+import torch
+
+from chunk_linear_cross_entropy import chunk_linear_cross_entropy
+from nnscaler.kernels import add_gradient, scale_gradient, softmax_loss
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+PADDING = -100
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("words", [101, 40000])
+@pytest.mark.parametrize("given", [False, True])
+def test_loss_and_gradient_of_logits(dtype, tolerance, words, given):
+    logits = (torch.randn(5, words) * 3).to(dtype)
+    labels = torch.tensor([3, words - 1, PADDING, 0, 100])
+    incoming = torch.randn(5) if given else None
+    wanted = softmax_loss(logits.clone(), labels, PADDING, incoming, True)
+    found = softmax_loss(logits.cuda(), labels.cuda(), PADDING, None if incoming is None else incoming.cuda(), True)
+    torch.testing.assert_close(found[0].cpu(), wanted[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1].cpu(), wanted[1], rtol=tolerance, atol=1e-6)
+
+
+def test_a_logit_that_is_not_a_number_shows():
+    logits = torch.zeros(2, 300, device="cuda")
+    logits[0, 7] = float("nan")
+    losses, _ = softmax_loss(logits, torch.tensor([3, 3], device="cuda"), PADDING, None, True)
+    assert losses.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.7])
+def test_chunked_loss(factor):
+    hidden, weight = torch.randn(1, 37, 64), torch.randn(1001, 64)
+    labels = torch.randint(1001, (1, 37))
+    labels[0, ::5] = PADDING
+
+    def gradients(device):
+        inputs = [tensor.to(device).requires_grad_() for tensor in (hidden, weight)]
+        losses = chunk_linear_cross_entropy(*inputs, labels.to(device), PADDING, 8)
+        return [gradient.cpu() for gradient in torch.autograd.grad(factor * losses.sum(), inputs)]
+
+    for found, wanted in zip(gradients("cuda"), gradients("cpu")):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 64, 20001])
+def test_gradients_are_added_and_scaled(dtype, size):
+    gradient = torch.randn(size + 64, dtype=dtype, device="cuda")
+    total = torch.full((size,), float("nan"), device="cuda")
+    add_gradient(total, gradient[64:], first=True)
+    torch.testing.assert_close(total, gradient[64:].float(), rtol=0, atol=0)
+    add_gradient(total, gradient[:size], first=False)
+    torch.testing.assert_close(total, gradient[64:].float() + gradient[:size].float(), rtol=0, atol=0)
+    wanted = (gradient.float() * 0.5).to(dtype)
+    scale_gradient(gradient, torch.tensor(0.5, device="cuda"))
+    torch.testing.assert_close(gradient, wanted, rtol=0, atol=0)
