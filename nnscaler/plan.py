@@ -47,6 +47,7 @@ class Plan:
     nodes       (block, node name) -> how it runs
     inputs      block -> layouts of its inputs, as callers pass them; outputs likewise
     parameters  full name -> layout in which it is stored
+    exchanged_once  full names of those whose gradient is exchanged once a step, not in each micro-batch
     levels      block -> how many of its calls have which recompute level (see `nnscaler.planner.levels`)
     recomputed  block -> nodes that backward computes again at level `part`
     gathered_again  (block, tensor) that backward gathers again rather than keep
@@ -64,6 +65,7 @@ class Plan:
     inputs: dict[str, list[Placements]] = field(default_factory=dict)
     outputs: dict[str, list[Placements]] = field(default_factory=dict)
     parameters: dict[str, Placements] = field(default_factory=dict)
+    exchanged_once: set[str] = field(default_factory=set)
     levels: dict[str, dict[str, int]] = field(default_factory=dict)
     recomputed: dict[str, set[str]] = field(default_factory=dict)
     gathered_again: set[tuple[str, str]] = field(default_factory=set)
@@ -120,6 +122,7 @@ class Plan:
             "dtype": str(meta.dtype).removeprefix("torch."),
             "trained": meta.requires_grad,
             "layout": format_placements(self.parameters[name]),
+            "exchanged_once": name in self.exchanged_once,
         }
 
     def _node_json(self, block: str, name: str, op: str) -> dict[str, Any]:

@@ -318,6 +318,7 @@ def _renamed(plan: Plan, graph: Graph) -> Plan:
         graph=graph,
         nodes={place(old): value for old, value in plan.nodes.items()},
         parameters={paths[old]: layout for old, layout in plan.parameters.items()},
+        exchanged_once={paths[old] for old in plan.exchanged_once},
         gathered_again={place(old) for old in plan.gathered_again},
         recomputed={
             block: {place((block, name))[1] for name in found} for block, found in plan.recomputed.items()

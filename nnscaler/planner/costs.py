@@ -227,7 +227,7 @@ class CostModel:
         return held
 
     def gradient_exchange(self, meta: TensorMeta, placements: Placements) -> float:
-        """Seconds a micro-batch that a trained parameter's gradient travels, beside backward's computation."""
+        """Seconds that a trained parameter's gradient travels once, beside backward's computation."""
         elements = self.local_bytes(meta, placements) / meta.dtype.itemsize
         return self.among_owners("reduce_scatter", elements * GRADIENT_BYTES, placements).seconds
 
@@ -235,15 +235,17 @@ class CostModel:
         """Seconds in which the owners of a parameter's parts give each other what they updated."""
         return self.among_owners("all_gather", self.local_bytes(meta, placements), placements).seconds
 
-    def update(self, meta: TensorMeta, placements: Placements, micro_batches: int) -> float:
+    def update(self, meta: TensorMeta, placements: Placements, micro_batches: int, exchanged_once: bool) -> float:
         """Seconds of a parameter's update and exchange after a step, spread over its micro-batches, and of copying its
         gradient to the buffers and adding it up in each of them."""
         elements = self.local_bytes(meta, placements) / meta.dtype.itemsize
         owned = elements / self.owners(placements)
-        # The gradient is read for its norm, scaled, read again, and cleared.
-        state = 2 * (MASTER_BYTES + MOMENT_BYTES) + 5 * GRADIENT_BYTES + MASTER_BYTES + meta.dtype.itemsize
+        # The gradient is read for its norm, scaled, and read again.
+        state = 2 * (MASTER_BYTES + MOMENT_BYTES) + 4 * GRADIENT_BYTES + MASTER_BYTES + meta.dtype.itemsize
         update = owned * state / self.hardware.memory_bandwidth
-        copied = elements * (meta.dtype.itemsize + 2 * GRADIENT_BYTES) + owned * 3 * GRADIENT_BYTES
+        # The first micro-batch's is copied, those of the others are added: all of it, or what comes of the exchange.
+        added = (elements * 2 if exchanged_once else owned * 3) * (1 - 1 / micro_batches)
+        copied = elements * (meta.dtype.itemsize + GRADIENT_BYTES) + added * GRADIENT_BYTES
         once = self.weight_exchange(meta, placements) + update
         return once / micro_batches + copied / self.hardware.memory_bandwidth
 
@@ -259,23 +261,32 @@ class CostModel:
         estimate = self.hardware.collective_seconds(name, bucket, owners, spans, per_node)
         return estimate._replace(seconds=estimate.seconds * size / bucket)
 
+    def exchange_memory(self, meta: TensorMeta, placements: Placements) -> float:
+        """Bytes of the buffers in which a parameter's gradient is exchanged, and of what comes back."""
+        elements = self.local_bytes(meta, placements) / meta.dtype.itemsize
+        return GRADIENT_BYTES * elements * (1 + 1 / self.owners(placements))
+
     def buffer_memory(self, elements: int) -> float:
-        """Bytes of the buffers in which gradients of a model of so many elements are exchanged: those in flight and
-        two that are being filled, and of those in flight what comes back."""
+        """Most bytes of the buffers in which gradients of a model of so many elements are exchanged: those in flight
+        and two that are being filled, and of those in flight what comes back."""
         bucket = min(BUCKET_ELEMENTS, elements) * GRADIENT_BYTES
         buckets = -(-elements // BUCKET_ELEMENTS)
         received = min(MOST_IN_FLIGHT, buckets) / self.mesh.runtime_ngpus
         return bucket * (min(MOST_IN_FLIGHT + 2, buckets) + received)
 
-    def parameter_memory(self, meta: TensorMeta, placements: Placements) -> dict[str, float]:
-        """Bytes that a parameter takes all the time: itself, and the owned part of gradient, master and moments."""
+    def parameter_memory(
+        self, meta: TensorMeta, placements: Placements, exchanged_once: bool = False
+    ) -> dict[str, float]:
+        """Bytes that a parameter takes all the time: itself, and the owned part of gradient, master and moments; of the
+        gradient all, if it is exchanged once a step."""
         stored = self.local_bytes(meta, placements)
         if not meta.requires_grad:
             return {"parameters": stored}
-        owned = stored / meta.dtype.itemsize / self.owners(placements)
+        elements = stored / meta.dtype.itemsize
+        owned = elements / self.owners(placements)
         return {
             "parameters": stored,
-            "gradients": owned * GRADIENT_BYTES,
+            "gradients": (elements if exchanged_once else owned) * GRADIENT_BYTES,
             "master weights": 0.0 if meta.dtype.itemsize == MASTER_BYTES else owned * MASTER_BYTES,
             "moments": owned * MOMENT_BYTES,
         }

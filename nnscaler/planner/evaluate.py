@@ -16,8 +16,9 @@ from nnscaler.planner.program import Solution, beside, resharding, storage
 class Evaluation:
     """Seconds a micro-batch and bytes a device.
 
-    beside  seconds of what runs beside computation: the exchange of each parameter's gradient, and gathering weights.
-            By how much forward and backward take longer for all of it is among the seconds, as `exchange`
+    beside  seconds of what runs beside computation: gathering weights, and the exchange of each parameter's gradient
+            (once a step, or in each micro-batch). By how much forward and backward take longer for all of it is among
+            the seconds, as `exchange`
     weights  of the seconds, those in which backward makes gradients of weights
     """
 
@@ -57,12 +58,15 @@ class _Evaluator:
     result: Evaluation = field(default_factory=Evaluation)
 
     def run(self) -> Evaluation | None:
-        forward = backward = 0.0
+        forward = backward = last = buffers = 0.0
         for decision, option in zip(self.problem.decisions, self.options):
             place = (decision.block, decision.name)
             if decision.kind == "parameter":
                 self._time(Key("update", *place), decision.count * option.seconds.forward)
-                self.result.beside[Key("exchange", *place)] = decision.count * option.seconds.backward
+                spread = option.last / self.problem.micro_batches
+                self.result.beside[Key("exchange", *place)] = decision.count * (option.seconds.backward + spread)
+                last += decision.count * option.last
+                buffers += decision.count * option.buffers
             else:
                 self._time(Key("forward", *place), decision.count * option.seconds.forward)
                 self._time(Key("backward", *place), decision.count * option.seconds.backward)
@@ -80,10 +84,13 @@ class _Evaluator:
             if not self._reshard(flow, again):
                 return None
             self._keep(flow, again)
-        for side, computing in (("forward", forward), ("backward", backward)):
-            self._time(Key("exchange", "", side), self._longer(self.result.seconds_beside(side), computing))
+        self._time(Key("exchange", "", "forward"), self._longer(self.result.seconds_beside("forward"), forward))
+        others = 1 - 1 / self.problem.micro_batches
+        each = self.result.seconds_beside("backward") - last / self.problem.micro_batches
+        longer = others * self._longer(each, backward) + (1 - others) * self._longer(each + last, backward)
+        self._time(Key("exchange", "", "backward"), longer)
         self._weights()
-        self._working()
+        self._working(min(buffers, self.problem.buffers))
         return self.result
 
     def _longer(self, exchange: float, computing: float) -> float:
@@ -164,7 +171,7 @@ class _Evaluator:
                 share = sum(flow.held for flow in flows) / len(flows)
                 self.result.weights += share * unit.count * option.seconds.backward
 
-    def _working(self) -> None:
+    def _working(self, buffers: float) -> None:
         """What the one operator holds that holds most while it runs; what backward of a block computes again where no
         call keeps it; and the buffers."""
         size, block, name = max(
@@ -176,6 +183,6 @@ class _Evaluator:
             if flow.needed and not self.solution.levels[flow.block].get("none"):
                 size = self.problem.costs.local_bytes(flow.meta, self._made(flow))
                 self._hold(Key("working", flow.block, "backward"), size)
-        self._hold(Key("buffers"), self.problem.buffers)
+        self._hold(Key("buffers"), buffers)
         if any(key.category == "reshard" for key in self.result.beside):
             self._hold(Key("buffers", "", "gathered early"), self.problem.early)

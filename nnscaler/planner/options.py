@@ -25,6 +25,12 @@ class Option:
     transient  bytes held while it runs
     memory     bytes held all the time
     ways       node name -> how it runs
+
+    Of a parameter, `seconds` are those of its update, and of exchanging its gradient beside backward.
+
+    exchanged_once  the gradient is exchanged in the last micro-batch of a step; else in each, if others hold it too
+    last            seconds of the former, beside that micro-batch's backward
+    buffers         bytes that the latter takes, up to the problem's
     """
 
     inputs: tuple[Placements, ...]
@@ -34,6 +40,9 @@ class Option:
     transient: float = 0.0
     inside: float = 0.0
     ways: tuple[tuple[str, NodePlan], ...] = ()
+    exchanged_once: bool = False
+    last: float = 0.0
+    buffers: float = 0.0
 
 
 Assignment = tuple[Split, ...]  # for one mesh axis: how each node of the unit is split

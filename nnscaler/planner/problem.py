@@ -8,7 +8,7 @@ which each recompute level has a number.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from nnscaler.graph import Block, Call, Graph, TensorMeta
@@ -72,7 +72,8 @@ class Problem:
     calls         block -> how often it runs in a micro-batch
     levels        block -> recompute levels that its calls may have
     parameter_of  (block, tensor) -> decision
-    buffers       bytes that every plan needs for exchanging gradients
+    micro_batches  of a step
+    buffers       most bytes that exchanging gradients in each micro-batch takes
     early         bytes of weights that are gathered before they are needed, if any are gathered
     in_flight     micro-batches whose activations are held at a time
     resharding    (tensor, whether it is a weight, from, to) -> seconds, or None where it is impossible; as far as known
@@ -84,6 +85,7 @@ class Problem:
     calls: dict[str, int] = field(default_factory=dict)
     levels: dict[str, tuple[str, ...]] = field(default_factory=dict)
     parameter_of: dict[tuple[str, str], int] = field(default_factory=dict)
+    micro_batches: int = 1
     buffers: float = 0.0
     early: float = 0.0
     in_flight: int = 1
@@ -122,10 +124,11 @@ def build_problem(
     in_flight      micro-batches whose activations are held at a time
     """
     trained = [meta for meta in graph.parameters.values() if meta.requires_grad]
-    problem = Problem(costs, buffers=costs.buffer_memory(sum(meta.numel for meta in trained)), in_flight=in_flight)
+    buffers = costs.buffer_memory(sum(meta.numel for meta in trained))
+    problem = Problem(costs, micro_batches=micro_batches, buffers=buffers, in_flight=in_flight)
     problem.early = min(PREFETCH_BYTES, sum(meta.nbytes for meta in trained))
     builder = _Builder(graph, problem, recomputing, layouts or {})
-    builder.decide_parameters(micro_batches)
+    builder.decide_parameters()
     for block in [*graph.blocks.values(), graph.root]:
         _Body(builder, block).build()
     return builder.problem
@@ -149,7 +152,7 @@ class _Builder:
         self.problem.decisions.append(decision)
         return len(self.problem.decisions) - 1
 
-    def decide_parameters(self, micro_batches: int) -> None:
+    def decide_parameters(self) -> None:
         """One decision for each set of parameters that must be stored alike: the same tensor of all calls of a block,
         and whatever is tied to it."""
         groups: list[tuple[set[str], set[tuple[str, str]]]] = []
@@ -164,7 +167,7 @@ class _Builder:
             meta = self.graph.parameters[min(paths)]
             given = [self.layouts[path] for path in paths if path in self.layouts]
             stored = given or self._stored(meta)
-            options = tuple(self._parameter_option(meta, layout, micro_batches) for layout in stored)
+            options = tuple(option for layout in stored for option in self._parameter_options(meta, layout))
             index = self.decide(Decision("parameter", *min(uses), options, len(paths)))
             self.problem.parameter_of.update(dict.fromkeys(uses, index))
 
@@ -173,12 +176,25 @@ class _Builder:
             return [(REPLICATE,) * len(self.mesh.sizes)]
         return layouts_of(meta.shape, self.mesh, SHARED)
 
-    def _parameter_option(self, meta: TensorMeta, layout: Placements, micro_batches: int) -> Option:
-        costs = self.problem.costs
-        seconds = Seconds()
-        if meta.requires_grad:
-            seconds = Seconds(costs.update(meta, layout, micro_batches), costs.gradient_exchange(meta, layout))
-        return Option((), (layout,), seconds, sum(costs.parameter_memory(meta, layout).values()))
+    def _parameter_options(self, meta: TensorMeta, layout: Placements) -> Iterator[Option]:
+        """How a parameter stored so can be trained: with its gradient exchanged in each micro-batch, or once a step."""
+        costs, micro_batches = self.problem.costs, self.problem.micro_batches
+        if not meta.requires_grad:
+            yield Option((), (layout,), memory=sum(costs.parameter_memory(meta, layout).values()))
+            return
+        alone = costs.owners(layout) == 1
+        for once in sorted({alone, alone or micro_batches > 1}):
+            exchange = costs.gradient_exchange(meta, layout)
+            seconds = Seconds(costs.update(meta, layout, micro_batches, once), 0.0 if once else exchange)
+            yield Option(
+                (),
+                (layout,),
+                seconds,
+                sum(costs.parameter_memory(meta, layout, once).values()),
+                last=exchange if once else 0.0,
+                buffers=0.0 if once else costs.exchange_memory(meta, layout),
+                exchanged_once=once and not alone,
+            )
 
 
 class _Body:

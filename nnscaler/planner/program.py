@@ -7,6 +7,8 @@ Data      n_d, n_f, N_b  how often a decision, a flow, a block occurs in a micro
           t_do, t'_do    seconds of an option: forward, backward
           r_fps, r'_fps  seconds of resharding flow f from p to s: forward, backward
           q_do, u_do     seconds of a parameter's gradient exchange, which runs beside backward, and of its update
+          l_do           seconds of such an exchange that is made in the last of a step's m micro-batches only
+          c_do, C        bytes of buffers for exchanging a gradient in each micro-batch, and at most for all of them
           m_do, w_do     bytes that an option holds all the time, and while it runs
           i_do           bytes of inner tensors that an unfused cluster, or an operator that exchanges parts, keeps
           b_fs           bytes of flow f in layout s;  M bytes of device memory
@@ -20,12 +22,15 @@ Variables x_do in {0,1}  option o is chosen for d
           Y_fpsl >= 0    calls at level l in which that is done again in backward
           k_fsl >= 0     calls at level l that keep f in layout s
           g_fps in {0,1} backward gathers f again, from p to s, rather than keep it
-          E, F >= 0      seconds by which exchange beside backward, and beside forward, makes them longer
+          E, L, F >= 0   seconds by which exchange beside backward, beside that of the last micro-batch, and beside
+                         forward, makes them longer
+          H >= 0         bytes of buffers for exchanging gradients in each micro-batch;  v in {0,1}: all of C
           G >= 0         whether weights are gathered, some (a bytes) before they are needed
           U >= 0         most bytes that one operator holds while it runs
           V_b >= 0       bytes that backward computes again of one call of b, where no call keeps them
 
-minimise      sum_d n_d (t_do + t'_do) x_do + sum_f n_f (r_fps + r'_fps) y_fps + sum_d n_d u_do x_do + E + F      (time)
+minimise      sum_d n_d (t_do + t'_do) x_do + sum_f n_f (r_fps + r'_fps) y_fps + sum_d n_d u_do x_do + F          (time)
+              + (1 - 1/m) E + L/m
               + sum over what is run again of t_do z_dol and r_fps n_f / N_b Y_fpsl;  without gathered weights
 subject to    sum_o x_do = 1                                                                                    (choice)
               sum_l n_bl = N_b;  sum_o z_dol = n_bl;  sum_l z_dol = N_b x_do                                    (levels)
@@ -39,18 +44,20 @@ subject to    sum_o x_do = 1                                                    
               g_fps <= sum of x over the producer's options that make f in p, if all-gathers make s of it  (gathering)
               E >= h B, E >= B - (1 - h) sum_d n_d t'_do x_do, where B = sum_d n_d q_do x_do
                    + sum over gathered weights of n_f r'_fps y_fps, and what of r_fps is done again;  F likewise,
-                   with B = sum over gathered weights of n_f r_fps y_fps, and t for t'                         (hiding)
+                   with B = sum over gathered weights of n_f r_fps y_fps, and t for t'; and L,
+                   with B + sum_d n_d l_do x_do                                                                (hiding)
               G >= y_fps of gathered weights                                                                    (early)
               U >= sum_o w_do x_do                                                                            (working)
+              H >= C v, H >= S - c v, S <= C + c v, where S = sum_d n_d c_do x_do, c its most                  (buffers)
               V_b >= B_b (1 - n_b,none), where B_b = sum_f b_fs x_do of what level `none` keeps of one call      (again)
               sum_d n_d m_do x_do + A (sum_f b_fs n_f / N_b k_fsl + sum_d i_do z_dol), where l keeps it,
-                       + U + sum_b V_b + a G + the buffers in which gradients are exchanged <= M               (memory)
+                       + U + sum_b V_b + a G + H <= M                                                          (memory)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -102,8 +109,7 @@ def relaxed(problems: Sequence[Problem], memory: float) -> list[tuple[float, flo
         program.state()
         sizes.append(program.memory_total())
         times.append([(variable, milp.cost[variable]) for variable in range(begin, len(milp.cost))])
-    buffers = sum(problem.buffers for problem in problems)
-    milp.row([term for size in sizes for term in size], upper=(memory - buffers) / byte)
+    milp.row([term for size in sizes for term in size], upper=memory / byte)
     values = milp.solve(gap=1e-4, relaxed=True)
     if values is None:
         return None
@@ -111,10 +117,7 @@ def relaxed(problems: Sequence[Problem], memory: float) -> list[tuple[float, flo
     def total(terms: Terms) -> float:
         return float(sum(values[variable] * value for variable, value in terms))
 
-    return [
-        (total(time) * second, total(size) * byte + problem.buffers)
-        for time, size, problem in zip(times, sizes, problems)
-    ]
+    return [(total(time) * second, total(size) * byte) for time, size in zip(times, sizes)]
 
 
 def least_memory(problem: Problem) -> Solution:
@@ -372,23 +375,36 @@ class Program:
 
     def _hide(self) -> None:
         """hiding"""
-        for side, gathers in self.beside.items():
-            longer = self.milp.variable(1.0, bound=INFINITY)
-            lost = self.problem.costs.hardware.interference
-            exchange, computing = list(gathers), Terms()
-            for decision, xs in zip(self.problem.decisions, self.x):
-                exchanged = decision.kind == "parameter"
-                for x, option in zip(xs, decision.options):
-                    seconds = getattr(option.seconds, side)
-                    if seconds and not (exchanged and side == "forward"):  # a parameter's is its update
-                        (exchange if exchanged else computing).append((x, self._time(decision.count * seconds)))
-            hidden = [(x, (1 - lost) * seconds) for x, seconds in computing]
-            self.milp.row([(longer, 1.0), *_minus(exchange), *hidden], 0.0)
-            if lost:
-                self.milp.row([(longer, 1.0), *_minus([(x, lost * seconds) for x, seconds in exchange])], 0.0)
+        computing: dict[str, Terms] = {"forward": [], "backward": []}
+        exchange: dict[str, Terms] = {side: list(gathers) for side, gathers in self.beside.items()}
+        last: Terms = []
+        for decision, xs in zip(self.problem.decisions, self.x):
+            for x, option in zip(xs, decision.options):
+                forward, backward = (self._time(decision.count * s) for s in astuple(option.seconds))
+                if decision.kind == "parameter":  # whose forward is its update
+                    exchange["backward"].append((x, backward))
+                    last.append((x, self._time(decision.count * option.last)))
+                else:
+                    computing["forward"].append((x, forward))
+                    computing["backward"].append((x, backward))
+        part = 1 / self.problem.micro_batches
+        self._longer(exchange["forward"], computing["forward"], 1.0)
+        if part < 1:
+            self._longer(exchange["backward"], computing["backward"], 1 - part)
+        self._longer([*exchange["backward"], *last], computing["backward"], part)
+
+    def _longer(self, exchange: Terms, computing: Terms, part: float) -> None:
+        """Counts the seconds by which exchange makes computing longer, in a part of the micro-batches."""
+        lost = self.problem.costs.hardware.interference
+        exchange = [(variable, seconds) for variable, seconds in exchange if seconds]
+        hidden = [(variable, (1 - lost) * seconds) for variable, seconds in computing if seconds]
+        longer = self.milp.variable(part, bound=INFINITY)
+        self.milp.row([(longer, 1.0), *_minus(exchange), *hidden], 0.0)
+        if lost:
+            self.milp.row([(longer, 1.0), *_minus([(x, lost * seconds) for x, seconds in exchange])], 0.0)
 
     def memory_total(self) -> Terms:
-        """working, and the left side of memory without the buffers"""
+        """working, buffers, and the left side of memory"""
         working = self.milp.variable(bound=INFINITY)
         for index, (decision, xs) in enumerate(zip(self.problem.decisions, self.x)):
             transient = [
@@ -406,13 +422,28 @@ class Program:
             for y, _ in self.beside["forward"]:
                 self.milp.row([(early, 1.0), (y, -1.0)], 0.0)
             total.append((early, self.problem.early / self.byte))
-        return total
+        return [*total, (self._buffers(), 1.0)]
+
+    def _buffers(self) -> int:
+        """The variable H."""
+        size = [
+            (x, decision.count * option.buffers / self.byte)
+            for decision, xs in zip(self.problem.decisions, self.x)
+            for x, option in zip(xs, decision.options)
+            if option.buffers
+        ]
+        every, most = sum(each for _, each in size), self.problem.buffers / self.byte
+        held, full = self.milp.variable(bound=INFINITY), self.milp.variable(integer=True)
+        self.milp.row([(held, 1.0), (full, -most)], 0.0)
+        self.milp.row([(held, 1.0), (full, every), *_minus(size)], 0.0)
+        self.milp.row([(full, -every), *size], upper=most)
+        return held
 
     def _memory(self, memory: float | None) -> None:
         """memory"""
         total = self.memory_total()
         if memory is not None:
-            self.milp.row(total, upper=(memory - self.problem.buffers) / self.byte)
+            self.milp.row(total, upper=memory / self.byte)
             return
         self.milp.cost = [0.0] * len(self.milp.cost)
         for variable, size in total:

@@ -153,6 +153,8 @@ def _to_plan(
         decision_index = problem.parameter_of[block.name, tensor]
         option = problem.decisions[decision_index].options[solution.chosen[decision_index]]
         plan.parameters[path] = option.outputs[0]
+        if option.exchanged_once:
+            plan.exchanged_once.add(path)
     for index in solution.gathered_again:
         flow = problem.flows[index]
         plan.gathered_again.add((flow.block, flow.tensor))

@@ -16,6 +16,7 @@ class ParameterGroup:
     count           how many there are
     layout          in which each is stored
     owners          ranks that hold the same shard: they share its optimizer state
+    exchanged_once  whether its gradient is exchanged once a step, not in each micro-batch
     elements        of one device's shard of one of them
     memory          category -> bytes a device, of all of them
     update_seconds  a step, of all of them, on one device
@@ -26,6 +27,7 @@ class ParameterGroup:
     count: int
     layout: Placements
     owners: int
+    exchanged_once: bool
     elements: int
     trained: bool
     memory: dict[str, float]
@@ -40,9 +42,10 @@ def parameter_groups(plan: Plan, costs: CostModel) -> list[ParameterGroup]:
     for key, size in plan.memory.items():
         if key.category != "parameter":
             continue
-        layout = plan.parameters[paths[key.block, key.name]]
+        path = paths[key.block, key.name]
+        layout, once = plan.parameters[path], path in plan.exchanged_once
         meta = blocks[key.block].tensors[key.name]
-        one = costs.parameter_memory(meta, layout)
+        one = costs.parameter_memory(meta, layout, once)
         count = round(size / sum(one.values()))
         update = plan.seconds.get(Key("update", key.block, key.name), 0.0) * plan.micro_batches
         exchange = count * costs.weight_exchange(meta, layout) if meta.requires_grad else 0.0
@@ -53,6 +56,7 @@ def parameter_groups(plan: Plan, costs: CostModel) -> list[ParameterGroup]:
                 count=count,
                 layout=layout,
                 owners=costs.owners(layout),
+                exchanged_once=once,
                 elements=costs.local_bytes(meta, layout) // meta.dtype.itemsize,
                 trained=meta.requires_grad,
                 memory={what: count * value for what, value in one.items()},

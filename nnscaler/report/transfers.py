@@ -120,7 +120,7 @@ def _gradients(plan: Plan, costs: CostModel, parameters: list[ParameterGroup]) -
             move="",
             devices=first.owners,
             size=sum(one.count * one.elements for one in group) * GRADIENT_BYTES,
-            calls=plan.micro_batches,
+            calls=1 if first.exchanged_once else plan.micro_batches,
             seconds=seconds,
             hidden=hidden * seconds,
             origin=costs.among_owners("reduce_scatter", 1.0, first.layout).origin,
@@ -148,11 +148,11 @@ def _weights(costs: CostModel, parameters: list[ParameterGroup], plan: Plan) -> 
 
 
 def _exchanged(parameters: list[ParameterGroup]) -> list[list[ParameterGroup]]:
-    """The groups whose gradients travel, those of one block and as many owners together."""
-    together: dict[tuple[str, int], list[ParameterGroup]] = {}
+    """The groups whose gradients travel, those of one block, as many owners and as many times together."""
+    together: dict[tuple[str, int, bool], list[ParameterGroup]] = {}
     for group in parameters:
         if group.trained and group.owners > 1:
-            together.setdefault((group.block, group.owners), []).append(group)
+            together.setdefault((group.block, group.owners, group.exchanged_once), []).append(group)
     return list(together.values())
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nnscaler.kernels import add_gradient
 from nnscaler.runtime.axes import Axes, Axis
 from nnscaler.runtime.collectives import all_gather_single, reduce_scatter_single
 from nnscaler.runtime.shards import Box, ParameterSpec, flat_range_boxes
@@ -59,7 +60,9 @@ class Bucket:
 
     flat      [n] the parameters, on every owner
     owned     [n / owners] the slice of `flat` that this rank updates
-    gradient  [n / owners] fp32: the sum over owners and micro-batches of that slice's gradient
+    gradient  [n / owners] fp32: of the last whole step, the sum over owners and micro-batches of that slice's gradient
+    summed    [n] fp32: the sum over micro-batches of the gradient of `flat`; `gradient` is a slice of it, to which the
+              other owners' are added in the end; None: the gradient is exchanged in each micro-batch
     is_copy   whether another pipeline stage has the same parameters, and counts them as its own
     """
 
@@ -70,7 +73,10 @@ class Bucket:
         self.owners = owners
         self.device = flat.device
         self.owned = self.flat.chunk(owners.size)[owners.rank]
-        self.gradient = torch.zeros(self.owned.shape, dtype=torch.float32, device=self.device)
+        whole = owners.group is None or slots[0].spec.exchanged_once
+        gradient = torch.zeros((flat if whole else self.owned).shape, dtype=torch.float32, device=self.device)
+        self.summed = gradient if whole else None
+        self.gradient = gradient.chunk(owners.size)[owners.rank] if whole else gradient
 
     @property
     def owned_range(self) -> range:
@@ -121,7 +127,7 @@ def make_buckets(
     groups: dict[object, tuple[Axis, list[str]]] = {}
     for name in sorted((name for name, spec in specs.items() if spec.trained), key=lambda name: not decays[name]):
         owners = axes.owners(specs[name].layout)
-        key = (id(owners.group), specs[name].dtype, name if name in alone else None)
+        key = (id(owners.group), specs[name].dtype, specs[name].exchanged_once, name if name in alone else None)
         groups.setdefault(key, (owners, []))[1].append(name)
     buckets: list[Bucket] = []
     parameters: dict[str, nn.Parameter] = {}
@@ -148,13 +154,23 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 class GradientReducer:
-    """Sums gradients over owners while backward goes on: a bucket is sent when its last gradient has arrived."""
+    """Sums gradients over owners and micro-batches while backward goes on.
 
-    def __init__(self, buckets: Iterable[Bucket], parameters: Mapping[str, nn.Parameter]) -> None:
+    A bucket is sent when its last gradient has arrived: in each micro-batch, or where it is `summed`, in the last of
+    a step. How many gradients a summed bucket gets in a micro-batch, the first one shows; until then, it is sent at the
+    end of the step.
+    """
+
+    def __init__(self, buckets: Iterable[Bucket], parameters: Mapping[str, nn.Parameter], micro_batches: int) -> None:
         self._buckets = list(buckets)
-        self._arrived: dict[int, set[str]] = {}
+        self._micro_batches = micro_batches
+        self._left = micro_batches  # of this step
+        self._arrived: dict[int, list[str]] = defaultdict(list)  # bucket -> gradients in it, in this micro-batch
+        self._expected: dict[int, int] = {}  # summed bucket -> how many a micro-batch has
+        self._begun: dict[int, set[str]] = defaultdict(set)  # bucket -> parameters that had a gradient, in this step
         self._buffers: dict[int, Tensor] = {}
         self._in_flight: deque[tuple[dist.Work | None, int, Tensor, Tensor]] = deque()
+        self._summing: dict[int, dist.Work | None] = {}  # summed buckets that have been sent
         pieces: dict[str, list[tuple[int, Slot]]] = defaultdict(list)
         for index, bucket in enumerate(self._buckets):
             for slot in bucket.slots:
@@ -188,35 +204,35 @@ class GradientReducer:
         self._take(parameter, gradient)
 
     def _take(self, parameter: Tensor, gradient: Tensor) -> None:
-        """A gradient that has arrived goes to its buckets."""
+        """A gradient that has arrived goes to its buckets. A tied weight's comes in two parts: from where the weight is
+        gathered, and from where it is used as stored."""
         gradient = gradient.reshape(-1)
         for index, slot in self._pieces[id(parameter)]:
             bucket = self._buckets[index]
-            if index not in self._buffers:
-                self._buffers[index] = torch.empty(bucket.flat.shape, dtype=torch.float32, device=bucket.device)
-                self._arrived[index] = set()
             there, here = slot.within(len(bucket.flat))
-            # A tied weight's gradient may come in two parts: from where it is gathered, and where it is used as stored.
-            second = slot.name in self._arrived[index]
-            target, part = self._buffers[index][there], gradient[here]
-            if second:
-                target += part
-            else:  # of several tensors at once: for another type that is several times as fast as for one
-                torch._foreach_copy_([target], [part])
-            self._arrived[index].add(slot.name)
-            if len(self._arrived[index]) == len(bucket.slots):
-                self._send(index)
+            if bucket.summed is not None:
+                assert index not in self._summing, "a gradient came after the last"
+                add_gradient(bucket.summed[there], gradient[here], first=slot.name not in self._begun[index])
+                self._begun[index].add(slot.name)
+                self._arrived[index].append(slot.name)
+                if self._left == 1 and len(self._arrived[index]) == self._expected.get(index):
+                    self._send_summed(index)
+            else:
+                if index not in self._buffers:
+                    self._buffers[index] = torch.empty(bucket.flat.shape, dtype=torch.float32, device=bucket.device)
+                add_gradient(self._buffers[index][there], gradient[here], first=slot.name not in self._arrived[index])
+                self._arrived[index].append(slot.name)
+                if len(set(self._arrived[index])) == len(bucket.slots):
+                    self._send(index)
 
     def _send(self, index: int) -> None:
         bucket, buffer = self._buckets[index], self._buffers.pop(index)
-        for unused in bucket.without(self._arrived.pop(index)):
+        for unused in bucket.without(set(self._arrived.pop(index))):
             buffer[unused].zero_()
-        if bucket.owners.group is None:
-            bucket.gradient += buffer
-            return
         while len(self._in_flight) >= MOST_IN_FLIGHT:  # bounds the buffers alive
             self._receive()
-        mine = torch.empty_like(bucket.gradient)
+        mine = torch.empty_like(bucket.gradient) if self._begun[index] else bucket.gradient
+        self._begun[index].update(slot.name for slot in bucket.slots)
         work = reduce_scatter_single(mine, buffer, group=bucket.owners.group, async_op=True)
         self._in_flight.append((work, index, mine, buffer))
 
@@ -224,7 +240,19 @@ class GradientReducer:
         work, index, mine, _ = self._in_flight.popleft()
         if work is not None:
             work.wait()
-        self._buckets[index].gradient += mine
+        if mine is not self._buckets[index].gradient:
+            self._buckets[index].gradient += mine
+
+    def _send_summed(self, index: int) -> None:
+        bucket = self._buckets[index]
+        assert bucket.summed is not None
+        for unused in bucket.without(self._begun[index]):
+            bucket.summed[unused].zero_()
+        self._summing[index] = None
+        if bucket.owners.group is not None:
+            self._summing[index] = reduce_scatter_single(
+                bucket.gradient, bucket.summed, group=bucket.owners.group, async_op=True
+            )
 
     def end_micro_batch(self) -> None:
         """Sends the buckets of which some parameter had no gradient in this micro-batch."""
@@ -232,8 +260,22 @@ class GradientReducer:
             self._take_deferred()
         for index in sorted(self._buffers):
             self._send(index)
+        self._expected = self._expected or {index: len(names) for index, names in self._arrived.items()}
+        self._arrived.clear()
+        self._left -= 1
 
     def finish(self) -> None:
-        """Waits until every `Bucket.gradient` is complete."""
+        """Ends a step: waits until every `Bucket.gradient` is complete."""
         while self._in_flight:
             self._receive()
+        for index, bucket in enumerate(self._buckets):
+            if bucket.summed is not None and index not in self._summing:
+                self._send_summed(index)
+            elif bucket.summed is None and not self._begun[index]:
+                bucket.gradient.zero_()
+        for work in self._summing.values():
+            if work is not None:
+                work.wait()
+        self._summing.clear()
+        self._begun.clear()
+        self._left = self._micro_batches

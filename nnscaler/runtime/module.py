@@ -64,7 +64,7 @@ class ParallelModule(nn.Module):
         decayed = {name: decays(spec.shape) for name, spec in self.specs.items()}
         self.buckets, parameters = make_buckets(self.specs, self.axes, decayed, alone=shared)
         self.trained = list(parameters.values())
-        self.reducer = GradientReducer(self.buckets, parameters)
+        self.reducer = GradientReducer(self.buckets, parameters, plan["micro_batches"])
         self.gathers = self.axes.gathers = Gathers(self.reducer.defer)
         self._gathers_again = any(block["gathered_again"] for block in plan["blocks"].values())
         self._weights: dict[str, Tensor] = {**parameters}

@@ -84,7 +84,7 @@ class ShardedOptimizer:
 
     @torch.no_grad()
     def step(self, labels: int, lr: float) -> Tensor:
-        """One update from the accumulated gradients of summed losses, taken as the mean over all labels; clears them.
+        """One update from the accumulated gradients of summed losses, taken as the mean over all labels.
 
         labels  number of labels in this rank's micro-batches
         Returns the norm of the mean's whole gradient before clipping, on the device; nothing waits for the device.
@@ -107,7 +107,6 @@ class ShardedOptimizer:
             group["lr"] = lr
         self._adam.step()
         self.steps += 1
-        torch._foreach_zero_(gradients)
         self.publish_masters()
         return norm
 

@@ -30,18 +30,24 @@ class Box:
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """A parameter of the whole model and the layout in which each rank holds it."""
+    """A parameter of the whole model and the layout in which each rank holds it.
+
+    exchanged_once  its gradient is summed whole over a step's micro-batches, and exchanged after the last of them; else
+                    it is exchanged in each, and a rank sums what it owns
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     layout: Placements
     trained: bool
+    exchanged_once: bool = False
 
     @staticmethod
     def from_json(fields: Mapping[str, Any]) -> ParameterSpec:
         """From a parameter's entry in `plan.json`."""
         layout = tuple(parse_placement(text) for text in fields["layout"].split(","))
-        return ParameterSpec(tuple(fields["shape"]), getattr(torch, fields["dtype"]), layout, fields["trained"])
+        dtype = getattr(torch, fields["dtype"])
+        return ParameterSpec(tuple(fields["shape"]), dtype, layout, fields["trained"], fields["exchanged_once"])
 
     def box(self, mesh: Mesh, place: tuple[int, ...]) -> Box:
         """The part that the device at `place` on the mesh axes holds."""

@@ -93,7 +93,7 @@ def test_another_schedule_where_the_best_holds_too_much(tmp_path):
     free = found(1e12, Wanted())
     assert isinstance(free, PipelinePlan)
     assert free.schedule.kind == "zb-v"
-    limit = 0.85 * free.memory_bytes
+    limit = 0.8 * free.memory_bytes
     small = found(limit, Wanted())
     assert isinstance(small, PipelinePlan)
     assert small.schedule.kind != "zb-v"
