@@ -51,9 +51,10 @@ Assignment = tuple[Split, ...]  # for one mesh axis: how each node of the unit i
 def unit_options(unit: Unit, block: Block, costs: CostModel) -> list[Option]:
     """All options of a unit; those that come to the same layouts of inputs and outputs appear once."""
     bounds = [bind(node, block) for node in unit.nodes]
-    on_one_axis = list(_assignments(unit, block, bounds))
+    splits = list(_assignments(unit, block, bounds))
+    whole = [assignment for assignment in splits if all(split.name is None for split in assignment)]
     found: dict[object, Option] = {}
-    for chosen in product(on_one_axis, repeat=len(costs.mesh.sizes)):
+    for chosen in product(*(splits if devices > 1 else whole for devices in costs.mesh.sizes)):
         option = _option(unit, block, bounds, chosen, costs)
         if option is not None:
             found.setdefault((option.inputs, option.outputs), option)
@@ -141,8 +142,9 @@ def local_sizes(bound: Bound, splits: Sequence[Split], mesh: Mesh) -> dict[str, 
 
 
 def layouts_of(shape: Sequence[int], mesh: Mesh, whole: Placement) -> list[Placements]:
-    """All ways to lay a tensor on the mesh: on each axis `whole` or sharded along a dimension that divides."""
-    per_axis = [[whole, *(Shard(dim) for dim in range(len(shape)))] for _ in mesh.axes]
+    """All ways to lay a tensor on the mesh: on each axis `whole` or sharded along a dimension that divides; on an axis
+    of one device, whole."""
+    per_axis = [[whole, *(Shard(dim) for dim in range(len(shape)) if devices > 1)] for devices in mesh.sizes]
     return [layout for layout in product(*per_axis) if divides(shape, layout, mesh)]
 
 
