@@ -128,20 +128,21 @@ def draw(curves: dict[str, list[float]], path: Path) -> None:
 
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
     exact = curves["plain"]
-    for name, losses in curves.items():
+    for index, (name, losses) in enumerate(curves.items()):
         steps = range(1, len(losses) + 1)
-        style = {"color": "black", "linewidth": 2} if name == "plain" else {"linewidth": 1}
-        above.plot(steps, losses, label=name, **style)
+        is_plain = name.startswith("plain")
+        colour = "black" if name == "plain" else "grey" if is_plain else f"C{index}"
+        style = {"label": name, "color": colour, "linewidth": 2 if is_plain else 1}
+        above.plot(steps, losses, **style)
         if name != "plain":
-            grey = {"color": "grey", "linewidth": 2} if name.startswith("plain") else {"linewidth": 1}
-            below.plot(steps, [a - b for a, b in zip(losses, exact)], label=name, **grey)
+            below.plot(steps, [a - b for a, b in zip(losses, exact)], **style)
     above.set(
         ylabel="loss a token (nats)", title="A small Llama in bf16: plain PyTorch on one GPU, and four plans on two"
     )
     below.set(xlabel="optimizer step", ylabel="difference from plain")
+    above.legend(fontsize=8)
     for axes in (above, below):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

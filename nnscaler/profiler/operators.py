@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -24,7 +25,9 @@ from nnscaler.operators import operator_of
 
 logger = logging.getLogger(__name__)
 
-_SUSTAINED = 0.2  # seconds that each operator runs
+# Seconds that each operator runs. A GPU at the limit of its power lowers its clock within tenths of a second: attention
+# takes 10 % longer then than at first (H200), and in training it is always so.
+_SUSTAINED = 0.6
 _KERNEL_LIBRARIES = ("flash-attn-4", "flash-attn", "liger-kernel")
 
 
@@ -135,21 +138,31 @@ def _forward_and_backward(function: Callable[..., Any], all_at_once: bool, args:
     all_at_once  forward computes the gradients too, for equal ones of its results
     """
     inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.requires_grad]
-    times: list[tuple[float, float]] = []
-    total = 0.0
-    while total < _SUSTAINED or len(times) < 2:
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+    gradients: list[Tensor] = []
+
+    def run(events: Sequence[torch.cuda.Event]) -> None:
         events[0].record()
         out = function(*args, **kwargs)
         events[1].record()
         results = [x for x in (out if isinstance(out, (tuple, list)) else [out]) if x.requires_grad]
-        gradients = [x.new_ones(()).expand(x.shape) if all_at_once else torch.randn_like(x) for x in results]
-        events[2].record()
+        if not gradients:
+            gradients.extend(x.new_ones(()).expand(x.shape) if all_at_once else torch.randn_like(x) for x in results)
         if results:
             torch.autograd.grad(results, inputs, gradients, allow_unused=True)
-        events[3].record()
-        torch.cuda.synchronize()
-        times.append((events[0].elapsed_time(events[1]) / 1e3, events[2].elapsed_time(events[3]) / 1e3))
-        total += sum(times[-1])
-    late = times[len(times) // 2 :]
-    return [median(forward for forward, _ in late), median(backward for _, backward in late) if results else 0.0]
+        events[2].record()
+
+    def events() -> list[torch.cuda.Event]:
+        return [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+
+    run(events())  # kernels may be compiled
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    run(events())
+    torch.cuda.synchronize()
+    runs = [events() for _ in range(max(2, round(_SUSTAINED / (time.perf_counter() - started))))]
+    for one in runs:  # without waiting in between, when the device would rest
+        run(one)
+    torch.cuda.synchronize()
+    late = runs[len(runs) // 2 :]
+    forward, backward = (median(one[i].elapsed_time(one[i + 1]) / 1e3 for one in late) for i in (0, 1))
+    return [forward, backward if gradients else 0.0]

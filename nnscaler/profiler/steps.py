@@ -23,7 +23,7 @@ _KERNELS = (
     (COMMUNICATION, r"nccl"),
     ("attention", r"flash|fmha|attention|sdpa"),
     ("matmul", r"gemm|nvjet|xmma|cutlass|cublas|splitk"),
-    ("optimizer", r"adam|multi_tensor|foreach"),
+    ("optimizer", r"adam|multi_tensor|foreach|add_gradient"),
     ("memory-bound", r""),
 )
 

@@ -7,7 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+# Gradients that come with the strides of the outputs that they belong to are taken as they are. As torch 2.13 has it by
+# default; 2.11 copies those of attention's inputs, which are transposed.
+torch._functorch.config.guess_tangent_strides_as_outputs = True
 
 # What level `cheap` keeps: the results of products.
 _PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
