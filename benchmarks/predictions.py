@@ -2,8 +2,9 @@
 
     python benchmarks/predictions.py
 
-The document's command on eight devices, the same without `--recompute_modules`, and 32,768 tokens a device on two to
-eight. Figures are predictions out of plan.json, from bundled figures; results/train holds what was measured.
+The document's command on eight devices, the same without `--recompute_modules`, 32,768 tokens a device on two to eight,
+and short sequences on copies of the model. Figures are predictions out of plan.json, from bundled figures;
+results/train holds what was measured.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ PLANS = [
     ("32,768 tokens a device", "h200", 2, 65536, ""),
     ("32,768 tokens a device", "h200", 8, 262144, ""),
     ("131,072 tokens in all", "h200", 2, 131072, ""),
+    ("4 copies, 2 sequences a micro-batch", "h200", 4, 8192, "--plan_ngpus 1 --micro_batch_size 2"),
 ]
 
 
