@@ -18,4 +18,4 @@ lint: $(VENV)/installed
 	$(RUN) ruff check . && ruff format --check . && mypy
 
 test: lint
-	$(RUN) python -m pytest
+	$(RUN) python -m pytest -n 2 --dist loadfile -m "not quiet" && python -m pytest -m quiet

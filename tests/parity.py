@@ -32,6 +32,7 @@ from tests import tiny
 STEPS = 20
 SEED = 3
 RATE = 1e-3
+EPSILON = 1e-6  # of AdamW, which divides by a gradient's size: with 1e-8, the rounding of gradients near 0 shows
 TOLERANCE = 1e-5
 
 
@@ -100,7 +101,7 @@ def arguments(case: Case, folder: Path) -> TrainerArgs:
         ),
         compute=compute,
         dataset=DatasetConfig(PackedDataset.open(folder / "data")),
-        optimizer=OptimizerConfig(lr=RATE),
+        optimizer=OptimizerConfig(lr=RATE, eps=EPSILON),
         lr_scheduler=LRSchedulerConfig("constant"),
         checkpoint=CheckpointConfig(folder / "checkpoints", interval=0),
         log=LogConfig(folder / "runs"),
@@ -161,7 +162,7 @@ def plain_loop(rows: np.ndarray, sequences: list[int], **changes: object) -> tup
     vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-        lr=RATE, betas=(0.9, 0.95), eps=1e-8,
+        lr=RATE, betas=(0.9, 0.95), eps=EPSILON,
     )  # fmt: skip
     order = np.concatenate([np.random.default_rng((SEED, epoch)).permutation(len(rows)) for epoch in range(10)])
     losses, consumed = [], 0

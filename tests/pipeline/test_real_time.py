@@ -14,6 +14,8 @@ from nnscaler.pipeline.schedules import Schedule, programs, torch_schedule
 from nnscaler.pipeline.simulate import StageSeconds, simulate
 from tests.launch import run
 
+pytestmark = pytest.mark.quiet
+
 
 class Sleep(torch.autograd.Function):
     """The same tensor, some time later; so is its gradient."""
