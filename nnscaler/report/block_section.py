@@ -109,11 +109,18 @@ def _parameters(block: Values) -> list[Markup]:
     rows = [
         [
             one["tensor"], one["count"], one["layout"], one["owners"] if one["trained"] else "not trained",
+            _exchanged(one),
             *(or_blank(one["bytes"].get(kind, 0), gib) for kind in kinds),
             or_blank(one["update_seconds"], seconds),
         ]
         for one in block["parameters"]
     ]  # fmt: skip
-    bytes_of = [f">{kind}" for kind in kinds]
-    head = ["parameter", ">how many", "layout", ">ranks with the same shard", *bytes_of, ">update"]
-    return [table(head, rows)]
+    head = ["parameter", ">how many", "layout", ">ranks with the same shard", "gradient exchanged"]
+    return [table([*head, *(f">{kind}" for kind in kinds), ">update"], rows)]
+
+
+def _exchanged(parameter: Values) -> str:
+    """When the ranks that hold the same shard add up its gradient."""
+    if not parameter["trained"] or parameter["owners"] == 1:
+        return ""
+    return "once a step" if parameter["exchanged_once"] else "each micro-batch"

@@ -112,6 +112,7 @@ def _parameter(group: ParameterGroup) -> dict[str, Any]:
         "count": group.count,
         "layout": format_placements(group.layout),
         "owners": group.owners,
+        "exchanged_once": group.exchanged_once,
         "trained": group.trained,
         "bytes": group.memory,
         "update_seconds": group.update_seconds,

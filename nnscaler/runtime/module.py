@@ -31,8 +31,8 @@ class ParallelModule(nn.Module):
     """Loads a compiled plan and runs it.
 
     `forward(**inputs)` takes the whole inputs of the traced model on every rank of a replica and returns its whole
-    outputs. Parameters and their gradients live in `buckets`; `backward()` on the output fills `Bucket.gradient` once
-    `reducer.end_micro_batch()` and `reducer.finish()` have been called; `accumulate` does all of it.
+    outputs. Parameters and their gradients live in `buckets`; `backward()` on the output, `reducer.end_micro_batch()`
+    after it and `reducer.finish()` at the end of a step fill `Bucket.gradient`; `accumulate` does all of it.
     """
 
     gives_loss = True
@@ -94,7 +94,8 @@ class ParallelModule(nn.Module):
             return self._code.forward(self._weights, self.axes, *(inputs[name] for name in self.input_names))
 
     def accumulate(self, micro_batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
-        """Forward and backward of a step's micro-batches: fills `Bucket.gradient`; gives the sum of their losses."""
+        """Forward and backward of a step's micro-batches, as many as were planned for: fills `Bucket.gradient`; gives
+        the sum of their losses."""
         total = torch.zeros((), dtype=torch.float64, device=self.axes.device)
         for inputs in micro_batches:
             loss = self(**inputs)

@@ -147,6 +147,9 @@ def test_one_product_by_hand(tmp_path, link, micro_batches):
     assert held["moments"] == weight
     assert held["master weights"] == 0
     assert held["activations, level none"] == 64 * 256 * 4
+    (parameter,) = values["costs"]["model"]["parameters"]
+    assert parameter["exchanged_once"] == (micro_batches > 1)
+    assert ("once a step" in plan_page(values)) == (micro_batches > 1)
     assert held["communication buffers"] == (0 if micro_batches > 1 else 1.5 * weight), "sent, and what comes back"
     step = sum(seconds.values())
     assert values["predicted"]["tokens_per_second_per_gpu"] == pytest.approx(micro_batches * 64 / step, rel=1e-4)
