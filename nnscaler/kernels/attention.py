@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 from nnscaler.errors import UserError
 
@@ -76,6 +75,8 @@ def _sdpa() -> Kernel:
                 return torch.ops.aten._scaled_dot_product_flash_attention(
                     *parts, dropout_p=0.0, is_causal=True, scale=scale
                 )[0].transpose(1, 2)
+            from torch.nn.attention.bias import causal_lower_right  # which imports torch's compiler: a second or more
+
             groups = q.shape[2] // k.shape[2]  # a mask object and grouped heads do not go together
             k, v = (x.repeat_interleave(groups, 2).transpose(1, 2) for x in (k, v))
             mask = causal_lower_right(q.shape[1], k.shape[2])
