@@ -13,8 +13,6 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
-import torch.distributed.pipelining.schedules as torch_schedules
-
 from nnscaler.errors import UserError
 
 
@@ -130,6 +128,8 @@ Program = list[Work | Post | Wait]
 
 def torch_schedule(schedule: Schedule, stages: Sequence[Any], loss: Callable[..., Any]) -> Any:
     """The torch schedule over this rank's stages. Losses are summed, not averaged, over micro-batches."""
+    import torch.distributed.pipelining.schedules as torch_schedules  # takes more than a second, and few need it
+
     make = getattr(torch_schedules, KINDS[schedule.kind].torch_name)
     given = stages[0] if schedule.kind == "1f1b" else list(stages)
     return make(given, schedule.micro_batches, loss_fn=loss, scale_grads=False)
