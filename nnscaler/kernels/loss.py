@@ -53,7 +53,7 @@ def _on_gpu(
     of the row is still in the cache."""
     rows, words = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    _kernels()[0][(rows,)](
+    _kernel()[(rows,)](
         logits, labels, losses, gradient if gradient is not None else losses, words, padding_idx,
         0 if gradient is None else gradient.stride(0),
         HAS_GRADIENT=gradient is not None, WANTED=wanted, BLOCK=16384, num_warps=32,
@@ -61,18 +61,8 @@ def _on_gpu(
     return losses, logits
 
 
-def scale_gradient(gradient: Tensor, factor: Tensor) -> None:
-    """Multiplies a contiguous gradient by a number [] in its place. Where that is 1, a GPU leaves the memory alone."""
-    if gradient.is_cuda:
-        block = 16384
-        grid = (-(-gradient.numel() // block),)
-        _kernels()[1][grid](gradient, factor, gradient.numel(), BLOCK=block, num_warps=8)
-    else:
-        gradient.mul_(factor.to(gradient.dtype))
-
-
 @functools.cache
-def _kernels() -> tuple[Any, Any]:
+def _kernel() -> Any:
     import triton
     import triton.language as tl
 
@@ -116,13 +106,4 @@ def _kernels() -> tuple[Any, Any]:
                 value = tl.where(columns == label, value - factor, value)
                 tl.store(start + columns, value.to(logits.dtype.element_ty), mask=inside, eviction_policy="evict_first")
 
-    @triton.jit
-    def scale_kernel(gradient, factor, length, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-        by = tl.load(factor).to(tl.float32)
-        if by != 1.0:
-            at = gradient + tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            inside = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK) < length
-            value = tl.load(at, mask=inside).to(tl.float32) * by
-            tl.store(at, value.to(gradient.dtype.element_ty), mask=inside)
-
-    return softmax_loss_kernel, scale_kernel
+    return softmax_loss_kernel

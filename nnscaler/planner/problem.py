@@ -182,9 +182,8 @@ class _Builder:
         if not meta.requires_grad:
             yield Option((), (layout,), memory=sum(costs.parameter_memory(meta, layout).values()))
             return
-        alone = costs.owners(layout) == 1
+        alone, exchange = costs.owners(layout) == 1, costs.gradient_exchange(meta, layout)
         for once in sorted({alone, alone or micro_batches > 1}):
-            exchange = costs.gradient_exchange(meta, layout)
             seconds = Seconds(costs.update(meta, layout, micro_batches, once), 0.0 if once else exchange)
             yield Option(
                 (),

@@ -57,7 +57,7 @@ subject to    sum_o x_do = 1                                                    
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -380,7 +380,8 @@ class Program:
         last: Terms = []
         for decision, xs in zip(self.problem.decisions, self.x):
             for x, option in zip(xs, decision.options):
-                forward, backward = (self._time(decision.count * s) for s in astuple(option.seconds))
+                forward = self._time(decision.count * option.seconds.forward)
+                backward = self._time(decision.count * option.seconds.backward)
                 if decision.kind == "parameter":  # whose forward is its update
                     exchange["backward"].append((x, backward))
                     last.append((x, self._time(decision.count * option.last)))

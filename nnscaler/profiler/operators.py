@@ -140,7 +140,8 @@ def _forward_and_backward(function: Callable[..., Any], all_at_once: bool, args:
     inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.requires_grad]
     gradients: list[Tensor] = []
 
-    def run(events: Sequence[torch.cuda.Event]) -> None:
+    def run() -> list[torch.cuda.Event]:
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
         events[0].record()
         out = function(*args, **kwargs)
         events[1].record()
@@ -150,18 +151,15 @@ def _forward_and_backward(function: Callable[..., Any], all_at_once: bool, args:
         if results:
             torch.autograd.grad(results, inputs, gradients, allow_unused=True)
         events[2].record()
+        return events
 
-    def events() -> list[torch.cuda.Event]:
-        return [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-
-    run(events())  # kernels may be compiled
+    run()  # kernels may be compiled
     torch.cuda.synchronize()
     started = time.perf_counter()
-    run(events())
+    run()
     torch.cuda.synchronize()
-    runs = [events() for _ in range(max(2, round(_SUSTAINED / (time.perf_counter() - started))))]
-    for one in runs:  # without waiting in between, when the device would rest
-        run(one)
+    count = max(2, round(_SUSTAINED / (time.perf_counter() - started)))
+    runs = [run() for _ in range(count)]  # without waiting in between, when the device would rest
     torch.cuda.synchronize()
     late = runs[len(runs) // 2 :]
     forward, backward = (median(one[i].elapsed_time(one[i + 1]) / 1e3 for one in late) for i in (0, 1))
