@@ -68,7 +68,7 @@ class Node:
     @property
     def inputs(self) -> list[str]:
         """Names of the tensor arguments, in order, a name twice where it is passed twice."""
-        return list(_refs((self.args, self.kwargs)))
+        return list(refs((self.args, self.kwargs)))
 
 
 @dataclass
@@ -151,15 +151,16 @@ def map_refs(value: Any, function: Any) -> Any:
     return value
 
 
-def _refs(value: Any) -> Iterator[str]:
+def refs(value: Any) -> Iterator[str]:
+    """The names of the tensors in an argument, however nested."""
     if isinstance(value, Ref):
         yield value.name
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _refs(item)
+            yield from refs(item)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _refs(item)
+            yield from refs(item)
 
 
 def format_argument(value: Any) -> str:

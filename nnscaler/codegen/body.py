@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 from nnscaler.codegen.schedule import Region, Step, makes, schedule, uses
-from nnscaler.codegen.spelling import spell
 from nnscaler.graph import Block, Node, Ref, TensorMeta, format_arguments, map_refs, short_dtype
-from nnscaler.operators import Operator, operator_of
+from nnscaler.operators import Operator, operator_of, spell
 from nnscaler.placement import Placement, Placements, Shard, format_placements, local_shape
 from nnscaler.plan import Plan
 from nnscaler.planner.units import Unit
@@ -163,20 +162,13 @@ class Body:
     def _node(self, node: Node, before: list[str]) -> list[str]:
         """The statement of a node; what reshards its inputs is added to `before`."""
         plan = self.plan.nodes[self.block.name, node.name]
-        layouts = iter(plan.inputs)
         operator = operator_of(node)
-        args, kwargs = node.args, node.kwargs
-        if operator.localize is not None:
-            shapes = [
-                [self._local(name, layout) for name, layout in zip(names, side)]
-                for names, side in ((node.inputs, plan.inputs), (node.outputs, plan.outputs))
-            ]
-            args, kwargs = operator.localize(node, *shapes)
-        args, kwargs = map_refs((args, kwargs), lambda ref: Ref(self._in_layout(ref.name, next(layouts), before)))
+        inputs = [Ref(self._in_layout(name, layout, before)) for name, layout in zip(node.inputs, plan.inputs)]
         if operator.function is not None:
-            expression = self._registered(operator, plan.split, args, kwargs)
+            expression = self._registered(operator, plan.split, node, inputs)
         else:
-            expression = spell(node.op, args, kwargs)
+            outputs = [self._local_meta(name, layout) for name, layout in zip(node.outputs, plan.outputs)]
+            expression = spell(node, inputs, outputs)
         for name, layout in zip(node.outputs, plan.outputs):
             self._define(name, layout, name)
         target = ", ".join(node.outputs) + ("," if node.returns_tuple and len(node.outputs) == 1 else "")
@@ -184,15 +176,18 @@ class Body:
         statement = f"{target} = {expression}"
         return ["with torch.no_grad():", INDENT + statement] if needs_no_grad else [statement]
 
-    def _registered(self, operator: Operator, split: str, args: Sequence[object], kwargs: dict[str, object]) -> str:
+    def _registered(self, operator: Operator, split: str, node: Node, inputs: list[Ref]) -> str:
+        names = iter(inputs)
+        args, kwargs = map_refs((node.args, node.kwargs), lambda ref: next(names))
         name = operator.name
         for axis, dimension in enumerate(split.split(",")):
             if dimension in operator.along and self.plan.mesh.sizes[axis] > 1:
                 name, args = f"{name}_along_{dimension}", [Ref(f"axes[{axis}]"), *args]
         return f"ops.{name}({format_arguments(args, kwargs)})"
 
-    def _local(self, tensor: str, layout: Placements) -> tuple[int, ...]:
-        return local_shape(self.block.tensors[tensor].shape, layout, self.plan.mesh.sizes)
+    def _local_meta(self, tensor: str, layout: Placements) -> TensorMeta:
+        meta = self.block.tensors[tensor]
+        return replace(meta, shape=local_shape(meta.shape, layout, self.plan.mesh.sizes))
 
     def _in_layout(self, tensor: str, layout: Placements, lines: list[str]) -> str:
         """The expression of a tensor in a layout; adds the lines that reshard it the first time."""

@@ -1,10 +1,11 @@
 """What the compiler knows of operators: importing this package fills the table."""
 
 from nnscaler.operators import attention, index, matmul, pointwise, reduce, view
-from nnscaler.operators.registry import Operator, bind, operator_of, register_op, registered
+from nnscaler.operators.registry import Operator, arguments, bind, operator_of, register_op, registered, spell
 
 __all__ = [
     "Operator",
+    "arguments",
     "attention",
     "bind",
     "index",
@@ -14,5 +15,6 @@ __all__ = [
     "reduce",
     "register_op",
     "registered",
+    "spell",
     "view",
 ]

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-import torch
 from torch import Tensor
 
 from nnscaler.annotation import Shape
 from nnscaler.graph import Node
-from nnscaler.kernels import attend, attend_to_prefix
-from nnscaler.operators.registry import family, register_op, save_both
-from nnscaler.operators.text import write
-from nnscaler.runtime import collectives
-from nnscaler.runtime.axes import Axis
+from nnscaler.kernels import attend
+from nnscaler.operators.annotating import write
+from nnscaler.operators.registry import arguments, family, register_op, save_both
 
 
 def attention_flops(sizes: dict[str, int], node: Node) -> float:
@@ -24,38 +21,11 @@ def attention_flops(sizes: dict[str, int], node: Node) -> float:
 
 
 def _is_causal(node: Node) -> bool:
-    if node.op == "attention":
-        return bool(node.args[4]) if len(node.args) > 4 else True
-    return bool(node.args[5]) if len(node.args) > 5 else bool(node.kwargs.get("is_causal", False))
+    return bool(arguments(node)["is_causal"])
 
 
 # Backward recomputes the scores: five products for forward's two.
 ATTENTION_BACKWARD = 2.5
-
-
-def attention_along_l(
-    axis: Axis,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float | None = None,
-    is_causal: bool = True,
-    kernel: str = "auto",
-) -> Tensor:
-    """`attention` of this device's rows of the query with all keys and values (context parallelism).
-
-    A causal mask gives late rows more work: of 2n pieces of the sequence, which lie on n devices in order, each device
-    computes the i-th and the i-th last, so that all have as much to do. The query's rows travel there, and back.
-    """
-    if not is_causal:
-        return attend(query, key, value, scale, False, kernel)
-    rows = query.shape[2]
-    if rows % 2:
-        return attend_to_prefix(query, key, value, scale, kernel, (axis.rank + 1) * rows)
-    pieces = collectives.balance(query, axis, dim=2).chunk(2, 2)
-    ends = [(axis.rank + 1) * rows // 2, (2 * axis.size - axis.rank) * rows // 2]
-    out = [attend_to_prefix(piece, key, value, scale, kernel, end) for piece, end in zip(pieces, ends)]
-    return collectives.unbalance(torch.cat(out, 1), axis, dim=1)
 
 
 @register_op(
@@ -63,7 +33,7 @@ def attention_along_l(
     flops=attention_flops,
     backward=ATTENTION_BACKWARD,
     saves=save_both,
-    along={"l": attention_along_l},
+    along={"l": "nnscaler.runtime.attention.attention_along_l"},
 )
 def attention(
     query: Tensor,
@@ -105,7 +75,9 @@ def sdpa_flops(sizes: dict[str, int], node: Node) -> float:
 family(
     "scaled_dot_product_attention.default",
     scaled_dot_product_attention,
+    "F.scaled_dot_product_attention(*)",
     flops=sdpa_flops,
     backward=ATTENTION_BACKWARD,
     saves=save_both,
+    draws=lambda node: arguments(node)["dropout_p"] > 0,
 )

@@ -1,39 +1,86 @@
-"""Operators that look elements up, and those that make tensors from nothing."""
+"""Operators that look elements up or put them somewhere, and those that make tensors from nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import torch
 
 from nnscaler.annotation import Shape
-from nnscaler.graph import Node
-from nnscaler.operators.registry import family, save_nothing
-from nnscaler.operators.text import dim_names, write
+from nnscaler.graph import Node, Ref
+from nnscaler.operators.annotating import dim_names, write
+from nnscaler.operators.registry import arguments, backward_reads, family, save_nothing
+from nnscaler.operators.spelling import Call
 
 
 def embedding(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-    tokens = dim_names(inputs[1])
+    """Gradients that are scaled by how often a token occurs need all tokens."""
+    mark = "^" if arguments(node)["scale_grad_by_freq"] else ""
+    tokens = [f"{name}{mark}" for name in dim_names(inputs[1])]
     return write([["n^", "h"], tokens], [[*tokens, "h"]])
 
 
-def save_indices(node: Node, inputs: Sequence[object], outputs: Sequence[object]) -> list[str]:
-    return node.inputs[1:]
+def embedding_text(call: Call) -> str:
+    options = [f", {name}={call[name]}" for name in ("padding_idx", "scale_grad_by_freq") if name in call.unwritten]
+    return f"F.embedding({call['indices']}, {call['weight']}{''.join(options)})"
+
+
+def one_hot(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
+    names = dim_names(inputs[0])
+    return write([names], [[*names, "n^"]])
 
 
 def gather(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-    dim = int(node.args[1]) % len(inputs[0])
+    """Takes from each row of `dim`; other dimensions may be split where the index covers all of them."""
+    dim = arguments(node)["dim"] % max(len(inputs[0]), 1)
     same = [a == b for a, b in zip(*inputs)]
     source = [f"d{k}" if ok and k != dim else f"s{k}^" for k, ok in enumerate(same)]
     index = [f"d{k}" if ok and k != dim else f"i{k}^" for k, ok in enumerate(same)]
     return write([source, index], [index])
 
 
+def scatter(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
+    """Puts into each row of `dim`; other dimensions may be split where index and source cover all of them."""
+    dim = arguments(node)["dim"] % max(len(inputs[0]), 1)
+    same = [k != dim and len(set(column)) == 1 for k, column in enumerate(zip(*inputs))]
+    sides = ("s", "i", "v")[: len(inputs)]
+    tensors = [[f"d{k}" if ok else f"{side}{k}^" for k, ok in enumerate(same)] for side in sides]
+    return write(tensors, [tensors[0]])
+
+
 def index_select(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
     names = dim_names(inputs[0])
-    dim = int(node.args[1]) % len(names)
+    dim = arguments(node)["dim"] % len(names)
     return write(
         [[*names[:dim], "n^", *names[dim + 1 :]], ["i"]],
         [[*names[:dim], "i", *names[dim + 1 :]]],
     )
+
+
+def index(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
+    """`x[:, rows, columns]`: dimensions that are looked up stay whole, those of the tensors that say where do not.
+
+    These come where the first looked-up dimension was, or in front if others lie in between.
+    """
+    names = dim_names(inputs[0])
+    given = arguments(node)["indices"]
+    looked_up = [dim for dim, item in enumerate(given) if item is not None]
+    source = [f"{name}^" if dim in looked_up else name for dim, name in enumerate(names)]
+    where = torch.broadcast_shapes(*inputs[1:])
+    new = [f"i{k}" for k in range(len(where))]
+    tensors = []
+    for shape in inputs[1:]:
+        aligned = list(zip(new, where))[len(where) - len(shape) :]
+        tensors.append([name if size == full else "1" for size, (name, full) in zip(shape, aligned)])
+    together = looked_up == list(range(looked_up[0], looked_up[-1] + 1))
+    at = looked_up[0] if together else 0
+    rest = [name for dim, name in enumerate(names) if dim not in looked_up]
+    return write([source, *tensors], [[*rest[:at], *new, *rest[at:]]])
+
+
+def index_text(call: Call) -> str:
+    items = [str(item) if isinstance(item, Ref) else ":" for item in call.value("indices")]
+    return f"{call['self']}[{', '.join(items)}]"
 
 
 def constant(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
@@ -42,19 +89,32 @@ def constant(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> s
     return ", ".join("?" for _ in inputs) + made
 
 
-def triangle(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-    names = dim_names(inputs[0])
-    dims = [*names[:-2], *(f"{name}^" for name in names[-2:])]
-    return write([dims], [dims])
+def made(template: str) -> Callable[[Call], str]:
+    """A new tensor on the model's device; its type is written where it is not the one that torch takes by itself."""
+
+    def text(call: Call) -> str:
+        given = call.value("dtype")
+        usual = given is None and (not call.dtype.is_floating_point or call.dtype == torch.float32)
+        written = call.fill(template)
+        options = [] if usual else [f"dtype={call.dtype}"]
+        return f"{written[:-1]}, {', '.join([*options, 'device=device'])})"
+
+    return text
 
 
-family("embedding.default", embedding, saves=save_indices)
-family("gather.default", gather, saves=save_indices)
-family("index_select.default", index_select, saves=save_indices)
-family("tril.default triu.default", triangle, saves=save_nothing)
+family("embedding.default", embedding, embedding_text, saves=backward_reads(weight="indices"))
+family("one_hot.default", one_hot, "F.one_hot(*)", saves=save_nothing)
+family("gather.default", gather, "{self}.gather({dim}, {index})", saves=backward_reads(self="index"))
+family("index_select.default", index_select, saves=backward_reads(self="index"))
+family("index.Tensor", index, index_text, saves=backward_reads(self="indices"))
+family("scatter.src", scatter, saves=backward_reads(self="index", src="index"))
+family("scatter.value", scatter, saves=backward_reads(self="index"))
+family("scatter_add.default", scatter, saves=backward_reads(src="index"))
 family(
-    "arange.default arange.start arange.start_step zeros.default ones.default full.default empty.memory_format "
-    "scalar_tensor.default lift_fresh_copy.default",
+    "arange.default arange.start arange.start_step zeros.default ones.default full.default empty.memory_format",
     constant,
+    made("torch.{op}(*)"),
     saves=save_nothing,
 )
+family("scalar_tensor.default", constant, made("torch.tensor({s})"), saves=save_nothing)
+family("new_zeros.default new_ones.default new_full.default new_empty.default", constant, saves=save_nothing)

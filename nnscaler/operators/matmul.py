@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from nnscaler.annotation import Shape
 from nnscaler.graph import Node
-from nnscaler.operators.registry import contraction_flops, family, save_cofactors
-from nnscaler.operators.text import write
+from nnscaler.operators.annotating import whole, write
+from nnscaler.operators.registry import Annotate, arguments, backward_reads, contraction_flops, family, save_inputs
+from nnscaler.operators.spelling import FUNCTION
 
 
 def linear(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
@@ -17,9 +18,24 @@ def linear(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str
     return "* k+, n k+ -> * n"
 
 
-def addmm(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-    bias = "n" if len(inputs[0]) == 1 else "m n"
-    return f"{bias}, m k^, k^ n -> m n"
+def mm(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
+    return "m k+, k+ n -> m n"
+
+
+def bmm(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
+    return "b m k+, b k+ n -> b m n"
+
+
+def added(product: str, result: str) -> Annotate:
+    """A product that is added to a tensor, which is broadcast to it: as with a bias, k stays whole."""
+
+    def annotate(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
+        names = result.split()
+        aligned = list(zip(names, outputs[0]))[len(names) - len(inputs[0]) :]
+        bias = [name if size == full else "1" for size, (name, full) in zip(inputs[0], aligned)]
+        return f"{' '.join(bias) or '()'}, {product} -> {result}"
+
+    return annotate
 
 
 def matmul(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
@@ -40,8 +56,30 @@ def _batch(shape: Shape, batch: Shape) -> list[str]:
     return [f"b{i}" if size == whole else "1" for size, (i, whole) in zip(own, aligned)]
 
 
-family("linear.default", linear, flops=contraction_flops, saves=save_cofactors)
-family("mm.default", lambda node, i, o: "m k+, k+ n -> m n", flops=contraction_flops, saves=save_cofactors)
-family("bmm.default", lambda node, i, o: "b m k+, b k+ n -> b m n", flops=contraction_flops, saves=save_cofactors)
-family("addmm.default", addmm, flops=contraction_flops, saves=save_cofactors)
-family("matmul.default", matmul, flops=contraction_flops, saves=save_cofactors)
+def einsum(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
+    """The equation is an annotation already. One that leaves out its result or has an ellipsis is not understood."""
+    equation = arguments(node)["equation"].replace(" ", "")
+    source, arrow, target = equation.partition("->")
+    terms = source.split(",")
+    if not arrow or "." in equation or any(len(set(term)) < len(term) for term in terms):
+        return whole(inputs, outputs)
+    sources = [[name if name in target else f"{name}+" for name in term] for term in terms]
+    return write(sources, [list(target)])
+
+
+family(
+    "linear.default", linear, "F.linear(*)", flops=contraction_flops,
+    saves=backward_reads(input="weight", weight="input"),
+)  # fmt: skip
+family("mm.default", mm, flops=contraction_flops, saves=backward_reads(self="mat2", mat2="self"))
+family("bmm.default", bmm, flops=contraction_flops, saves=backward_reads(self="mat2", mat2="self"))
+family("matmul.default", matmul, flops=contraction_flops, saves=backward_reads(self="other", other="self"))
+family(
+    "addmm.default", added("m k^, k^ n", "m n"), FUNCTION, flops=contraction_flops,
+    saves=backward_reads(mat1="mat2", mat2="mat1"),
+)  # fmt: skip
+family(
+    "baddbmm.default", added("b m k^, b k^ n", "b m n"), FUNCTION, flops=contraction_flops,
+    saves=backward_reads(batch1="batch2", batch2="batch1"),
+)  # fmt: skip
+family("einsum.default", einsum, FUNCTION, flops=contraction_flops, saves=save_inputs)

@@ -6,14 +6,9 @@ from collections.abc import Sequence
 
 from nnscaler.annotation import Shape
 from nnscaler.graph import Node
-from nnscaler.operators.registry import (
-    family,
-    save_cofactors,
-    save_inputs,
-    save_nothing,
-    save_outputs,
-)
-from nnscaler.operators.text import dim_names, write
+from nnscaler.operators.annotating import dim_names, write
+from nnscaler.operators.registry import arguments, backward_reads, family, save_nothing
+from nnscaler.operators.spelling import FUNCTION, Call, infix
 
 
 def broadcast(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
@@ -26,33 +21,113 @@ def broadcast(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> 
     return write(tensors, [names])
 
 
-# Backward needs nothing but the gradient (or a mask it can take from it).
+def like_the_first(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
+    """Of the second tensor, only the type matters."""
+    names = dim_names(outputs[0])
+    return f"{' '.join(names) or '()'}, ? -> {' '.join(names) or '()'}"
+
+
+def identity(call: Call) -> str:
+    """Its input, whatever the other arguments say."""
+    call.unwritten.clear()
+    return call["input"]
+
+
+def drops(node: Node) -> bool:
+    given = arguments(node)
+    return bool(given["train"] and given["p"])
+
+
+def cast(call: Call) -> str:
+    """A tensor in another type. All tensors are on one device, so that nothing else moves."""
+    for name in ("dtype", "other"):
+        call.unwritten.discard(name)
+    return f"{call['self']}.to({call.dtype})"
+
+
+def where(call: Call) -> str:
+    condition, first, second = (call[name] for name in ("condition", "self", "other"))
+    return f"torch.where({condition}, {first}, {second})"
+
+
+def activation(name: str, **facts: object) -> None:
+    """A function of `torch.nn.functional`."""
+    family(f"{name}.default", broadcast, "F.{op}(*)", **facts)  # type: ignore[arg-type]
+
+
+saves_self = backward_reads(self="self")
+saves_result = backward_reads(self="result")
+
+# Backward needs nothing but the gradient.
+family("add.Tensor add.Scalar", broadcast, infix("+"), saves=save_nothing)
+family("sub.Tensor sub.Scalar", broadcast, infix("-"), saves=save_nothing)
+family("rsub.Scalar rsub.Tensor", broadcast, infix("-", swapped=True), saves=save_nothing)
+family("mul.Scalar", broadcast, infix("*"), saves=save_nothing)
+family("div.Scalar", broadcast, infix("/"), saves=save_nothing)
+family("to.dtype to.device to.dtype_layout _to_copy.default", broadcast, cast, saves=save_nothing)
+family("to.other type_as.default", like_the_first, cast, saves=save_nothing)
+family("clone.default contiguous.default neg.default", broadcast, saves=save_nothing)
+family("lift_fresh_copy.default", broadcast, "{self}.clone()", saves=save_nothing)
+family("alias.default", broadcast, "{self}", saves=save_nothing, alias=True)
+family("detach.default", broadcast, saves=save_nothing, alias=True)
+family("zeros_like.default ones_like.default full_like.default", broadcast, FUNCTION, saves=save_nothing)
+family("floor.default ceil.default round.default round.decimals", broadcast, saves=save_nothing)
+family("trunc.default sign.default", broadcast, saves=save_nothing)
 family(
-    "add.Tensor add.Scalar sub.Tensor sub.Scalar rsub.Scalar rsub.Tensor neg.default to.dtype to.device "
-    "to.dtype_layout _to_copy.default clone.default contiguous.default mul.Scalar div.Scalar floor.default "
-    "ceil.default round.default sign.default zeros_like.default ones_like.default full_like.default",
+    "dropout.default feature_dropout.default alpha_dropout.default",
     broadcast,
+    identity,
     saves=save_nothing,
+    draws=drops,
+    alias=True,
 )
-# No gradient at all: comparisons and logic.
+# No gradient at all: comparisons, logic, tests.
 family(
     "eq.Tensor eq.Scalar ne.Tensor ne.Scalar lt.Tensor lt.Scalar le.Tensor le.Scalar gt.Tensor gt.Scalar ge.Tensor "
-    "ge.Scalar logical_and.default logical_or.default logical_not.default bitwise_and.Tensor bitwise_or.Tensor "
-    "bitwise_not.default isnan.default isinf.default floor_divide.default remainder.Scalar remainder.Tensor",
+    "ge.Scalar logical_and.default logical_or.default logical_xor.default logical_not.default isfinite.default "
+    "isnan.default isinf.default floor_divide.default floor_divide.Scalar",
     broadcast,
     saves=save_nothing,
 )
-family("mul.Tensor", broadcast, saves=save_cofactors)
+family("bitwise_and.Tensor bitwise_and.Scalar __and__.Tensor __and__.Scalar", broadcast, infix("&"), saves=save_nothing)
+family("bitwise_or.Tensor bitwise_or.Scalar __or__.Tensor __or__.Scalar", broadcast, infix("|"), saves=save_nothing)
+family("bitwise_xor.Tensor bitwise_xor.Scalar", broadcast, infix("^"), saves=save_nothing)
+family("bitwise_not.default", broadcast, saves=save_nothing)
+# Two tensors.
+family("mul.Tensor", broadcast, infix("*"), saves=backward_reads(self="other", other="self"))
+family("div.Tensor", broadcast, infix("/"), saves=backward_reads(self="other", other="self other"))
+family("div.Tensor_mode", broadcast, saves=backward_reads(self="other", other="self other"))
+family("div.Scalar_mode remainder.Scalar fmod.Scalar", broadcast, saves=save_nothing)
+family("remainder.Tensor", broadcast, saves=backward_reads(other="self other"))
+family("fmod.Tensor", broadcast, saves=backward_reads(other="self other"))
+family("maximum.default minimum.default", broadcast, saves=backward_reads(self="self other", other="self other"))
+family("where.self where.ScalarOther where.ScalarSelf where.Scalar", broadcast, where, saves=backward_reads(
+    self="condition", other="condition"))  # fmt: skip
+family("masked_fill.Scalar masked_fill.Tensor", broadcast, saves=backward_reads(self="mask", value="mask"))
+family("addcmul.default", broadcast, saves=backward_reads(tensor1="tensor2", tensor2="tensor1"))
+family("lerp.Scalar", broadcast, saves=save_nothing)
+family("atan2.default", broadcast, saves=backward_reads(self="self other", other="self other"))
+# Powers.
+family("square.default pow.Tensor_Scalar", broadcast, saves=saves_self)
+family("pow.Tensor_Tensor", broadcast, saves=backward_reads(self="self exponent", exponent="self exponent result"))
+family("pow.Scalar", broadcast, FUNCTION, saves=backward_reads(exponent="exponent result"))
+# One tensor, with what its derivative is computed from.
 family(
-    "div.Tensor pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar square.default silu.default gelu.default log.default "
-    "log1p.default sin.default cos.default abs.default maximum.default minimum.default clamp.default clamp_min.default "
-    "clamp_max.default softplus.default mish.default hardswish.default leaky_relu.default where.self "
-    "masked_fill.Scalar erf.default addcmul.default lerp.Scalar",
+    "log.default log2.default log10.default log1p.default sin.default cos.default abs.default erf.default "
+    "clamp.default clamp_min.default clamp_max.default",
     broadcast,
-    saves=save_inputs,
+    saves=saves_self,
 )
+family("clamp.Tensor", broadcast, saves=backward_reads(self="self min max", min="self min max", max="self min max"))
 family(
-    "exp.default rsqrt.default sqrt.default sigmoid.default tanh.default relu.default reciprocal.default elu.default",
+    "exp.default exp2.default expm1.default rsqrt.default sqrt.default sigmoid.default tanh.default relu.default "
+    "reciprocal.default",
     broadcast,
-    saves=save_outputs,
+    saves=saves_result,
 )
+for _name in ("silu", "gelu", "mish", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "softplus", "celu"):
+    activation(_name, saves=saves_self)
+for _name in ("selu", "relu6"):
+    activation(_name, saves=saves_self)
+family("elu.default", broadcast, "F.elu({self}, {alpha})", saves=saves_self)
+family("log_sigmoid.default", broadcast, "F.logsigmoid(*)", saves=saves_self)

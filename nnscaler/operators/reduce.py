@@ -6,23 +6,32 @@ from collections.abc import Sequence
 
 from nnscaler.annotation import Shape
 from nnscaler.graph import Node
-from nnscaler.operators.registry import Annotate, family, save_both, save_inputs, save_nothing, save_outputs
-from nnscaler.operators.text import dim_names, write
+from nnscaler.operators.annotating import dim_names, write
+from nnscaler.operators.registry import (
+    Annotate,
+    arguments,
+    backward_reads,
+    family,
+    save_inputs,
+    save_nothing,
+)
+from nnscaler.operators.spelling import FUNCTION, Call
 
 
-def _reduced(node: Node, rank: int, index: int = 1) -> set[int]:
-    given = node.args[index] if len(node.args) > index else node.kwargs.get("dim")
-    if given is None or given == []:
+def dims_of(node: Node, rank: int) -> set[int]:
+    """The dimensions that argument `dim` names; without it, all."""
+    given = arguments(node).get("dim")
+    if given is None or given == [] or rank == 0:
         return set(range(rank))
-    return {dim % rank for dim in (given if isinstance(given, (list, tuple)) else [given])} if rank else set()
+    return {dim % rank for dim in (given if isinstance(given, (list, tuple)) else [given])}
 
 
-def reduction(mark: str, index: int = 1) -> Annotate:
-    """Reduces the dimensions of argument `index` (all without it); `mark` is + where devices may reduce their parts."""
+def reduction(mark: str) -> Annotate:
+    """Reduces the dimensions of argument `dim` (all without it); `mark` is + where devices may reduce their parts."""
 
     def annotate(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
         names = dim_names(inputs[0])
-        reduced = _reduced(node, len(names), index)
+        reduced = dims_of(node, len(names))
         source = [name + mark if i in reduced else name for i, name in enumerate(names)]
         if len(outputs[0]) == len(names):
             target = ["1" if i in reduced else name for i, name in enumerate(names)]
@@ -33,54 +42,78 @@ def reduction(mark: str, index: int = 1) -> Annotate:
     return annotate
 
 
-def along(index: int) -> Annotate:
-    """Same shape in and out; the dimension of argument `index` stays whole."""
+def along_dim(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
+    """The same dimensions in and out; that of argument `dim` stays whole, and may have a size in each of its own."""
+    names = dim_names(inputs[0])
+    whole = dims_of(node, len(names))
 
-    def annotate(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-        names = dim_names(inputs[0])
-        whole = _reduced(node, len(names), index)
-        dims = [f"{name}^" if i in whole else name for i, name in enumerate(names)]
-        return write([dims], [dims] * len(outputs))
+    def tensor(own: str) -> list[str]:
+        return [f"{own}_{i}^" if i in whole else name for i, name in enumerate(names)]
 
-    return annotate
+    return write([tensor(f"i{k}") for k in range(len(inputs))], [tensor(f"o{k}") for k in range(len(outputs))])
 
 
 def normalization(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
     """`layer_norm` and `rms_norm`: the last dimensions, those of the weight, stay whole."""
     names = dim_names(inputs[0])
-    keep = len(names) - len(node.args[1])
+    keep = len(names) - len(arguments(node)["normalized_shape"])
     whole = [f"{name}^" for name in names[keep:]]
     return write([[*names[:keep], *whole]] + [whole] * (len(inputs) - 1), [[*names[:keep], *whole]])
 
 
+def group_norm(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
+    names = ["n", *(f"{name}^" for name in dim_names(inputs[0])[1:])]
+    return write([names] + [names[1:2]] * (len(inputs) - 1), [names])
+
+
+_REDUCTIONS = ("none", "mean", "sum")
+
+
 def cross_entropy(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-    """`cross_entropy_loss(input [n, c], target [n], weight, reduction)`; 0 is none, 1 mean, 2 sum."""
-    mode = node.args[3] if len(node.args) > 3 else node.kwargs.get("reduction", 1)
+    """`cross_entropy_loss(self [n, c, ...], target [n, ...])`; or the target has probabilities, in the same shape."""
+    mode = _REDUCTIONS[arguments(node)["reduction"]]
     batch = ["n", *(f"d{i}" for i in range(2, len(inputs[0])))] if len(inputs[0]) > 1 else []
-    if mode:
-        mark = "+" if mode == 2 else "^"  # the mean counts labels that are not ignored: it cannot be taken in terms
+    if mode != "none":
+        mark = "+" if mode == "sum" else "^"  # the mean counts labels that are not ignored: it is no sum of terms
         batch = [name + mark for name in batch]
     source = [*batch[:1], "c^", *batch[1:]]
+    target = source if len(inputs[1]) == len(inputs[0]) else batch
     weight = [["c^"]] * (len(inputs) - 2)
-    return write([source, batch, *weight], [[] if mode else batch])
+    return write([source, target, *weight], [batch if mode == "none" else []])
 
+
+def cross_entropy_text(call: Call) -> str:
+    options = [f"ignore_index={call['ignore_index']}", f'reduction="{_REDUCTIONS[call.value("reduction")]}"']
+    options += [f"{name}={call[name]}" for name in ("weight", "label_smoothing") if name in call.unwritten]
+    return f"F.cross_entropy({call['self']}, {call['target']}, {', '.join(options)})"
+
+
+_self_and_result = backward_reads(self="self result")
 
 family("sum.default sum.dim_IntList", reduction("+"), saves=save_nothing)
 family("mean.default mean.dim", reduction("^"), saves=save_nothing)
+family("amax.default amin.default max.default min.default", reduction("^"), saves=_self_and_result)
+family("argmax.default argmin.default any.default any.dim all.default all.dim", reduction("^"), saves=save_nothing)
+family("prod.default prod.dim_int", reduction("^"), saves=_self_and_result)
+family("max.dim min.dim", reduction("^"), saves=backward_reads(self="result1"))
+family("var.correction var.dim var.default", reduction("^"), saves=backward_reads(self="self"))
+family("std.correction std.dim std.default", reduction("^"), saves=_self_and_result)
+family("logsumexp.default", reduction("^"), saves=_self_and_result)
+family("norm.ScalarOpt_dim", reduction("^"), saves=_self_and_result)
+family("linalg_vector_norm.default", reduction("^"), "torch.linalg.vector_norm(*)", saves=_self_and_result)
+family("softmax.int log_softmax.int", along_dim, saves=backward_reads(self="result"))
+family("_softmax.default _log_softmax.default", along_dim, FUNCTION, saves=backward_reads(self="result"))
+family("cumsum.default", along_dim, saves=save_nothing)
+family("sort.default sort.stable topk.default", along_dim, saves=backward_reads(self="result1"))
+family("argsort.default argsort.stable", along_dim, saves=save_nothing)
+family("diff.default", along_dim, saves=save_nothing)
 family(
-    "amax.default amin.default max.default min.default argmax.default argmin.default any.default any.dim all.default "
-    "all.dim prod.default",
-    reduction("^"),
-    saves=save_both,
-)
-family("max.dim min.dim", reduction("^"), saves=save_outputs)
+    "layer_norm.default", normalization, "F.layer_norm(*)",
+    saves=backward_reads(input="input weight", weight="input"),
+)  # fmt: skip
+family("rms_norm.default", normalization, "F.rms_norm(*)", saves=backward_reads(input="input weight", weight="input"))
 family(
-    "var.correction std.correction var.dim std.dim logsumexp.default",
-    reduction("^"),
-    saves=save_both,
-)
-family("softmax.int log_softmax.int _softmax.default _log_softmax.default", along(1), saves=save_outputs)
-family("cumsum.default sort.default", along(1), saves=save_outputs)
-family("layer_norm.default rms_norm.default", normalization, saves=save_inputs)
-family("cross_entropy_loss.default", cross_entropy, saves=save_inputs)
-family("norm.ScalarOpt_dim", reduction("^", 2), saves=save_both)
+    "group_norm.default", group_norm, "F.group_norm(*)",
+    saves=backward_reads(input="input weight", weight="input"),
+)  # fmt: skip
+family("cross_entropy_loss.default", cross_entropy, cross_entropy_text, saves=save_inputs)

@@ -1,7 +1,8 @@
 """What the compiler knows about an operator, and the table of all of them.
 
-An `Operator` is an annotation and a few facts that it cannot say: arithmetic, what backward needs saved, and how
-constant arguments follow a split. The planner and the code generator read nothing else: no operator is named there.
+An `Operator` is one entry: its annotation, its Python text, and a few facts that these cannot say: arithmetic, what
+backward needs saved, whether it draws random numbers, its other ways. The planner and the code generator read nothing
+else: no operator is named there.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
+import torch
+
 from nnscaler.annotation import Annotation, Bound, Shape
 from nnscaler.errors import UserError
-from nnscaler.graph import Block, Node, TensorMeta
+from nnscaler.graph import Block, Node, Ref, TensorMeta, format_argument, map_refs, refs
+from nnscaler.operators.arguments import by_name, overload
+from nnscaler.operators.spelling import METHOD, Call, Text, write
 
 Annotate = Callable[[Node, Sequence[Shape], Sequence[Shape]], str]
 Flops = Callable[[dict[str, int], Node], float]
 Saves = Callable[[Node, Sequence[TensorMeta], Sequence[TensorMeta]], list[str]]
-Localize = Callable[[Node, Sequence[Shape], Sequence[Shape]], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 def save_nothing(node: Node, inputs: Sequence[TensorMeta], outputs: Sequence[TensorMeta]) -> list[str]:
@@ -40,11 +44,26 @@ def save_both(node: Node, inputs: Sequence[TensorMeta], outputs: Sequence[Tensor
     return [*node.inputs, *node.outputs]
 
 
-def save_cofactors(node: Node, inputs: Sequence[TensorMeta], outputs: Sequence[TensorMeta]) -> list[str]:
-    """For products: an input is needed where another input has a gradient."""
-    return [
-        name for i, name in enumerate(node.inputs) if any(meta.requires_grad for j, meta in enumerate(inputs) if j != i)
-    ]
+def backward_reads(**reads: str) -> Saves:
+    """For each argument, the arguments that its gradient is computed from: `backward_reads(self="other", other="self")`
+    of a product. `result` is the operator's result, `result1` its second."""
+
+    def saves(node: Node, inputs: Sequence[TensorMeta], outputs: Sequence[TensorMeta]) -> list[str]:
+        given = arguments(node)
+        needs_gradient = {name for name, meta in zip(node.inputs, inputs) if meta.requires_grad}
+        results = {"result": node.outputs[0], **{f"result{i}": name for i, name in enumerate(node.outputs)}}
+        found: dict[str, None] = {}
+        for argument_name, read in reads.items():
+            if needs_gradient.intersection(refs(given.get(argument_name))):
+                for name in read.split():
+                    found.update(dict.fromkeys([results[name]] if name in results else refs(given.get(name))))
+        return list(found)
+
+    return saves
+
+
+def never(node: Node) -> bool:
+    return False
 
 
 def no_flops(sizes: dict[str, int], node: Node) -> float:
@@ -61,25 +80,28 @@ class Operator:
     """Facts about one operator.
 
     annotate    annotation text for given input and output shapes
+    text        the Python text of an ATen operator, see `nnscaler.operators.spelling`
     flops       forward floating-point operations from the local size of each annotated name
     backward    backward operations as a multiple of forward's; None: once for each input that has a gradient
     saves       names of the tensors that backward reads
-    localize    (args, kwargs) for given local shapes, where constants such as a view's sizes depend on them
+    draws       whether a call draws random numbers
     alias       the result is a view: no time, no memory
     function    the Python function that generated code calls; None for ATen operators
-    along       annotated name -> function that computes the shards of a split along it, where `function` on the shards
-                does not: it takes the axis first, then `function`'s arguments
+    along       annotated name -> the way to compute the shards of a split along it, where `function` on the shards does
+                not: a function that takes the axis first, then `function`'s arguments, or its name `module.function`,
+                which only generated code imports
     """
 
     name: str
     annotate: Annotate
+    text: Text = METHOD
     flops: Flops = no_flops
     backward: float | None = None
     saves: Saves = save_inputs
-    localize: Localize | None = None
+    draws: Callable[[Node], bool] = never
     alias: bool = False
     function: Callable[..., Any] | None = None
-    along: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    along: Mapping[str, Callable[..., Any] | str] = field(default_factory=dict)
 
 
 _operators: dict[str, Operator] = {}
@@ -101,6 +123,8 @@ def operator_of(node: Node) -> Operator:
     """The node's operator; a `UserError` that says where it was called and how to register it if there is none."""
     operator = _operators.get(node.op)
     if operator is None:
+        if node.op.startswith("aten.") and torch.Tag.nondeterministic_seeded in overload(node.op).tags:
+            raise _draws_random_numbers(node)
         raise UserError(
             f"operator {node.op} has no annotation (called at {node.source or 'an unknown line'}); wrap the call in a "
             "function and register it: @nnscaler.register_op('<inputs> -> <outputs>'), for example 'b l d -> b l d'"
@@ -108,15 +132,55 @@ def operator_of(node: Node) -> Operator:
     return operator
 
 
+def arguments(node: Node) -> dict[str, Any]:
+    """Every argument of a call by its parameter's name, with the defaults of those that are not given."""
+    function = operator_of(node).function
+    if function is None:
+        return by_name(node.op, node.args, node.kwargs)
+    bound = inspect.signature(function).bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
 def bind(node: Node, block: Block) -> Bound:
-    """The node's annotation matched to its shapes in `block`."""
+    """The node's annotation matched to its shapes in `block`.
+
+    Raises UserError, with the line of the model, for a call that the compiler does not support.
+    """
     inputs = [block.tensors[name].shape for name in node.inputs]
     outputs = [block.tensors[name].shape for name in node.outputs]
-    text = operator_of(node).annotate(node, inputs, outputs)
+    operator = operator_of(node)
+    if operator.draws(node):
+        raise _draws_random_numbers(node)
+    if operator.function is None:  # what cannot be written is refused before it is planned
+        spell(node, [Ref(name) for name in node.inputs], [block.tensors[name] for name in node.outputs])
     try:
-        return Annotation.parse(text).bind(inputs, outputs)
+        return Annotation.parse(operator.annotate(node, inputs, outputs)).bind(inputs, outputs)
     except UserError as error:
         raise UserError(f"operator {node.op} at {node.source or 'an unknown line'}: {error}") from None
+
+
+def _draws_random_numbers(node: Node) -> UserError:
+    given = ", ".join(
+        f"{name}={format_argument(value)}"
+        for name, value in by_name(node.op, node.args, node.kwargs).items()
+        if isinstance(value, (int, float))
+    )
+    return UserError(
+        f"operator {node.op} at {node.source or 'an unknown line'} draws random numbers ({given}), which the compiler "
+        "does not support; set dropout to 0 in the model's configuration, or call .eval() on the module"
+    )
+
+
+def spell(node: Node, inputs: Sequence[Ref], outputs: Sequence[TensorMeta]) -> str:
+    """The Python expression of an ATen call. `inputs` carry the names of its tensors, in order, and `outputs` are the
+    device's own shapes of the results.
+
+    Raises UserError for an argument that its text does not know.
+    """
+    names = iter(inputs)
+    args, kwargs = map_refs((node.args, node.kwargs), lambda ref: next(names))
+    return write(operator_of(node).text, Call(node, args, kwargs, outputs))
 
 
 LeafTracer = Callable[[Operator, tuple[Any, ...], dict[str, Any]], Any]
@@ -131,8 +195,7 @@ def register_op(
     flops: Flops | None = None,
     backward: float | None = None,
     saves: Saves = save_inputs,
-    localize: Localize | None = None,
-    along: Mapping[str, Callable[..., Any]] | None = None,
+    along: Mapping[str, Callable[..., Any] | str] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function of tensors as one operator that the compiler may split as its annotation says.
 
@@ -149,7 +212,7 @@ def register_op(
     backward    backward operations as a multiple of forward's; by default once for each input that has a gradient
     saves       which tensors backward keeps; the inputs by default
     along       for names along which shards need to know of each other: the function to call instead, with the mesh
-                axis (`nnscaler.runtime.axes.Axis`) before the other arguments
+                axis (`nnscaler.runtime.axes.Axis`) before the other arguments; or its name `module.function`
 
     Raises UserError where the annotation cannot be parsed or the name belongs to another function.
     """
@@ -163,7 +226,6 @@ def register_op(
             flops=flops or no_flops,
             backward=backward,
             saves=saves,
-            localize=localize,
             function=function,
             along=along or {},
         )
@@ -202,14 +264,8 @@ def all_registered() -> list[Callable[..., Any]]:
     return [operator.function for _, operator in sorted(_operators.items()) if operator.function is not None]
 
 
-def family(
-    names: str,
-    annotate: Annotate,
-    *,
-    saves: Saves = save_inputs,
-    **facts: Any,
-) -> None:
+def family(names: str, annotate: Annotate, text: Text = METHOD, *, saves: Saves = save_inputs, **facts: Any) -> None:
     """Adds one operator for each of the space-separated ATen overload names."""
-    base = Operator("", annotate, saves=saves, **facts)
+    base = Operator("", annotate, text, saves=saves, **facts)
     for name in names.split():
         add(replace(base, name=f"aten.{name}"))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from nnscaler.annotation import Shape
 from nnscaler.graph import Node
+from nnscaler.operators.annotating import dim_names, write
 from nnscaler.operators.pointwise import broadcast
-from nnscaler.operators.registry import Annotate, family, save_nothing
-from nnscaler.operators.text import dim_names, write
+from nnscaler.operators.reduce import along_dim, dims_of
+from nnscaler.operators.registry import Annotate, arguments, family, save_nothing
+from nnscaler.operators.spelling import FUNCTION, METHOD, WHOLE_SIZE, Call, Text, sizes
 
 
 def regroup(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
@@ -53,85 +54,69 @@ def _over_atoms(shape: Shape, atoms: list[int]) -> list[str]:
     return dims
 
 
-def to_local_shape(
-    node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The sizes argument of a reshape or expand, as the device's own shape."""
-    return (node.args[0], list(outputs[0])), {}
-
-
 def transpose(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
     names = dim_names(inputs[0])
     swapped = list(names)
     if names:
-        a, b = node.args[1:3] if len(node.args) > 1 else (0, -1)
+        given = arguments(node)
+        a, b = given.get("dim0", 0), given.get("dim1", -1)
         swapped[a], swapped[b] = names[b], names[a]
     return write([names], [swapped])
 
 
 def permute(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
     names = dim_names(inputs[0])
-    return write([names], [[names[dim] for dim in node.args[1]]])
+    return write([names], [[names[dim] for dim in arguments(node)["dims"]]])
+
+
+def movedim(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
+    names = dim_names(inputs[0])
+    given = arguments(node)
+    ends = [given[name] for name in ("source", "destination")]
+    source, target = ([d % len(names) for d in (end if isinstance(end, (list, tuple)) else [end])] for end in ends)
+    moved = {to: names[at] for at, to in zip(source, target)}
+    others = iter([name for i, name in enumerate(names) if i not in source])
+    return write([names], [[moved[i] if i in moved else next(others) for i in range(len(names))]])
 
 
 def unsqueeze(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
     names = dim_names(inputs[0])
-    at = node.args[1] % (len(names) + 1)
+    at = arguments(node)["dim"] % (len(names) + 1)
     return write([names], [[*names[:at], "1", *names[at:]]])
 
 
 def squeeze(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
     shape = inputs[0]
-    given = node.args[1] if len(node.args) > 1 else list(range(len(shape)))
-    dims = {dim % len(shape) for dim in (given if isinstance(given, (list, tuple)) else [given])} if shape else set()
+    dims = dims_of(node, len(shape))
     names = ["1" if size == 1 else f"d{i}" for i, size in enumerate(shape)]
     return write([names], [[name for i, name in enumerate(names) if not (i in dims and shape[i] == 1)]])
-
-
-def _dim_argument(node: Node, index: int, rank: int) -> int:
-    value = node.args[index] if len(node.args) > index else node.kwargs.get("dim", 0)
-    return int(value) % rank
-
-
-def whole_along(index: int) -> Annotate:
-    """Same dimensions in and out, but the one named by argument `index` is never split and may change its size."""
-
-    def annotate(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-        names = dim_names(inputs[0])
-        dim = _dim_argument(node, index, len(names))
-        return write(
-            [[*names[:dim], f"i{i}^", *names[dim + 1 :]] for i in range(len(inputs))],
-            [[*names[:dim], f"o{i}^", *names[dim + 1 :]] for i in range(len(outputs))],
-        )
-
-    return annotate
 
 
 def select(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
     """One place of a dimension (`select`), or each in an output of its own (`unbind`)."""
     names = dim_names(inputs[0])
-    dim = _dim_argument(node, 1, len(names))
+    dim = arguments(node)["dim"] % len(names)
     rest = [*names[:dim], *names[dim + 1 :]]
     return write([[*names[:dim], names[dim] + "^", *names[dim + 1 :]]], [rest] * len(outputs))
 
 
 def stack(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
     names = dim_names(inputs[0])
-    dim = _dim_argument(node, 1, len(names) + 1)
+    dim = arguments(node)["dim"] % (len(names) + 1)
     return write([names] * len(inputs), [[*names[:dim], str(len(inputs)), *names[dim:]]])
 
 
 def pad(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
     """`constant_pad_nd` pads the last dimensions: those stay whole."""
     names = dim_names(inputs[0])
-    keep = len(names) - len(node.args[1]) // 2
+    keep = len(names) - len(arguments(node)["pad"]) // 2
     source, target = ([f"{side}{k}^" for k in range(keep, len(names))] for side in "io")
     return write([[*names[:keep], *source]], [[*names[:keep], *target]])
 
 
 def repeat(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
     """A dimension that is new or repeated more than once stays whole."""
-    times = node.args[1]
+    times = arguments(node)["repeats"]
     new = len(times) - len(inputs[0])
     names = dim_names(inputs[0])
     source = [name if count == 1 else f"{name}^" for name, count in zip(names, times[new:])]
@@ -141,37 +126,64 @@ def repeat(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str
 
 def repeat_interleave(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
     names = dim_names(inputs[0])
-    dim = _dim_argument(node, 2, len(names))
+    dim = arguments(node)["dim"]
+    if dim is None:  # of all elements in one row
+        return write([names], [[f"({' '.join(names)} r^)"]])
+    dim %= len(names)
     return write([names], [[*names[:dim], f"({names[dim]} r^)", *names[dim + 1 :]]])
 
 
-def whole(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-    """Never split."""
-    return write([["*^"]] * len(inputs), [["*^"]] * len(outputs))
+def along_dims(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
+    """The same dimensions in and out; those of argument `dims` stay whole, without any of them all."""
+    names = dim_names(inputs[0])
+    given = arguments(node)["dims"]
+    whole = {dim % len(names) for dim in given} if given else set(range(len(names)))
+    dims = [f"{name}^" if i in whole else name for i, name in enumerate(names)]
+    return write([dims], [dims])
 
 
-family(
-    "view.default reshape.default _unsafe_view.default flatten.using_ints unflatten.int",
-    regroup,
-    saves=save_nothing,
-    alias=True,
-    localize=to_local_shape,
-)
-family("expand.default", broadcast, saves=save_nothing, alias=True, localize=to_local_shape)
-family("transpose.int t.default", transpose, saves=save_nothing, alias=True)
-family("permute.default", permute, saves=save_nothing, alias=True)
-family("unsqueeze.default", unsqueeze, saves=save_nothing, alias=True)
+def triangle(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
+    names = dim_names(inputs[0])
+    dims = [*names[:-2], *(f"{name}^" for name in names[-2:])]
+    return write([dims], [dims])
+
+
+def permute_text(call: Call) -> str:
+    return f"{call['self']}.permute({', '.join(map(str, call.value('dims')))})"
+
+
+def slice_text(call: Call) -> str:
+    dim, start, end, step = (call.value(name) for name in ("dim", "start", "end", "step"))
+    begin = "" if not start else str(start)
+    stop = "" if end is None or end == WHOLE_SIZE else str(end)
+    stride = "" if step == 1 else f":{step}"
+    lead = ":, " * dim if dim >= 0 else "..., "
+    trail = ", :" * (-dim - 1) if dim < 0 else ""
+    return f"{call['self']}[{lead}{begin}:{stop}{stride}{trail}]"
+
+
+def views(names: str, annotate: Annotate, text: Text = METHOD) -> None:
+    """Operators that look at the elements of their input in another way, without a copy."""
+    family(names, annotate, text, saves=save_nothing, alias=True)
+
+
+views("view.default reshape.default _unsafe_view.default flatten.using_ints unflatten.int", regroup, sizes("reshape"))
+views("expand.default expand_as.default", broadcast, sizes("expand"))
+views("transpose.int t.default", transpose)
+views("permute.default", permute, permute_text)
+views("movedim.int movedim.intlist", movedim)
+views("unsqueeze.default", unsqueeze)
 # A dimension of which a device holds one element must not be squeezed there: sizes are given instead.
-family("squeeze.default squeeze.dim squeeze.dims", squeeze, saves=save_nothing, alias=True, localize=to_local_shape)
-family("alias.default detach.default", broadcast, saves=save_nothing, alias=True)
-family("slice.Tensor narrow.default", whole_along(1), saves=save_nothing, alias=True)
-family(
-    "split.Tensor split_with_sizes.default split.sizes chunk.default", whole_along(2), saves=save_nothing, alias=True
-)
-family("select.int unbind.int", select, saves=save_nothing, alias=True)
-family("cat.default", whole_along(1), saves=save_nothing)
-family("stack.default", stack, saves=save_nothing)
-family("constant_pad_nd.default", pad, saves=save_nothing)
+views("squeeze.default squeeze.dim squeeze.dims", squeeze, sizes("reshape"))
+views("slice.Tensor", along_dim, slice_text)
+views("narrow.default chunk.default", along_dim)
+views("split.Tensor split.sizes", along_dim, "{self}.split({split_size}, **)")
+views("split_with_sizes.default", along_dim, "{self}.split({split_sizes}, **)")
+views("select.int unbind.int", select)
+family("cat.default", along_dim, FUNCTION, saves=save_nothing)
+family("stack.default", stack, FUNCTION, saves=save_nothing)
+family("constant_pad_nd.default", pad, "F.pad({self}, {pad}, **)", saves=save_nothing)
 family("repeat.default", repeat, saves=save_nothing)
 family("repeat_interleave.self_int", repeat_interleave, saves=save_nothing)
-family("flip.default roll.default", whole, saves=save_nothing)
+family("flip.default roll.default", along_dims, saves=save_nothing)
+family("tril.default triu.default", triangle, saves=save_nothing)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from types import SimpleNamespace
+from typing import Any
 
 from torch import Tensor
 
@@ -20,8 +22,13 @@ def operators(*names: str) -> SimpleNamespace:
         operator = registered(name)
         setattr(found, name, operator.function)
         for dimension, function in operator.along.items():
-            setattr(found, f"{name}_along_{dimension}", function)
+            setattr(found, f"{name}_along_{dimension}", _imported(function) if isinstance(function, str) else function)
     return found
+
+
+def _imported(name: str) -> Any:
+    module, _, function = name.rpartition(".")
+    return getattr(importlib.import_module(module), function)
 
 
 class scope:  # noqa: N801  reads as a function in generated code

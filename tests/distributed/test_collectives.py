@@ -5,10 +5,11 @@ import torch
 import torch.distributed as dist
 
 from nnscaler.mesh import Mesh
-from nnscaler.operators.attention import attention, attention_along_l
+from nnscaler.operators.attention import attention
 from nnscaler.placement import PARTIAL, REPLICATE, SHARED, Shard
 from nnscaler.reshard import reshard_steps
 from nnscaler.runtime import collectives
+from nnscaler.runtime.attention import attention_along_l
 from nnscaler.runtime.axes import Axes
 from tests.launch import run
 
