@@ -34,14 +34,8 @@ from nnscaler.compiler import ComputeConfig
 from nnscaler.data.training import PackedDataset
 from nnscaler.hardware import hardware_names
 from nnscaler.models import load_config
-from nnscaler.models.causal_lm import (
-    IMPLEMENTATIONS,
-    WEIGHT_PREFIX,
-    CausalLM,
-    count_parameters,
-    flops_per_sequence,
-    prepare_config,
-)
+from nnscaler.models.attention import IMPLEMENTATIONS
+from nnscaler.models.causal_lm import WEIGHT_PREFIX, CausalLM, count_parameters, flops_per_sequence, prepare_config
 from nnscaler.models.files import AssetWriter, find_weights
 from nnscaler.pipeline.schedules import KINDS
 from nnscaler.report import explain, read_plan
@@ -120,7 +114,7 @@ def trainer_args(options: argparse.Namespace) -> TrainerArgs:
     packed = PackedDataset.open(options.dataset_path) if options.dataset_path else None
     dataset = DatasetConfig(packed, options.sequence_length)
     length = dataset.length
-    prepare_config(config, length, options.attn_implementation, options.enable_chunk_loss)
+    prepare_config(config, length, options.attn_implementation)
     loss = chunk_linear_cross_entropy if options.enable_chunk_loss else None
     weights = find_weights(options.model_id) if options.run_mode == "run" and not options.resume_path else None
     model = ModelConfig(

@@ -91,7 +91,7 @@ def train(options: argparse.Namespace, work: Path, save: bool) -> None:
     config.num_hidden_layers, config.hidden_size, config.vocab_size = options.layers, width, options.vocabulary
     config.intermediate_size, config.num_attention_heads, config.num_key_value_heads = 3 * width, 8, 4
     config.head_dim = width // 8
-    prepare_config(config, options.sequence_length, "auto", False)
+    prepare_config(config, options.sequence_length, "auto")
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // options.processes))
     data = dataset(work / f"data{os.environ['RANK']}", 64, options.sequence_length, options.vocabulary)
     args = TrainerArgs(

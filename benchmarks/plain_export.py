@@ -26,7 +26,7 @@ from nnscaler.trace import build_on_meta
 def main() -> None:
     model_id, length = sys.argv[1], int(sys.argv[2])
     config = load_config(model_id)
-    prepare_config(config, length, "sdpa", chunk_loss=False)
+    prepare_config(config, length, "sdpa")
     model, _ = build_on_meta(lambda: CausalLM(config))
     model = model.to(torch.bfloat16)
     tokens = torch.empty(1, length, dtype=torch.int64, device="meta")

@@ -79,7 +79,7 @@ def search(name: str) -> dict[str, Any]:
 
 def trace_model() -> Graph:
     config = load_config(MODEL)
-    prepare_config(config, LENGTH, "auto", False)
+    prepare_config(config, LENGTH, "auto")
     inputs = {name: torch.empty((1, LENGTH), dtype=torch.int64, device="meta") for name in ("input_ids", "labels")}
     source = Source(lambda: CausalLM(config), inputs)
     model, buffers = source.build()

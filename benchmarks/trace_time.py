@@ -93,7 +93,7 @@ def _trace(model_id: str, layers: int | None, strategy: str, length: int) -> dic
     config = load_config(model_id)
     if layers is not None:
         config.num_hidden_layers = layers
-    prepare_config(config, length, "auto", chunk_loss=True)
+    prepare_config(config, length, "auto")
     if find_strategy(strategy).executes:
         needed, there = memory_needed(config, length), memory_there(strategy)
         if needed > there:

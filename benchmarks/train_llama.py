@@ -80,7 +80,7 @@ def main() -> None:
     config.num_hidden_layers = options.layers or config.num_hidden_layers
     length, plan_ngpus = options.sequence_length, options.plan_ngpus or world
     loss = None if options.no_chunk_loss else chunk_linear_cross_entropy
-    prepare_config(config, length, options.attn_implementation, loss is not None)
+    prepare_config(config, length, options.attn_implementation)
     flops = flops_per_sequence(config, count_parameters(config), length)
     name = options.label or (
         f"{options.model_id.rsplit('/', 1)[-1]}-{config.num_hidden_layers}layers-{length}x{options.micro_batch_size}"

@@ -81,7 +81,7 @@ class Case:
 
 def arguments(case: Case, folder: Path) -> TrainerArgs:
     config = tiny.config(**case.model)
-    prepare_config(config, tiny.LENGTH, "auto", case.chunk_loss)
+    prepare_config(config, tiny.LENGTH, "auto")
     compute = ComputeConfig(
         case.plan,
         case.runtime,
@@ -152,7 +152,7 @@ def plain_loop(rows: np.ndarray, sequences: list[int], **changes: object) -> tup
     Returns the loss of each step, and the final parameters by name.
     """
     config = tiny.config(**changes)
-    prepare_config(config, tiny.LENGTH, "eager", False)
+    prepare_config(config, tiny.LENGTH, "eager")
     meta, _ = build_on_meta(lambda: CausalLM(config))
     model = CausalLM(config)
     with torch.no_grad():

@@ -42,7 +42,7 @@ def test_compiling_8b_at_128k_takes_little_memory_and_imports_nothing_for_traini
 def seconds_to_trace(layers: int, strategy: str) -> float:
     """CPU time, so that what else runs on the machine matters little."""
     config = tiny.config(num_hidden_layers=layers)
-    prepare_config(config, tiny.LENGTH, "auto", False)
+    prepare_config(config, tiny.LENGTH, "auto")
     tokens = torch.zeros(1, tiny.LENGTH, dtype=torch.long)
     source = Source(lambda: CausalLM(config), {"input_ids": tokens, "labels": tokens}, torch.float32)
     model, buffers = source.build()

@@ -8,34 +8,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
-from transformers.masking_utils import AttentionMaskInterface
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from nnscaler import hub
 from nnscaler.errors import UserError
-from nnscaler.kernels import KERNELS
-from nnscaler.operators.attention import attention
+from nnscaler.models.attention import one_sequence_a_row, set_attention
+from nnscaler.models.positions import check_positions
 from nnscaler.trace import build_on_meta
 
 IGNORED = -100  # label of a token that counts for nothing
-ATTENTION = "nnscaler"  # how our names in transformers' table of attention functions begin
-
-
-def _attention_by(kernel: str) -> Callable[..., tuple[Tensor, None]]:
-    def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
-    ) -> tuple[Tensor, None]:
-        """transformers' attention interface: query [b, h, l, d], key and value [b, k, l, d] -> [b, l, h, d]."""
-        return attention(query, key, value, options.get("scaling"), True, kernel), None
-
-    return attend
-
-
-for _kernel in ("auto", *KERNELS):
-    AttentionInterface.register(f"{ATTENTION}_{_kernel}", _attention_by(_kernel))
-    # Rows are whole sequences without padding, so that causality needs no mask tensor.
-    AttentionMaskInterface.register(f"{ATTENTION}_{_kernel}", lambda *args, **kwargs: None)
-
-IMPLEMENTATIONS = ("auto", *KERNELS, "eager")  # what --attn_implementation may be
+WEIGHT_PREFIX = "model."  # of `CausalLM`'s parameters, before the names that the Hugging Face model has for them
 
 
 class CausalLM(nn.Module):
@@ -43,42 +29,128 @@ class CausalLM(nn.Module):
 
     `linear_loss(hidden [b, l, d], weight [n, d], labels [b, l], ignored) -> [b, l]` takes the place of the model's last
     projection and the loss, where given.
+
+    Raises UserError for a model that cannot be built, and when traced for one whose loss this is not.
     """
 
     def __init__(self, config: PretrainedConfig, linear_loss: Callable[..., Tensor] | None = None) -> None:
         super().__init__()
-        self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        self.model = build(config)
         self.linear_loss = linear_loss
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """input_ids, labels [b, l] int64; labels are those of the next token, `IGNORED` where there is none."""
-        if self.linear_loss is not None:
-            hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-            return self.linear_loss(hidden, self.model.get_output_embeddings().weight, labels, IGNORED).sum()
-        logits = self.model(input_ids=input_ids, use_cache=False).logits
+        with one_sequence_a_row():
+            if self.linear_loss is not None:
+                with _LastProjection(self.model) as last:
+                    output = self.model(input_ids=input_ids, use_cache=False)
+                _check_losses(output)
+                if not last.gave(output.logits):
+                    raise UserError("the logits are not what the last projection gives; leave out --enable_chunk_loss")
+                return self.linear_loss(*_without_bias(last.input, last.head), labels, IGNORED).sum()
+            output = self.model(input_ids=input_ids, use_cache=False)
+        _check_losses(output)
+        logits = output.logits
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
-WEIGHT_PREFIX = "model."  # of `CausalLM`'s parameters, before the names that the Hugging Face model has for them
+def build(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The language model of a configuration. Raises UserError where there is none or it cannot be built."""
+    try:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:  # a value that no check of ours knows makes the class raise whatever it may
+        reason = f"{type(error).__name__}: {hub.first_line(error)}"
+        raise UserError(f"cannot build a {config.model_type} language model: {reason}") from error
+    if model.loss_function is not ForCausalLMLoss:
+        raise UserError(f"{type(model).__name__} has a loss of its own, {model.loss_function.__name__}: not supported")
+    return model
 
 
-def prepare_config(config: PretrainedConfig, sequence_length: int, implementation: str, chunk_loss: bool) -> None:
+def _check_losses(output: Any) -> None:
+    """Raises UserError where a model adds a loss to that of the next token."""
+    for name, value in output.items():
+        if "loss" in name and value is not None:
+            raise UserError(
+                f"the model adds a loss to that of the next token ({name}), which is not supported; where "
+                "it comes from the experts' router, train without it: --set output_router_logits=false"
+            )
+
+
+def _without_bias(hidden: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Hidden states [b, l, d] and weight [n, d] whose product is the projection's result, bias and all.
+
+    A bias becomes a column of the weight that meets ones, and seven of zeros beside it, for products of odd widths are
+    slow.
+    """
+    if head.bias is None:
+        return hidden, head.weight
+    weight = torch.cat([head.weight, head.bias.unsqueeze(1), torch.zeros_like(head.weight[:, :7])], 1)
+    return torch.cat([hidden, torch.ones_like(hidden[..., :1]).expand(*hidden.shape[:-1], 8)], -1), weight
+
+
+class _LastProjection(TorchFunctionMode):
+    """Inside, a model's last projection is not computed, but stood in for; `input` is what it got.
+
+    Raises UserError where the model computes anything with what the projection gives, for that would get lost.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        head = model.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            raise UserError(
+                f"--enable_chunk_loss needs a last projection of class Linear, {type(model).__name__} has "
+                f"{type(head).__name__}; leave it out"
+            )
+        self.head: nn.Linear = head
+        self.input: Tensor
+        self._results: list[Tensor] = []  # the projection's, and what is the same in another type
+
+    def __enter__(self) -> _LastProjection:
+        self.head.forward = self._take  # type: ignore
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        del self.head.forward
+
+    def gave(self, logits: Tensor) -> bool:
+        """Whether these are what the projection gave."""
+        return any(logits is result for result in self._results)
+
+    def _take(self, hidden: Tensor) -> Tensor:
+        if self._results:
+            raise UserError("the model uses its last projection twice; leave out --enable_chunk_loss")
+        self.input = hidden
+        self._results.append(torch.empty(*hidden.shape[:-1], self.head.out_features, device="meta"))
+        return self._results[0]
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", str(function))
+        inputs = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        result = function(*args, **(kwargs or {}))
+        if name == "__get__" or not any(self.gave(value) for value in inputs):  # a shape or type may be looked at
+            return result
+        if name not in ("contiguous", "float", "to") or result.dtype != torch.float32:
+            raise UserError(
+                f"the model computes with its logits before the loss ({name}), which the chunked loss does not; "
+                "leave out --enable_chunk_loss"
+            )
+        self._results.append(result)
+        return result
+
+
+def prepare_config(config: PretrainedConfig, sequence_length: int, implementation: str) -> None:
     """Sets a configuration up for training, or raises UserError for what is not supported."""
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model_class is None:
+        raise UserError(f"{config.model_type} is not a causal language model of transformers, which train.py trains")
+    if config.get_text_config() is not config:
+        raise UserError(f"{config.model_type} is more than a language model; give the directory of its language model")
     config.use_cache = False
-    config._attn_implementation = implementation if implementation == "eager" else f"{ATTENTION}_{implementation}"
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or []
-    sliding = window and sequence_length > window and ("sliding_attention" in kinds or not kinds)
-    if implementation != "eager" and sliding:
-        raise UserError(
-            f"the model attends to a sliding window of {window} tokens, sequences have {sequence_length}; "
-            "use --attn_implementation eager"
-        )
-    scaled = [
-        name for name in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(config, name, None)
-    ]
-    if chunk_loss and scaled:
-        raise UserError(f"--enable_chunk_loss does not apply the model's {', '.join(scaled)}; leave it out")
+    set_attention(config, implementation, model_class)
+    check_positions(config, sequence_length)
 
 
 def count_parameters(config: PretrainedConfig) -> int:
@@ -92,8 +164,8 @@ def flops_per_sequence(config: PretrainedConfig, parameters: int, sequence_lengt
 
     3 * 2 * (parameters * l + 2 * layers * heads * head_dim * l ** 2); the last term halved for causal attention.
     """
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = getattr(config, "num_attention_heads", 0)  # some models have no attention
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
     attention_flops = 2.0 * config.num_hidden_layers * heads * head_dim * sequence_length**2
     full = 6.0 * (parameters * sequence_length + attention_flops)
     return full, full - 3.0 * attention_flops

@@ -15,7 +15,7 @@ from tests import tiny
 
 def llama(layers: int = 4, tied: bool = False) -> Graph:
     config = tiny.config(num_hidden_layers=layers, tie_word_embeddings=tied)
-    prepare_config(config, tiny.LENGTH, "auto", False)
+    prepare_config(config, tiny.LENGTH, "auto")
     model, buffers = build_on_meta(lambda: CausalLM(config))
     inputs = {name: torch.empty((1, tiny.LENGTH), dtype=torch.int64) for name in ("input_ids", "labels")}
     return trace(model, inputs, buffers)

@@ -22,7 +22,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 def compiled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     config = tiny.config(num_hidden_layers=4, tie_word_embeddings=True)
-    prepare_config(config, tiny.LENGTH, "auto", False)
+    prepare_config(config, tiny.LENGTH, "auto")
     inputs = {name: torch.empty((1, tiny.LENGTH), dtype=torch.int64, device="meta") for name in ("input_ids", "labels")}
     source = Source(lambda: CausalLM(config), inputs, tokens=tiny.LENGTH, flops=(2e6, 1e6))
     compute = ComputeConfig(

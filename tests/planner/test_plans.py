@@ -35,7 +35,7 @@ SPLIT_OF = Mapping[
 @cache
 def graph(model: str, length: int, chunk_loss: bool = True) -> Graph:
     config = load_config(f"meta-llama/{model}")
-    prepare_config(config, length, "auto", chunk_loss)
+    prepare_config(config, length, "auto")
     tokens = torch.empty((1, length), dtype=torch.int64, device="meta")
     loss = chunk_linear_cross_entropy if chunk_loss else None
     source = Source(lambda: CausalLM(config, loss), {"input_ids": tokens, "labels": tokens})
@@ -124,7 +124,7 @@ def test_what_cannot_fit_is_refused_with_the_reason():
 @pytest.mark.parametrize("layers", [1, 3])
 def test_a_plan_stays_within_its_limit(hardware, layers):
     config = tiny.config(num_hidden_layers=layers)
-    prepare_config(config, tiny.LENGTH, "auto", False)
+    prepare_config(config, tiny.LENGTH, "auto")
     tokens = torch.empty((1, tiny.LENGTH), dtype=torch.int64, device="meta")
     source = Source(lambda: CausalLM(config), {"input_ids": tokens, "labels": tokens}, torch.float32)
     built, buffers = source.build()

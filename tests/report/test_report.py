@@ -33,7 +33,7 @@ from tests import tiny
 
 def tiny_graph(dtype: torch.dtype = torch.bfloat16):
     config = tiny.config(num_hidden_layers=4)
-    prepare_config(config, tiny.LENGTH, "auto", False)
+    prepare_config(config, tiny.LENGTH, "auto")
     inputs = {name: torch.empty((8, tiny.LENGTH), dtype=torch.int64, device="meta") for name in ("input_ids", "labels")}
     model, buffers = Source(lambda: CausalLM(config), inputs, dtype).build()
     return trace(model, inputs, buffers, "reuse_cache")
@@ -191,7 +191,7 @@ def test_memory_limits_where_something_is_done_twice(graph, slow):
 
 def compile_tiny(folder: Path, hardware: str, explained: bool = False, **changes) -> Path:
     config = tiny.config(num_hidden_layers=4)
-    prepare_config(config, tiny.LENGTH, "auto", False)
+    prepare_config(config, tiny.LENGTH, "auto")
     inputs = {name: torch.empty((8, tiny.LENGTH), dtype=torch.int64, device="meta") for name in ("input_ids", "labels")}
     source = Source(lambda: CausalLM(config), inputs, torch.float32, tokens=8 * tiny.LENGTH, flops=(2e6, 1e6))
     settings = ComputeConfig(**{"hardware": hardware, "plan_ngpus": 2, "runtime_ngpus": 2, **changes})

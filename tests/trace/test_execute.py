@@ -131,7 +131,7 @@ def test_offloading_gives_the_same_graph(offloaded):
 @pytest.mark.parametrize("implementation", ["auto", "sdpa", "eager"])
 def test_executed_or_not_the_graph_of_a_model_that_reads_nothing_is_the_same(implementation, offloaded):
     config = tiny.config(num_hidden_layers=3)
-    prepare_config(config, tiny.LENGTH, implementation, False)
+    prepare_config(config, tiny.LENGTH, implementation)
     tokens = torch.randint(tiny.VOCABULARY, (1, tiny.LENGTH), generator=torch.Generator().manual_seed(0))
     source = Source(lambda: CausalLM(config), {"input_ids": tokens, "labels": tokens}, torch.float32)
     wanted = str(traced(source, "reuse_cache"))

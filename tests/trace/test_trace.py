@@ -14,7 +14,7 @@ from tests import tiny
 
 def llama(**changes):
     config = tiny.config(**changes)
-    prepare_config(config, tiny.LENGTH, "auto", False)
+    prepare_config(config, tiny.LENGTH, "auto")
     tokens = torch.zeros(1, tiny.LENGTH, dtype=torch.long)
     return Source(lambda: CausalLM(config), {"input_ids": tokens, "labels": tokens}, torch.float32)
 

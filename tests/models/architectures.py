@@ -1,0 +1,190 @@
+"""Tiny models of many architectures, and what the compiler makes of each beside plain transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from chunk_linear_cross_entropy import chunk_linear_cross_entropy
+from nnscaler.compiler import ComputeConfig, Source, compile_model
+from nnscaler.errors import UserError
+from nnscaler.models.causal_lm import CausalLM, prepare_config
+from nnscaler.runtime.module import ParallelModule
+from tests import tiny
+
+LENGTH = 24
+# Sizes by the names that most classes know them under; `attribute_map` translates the others.
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 64, "head_dim": 8, "pad_token_id": None,
+    "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+NO_DROPOUT = dict.fromkeys(
+    ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "dropout", "activation_dropout"),
+    0.0,
+)
+EXPERTS = {
+    "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+    "n_routed_experts": 4, "n_shared_experts": 1,
+}  # fmt: skip
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma": {},
+    "gemma2": {},
+    "gemma3_text": {},
+    "phi": {},
+    "phi3": {},
+    "granite": {"logits_scaling": 3.0, "attention_multiplier": 0.2},
+    "cohere": {"logit_scale": 0.3},
+    "cohere2": {"logit_scale": 0.3},
+    "olmo": {},
+    "olmo2": {},
+    "stablelm": {},
+    "gpt2": {"n_inner": 48},
+    "gptj": {"rotary_dim": 4},
+    "gpt_neox": {},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "bloom": {},
+    "falcon": {},
+    "mpt": {},
+    "starcoder2": {},
+    "nemotron": {},
+    "smollm3": {},
+    "glm": {},
+    "glm4": {},
+    "ernie4_5": {},
+    "helium": {},
+    "exaone4": {},
+    "minicpm3": {"num_key_value_heads": 4},
+    "mixtral": {},
+    "qwen3_moe": {},
+    "olmoe": {},
+    "deepseek_v3": {
+        "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+        "n_group": 1, "topk_group": 1, "num_key_value_heads": 4,
+    },
+    "gpt_oss": {},
+    "mamba": {},
+    "rwkv": {},
+    "t5": {},
+    "bert": {},
+}  # fmt: skip
+
+
+def config_of(name: str, **changes: Any) -> PretrainedConfig:
+    """A tiny configuration of an architecture, without dropout."""
+    known = AutoConfig.for_model(name)
+    fields = {}
+    for field, value in {**SIZES, **NO_DROPOUT, **EXPERTS}.items():
+        spelled = known.attribute_map.get(field, field)
+        if spelled in known.to_dict():
+            fields[spelled] = value
+    return AutoConfig.for_model(name, **{**fields, **ARCHITECTURES[name], **changes})
+
+
+def plain(config: PretrainedConfig, weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> Any:
+    """(loss, gradients by name) of plain transformers in training, with these weights."""
+    config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(weights, strict=False)
+    model.train()
+    logits = model(input_ids=tokens, use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+    loss.backward()
+    return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def random_weights(config: PretrainedConfig) -> dict[str, torch.Tensor]:
+    """Weights that no initialisation makes: biases and scales are not 0 and 1."""
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise * 0.2 if parameter.dim() > 1 else 1 + noise * 0.3)
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def batch(length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens, labels) [2, length]."""
+    tokens = torch.randint(2, 96, (2, length), generator=torch.Generator().manual_seed(1))
+    return tokens, torch.cat([tokens[:, 1:], torch.full((2, 1), -100)], 1)
+
+
+def verdict(loss: float, right: float, found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """SAME, or WRONG and where: losses and gradients by name."""
+    off = {}
+    least = 1e-3 * max(float(gradient.abs().max()) for gradient in found.values())  # below is rounding around 0
+    for name, gradient in found.items():
+        exact = torch.zeros_like(gradient) if wanted[name] is None else wanted[name]
+        error = float((gradient - exact).abs().max() / max(float(exact.abs().max()), least))
+        if not error < 2e-4:
+            off[name] = round(error, 6)
+    same = abs(loss - right) < 1e-5 * abs(right) and not off
+    return f"{'SAME' if same else 'WRONG'} loss {loss:.5f}, right {right:.5f}" + (
+        f"; gradients off {off}" if off else ""
+    )
+
+
+def compare_uncompiled(name: str, chunked: bool, implementation: str = "auto", **changes: Any) -> str:
+    """As `compare`, of `CausalLM` run by PyTorch: what it makes of the model, without the compiler."""
+    tokens, labels = batch(LENGTH)
+    config = config_of(name, **changes)
+    try:
+        prepare_config(config, LENGTH, implementation)
+        model = CausalLM(config, chunk_linear_cross_entropy if chunked else None)
+        weights = random_weights(config_of(name, **changes))
+        model.model.load_state_dict(weights, strict=False)
+        loss = model.train()(tokens, labels)
+    except UserError as error:
+        return f"REFUSED {error}"
+    loss.backward()
+    right, gradients = plain(config_of(name, **changes), weights, tokens)
+    found = {key: torch.zeros_like(p) if p.grad is None else p.grad for key, p in model.model.named_parameters()}
+    return verdict(loss.item(), right, found, gradients)
+
+
+def compare(
+    name: str, chunked: bool, folder: Path, implementation: str = "auto", length: int = LENGTH, **changes: Any
+) -> str:
+    """SAME, WRONG and by how much, or REFUSED and why."""
+    tokens, labels = batch(length)
+    inputs = {"input_ids": tokens, "labels": labels}
+    config = config_of(name, **changes)
+    try:
+        prepare_config(config, length, implementation)
+        loss_of = chunk_linear_cross_entropy if chunked else None
+        code = compile_model(
+            Source(lambda: CausalLM(config, loss_of), inputs, torch.float32),
+            ComputeConfig(hardware=tiny.write_hardware(folder)), folder / f"{name}-{chunked}",
+        )  # fmt: skip
+    except UserError as error:
+        return f"REFUSED {error}"
+    plain_config = config_of(name, **changes)
+    weights = random_weights(plain_config)
+    module = ParallelModule(code, torch.device("cpu"))
+
+    def read(parameter: str, box: Any) -> torch.Tensor:
+        aliases = [parameter, *(other for other, target in module.tied.items() if target == parameter)]
+        found = next(alias for alias in aliases if alias.removeprefix("model.") in weights)
+        return weights[found.removeprefix("model.")][box.slices]
+
+    module.load(read)
+    loss = module.accumulate([inputs]).item()
+    right, gradients = plain(plain_config, weights, tokens)
+    names = {target: other for other, target in module.tied.items()}
+    found, wanted = {}, {}
+    for bucket in module.buckets:
+        for part in bucket.owned_parts():
+            key = part.name.removeprefix("model.")
+            wanted[key] = gradients[key if key in gradients else names[part.name].removeprefix("model.")]
+            found[key] = bucket.gradient[part.start : part.stop].view(part.box.sizes)
+    return verdict(loss, right, found, wanted)
