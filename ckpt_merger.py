@@ -10,28 +10,48 @@ directory holds safetensors, configuration and tokenizer, as transformers' from_
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from nnscaler.checkpoint.checksums import Checksums, CorruptCheckpoint
-from nnscaler.checkpoint.export import export_model
-from nnscaler.checkpoint.folder import latest_checkpoint
-from nnscaler.checkpoint.merge import merge_to_file
-from nnscaler.checkpoint.stored import Checkpoint, describe, describe_all
-from nnscaler.cli.args import ArgumentParser, run
+from nnscaler.cli.args import run
+from nnscaler.cli.flags import parse
+from nnscaler.directory import check_new, check_writable
 from nnscaler.errors import UserError
+from nnscaler.options import REQUIRED, check, path, switch
+
+# What takes seconds to import comes after the flags are judged.
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which checkpoint, and what to make of it."""
+
+    ckpt_dir: Path = path(REQUIRED, "checkpoint, or folder with checkpoints below it")
+    output_fname: Path | None = path(None, "file to write: model, optimizer and progress")
+    output_dir: Path | None = path(None, "Hugging Face model directory to write, new or empty")
+    list: bool = switch("show the checkpoints, and what the newest of them holds")
+    verify: bool = switch("read what was written again, and compare; with nothing to write, read the checkpoint itself")
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not (self.output_fname or self.output_dir or self.list or self.verify):
+            raise UserError("nothing to write: give --output_fname, --output_dir or both; or --list or --verify")
+        if self.output_dir is not None:
+            check_new(self.output_dir)
+            check_writable(self.output_dir, "output_dir")
+        if self.output_fname is not None:
+            if self.output_fname.is_dir():
+                raise UserError(f"output_fname is '{self.output_fname}', which is a directory; it must be a file")
+            check_writable(self.output_fname.parent, "output_fname")
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--ckpt_dir", type=Path, required=True, help="checkpoint, or folder with checkpoints below it")
-    parser.add_argument("--output_fname", type=Path, help="file to write: model, optimizer and progress")
-    parser.add_argument("--output_dir", type=Path, help="Hugging Face model directory to write")
-    parser.add_argument("--list", action="store_true", help="show the checkpoints, and what the newest of them holds")
-    parser.add_argument("--verify", action="store_true", help="read what was written again, and compare; with nothing "
-        "to write, read the checkpoint itself")  # fmt: skip
-    options = parser.parse_args()
-    if not (options.output_fname or options.output_dir or options.list or options.verify):
-        raise UserError("nothing to write: give --output_fname, --output_dir or both; or --list or --verify")
+    options = parse(__doc__ or "", {"what to merge": Options}).make(Options)
+    from nnscaler.checkpoint.export import export_model
+    from nnscaler.checkpoint.folder import latest_checkpoint
+    from nnscaler.checkpoint.merge import merge_to_file
+    from nnscaler.checkpoint.stored import Checkpoint, describe, describe_all
+
     folder = latest_checkpoint(options.ckpt_dir)
     if options.list:
         print("\n".join(describe_all(options.ckpt_dir)), end="\n\n")
@@ -53,6 +73,8 @@ def main() -> None:
 
 def verify_checkpoint(folder: Path) -> None:
     """Reads every byte. Raises CorruptCheckpoint, having printed all that is damaged."""
+    from nnscaler.checkpoint.checksums import Checksums, CorruptCheckpoint
+
     damages = list(Checksums.read(folder).damages(shards=True))
     if damages:
         print("\n".join(damages))

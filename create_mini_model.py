@@ -4,52 +4,59 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-
-from nnscaler import hub
-from nnscaler.cli.args import ArgumentParser, run
+from nnscaler.cli.args import run
+from nnscaler.cli.flags import parse
 from nnscaler.directory import check_new, new_directory
 from nnscaler.errors import UserError
-from nnscaler.models import load_config
-from nnscaler.models.changes import changed_config
+from nnscaler.options import REQUIRED, assignments, check, path, text, whole
+
+if TYPE_CHECKING:  # transformers takes seconds to import: what is wrong with a flag is said before
+    from transformers import PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger("create_mini_model")
 
-SET_HELP = """another field of the configuration and its new value, such as hidden_size=512 or rope_theta=10000.0; may
-    be given several times (default: the fields of the large model)"""
-TOKENIZER_HELP = """tokenizer to copy beside the weights: a directory, or a model on the hub (default: that of
-    --model_id, if it can be had)"""
 
+@dataclass(frozen=True)
+class Options:
+    """Of what model to make a small one, and how small."""
 
-def parser() -> ArgumentParser:
-    flags = ArgumentParser(description=__doc__)
-    flags.add_argument("--model_id", required=True, help="large model: a directory, or a name on the hub. Required")
-    flags.add_argument("--output_id", required=True, help="directory to write the model to, new or empty. Required")
-    flags.add_argument("--num_hidden_layers", default="4", help="number of layers, 1 or more")
-    flags.add_argument("--set", metavar="FIELD=VALUE", action="append", help=SET_HELP)
-    flags.add_argument("--seed", type=int, default=0, help="seed of the random weights, 0 or more")
-    flags.add_argument("--tokenizer", help=TOKENIZER_HELP)
-    return flags
+    model_id: str = text(REQUIRED, "large model: a directory, or a name on the hub", shown="MODEL")
+    output_id: Path = path(REQUIRED, "directory to write the model to, new or empty")
+    num_hidden_layers: int = whole(4, "number of layers", least=1, most=2**20)
+    set: Mapping[str, str] = assignments(
+        "another field of the configuration and its new value, such as hidden_size=512 or rope_theta=10000.0; may be "
+        "given several times (default: the fields of the large model)"
+    )
+    seed: int = whole(0, "seed of the random weights", least=0, most=2**63 - 1)
+    tokenizer: str | None = text(
+        None, "tokenizer to copy beside the weights: a directory, or a model on the hub (default: that of --model_id, "
+        "if it can be had)", shown="TOKENIZER",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check(self)
+        check_new(self.output_id)
 
 
 def main() -> None:
-    args = parser().parse_args()
-    output = Path(args.output_id)
-    check_new(output)
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed is {args.seed}, and must be 0 or more and less than 2^63")
-    changes = {"num_hidden_layers": args.num_hidden_layers, **parse_changes(args.set or [])}
-    config = changed_config(load_config(args.model_id), changes)
-    tokenizer = load_tokenizer(args.tokenizer, args.model_id)
+    options = parse(__doc__ or "", {"what to make": Options}).make(Options)
+    from nnscaler.models import load_config
+    from nnscaler.models.changes import changed_config
+
+    changes = {"num_hidden_layers": str(options.num_hidden_layers), **options.set}
+    config = changed_config(load_config(options.model_id), changes)
+    tokenizer = load_tokenizer(options.tokenizer, options.model_id)
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
         raise UserError(f"the tokenizer has {len(tokenizer)} ids, more than vocab_size {config.vocab_size}")
 
+    output = options.output_id
     with new_directory(output) as directory:
-        model = initialised_model(config, args.seed)
+        model = initialised_model(config, options.seed)
         model.save_pretrained(directory)
         for weights in directory.glob("*.safetensors"):  # which safetensors lets nobody else read
             weights.chmod((directory / "config.json").stat().st_mode)
@@ -60,18 +67,10 @@ def main() -> None:
     print(f"saved to    {output}")
 
 
-def parse_changes(assignments: list[str]) -> dict[str, str]:
-    changes = {}
-    for assignment in assignments:
-        field, equals, value = assignment.partition("=")
-        if not (field and equals):
-            raise UserError(f"--set takes FIELD=VALUE, not {assignment!r}")
-        changes[field] = value
-    return changes
-
-
 def load_tokenizer(path_or_name: str | None, model_id: str) -> Any:
     """The tokenizer asked for; or else the model's own, or None if it cannot be had."""
+    from nnscaler import hub
+
     if path_or_name is not None:
         return hub.load_tokenizer(path_or_name)
     try:
@@ -87,6 +86,11 @@ def initialised_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
     Raises:
         UserError: there is no causal language model of this configuration, or not enough memory for it.
     """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from nnscaler import hub
+
     try:
         with torch.device("meta"):  # so that the layers do not draw weights of their own before the model does
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

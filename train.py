@@ -13,15 +13,14 @@ Train (compiles first where no matching plan is there):
 
 from __future__ import annotations
 
-import argparse
-import logging
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from chunk_linear_cross_entropy import chunk_linear_cross_entropy
-from nnscaler.cli.args import ArgumentParser, run
+from nnscaler.cli.args import run
 from nnscaler.cli.config import (
-    SCHEDULES,
     CheckpointConfig,
     DatasetConfig,
     LogConfig,
@@ -29,147 +28,135 @@ from nnscaler.cli.config import (
     ModelConfig,
     TrainerArgs,
 )
-from nnscaler.cli.trainer import Trainer
-from nnscaler.compiler import ComputeConfig
-from nnscaler.data.training import PackedDataset
-from nnscaler.hardware import hardware_names
-from nnscaler.models import load_config
-from nnscaler.models.attention import IMPLEMENTATIONS
-from nnscaler.models.causal_lm import WEIGHT_PREFIX, CausalLM, count_parameters, flops_per_sequence, prepare_config
-from nnscaler.models.files import AssetWriter, find_weights
-from nnscaler.pipeline.schedules import KINDS
-from nnscaler.report import explain, read_plan
-from nnscaler.runtime.optimizer import OptimizerConfig
-from nnscaler.trace import STRATEGIES
+from nnscaler.cli.flags import Flags, parse
+from nnscaler.config import ComputeConfig, OptimizerConfig
+from nnscaler.directory import check_writable
+from nnscaler.errors import UserError
+from nnscaler.options import REQUIRED, assignments, check, path, switch, text
 
-logger = logging.getLogger(__name__)
+# torch and transformers take seconds to import: what is wrong with a flag is said before.
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+KERNELS = ("auto", "flash_attention_4", "flash_attention_3", "flash_attention_2", "cudnn", "sdpa", "eager")
 
 
-def parse() -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__)
-    add = parser.add_argument_group("what to train").add_argument
-    add("--name", default="llama", help="name of the run: of its compiled code, checkpoints and logs")
-    add("--run_mode", choices=("compile", "run"), default="run", help="compile: plan and write code; run: train")
-    add("--explain", action="store_true", help="with --run_mode compile: print what the plan costs, what limits it, "
-        "and what would help, for which it plans a few times more")  # fmt: skip
-    add("--model_id", required=True, help="model directory (with safetensors, or only config.json), or hub name")
-    add("--dataset_path", type=Path, help="dataset that bookcorpus.py wrote")
-    add("--sequence_length", type=int, help="tokens a sequence, to plan without a dataset")
-    add("--resume_path", type=Path, help="checkpoint, folder of checkpoints (the newest counts), merged file, or model "
-        "directory with safetensors (weights only)")  # fmt: skip
-    add("--seed", type=int, default=0, help="seed of the data's order, and of weights where the model has none")
+@dataclass(frozen=True)
+class Inputs:
+    """What is trained, and on what."""
 
-    add = parser.add_argument_group("cluster and plan").add_argument
-    add("--plan_ngpus", type=int, default=1, help="devices that one copy of the model is split over")
-    add("--runtime_ngpus", type=int, help="devices in all (default: processes that torchrun started, or plan_ngpus)")
-    add("--gpu_mem_constraint", type=float, help="memory a device that the plan may use, in GB of 2^30 bytes "
-        "(default: 90 %% of the device's)")  # fmt: skip
-    add("--hardware", help=f"plan for this hardware: {', '.join(hardware_names())}, or a .json file like theirs "
-        "(default: this machine's)")  # fmt: skip
-    add("--trace_strategy", choices=STRATEGIES, default="reuse_cache", help="how the model is traced; "
-        + "; ".join(f"{name}: {strategy.summary}" for name, strategy in STRATEGIES.items()))  # fmt: skip
-    add("--enable_chunk_loss", action="store_true", help="last projection and loss in chunks of 1024 tokens, "
-        "never holding all logits")  # fmt: skip
-    add("--recompute_modules", default="", help="comma-separated class names: what modules of these "
-        "classes compute, and nothing else, is computed again in backward (default: the planner chooses)")  # fmt: skip
-    add("--explore_pipeline", action="store_true", help="search pipelines too, and take one where it is faster")
-    add("--pipeline_pivots", default="", help="comma-separated class names of modules at which pipeline stages may "
-        "begin (default: the repeated one)")  # fmt: skip
-    add("--pipeline_schedule", choices=tuple(KINDS), help="pipeline with this schedule (default: the fastest)")
-    add("--pipeline_nstages", type=int, help="pipeline with so many stages (default: as many as are fastest)")
-    add("--attn_implementation", choices=IMPLEMENTATIONS, default="auto", help="attention kernel on a GPU; auto: the "
-        "fastest of those that are installed; eager: as the model writes it, scores and all")  # fmt: skip
+    model_id: str = text(REQUIRED, "model directory (with safetensors, or only config.json), or a name on the hub")
+    set: Mapping[str, str] = assignments(
+        "another field of the model's configuration and its new value, such as max_position_embeddings=131072 or "
+        '\'rope_parameters={"rope_type": "yarn", ...}\'; may be given several times'
+    )
+    dataset_path: Path | None = path(None, "dataset that bookcorpus.py wrote")
+    enable_chunk_loss: bool = switch(
+        "compute the last projection and the loss in chunks of 1024 tokens, so that all logits are never there at once",
+        flag="enable-chunk-loss",
+    )
+    attn_implementation: str = text(
+        "auto", "attention kernel on a GPU; auto: the fastest of those that are installed; eager: as the model writes "
+        "it, with all scores", choices=KERNELS,
+    )  # fmt: skip
 
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--max_train_steps", type=int, help="optimizer steps in all (default: one pass over the dataset)")
-    add("--micro_batch_size", type=int, default=1, help="sequences a replica computes at a time")
-    add("--grad_accumulation_steps", type=int, default=4, help="micro-batches a replica accumulates in a step")
-    add("--precision", choices=("bf16", "fp32"), default="bf16", help="bf16: bf16 weights with fp32 masters")
-    add("--learning_rate", type=float, default=5e-5, help="peak learning rate of AdamW")
-    add("--lr_schedule", choices=SCHEDULES, default="cosine", help="fall of the learning rate after warm-up")
-    add("--warmup_steps", type=int, default=0, help="steps in which the learning rate rises")
-    add("--min_learning_rate", type=float, default=0.1, help="where the schedule ends, as a fraction of the peak")
-    add("--weight_decay", type=float, default=0.1, help="decoupled weight decay of matrices")
-    add("--clip_gnorm", type=float, default=1.0, help="largest norm of the gradient; 0: no clipping")
-
-    add = parser.add_argument_group("files").add_argument
-    add("--checkpoint_dir", type=Path, default=Path("checkpoints"), help="folder for checkpoints, one folder a run")
-    add("--checkpoint_interval", type=int, default=100, help="steps between checkpoints; 0: not by steps. There is "
-        "always one of the last step, and on SIGTERM one of the step then reached")  # fmt: skip
-    add("--checkpoint_minutes", type=float, default=0.0, help="minutes between checkpoints; 0: not by time")
-    add("--keep_checkpoints", type=int, default=3, help="newest checkpoints that are kept, beside those that the links "
-        "last and best (lowest training loss) point to; 0: all")  # fmt: skip
-    add("--log_dir", type=Path, default=Path("runs"), help="folder for TensorBoard and metrics.jsonl")
-    add("--log_interval", type=int, default=1, help="steps between reports")
-    add("--profile", type=Path, help="folder for a torch profiler trace of two steps, and where their time went")
-    add("--gen_savedir", type=Path, default=Path(".nnscaler"), help="folder for compiled plans and code")
-    return parser.parse_args()
+    def __post_init__(self) -> None:
+        check(self)
+        if self.dataset_path is not None and not self.dataset_path.exists():
+            raise UserError(f"dataset_path is '{self.dataset_path}', which does not exist; make one with bookcorpus.py")
 
 
-def trainer_args(options: argparse.Namespace) -> TrainerArgs:
-    """What the flags mean. Raises UserError for what does not go together."""
-    config = load_config(options.model_id)
-    packed = PackedDataset.open(options.dataset_path) if options.dataset_path else None
-    dataset = DatasetConfig(packed, options.sequence_length)
-    length = dataset.length
-    prepare_config(config, length, options.attn_implementation)
-    loss = chunk_linear_cross_entropy if options.enable_chunk_loss else None
-    weights = find_weights(options.model_id) if options.run_mode == "run" and not options.resume_path else None
+GROUPS: dict[str, type] = {
+    "what to train": Inputs,
+    "length of sequences": DatasetConfig,
+    "the run": TrainerArgs,
+    "cluster and plan": ComputeConfig,
+    "optimizer": OptimizerConfig,
+    "learning rate": LRSchedulerConfig,
+    "checkpoints": CheckpointConfig,
+    "reports": LogConfig,
+}
+# Where they are others than the engine's. Without a number of devices, torchrun knows it.
+DEFAULTS = {"name": "llama", "learning_rate": 5e-5, "grad_accumulation_steps": 4, "runtime_ngpus": None}
+
+
+def read_flags() -> tuple[Flags, Inputs, TrainerArgs]:
+    """What the command line says, judged as far as it goes without the model and the data, which `complete` adds.
+
+    Raises UserError for what is not allowed, or does not go together.
+    """
+    flags = parse(__doc__ or "", GROUPS, DEFAULTS)
+    inputs = flags.make(Inputs)
+    processes = int(os.environ.get("WORLD_SIZE", flags["plan_ngpus"]))
+    args = flags.make(
+        TrainerArgs,
+        model=ModelConfig(make=_not_read_yet),
+        dataset=flags.make(DatasetConfig) if inputs.dataset_path is None else DatasetConfig(sequence_length=2),
+        compute=flags.make(ComputeConfig, runtime_ngpus=flags["runtime_ngpus"] or processes),
+        optimizer=flags.make(OptimizerConfig),
+        lr_scheduler=flags.make(LRSchedulerConfig),
+        checkpoint=flags.make(CheckpointConfig),
+        log=flags.make(LogConfig),
+    )
+    if args.run_mode == "run" and inputs.dataset_path is None:
+        raise UserError("training needs a dataset_path; without one only --run_mode compile works")
+    if os.environ.get("RANK", "0") == "0":
+        written = {"gen_savedir": args.gen_savedir}
+        if args.run_mode == "run":
+            written |= {"checkpoint_dir": args.checkpoint.directory, "log_dir": args.log.directory}
+        if args.run_mode == "run" and args.log.profile is not None:
+            written["profile"] = args.log.profile
+        for flag, folder in written.items():
+            check_writable(folder, flag)
+    return flags, inputs, args
+
+
+def _not_read_yet() -> Any:
+    raise AssertionError("the model is added later")
+
+
+def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
+    """`args` with the model and the data. Raises UserError for what does not go together."""
+    from chunk_linear_cross_entropy import chunk_linear_cross_entropy
+    from nnscaler.data.training import PackedDataset
+    from nnscaler.models import load_config
+    from nnscaler.models.causal_lm import (
+        WEIGHT_PREFIX,
+        CausalLM,
+        count_parameters,
+        flops_per_sequence,
+        prepare_config,
+    )
+    from nnscaler.models.changes import changed_config
+    from nnscaler.models.files import AssetWriter, find_weights
+
+    config = load_config(inputs.model_id)
+    if inputs.set:
+        config = changed_config(config, dict(inputs.set))
+    packed = PackedDataset.open(inputs.dataset_path) if inputs.dataset_path else None
+    dataset = DatasetConfig(packed, flags["sequence_length"])
+    prepare_config(config, dataset.length, inputs.attn_implementation)
+    loss = chunk_linear_cross_entropy if inputs.enable_chunk_loss else None
+    reads_weights = args.run_mode == "run" and not args.checkpoint.resume
     model = ModelConfig(
         make=lambda: CausalLM(config, loss),
-        weights=weights,
+        weights=find_weights(inputs.model_id) if reads_weights else None,
         weight_prefix=WEIGHT_PREFIX,
         vocabulary=config.vocab_size,
-        flops_per_sequence=flops_per_sequence(config, count_parameters(config), length),
-        save_assets=AssetWriter(config, DTYPES[options.precision], options.model_id, options.dataset_path),
+        flops_per_sequence=flops_per_sequence(config, count_parameters(config), dataset.length),
+        save_assets=AssetWriter(config, DTYPES[args.precision], inputs.model_id, inputs.dataset_path),
     )
-    runtime_ngpus = options.runtime_ngpus or int(os.environ.get("WORLD_SIZE", options.plan_ngpus))
-    compute = ComputeConfig(
-        plan_ngpus=options.plan_ngpus,
-        runtime_ngpus=runtime_ngpus,
-        trace_strategy=options.trace_strategy,
-        gpu_mem_constraint=options.gpu_mem_constraint,
-        recompute_modules=tuple(filter(None, options.recompute_modules.split(","))) or None,
-        micro_batches=options.grad_accumulation_steps,
-        hardware=options.hardware,
-        explore_pipeline=options.explore_pipeline,
-        pipeline_pivots=tuple(filter(None, options.pipeline_pivots.split(","))),
-        pipeline_schedule=options.pipeline_schedule,
-        pipeline_nstages=options.pipeline_nstages,
-    )
-    return TrainerArgs(
-        name=options.name,
-        model=model,
-        compute=compute,
-        dataset=dataset,
-        optimizer=OptimizerConfig(
-            lr=options.learning_rate, weight_decay=options.weight_decay, clip_gnorm=options.clip_gnorm
-        ),
-        lr_scheduler=LRSchedulerConfig(options.lr_schedule, options.warmup_steps, options.min_learning_rate),
-        checkpoint=CheckpointConfig(
-            options.checkpoint_dir,
-            options.checkpoint_interval,
-            options.checkpoint_minutes,
-            options.keep_checkpoints,
-            options.resume_path,
-        ),
-        log=LogConfig(options.log_dir, options.log_interval, options.profile),
-        run_mode=options.run_mode,
-        explain=options.explain,
-        precision=options.precision,
-        micro_batch_size=options.micro_batch_size,
-        max_train_steps=options.max_train_steps,
-        seed=options.seed,
-        gen_savedir=options.gen_savedir,
-    )
+    return replace(args, model=model, dataset=dataset)
 
 
 def main() -> None:
-    trainer = Trainer(trainer_args(parse()))
+    flags, inputs, args = read_flags()
+    from nnscaler.cli.trainer import Trainer
+
+    trainer = Trainer(complete(flags, inputs, args))
     trainer.run()
     if trainer.args.explain and trainer.rank == 0:
+        from nnscaler.report import explain, read_plan
+
         print(explain(read_plan(trainer.gen_folder)))
 
 

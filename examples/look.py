@@ -11,19 +11,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from nnscaler.cli.args import ArgumentParser, run
 from nnscaler.errors import UserError
 
 
 def plot(folder: Path, output: Path) -> None:
     """Loss by step, out of the run's metrics.jsonl."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     metrics = folder / "metrics.jsonl"
     if not metrics.exists():
         raise UserError(f"'{folder}' has no metrics.jsonl; it is not the log folder of a run")
@@ -37,6 +35,9 @@ def plot(folder: Path, output: Path) -> None:
 
 def write_line(model_path: Path, prompt: str) -> str:
     """A line that the model writes."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     model, report = AutoModelForCausalLM.from_pretrained(model_path, output_loading_info=True)
     problems = {kind: keys for kind, keys in report.items() if keys}

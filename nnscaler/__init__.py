@@ -1,7 +1,23 @@
 """Trains large models over many devices: traces, plans, generates code, and runs it."""
 
-from nnscaler.compiler import ComputeConfig, Source, compile_model
+from typing import TYPE_CHECKING
+
 from nnscaler.errors import UserError
-from nnscaler.operators import register_op
+from nnscaler.lazy import lazily
+
+if TYPE_CHECKING:
+    from nnscaler.compiler import Source, compile_model
+    from nnscaler.config import ComputeConfig
+    from nnscaler.operators import register_op
 
 __all__ = ["ComputeConfig", "Source", "UserError", "compile_model", "register_op"]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "ComputeConfig": "nnscaler.config",
+        "Source": "nnscaler.compiler",
+        "compile_model": "nnscaler.compiler",
+        "register_op": "nnscaler.operators",
+    },
+)

@@ -27,13 +27,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nnscaler.codegen import generate
-from nnscaler.errors import UserError
+from nnscaler.config import ComputeConfig
 from nnscaler.graph import Graph
-from nnscaler.hardware import Hardware, detect_hardware, load_hardware
-from nnscaler.mesh import Mesh, meshes
+from nnscaler.hardware import Hardware
 from nnscaler.operators.registry import all_registered
 from nnscaler.pipeline.plan import PipelinePlan
-from nnscaler.pipeline.schedules import KINDS
 from nnscaler.pipeline.search import Wanted, find_pipeline
 from nnscaler.plan import Plan
 from nnscaler.planner import find_plan
@@ -49,64 +47,6 @@ logger = logging.getLogger(__name__)
 
 GIB = 2**30
 DONE = "compiled.json"
-
-
-@dataclass(frozen=True)
-class ComputeConfig:
-    """What to compile for.
-
-    plan_ngpus          devices that one copy of the model is split over
-    runtime_ngpus       devices in all: runtime_ngpus / plan_ngpus copies train on different samples
-    trace_strategy      see `nnscaler.trace`
-    gpu_mem_constraint  GiB a device that the plan may use; None: 90 % of the device's
-    recompute_modules   class names of modules whose results, and no others, are computed again in backward; None: the
-                        planner chooses what is
-    micro_batches       gradient accumulation steps
-    hardware            name of bundled hardware to plan for; None: this machine
-    explore_pipeline    whether pipelines are searched too. What the search may be told: pipeline_pivots, class names of
-                        modules at which stages may begin (none: the repeated block); pipeline_schedule, one of
-                        `nnscaler.pipeline.schedules.KINDS`; pipeline_nstages, how many stages
-    """
-
-    plan_ngpus: int = 1
-    runtime_ngpus: int = 1
-    trace_strategy: str = "reuse_cache"
-    gpu_mem_constraint: float | None = None
-    recompute_modules: tuple[str, ...] | None = None
-    micro_batches: int = 1
-    hardware: str | None = None
-    explore_pipeline: bool = False
-    pipeline_pivots: tuple[str, ...] = ()
-    pipeline_schedule: str | None = None
-    pipeline_nstages: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("plan_ngpus", "runtime_ngpus", "micro_batches"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.runtime_ngpus % self.plan_ngpus:
-            raise UserError(
-                f"runtime_ngpus is {self.runtime_ngpus}; it must be a multiple of plan_ngpus={self.plan_ngpus}"
-            )
-        if self.gpu_mem_constraint is not None and not self.gpu_mem_constraint > 0:
-            raise UserError(f"gpu_mem_constraint is {self.gpu_mem_constraint} GB; it must be more than 0")
-        find_strategy(self.trace_strategy)
-        for name in ("pipeline_pivots", "pipeline_schedule", "pipeline_nstages"):
-            value = getattr(self, name)
-            if value and not self.explore_pipeline:
-                shown = ",".join(value) if isinstance(value, tuple) else value
-                raise UserError(f"{name} is '{shown}', but explore_pipeline is not given; it is allowed only with that")
-        if self.pipeline_nstages is not None and self.pipeline_nstages < 1:
-            raise UserError(f"pipeline_nstages is {self.pipeline_nstages}; it must be at least 1")
-        if self.pipeline_schedule is not None and self.pipeline_schedule not in KINDS:
-            raise UserError(f"pipeline_schedule is '{self.pipeline_schedule}'; allowed are {', '.join(KINDS)}")
-
-    def meshes(self, hardware: Hardware) -> list[Mesh]:
-        """The meshes to try."""
-        return meshes(self.plan_ngpus, self.runtime_ngpus // self.plan_ngpus, hardware.devices_per_node)
-
-    def find_hardware(self) -> Hardware:
-        return load_hardware(self.hardware) if self.hardware else detect_hardware()
 
 
 @dataclass(frozen=True)
@@ -152,6 +92,8 @@ def compile_model(source: Source, config: ComputeConfig, directory: Path, explai
     """
     started = time.perf_counter()
     hardware = config.find_hardware()
+    if hardware.remark:
+        logger.warning(hardware.remark)
     model, buffers = source.build()
     graph = trace(model, source.inputs, buffers, config.trace_strategy, source.seed)
     logger.info(

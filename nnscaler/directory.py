@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +12,25 @@ from pathlib import Path
 from nnscaler.errors import UserError
 
 
+def check_writable(folder: Path, name: str) -> None:
+    """Raises a `UserError` that calls it `name` where `folder` neither is a folder to write into nor can be made.
+
+    It tries: permissions do not tell of a file system that is read-only, nor of who may write everywhere.
+    """
+    there = folder.absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    try:
+        with tempfile.TemporaryDirectory(prefix=".nnscaler-", dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"{name} is '{folder}', which cannot be written: {error.strerror or error}") from error
+
+
 def check_new(path: Path) -> None:
-    """Raises a `UserError` if `path` is anything but absent or an empty directory."""
+    """Raises a `UserError` if `path` is anything but absent or an empty directory that this process is not in."""
+    if path.absolute() == Path.cwd():
+        raise UserError(f"{path} is the folder that this command runs in: choose another path")
     if path.is_dir() and not any(path.iterdir()):
         return
     if path.exists() or path.is_symlink():

@@ -56,7 +56,7 @@ PIPELINE = (*PLAN, "--plan_ngpus", "2", "--explore_pipeline")
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((*DATA,), "the following arguments are required: --model_id"),
+        ((*DATA,), "--model_id is not given, and has no default"),
         ((*MODEL,), "neither dataset_path nor sequence_length is given"),
         ((*MODEL, "--dataset_path", "{}/nowhere"), "/nowhere', which does not exist"),
         ((*MODEL, "--dataset_path", "{}/model"), "is not a dataset that bookcorpus.py wrote"),
@@ -93,14 +93,14 @@ PIPELINE = (*PLAN, "--plan_ngpus", "2", "--explore_pipeline")
             (*PIPELINE, "--pipeline_nstages", "2", "--grad_accumulation_steps", "1"),
             "grad_accumulation_steps is 1; pipeline schedule 1f1b with 2 stages on 2 ranks needs at least 2",
         ),
-        ((*PLAN, "--gpu_mem_constraint", "-1"), "gpu_mem_constraint is -1.0 GB; it must be more than 0"),
+        ((*PLAN, "--gpu_mem_constraint", "-1"), "gpu_mem_constraint is -1.0; it must be more than 0"),
         ((*MODEL, *DATA, "--resume_path", "{}/nothing"), "/nothing', which does not exist"),
         ((*MODEL, *DATA, "--resume_path", "{}/data"), "holds no complete checkpoint"),
         ((*MODEL, *DATA, "--resume_path", "{}/hardware.json"), "is not a merged checkpoint"),
         ((*MODEL, *DATA, "--micro_batch_size", "0"), "micro_batch_size is 0; it must be at least 1"),
         ((*MODEL, *DATA, "--max_train_steps", "0"), "max_train_steps is 0; it must be at least 1"),
-        ((*MODEL, *DATA, "--warmup_steps", "-1"), "warmup_steps is -1; it must be 0 or more"),
-        ((*MODEL, *DATA, "--no_such_flag"), "unrecognized arguments: --no_such_flag"),
+        ((*MODEL, *DATA, "--warmup_steps", "-1"), "warmup_steps is -1; it must be at least 0"),
+        ((*MODEL, *DATA, "--no_such_flag"), "there is no flag --no_such_flag"),
     ],
 )
 def test_train(fails, flags, message):

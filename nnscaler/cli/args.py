@@ -1,26 +1,43 @@
-"""Command-line conventions shared by every script: flag spelling, help format, one-line errors, logging."""
+"""Command-line conventions shared by every script: flag spelling, help format, one-line errors, logging.
+
+Nothing here needs torch, so that help, and what is wrong with a flag, come at once.
+"""
 
 from __future__ import annotations
 
 import argparse
+import difflib
+import hashlib
+import json
 import logging
+import os
+import re
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 from nnscaler.errors import UserError
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """`argparse` with defaults shown in the help and both `--long_name` and `--long-name` accepted for each flag."""
+    """`argparse` with defaults shown in the help, both `--long_name` and `--long-name` accepted for each flag, values
+    that may be negative however they are spelled, and the nearest known flag named where one is unknown."""
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", _HelpFormatter)
         super().__init__(allow_abbrev=False, **kwargs)
+        self._negative_number_matcher = re.compile(r"^-(\d|\.\d|inf|nan)", re.IGNORECASE)  # and so a value, no flag
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        args = list(sys.argv[1:] if args is None else args)
-        return super().parse_known_args([self._as_declared(arg) for arg in args], namespace)
+        args = [self._as_declared(arg) for arg in (sys.argv[1:] if args is None else args)]
+        for arg in args:
+            if arg == "--":
+                break
+            self._check_known(arg.partition("=")[0])
+        return super().parse_known_args(args, namespace)
 
     def _as_declared(self, arg: str) -> str:
         """The declared spelling of a flag given with hyphens for underscores or the reverse."""
@@ -30,8 +47,12 @@ class ArgumentParser(argparse.ArgumentParser):
         declared = {_spelling(option): option for option in self._option_string_actions}
         return declared.get(_spelling(flag), flag) + equals + value
 
+    def _check_known(self, flag: str) -> None:
+        if flag.startswith("--") and flag not in self._option_string_actions:
+            self.error(unknown("flag", flag, self._option_string_actions))
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        raise UserError(message)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -47,13 +68,39 @@ def _spelling(flag: str) -> str:
     return "--" + flag[2:].replace("-", "_") if flag.startswith("--") else flag
 
 
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """A message for a name that is none of those that are known, with the nearest of them."""
+    near = difflib.get_close_matches(_spelling(name), list(known), n=1, cutoff=0.6)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"there is no {what} {name}{hint}"
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs a command: logs to stderr, and turns a `UserError` into one line on stderr and exit status 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         main()
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        _tell(" ".join(f"error: {error}".splitlines()))
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _tell(line: str) -> None:
+    """Writes a line to stderr; where torchrun started several processes here that say the same, the first of them does.
+
+    torchrun gives each process a file for what ended it, which it shows in its own report of the failure.
+    """
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if report is not None:
+        with suppress(OSError):
+            told = Path(report).parents[1] / f"told-{hashlib.sha256(line.encode()).hexdigest()[:16]}"
+            message = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+            Path(report).write_text(json.dumps({"message": message}))
+            try:
+                told.touch(exist_ok=False)
+            except FileExistsError:
+                return
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()

@@ -1,18 +1,24 @@
-"""What a training run is made of: one dataclass a concern, checked where it is built."""
+"""What a training run is made of: one dataclass a concern, checked where it is built.
+
+The fields that are made by `nnscaler.options` are also the flags of train.py.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import cos, pi
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from nnscaler.compiler import ComputeConfig
-from nnscaler.data.training import PackedDataset
+from nnscaler.config import ComputeConfig, OptimizerConfig
 from nnscaler.errors import UserError
-from nnscaler.runtime.optimizer import OptimizerConfig
+from nnscaler.options import REQUIRED, check, number, path, switch, text, whole
+
+if TYPE_CHECKING:  # which a command that only answers need not wait for
+    from torch import nn
+
+    from nnscaler.data.training import PackedDataset
 
 
 @dataclass(frozen=True)
@@ -39,10 +45,13 @@ class DatasetConfig:
     """Packed sequences (`bookcorpus.py`); None: only plan, for sequences of `sequence_length` tokens."""
 
     dataset: PackedDataset | None = None
-    sequence_length: int | None = None
+    sequence_length: int | None = whole(
+        None, "tokens a sequence, to plan without a dataset (default: the dataset's)", least=2, most=2**30
+    )
     ignored_label: int = -100
 
     def __post_init__(self) -> None:
+        check(self)
         if self.dataset is None and self.sequence_length is None:
             raise UserError(
                 "neither dataset_path nor sequence_length is given; one of them says how long sequences are"
@@ -63,21 +72,21 @@ class DatasetConfig:
 
 
 SCHEDULES = ("constant", "linear", "cosine")
+MOST_STEPS = 2**40
 
 
 @dataclass(frozen=True)
 class LRSchedulerConfig:
     """Learning rate by step: linear warm-up, then constant, or falling to `minimum` times the peak at the last step."""
 
-    schedule: str = "cosine"
-    warmup_steps: int = 0
-    minimum: float = 0.1
+    schedule: str = text("cosine", "how the learning rate falls after warm-up", flag="lr_schedule", choices=SCHEDULES)
+    warmup_steps: int = whole(0, "steps in which the learning rate rises", least=0, most=MOST_STEPS)
+    minimum: float = number(
+        0.1, "learning rate of the last step, as a fraction of the peak", flag="min_learning_rate", least=0, most=1
+    )
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise UserError(f"lr_schedule is '{self.schedule}'; allowed are {', '.join(SCHEDULES)}")
-        if self.warmup_steps < 0:
-            raise UserError(f"warmup_steps is {self.warmup_steps}; it must be 0 or more")
+        check(self)
 
     def factor(self, step: int, steps: int) -> float:
         """What the peak learning rate is multiplied with in step `step` (from 0) of `steps`."""
@@ -90,46 +99,48 @@ class LRSchedulerConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Where checkpoints go, and how often.
+    """Where checkpoints go, and how often. `interval` None: no checkpoint at all."""
 
-    directory  holds a folder a run, which holds a folder a checkpoint
-    interval   optimizer steps between checkpoints; 0: not by steps, but the last step's state is saved; None: no
-               checkpoint at all
-    minutes    minutes between checkpoints; 0: not by time
-    keep       newest checkpoints that are kept, beside those that `last` and `best` point to; 0: all
-    resume     what to continue from: a checkpoint, a folder of them, a merged file, a Hugging Face model; None: start
-               anew
-    """
-
-    directory: Path = Path("checkpoints")
-    interval: int | None = 100
-    minutes: float = 0.0
-    keep: int = 3
-    resume: Path | None = None
+    directory: Path = path(Path("checkpoints"), "folder for checkpoints, one folder a run", flag="checkpoint_dir")
+    interval: int | None = whole(
+        100, "steps between checkpoints; 0: not by steps. There is always one of the last step, and on SIGTERM one of "
+        "the step then reached", flag="checkpoint_interval", optional=True, least=0, most=MOST_STEPS,
+    )  # fmt: skip
+    minutes: float = number(
+        0.0, "minutes between checkpoints; 0: not by time", flag="checkpoint_minutes", least=0, most=1e6
+    )
+    keep: int = whole(
+        3, "newest checkpoints that are kept, beside those that the links last and best (lowest training loss) point "
+        "to; 0: all", flag="keep_checkpoints", least=0, most=MOST_STEPS,
+    )  # fmt: skip
+    resume: Path | None = path(
+        None, "checkpoint to continue from, folder of checkpoints (of which the newest counts), merged file, or model "
+        "directory with safetensors (whose weights alone are taken)", flag="resume_path",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        for name in ("interval", "minutes", "keep"):
-            if not (getattr(self, name) or 0) >= 0:  # NaN is wrong too
-                raise UserError(f"checkpoint {name} is {getattr(self, name)}; it must be 0 or more")
+        check(self)
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Logs: TensorBoard and metrics.jsonl below `directory`, every `interval` steps.
+    """Logs: TensorBoard and metrics.jsonl below `directory`, every `interval` steps."""
 
-    profile  folder for a profile of a few steps (see `nnscaler.profiler.steps`); None: no profile
-    """
+    directory: Path = path(Path("runs"), "folder for TensorBoard and metrics.jsonl, one folder a run", flag="log_dir")
+    interval: int = whole(1, "steps between reports", flag="log_interval", least=1, most=MOST_STEPS)
+    profile: Path | None = path(
+        None, "folder for a trace of two steps by torch's profiler, and where their time went (default: no profile)"
+    )
 
-    directory: Path = Path("runs")
-    interval: int = 1
-    profile: Path | None = None
+    def __post_init__(self) -> None:
+        check(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainerArgs:
-    """A training run. `explain`: with run_mode compile, say what would help, which takes a few plans more."""
+    """A training run."""
 
-    name: str
+    name: str = text(REQUIRED, "name of the run: of its compiled code, its checkpoints and its logs")
     model: ModelConfig
     compute: ComputeConfig
     dataset: DatasetConfig
@@ -137,22 +148,27 @@ class TrainerArgs:
     lr_scheduler: LRSchedulerConfig = LRSchedulerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
-    run_mode: str = "run"
-    explain: bool = False
-    precision: str = "bf16"
-    micro_batch_size: int = 1
-    max_train_steps: int | None = None
-    seed: int = 0
-    gen_savedir: Path = field(default=Path(".nnscaler"))
+    run_mode: str = text("run", "compile: plan and write code; run: train", choices=("compile", "run"))
+    explain: bool = switch(
+        "with --run_mode compile: print what the plan costs, what limits it, and what would help, for which it plans "
+        "a few times more"
+    )
+    precision: str = text(
+        "bf16", "bf16: weights in bf16, with fp32 masters in the optimizer; fp32: all in fp32", choices=("bf16", "fp32")
+    )
+    micro_batch_size: int = whole(1, "sequences that a copy of the model computes at a time", least=1, most=2**20)
+    max_train_steps: int | None = whole(
+        None, "optimizer steps in all (default: one pass over the dataset)", least=1, most=MOST_STEPS
+    )
+    seed: int = whole(
+        0, "seed of the order of the data, and of the weights where the model has none", least=0, most=2**63 - 1
+    )
+    gen_savedir: Path = path(Path(".nnscaler"), "folder for compiled plans and code, one folder a run")
 
     def __post_init__(self) -> None:
-        if self.run_mode not in ("compile", "run"):
-            raise UserError(f"run_mode is '{self.run_mode}'; allowed are compile, run")
+        check(self)
         if self.explain and self.run_mode != "compile":
             raise UserError(f"explain goes with run_mode compile; run_mode is {self.run_mode}")
-        if self.precision not in ("bf16", "fp32"):
-            raise UserError(f"precision is '{self.precision}'; allowed are bf16, fp32")
-        if self.micro_batch_size < 1:
-            raise UserError(f"micro_batch_size is {self.micro_batch_size}; it must be at least 1")
-        if self.max_train_steps is not None and self.max_train_steps < 1:
-            raise UserError(f"max_train_steps is {self.max_train_steps}; it must be at least 1")
+        steps, warmup = self.max_train_steps, self.lr_scheduler.warmup_steps
+        if steps is not None and warmup > steps:
+            raise UserError(f"warmup_steps is {warmup}; it must be at most max_train_steps={steps}")

@@ -39,9 +39,15 @@ def measured_on(device: str) -> CommunicationTimes:
     return _read(communication_path(device))
 
 
+def is_kind(kind: str, device: str) -> bool:
+    """Whether a device's name says that it is of a kind: "NVIDIA H100 80GB HBM3" is "h100"; "NVIDIA RTX A1000" is not
+    "a100", and "NVIDIA GH200" not "h200"."""
+    return re.search(rf"(?<![a-z0-9]){re.escape(kind.lower())}(?![0-9])", device.lower()) is not None
+
+
 def measured_on_kind(kind: str) -> CommunicationTimes:
-    """What was measured last on a device whose name contains `kind`, such as "h100" in "NVIDIA H100 80GB HBM3"."""
-    files = [path for path in communication_path("").parent.glob("*.json") if _file_name(kind) in path.stem]
+    """What was measured last on a device of a kind, as `is_kind` understands it."""
+    files = [path for path in communication_path("").parent.glob("*.json") if is_kind(kind, path.stem)]
     return _read(max(files, key=lambda path: (path.stat().st_mtime, path))) if files else NO_TIMES
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from nnscaler.errors import UserError
 from nnscaler.hardware.communication import NO_TIMES, CommunicationTimes, Estimate, Group, Link, Network
-from nnscaler.hardware.local import measured_on, measured_on_kind
+from nnscaler.hardware.local import is_kind, measured_on, measured_on_kind
+
+if TYPE_CHECKING:  # who only asks for names need not wait for torch
+    import torch
 
 _SPECS = Path(__file__).parent / "specs"
 
@@ -31,6 +33,7 @@ class Hardware:
     interference      seconds that computation loses for each second of communication beside it
     intra, inter      the links between devices of a node, and of different nodes
     source            where the figures come from
+    remark            what a user should know of the choice of these figures; empty: nothing
     profile           how long collectives take on this kind of hardware
     measured          how long they took on this machine
     """
@@ -46,6 +49,7 @@ class Hardware:
     inter: Link
     source: str
     interference: float = 0.0
+    remark: str = ""
     profile: CommunicationTimes = NO_TIMES
     measured: CommunicationTimes = NO_TIMES
 
@@ -76,11 +80,25 @@ class Hardware:
 
     def identity(self) -> str:
         """A short text that differs where anything differs that costs depend on, what was measured here included."""
-        return f"{self.name} {hashlib.sha256(repr(self).encode()).hexdigest()[:16]}"
+        return f"{self.name} {hashlib.sha256(repr(replace(self, remark='')).encode()).hexdigest()[:16]}"
 
 
 def hardware_names() -> list[str]:
     return sorted(path.stem for path in _SPECS.glob("*.json"))
+
+
+def find_hardware(name: str | None, devices_per_node: int | None = None) -> Hardware:
+    """The hardware to plan for: the named one or this computer's, in nodes as they are.
+
+    Where torchrun started processes on several nodes, a node has as many devices as processes; without, as many as this
+    computer or the named hardware says. `devices_per_node` goes before either.
+    Raises UserError where there is no such hardware.
+    """
+    hardware = load_hardware(name) if name is not None else detect_hardware()
+    here, everywhere = (int(os.environ.get(key, 1)) for key in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    if devices_per_node is None:
+        devices_per_node = here if here < everywhere else hardware.devices_per_node
+    return replace(hardware, devices_per_node=devices_per_node)
 
 
 def load_hardware(name: str) -> Hardware:
@@ -89,32 +107,59 @@ def load_hardware(name: str) -> Hardware:
     A bundled one comes with what was measured on a device of its name on this machine; a file is taken as it is.
     Raises UserError for what is neither, and for a file whose fields are not those of `Hardware`.
     """
-    bundled = not name.endswith(".json")
-    path = _bundled(name) if bundled else Path(name)
-    if not path.exists():
+    if name.endswith(".json") and Path(name).exists():
+        return _read(Path(name))
+    if name.lower() not in hardware_names():
         raise UserError(f"hardware is '{name}'; known are {', '.join(hardware_names())}, and paths of .json files")
-    hardware = _read(path)
-    return replace(hardware, measured=measured_on_kind(name)) if bundled else hardware
+    return replace(_read(_bundled(name)), measured=measured_on_kind(name))
 
 
 def device_name() -> str:
     """What this process's device calls itself."""
+    import torch
+
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def detect_hardware() -> Hardware:
     """The specification of this machine's accelerator, or of its CPU, with what was measured on it.
 
-    A device's memory is what the device says; one of a kind that is not bundled is taken for an A100.
+    Memory, and the number of devices, are what the machine says; a device of a kind that is not bundled takes the rates
+    of the bundled kind that is most like it, which `remark` says.
     """
+    import torch
+
     device = device_name()
-    if torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties().total_memory
-    else:
+    if not torch.cuda.is_available():
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    known = [name for name in hardware_names() if name in device.lower().replace(" ", "")]
-    hardware = _read(_bundled(known[-1] if known else "a100"))
-    return replace(hardware, memory=float(memory), measured=measured_on(device))
+        remark = "planning for this computer's CPU, for want of a GPU; --hardware plans for another device"
+        return replace(_read(_bundled("cpu")), memory=float(memory), measured=measured_on(device), remark=remark)
+    kinds = [name for name in hardware_names() if is_kind(name, device)]
+    hardware = _read(_bundled(kinds[-1] if kinds else _most_alike()))
+    remark, name = "", hardware.name
+    if not kinds:
+        name = f"{device} with the rates of {hardware.name}"
+        remark = (
+            f"no figures of {device} are bundled: planning with the rates of {hardware.name} and this device's memory; "
+            "--hardware FILE.json gives other rates, nnscaler.profiler.benchmark_comm measures communication"
+        )
+    return replace(
+        hardware,
+        name=name,
+        memory=float(torch.cuda.get_device_properties().total_memory),
+        devices_per_node=torch.cuda.device_count(),
+        measured=measured_on(device),
+        remark=remark,
+    )
+
+
+def _most_alike() -> str:
+    """The bundled kind whose rates an unknown GPU takes: by maker, and by generation."""
+    import torch
+
+    if torch.version.hip:
+        return "mi300x"
+    return "h200" if torch.cuda.get_device_capability() >= (9, 0) else "a100"
 
 
 def _bundled(name: str) -> Path:
@@ -127,6 +172,35 @@ def _read(path: Path) -> Hardware:
         fields["intra"], fields["inter"] = Link(**fields["intra"]), Link(**fields["inter"])
         for times in {"profile", "measured"} & set(fields):
             fields[times] = CommunicationTimes.from_json(fields[times])
-        return Hardware(**fields)
-    except (ValueError, TypeError, KeyError) as error:
+        hardware = Hardware(**fields)
+        _check(hardware)
+        return hardware
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"hardware file '{path}' does not describe a machine ({error}); see {_SPECS}") from error
+
+
+def _check(hardware: Hardware) -> None:
+    """Raises ValueError for a figure that no machine has."""
+    more_than_0 = {
+        "memory": hardware.memory,
+        "memory_bandwidth": hardware.memory_bandwidth,
+        "flops of float32": hardware.flops["float32"],
+        "efficiency by default": hardware.efficiency["default"],
+        **{f"flops of {dtype}": rate for dtype, rate in hardware.flops.items()},
+        **{f"efficiency of {operator}": part for operator, part in hardware.efficiency.items()},
+        "bandwidth of intra": hardware.intra.bandwidth,
+        "bandwidth of inter": hardware.inter.bandwidth,
+        "devices_per_node": hardware.devices_per_node,
+    }
+    least_0 = {
+        "launch": hardware.launch,
+        "interference": hardware.interference,
+        "latency of intra": hardware.intra.latency,
+        "latency of inter": hardware.inter.latency,
+    }
+    for allowed, figures in (("more than 0", more_than_0), ("at least 0", least_0)):
+        for name, figure in figures.items():
+            if not 0 <= figure < math.inf or (figure == 0 and figures is more_than_0):
+                raise ValueError(f"{name} is {figure}; it must be {allowed}")
+    if hardware.devices_per_node != int(hardware.devices_per_node):
+        raise ValueError(f"devices_per_node is {hardware.devices_per_node}; it must be a whole number")

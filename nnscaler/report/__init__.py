@@ -6,8 +6,23 @@
     python -m nnscaler.report .nnscaler/llama .nnscaler/other     # what differs between two
 """
 
-from nnscaler.report.compare import compare
-from nnscaler.report.text import explain
-from nnscaler.report.values import plan_report, read_plan
+from typing import TYPE_CHECKING
+
+from nnscaler.lazy import lazily
+
+if TYPE_CHECKING:
+    from nnscaler.report.comparison import compare
+    from nnscaler.report.text import explain
+    from nnscaler.report.values import plan_report, read_plan
 
 __all__ = ["compare", "explain", "plan_report", "read_plan"]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "compare": "nnscaler.report.comparison",
+        "explain": "nnscaler.report.text",
+        "plan_report": "nnscaler.report.values",
+        "read_plan": "nnscaler.report.values",
+    },
+)

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 from nnscaler.cli.args import ArgumentParser, run
-from nnscaler.report import compare, explain, read_plan
 
 
 def main() -> None:
@@ -18,6 +17,8 @@ def main() -> None:
     parser.add_argument("plan", type=Path, help="compiled directory, or plan.json")
     parser.add_argument("other", type=Path, nargs="?", help="another, to compare with the first")
     options = parser.parse_args()
+    from nnscaler.report import compare, explain, read_plan  # torch takes seconds: help does not wait for it
+
     plan = read_plan(options.plan)
     text = explain(plan) if options.other is None else compare(plan, read_plan(options.other))
     sys.stdout.write(text + "\n")

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nnscaler.config import OptimizerConfig
 from nnscaler.runtime.buckets import Bucket
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW. `lr` is per step, `weight_decay` is decoupled and applies to parameters of two or more dimensions."""
-
-    lr: float = 3e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_gnorm: float = 1.0  # 0: gradients are not clipped
 
 
 def decays(shape: tuple[int, ...]) -> bool:

@@ -1,7 +1,22 @@
-"""From a model to its Graph."""
+"""A model and example inputs -> Graph, by `torch.export` on fake tensors."""
 
-from nnscaler.trace.meta import build_on_meta
-from nnscaler.trace.strategies import STRATEGIES, find_strategy
-from nnscaler.trace.tracer import trace
+from typing import TYPE_CHECKING
+
+from nnscaler.lazy import lazily
+
+if TYPE_CHECKING:
+    from nnscaler.trace.meta import build_on_meta
+    from nnscaler.trace.strategies import STRATEGIES, find_strategy
+    from nnscaler.trace.tracer import trace
 
 __all__ = ["STRATEGIES", "build_on_meta", "find_strategy", "trace"]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "STRATEGIES": "nnscaler.trace.strategies",
+        "build_on_meta": "nnscaler.trace.meta",
+        "find_strategy": "nnscaler.trace.strategies",
+        "trace": "nnscaler.trace.tracer",
+    },
+)

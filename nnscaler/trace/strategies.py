@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from nnscaler.errors import UserError
 
 
@@ -47,7 +45,13 @@ def find_strategy(name: str) -> Strategy:
     if name not in STRATEGIES:
         raise UserError(f"trace strategy is '{name}'; allowed are {', '.join(STRATEGIES)}")
     strategy = STRATEGIES[name]
-    if strategy.device == "cuda" and not torch.cuda.is_available():
+    if strategy.device == "cuda" and not _has_cuda():
         without = ", ".join(other for other, known in STRATEGIES.items() if known.device != "cuda")
         raise UserError(f"trace strategy '{name}' needs a CUDA device, and there is none; allowed here are {without}")
     return strategy
+
+
+def _has_cuda() -> bool:
+    import torch  # which naming a strategy need not wait for
+
+    return torch.cuda.is_available()

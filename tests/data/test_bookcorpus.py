@@ -316,14 +316,3 @@ def test_killed_half_way_leaves_nothing_that_looks_finished(tmp_path: Path, toke
     process.wait()
     assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
-
-
-def test_help_explains_every_flag(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["bookcorpus.py", "--help"])
-    with pytest.raises(SystemExit):
-        bookcorpus.main()
-    printed = capsys.readouterr().out
-    for action in bookcorpus.parser()._actions[1:]:
-        assert action.option_strings[0] in printed
-        assert action.required == action.help.rstrip().endswith("Required")  # type: ignore[union-attr]
-        assert action.required or "(default: " in action.help  # type: ignore[operator]

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from nnscaler.hardware.communication import COLLECTIVES, CommunicationTimes, Group
-from nnscaler.profiler.benchmark_comm import find_world, groups
+from nnscaler.profiler.collectives import find_world, groups
 
 MODULE = "nnscaler.profiler.benchmark_comm"
 

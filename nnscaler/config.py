@@ -1,0 +1,116 @@
+"""What to compile for, and how the optimizer updates: configurations that the engine itself reads.
+
+They need no torch, so that a command can answer from them at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from nnscaler.errors import UserError
+from nnscaler.hardware import hardware_names
+from nnscaler.options import check, names, number, switch, text, whole
+from nnscaler.pipeline.schedules import KINDS
+from nnscaler.trace.strategies import STRATEGIES, find_strategy
+
+if TYPE_CHECKING:
+    from nnscaler.hardware import Hardware
+    from nnscaler.mesh import Mesh
+
+MOST_DEVICES = 2**20
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """What to compile for. Raises UserError for what is not allowed, or does not go together."""
+
+    plan_ngpus: int = whole(1, "devices that one copy of the model is split over", least=1, most=MOST_DEVICES)
+    runtime_ngpus: int = whole(
+        1, "devices in all; runtime_ngpus / plan_ngpus copies of the model train on different samples "
+        "(default: the processes that torchrun started, or plan_ngpus)", least=1, most=MOST_DEVICES,
+    )  # fmt: skip
+    trace_strategy: str = text(
+        "reuse_cache", "how the model is traced; "
+        + "; ".join(f"{name}: {strategy.summary}" for name, strategy in STRATEGIES.items()), choices=tuple(STRATEGIES),
+    )  # fmt: skip
+    gpu_mem_constraint: float | None = number(
+        None, "memory of a device that the plan may use, in GiB (default: 90 % of what the device has)",
+        above=0, most=2**20, shown="GIB",
+    )  # fmt: skip
+    recompute_modules: tuple[str, ...] | None = names(
+        None, "class names of modules, with commas between them: what modules of these classes compute, and nothing "
+        "else, is computed again in the backward pass (default: the planner chooses what is)", shown="CLASS,...",
+    )  # fmt: skip
+    micro_batches: int = whole(
+        1, "micro-batches whose gradients a copy of the model adds up in a step",
+        flag="grad_accumulation_steps", least=1, most=2**20,
+    )  # fmt: skip
+    hardware: str | None = text(
+        None, f"plan for this hardware: {', '.join(hardware_names())}, or a .json file like theirs "
+        "(default: this computer's)",
+    )  # fmt: skip
+    devices_per_node: int | None = whole(
+        None, "devices in a node (default: as many as torchrun started on each, where it started several nodes; or "
+        "as many as this computer has; or what the hardware says)", least=1, most=MOST_DEVICES,
+    )  # fmt: skip
+    explore_pipeline: bool = switch("search pipelines too, and take one where it is faster")
+    pipeline_pivots: tuple[str, ...] = names(
+        (), "class names of modules at which pipeline stages may begin, with commas between them (default: the class "
+        "that is repeated most)", shown="CLASS,...",
+    )  # fmt: skip
+    pipeline_schedule: str | None = text(
+        None, "take only pipelines with this schedule (default: the fastest)", choices=tuple(KINDS)
+    )
+    pipeline_nstages: int | None = whole(
+        None, "take only pipelines with this number of stages (default: the fastest)", least=1, most=MOST_DEVICES
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.runtime_ngpus % self.plan_ngpus:
+            raise UserError(
+                f"runtime_ngpus is {self.runtime_ngpus}; it must be a multiple of plan_ngpus={self.plan_ngpus}"
+            )
+        find_strategy(self.trace_strategy)
+        for name in ("pipeline_pivots", "pipeline_schedule", "pipeline_nstages"):
+            value = getattr(self, name)
+            if value and not self.explore_pipeline:
+                shown = ",".join(value) if isinstance(value, tuple) else value
+                raise UserError(f"{name} is '{shown}', but explore_pipeline is not given; it is allowed only with that")
+
+    def meshes(self, hardware: Hardware) -> list[Mesh]:
+        """The meshes to try."""
+        from nnscaler.mesh import meshes
+
+        return meshes(self.plan_ngpus, self.runtime_ngpus // self.plan_ngpus, hardware.devices_per_node)
+
+    def find_hardware(self) -> Hardware:
+        """The hardware to plan for. Raises UserError where its name or file is none."""
+        from nnscaler.hardware import find_hardware
+
+        hardware = find_hardware(self.hardware, self.devices_per_node)
+        if self.hardware is None and self.devices_per_node is None and self.runtime_ngpus > hardware.devices_per_node:
+            nodes = (
+                f"planning for nodes of {hardware.devices_per_node} devices, as here; --devices_per_node says otherwise"
+            )
+            hardware = replace(hardware, remark="; ".join(filter(None, (hardware.remark, nodes))))
+        return hardware
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW; weight decay is decoupled, and applies to parameters of two or more dimensions."""
+
+    lr: float = number(3e-4, "peak learning rate of AdamW", flag="learning_rate", least=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = number(0.1, "decoupled weight decay of matrices", least=0)
+    clip_gnorm: float = number(1.0, "largest norm that the gradient is cut to; 0: it is never cut", least=0)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"betas is {self.betas}; it must be two numbers, at least 0 and less than 1")
+        if not self.eps > 0:
+            raise UserError(f"eps is {self.eps}; it must be more than 0")

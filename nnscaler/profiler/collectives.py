@@ -1,0 +1,218 @@
+"""How long collectives take on this machine: see `nnscaler.profiler.benchmark_comm`, the command that measures it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from nnscaler.errors import UserError
+from nnscaler.hardware.communication import COLLECTIVES, CommunicationTimes, Curve, Group, without_noise
+from nnscaler.hardware.local import communication_path, write_text
+from nnscaler.hardware.spec import device_name
+from nnscaler.runtime.collectives import all_gather_single, reduce_scatter_single
+
+logger = logging.getLogger(__name__)
+
+COMMAND = "torchrun --nnodes=<nodes> --nproc_per_node=<devices of a node> -m nnscaler.profiler.benchmark_comm"
+SMALLEST = 2**10
+LARGEST = {"nccl": 2**30, "gloo": 2**26}  # bytes
+BUDGET = 0.1  # seconds of repetitions of one message
+REPEATS = (3, 100)
+AHEAD = 200_000  # cycles of the device, about 0.1 ms: more than the host takes to start a collective
+SLOW = 0.5  # seconds; what is larger than a message that takes longer is left to extrapolation
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that measure: equal numbers on each node, ranks counting a node's first."""
+
+    rank: int
+    size: int
+    per_node: int
+    backend: str
+    device: torch.device
+
+    @property
+    def device_name(self) -> str:
+        return device_name() if self.device.type == "cuda" else "cpu"
+
+    @property
+    def nodes(self) -> int:
+        return self.size // self.per_node
+
+
+def measure_and_keep(backend: str | None) -> None:
+    """Measures, keeps the times on every node and prints them. Collective.
+
+    backend  nccl or gloo; None: nccl where there are GPUs
+    Raises UserError where torchrun has not started several processes, or the times cannot be kept.
+    """
+    world = find_world(backend or ("nccl" if torch.cuda.is_available() else "gloo"))
+    dist.init_process_group(world.backend, device_id=world.device if world.device.type == "cuda" else None)
+    try:
+        times = measure(world)
+        if world.rank % world.per_node == 0:
+            write_text(communication_path(world.device_name), times.dumps())
+        if world.rank == 0:
+            sys.stdout.write(table(times) + "\n")
+            logger.info("written to %s", communication_path(world.device_name))
+    finally:
+        dist.destroy_process_group()
+
+
+def find_world(backend: str) -> World:
+    """What torchrun has set up in the environment. Raises UserError where it is not several processes, one a device."""
+    rank, size, local_rank, per_node = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
+    if size < 2:
+        raise UserError(f"communication takes at least 2 processes; start them with: {COMMAND}")
+    if size % per_node:
+        raise UserError(f"nodes have different numbers of processes ({size} in all, {per_node} here)")
+    if backend == "gloo":
+        return World(rank, size, per_node, backend, torch.device("cpu"))
+    if per_node > torch.cuda.device_count():
+        raise UserError(f"--nproc_per_node is {per_node}; this node has {torch.cuda.device_count()} GPUs")
+    torch.cuda.set_device(local_rank)
+    return World(rank, size, per_node, backend, torch.device("cuda", local_rank))
+
+
+def measure(world: World) -> CommunicationTimes:
+    """The times of every collective over every kind of group, the same on all ranks."""
+    sizes = [SMALLEST << step for step in range((LARGEST[world.backend] // SMALLEST).bit_length())]
+    kinds = groups(world.size, world.per_node)
+    curves: dict[tuple[str, Group], Curve] = {}
+    total = len(kinds) * len(COLLECTIVES) * len(sizes)
+    with tqdm(total=total, desc="collectives", unit="message", dynamic_ncols=True, disable=world.rank != 0) as bar:
+        for group, ranks in kinds.items():
+            process_group, _ = dist.new_subgroups_by_enumeration(ranks)
+            for collective in COLLECTIVES:
+                bar.set_postfix_str(f"{collective} of {_described(group)}")
+                points: list[tuple[int, float]] = []
+                for size in sizes:
+                    # Once it is slow, the rest is only counted.
+                    if not points or points[-1][1] < SLOW:
+                        elements = size // 4 // group.size * group.size
+                        call = _prepared(collective, elements, group.size, process_group, world.device)
+                        points.append((4 * elements, _slowest_median(call, world.device)))
+                    bar.update()
+                curves[collective, group] = without_noise(points)
+    source = (
+        f"measured over {world.backend} on {world.nodes} x {world.per_node} {world.device_name}, "
+        f"torch {torch.__version__}, {date.today()}"
+    )
+    return CommunicationTimes(curves, source)
+
+
+def groups(world: int, per_node: int) -> dict[Group, list[list[int]]]:
+    """The kinds of group to measure, and the ranks of all groups of the kind: every rank is in one of each kind.
+
+    Inside a node they are neighbours; over nodes they lie as far apart as they can, the same number on each node.
+    """
+    kinds: dict[Group, list[list[int]]] = {}
+    for size in _sizes(per_node):
+        kinds[Group(size, size)] = [list(range(first, first + size)) for first in range(0, world, size)]
+    nodes = world // per_node
+    if nodes > 1:
+        for size in (size for size in _sizes(world) if size <= nodes or size % nodes == 0):
+            apart = world // size
+            kinds[Group(size, max(1, size // nodes))] = [list(range(first, world, apart)) for first in range(apart)]
+    return kinds
+
+
+def _sizes(devices: int) -> list[int]:
+    """2, 4, 8 ... as far as they divide `devices`, and `devices` itself."""
+    powers = [2**power for power in range(1, devices.bit_length()) if devices % 2**power == 0]
+    return sorted({*powers, devices} - {1})
+
+
+def _prepared(collective: str, elements: int, size: int, group: Any, device: torch.device) -> Callable[[], Any]:
+    """A call of the collective on its own buffers, of `elements` float32 on the larger side."""
+    whole = torch.zeros(elements, device=device)
+    part = whole.new_zeros(elements // size)
+    other = torch.zeros_like(whole) if collective == "all_to_all" else part
+    calls: dict[str, Callable[[], Any]] = {
+        "all_reduce": lambda: dist.all_reduce(whole, group=group),
+        "all_gather": lambda: all_gather_single(whole, part, group=group),
+        "reduce_scatter": lambda: reduce_scatter_single(part, whole, group=group),
+        "all_to_all": lambda: dist.all_to_all_single(other, whole, group=group),
+    }
+    return calls[collective]
+
+
+def _slowest_median(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of the call: each rank's median, and the largest of those."""
+    call()  # The first opens connections.
+    once = _slowest(_median_seconds(call, device, 1), device)
+    fewest, most = REPEATS
+    repeats = min(max(int(BUDGET / once), fewest), most)
+    return _slowest(_median_seconds(call, device, repeats), device)
+
+
+def _median_seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    dist.barrier()
+    if device.type == "cuda":
+        # The device waits until the host is ahead of it: what is timed is its work, not the host's.
+        torch.cuda._sleep(repeats * AHEAD)
+    marks = [_mark(device)]
+    for _ in range(repeats):
+        call()
+        marks.append(_mark(device))
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return statistics.median(begin.elapsed_time(end) for begin, end in pairwise(marks)) / 1000
+    return statistics.median(end - begin for begin, end in pairwise(marks))
+
+
+def _mark(device: torch.device) -> Any:
+    """A point in time: of the device's stream of work, or the clock's where there is none."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _slowest(seconds: float, device: torch.device) -> float:
+    value: Tensor = torch.tensor(seconds, dtype=torch.float64, device=device)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return float(value)
+
+
+def table(times: CommunicationTimes) -> str:
+    """For every kind of group, seconds and GB/s of each collective by bytes."""
+    lines = []
+    for group in sorted({group for _, group in times.curves}):
+        curves = [dict(times.curves[collective, group]) for collective in COLLECTIVES]
+        lines += ["", _described(group), " " * 12 + "".join(f"{collective:>22}" for collective in COLLECTIVES)]
+        lines.append(f"{'bytes':>12}" + f"{'seconds':>14}{'GB/s':>8}" * len(COLLECTIVES))
+        for size in sorted({size for curve in curves for size in curve}):
+            cells = [_cell(size, curve[size]) if size in curve else " " * 22 for curve in curves]
+            lines.append(f"{size:>12}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def _cell(size: int, seconds: float) -> str:
+    return f"{seconds:>14.3e}{size / seconds / 1e9:>8.2f}"
+
+
+def _described(group: Group) -> str:
+    return (
+        f"{group.size} devices, {group.per_node} on each node"
+        if group.spans_nodes
+        else f"{group.size} devices of a node"
+    )

@@ -1,0 +1,227 @@
+"""Flags: said once with their fields, judged before torch is imported, and read from the command line or a file."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bookcorpus
+import ckpt_merger
+import create_mini_model
+import train
+from nnscaler.cli.args import run
+from nnscaler.cli.config import CheckpointConfig, LogConfig, LRSchedulerConfig, TrainerArgs
+from nnscaler.config import ComputeConfig, OptimizerConfig
+from nnscaler.errors import UserError
+from nnscaler.models.attention import IMPLEMENTATIONS
+from nnscaler.options import options_of
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ("train", "bookcorpus", "create_mini_model", "ckpt_merger")
+MODULES = ("nnscaler.report.__main__", "nnscaler.profiler.benchmark_comm", "examples.look")
+
+
+@pytest.mark.parametrize("module", [*SCRIPTS, *MODULES])
+def test_help_and_a_wrong_flag_wait_for_nothing_that_is_slow_to_import(module):
+    """Whatever they import, they do without the packages that take seconds."""
+    check = f"""
+import sys, importlib
+from nnscaler.cli.args import run
+for flag in ("--help", "--hepl"):
+    sys.argv = ["command", flag]
+    try:
+        run(importlib.import_module({module!r}).main)
+    except SystemExit as stopped:
+        print("exit", stopped.code)
+slow = sorted({{"torch", "transformers", "datasets", "huggingface_hub", "numpy", "pyarrow"}} & set(sys.modules))
+assert not slow, slow
+"""
+    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ")
+    assert "exit 0" in done.stdout
+    assert "exit 2" in done.stdout
+    assert done.stderr == "error: there is no flag --hepl; did you mean --help?\n"
+
+
+def answer(monkeypatch, capsys, main, *flags: str) -> str:
+    """The one line that a command ends with when it fails."""
+    monkeypatch.setattr(sys, "argv", ["command", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        run(main)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+CONFIGURATIONS = (ComputeConfig, OptimizerConfig, LRSchedulerConfig, CheckpointConfig, LogConfig, TrainerArgs)
+PLAN = ("--model_id", "nowhere", "--sequence_length", "32", "--run_mode", "compile")
+
+
+def numeric() -> list[tuple[str, str]]:
+    """Every numeric flag of train.py, and values that none of them may have."""
+    options = [pair for cls in (*CONFIGURATIONS,) for pair in options_of(cls).items()]
+    wrong = {int: ("-1", "x", "1.5", "", "nan", "9" * 30), float: ("-1", "x", "", "nan", "inf", "-inf", "1e300")}
+    return [(option.flag or name, value) for name, option in options for value in wrong.get(option.kind, ())]
+
+
+@pytest.mark.parametrize(("flag", "value"), numeric())
+def test_every_number_has_bounds(monkeypatch, capsys, tmp_path, flag, value):
+    monkeypatch.chdir(tmp_path)
+    line = answer(monkeypatch, capsys, train.main, *PLAN, f"--{flag}", value)
+    assert line.startswith(f"error: --{flag} is ")
+    assert "it must be" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--clip_gnorm", "-1"), "--clip_gnorm is -1.0; it must be at least 0"),
+        (("--learning_rate=nan",), "--learning_rate is nan; it must be a finite number, at least 0"),
+        (("--min_learning_rate", "-3e-1"), "--min_learning_rate is -0.3; it must be at least 0 and at most 1"),
+        (("--micro_batch_size", "two"), "--micro_batch_size is 'two'; it must be a whole number, at least 1"),
+        (("--name", ""), "--name is ''; it must be a text that is not empty"),
+        (("--gen_savedir", ""), "--gen_savedir is ''; it must be a path"),
+        (("--gen_savedir", "/dev/null/plans"), "gen_savedir is '/dev/null/plans', which cannot be written"),
+        (("--recompute_modules", "A,,B"), "--recompute_modules is 'A,,B'; it must be names, with commas between them"),
+        (("--explain", "perhaps"), "--explain is 'perhaps'; it must be true or false"),
+        (("--set", "hidden_size"), "--set is 'hidden_size'; it must be FIELD=VALUE"),
+        (("--lr_schedule", "cosin"), "--lr_schedule is 'cosin'; allowed are constant, linear, cosine"),
+        (("--plan_ngpu", "2"), "there is no flag --plan_ngpu; did you mean --plan_ngpus?"),
+        (("--enable-chunk-los",), "there is no flag --enable-chunk-los; did you mean --enable-chunk-loss?"),
+        (("--warmup_steps", "9", "--max_train_steps", "5"), "warmup_steps is 9; it must be at most max_train_steps=5"),
+        (("--plan_ngpus",), "--plan_ngpus: expected one argument"),
+        (("stray",), "unrecognized arguments: stray"),
+    ],
+)
+def test_wrong_flags_of_train(monkeypatch, capsys, tmp_path, flags, said):
+    monkeypatch.chdir(tmp_path)
+    line = answer(monkeypatch, capsys, train.main, *PLAN, *flags)
+    assert said in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("main", "flags", "said"),
+    [
+        (train.main, ("--model_id", "m"), "neither dataset_path nor sequence_length is given"),
+        (train.main, ("--model_id", "m", "--sequence_length", "8"), "training needs a dataset_path"),
+        (ckpt_merger.main, ("--ckpt_dir", "c", "--output_dir", "."), "is the folder that this command runs in"),
+        (ckpt_merger.main, ("--ckpt_dir", "c", "--output_fname", "."), "output_fname is '.', which is a directory"),
+        (ckpt_merger.main, ("--ckpt_dir", "c", "--output_fname", "/dev/null/x"), "which cannot be written"),
+        (ckpt_merger.main, ("--ckpt_dir", "c"), "nothing to write"),
+        (create_mini_model.main, ("--model_id", "m", "--output_id", "."), "is the folder that this command runs in"),
+        (create_mini_model.main, ("--output_id", "o"), "--model_id is not given"),
+        (bookcorpus.main, ("--sequence_length", "1"), "--sequence_length is 1; it must be at least 2"),
+    ],
+)
+def test_what_does_not_go_together(monkeypatch, capsys, tmp_path, main, flags, said):
+    monkeypatch.chdir(tmp_path)
+    if main is bookcorpus.main:
+        flags += ("--data_path_or_name", "d", "--tokenizer_path_or_name", "t", "--save_path", "s")
+    assert said in answer(monkeypatch, capsys, main, *flags)
+
+
+@pytest.mark.parametrize(
+    ("cls", "wrong", "said"),
+    [
+        (ComputeConfig, {"plan_ngpus": 0}, "plan_ngpus is 0; it must be at least 1"),
+        (ComputeConfig, {"gpu_mem_constraint": float("nan")}, "gpu_mem_constraint is nan"),
+        (ComputeConfig, {"micro_batches": True}, "micro_batches is True; it must be a whole number"),
+        (OptimizerConfig, {"clip_gnorm": -1.0}, "clip_gnorm is -1.0; it must be at least 0"),
+        (OptimizerConfig, {"lr": float("inf")}, "lr is inf; it must be a finite number"),
+        (OptimizerConfig, {"betas": (0.9, 1.0)}, "betas is"),
+        (LRSchedulerConfig, {"minimum": 1.5}, "minimum is 1.5; it must be at least 0 and at most 1"),
+        (CheckpointConfig, {"keep": -1}, "keep is -1"),
+        (LogConfig, {"interval": 0}, "interval is 0; it must be at least 1"),
+    ],
+)
+def test_configurations_check_the_same(cls, wrong, said):
+    with pytest.raises(UserError, match=said.replace("(", r"\(")):
+        cls(**wrong)
+
+
+@pytest.mark.parametrize("name", ["run.yaml", "run.json"])
+def test_a_file_of_flags_gives_way_to_the_command_line(monkeypatch, tmp_path, name):
+    values = {
+        "model-id": "m", "plan_ngpus": 2, "runtime_ngpus": 4, "learning_rate": 1e-3, "enable_chunk_loss": True,
+        "recompute_modules": ["A", "B"], "set": {"rope_parameters": {"rope_type": "yarn"}, "hidden_size": 64},
+        "gpu_mem_constraint": None, "sequence_length": 16, "run_mode": "compile", "explore_pipeline": True,
+    }  # fmt: skip
+    lines = json.dumps(values) if name == "run.json" else "".join(f"{k}: {json.dumps(v)}\n" for k, v in values.items())
+    (tmp_path / name).write_text(lines)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", name, "--plan-ngpus=4", "--explore_pipeline=false"])
+    _, inputs, args = train.read_flags()
+    assert (args.compute.plan_ngpus, args.compute.runtime_ngpus, args.optimizer.lr) == (4, 4, 1e-3)
+    assert (args.compute.explore_pipeline, args.compute.recompute_modules) == (False, ("A", "B"))
+    assert inputs.enable_chunk_loss
+    assert inputs.set == {"rope_parameters": '{"rope_type": "yarn"}', "hidden_size": "64"}
+    assert args.compute.gpu_mem_constraint is None
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("plan_ngpu: 2", "run.yaml: there is no flag plan_ngpu; did you mean plan_ngpus?"),
+        ("plan_ngpus: 0", "run.yaml: plan_ngpus is 0; it must be at least 1"),
+        ("plan_ngpus: [1, 2]", "run.yaml: plan_ngpus is '1,2'; it must be a whole number"),
+        ("name: {a: 1}", "run.yaml: name has values by name; it takes one value"),
+        ("- 1", "does not give values by name"),
+        ("a: b: c", "is neither YAML nor JSON"),
+        ("", "does not give values by name"),
+    ],
+)
+def test_a_wrong_file_of_flags(monkeypatch, capsys, tmp_path, content, said):
+    (tmp_path / "run.yaml").write_text(content)
+    monkeypatch.chdir(tmp_path)
+    assert said in answer(monkeypatch, capsys, train.main, *PLAN, "--config", "run.yaml")
+
+
+def test_the_document_s_commands_are_understood(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bookcorpus_llama3_8K").mkdir()
+    command = (
+        "--name llama3-70b --model_id meta-llama/Meta-Llama-3-70B --dataset_path ./bookcorpus_llama3_8K "
+        "--gpu_mem_constraint 153 --plan_ngpus=8 --runtime_ngpus=16 --explore_pipeline --grad_accumulation_steps 64 "
+        "--pipeline_pivots LlamaDecoderLayer --recompute_modules LlamaDecoderLayer --enable-chunk-loss"
+    )
+    monkeypatch.setattr(sys, "argv", ["train.py", *command.split()])
+    _, inputs, args = train.read_flags()
+    assert inputs.enable_chunk_loss
+    assert args.compute == ComputeConfig(
+        8, 16, gpu_mem_constraint=153.0, micro_batches=64, explore_pipeline=True,
+        pipeline_pivots=("LlamaDecoderLayer",), recompute_modules=("LlamaDecoderLayer",),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", [*CONFIGURATIONS, train.Inputs, bookcorpus.Options, ckpt_merger.Options])
+def test_every_flag_is_explained(cls):
+    for option in options_of(cls).values():
+        assert len(option.help) > 10
+        assert " GB" not in option.help
+
+
+def test_the_attention_kernels_are_those_of_the_models():
+    assert set(train.KERNELS) == set(IMPLEMENTATIONS)
+
+
+def test_of_several_processes_one_tells_what_is_wrong(monkeypatch, capsys, tmp_path):
+    def main() -> None:
+        raise UserError("two\nlines")
+
+    for rank in range(3):
+        (tmp_path / str(rank)).mkdir()
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / str(rank) / "error.json"))
+        with pytest.raises(SystemExit):
+            run(main)
+    assert capsys.readouterr().err == "error: two lines\n"
+    report = json.loads((tmp_path / "2" / "error.json").read_text())
+    assert report["message"]["message"] == "error: two lines"
