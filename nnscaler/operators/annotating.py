@@ -19,12 +19,3 @@ def write(inputs: Iterable[Names], outputs: Iterable[Names]) -> str:
 
 def _tensors(tensors: Iterable[Names]) -> str:
     return ", ".join(" ".join(names) or "()" for names in tensors)
-
-
-def whole(inputs: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]) -> str:
-    """The annotation of tensors that are never split."""
-
-    def tensors(side: str, shapes: Sequence[Sequence[int]]) -> list[list[str]]:
-        return [[f"{side}{k}_{i}^" for i in range(len(shape))] for k, shape in enumerate(shapes)]
-
-    return write(tensors("i", inputs), tensors("o", outputs))

@@ -104,7 +104,7 @@ def made(template: str) -> Callable[[Call], str]:
 
 family("embedding.default", embedding, embedding_text, saves=backward_reads(weight="indices"))
 family("one_hot.default", one_hot, "F.one_hot(*)", saves=save_nothing)
-family("gather.default", gather, "{self}.gather({dim}, {index})", saves=backward_reads(self="index"))
+family("gather.default", gather, "{self}.gather({dim}, {index})", saves=backward_reads(self="self index"))
 family("index_select.default", index_select, saves=backward_reads(self="index"))
 family("index.Tensor", index, index_text, saves=backward_reads(self="indices"))
 family("scatter.src", scatter, saves=backward_reads(self="index", src="index"))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nnscaler.annotation import Shape
+from nnscaler.errors import UserError
 from nnscaler.graph import Node
-from nnscaler.operators.annotating import whole, write
-from nnscaler.operators.registry import Annotate, arguments, backward_reads, contraction_flops, family, save_inputs
+from nnscaler.operators.annotating import write
+from nnscaler.operators.registry import Annotate, arguments, backward_reads, contraction_flops, family, save_cofactors
 from nnscaler.operators.spelling import FUNCTION
 
 
@@ -57,29 +58,47 @@ def _batch(shape: Shape, batch: Shape) -> list[str]:
 
 
 def einsum(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-    """The equation is an annotation already. One that leaves out its result or has an ellipsis is not understood."""
-    equation = arguments(node)["equation"].replace(" ", "")
-    source, arrow, target = equation.partition("->")
+    """The equation is an annotation already, but for `...` and a result that is left out: letters that occur once."""
+    source, arrow, target = arguments(node)["equation"].replace(" ", "").partition("->")
     terms = source.split(",")
-    if not arrow or "." in equation or any(len(set(term)) < len(term) for term in terms):
-        return whole(inputs, outputs)
-    sources = [[name if name in target else f"{name}+" for name in term] for term in terms]
-    return write(sources, [list(target)])
+    if not arrow:
+        once = (letter for letter in sorted(set(source) - set(".,")) if source.count(letter) == 1)
+        target = "..." * ("..." in source) + "".join(once)
+    dots = max(len(shape) - len(term.replace("...", "")) for term, shape in zip(terms, inputs))
+
+    def names(term: str, rank: int) -> list[str]:
+        before, ellipsis, after = term.partition("...")
+        count = rank - len(before) - len(after) if ellipsis else 0
+        return [*before, *(f"e{i}" for i in range(dots - count, dots)), *after]
+
+    sources = [names(term, len(shape)) for term, shape in zip(terms, inputs)]
+    result = names(target, len(outputs[0]))
+    if any(len(set(term)) < len(term) for term in sources):
+        raise UserError("a letter that occurs twice in one term is not supported")
+    sizes: dict[str, int] = {}
+    for term, shape in zip(sources, inputs):
+        for name, size in zip(term, shape):
+            sizes[name] = max(size, sizes.get(name, 1))
+    tensors = [
+        ["1" if size < sizes[name] else name if name in result else f"{name}+" for name, size in zip(term, shape)]
+        for term, shape in zip(sources, inputs)
+    ]
+    return write(tensors, [result])
 
 
 family(
     "linear.default", linear, "F.linear(*)", flops=contraction_flops,
-    saves=backward_reads(input="weight", weight="input"),
+    factors=("input", "weight"), saves=backward_reads(input="weight", weight="input"),
 )  # fmt: skip
 family("mm.default", mm, flops=contraction_flops, saves=backward_reads(self="mat2", mat2="self"))
 family("bmm.default", bmm, flops=contraction_flops, saves=backward_reads(self="mat2", mat2="self"))
 family("matmul.default", matmul, flops=contraction_flops, saves=backward_reads(self="other", other="self"))
 family(
     "addmm.default", added("m k^, k^ n", "m n"), FUNCTION, flops=contraction_flops,
-    saves=backward_reads(mat1="mat2", mat2="mat1"),
+    factors=("mat1", "mat2"), saves=backward_reads(mat1="mat2", mat2="mat1"),
 )  # fmt: skip
 family(
     "baddbmm.default", added("b m k^, b k^ n", "b m n"), FUNCTION, flops=contraction_flops,
-    saves=backward_reads(batch1="batch2", batch2="batch1"),
+    factors=("batch1", "batch2"), saves=backward_reads(batch1="batch2", batch2="batch1"),
 )  # fmt: skip
-family("einsum.default", einsum, FUNCTION, flops=contraction_flops, saves=save_inputs)
+family("einsum.default", einsum, FUNCTION, flops=contraction_flops, saves=save_cofactors)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from nnscaler.annotation import Shape
 from nnscaler.graph import Node
 from nnscaler.operators.annotating import dim_names, write
-from nnscaler.operators.registry import arguments, backward_reads, family, save_nothing
+from nnscaler.operators.registry import arguments, backward_reads, family, save_both, save_nothing
 from nnscaler.operators.spelling import FUNCTION, Call, infix
 
 
@@ -109,7 +109,7 @@ family("lerp.Scalar", broadcast, saves=save_nothing)
 family("atan2.default", broadcast, saves=backward_reads(self="self other", other="self other"))
 # Powers.
 family("square.default pow.Tensor_Scalar", broadcast, saves=saves_self)
-family("pow.Tensor_Tensor", broadcast, saves=backward_reads(self="self exponent", exponent="self exponent result"))
+family("pow.Tensor_Tensor", broadcast, saves=save_both)
 family("pow.Scalar", broadcast, FUNCTION, saves=backward_reads(exponent="exponent result"))
 # One tensor, with what its derivative is computed from.
 family(

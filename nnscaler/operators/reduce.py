@@ -107,13 +107,7 @@ family("cumsum.default", along_dim, saves=save_nothing)
 family("sort.default sort.stable topk.default", along_dim, saves=backward_reads(self="result1"))
 family("argsort.default argsort.stable", along_dim, saves=save_nothing)
 family("diff.default", along_dim, saves=save_nothing)
-family(
-    "layer_norm.default", normalization, "F.layer_norm(*)",
-    saves=backward_reads(input="input weight", weight="input"),
-)  # fmt: skip
-family("rms_norm.default", normalization, "F.rms_norm(*)", saves=backward_reads(input="input weight", weight="input"))
-family(
-    "group_norm.default", group_norm, "F.group_norm(*)",
-    saves=backward_reads(input="input weight", weight="input"),
-)  # fmt: skip
+family("layer_norm.default", normalization, "F.layer_norm(*)", saves=save_inputs)
+family("rms_norm.default", normalization, "F.rms_norm(*)", saves=save_inputs)
+family("group_norm.default", group_norm, "F.group_norm(*)", saves=save_inputs)
 family("cross_entropy_loss.default", cross_entropy, cross_entropy_text, saves=save_inputs)

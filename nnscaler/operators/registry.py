@@ -44,6 +44,13 @@ def save_both(node: Node, inputs: Sequence[TensorMeta], outputs: Sequence[Tensor
     return [*node.inputs, *node.outputs]
 
 
+def save_cofactors(node: Node, inputs: Sequence[TensorMeta], outputs: Sequence[TensorMeta]) -> list[str]:
+    """For a product of any number of inputs: one is needed where another has a gradient."""
+    return [
+        name for i, name in enumerate(node.inputs) if any(meta.requires_grad for j, meta in enumerate(inputs) if j != i)
+    ]
+
+
 def backward_reads(**reads: str) -> Saves:
     """For each argument, the arguments that its gradient is computed from: `backward_reads(self="other", other="self")`
     of a product. `result` is the operator's result, `result1` its second."""
@@ -82,7 +89,8 @@ class Operator:
     annotate    annotation text for given input and output shapes
     text        the Python text of an ATen operator, see `nnscaler.operators.spelling`
     flops       forward floating-point operations from the local size of each annotated name
-    backward    backward operations as a multiple of forward's; None: once for each input that has a gradient
+    backward    backward operations as a multiple of forward's; None: once for each of `factors` that has a gradient
+    factors     the arguments that are multiplied; all tensors if none is named
     saves       names of the tensors that backward reads
     draws       whether a call draws random numbers
     alias       the result is a view: no time, no memory
@@ -97,11 +105,19 @@ class Operator:
     text: Text = METHOD
     flops: Flops = no_flops
     backward: float | None = None
+    factors: tuple[str, ...] = ()
     saves: Saves = save_inputs
     draws: Callable[[Node], bool] = never
     alias: bool = False
     function: Callable[..., Any] | None = None
     along: Mapping[str, Callable[..., Any] | str] = field(default_factory=dict)
+
+    def backward_ratio(self, node: Node, inputs: Sequence[TensorMeta]) -> float:
+        """Operations of a call's backward as a multiple of its forward's."""
+        if self.backward is not None:
+            return self.backward
+        factors = set(refs([arguments(node)[name] for name in self.factors])) if self.factors else set(node.inputs)
+        return float(sum(meta.requires_grad for name, meta in zip(node.inputs, inputs) if name in factors))
 
 
 _operators: dict[str, Operator] = {}

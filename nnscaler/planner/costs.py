@@ -144,7 +144,7 @@ class CostModel:
         # Backward reads the outputs' gradients and what was saved, and writes the inputs' gradients.
         written = sum(size for size, needs in zip(local.bytes, needed) if needs)
         read = moved if saved_by(node, block) else sum(local.bytes[len(node.inputs) :])
-        ratio = sum(needed) if operator.backward is None else operator.backward
+        ratio = operator.backward_ratio(node, metas[: len(node.inputs)])
         return Seconds(forward, self._roofline(ratio * flops / rate, written + read))
 
     def _measured(self, local: Local, flops: float) -> Seconds | None:

@@ -138,7 +138,7 @@ def samples(a: int, b: int, c: int, d: int) -> dict[str, list[tuple]]:
         "einsum.default": [
             ("abc,cd->abd", [real(a, b, c), real(c, d)]), ("b h l d, b h s d -> b h l s", [real(a, b, c, d)] * 2),
             ("ab,ab->a", [real(a, b), real(a, b)]), ("...c,cd->...d", [real(a, b, c), real(c, d)]),
-            ("ij,jk", [real(a, b), real(b, c)]), ("ab->ba", [real(a, b)]),
+            ("ij,jk", [real(a, b), real(b, c)]), ("ab->ba", [real(a, b)]), ("...c,...c", [real(a, b, c), real(1, c)]),
         ],
         "view.default": [(x, [a * b, c]), (x, [a, b * c]), (real(a * b, c), [a, b, c]), (x, [1, a, b, c]), (x, [-1]),
                          (real(6, 4), [4, 6]), (real(a, b, 3 * c), [a, b, c, 3]), (real(1), [])],

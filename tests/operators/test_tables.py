@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nnscaler.annotation import Split
 from nnscaler.graph import TensorMeta
 from nnscaler.operators import bind, operator_of
 from nnscaler.placement import PARTIAL, Placement, Replicate, Shard, local_shape
@@ -40,6 +41,11 @@ def check(op: str, args: tuple, kwargs: dict, devices: int) -> int:
     wanted = gradients(wholes, tensors, incoming)
     # Along some names a function of its own is called, with the other devices (see test_collectives).
     ways = [way for way in bind(node, block).splits(devices) if way.name not in operator_of(node).along]
+
+    def message(way: Split):
+        call = f"{op}({node.args}, {node.kwargs}) split along {way.name} ({way.inputs} -> {way.outputs})"
+        return lambda why: f"{call}: {why}"
+
     for way in ways:
         shards = [_shards(tensor.detach(), place, devices) for tensor, place in zip(tensors, way.inputs)]
         metas = [_local(block.tensors[name], place, devices) for name, place in zip(node.outputs, way.outputs)]
@@ -53,9 +59,8 @@ def check(op: str, args: tuple, kwargs: dict, devices: int) -> int:
             found.append(gradients(results, local, [parts[device] for parts in given]))
 
         def same(parts: list[Tensor], place: Placement, whole: Tensor, way=way) -> None:
-            message = lambda why: f"{op}{args} split along {way.name} ({way.inputs} -> {way.outputs}): {why}"  # noqa: E731
             torch.testing.assert_close(
-                _together(parts, place), whole.detach(), rtol=1e-6, atol=1e-6, equal_nan=True, msg=message
+                _together(parts, place), whole.detach(), rtol=1e-6, atol=1e-6, equal_nan=True, msg=message(way)
             )
 
         for whole, place, parts in zip(wholes, way.outputs, zip(*outputs)):

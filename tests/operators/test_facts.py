@@ -1,0 +1,116 @@
+"""What the tables say that backward keeps, and how much arithmetic there is, against what torch itself does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from nnscaler.graph import Block, Node
+from nnscaler.operators import arguments, bind, operator_of
+from nnscaler.operators.registry import no_flops
+from nnscaler.planner.units import saved_by
+from tests.operators.calls import gradients, meta_of, node_of, run_text
+from tests.operators.samples import known, samples
+
+SIZES = (8, 6, 10, 12)
+KEEPS_MORE = {
+    "aten.cross_entropy_loss.default": "sums of weights, probabilities",
+    "aten.group_norm.default": "a mean and a deviation for each group",
+    "aten.log_sigmoid.default": "a buffer, on CPUs only",
+    "aten.matmul.default": "copies of an input whose batch is broadcast",
+    "aten.rms_norm.default": "what is normalised, where no kernel does it in one",
+    "aten.scaled_dot_product_attention.default": "scores, where no kernel does it in one",
+}
+
+
+def saved(node: Node, block: Block, tensors: Sequence[Tensor]) -> tuple[set[str], int]:
+    """(inputs and results that autograd keeps, elements of what else it keeps)."""
+    kept: list[Tensor] = []
+    metas = [block.tensors[name] for name in node.outputs]
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        results = run_text(node, tensors, metas)
+    storage = {
+        tensor.untyped_storage().data_ptr(): name
+        for name, tensor in [*zip(node.outputs, results), *zip(node.inputs, tensors)]
+    }
+    names, other = set(), {}
+    for tensor in kept:
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer in storage:
+            names.add(storage[pointer])
+        else:
+            other[pointer] = tensor.untyped_storage().nbytes() // tensor.itemsize
+    return names, sum(other.values())
+
+
+def with_gradients(node: Node, block: Block, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The arguments with a gradient for all, and for each alone."""
+    able = [i for i, tensor in enumerate(tensors) if tensor.requires_grad]
+    for chosen in [able, *([i] for i in able if len(able) > 1)]:
+        yield [tensor.detach().requires_grad_(i in chosen) for i, tensor in enumerate(tensors)]
+
+
+@pytest.mark.parametrize("op", known())
+def test_what_backward_keeps_is_what_autograd_keeps(op):
+    torch.manual_seed(0)
+    for args, kwargs in samples(*SIZES)[op]:
+        node, block, tensors = node_of(op, args, kwargs)
+        for chosen in with_gradients(node, block, tensors):
+            block.tensors.update({name: meta_of(tensor) for name, tensor in zip(node.inputs, chosen)})
+            needs = any(tensor.requires_grad for tensor in chosen)
+            for name in node.outputs:
+                meta = block.tensors[name]
+                block.tensors[name] = replace(meta, requires_grad=needs and meta.dtype.is_floating_point)
+            if not any(block.tensors[name].requires_grad for name in node.outputs):
+                continue
+            found, other = saved(node, block, chosen)
+            wanted = set(saved_by(node, block))
+            call = f"{op}({node.args}, {node.kwargs}) of {[(tuple(t.shape), t.requires_grad) for t in chosen]}"
+            why = f"{call}: the table says {wanted}, autograd keeps {found} and {other} elements"
+            assert found <= wanted, why
+            if op not in KEEPS_MORE:
+                instead = sum(block.tensors[name].numel for name in wanted - found)
+                last = max(block.tensors[node.outputs[0]].shape[-1:], default=1)
+                rows = block.tensors[node.outputs[0]].numel // max(last, 1)
+                assert instead <= other <= instead + 2 * rows, why  # a mean and a deviation for each row
+
+
+@pytest.mark.parametrize("op", [op for op in known() if operator_of(Node("", op, (), {}, ())).flops is not no_flops])
+def test_arithmetic_is_what_torch_counts(op):
+    torch.manual_seed(0)
+    for args, kwargs in samples(*SIZES)[op]:
+        node, block, tensors = node_of(op, args, kwargs)
+        operator, bound = operator_of(node), bind(node, block)
+        for chosen in with_gradients(node, block, tensors):
+            metas = [meta_of(tensor) for tensor in chosen]
+            forward, backward = counted(node, block, chosen)
+            if not forward:
+                continue  # a product with a vector, of which torch does not count the arithmetic
+            call = f"{node.op}({node.args}, {node.kwargs}) of {[(meta.shape, meta.requires_grad) for meta in metas]}"
+            flops = operator.flops(bound.sizes, node)
+            assert flops == forward, f"{call}: {flops}, torch counts {forward}"
+            said = operator.backward_ratio(node, metas) * flops
+            assert said == backward, f"{call}: backward {said}, torch counts {backward}"
+
+
+def counted(node: Node, block: Block, tensors: Sequence[Tensor]) -> tuple[float, float]:
+    """Operations of forward and backward."""
+    if "attention" in node.op:
+        query, key, value = (list(tensor.shape) for tensor in tensors[:3])
+        shapes = [[*query[:-2], *shape[-2:]] for shape in (query, key, value)]
+        shapes = [[1] * (4 - len(shape)) + shape for shape in shapes]
+        gradient = [*shapes[0][:-1], shapes[2][-1]]
+        # torch counts what a causal mask hides: all but half of a square.
+        seen = 0.5 if arguments(node)["is_causal"] else 1.0
+        return seen * sdpa_flop_count(*shapes), seen * sdpa_backward_flop_count(gradient, *shapes)
+    with FlopCounterMode(display=False) as counter:
+        results = run_text(node, tensors, [block.tensors[name] for name in node.outputs])
+        forward = counter.get_total_flops()
+        gradients(results, tensors, [torch.ones_like(result) for result in results])
+    return forward, counter.get_total_flops() - forward
