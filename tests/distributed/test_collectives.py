@@ -119,12 +119,12 @@ def attention_of_shards(length: int, is_causal: bool) -> None:
     shapes = [(2, 4, length, 6), (2, 2, length, 6), (2, 2, length, 5)]
     whole = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
     gradient = torch.randn(2, length, 4, 5, generator=generator, dtype=torch.float64)
-    wanted = attention(*whole, None, is_causal)
+    wanted = attention(*whole, 0.3, is_causal)
     expected = torch.autograd.grad(wanted, whole, gradient)
 
     rows = whole[0].detach().chunk(axis.size, 2)[axis.rank].requires_grad_()
     others = [tensor.detach().requires_grad_() for tensor in whole[1:]]
-    found = attention_along_l(axis, rows, *others, None, is_causal)
+    found = attention_along_l(axis, rows, *others, 0.3, is_causal)
     torch.testing.assert_close(found, wanted.chunk(axis.size, 1)[axis.rank])
     gradients = torch.autograd.grad(found, [rows, *others], gradient.chunk(axis.size, 1)[axis.rank].contiguous())
     torch.testing.assert_close(gradients[0], expected[0].chunk(axis.size, 2)[axis.rank])

@@ -48,6 +48,8 @@ def compare(case: Case, folder: Path, reference) -> None:
     assert [entry["step"] for entry in metrics] == list(range(1, STEPS + 1))
     for found, wanted in zip(metrics, losses):
         assert found["loss"] == pytest.approx(wanted, rel=TOLERANCE), case.name
+        tokens = found["tokens_per_second_per_gpu"] * found["seconds_per_step"]  # a step's, on each device
+        assert tokens == pytest.approx(case.sequences * tiny.LENGTH / case.runtime)
     checkpoint = Checkpoint.open(latest_checkpoint(folder / "checkpoints" / case.name))
     shapes = {name.removeprefix("model."): shape for name, shape in checkpoint.shapes().items()}
     for name, wanted in weights.items():

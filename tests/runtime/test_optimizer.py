@@ -1,0 +1,91 @@
+"""The sharded optimizer against torch's own, with values of every setting that are no default."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from nnscaler.mesh import Mesh
+from nnscaler.placement import SHARED
+from nnscaler.runtime.axes import Axes
+from nnscaler.runtime.buckets import make_buckets
+from nnscaler.runtime.optimizer import OptimizerConfig, ShardedOptimizer, decays
+from nnscaler.runtime.shards import ParameterSpec
+
+SHAPES = {"matrix": (40, 30), "norm": (30,), "other": (3, 100), "bias": (300,)}
+CONFIG = OptimizerConfig(betas=(0.6, 0.7), eps=0.03, weight_decay=0.4, clip_gnorm=0.5)
+LABELS, COPIES = 12, 2  # the devices of a replica see the same labels
+
+
+def optimizer_of(config: OptimizerConfig, dtype: torch.dtype) -> tuple[ShardedOptimizer, dict[str, nn.Parameter]]:
+    axes = Axes(Mesh((1,), 1), torch.device("cpu"))
+    specs = {name: ParameterSpec(shape, dtype, (SHARED,), True, False) for name, shape in SHAPES.items()}
+    buckets, parameters = make_buckets(specs, axes, {name: decays(shape) for name, shape in SHAPES.items()}, 700)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    optimizer = ShardedOptimizer(buckets, config, COPIES)
+    optimizer.load_masters()
+    return optimizer, parameters
+
+
+def give(optimizer: ShardedOptimizer, gradients: dict[str, torch.Tensor]) -> None:
+    for bucket in optimizer.buckets:
+        bucket.gradient.zero_()
+        for part in bucket.owned_parts():
+            bucket.gradient[part.start : part.stop] = gradients[part.name][part.box.slices].flatten()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("clip", [0.5, 0.0, 1e6])
+def test_updates_are_those_of_adamw(dtype, clip):
+    config = OptimizerConfig(CONFIG.lr, CONFIG.betas, CONFIG.eps, CONFIG.weight_decay, clip)
+    optimizer, parameters = optimizer_of(config, dtype)
+    plain = {name: nn.Parameter(parameter.detach().float().clone()) for name, parameter in parameters.items()}
+    groups = [
+        {"params": [plain["matrix"], plain["other"]], "weight_decay": 0.4},
+        {"params": [plain["norm"], plain["bias"]], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, betas=CONFIG.betas, eps=CONFIG.eps)
+    generator = torch.Generator().manual_seed(1)
+    for rate in (0.1, 0.02, 0.3):
+        gradients = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+        give(optimizer, gradients)
+        norm = optimizer.step(LABELS, rate)
+        for name, parameter in plain.items():
+            parameter.grad = gradients[name] * COPIES / LABELS
+        wanted = torch.nn.utils.clip_grad_norm_(plain.values(), clip or 1e9)
+        for group in adamw.param_groups:
+            group["lr"] = rate
+        adamw.step()
+        assert norm.item() == pytest.approx(wanted.item(), rel=1e-5), "the norm is that before clipping"
+        for name, parameter in parameters.items():
+            torch.testing.assert_close(parameter.detach(), plain[name].detach().to(dtype), rtol=1e-5, atol=1e-6)
+
+
+def test_a_state_that_is_loaded_is_gone_on_from():
+    """Moments, masters and the number of steps, which corrects the moments' bias: all of them matter to a step."""
+    first, second = (optimizer_of(CONFIG, torch.bfloat16)[0] for _ in range(2))
+    generator = torch.Generator().manual_seed(2)
+    draw = lambda: {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}  # noqa: E731
+    for _ in range(3):
+        give(first, draw())
+        first.step(LABELS, 0.1)
+    for mine, theirs in zip(second.masters + _moments(second), first.masters + _moments(first), strict=True):
+        mine.copy_(theirs)
+    second.set_steps(first.steps)
+    second.publish_masters()
+    last = draw()
+    for optimizer in (first, second):
+        give(optimizer, last)
+        optimizer.step(LABELS, 0.1)
+    assert second.steps == 4
+    for mine, theirs, bucket in zip(second.masters, first.masters, second.buckets, strict=True):
+        assert torch.equal(mine, theirs)
+        assert torch.equal(bucket.owned, mine.bfloat16())
+
+
+def _moments(optimizer: ShardedOptimizer) -> list[torch.Tensor]:
+    return [state[key] for state in optimizer.state for key in optimizer.STATE]
