@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,9 +18,9 @@ from nnscaler.checkpoint.randomness import new_random_states, set_random_states
 from nnscaler.checkpoint.sharded import load_parts, owned_state, whole
 from nnscaler.checkpoint.stored import Checkpoint
 from nnscaler.errors import UserError
+from nnscaler.models.weights import WeightFiles
 from nnscaler.runtime.optimizer import ShardedOptimizer
 from nnscaler.runtime.pipeline import TrainedModule
-from nnscaler.runtime.weights import SafetensorsReader
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def find_resumable(path: Path) -> list[Path]:
     if path.is_file():
         MergedFile.open(path)
         return [path]
-    if SafetensorsReader.available(path):
+    if WeightFiles.find(path) is not None:
         return [path]
     if is_checkpoint(path):
         path = path.resolve()  # `last` or `best`
@@ -90,19 +90,19 @@ def _warn(damage: CorruptCheckpoint) -> None:
 
 
 def resume(
-    paths: list[Path], module: TrainedModule, optimizer: ShardedOptimizer, prefix: str
+    paths: list[Path], module: TrainedModule, optimizer: ShardedOptimizer, load_weights: Callable[[Path], None]
 ) -> tuple[Path, TrainerState | None]:
     """Loads parameters, optimizer and progress on any mesh. Collective.
 
-    paths   what `find_resumable` gave: the first is loaded, or where it is damaged the next
-    prefix  what stands before a Hugging Face model's names in the module's own
+    paths         what `find_resumable` gave: the first is loaded, or where it is damaged the next
+    load_weights  loads the parameters of a Hugging Face model
     Returns what was loaded, and where training stood then; None for a Hugging Face model, which has weights only.
     Raises CorruptCheckpoint where all are damaged, UserError where one does not fit the model.
     """
     damages = []
     for path in paths:
         try:
-            return path, _load(path, module, optimizer, prefix)
+            return path, _load(path, module, optimizer, load_weights)
         except CorruptCheckpoint as damage:
             damages.append(damage)
             if path is not paths[-1]:
@@ -110,7 +110,9 @@ def resume(
     raise damages[0]
 
 
-def _load(path: Path, module: TrainedModule, optimizer: ShardedOptimizer, prefix: str) -> TrainerState | None:
+def _load(
+    path: Path, module: TrainedModule, optimizer: ShardedOptimizer, load_weights: Callable[[Path], None]
+) -> TrainerState | None:
     device = module.axes.device
     rank = dist.get_rank() if dist.is_initialized() else 0
     random: dict[str, Tensor] = {}
@@ -126,7 +128,7 @@ def _load(path: Path, module: TrainedModule, optimizer: ShardedOptimizer, prefix
         load_parts(path, [*owned_state(optimizer), *(whole(name, tensor) for name, tensor in random.items())])
         state = checkpoint.state
     else:
-        load_safetensors(path, module, prefix)
+        load_weights(path)
         optimizer.load_masters()
         return None
     optimizer.set_steps(state.step)
@@ -136,25 +138,3 @@ def _load(path: Path, module: TrainedModule, optimizer: ShardedOptimizer, prefix
     else:
         new_random_states(state.seed, state.step, rank)
     return state
-
-
-def load_safetensors(directory: Path, module: TrainedModule, prefix: str) -> None:
-    """Each rank reads its own slices of a Hugging Face model. Raises UserError for names or shapes that differ."""
-    reader = SafetensorsReader(directory)
-    specs = module.parameters_to_load()
-    names = {name: _stored_name(name, prefix, module.tied, reader) for name in specs}
-    missing = reader.missing(names.values())
-    if missing:
-        raise UserError(f"'{directory}' lacks {len(missing)} of the model's tensors, such as {missing[0]}")
-    for name, spec in specs.items():
-        if reader.shape(names[name]) != spec.shape:
-            shape = list(reader.shape(names[name]))
-            raise UserError(f"'{directory}' has {names[name]} of shape {shape}, the model's is {list(spec.shape)}")
-    module.load(lambda name, box: reader.read(names[name], box))
-
-
-def _stored_name(name: str, prefix: str, tied: Mapping[str, str], reader: SafetensorsReader) -> str:
-    """The name of a parameter in the file: its own, or that of one tied to it."""
-    names = [name, *(other for other, target in tied.items() if target == name)]
-    stored = [candidate.removeprefix(prefix) for candidate in names]
-    return next((candidate for candidate in stored if not reader.missing([candidate])), stored[0])

@@ -18,7 +18,7 @@ from torch import Tensor
 from nnscaler.checkpoint.claim import claim
 from nnscaler.checkpoint.due import Due
 from nnscaler.checkpoint.folder import TrainerState
-from nnscaler.checkpoint.resume import load_safetensors, resume
+from nnscaler.checkpoint.resume import resume
 from nnscaler.checkpoint.saver import Saver
 from nnscaler.cli.config import TrainerArgs
 from nnscaler.cli.log import RunLog
@@ -27,6 +27,7 @@ from nnscaler.cli.watch import Watch
 from nnscaler.compiler import Source
 from nnscaler.data.training import Batches, PackedDataset, Share
 from nnscaler.errors import UserError
+from nnscaler.models.weights import load_weights
 from nnscaler.profiler.steps import StepProfiler
 from nnscaler.runtime.optimizer import ShardedOptimizer
 from nnscaler.runtime.pipeline import load_module
@@ -67,7 +68,9 @@ class TrainingRun:
         self.peak = self.args.compute.find_hardware().flops.get("bfloat16" if args.precision == "bf16" else "float32")
         loaded, state = None, None
         if resume_from:
-            loaded, state = resume(resume_from, self.module, self.optimizer, self.args.model.weight_prefix)
+            loaded, state = resume(
+                resume_from, self.module, self.optimizer, lambda path: self._load_weights(path, source)
+            )
         else:
             self._first_weights(source)
         if state is not None:
@@ -97,15 +100,19 @@ class TrainingRun:
         return folder
 
     def _first_weights(self, source: Source) -> None:
-        model = self.args.model
-        if model.weights is not None:
-            load_safetensors(model.weights, self.module, model.weight_prefix)
+        if self.args.model.weights is not None:
+            self._load_weights(self.args.model.weights, source)
         else:
+            logger.info("weights are initialised from seed %d", self.seed)
             wanted = self.module.parameters_to_load()
             for name, value in initial_parameters(source.build()[0], self.seed, self.device):
                 if name in wanted:
                     self.module.load_one(name, value[self.module.box(name).slices])
         self.optimizer.load_masters()
+
+    def _load_weights(self, directory: Path, source: Source) -> None:
+        logger.info("weights are read from %s", directory)
+        load_weights(directory, self.module, source.build()[0], self.args.model.weight_prefix)
 
     def train(self) -> None:
         """Steps until `self.steps`; saves every interval and at the end."""

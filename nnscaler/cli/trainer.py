@@ -15,6 +15,7 @@ from nnscaler.cli.watch import Watch
 from nnscaler.compiler import Source, compile_model, differences, identity
 from nnscaler.data.training import PackedDataset, with_labels
 from nnscaler.errors import UserError
+from nnscaler.models.weights import WeightFiles, check_weights
 from nnscaler.trace import STRATEGIES
 
 logger = logging.getLogger(__name__)
@@ -123,6 +124,9 @@ class Trainer:
     def _compile_if_needed(self, source: Source) -> None:
         """Compiles unless the folder holds just what is wanted."""
         model, _ = source.build()
+        weights = self.args.checkpoint.resume or self.args.model.weights
+        if weights is not None and WeightFiles.find(weights) is not None:
+            check_weights(weights, model, self.args.model.weight_prefix)
         changed = differences(self.gen_folder, identity(source, model, self.args.compute))
         if changed == []:
             logger.info("using the compiled plan in %s", self.gen_folder)

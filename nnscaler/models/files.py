@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from nnscaler import hub
 from nnscaler.data.files import PROVENANCE
 from nnscaler.errors import UserError
-from nnscaler.runtime.weights import SafetensorsReader
+from nnscaler.models.weights import WeightFiles, how_to_convert
 
 logger = logging.getLogger(__name__)
 
@@ -20,21 +20,25 @@ logger = logging.getLogger(__name__)
 def find_weights(model_id: str) -> Path | None:
     """The directory with a model's safetensors; None for a local directory that has none, whose model starts anew.
 
-    Weights on the hub are downloaded. Raises UserError where they cannot be.
+    Weights on the hub are downloaded. Raises UserError where they cannot be, or are not whole.
     """
     directory = Path(model_id)
     if directory.is_dir():
-        return directory if SafetensorsReader.available(directory) else None
+        return directory if WeightFiles.find(directory) is not None else None
     from huggingface_hub import snapshot_download
 
     try:
         online = hub.reachable()
-        return Path(snapshot_download(model_id, allow_patterns=["*.safetensors*"], local_files_only=not online))
+        patterns = ["*.safetensors", "*.safetensors.index.json"]
+        directory = Path(snapshot_download(model_id, allow_patterns=patterns, local_files_only=not online))
     except Exception as error:  # the client raises whatever the network makes it raise
         raise UserError(
             f"cannot get the weights of {model_id} ({hub.first_line(error)}); give a local directory as model_id, "
             "such as one that create_mini_model.py wrote"
         ) from error
+    if WeightFiles.find(directory) is None:
+        raise UserError(f"{model_id} has no safetensors; {how_to_convert(model_id)}")
+    return directory
 
 
 class AssetWriter:

@@ -117,7 +117,7 @@ class ParallelModule(nn.Module):
 
     @torch.no_grad()
     def load_one(self, name: str, part: Tensor) -> None:
-        """Fills this rank's shard of one parameter."""
+        """Fills this rank's shard of one parameter, or a buffer."""
         self._weights[name].copy_(part)
 
     def box(self, name: str) -> Box:

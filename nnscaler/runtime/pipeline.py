@@ -111,9 +111,9 @@ class PipelineModule:
             stage.load(read)
 
     def load_one(self, name: str, part: Tensor) -> None:
-        """Fills this rank's shard of one parameter, in each stage that has it."""
+        """Fills this rank's shard of one parameter or buffer, in each stage that has it."""
         for stage in self.stages.values():
-            if name in stage.parameters_to_load():
+            if name in stage.specs:
                 stage.load_one(name, part)
 
     def box(self, name: str) -> Box:

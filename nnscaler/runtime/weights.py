@@ -1,19 +1,15 @@
-"""First values of parameters: from safetensors, each rank reading its own slices, or from a seed."""
+"""First values of parameters, from a seed."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from nnscaler.errors import UserError
-from nnscaler.runtime.shards import Box
 
 
 def initial_parameters(model: nn.Module, seed: int, device: torch.device) -> Iterator[tuple[str, Tensor]]:
@@ -58,36 +54,3 @@ def _initialiser(model: nn.Module, path: str, module: nn.Module) -> Callable[[],
     if reset is not None:
         return reset
     raise UserError(f"module '{path}' ({type(module).__name__}) cannot be initialised: it has no reset_parameters()")
-
-
-class SafetensorsReader:
-    """Slices of the tensors of a model directory: `model.safetensors`, or shards with their index."""
-
-    def __init__(self, directory: Path) -> None:
-        index = directory / "model.safetensors.index.json"
-        single = directory / "model.safetensors"
-        self._directory = directory
-        if index.exists():
-            self._files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        elif single.exists():
-            with safe_open(single, "pt") as file:
-                self._files = dict.fromkeys(file.keys(), single.name)
-        else:
-            raise UserError(f"'{directory}' has no model.safetensors or model.safetensors.index.json")
-
-    @staticmethod
-    def available(directory: Path) -> bool:
-        return any((directory / name).exists() for name in ("model.safetensors", "model.safetensors.index.json"))
-
-    def missing(self, names: Iterable[str]) -> list[str]:
-        return [name for name in names if name not in self._files]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        with safe_open(self._directory / self._files[name], "pt") as file:
-            return tuple(file.get_slice(name).get_shape())
-
-    def read(self, name: str, box: Box) -> Tensor:
-        """The part of a tensor, on the CPU, in the type of the file. Only that part is read."""
-        with safe_open(self._directory / self._files[name], "pt") as file:
-            part = file.get_slice(name)
-            return part[box.slices] if box.slices else file.get_tensor(name)

@@ -1,0 +1,224 @@
+"""Weights of a Hugging Face model: what its files hold beside what it needs, and each rank's own slices of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from nnscaler.errors import UserError
+from nnscaler.runtime.shards import Box
+
+if TYPE_CHECKING:
+    from nnscaler.runtime.pipeline import TrainedModule
+
+logger = logging.getLogger(__name__)
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_OTHER_FORMATS = ("*.bin", "*.bin.index.json", "*.pth", "*.pt", "*.h5", "*.msgpack", "*.gguf")
+_TYPES = {"F64", "F32", "F16", "BF16"}  # what is not quantised
+
+
+def how_to_convert(model_id: str | Path) -> str:
+    return (
+        'convert its weights with transformers: python -c "from transformers import AutoModelForCausalLM as M; '
+        f"M.from_pretrained('{model_id}', dtype='auto').save_pretrained('converted')\""
+    )
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor is, and what: `dtype` as safetensors spells it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class WeightFiles:
+    """The tensors of a model directory: `model.safetensors`, or shards with their index, as transformers reads them."""
+
+    def __init__(self, tensors: Mapping[str, Stored]) -> None:
+        self.tensors = dict(tensors)
+
+    @staticmethod
+    def find(directory: Path) -> WeightFiles | None:
+        """What a directory holds; None where it holds no weights at all.
+
+        Raises UserError where files are missing, cut short or damaged, or of another format: what such a directory is
+        meant to hold must not be made up.
+        """
+        single, index = directory / SINGLE, directory / INDEX
+        if single.exists():
+            return WeightFiles(_header(single))
+        if index.exists():
+            return WeightFiles(_sharded(directory, index))
+        shards = sorted(path.name for path in directory.glob("*.safetensors"))
+        if shards:
+            raise UserError(
+                f"'{directory}' has {shards[0]}" + f" and {len(shards) - 1} other safetensors" * (len(shards) > 1)
+                + f", but neither {SINGLE} nor {INDEX}: copy the model again, whole"
+            )  # fmt: skip
+        others = sorted(path.name for pattern in _OTHER_FORMATS for path in directory.glob(pattern))
+        others = [name for name in others if name not in ("training_args.bin", "optimizer.pt", "scheduler.pt")]
+        if others:
+            raise UserError(
+                f"'{directory}' has weights as {others[0]}, not as safetensors; {how_to_convert(directory)}"
+            )
+        return None
+
+    def read(self, name: str, box: Box) -> Tensor:
+        """The part of a tensor, on the CPU, in the type of the file. Only that part is read."""
+        with safe_open(self.tensors[name].file, "pt") as file:
+            part = file.get_slice(name)
+            return part[box.slices] if box.slices else file.get_tensor(name)
+
+    def name_of(self, parameter: str, others: Iterable[str] = ()) -> str | None:
+        """The name that the files have for a parameter: its own, or one of `others` that are tied to it; None: none.
+
+        Files of a model that was saved without its last projection lack the first part of all names.
+        """
+        for name in (parameter, *others):
+            if name in self.tensors:
+                return name
+            first, _, rest = name.partition(".")
+            if rest in self.tensors and not any(stored.startswith(f"{first}.") for stored in self.tensors):
+                return rest
+        return None
+
+
+def _sharded(directory: Path, index: Path) -> dict[str, Stored]:
+    try:
+        files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(files.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"'{index}' is not an index of safetensors: {error}") from error
+    absent = [name for name in names if not (directory / name).is_file()]
+    if absent:
+        raise UserError(
+            f"'{directory}' lacks {len(absent)} of the {len(names)} files that its index names: {_some(absent)}"
+        )
+    headers = {name: _header(directory / name) for name in names}
+    lost = [name for name, file in files.items() if name not in headers[file]]
+    if lost:
+        raise UserError(f"'{directory}': {files[lost[0]]} lacks {lost[0]}, which the index says it holds")
+    return {name: headers[file][name] for name, file in files.items()}
+
+
+def _header(path: Path) -> dict[str, Stored]:
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
+            return {name: Stored(path, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"'{path}' is cut short or damaged: {error}") from error
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def check_weights(directory: Path, model: nn.Module, prefix: str) -> None:
+    """Holds a model (on the meta device) against the files of a directory.
+
+    prefix  what stands before the files' names in the model's own
+    Raises UserError for parameters that the files lack, and for other shapes and types. Warns of tensors that the model
+    has no place for, and of buffers that keep their first values.
+    """
+    files = _files(directory)
+    tied = _tied(model)
+    persistent = persistent_buffers(model)
+    names = {name: files.name_of(name.removeprefix(prefix), _removed(prefix, tied[name])) for name in tied}
+    missing = [name.removeprefix(prefix) for name, stored in names.items() if stored is None]
+    lost = [name for name in missing if prefix + name not in persistent]
+    if lost:
+        raise UserError(f"'{directory}' lacks {len(lost)} of the model's {len(names)} tensors: {_some(lost)}")
+    tensors = {**dict(model.named_parameters()), **persistent}
+    for name, stored in names.items():
+        if stored is not None:
+            _check_tensor(directory, stored, files.tensors[stored], tuple(tensors[name].shape))
+    known = {other for name in tied for other in (name.removeprefix(prefix), *_removed(prefix, tied[name]))}
+    known.update(filter(None, names.values()))
+    unexpected = sorted(set(files.tensors) - known)
+    if unexpected:
+        logger.warning(
+            "%s has %d tensors that the model has no place for: %s", directory, len(unexpected), _some(unexpected)
+        )
+    if missing:
+        logger.warning("%s lacks %d buffers, which are as new: %s", directory, len(missing), _some(missing))
+
+
+def load_weights(directory: Path, module: TrainedModule, model: nn.Module, prefix: str) -> None:
+    """Each rank reads its own slices of the files, and all of the model's persistent buffers.
+
+    model   what `module` was compiled from, on the meta device
+    Raises UserError for parameters that the files lack, and for other shapes and types.
+    """
+    files = _files(directory)
+    specs = module.parameters_to_load()
+    tied: dict[str, list[str]] = {name: [] for name in specs}
+    for name, target in module.tied.items():
+        tied.setdefault(target, []).append(name)
+    names = {name: files.name_of(name.removeprefix(prefix), _removed(prefix, tied[name])) for name in specs}
+    lost = [name.removeprefix(prefix) for name, stored in names.items() if stored is None]
+    if lost:
+        raise UserError(f"'{directory}' lacks {len(lost)} of the model's {len(specs)} tensors: {_some(lost)}")
+    found = {name: stored for name, stored in names.items() if stored is not None}
+    for name, stored in found.items():
+        _check_tensor(directory, stored, files.tensors[stored], specs[name].shape)
+    module.load(lambda name, box: files.read(found[name], box))
+    for name in persistent_buffers(model):
+        kept = files.name_of(name.removeprefix(prefix))
+        if kept is not None and name in module.specs:
+            whole = module.specs[name].shape
+            _check_tensor(directory, kept, files.tensors[kept], whole)
+            module.load_one(name, files.read(kept, Box((0,) * len(whole), whole)))
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers by name that a model's files hold, once each."""
+    found = {}
+    for path, part in model.named_modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if name not in part._non_persistent_buffers_set:
+                found[f"{path}.{name}".lstrip(".")] = buffer
+    return found
+
+
+def _files(directory: Path) -> WeightFiles:
+    files = WeightFiles.find(directory)
+    if files is None:
+        raise UserError(f"'{directory}' has no {SINGLE} or {INDEX}")
+    return files
+
+
+def _tied(model: nn.Module) -> dict[str, list[str]]:
+    """Each parameter and persistent buffer of a model -> other names of the same."""
+    first: dict[int, str] = {}
+    tied: dict[str, list[str]] = {}
+    for name, parameter in [*model.named_parameters(remove_duplicate=False), *persistent_buffers(model).items()]:
+        known = first.setdefault(id(parameter), name)
+        tied.setdefault(known, [])
+        if known != name:
+            tied[known].append(name)
+    return tied
+
+
+def _removed(prefix: str, names: Iterable[str]) -> list[str]:
+    return [name.removeprefix(prefix) for name in names]
+
+
+def _check_tensor(directory: Path, name: str, stored: Stored, shape: tuple[int, ...]) -> None:
+    if stored.shape != shape:
+        raise UserError(f"'{directory}' has {name} of shape {list(stored.shape)}, the model's is {list(shape)}")
+    if stored.dtype not in _TYPES:
+        raise UserError(
+            f"'{directory}' has {name} as {stored.dtype}, which only quantised models have; training needs one of "
+            f"{', '.join(sorted(_TYPES))}"
+        )
