@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import logging
 import os
 import shutil
 import tempfile
@@ -10,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nnscaler.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def check_writable(folder: Path, name: str) -> None:
@@ -58,3 +63,25 @@ def new_directory(path: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """Waits until no other process is within such a block for the directory, which need not exist.
+
+    Where the file system has no locks there is nothing to wait for.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(directory.parent / f".{directory.name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("waiting for another run that begins with %s", directory)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL):
+                raise
+        yield
+    finally:
+        os.close(lock)

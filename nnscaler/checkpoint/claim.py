@@ -1,113 +1,272 @@
-"""Which folder of checkpoints is a run's own, and how a run that torchrun restarted finds it again.
+"""Whose a folder of checkpoints is.
 
-A run claims its folder when it begins: the file `claim.json` there says which torchrun started it and when. torchrun
---max-restarts starts the same command again in new processes. They recognise a claim as their own by the torchrun
-agent above them (host, process id and when that started), or, where that agent is another one because the node was
-replaced, by TORCHELASTIC_RESTART_COUNT > 0 and the same TORCHELASTIC_RUN_ID (torchrun --rdzv_id). They continue in that
-folder from the newest checkpoint saved since the claim; before the first one, they begin as the run began.
+A run is a folder with an owner, who lives or is dead. The owner writes `claim.json` there and holds a lock
+(`.claim.lock`) as long as it runs.
+
+It lives while its lock is held, or while the process runs that would start it again (torchrun's agent; without
+torchrun, itself). A process that cannot be seen, since it is on another machine or in another container, lives where
+the claim is younger than LIFELESS by the file system's clock: the owner renews it every BEAT. So a run that is dead by
+any means, a machine's restart included, is seen to be.
+
+A run continues only itself:
+
+* restarted by torchrun, in the folder whose claim names a job that its own workers are of. A job has a name on each of
+  its nodes (`owner.job`); one in common is enough, so that nodes may be replaced;
+* told to resume from a checkpoint in the folder of its own name, in that folder, unless the owner lives;
+* else it is a new run in a folder that has no checkpoints and no living owner, and where it has logs, these are its
+  own: `name`, or `name-2`, ... It only reads where it was told to resume from.
+
+It removes only checkpoints that it saved itself (`folder.remove_old`), and saves nothing more when its folder has
+become another run's.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import logging
 import os
-import socket
+import threading
 import time
-from dataclasses import asdict, dataclass
+import uuid
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from nnscaler.checkpoint.folder import complete_checkpoints, is_checkpoint, remove_unfinished, saved_at
+from nnscaler.checkpoint.folder import is_checkpoint, own_checkpoints, remove_unfinished, run_name, saved_at
+from nnscaler.checkpoint.owner import Process, keeper
 from nnscaler.errors import UserError
 
-CLAIM = "claim.json"
+logger = logging.getLogger(__name__)
+
+CLAIM, _LOCK = "claim.json", ".claim.lock"
+BEAT, LIFELESS = 5.0, 30.0  # seconds
+_PREDECESSOR = 60.0  # seconds that processes of this run, which torchrun has ended, may take to let go
 
 
 @dataclass(frozen=True)
 class Claim:
-    """The run that a folder belongs to.
+    """What `claim.json` says.
 
-    agent   the torchrun process of rank 0; empty: not started by torchrun
-    run_id  torchrun's name of the job
-    since   seconds since the epoch
+    run       a name that no other run has, kept when the run is continued
+    folder    the folder's name; a copy of the folder has another, and is not the run
+    jobs      of the owner, on each node (`owner.job`)
+    keeper    the process that lives as long as the run
+    since     seconds since the epoch
+    released  whether the run has ended
     """
 
-    agent: str
-    run_id: str
+    run: str
+    folder: str
+    jobs: list[str]
+    keeper: Process
     since: float
+    released: bool = False
 
     @staticmethod
-    def now() -> Claim:
-        run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
-        return Claim(_agent() if run_id else "", run_id, time.time())
+    def read(folder: Path) -> Claim | None:
+        """None where there is none, or it is a copy of another folder's."""
+        try:
+            fields = json.loads((folder / CLAIM).read_text())
+            claim = Claim(**{**fields, "keeper": Process(**fields["keeper"])})
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        return claim if claim.folder == folder.resolve().name else None
+
+    def write(self, folder: Path) -> None:
+        new = folder / f".{CLAIM}.new"
+        new.write_text(json.dumps(asdict(self), indent=1))
+        new.replace(folder / CLAIM)
+
+    def is_of(self, jobs: Collection[str]) -> bool:
+        return not set(jobs).isdisjoint(self.jobs)
+
+    def lives(self, folder: Path) -> bool:
+        """Whether its owner lives, as far as the lock does not tell. May watch for LIFELESS seconds."""
+        if self.released:
+            return False
+        seen = self.keeper.lives
+        return _is_renewed(folder) if seen is None else seen
+
+
+def _is_renewed(folder: Path) -> bool:
+    """Whether someone renews the claim: it is younger than LIFELESS, and is still after that time."""
+    first = (folder / CLAIM).stat().st_mtime
+    while (age := _now(folder) - (folder / CLAIM).stat().st_mtime) < LIFELESS:
+        if (folder / CLAIM).stat().st_mtime != first:
+            return True
+        time.sleep(min(1.0, LIFELESS - age + 0.01))
+    return False
+
+
+def _now(folder: Path) -> float:
+    """By the clock that gives the folder's files their times."""
+    probe = folder / ".claim.now"
+    probe.write_bytes(b"")
+    now = probe.stat().st_mtime
+    probe.unlink(missing_ok=True)
+    return now
+
+
+class Holding:
+    """A folder that this process has claimed for its run, until `release`. On rank 0 only."""
+
+    def __init__(self, folder: Path, claim: Claim, lock: int | None) -> None:
+        self.folder, self.claim, self._lock = folder, claim, lock
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._renew, daemon=True, name="claim")
+        self._thread.start()
+
+    def _renew(self) -> None:
+        while not self._stop.wait(BEAT):
+            try:
+                os.utime(self.folder / CLAIM)
+            except OSError:
+                continue  # a disk in trouble may recover
 
     @property
     def is_mine(self) -> bool:
-        """Whether this process continues the run that made the claim."""
-        now = Claim.now()
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        return bool(now.run_id) and (self.agent == now.agent or (restarted and self.run_id == now.run_id))
+        """Whether nobody has taken the folder since, thinking that this run was dead."""
+        now = Claim.read(self.folder)
+        return now is not None and (now.run, now.since) == (self.claim.run, self.claim.since)
+
+    def check(self) -> None:
+        """Raises UserError where the folder has become another run's."""
+        if not self.is_mine:
+            raise UserError(f"'{self.folder}' is no longer this run's: another one has claimed it")
+
+    def release(self) -> None:
+        """To be called when the run ends, well or not."""
+        self._stop.set()
+        self._thread.join()
+        try:
+            if self.is_mine:
+                replace(self.claim, released=True).write(self.folder)
+        except OSError as error:
+            logger.warning("cannot write '%s': %s", self.folder / CLAIM, error.strerror or error)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
 
-def _agent() -> str:
-    """The parent process, by a name that no later process has."""
-    parent = os.getppid()
-    try:
-        began = Path(f"/proc/{parent}/stat").read_text().rsplit(")", 1)[1].split()[19]  # see proc(5): starttime
-    except OSError:
-        began = ""
-    return f"{socket.gethostname()}:{parent}:{began}"
-
-
-def find_own(directory: Path, resume: Path | None) -> tuple[Path, float] | None:
-    """The run folder that this run claimed before it was restarted, and when; None: it was not restarted.
-
-    directory  of the runs' folders
-    resume     what the run was told to continue from, in whose folder it may have gone on
-    """
-    folders = [path.parent for path in directory.glob(f"*/{CLAIM}")]
-    if resume is not None and is_checkpoint(resume):
-        folders.append(resume.resolve().parent)
-    claims = [(claim.since, folder) for folder in folders if (claim := _read(folder)) is not None and claim.is_mine]
-    return max(((folder, since) for since, folder in claims), key=lambda found: found[1], default=None)
-
-
-def _read(folder: Path) -> Claim | None:
-    try:
-        return Claim(**json.loads((folder / CLAIM).read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
+def find_own(directory: Path, jobs: Collection[str]) -> tuple[Path, float] | None:
+    """The run folder that this job claimed before it was restarted, and when; None: it was not restarted."""
+    claims = [(path.parent, Claim.read(path.parent)) for path in directory.glob(f"*/{CLAIM}")]
+    own = [(folder, claim.since) for folder, claim in claims if claim is not None and claim.is_of(jobs)]
+    return max(own, key=lambda found: found[1], default=None)
 
 
 def saved_since(folder: Path, since: float) -> list[Path]:
     """A run's own checkpoints, the newest first."""
-    return [path for path in reversed(complete_checkpoints(folder)) if saved_at(path) >= since]
+    return [path for path in reversed(own_checkpoints(folder)) if saved_at(path) >= since]
 
 
-def claim(directory: Path, name: str, loaded: Path | None, own: Path | None) -> Path:
-    """Makes a folder this run's and clears what a killed run left half written there.
+def claim(
+    directory: Path, name: str, loaded: Path | None, own: Path | None, jobs: Collection[str],
+    is_free: Callable[[str], bool] = lambda folder_name: True,
+) -> Holding:  # fmt: skip
+    """Makes a folder this run's, by the rule above, and clears what a killed run left half written there.
 
     directory, name  of the runs' folders, and of the run
-    loaded           the checkpoint that training continues from, if it does: it goes on in the same folder
+    loaded           the checkpoint that training continues from, if it does
     own              the folder that the run has claimed already, before it was restarted
-    Returns `own`, the folder of `loaded`, or one that holds no other run's checkpoints: `name`, or `name-2`, ...
+    jobs             the names of this run's job, on each node
+    is_free          whether a new run may take a folder name, as far as its logs go
     Raises UserError where it cannot be written.
     """
-    folder = own or (loaded.parent if loaded is not None else _new_run_folder(directory, name))
+    if own is not None:
+        return _take_own(own, jobs)
+    if loaded is not None and _is_run_of(loaded.resolve(), directory, name):
+        holding = _take(loaded.resolve().parent, jobs, lambda folder: True)
+        if holding is not None:
+            return holding
+        logger.warning("'%s' is a run that goes on elsewhere: this is a new run", loaded.resolve().parent)
+    passed: list[str] = []
+    for folder in _candidates(directory, name):
+        is_new = is_free(folder.name)
+        holding = _take(folder, jobs, lambda folder: not own_checkpoints(folder)) if is_new else None
+        if holding is not None:
+            if passed:
+                logger.info("%s: another run's; this one is %s", ", ".join(passed), folder.name)
+            return holding
+        passed.append(folder.name)
+    raise AssertionError("there is always another number")
+
+
+def _is_run_of(checkpoint: Path, directory: Path, name: str) -> bool:
+    """Whether a checkpoint is of the run called `name` in `directory`, whose folder may have a number behind."""
+    folder = checkpoint.parent
+    return (
+        is_checkpoint(checkpoint)
+        and folder.parent == directory.resolve()
+        and name in (folder.name, run_name(checkpoint))
+    )
+
+
+def _candidates(directory: Path, name: str) -> Iterator[Path]:
+    count = 1
+    while True:
+        yield directory / (f"{name}-{count}" if count > 1 else name)
+        count += 1
+
+
+def _take_own(folder: Path, jobs: Collection[str]) -> Holding:
+    deadline = time.monotonic() + _PREDECESSOR
+    while (holding := _take(folder, jobs, lambda folder: True)) is None:
+        if time.monotonic() > deadline:
+            raise UserError(f"processes of this run, before torchrun restarted it, still write into '{folder}'")
+        time.sleep(0.5)
+    return holding
+
+
+def _take(folder: Path, jobs: Collection[str], may: Callable[[Path], bool]) -> Holding | None:
+    """Claims a folder; None where its owner lives, or it is not what `may` asks for."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(folder)
-        if own is None:
-            new = folder / f".{CLAIM}.new"
-            new.write_text(json.dumps(asdict(Claim.now())))
-            new.replace(folder / CLAIM)
+        lock = _lock(folder / _LOCK)
+        if lock is None:
+            return None
+        try:
+            present = _claimable(folder, jobs) if may(folder) else None
+            if present is not None:
+                now = Claim(present.run, folder.resolve().name, sorted(jobs), keeper(), present.since)
+                now.write(folder)
+                remove_unfinished(folder)
+                return Holding(folder, now, lock)
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
+        return None
     except OSError as error:
         raise UserError(f"cannot write checkpoints into '{folder}': {error.strerror or error}") from error
-    return folder
 
 
-def _new_run_folder(directory: Path, name: str) -> Path:
-    candidate, count = directory / name, 1
-    while complete_checkpoints(candidate):
-        count += 1
-        candidate = directory / f"{name}-{count}"
-    return candidate
+def _lock(path: Path) -> int | None:
+    """A handle that holds the file's lock, if this file system has locks; None where another has it."""
+    for mode in (os.O_RDONLY, os.O_RDWR):  # NFS locks only what is open for writing, which keeps a disk from unmounting
+        lock = os.open(path, mode | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except OSError as error:
+            if error.errno in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL):
+                return lock  # there are no locks: the claim alone has to tell
+            os.close(lock)
+            if isinstance(error, BlockingIOError):
+                return None
+            if error.errno != errno.EBADF or mode == os.O_RDWR:
+                raise
+    raise AssertionError("the last mode returns or raises")
+
+
+def _claimable(folder: Path, jobs: Collection[str]) -> Claim | None:
+    """The claim to go on with, when the folder's owner is dead or this job; None when another lives."""
+    there = Claim.read(folder)
+    if there is not None and there.is_of(jobs):
+        return there
+    if there is not None and there.lives(folder):
+        return None
+    continued = there.run if there is not None and own_checkpoints(folder) else str(uuid.uuid4())
+    return Claim(continued, "", [], keeper(), time.time())

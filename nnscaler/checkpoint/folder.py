@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,9 @@ class TrainerState:
     tied         other names of tied parameters
     prefix       what stands before the Hugging Face model's names in `parameters`
     saved_at     seconds since the epoch
+    updates      optimizer steps that changed the weights; None: all
+    owner        the run that saved it (`claim.Claim.run`), by a name that no other run has
+    keep         newest checkpoints that the run was to keep; 0: all, so that this one is never removed
     """
 
     step: int
@@ -58,9 +62,12 @@ class TrainerState:
     tied: dict[str, str]
     prefix: str
     saved_at: float
+    updates: int | None = None
+    owner: str = ""
+    keep: int = 0
 
     def write(self, folder: Path) -> None:
-        (folder / TRAINER).write_text(json.dumps(asdict(self), indent=1))
+        (folder / TRAINER).write_text(json.dumps(asdict(self), indent=1, allow_nan=False))
 
     @staticmethod
     def read(folder: Path) -> TrainerState:
@@ -88,17 +95,44 @@ def check_complete(folder: Path) -> None:
 
 def complete_checkpoints(directory: Path) -> list[Path]:
     """Every checkpoint at or below a directory, the oldest first."""
-    candidates = [directory, *directory.rglob("step_*")] if directory.is_dir() else []
+    return _in_order([directory, *_steps_below(directory)] if directory.is_dir() else [])
+
+
+def _steps_below(directory: Path) -> Iterator[Path]:
+    for parent, folders, _ in os.walk(directory):  # a run that goes on may remove some meanwhile
+        yield from (Path(parent, name) for name in folders if name.startswith("step_"))
+        folders[:] = [name for name in folders if not name.startswith(("step_", "."))]
+
+
+def own_checkpoints(run: Path) -> list[Path]:
+    """Every checkpoint in a run's folder, the oldest first; not those of a run whose folder lies within."""
+    return _in_order(run.glob("step_*"))
+
+
+def _in_order(candidates: Iterable[Path]) -> list[Path]:
     folders = [folder for folder in candidates if is_checkpoint(folder) and not folder.is_symlink()]
     return sorted(folders, key=lambda folder: (saved_at(folder), folder.name))
 
 
+def _field(folder: Path, name: str) -> Any:
+    """What a checkpoint's trainer.json says; None where it is damaged or does not say."""
+    try:
+        return json.loads((folder / TRAINER).read_text()).get(name)
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def saved_at(folder: Path) -> float:
     """When a checkpoint was saved, in seconds since the epoch; for a damaged one, when its folder was last changed."""
-    try:
-        return float(json.loads((folder / TRAINER).read_text())["saved_at"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return folder.stat().st_mtime
+    found = _field(folder, "saved_at")
+    if isinstance(found, (int, float)):
+        return float(found)
+    return folder.stat().st_mtime if folder.exists() else 0.0
+
+
+def run_name(folder: Path) -> str | None:
+    """What the run that saved a checkpoint was called: its folder may have a number behind that."""
+    return _field(folder, "model")
 
 
 def latest_checkpoint(directory: Path) -> Path:
@@ -132,10 +166,7 @@ def publish(work: Path, state: TrainerState) -> Path:
 
 
 def _loss(folder: Path) -> float | None:
-    try:
-        loss = json.loads((folder / TRAINER).read_text())["loss"]
-    except (OSError, ValueError, KeyError):
-        return None
+    loss = _field(folder, "loss")
     return loss if isinstance(loss, float) and math.isfinite(loss) else None
 
 
@@ -161,10 +192,14 @@ def _sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def remove_old(run: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints of a run and those that links point to (0: none is removed)."""
+def remove_old(run: Path, keep: int, owner: str) -> None:
+    """Removes all but the newest `keep` (0: none) of the checkpoints that the run called `owner` saved in its folder.
+
+    Those that links point to stay, and those that were saved to be kept for good.
+    """
     pointed_to = {(run / link).resolve() for link in (LAST, BEST)}
-    for folder in complete_checkpoints(run)[:-keep] if keep else []:
+    own = [folder for folder in own_checkpoints(run) if _field(folder, "owner") == owner and _field(folder, "keep")]
+    for folder in own[:-keep] if keep else []:
         if folder.resolve() not in pointed_to:
             remove(folder)
 

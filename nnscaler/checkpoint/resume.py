@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -25,14 +25,15 @@ from nnscaler.runtime.pipeline import TrainedModule
 logger = logging.getLogger(__name__)
 
 
-def where_to_begin(directory: Path, resume_path: Path | None) -> tuple[list[Path], Path | None]:
+def where_to_begin(directory: Path, resume_path: Path | None, jobs: Collection[str]) -> tuple[list[Path], Path | None]:
     """(what to load, the best first; this run's folder where torchrun restarted it). Nothing to load: begin anew.
 
     directory    of the runs' folders
     resume_path  as the user gave it
+    jobs         the names of this run's job, on each node
     Raises UserError as `find_resumable` does.
     """
-    own = find_own(directory, resume_path)
+    own = find_own(directory, jobs)
     if own is not None:
         folder, since = own
         checkpoints = saved_since(folder, since)
@@ -131,7 +132,7 @@ def _load(
         load_weights(path)
         optimizer.load_masters()
         return None
-    optimizer.set_steps(state.step)
+    optimizer.set_steps(state.step if state.updates is None else state.updates)
     optimizer.publish_masters()
     if random:
         set_random_states({name.split(".")[1]: tensor for name, tensor in random.items()}, device)

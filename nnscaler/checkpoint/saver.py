@@ -35,17 +35,17 @@ _CRASH_SECONDS = 60  # that a save under way is given when training fails
 class Saver:
     """Writes checkpoints into a run's folder. All methods but `before_update` are collective.
 
-    keep         newest checkpoints that are kept beside those that `last` and `best` point to; 0: all
     save_assets  writes into a folder what makes an exported model complete; None: nothing
+    check        raises where the folder is no longer the run's; called on rank 0 before a checkpoint gets its name
     A save that fails leaves training, and the checkpoints before it, as they are: a line is logged. The last one of a
     run (`finish`) raises UserError instead.
     """
 
     def __init__(
-        self, run: Path, optimizer: ShardedOptimizer, device: torch.device, keep: int,
-        save_assets: Callable[[Path], None] | None,
+        self, run: Path, optimizer: ShardedOptimizer, device: torch.device,
+        save_assets: Callable[[Path], None] | None, check: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
-        self.run, self._device, self._keep, self._save_assets = run, device, keep, save_assets
+        self.run, self._device, self._save_assets, self._check = run, device, save_assets, check
         self._owned = owned_state(optimizer)
         self._distributed = dist.is_initialized()
         self._rank = dist.get_rank() if self._distributed else 0
@@ -102,8 +102,10 @@ class Saver:
     def _describe(self) -> str:
         assert self._failure is not None
         step, error = self._failure
-        reason = error.strerror or error if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-        complete = folders.complete_checkpoints(self.run)
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error)
+        complete = folders.own_checkpoints(self.run)
         newest = f"the newest complete one is '{complete[-1]}'" if complete else "there is no complete one"
         return f"cannot save a checkpoint of step {step} in '{self.run}': {reason}; {newest}"
 
@@ -144,8 +146,9 @@ class Saver:
         known = {piece.file for piece in shards}
         others = [path for path in work.rglob("*") if path.is_file() and path.relative_to(work).as_posix() not in known]
         Checksums(work, [*shards, *(whole_file(work, path) for path in others)]).write()
+        self._check()
         folders.publish(work, state)
-        folders.remove_old(self.run, self._keep)
+        folders.remove_old(self.run, state.keep, state.owner)
 
     def _model_assets(self) -> dict[str, bytes]:
         """Relative path -> content; made once, since they do not change."""

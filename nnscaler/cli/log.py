@@ -1,8 +1,13 @@
-"""Where a run's numbers go: a progress bar, TensorBoard and metrics.jsonl."""
+"""Where a run's numbers go: a progress bar, TensorBoard and metrics.jsonl.
+
+A log folder is one run's: `run.json` there says which. A run that goes on from an earlier step drops what it wrote
+about later ones, so that every step is there once.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -10,17 +15,43 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+METRICS, _RUN = "metrics.jsonl", "run.json"
+
+
+def is_free(folder: Path, run: str | None = None) -> bool:
+    """Whether a run (None: a new one) may write its logs into a folder: they are its own, or there are none."""
+    try:
+        return json.loads((folder / _RUN).read_text())["run"] == run
+    except (OSError, ValueError, KeyError, TypeError):
+        return not (folder / METRICS).exists() and not any(folder.glob("events.out.tfevents.*"))
+
+
+def log_folder(directory: Path, name: str, run: str) -> Path:
+    """`name` in a directory, or `name-2`, ...: the first that is free for the run."""
+    folder, count = directory / name, 1
+    while not is_free(folder, run):
+        count += 1
+        folder = directory / f"{name}-{count}"
+    return folder
+
 
 class RunLog:
-    """Writes what rank 0 reports; on other ranks it does nothing."""
+    """Writes what rank 0 reports; on other ranks it does nothing.
 
-    def __init__(self, folder: Path, steps: int, start: int, active: bool) -> None:
-        self._active = active
-        if not active:
+    folder      None: another rank writes
+    run         the run's own name (`claim.Claim.run`)
+    start       the step that training begins after
+    """
+
+    def __init__(self, folder: Path | None, run: str, steps: int, start: int) -> None:
+        self._active = folder is not None
+        if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._writer = SummaryWriter(str(folder))
-        self._file = (folder / "metrics.jsonl").open("a")
+        (folder / _RUN).write_text(json.dumps({"run": run}))
+        _drop_after(folder / METRICS, start)
+        self._writer = SummaryWriter(str(folder), purge_step=start + 1)
+        self._file = (folder / METRICS).open("a")
         self._bar = tqdm(total=steps, initial=start, desc="training", unit="step", dynamic_ncols=True)
 
     def __enter__(self) -> RunLog:
@@ -37,19 +68,37 @@ class RunLog:
         if self._active:
             self._bar.update()
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """The numbers of an interval that ends with optimizer step `step`."""
+    def write(self, step: int, values: dict[str, float | None]) -> None:
+        """The numbers of an interval that ends with optimizer step `step`; those that are not finite become null."""
         if not self._active:
             return
-        for name, value in values.items():
+        known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+        for name, value in known.items():
             self._writer.add_scalar(name, value, step)
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(json.dumps({"step": step, **{name: known.get(name) for name in values}}) + "\n")
         self._file.flush()
-        self._bar.set_postfix_str(_summary(values))
+        self._bar.set_postfix_str(_summary(known))
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Removes the lines about later steps, and one that was cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    new = path.with_name(f".{path.name}.new")
+    new.write_text("".join(kept))
+    new.replace(path)
 
 
 def _summary(values: dict[str, Any]) -> str:
-    shown = [f"loss {values['loss']:.4f}", f"{values['tokens_per_second_per_gpu']:.0f} tokens/s/GPU"]
+    loss = f"loss {values['loss']:.4f}" if "loss" in values else "loss not finite"
+    shown = [loss, f"{values['tokens_per_second_per_gpu']:.0f} tokens/s/GPU"]
     if "mfu" in values:
         shown.append(f"MFU {100 * values['mfu']:.1f} % ({100 * values['mfu_causal']:.1f} % causal)")
     return ", ".join(shown)

@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nnscaler.checkpoint.claim import claim
+from nnscaler.checkpoint.claim import Holding, claim
 from nnscaler.checkpoint.due import Due
 from nnscaler.checkpoint.folder import TrainerState
 from nnscaler.checkpoint.resume import resume
 from nnscaler.checkpoint.saver import Saver
 from nnscaler.cli.config import TrainerArgs
-from nnscaler.cli.log import RunLog
+from nnscaler.cli.log import RunLog, is_free, log_folder
 from nnscaler.cli.processes import from_rank_0
 from nnscaler.cli.watch import Watch
 from nnscaler.compiler import Source
@@ -41,6 +41,7 @@ class TrainingRun:
 
     resume_from  what to load, the best first; empty: start anew
     own_folder   where this run's checkpoints are already, when torchrun restarted it
+    jobs         the names of this run's job, on each node (`checkpoint.owner.job`)
     watch        to be told of every step; None: one process
     """
 
@@ -53,6 +54,7 @@ class TrainingRun:
         dataset: PackedDataset,
         resume_from: list[Path],
         own_folder: Path | None,
+        jobs: list[str],
         watch: Watch | None = None,
     ) -> None:
         self.args, self.device, self.dataset, self.watch = args, device, dataset, watch
@@ -79,7 +81,9 @@ class TrainingRun:
         left = (len(dataset) - self.consumed) // self.share.step_samples  # of this pass over the dataset
         self.steps = self.args.max_train_steps or max(1, self.step + left)
         self._warn_of_changes(state)
-        self.folder = self._claim_folder(loaded if state is not None else None, own_folder)
+        self.holding: Holding | None = None  # on rank 0
+        within = loaded if state is not None and loaded is not None and loaded.is_dir() else None
+        self.folder, self.run = self._claim_folder(within, own_folder, jobs)
 
     def _warn_of_changes(self, state: TrainerState | None) -> None:
         if state is not None and state.samples != len(self.dataset):
@@ -90,14 +94,18 @@ class TrainingRun:
         if state is not None and state.schedule != self._schedule():
             logger.warning("the learning rate was to follow %s; now it follows %s", state.schedule, self._schedule())
 
-    def _claim_folder(self, loaded: Path | None, own: Path | None) -> Path:
-        """Where this run's checkpoints go."""
-        config = self.args.checkpoint
-        within = loaded.resolve() if loaded is not None and loaded.is_dir() else None
-        folder = from_rank_0(lambda: claim(config.directory, self.args.name, within, own), self.device)
+    def _claim_folder(self, loaded: Path | None, own: Path | None, jobs: list[str]) -> tuple[Path, str]:
+        """Where this run's checkpoints go, and the run's own name."""
+        directory, logs = self.args.checkpoint.directory, self.args.log.directory
+
+        def take() -> tuple[Path, str]:
+            self.holding = claim(directory, self.args.name, loaded, own, jobs, lambda name: is_free(logs / name))
+            return self.holding.folder, self.holding.claim.run
+
+        folder, run = from_rank_0(take, self.device)
         if not folder.is_dir():
             raise UserError(f"'{folder}' is not seen by rank {self.rank}: checkpoint_dir must be shared by all nodes")
-        return folder
+        return folder, run
 
     def _first_weights(self, source: Source) -> None:
         if self.args.model.weights is not None:
@@ -116,6 +124,13 @@ class TrainingRun:
 
     def train(self) -> None:
         """Steps until `self.steps`; saves every interval and at the end."""
+        try:
+            self._train()
+        finally:
+            if self.holding is not None:
+                self.holding.release()
+
+    def _train(self) -> None:
         args = self.args
         if self.step >= self.steps:
             logger.info("nothing to do: step %d of %d is reached", self.step, self.steps)
@@ -126,8 +141,10 @@ class TrainingRun:
         since, reported = time.perf_counter(), self.step
         profiler = StepProfiler(args.log.profile if self.rank == 0 else None, self.module.predicted_seconds)
         config, stop = args.checkpoint, False
-        log = RunLog(args.log.directory / self.folder.name, self.steps, self.step, self.rank == 0)
-        saver = Saver(self.folder, self.optimizer, self.device, config.keep, args.model.save_assets)
+        logs = log_folder(args.log.directory, self.folder.name, self.run) if self.rank == 0 else None
+        log = RunLog(logs, self.run, self.steps, self.step)
+        check = self.holding.check if self.holding is not None else lambda: None
+        saver = Saver(self.folder, self.optimizer, self.device, args.model.save_assets, check)
         with log, saver, Due(config.interval or 0, config.minutes) as due:
             while self.step < self.steps and not stop:
                 counts: list[int] = []  # labels of each micro-batch
@@ -199,6 +216,8 @@ class TrainingRun:
             tied=self.module.tied,
             prefix=self.args.model.weight_prefix,
             saved_at=time.time(),
+            owner=self.run,
+            keep=self.args.checkpoint.keep,
         )
 
 

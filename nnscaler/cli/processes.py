@@ -73,6 +73,15 @@ def from_rank_0(function: Callable[[], T], device: torch.device) -> T:
     return outcome[0]
 
 
+def from_all(value: T) -> list[T]:
+    """Every rank's value, on every rank. Collective."""
+    values = [value]
+    if dist.is_initialized():
+        values *= dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
 def share_folder(folder: Path, device: torch.device) -> None:
     """Gives the files of rank 0's folder to every node that does not have them. Collective."""
     wanted = [_digest(folder) if dist.get_rank() == 0 else ""]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from nnscaler.cli.config import TrainerArgs
-from nnscaler.cli.processes import from_rank_0, join_processes, share_folder
+from nnscaler.cli.processes import from_all, from_rank_0, join_processes, share_folder
 from nnscaler.cli.watch import Watch
 from nnscaler.compiler import Source, compile_model, differences, identity
 from nnscaler.data.training import PackedDataset, with_labels
+from nnscaler.directory import alone_in
 from nnscaler.errors import UserError
 from nnscaler.models.weights import WeightFiles, check_weights
 from nnscaler.trace import STRATEGIES
@@ -46,6 +48,7 @@ class Trainer:
                 compile_model(self._source(), self.args.compute, self.gen_folder, self.args.explain)
             return
         # What only training needs takes a second to import, which planning need not wait for.
+        from nnscaler.checkpoint.owner import job
         from nnscaler.checkpoint.resume import where_to_begin
         from nnscaler.cli.loop import TrainingRun
 
@@ -58,11 +61,14 @@ class Trainer:
             self.watch = join_processes(self.device)
         try:
             checkpoint = self.args.checkpoint
-            begin = from_rank_0(lambda: where_to_begin(checkpoint.directory, checkpoint.resume), self.device)
-            from_rank_0(lambda: self._compile_if_needed(source), self.device)
-            if self.world > 1:
-                share_folder(self.gen_folder, self.device)
-            TrainingRun(self.args, self.gen_folder, self.device, source, dataset, *begin, self.watch).train()
+            jobs = sorted({name for name in from_all(job()) if name is not None})
+            begin = from_rank_0(lambda: where_to_begin(checkpoint.directory, checkpoint.resume, jobs), self.device)
+            with alone_in(self.gen_folder) if self.rank == 0 else nullcontext():  # another run may have this name too
+                from_rank_0(lambda: self._compile_if_needed(source), self.device)
+                if self.world > 1:
+                    share_folder(self.gen_folder, self.device)
+                run = TrainingRun(self.args, self.gen_folder, self.device, source, dataset, *begin, jobs, self.watch)
+            run.train()
         except RuntimeError:
             if self.watch is not None:
                 self.watch.explain()

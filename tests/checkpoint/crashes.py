@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from nnscaler.checkpoint.checksums import Checksums
 from nnscaler.checkpoint.folder import TrainerState, complete_checkpoints
+from nnscaler.cli.log import METRICS
 from tests.checkpoint.jobs import assert_equal, final, train
 from tests.launch import run, start
 from tests.parity import Case
@@ -20,6 +22,7 @@ CASE = Case(1, 2)
 NAME = "crashed"
 OPTIONS = {"interval": 1, "keep": 3}  # nearly always, something is being written
 LONGEST = 8.0  # seconds that a run is left alone: starting, compiling, training
+STUCK = 300.0  # seconds in which any machine, however busy, saves the next step
 SURVIVORS = 0.5  # seconds at most until the other ranks are killed as well
 
 
@@ -41,12 +44,16 @@ def crashes(folder: Path, times: int, seed: int) -> Iterator[Crash]:
     """Yields every crash, after which it has checked that no complete checkpoint is lost, and none is torn."""
     generator = random.Random(seed)
     runs, newest = folder / "checkpoints" / NAME, 0
-    for _ in range(times):
-        logged = len(metrics(folder))
+    logs = folder / "runs" / NAME
+    for count in range(times):
+        if newest == 0:
+            shutil.rmtree(logs, ignore_errors=True)  # else what begins anew is another run, in another folder
+        elif (logs / METRICS).exists():
+            (logs / METRICS).rename(logs / f"{count}.jsonl")
         options = {**OPTIONS, "resume": runs} if newest else OPTIONS
         started = time.time()
         ranks = start(CASE.runtime, train, CASE, folder, 10**6, NAME, options)
-        _wait(runs, started, generator)
+        _wait(runs, started, generator, last=count == times - 1)
         writing, before = _is_writing(runs, started), _newest(runs)
         assert all(process.is_alive() for process in ranks), "the run ended by itself"
         generator.choice(ranks).kill()
@@ -56,20 +63,24 @@ def crashes(folder: Path, times: int, seed: int) -> Iterator[Crash]:
             process.join()
         for checkpoint in complete_checkpoints(runs):
             assert not list(Checksums.read(checkpoint).damages(shards=True)), f"{checkpoint} is torn"
-        steps = [step for step, _ in metrics(folder)[logged:]]
+        steps = [step for step, _ in metrics(logs / METRICS)]
         assert not steps or steps[0] == newest + 1, f"resumed at step {steps[0]}, saved was {newest}"
         assert _newest(runs) >= before, f"step {before} was complete, {_newest(runs)} is the newest now"
         newest = _newest(runs)
         yield Crash(steps[0] if steps else None, writing, newest)
 
 
-def _wait(runs: Path, started: float, generator: random.Random) -> None:
-    """Until some moment: any, or, half of the times, one in which a checkpoint is being written."""
-    if generator.random() < 0.5:
+def _wait(runs: Path, started: float, generator: random.Random, last: bool) -> None:
+    """Until some moment: any, or, half of the times and the last, one in which a checkpoint is being written.
+
+    Of a last one that moment is after a checkpoint is complete, however long that takes.
+    """
+    if generator.random() < 0.5 and not last:
         time.sleep(generator.uniform(0, LONGEST))
         return
-    deadline = started + 4 * LONGEST
-    while time.time() < deadline and not _is_writing(runs, started):
+    wanted = _newest(runs) + (1 if last else generator.randrange(3))
+    while not (_is_writing(runs, started) and _newest(runs) >= wanted):
+        assert time.time() < started + STUCK, f"no step after {_newest(runs)} has been saved in {STUCK} s"
         time.sleep(0.0005)
     time.sleep(generator.uniform(0, 0.03))
 
@@ -86,9 +97,9 @@ def _newest(runs: Path) -> int:
     return TrainerState.read(found[-1]).step if found else 0
 
 
-def metrics(folder: Path, name: str = NAME) -> list[tuple[int, float]]:
+def metrics(path: Path) -> list[tuple[int, float]]:
     """(step, loss) of each line of a run's metrics that was written whole."""
-    path, found = folder / "runs" / name / "metrics.jsonl", []
+    found = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             entry = json.loads(line)
@@ -104,8 +115,9 @@ def assert_as_if_never_crashed(folder: Path, newest: int) -> int:
     steps = newest + 3
     run(CASE.runtime, train, CASE, folder, steps, NAME, {**OPTIONS, "resume": runs} if newest else OPTIONS, init=False)
     run(CASE.runtime, train, CASE, folder, steps, "undisturbed", init=False)
-    wanted = dict(metrics(folder, "undisturbed"))
-    for step, loss in metrics(folder):
-        assert step not in wanted or loss == wanted[step], f"step {step}: {loss}, undisturbed {wanted[step]}"
+    wanted = dict(metrics(folder / "runs" / "undisturbed" / METRICS))
+    for path in (folder / "runs" / NAME).glob("*.jsonl"):
+        for step, loss in metrics(path):
+            assert step not in wanted or loss == wanted[step], f"step {step}: {loss}, undisturbed {wanted[step]}"
     assert_equal(final(folder, NAME), final(folder, "undisturbed"))
     return steps

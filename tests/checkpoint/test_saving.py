@@ -43,14 +43,14 @@ def test_the_newest_and_those_that_links_point_to_are_kept(tmp_path):
     for step, loss in enumerate([3.0, 1.0, None, 2.0, 1.0], 1):
         publish_one(tmp_path, step, loss)
         assert (tmp_path / "last").resolve().name == f"step_{step:08d}"
-        remove_old(tmp_path, 2)
+        remove_old(tmp_path, 2, "run")
     assert names(tmp_path) == ["step_00000002", "step_00000004", "step_00000005"]
     assert (tmp_path / "best").resolve().name == "step_00000002"  # not the equal one that came later
     publish_one(tmp_path, 6, 0.5)
-    remove_old(tmp_path, 1)
+    remove_old(tmp_path, 1, "run")
     assert names(tmp_path) == ["step_00000006"]
     publish_one(tmp_path, 6, 0.7)  # again, after going back: nothing complete is ever replaced
-    remove_old(tmp_path, 0)
+    remove_old(tmp_path, 0, "run")
     assert set(names(tmp_path)) == {"step_00000006", "step_00000006-2"}
     assert (tmp_path / "last").resolve().name == "step_00000006-2"
     assert {path.name for path in tmp_path.iterdir()} == {*names(tmp_path), "last", "best"}

@@ -1,0 +1,167 @@
+"""A run continues only itself, and finds a folder that is nobody else's."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+
+from nnscaler import UserError
+from nnscaler.checkpoint import claim as claims
+from nnscaler.checkpoint.claim import CLAIM, Claim, claim, find_own
+from nnscaler.checkpoint.folder import own_checkpoints, remove_old
+from nnscaler.checkpoint.owner import Process, job, keeper
+from tests.checkpoint.jobs import publish_one
+
+
+@pytest.fixture
+def worker(monkeypatch, tmp_path):
+    """Makes this process a worker of a torchrun job, all of which have the run id "none"."""
+
+    def become(log: str, attempt: int = 0) -> str:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"{tmp_path}/{log}/attempt_{attempt}/0/error.json")
+        return job()
+
+    return become
+
+
+def killed(holding) -> None:
+    """As SIGKILL leaves it: the claim stands, the lock is free."""
+    holding._stop.set()
+    os.close(holding._lock)
+
+
+def of_dead_process(folder) -> None:
+    present = Claim.read(folder)
+    dataclasses.replace(present, keeper=dataclasses.replace(present.keeper, started="1")).write(folder)
+
+
+def test_a_restart_is_known_by_its_job_and_not_by_the_run_id(tmp_path, worker):
+    first = worker("none_a")
+    held = claim(tmp_path, "run", None, None, [first])
+    publish_one(held.folder, 1, 1.0)
+    killed(held)
+    assert worker("none_b") != first
+    assert find_own(tmp_path, [job()]) is None
+    assert worker("none_a", attempt=1) == first
+    folder, since = find_own(tmp_path, [first])
+    assert (folder, since) == (held.folder, held.claim.since)
+    again = claim(tmp_path, "run", None, folder, [first])
+    assert (again.folder, again.claim.run, again.claim.since) == (held.folder, held.claim.run, since)
+    again.release()
+    assert find_own(tmp_path, [first]) is not None  # one that ended well on rank 0 may be restarted too
+
+
+def test_nodes_may_be_replaced_but_not_all(tmp_path):
+    killed(claim(tmp_path, "run", None, None, ["a", "b"]))
+    assert find_own(tmp_path, ["b", "c"]) is not None
+    assert find_own(tmp_path, ["c", "d"]) is None
+    assert find_own(tmp_path, []) is None
+    claim(tmp_path, "run", None, tmp_path / "run", ["b", "c"]).release()
+    assert find_own(tmp_path, ["c", "d"]) is not None
+
+
+def test_the_agent_is_found_above_a_script_and_a_nested_torchrun(tmp_path, monkeypatch):
+    """Its environment is not the worker's, whatever other job's it has."""
+    code = "from nnscaler.checkpoint.owner import keeper; print(keeper().pid)"
+    worker = {**os.environ, "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_ERROR_FILE": "/x/none_1/attempt_0/0/e.json"}
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/x/none_0/attempt_0/0/error.json")
+    command = ["sh", "-c", f"'{sys.executable}' -c '{code}'; true"]
+    assert int(subprocess.run(command, env=worker, capture_output=True, check=True).stdout) == os.getpid()
+
+
+def test_a_living_run_keeps_its_folder(tmp_path):
+    first = claim(tmp_path, "run", None, None, ["a"])
+    second = claim(tmp_path, "run", None, None, ["b"])
+    assert (first.folder.name, second.folder.name) == ("run", "run-2")
+    saved = publish_one(first.folder, 1, 1.0)
+    reader = claim(tmp_path, "run", saved, None, ["c"])  # it reads from a run that goes on
+    assert reader.folder.name == "run-3"
+    first.release()
+    assert claim(tmp_path, "run", saved, None, ["d"]).folder.name == "run"
+    second.release()
+    assert claim(tmp_path, "run", None, None, ["e"]).folder.name == "run-2"  # nothing was saved there
+
+
+def test_one_killed_is_dead_though_its_process_id_is_given_again(tmp_path):
+    held = claim(tmp_path, "run", None, None, ["a"])
+    killed(held)
+    assert claim(tmp_path, "run", None, None, ["b"]).folder.name == "run-2"  # its agent may still start it again
+    of_dead_process(held.folder)
+    assert claim(tmp_path, "run", None, None, ["c"]).folder == held.folder
+
+
+def test_a_process_is_known_by_more_than_its_number():
+    mine = Process.of(os.getpid())
+    assert mine.lives is True
+    assert dataclasses.replace(mine, started="1").lives is False
+    assert dataclasses.replace(mine, boot="another").lives is None
+    assert dataclasses.replace(mine, namespace="pid:[1]").lives is None
+    child = subprocess.Popen(["true"])
+    zombie = Process.of(child.pid)
+    child.wait()
+    assert zombie.lives is False
+    assert keeper() == mine
+
+
+def test_one_that_cannot_be_seen_lives_while_it_renews_its_claim(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "LIFELESS", 1.0)
+    monkeypatch.setattr(claims, "BEAT", 0.05)
+    held = claim(tmp_path, "run", None, None, ["a"])
+    elsewhere = dataclasses.replace(held.claim, keeper=dataclasses.replace(held.claim.keeper, boot="another"))
+    elsewhere.write(held.folder)
+    os.close(held._lock)  # as where the file system does not share it
+    assert claim(tmp_path, "run", None, None, ["b"]).folder.name == "run-2"
+    held._stop.set()
+    held._thread.join()
+    assert claim(tmp_path, "run", None, None, ["c"]).folder.name == "run"
+    with pytest.raises(UserError, match="no longer this run's"):
+        held.check()
+
+
+def test_only_the_run_of_the_same_name_and_folder_is_continued(tmp_path):
+    """Another name or folder, or a copy of the folder, gives a new run, which only reads."""
+    held = claim(tmp_path / "a", "exp", None, None, [])
+    saved = publish_one(held.folder, 1, 1.0)
+    held.release()
+    before = {path.name for path in held.folder.rglob("*")}
+    for directory, name, expected in (("a", "exp_lr", "a/exp_lr"), ("b", "exp", "b/exp")):
+        other = claim(tmp_path / directory, name, saved, None, [])
+        assert other.folder == tmp_path / expected
+        assert other.claim.run != held.claim.run
+        other.release()
+    assert {path.name for path in held.folder.rglob("*")} == before
+    again = claim(tmp_path / "a", "exp", held.folder / "last", None, [])
+    assert (again.folder, again.claim.run) == (held.folder, held.claim.run)
+    again.release()
+    held.folder.rename(tmp_path / "a" / "copy")
+    assert claim(tmp_path / "a", "copy", tmp_path / "a" / "copy" / saved.name, None, []).claim.run != held.claim.run
+
+
+def test_a_folder_whose_logs_are_another_runs_is_not_taken(tmp_path):
+    assert claim(tmp_path, "run", None, None, [], lambda name: name != "run").folder.name == "run-2"
+
+
+def test_a_run_removes_what_it_saved_and_nothing_else(tmp_path):
+    for step in range(1, 4):
+        publish_one(tmp_path, step, None, owner="other")
+        publish_one(tmp_path, 10 + step, None, owner="me", keep=0)
+        publish_one(tmp_path, 20 + step, None, owner="me", keep=1)
+        publish_one(tmp_path / "nested", step, None, owner="me", keep=1)
+    remove_old(tmp_path, 1, "me")
+    found = [path.name for path in own_checkpoints(tmp_path)]
+    assert sorted(found) == [f"step_{step:08d}" for step in (1, 2, 3, 11, 12, 13, 23)]
+    assert len(own_checkpoints(tmp_path / "nested")) == 3
+
+
+def test_a_damaged_claim_is_none(tmp_path):
+    held = claim(tmp_path, "run", None, None, ["a"])
+    killed(held)
+    (held.folder / CLAIM).write_text('{"agent": "an older form"}')
+    assert Claim.read(held.folder) is None
+    assert claim(tmp_path, "run", None, None, ["b"]).folder == held.folder
