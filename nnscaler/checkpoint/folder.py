@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nnscaler.checkpoint.checksums import CHECKSUMS, Checksums
+from nnscaler.checkpoint.checksums import CHECKSUMS, Checksums, CorruptCheckpoint
 from nnscaler.errors import UserError
 
 TRAINER = "trainer.json"
@@ -72,8 +72,11 @@ class TrainerState:
     @staticmethod
     def read(folder: Path) -> TrainerState:
         """Raises CorruptCheckpoint where the folder is not a complete checkpoint."""
-        check_complete(folder)
-        return TrainerState(**json.loads((folder / TRAINER).read_text()))
+        try:
+            check_complete(folder)
+            return TrainerState(**json.loads((folder / TRAINER).read_text()))
+        except FileNotFoundError as error:
+            raise CorruptCheckpoint(f"checkpoint '{folder}' has been removed") from error
 
 
 def working_folder(run: Path, step: int) -> Path:
@@ -127,7 +130,10 @@ def saved_at(folder: Path) -> float:
     found = _field(folder, "saved_at")
     if isinstance(found, (int, float)):
         return float(found)
-    return folder.stat().st_mtime if folder.exists() else 0.0
+    try:
+        return folder.stat().st_mtime
+    except FileNotFoundError:  # it has just been removed
+        return 0.0
 
 
 def run_name(folder: Path) -> str | None:

@@ -68,7 +68,7 @@ def saved(folder: Path, seed: int) -> list[tuple[Path, TrainerState]]:
         for checkpoint in own_checkpoints(run):
             try:
                 state = TrainerState.read(checkpoint)
-            except ValueError:  # removed meanwhile
+            except (ValueError, OSError):  # removed meanwhile
                 continue
             if state.seed == seed:
                 found.append((run, state))
