@@ -10,15 +10,14 @@ compiled.json        what all of this was compiled for
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import json
 import logging
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from nnscaler.codegen import generate
 from nnscaler.config import ComputeConfig
 from nnscaler.graph import Graph
 from nnscaler.hardware import Hardware
-from nnscaler.operators.registry import all_registered
+from nnscaler.identity import DONE, differences, identity
 from nnscaler.pipeline.plan import PipelinePlan
 from nnscaler.pipeline.search import Wanted, find_pipeline
 from nnscaler.plan import Plan
@@ -41,12 +40,16 @@ from nnscaler.report.page import plan_page
 from nnscaler.report.pipeline import pipeline_report, stage_page
 from nnscaler.report.values import Work
 from nnscaler.trace import build_on_meta, find_strategy, trace
-from nnscaler.trace.repeated import describe
 
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
-DONE = "compiled.json"
+# What compiling writes into a directory; that and nothing else may be replaced.
+OWN_FILES = (
+    "graph.txt", "plan.json", "plan*.html", "gencode_stage*.py", "buffers.safetensors", DONE, "__pycache__",
+)  # fmt: skip
+
+__all__ = ["ComputeConfig", "Source", "compile_model", "differences", "identity"]
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,15 @@ class Source:
 
 
 def compile_model(source: Source, config: ComputeConfig, directory: Path, explain: bool = False) -> Path:
-    """Compiles into `directory`, replacing what is there. It appears whole or not at all.
+    """Compiles into `directory`, replacing what another compile wrote there. It appears whole or not at all.
 
     explain  also plan with more memory and more devices, for plan.json and plan.html to say what would help; this is
              not done for a pipeline
 
-    Raises UserError where the model cannot be traced, an operator is not known, or no plan fits.
+    Raises UserError where `directory` holds anything that no compile wrote, the model cannot be traced, an operator is
+    not known, or no plan fits.
     """
+    check_replaceable(directory)
     started = time.perf_counter()
     hardware = config.find_hardware()
     if hardware.remark:
@@ -125,13 +130,26 @@ def compile_model(source: Source, config: ComputeConfig, directory: Path, explai
             save_file(
                 {name: tensor.contiguous() for name, tensor in graph.buffers.items()}, work / "buffers.safetensors"
             )
-        (work / DONE).write_text(json.dumps(identity(source, model, config), indent=1))
-        shutil.rmtree(directory, ignore_errors=True)
+        (work / DONE).write_text(json.dumps(identity(source, model, config, graph.record), indent=1))
+        check_replaceable(directory)
+        if directory.exists():
+            shutil.rmtree(directory)
         work.rename(directory)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     logger.info("compiled to %s in %.1f s", directory, time.perf_counter() - started)
     return directory
+
+
+def check_replaceable(directory: Path) -> None:
+    """Raises UserError unless `directory` is absent, empty, or holds what a compile wrote and nothing else."""
+    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
+        raise UserError(f"{directory} is not a folder that a compile made; remove it or choose another name")
+    names = sorted(path.name for path in directory.iterdir()) if directory.exists() else []
+    others = [name for name in names if not any(fnmatch(name, own) for own in OWN_FILES)]
+    if others or (names and DONE not in names):
+        found = f"holds '{others[0]}', which no compile wrote" if others else f"has no {DONE}"
+        raise UserError(f"{directory} {found}, and would be replaced; remove it or choose another name")
 
 
 def _plan(graph: Graph, config: ComputeConfig, hardware: Hardware, times: OperatorTimes | None) -> Plan:
@@ -153,69 +171,3 @@ def _settings(config: ComputeConfig, hardware: Hardware, times: OperatorTimes | 
         "fused": hardware.name != "CPU",
         "times": times,
     }
-
-
-def identity(source: Source, model: nn.Module, config: ComputeConfig) -> dict[str, Any]:
-    """Everything that a compiled directory depends on, as plain values: equal identities compile to the same files."""
-    return {
-        "model": _digest(describe(model)),
-        "inputs": {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in source.inputs.items()},
-        "dtype": str(source.dtype),
-        "values": _values(source) if find_strategy(config.trace_strategy).executes else None,
-        "config": {
-            **asdict(config),
-            "recompute_modules": list(config.recompute_modules or [None]),
-            "pipeline_pivots": list(config.pipeline_pivots),
-        },
-        "hardware": config.find_hardware().identity(),
-        "operators": _digest("\n".join(_source_of(function) for function in all_registered())),
-        "nnscaler": _package_digest(),
-        "torch": torch.__version__.split("+")[0],
-    }
-
-
-def _values(source: Source) -> str:
-    """Digest of what decides the values that an executed model reads."""
-    digest = hashlib.sha256(str(source.seed).encode())
-    for tensor in source.inputs.values():
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def differences(directory: Path, wanted: Mapping[str, Any]) -> list[str] | None:
-    """What a compiled directory was compiled differently for; None where there is nothing complete."""
-    try:
-        found: dict[str, Any] = json.loads((directory / DONE).read_text())
-    except (OSError, ValueError):
-        return None
-    found_flat, wanted_flat = _flatten(found), _flatten(wanted)
-    return [
-        f"{key}: compiled {found_flat.get(key)}, wanted {wanted_flat.get(key)}"
-        for key in sorted({*found_flat, *wanted_flat})
-        if found_flat.get(key) != wanted_flat.get(key)
-    ]
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value})
-    return flat
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _source_of(function: Callable[..., Any]) -> str:
-    try:
-        return inspect.getsource(function)
-    except (OSError, TypeError):
-        return function.__qualname__
-
-
-def _package_digest() -> str:
-    """Digest of this package's own source: another version of the compiler may plan and write differently."""
-    root = Path(__file__).parent
-    files = sorted(path for kind in ("*.py", "*.json") for path in root.rglob(kind))
-    return _digest("\n".join(f"{path.relative_to(root)}\n{path.read_text()}" for path in files))

@@ -109,13 +109,17 @@ class Block:
 
 @dataclass
 class Graph:
-    """A model's forward pass. `parameters` has every parameter and buffer by full name; tied ones appear once."""
+    """A model's forward pass. `parameters` has every parameter and buffer by full name; tied ones appear once.
+
+    `record` is equal for models that would be traced to an equal graph; empty where the model was executed.
+    """
 
     root: Block
     blocks: dict[str, Block]
     parameters: dict[str, TensorMeta]
     buffers: dict[str, torch.Tensor]  # values, by full name; not trained
     tied: dict[str, str] = field(default_factory=dict)  # other name of a parameter -> its name in `parameters`
+    record: str = ""
 
     def all_blocks(self) -> list[Block]:
         return [self.root, *self.blocks.values()]

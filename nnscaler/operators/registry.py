@@ -275,9 +275,9 @@ def registered(name: str) -> Operator:
     return operator
 
 
-def all_registered() -> list[Callable[..., Any]]:
-    """The functions of all registered operators, by name."""
-    return [operator.function for _, operator in sorted(_operators.items()) if operator.function is not None]
+def all_registered() -> list[Operator]:
+    """The registered operators, by name."""
+    return [operator for _, operator in sorted(_operators.items()) if operator.function is not None]
 
 
 def family(names: str, annotate: Annotate, text: Text = METHOD, *, saves: Saves = save_inputs, **facts: Any) -> None:

@@ -7,9 +7,9 @@ from nnscaler.lazy import lazily
 if TYPE_CHECKING:
     from nnscaler.trace.meta import build_on_meta
     from nnscaler.trace.strategies import STRATEGIES, find_strategy
-    from nnscaler.trace.tracer import trace
+    from nnscaler.trace.tracer import observed, trace
 
-__all__ = ["STRATEGIES", "build_on_meta", "find_strategy", "trace"]
+__all__ = ["STRATEGIES", "build_on_meta", "find_strategy", "observed", "trace"]
 
 __getattr__ = lazily(
     __name__,
@@ -17,6 +17,7 @@ __getattr__ = lazily(
         "STRATEGIES": "nnscaler.trace.strategies",
         "build_on_meta": "nnscaler.trace.meta",
         "find_strategy": "nnscaler.trace.strategies",
+        "observed": "nnscaler.trace.tracer",
         "trace": "nnscaler.trace.tracer",
     },
 )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator as python_operator
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 
 from nnscaler.errors import UserError
 from nnscaler.graph import Block, Call, Node, Ref, TensorMeta, map_refs
@@ -33,7 +36,8 @@ class Converter:
     """Converts one exported program, whose module paths begin with `prefix` (with its dot).
 
     `targets` has, for each leaf of a repeated module, the block it was traced to. `constants` collects the tensors that
-    the program holds besides parameters and buffers. `input_names` replaces export's names of the inputs.
+    the program holds besides parameters and buffers; one made in forward is named after its value. `input_names`
+    replaces export's names of the inputs.
     """
 
     program: ExportedProgram
@@ -54,6 +58,8 @@ class Converter:
                 env[node] = value
                 continue
             path = (spec.target or "").removeprefix(self.prefix)
+            if spec.kind == InputKind.CONSTANT_TENSOR:
+                path = self._constant(path, self.program.constants[spec.target])
             if spec.kind == InputKind.USER_INPUT:
                 tensor = self.input_names[len(block.inputs)] if self.input_names else node.name
             else:
@@ -65,14 +71,30 @@ class Converter:
                 block.inputs.append(tensor)
             else:
                 block.parameters[tensor] = path
-                if spec.kind == InputKind.CONSTANT_TENSOR:
-                    self.constants[path] = self.program.constants[spec.target]
         results = self._nodes(self.program.graph_module, env, block, no_grad=False)
         flat = results if isinstance(results, (list, tuple)) else [results]
-        block.outputs = [item.name for item in flat if isinstance(item, Ref)]
+        # What forward writes into its inputs comes back too; nobody reads a batch again.
+        kinds = [spec.kind for spec in signature.output_specs]
+        block.outputs = [
+            item.name
+            for item, kind in zip(flat, kinds, strict=True)
+            if isinstance(item, Ref) and kind == OutputKind.USER_OUTPUT
+        ]
         _drop_unused(block)
         _name_after_modules(block)
         return block
+
+    def _constant(self, path: str, value: Tensor) -> str:
+        """Keeps a constant, and gives its path."""
+        if isinstance(value, FakeTensor) or value.is_meta:
+            raise UserError(
+                f"forward uses a tensor ({path}, {list(value.shape)}) that is neither a parameter nor a buffer, and "
+                "has no fixed value; register it with register_parameter or register_buffer"
+            )
+        if path.startswith("lifted_tensor_"):
+            path = f"constant_{digest(value)[:8]}"
+        self.constants[path] = value.detach()
+        return path
 
     def _nodes(self, module: fx.GraphModule, env: dict[fx.Node, Any], block: Block, no_grad: bool) -> Any:
         for node in module.graph.nodes:
@@ -94,8 +116,8 @@ class Converter:
                 holder: env[argument] if isinstance(argument, fx.Node) else argument
                 for holder, argument in zip(holders, arguments, strict=True)
             }
-            return self._nodes(body, inside, block, no_grad or not enabled)
-        op = str(target)
+            return self._nodes(body, inside, block, no_grad if enabled is None else not enabled)
+        op = str(target).replace("aten.detach_.", "aten.detach.")  # of a constant that `torch.tensor` made
         if op in _DROPPED:
             return None
         source = _source(node)
@@ -128,7 +150,6 @@ class Converter:
             return Node(node.name, op, args, kwargs, ()), isinstance(node.meta["val"], (list, tuple))
         token, tensors = args
         leaf = self.session.leaves[token]
-        assert leaf.result is not None
         if leaf.operator is None:
             target = self.targets[token]
             arguments = tuple(tensors[index] for index in target.inputs)
@@ -140,8 +161,8 @@ class Converter:
         return Node(name, leaf.operator.name, tuple(args), kwargs, ()), not leaf.result.is_tensor
 
     @staticmethod
-    def _region(node: fx.Node, module: fx.GraphModule) -> tuple[fx.GraphModule, Any, bool] | None:
-        """(body, arguments, gradients enabled) of a region that export wraps in a higher-order operator."""
+    def _region(node: fx.Node, module: fx.GraphModule) -> tuple[fx.GraphModule, Any, bool | None] | None:
+        """(body, arguments, gradients enabled; None: as outside) of a region that export wraps in an operator."""
         op = str(node.target)
         if op == "wrap_with_set_grad_enabled":
             enabled, body, *arguments = node.args
@@ -152,8 +173,14 @@ class Converter:
                 raise UserError(
                     f"torch.autocast inside the model is not supported (at {_source(node)}); cast explicitly"
                 )
-            return getattr(module, str(body.target)), arguments, True  # type: ignore[union-attr]
+            return getattr(module, str(body.target)), arguments, None  # type: ignore[union-attr]
         return None
+
+
+def digest(tensor: Tensor) -> str:
+    """Equal for tensors of equal values, shapes and types."""
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return hashlib.sha1(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + content).hexdigest()
 
 
 def _meta(value: Tensor) -> TensorMeta:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,65 +19,49 @@ from torch import Tensor, nn
 from nnscaler.errors import UserError
 from nnscaler.operators.registry import Operator
 from nnscaler.runtime.weights import initial_parameters
-from nnscaler.trace.leaf import EmptyTensor, Structure, call_key, operators_call
+from nnscaler.trace.observe import Observation
 from nnscaler.trace.offload import Offload, OffloadAttention, run_on
 from nnscaler.trace.reads import ValueReads
-from nnscaler.trace.repeated import as_leaves
+from nnscaler.trace.recorder import Recorder
 
 logger = logging.getLogger(__name__)
 
-ROOT = "root"
 GB = 1e9
 
 
 @dataclass
-class Execution:
-    """What one execution of a model tells its tracing.
+class Execution(Observation):
+    """An observation of real values. `reads` has those that the model's Python read, in a scope a call of a module."""
 
-    reads    values that its Python read, in a scope a call of a repeated module
-    results  of each distinct call of a registered operator: its results' nest, and their shapes and types
-    """
-
-    device: torch.device
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     offload: bool = False
     reads: ValueReads = field(default_factory=ValueReads)
-    results: dict[Any, tuple[Structure, list[EmptyTensor]]] = field(default_factory=dict)
-    modules: int = 0
 
-    def call_module(self, key: str | None, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        scope, self.modules = str(self.modules), self.modules + 1
-        with self.reads.record(scope):
-            return function(*args, **kwargs)
+    def scope(self, name: str) -> AbstractContextManager[Any]:
+        return self.reads.record(name)
 
-    def call_operator(self, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """An operator's body is its own business: what it reads is not taken down."""
+    def compute(self, operator: Operator, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert operator.function is not None
-        arguments, tensors = Structure.take((args, kwargs))
-        with operators_call(None), torch._C.DisableTorchFunction():
-            if self.offload:
-                value = run_on(self.device, operator.function, args, kwargs)
-            else:
-                value = operator.function(*args, **kwargs)
-        nest, results = Structure.take(value)
-        meta = torch.device("meta")
-        empty = [EmptyTensor(result.shape, result.dtype, meta) for result in results]
-        self.results[call_key(operator.name, arguments, tensors)] = nest, empty
-        return value
+        if self.offload:
+            return run_on(self.device, operator.function, args, kwargs)
+        return operator.function(*args, **kwargs)
 
 
 def execute(
     model: nn.Module,
+    paths: Sequence[str],
     inputs: Mapping[str, Tensor],
     buffers: Mapping[str, Tensor],
-    repeated: Mapping[str, str],
-    execution: Execution,
+    device: torch.device,
+    offload: bool,
     seed: int,
-) -> None:
-    """Runs a copy of `model`, which is on the meta device, on `execution.device`, and notes there what it learns.
+) -> Execution:
+    """Runs copies of `model`, which is on the meta device, on `device`, and returns what it learns.
 
+    paths     of the modules that may repeat
     inputs    tensors with values, by parameter name of `forward`
     buffers   the values of the model's buffers
-    repeated  paths of the modules that are traced on their own
+    offload   see `Strategy`
     seed      of the weights, see `initial_parameters`
 
     Raises UserError where an input has no values, a module cannot be initialised, or memory is too small for weights.
@@ -85,24 +69,26 @@ def execute(
     for name, tensor in inputs.items():
         if tensor.is_meta:
             raise UserError(f"input '{name}' is on the meta device; a trace strategy that executes needs values")
-    home = torch.device("cpu") if execution.offload else execution.device
+    home = torch.device("cpu") if offload else device
     _check_memory(model, home)
-    model = copy.deepcopy(model)
-    _fill(model, buffers, seed, home)
-    real = {name: tensor.to(home) for name, tensor in inputs.items()}
-    with ExitStack() as stack:
-        stack.enter_context(operators_call(execution))
-        stack.enter_context(as_leaves(model, repeated, execution, reuse=False))
-        if execution.offload:
-            stack.enter_context(Offload(execution.device))
-            stack.enter_context(OffloadAttention(execution.device))
-        with execution.reads.record(ROOT):
-            model(**real)
+    while True:
+        real = copy.deepcopy(model)
+        _fill(real, buffers, seed, home)
+        execution = Execution(Recorder(real), device=device, offload=offload)
+        with ExitStack() as stack:
+            if offload:
+                stack.enter_context(Offload(device))
+                stack.enter_context(OffloadAttention(device))
+            execution.run(real, paths, {name: tensor.to(home) for name, tensor in inputs.items()})
+        if not execution.entwined:
+            break
+        paths = [path for path in paths if path not in execution.entwined]
     if execution.reads:
         logger.warning(
             "the model read %d values of tensors (first at %s): what is compiled follows the path that they chose",
             len(execution.reads), execution.reads.first,
         )  # fmt: skip
+    return execution
 
 
 def _fill(model: nn.Module, buffers: Mapping[str, Tensor], seed: int, device: torch.device) -> None:

@@ -7,20 +7,19 @@ which keeps everything about the call that is not a tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
 
-from nnscaler.operators.registry import Operator, leaf_tracer
+from nnscaler.errors import UserError
+from nnscaler.operators.registry import LeafTracer, Operator, leaf_tracer
 
 if TYPE_CHECKING:
-    from nnscaler.trace.execute import Execution
+    from nnscaler.trace.observe import Observation
 
 
 @dataclass
@@ -73,29 +72,21 @@ class EmptyTensor(NamedTuple):
 
 @dataclass
 class Leaf:
-    """One distinct call: what to run, and how its arguments and results are built from tensors."""
+    """Calls that are the same: of one registered operator, or of modules that trace to the same graph.
 
-    function: Callable[..., Any]
+    arguments  how the first call's are built from tensors; `given` has their shapes and types
+    result     how the results are built from the tensors, whose shapes and types are `results`
+    operator   that is called; None: `module`
+    call       number of the first call among those of modules
+    """
+
     arguments: Structure
+    given: list[EmptyTensor]
+    result: Structure
+    results: list[EmptyTensor]
     operator: Operator | None = None
-    result: Structure | None = None
-    example: list[Tensor] = field(default_factory=list)  # the first call's inputs, on the meta device
-    empty_results: list[EmptyTensor] | None = None
-    reads: Callable[[], AbstractContextManager[Any]] = nullcontext  # inside, Python can read values of tensors
-
-    def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        args, kwargs = self.arguments.put(tensors)
-        with self.reads():
-            self.result, results = Structure.take(self.function(*args, **kwargs))
-        return results
-
-
-class Callee(Protocol):
-    """Takes the calls of repeated modules and registered operators."""
-
-    def call_module(self, key: str | None, function: Callable[..., Any], args: Any, kwargs: Any) -> Any: ...
-
-    def call_operator(self, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+    module: nn.Module | None = None
+    call: int = 0
 
 
 def call_key(key: Any, arguments: Structure, tensors: Sequence[Tensor]) -> Any:
@@ -106,65 +97,70 @@ def call_key(key: Any, arguments: Structure, tensors: Sequence[Tensor]) -> Any:
 
 @dataclass
 class Session:
-    """The leaves met while one model is traced, and what its execution told where there was one."""
+    """The leaves met while one model is traced, after it was observed.
 
-    execution: Execution | None = None
+    reuse  calls of modules with equal keys are one leaf; otherwise each is a leaf of its own
+    """
+
+    observation: Observation
+    reuse: bool
     leaves: dict[str, Leaf] = field(default_factory=dict)
     tokens: dict[Any, str] = field(default_factory=dict)
-    modules: int = 0
+    calls: int = 0
 
-    def call_module(self, key: str | None, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Records a call of a repeated module. Calls with an equal key are one leaf; None is equal to nothing."""
-        arguments, tensors = Structure.take((args, kwargs))
-        leaf = Leaf(function, arguments)
-        if self.execution is not None:
-            leaf.reads = partial(self.execution.reads.replay, str(self.modules))
-            self.modules += 1
-        return self._call(None if key is None else call_key(key, arguments, tensors), leaf, tensors)
+    def call_module(self, path: str, module: nn.Module, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Records a call of a module that may repeat."""
+        _, tensors = Structure.take((args, kwargs))
+        index, self.calls = self.calls, self.calls + 1
+        known = self.observation.calls[index : index + 1]
+        if not known or known[0].path != path or known[0].given != [empty(tensor) for tensor in tensors]:
+            raise UserError(
+                f"module '{path}' is called otherwise than when the model ran before; a compiled model computes the "
+                "same in each step"
+            )
+        (call,) = known
+        leaf = Leaf(call.arguments, call.given, call.nest, call.results, module=module, call=index)
+        key = call.key if self.reuse else index
+        return call.nest.put(self._call(("module", key), leaf, tensors))
 
     def call_operator(self, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments, tensors = Structure.take((args, kwargs))
-        assert operator.function is not None
-        leaf = Leaf(operator.function, arguments, operator)
         key = call_key(operator.name, arguments, tensors)
-        if self.execution is not None and key in self.execution.results:
-            leaf.result, leaf.empty_results = self.execution.results[key]
-        return self._call(key, leaf, tensors)
+        if key not in self.observation.results:
+            raise UserError(
+                f"registered operator '{operator.name}' is called otherwise than when the model ran before; a compiled "
+                "model computes the same in each step"
+            )
+        result, results = self.observation.results[key]
+        leaf = Leaf(arguments, [empty(tensor) for tensor in tensors], result, results, operator)
+        return result.put(self._call(key, leaf, tensors))
 
     def _call(self, key: Any, leaf: Leaf, tensors: list[Tensor]) -> Any:
-        token = None if key is None else self.tokens.get(key)
-        if token is None:
-            token = str(len(self.leaves))
-            leaf.example = [torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for tensor in tensors]
-            self.leaves[token] = leaf
-            if key is not None:
-                self.tokens[key] = token
-        results = torch.ops.nnscaler.leaf(token, tensors)
-        structure = self.leaves[token].result
-        assert structure is not None
-        return structure.put(results)
+        token = self.tokens.setdefault(key, str(len(self.leaves)))
+        self.leaves.setdefault(token, leaf)
+        return torch.ops.nnscaler.leaf(token, tensors)
 
 
 _session: Session | None = None
 
 
 @contextmanager
-def recording(execution: Execution | None = None) -> Iterator[Session]:
+def recording(observation: Observation, reuse: bool) -> Iterator[Session]:
     """A session to which every registered operator called inside reports."""
     global _session
     assert _session is None, "tracing is not reentrant"
-    _session = Session(execution)
+    _session = Session(observation, reuse)
     try:
-        with operators_call(_session):
+        with operators_call(_session.call_operator):
             yield _session
     finally:
         _session = None
 
 
 @contextmanager
-def operators_call(callee: Callee | None) -> Iterator[None]:
-    """Inside, registered operators call `callee`; None: themselves."""
-    token = leaf_tracer.set(None if callee is None else callee.call_operator)
+def operators_call(take: LeafTracer | None) -> Iterator[None]:
+    """Inside, `take` gets the calls of registered operators; None: they call themselves."""
+    token = leaf_tracer.set(take)
     try:
         yield
     finally:
@@ -173,27 +169,15 @@ def operators_call(callee: Callee | None) -> Iterator[None]:
 
 @torch.library.custom_op("nnscaler::leaf", mutates_args=())
 def leaf_op(token: str, tensors: Sequence[Tensor]) -> list[Tensor]:
-    assert _session is not None
-    with operators_call(None):  # inside of one, registered operators are its own business
-        return [result.clone() for result in _session.leaves[token].run(tensors)]
+    raise AssertionError("a leaf is traced, not run")
 
 
 @leaf_op.register_fake
 def _(token: str, tensors: Sequence[Tensor]) -> list[Tensor]:
     assert _session is not None
-    leaf = _session.leaves[token]
-    if leaf.empty_results is None:
-        with operators_call(None):
-            results = leaf.run(tensors) if leaf.operator is None else _run_on_meta(leaf, tensors)
-        leaf.empty_results = [EmptyTensor(result.shape, result.dtype, result.device) for result in results]
-    return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in leaf.empty_results]
+    results = _session.leaves[token].results
+    return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in results]
 
 
-def _run_on_meta(leaf: Leaf, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """A registered operator's results. All its tensors are arguments, so that plain meta tensors do; they are several
-    times as fast as fake ones, which counts where it loops over a long sequence."""
-    try:
-        with _disable_current_modes():
-            return leaf.run([torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors])
-    except (NotImplementedError, RuntimeError):  # fake tensors know more operators, and say what is wrong
-        return leaf.run(tensors)
+def empty(tensor: Tensor) -> EmptyTensor:
+    return EmptyTensor(tensor.shape, tensor.dtype, torch.device("cpu"))

@@ -1,100 +1,63 @@
-"""Finding the modules of a model that repeat, so that each distinct one is traced once."""
+"""The modules of a model that may repeat, and taking their calls."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from nnscaler.trace.leaf import Callee
+# Takes a call: the module's path, the module, the call itself, arguments.
+TakesCalls = Callable[[str, nn.Module, Callable[..., Any], Any, Any], Any]
 
-Facts = dict[tuple[str, str], str]  # (path of a submodule, fact) -> value, as text
 
+def find_repeated(model: nn.Module) -> list[str]:
+    """Paths of the modules that stand with a similar one in the same list, outermost lists only.
 
-def find_repeated(model: nn.Module) -> dict[str, str]:
-    """Path -> fingerprint of each module that stands with an equal one in the same list, outermost lists only.
-
-    Modules are equal when their classes, parameter shapes and types, and plain attributes are, all the way down.
-    An attribute that is its module's own index throughout the list (HF's `layer_idx`) does not tell them apart.
+    Similar modules have the same classes, parameters and buffers all the way down. What they compute may differ.
     """
-    found: dict[str, str] = {}
+    found: list[str] = []
     _search(model, "", found)
     return found
 
 
 @contextmanager
-def as_leaves(model: nn.Module, repeated: Mapping[str, str], callee: Callee, reuse: bool) -> Iterator[None]:
-    """Inside, `callee` takes the calls of repeated modules, by their fingerprint if those that are equal are one."""
-
-    def leaf_forward(module: nn.Module, key: str | None) -> Any:
-        original = module.forward
-        return lambda *args, **kwargs: callee.call_module(key, original, args, kwargs)
-
-    modules = [model.get_submodule(path) for path in repeated]
-    for module, key in zip(modules, repeated.values()):
-        module.forward = leaf_forward(module, key if reuse else None)
+def intercepted(model: nn.Module, paths: Sequence[str], take: TakesCalls) -> Iterator[None]:
+    """Inside, `take` gets the calls of the modules at `paths`, with their hooks."""
+    modules = {id(module): (path, module) for path in paths for module in [model.get_submodule(path)]}
+    before = {key: vars(module).get("_compiled_call_impl") for key, (_, module) in modules.items()}
+    for path, module in modules.values():
+        module._compiled_call_impl = _taken(take, path, module)
     try:
         yield
     finally:
-        for module in modules:
-            del module.forward
+        for key, (_, module) in modules.items():
+            vars(module).pop("_compiled_call_impl", None)
+            if before[key] is not None:
+                module._compiled_call_impl = before[key]
 
 
-def describe(model: nn.Module) -> str:
-    """Everything that decides what a model computes, but for the values of its parameters."""
-    lines = [f"{key}: {value}" for key, value in _facts(model).items()]
-    shared = {id(value): value for part in model.modules() for value in vars(part).values()}
-    for value in shared.values():
-        if hasattr(value, "to_dict"):  # a configuration, such as Hugging Face's
-            lines.append(f"{value.to_dict()} {getattr(value, '_attn_implementation', None)}")
-    return "\n".join(lines)
+def _taken(take: TakesCalls, path: str, module: nn.Module) -> Callable[..., Any]:
+    original = partial(module._call_impl)
+    return lambda *args, **kwargs: take(path, module, original, args, kwargs)
 
 
-def _search(module: nn.Module, path: str, found: dict[str, str]) -> None:
+def _search(module: nn.Module, path: str, found: list[str]) -> None:
     children = dict(module.named_children())
-    if (
-        isinstance(module, (nn.ModuleList, nn.Sequential))
-        and len(children) > 1
-        and any(True for _ in module.parameters())
-    ):
-        prints = {f"{path}{name}": text for name, text in zip(children, _fingerprints(list(children.values())))}
-        texts = list(prints.values())
-        repeated = {name: text for name, text in prints.items() if texts.count(text) > 1}
+    if isinstance(module, (nn.ModuleList, nn.Sequential)) and any(True for _ in module.parameters()):
+        kinds = {name: _kind(child) for name, child in children.items()}
+        kinds_in_order = list(kinds.values())
+        repeated = [f"{path}{name}" for name, kind in kinds.items() if kinds_in_order.count(kind) > 1]
         if repeated:
-            found.update(repeated)
+            found.extend(repeated)
             return
     for name, child in children.items():
         _search(child, f"{path}{name}.", found)
 
 
-def _fingerprints(modules: list[nn.Module]) -> list[str]:
-    """For each module, everything that decides what its forward computes, but for the values of its parameters."""
-    facts = [_facts(module) for module in modules]
-    shared = set(facts[0]).intersection(*facts)
-    counters = {key for key in shared if all(fact[key] == repr(index) for index, fact in enumerate(facts))}
-    return ["\n".join(f"{key}: {value}" for key, value in fact.items() if key not in counters) for fact in facts]
-
-
-def _facts(module: nn.Module) -> Facts:
-    facts: Facts = {}
-    for path, part in module.named_modules():
-        facts[path, "class"] = f"{type(part).__module__}.{type(part).__qualname__}"
-        for name, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
-            facts[path, name] = f"{_plain(tensor)} {tensor.requires_grad}"
-        for name, value in vars(part).items():
-            if not name.startswith("_") and name != "forward":
-                facts[path, name] = _plain(value)
-    return facts
-
-
-def _plain(value: Any) -> str:
-    if value is None or isinstance(value, (bool, int, str, float)):
-        return repr(value)
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_plain, value))}]"
-    if isinstance(value, Tensor):
-        return f"{value.dtype} {tuple(value.shape)}"
-    # Functions are told apart by name; other objects (a config, shared by all layers) by their class.
-    return getattr(value, "__qualname__", None) or type(value).__qualname__
+def _kind(module: nn.Module) -> list[tuple[object, ...]]:
+    parts: list[tuple[object, ...]] = [(path, type(part)) for path, part in module.named_modules()]
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return [*parts, *((name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors)]

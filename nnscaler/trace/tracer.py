@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import logging
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.export import ExportedProgram, export
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from nnscaler.errors import UserError
-from nnscaler.graph import Block, Call, Graph, Node, TensorMeta
-from nnscaler.trace.convert import CallTarget, Converter
-from nnscaler.trace.execute import ROOT, Execution, execute
+from nnscaler.graph import Block, Call, Graph, TensorMeta
+from nnscaler.trace.convert import CallTarget, Converter, digest
+from nnscaler.trace.execute import Execution, execute
+from nnscaler.trace.fake import fake, fake_mode, fake_weights
+from nnscaler.trace.gradients import mark_gradients
 from nnscaler.trace.leaf import Leaf, Session, Structure, recording
-from nnscaler.trace.repeated import as_leaves, find_repeated
-from nnscaler.trace.source import line_of
+from nnscaler.trace.observe import ROOT, Observation, observe
+from nnscaler.trace.recorder import Outline
+from nnscaler.trace.repeated import find_repeated, intercepted
+from nnscaler.trace.source import is_own_code, line_of
 from nnscaler.trace.strategies import STRATEGIES, find_strategy
-
-logger = logging.getLogger(__name__)
 
 
 def trace(
@@ -47,108 +47,161 @@ def trace(
     Raises UserError where the model does something that cannot be compiled, or cannot be executed here.
     """
     chosen = find_strategy(strategy)
-    example = {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in example_inputs.items()
-    }
-    repeated = find_repeated(model)
     execution = None
     if chosen.device is not None:
-        execution = Execution(torch.device(chosen.device), chosen.offload)
-        execute(model, example_inputs, buffers, repeated, execution, seed)
-    with recording(execution) as session:
-        with as_leaves(model, repeated, session, chosen.reuse), _reads_values_of(execution, model):
-            program = _export(model, (), example)
-        traced = {
-            token: _export(_FlatCall(leaf), tuple(leaf.example), {})
-            for token, leaf in list(session.leaves.items())
-            if leaf.operator is None
-        }
-    constants: dict[str, Tensor] = {}
-    blocks, targets = _merge_equal(session, traced, constants)
-    root = Converter(program, session, "", targets, constants).block("model", type(model).__name__)
-    return _assemble(model, root, blocks, {**buffers, **constants})
+        device = torch.device(chosen.device)
+        execution = execute(model, find_repeated(model), example_inputs, buffers, device, chosen.offload, seed)
+    mode = fake_mode()
+    with fake_weights(model, mode), _values_are_not_read():
+        inputs = {name: fake(mode, tensor) for name, tensor in example_inputs.items()}
+        exporter = _Exporter(mode, execution or observe(model, find_repeated(model), inputs, mode))
+        with recording(exporter.observation, chosen.reuse) as session:
+            paths = dict.fromkeys(call.path for call in exporter.observation.calls)
+            with intercepted(model, list(paths), session.call_module):
+                program = exporter.whole(model, inputs)
+            traced = {
+                token: exporter.leaf(leaf) for token, leaf in list(session.leaves.items()) if leaf.module is not None
+            }
+    root = Converter(program, session, targets={})
+    blocks, root.targets, constants = _merge_equal(session, traced)
+    graph = _assemble(model, root.block("model", type(model).__name__), root.constants, blocks, constants, buffers)
+    graph.record = "" if execution is not None else exporter.observation.key
+    return graph
 
 
-class _FlatCall(nn.Module):
+def observed(model: nn.Module, example_inputs: Mapping[str, Tensor]) -> str:
+    """The `record` of the graph to which strategies that do not execute the model would trace it."""
+    mode = fake_mode()
+    with fake_weights(model, mode), _values_are_not_read():
+        inputs = {name: fake(mode, tensor) for name, tensor in example_inputs.items()}
+        return observe(model, find_repeated(model), inputs, mode).key
+
+
+@dataclass
+class _Exporter:
+    """Exports what was observed before, and sees that it still does the same."""
+
+    mode: FakeTensorMode
+    observation: Observation
+
+    def whole(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> ExportedProgram:
+        assert self.observation.whole is not None
+        outline = self.observation.whole.outline.hexdigest()
+
+        def run(path: str, module: nn.Module, function: Any, args: Any, kwargs: Any) -> Any:
+            with self._watched("forward", outline), self._reads(ROOT):
+                return function(*args, **kwargs)
+
+        with intercepted(model, [""], run):
+            return _export(model, (), dict(inputs))
+
+    def leaf(self, leaf: Leaf) -> ExportedProgram:
+        call = self.observation.calls[leaf.call]
+        name = f"forward of '{call.path}'"
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self._watched(name, call.outline), self._reads(str(leaf.call)):
+                return nn.Module.__call__(leaf.module, *args, **kwargs)
+
+        return _export(_Flat(leaf, run), tuple(fake(self.mode, given) for given in leaf.given), {})
+
+    def _reads(self, scope: str) -> AbstractContextManager[Any]:
+        """Inside, Python reads the values of tensors that it read in an execution."""
+        if isinstance(self.observation, Execution):
+            return self.observation.reads.replay(scope)
+        return nullcontext()
+
+    @contextmanager
+    def _watched(self, name: str, outline: str) -> Iterator[None]:
+        """Inside, what ran before runs again, to the same effect."""
+        with Outline() as seen:
+            yield
+        if seen.digest != outline and not isinstance(self.observation, Execution):
+            raise UserError(
+                f"what {name} computes changes from one call to the next: it reads something that a call changes; a "
+                "compiled model computes the same in each step"
+            )
+
+
+class _Flat(nn.Module):
     """A repeated module as a function of a flat list of tensors."""
 
-    def __init__(self, leaf: Leaf) -> None:
+    def __init__(self, leaf: Leaf, run: Callable[..., Any]) -> None:
         super().__init__()
-        self.module = leaf.function.__self__  # type: ignore[attr-defined]
-        self.leaf = leaf
+        self.module = leaf.module
+        self._leaf, self._run = leaf, run
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
-        args, kwargs = self.leaf.arguments.put(tensors)
-        with self.leaf.reads():
-            return Structure.take(self.module(*args, **kwargs))[1]
-
-
-@contextmanager
-def _reads_values_of(execution: Execution | None, model: nn.Module) -> Iterator[None]:
-    """Inside, the forward of `model` reads the values that it read in an execution."""
-    if execution is None:
-        yield
-        return
-    original = model.forward
-
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with execution.reads.replay(ROOT):
-            return original(*args, **kwargs)
-
-    model.forward = forward
-    try:
-        yield
-    finally:
-        del model.forward
+        args, kwargs = self._leaf.arguments.put(tensors)
+        return Structure.take(self._run(*args, **kwargs))[1]
 
 
 def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+    program = export(module, args, kwargs, strict=False)
+    signature = program.graph_signature
+    changed = [*signature.buffers_to_mutate.values(), *getattr(signature, "parameters_to_mutate", {}).values()]
+    if changed:
+        raise UserError(f"forward changes {changed[0]}; what a step changes are trained parameters alone")
+    mutates = [node for node in program.graph.nodes if _is_mutable(node.target)]
+    return program.run_decompositions({}) if mutates else program
+
+
+def _is_mutable(target: Any) -> bool:
+    """Whether an operator writes into its arguments. `detach_` of a constant, which `torch.tensor` makes, does not."""
+    return getattr(getattr(target, "_schema", None), "is_mutable", False) and str(target) != "aten.detach_.default"
+
+
+@contextmanager
+def _values_are_not_read() -> Iterator[None]:
+    """Turns an error of a read that fake tensors cannot answer into one that says where it is."""
     try:
-        program = export(module, args, kwargs, strict=False)
+        yield
     except (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException) as error:
-        frames = re.findall(r'File "([^"]+)", line (\d+), in forward', str(error))
-        where = f" (at {line_of(*frames[-1])})" if frames else ""
+        own = [frame for frame in traceback.extract_tb(error.__traceback__) if is_own_code(frame.filename)]
+        where = f" (at {line_of(own[-1].filename, own[-1].lineno or 0)})" if own else ""
         raise UserError(
             f"the model reads a tensor's value while it is traced{where}; use a trace strategy that executes it "
             f"({', '.join(name for name, known in STRATEGIES.items() if known.executes)}), or remove the read"
         ) from error
-    mutates = [
-        node for node in program.graph.nodes if getattr(getattr(node.target, "_schema", None), "is_mutable", False)
-    ]
-    return program.run_decompositions({}) if mutates else program
 
 
 def _merge_equal(
-    session: Session, traced: dict[str, ExportedProgram], constants: dict[str, Tensor]
-) -> tuple[dict[str, Block], dict[str, CallTarget]]:
-    """The distinct blocks by name, and what a call of each leaf becomes. Equal blocks print the same."""
+    session: Session, traced: dict[str, ExportedProgram]
+) -> tuple[dict[str, Block], dict[str, CallTarget], dict[str, dict[str, Tensor]]]:
+    """The distinct blocks by number, what a call of each leaf becomes, and the constants of each block."""
     blocks: dict[str, Block] = {}
-    by_text: dict[str, str] = {}
+    constants: dict[str, dict[str, Tensor]] = {}
+    same: dict[str, str] = {}
     targets: dict[str, CallTarget] = {}
     for token, program in traced.items():
-        module = session.leaves[token].function.__self__  # type: ignore[attr-defined]
-        kind = type(module).__name__
-        names_of_inputs = session.leaves[token].arguments.tensor_names(
-            list(inspect.signature(module.forward).parameters)
-        )
-        block = Converter(program, session, "module.", {}, constants, names_of_inputs).block("block", kind)
+        leaf = session.leaves[token]
+        assert leaf.module is not None
+        kind = type(leaf.module).__name__
+        names_of_inputs = leaf.arguments.tensor_names(list(inspect.signature(leaf.module.forward).parameters))
+        converter = Converter(program, session, "module.", {}, input_names=names_of_inputs)
+        block = converter.block("block", kind)
         used = {name for node in block.nodes for name in node.inputs}.union(block.outputs)
         kept = [index for index, name in enumerate(block.inputs) if name in used]
         block.inputs = [block.inputs[index] for index in kept]
-        text = str(block)
-        if text not in by_text:
-            base = "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in kind).lstrip("_")
-            count = sum(name.rstrip("0123456789").rstrip("_") == base for name in blocks)
-            block.name = base if not count else f"{base}_{count + 1}"
-            by_text[text] = block.name
-            blocks[block.name] = block
-        targets[token] = CallTarget(by_text[text], kept)
-    return blocks, targets
+        block.tensors = {name: replace(meta, requires_grad=False) for name, meta in block.tensors.items()}
+        content = repr((block, {path: digest(value) for path, value in converter.constants.items()}))
+        if content not in same:
+            block.name = same[content] = str(len(blocks))
+            blocks[same[content]], constants[same[content]] = block, converter.constants
+        targets[token] = CallTarget(same[content], kept)
+    return blocks, targets, constants
 
 
-def _assemble(model: nn.Module, root: Block, blocks: dict[str, Block], buffers: dict[str, Tensor]) -> Graph:
-    """Binds each call to its module's parameters, ties equal ones, and finds what needs a gradient."""
+def _assemble(
+    model: nn.Module,
+    root: Block,
+    root_constants: Mapping[str, Tensor],
+    blocks: dict[str, Block],
+    constants: Mapping[str, Mapping[str, Tensor]],
+    buffers: Mapping[str, Tensor],
+) -> Graph:
+    """Binds each call to its module's parameters and its block's constants, ties equal ones, finds what needs a
+    gradient."""
     canonical: dict[int, str] = {}
     names: dict[str, str] = {}
     metas: dict[str, TensorMeta] = {}
@@ -156,56 +209,21 @@ def _assemble(model: nn.Module, root: Block, blocks: dict[str, Block], buffers: 
     for name, tensor in [*trained.items(), *model.named_buffers(remove_duplicate=False)]:
         names[name] = canonical.setdefault(id(tensor), name)
         metas[name] = TensorMeta(tuple(tensor.shape), tensor.dtype, name in trained and tensor.requires_grad)
-    for name, tensor in buffers.items():
+    fixed = {**buffers, **root_constants}
+    calls = [node for node in root.nodes if isinstance(node, Call)]
+    for call in calls:
+        fixed.update({f"{call.module}.{path}": value.clone() for path, value in constants[call.block].items()})
+    for name, tensor in fixed.items():
         names.setdefault(name, name)
         metas.setdefault(name, TensorMeta(tuple(tensor.shape), tensor.dtype))
     root.parameters = {tensor: names[path] for tensor, path in root.parameters.items()}
-    for node in root.nodes:
-        if isinstance(node, Call):
-            rest = blocks[node.block].parameters
-            node.parameters = {tensor: names[f"{node.module}.{path}"] for tensor, path in rest.items()}
+    for call in calls:
+        rest = blocks[call.block].parameters
+        call.parameters = {tensor: names[f"{call.module}.{path}"] for tensor, path in rest.items()}
     graph = Graph(root, blocks, {}, {})
     used = {path for _, _, path in graph.parameter_uses()}
     graph.parameters = {path: meta for path, meta in metas.items() if path in used}
-    graph.buffers = {path: tensor for path, tensor in buffers.items() if path in used}
+    graph.buffers = {path: tensor for path, tensor in fixed.items() if path in used}
     graph.tied = {name: path for name, path in names.items() if name != path and path in used}
-    _mark_gradients(graph)
+    mark_gradients(graph)
     return graph
-
-
-def _mark_gradients(graph: Graph) -> None:
-    """Sets `requires_grad` of every tensor from those of the parameters."""
-    for block, tensor, path in graph.parameter_uses():
-        block.tensors[tensor] = graph.parameters[path]
-    for block in graph.all_blocks():
-        for name in block.inputs:
-            block.tensors[name] = replace(block.tensors[name], requires_grad=False)
-    changed = True
-    while changed:  # a block's input may need a gradient because of what a call of another block made
-        changed = False
-        for block in graph.all_blocks():
-            for node in block.nodes:
-                inputs = [block.tensors[name].requires_grad for name in node.inputs]
-                if isinstance(node, Call):
-                    changed |= _mark_call(graph, block, node, inputs)
-                else:
-                    _mark_outputs(block, node, [any(inputs)] * len(node.outputs))
-
-
-def _mark_call(graph: Graph, caller: Block, node: Call, inputs: list[bool]) -> bool:
-    block = graph.blocks[node.block]
-    changed = False
-    for name, needed in zip(block.inputs, inputs, strict=True):
-        if needed and not block.tensors[name].requires_grad:
-            block.tensors[name] = replace(block.tensors[name], requires_grad=True)
-            changed = True
-    before = [caller.tensors[name].requires_grad for name in node.outputs]
-    after = [block.tensors[name].requires_grad for name in block.outputs]
-    _mark_outputs(caller, node, after)
-    return changed or before != after
-
-
-def _mark_outputs(block: Block, node: Node, needed: list[bool]) -> None:
-    for name, needs in zip(node.outputs, needed, strict=True):
-        meta = block.tensors[name]
-        block.tensors[name] = replace(meta, requires_grad=needs and not node.no_grad and meta.dtype.is_floating_point)

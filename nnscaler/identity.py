@@ -1,0 +1,131 @@
+"""What a compiled directory was compiled for, so that it is used for nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from nnscaler.operators.registry import all_registered
+from nnscaler.trace import find_strategy, observed
+
+if TYPE_CHECKING:
+    from nnscaler.compiler import Source
+    from nnscaler.config import ComputeConfig
+
+DONE = "compiled.json"
+UNKNOWN = "known only when it is executed"
+
+
+def identity(source: Source, model: nn.Module, config: ComputeConfig, record: str | None = None) -> dict[str, Any]:
+    """Everything that a compiled directory depends on, as plain values: equal identities compile to the same files.
+
+    record  of a run of the model, see `observed`, where that is known already. It holds what any attribute, code,
+            closure or environment variable makes the model compute. Of a strategy that executes the model there is
+            none: it is compiled again each time.
+    """
+    executes = find_strategy(config.trace_strategy).executes
+    if record is None:
+        record = UNKNOWN if executes else observed(model, source.inputs)
+    return {
+        "model": record,
+        "sources": _sources(model),
+        "inputs": {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in source.inputs.items()},
+        "dtype": str(source.dtype),
+        "config": {
+            **asdict(config),
+            "recompute_modules": list(config.recompute_modules or [None]),
+            "pipeline_pivots": list(config.pipeline_pivots),
+        },
+        "hardware": config.find_hardware().identity(),
+        "operators": {operator.name: _digest(_content(operator)) for operator in all_registered()},
+        "nnscaler": _package_digest(),
+        "torch": torch.__version__.split("+")[0],
+        "transformers": _version("transformers"),
+        "default dtype": str(torch.get_default_dtype()),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+def differences(directory: Path, wanted: Mapping[str, Any]) -> list[str] | None:
+    """What a compiled directory was compiled differently for; None where there is nothing complete."""
+    try:
+        found: dict[str, Any] = json.loads((directory / DONE).read_text())
+    except (OSError, ValueError):
+        return None
+    found_flat, wanted_flat = _flatten(found), _flatten(wanted)
+    return [
+        f"{key}: compiled {found_flat.get(key)}, wanted {wanted_flat.get(key)}"
+        for key in sorted({*found_flat, *wanted_flat})
+        if found_flat.get(key) != wanted_flat.get(key) or UNKNOWN in (found_flat.get(key), wanted_flat.get(key))
+    ]
+
+
+def _sources(model: nn.Module) -> dict[str, str]:
+    """Digests of the files that define the model's classes and what they inherit from, and registered operators."""
+    names = {kind.__module__ for part in model.modules() for kind in type(part).__mro__}
+    names.update(operator.function.__module__ for operator in all_registered() if operator.function is not None)
+    outside = {"builtins", "abc", "typing", "collections"}
+    names = {name for name in names if name not in outside and name.split(".")[0] not in ("torch", "nnscaler")}
+    found = {}
+    for name in sorted(names):
+        file = getattr(sys.modules.get(name), "__file__", None)
+        found[name] = _digest(Path(file).read_bytes()) if file and Path(file).is_file() else "no file"
+    return found
+
+
+def _version(package: str) -> str | None:
+    loaded = getattr(sys.modules.get(package), "__version__", None)
+    try:
+        return loaded or importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _content(value: Any) -> str:
+    """A fact about an operator, the same in each process: of a function, its code and what it was made with."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return f"{[f'{key}: {_content(item)}' for key, item in value.items()]}"
+    if isinstance(value, (list, tuple)):
+        return f"{[_content(item) for item in value]}"
+    if isinstance(value, FunctionType):
+        made_with = [cell.cell_contents for cell in value.__closure__ or ()]
+        made_with += [value.__defaults__, value.__kwdefaults__]
+        return f"{value.__module__}.{value.__qualname__} {_code(value.__code__)} {_content(made_with)}"
+    if is_dataclass(value) and not isinstance(value, type):
+        return f"{type(value).__qualname__} {[_content(getattr(value, field.name)) for field in fields(value)]}"
+    return f"{type(value).__qualname__} {getattr(value, '__qualname__', '')}"
+
+
+def _code(code: CodeType) -> str:
+    constants = [_code(item) if isinstance(item, CodeType) else _content(item) for item in code.co_consts]
+    return f"{code.co_code.hex()} {code.co_names} {constants}"
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value})
+    return flat
+
+
+def _digest(content: str | bytes) -> str:
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:16]
+
+
+def _package_digest() -> str:
+    """Digest of this package's own source: another version of the compiler may plan and write differently."""
+    root = Path(__file__).parent
+    files = sorted(path for kind in ("*.py", "*.json") for path in root.rglob(kind))
+    return _digest("\n".join(f"{path.relative_to(root)}\n{path.read_text()}" for path in files))

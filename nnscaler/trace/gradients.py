@@ -1,0 +1,70 @@
+"""Which tensors of a graph need a gradient, and blocks that are called both ways."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from nnscaler.graph import Block, Call, Graph, Node
+
+# Their results have no gradient, whatever their inputs have.
+_STOP = {f"aten.{name}.default" for name in ("detach", "zeros_like", "ones_like", "empty_like", "full_like")}
+
+
+def mark_gradients(graph: Graph) -> None:
+    """Sets `requires_grad` of every tensor from those of the parameters.
+
+    A block whose calls differ in which parameters are trained, or in which results need a gradient (frozen layers below
+    trained ones, and above), becomes one block for each kind of call. An input of a block needs a gradient where it
+    does in any of its calls. Blocks are named in the order of their first calls.
+    """
+    root = graph.root
+    needed = {name: graph.parameters[path].requires_grad for name, path in root.parameters.items()}
+    kinds: dict[tuple[str, tuple[bool, ...], tuple[bool, ...]], Block] = {}
+    inputs_of: dict[str, list[bool]] = {}
+    counts: dict[str, int] = {}
+    for node in root.nodes:
+        if not isinstance(node, Call):
+            _follow(root, [node], needed)
+            continue
+        block = graph.blocks[node.block]
+        inputs = [needed.get(name, False) and not node.no_grad for name in node.inputs]
+        trained = {name: graph.parameters[node.parameters[name]].requires_grad for name in block.parameters}
+        inside = _inside(block, trained, inputs)
+        results = [inside[name] and not node.no_grad for name in block.outputs]
+        kind = node.block, tuple(trained.values()), tuple(results)
+        if kind not in kinds:
+            kinds[kind] = replace(block, name=_name(block.module_type, counts), nodes=copy.deepcopy(block.nodes))
+            inputs_of[kinds[kind].name] = inputs
+        name = node.block = kinds[kind].name
+        inputs_of[name] = [one or other for one, other in zip(inputs_of[name], inputs)]
+        needed.update(zip(node.outputs, results, strict=True))
+    _mark(root, needed)
+    for (_, trained_, _), block in kinds.items():
+        _mark(block, _inside(block, dict(zip(block.parameters, trained_)), inputs_of[block.name]))
+    graph.blocks = {block.name: block for block in kinds.values()}
+
+
+def _inside(block: Block, trained: Mapping[str, bool], inputs: Sequence[bool]) -> dict[str, bool]:
+    """Which tensors of a block need a gradient."""
+    needed = {**trained, **dict(zip(block.inputs, inputs, strict=True))}
+    _follow(block, block.nodes, needed)
+    return needed
+
+
+def _follow(block: Block, nodes: Iterable[Node], needed: dict[str, bool]) -> None:
+    for node in nodes:
+        passes = any(needed.get(name) for name in node.inputs) and not node.no_grad and node.op not in _STOP
+        needed.update({name: passes and block.tensors[name].dtype.is_floating_point for name in node.outputs})
+
+
+def _mark(block: Block, needed: Mapping[str, bool]) -> None:
+    block.tensors = {name: replace(meta, requires_grad=needed.get(name, False)) for name, meta in block.tensors.items()}
+
+
+def _name(module_type: str, counts: dict[str, int]) -> str:
+    """`decoder_layer` of a `DecoderLayer`, then `decoder_layer_2`."""
+    base = "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in module_type).lstrip("_")
+    counts[base] = counts.get(base, 0) + 1
+    return base if counts[base] == 1 else f"{base}_{counts[base]}"
