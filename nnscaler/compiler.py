@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from nnscaler.codegen import generate
 from nnscaler.config import ComputeConfig
+from nnscaler.errors import UserError
 from nnscaler.graph import Graph
 from nnscaler.hardware import Hardware
 from nnscaler.identity import DONE, differences, identity
@@ -39,7 +40,7 @@ from nnscaler.report import plan_report
 from nnscaler.report.page import plan_page
 from nnscaler.report.pipeline import pipeline_report, stage_page
 from nnscaler.report.values import Work
-from nnscaler.trace import build_on_meta, find_strategy, trace
+from nnscaler.trace import build_on_meta, trace
 
 logger = logging.getLogger(__name__)
 

@@ -80,8 +80,12 @@ class Attributes:
     def restore(self) -> None:
         for module, before in self._of.values():
             now = vars(module)
+            holders = {name: now[name] for name in _HOLDERS}
             now.clear()
-            now.update({name: dict(value) if name in _HOLDERS else value for name, value in before.items()})
+            now.update({**before, **holders})
+            for name, held in holders.items():
+                held.clear()
+                held.update(before[name])
 
 
 _HOLDERS = ("_parameters", "_buffers", "_modules")
