@@ -12,6 +12,7 @@ from nnscaler.placement import Placements, format_placements
 
 if TYPE_CHECKING:
     from nnscaler.planner.costs import CostModel
+    from nnscaler.recompute import Level
 
 GIB = 2.0**30
 
@@ -22,7 +23,7 @@ class Key(NamedTuple):
     category  of seconds: forward, backward, again (computed again), reshard, reshard backward, reshard again, update,
               exchange; of bytes: parameter, saved, inside (a unit's inner tensors), working, buffers
     name      a unit, tensor or parameter of the block
-    detail    the recompute level, or the layouts between which a tensor is brought
+    detail    the recompute level, the layouts between which a tensor is brought, or what of a parameter it is
     """
 
     category: str
@@ -48,8 +49,8 @@ class Plan:
     inputs      block -> layouts of its inputs, as callers pass them; outputs likewise
     parameters  full name -> layout in which it is stored
     exchanged_once  full names of those whose gradient is exchanged once a step, not in each micro-batch
-    levels      block -> how many of its calls have which recompute level (see `nnscaler.planner.levels`)
-    recomputed  block -> nodes that backward computes again at level `part`
+    levels      block -> how many of its calls have which recompute level
+    recomputed  block -> nodes that the user wants computed again, alone
     gathered_again  (block, tensor) that backward gathers again rather than keep
     seconds     predicted time of one micro-batch; memory likewise, in bytes a device
     beside      seconds of what is exchanged beside computation; by how much that takes longer for it is in seconds
@@ -66,7 +67,7 @@ class Plan:
     outputs: dict[str, list[Placements]] = field(default_factory=dict)
     parameters: dict[str, Placements] = field(default_factory=dict)
     exchanged_once: set[str] = field(default_factory=set)
-    levels: dict[str, dict[str, int]] = field(default_factory=dict)
+    levels: dict[str, dict[Level, int]] = field(default_factory=dict)
     recomputed: dict[str, set[str]] = field(default_factory=dict)
     gathered_again: set[tuple[str, str]] = field(default_factory=set)
     micro_batches: int = 1
@@ -102,7 +103,7 @@ class Plan:
                     "calls": self.graph.count(block),
                     "inputs": dict(zip(block.inputs, map(format_placements, self.inputs[block.name]))),
                     "outputs": dict(zip(block.outputs, map(format_placements, self.outputs[block.name]))),
-                    "recompute": self.levels.get(block.name, {}),
+                    "recompute": {level.name: n for level, n in self.levels.get(block.name, {}).items()},
                     "recomputed": sorted(self.recomputed.get(block.name, ())),
                     "gathered_again": sorted(name for where, name in self.gathered_again if where == block.name),
                     "nodes": {

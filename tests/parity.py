@@ -23,6 +23,7 @@ from nnscaler.compiler import ComputeConfig
 from nnscaler.data.training import PackedDataset
 from nnscaler.models.causal_lm import WEIGHT_PREFIX, CausalLM, prepare_config
 from nnscaler.plan import Plan
+from nnscaler.recompute import level_of
 from nnscaler.runtime import regions
 from nnscaler.runtime.optimizer import OptimizerConfig
 from nnscaler.runtime.weights import initial_parameters
@@ -60,7 +61,9 @@ class Case:
         flags = [f"{self.plan}x{self.runtime}", f"acc{self.accumulation}", f"batch{self.micro_batch}"]
         flags += ["chunk"] * self.chunk_loss + list(self.recompute) + ["tied"] * self.tied
         flags += ["compiled"] * self.compiled
-        flags += [f"kv{self.key_value_heads}"] * (self.key_value_heads != 4) + list(self.levels)
+        flags += [f"kv{self.key_value_heads}"] * (self.key_value_heads != 4) + [
+            name.replace(" ", "-") for name in self.levels
+        ]
         flags += [f"{self.schedule}{self.stages}"] if self.schedule else []
         return "-".join([*flags, self.hardware.removesuffix(".json")])
 
@@ -137,7 +140,7 @@ def _levels(levels: tuple[str, ...]) -> Iterator[None]:
     def find_plan(*args: Any, **kwargs: Any) -> Plan:
         plan = planner.find_plan(*args, **kwargs)
         if levels:
-            plan.levels["llama_decoder_layer"] = {level: levels.count(level) for level in levels}
+            plan.levels["llama_decoder_layer"] = {level_of(name): levels.count(name) for name in levels}
         return plan
 
     with patch.object(compiler, "find_plan", find_plan):

@@ -11,9 +11,10 @@ from nnscaler.graph import Block, Node, Ref, TensorMeta, format_arguments, map_r
 from nnscaler.operators import Operator, operator_of, spell
 from nnscaler.placement import Placement, Placements, Shard, format_placements, local_shape
 from nnscaler.plan import Plan
-from nnscaler.planner.units import Unit
+from nnscaler.recompute import RECOMPUTES_ALL_BUT_ATTENTION
 from nnscaler.reshard import Step as Reshard
 from nnscaler.reshard import brings_together, reshard_steps
+from nnscaler.units import Unit
 
 INDENT = "    "
 
@@ -103,7 +104,7 @@ class Body:
         outputs = list(made)
         name = f"{self._name()}_{'again' if region.again else 'region'}_{index}"
         self._region_function(name, parameters, given, nodes, outputs)
-        arguments = ", ".join(['"compute"' if region.again else self._keep(), *given])
+        arguments = ", ".join([f'"{RECOMPUTES_ALL_BUT_ATTENTION}"' if region.again else self._keep(), *given])
         for tensor, unit in made.items():
             self._define(tensor, makes(self.plan, self.block, unit, tensor), tensor)
         return [*lines, f"{', '.join(outputs)} = {name}({arguments})"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from nnscaler.graph import Block, Call, Node
 from nnscaler.placement import Placements
 from nnscaler.plan import Plan
-from nnscaler.planner.units import Unit, divide
+from nnscaler.units import Unit, divide
 
 
 @dataclass

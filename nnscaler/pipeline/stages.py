@@ -27,8 +27,8 @@ from nnscaler.planner import find_plan
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.options import divides
 from nnscaler.planner.problem import Problem, build_problem
-from nnscaler.planner.program import relaxed
 from nnscaler.planner.search import recomputing
+from nnscaler.planner.solve import relaxed
 from nnscaler.profiler.operators import OperatorTimes
 
 

@@ -17,16 +17,17 @@ from nnscaler.hardware import Estimate, Hardware
 from nnscaler.mesh import Mesh
 from nnscaler.operators import operator_of
 from nnscaler.placement import Placements, Shard, local_shape
-from nnscaler.planner.units import Unit, needed_by, node_kind, saved_by
 from nnscaler.profiler.operators import OperatorTimes
 from nnscaler.reshard import Step
-from nnscaler.runtime.buckets import BUCKET_ELEMENTS, MOST_IN_FLIGHT
+from nnscaler.sizes import BUCKET_ELEMENTS, MOST_IN_FLIGHT
+from nnscaler.units import Unit, needed_by, node_kind, saved_by
 
 MASTER_BYTES = 4  # fp32 master weight
 MOMENT_BYTES = 8  # two fp32 moments of Adam
 GRADIENT_BYTES = 4  # gradients are accumulated, and exchanged, in fp32
 STRIDED = 3  # a copy that reorders a tensor takes so many times as long as one that does not (measured on H200)
 
+STORED = "parameters"  # of the bytes that a parameter takes, those of itself
 LOCAL = ("slice", "pad", "divide")  # steps of resharding that no other device takes part in
 
 
@@ -281,11 +282,11 @@ class CostModel:
         gradient all, if it is exchanged once a step."""
         stored = self.local_bytes(meta, placements)
         if not meta.requires_grad:
-            return {"parameters": stored}
+            return {STORED: stored}
         elements = stored / meta.dtype.itemsize
         owned = elements / self.owners(placements)
         return {
-            "parameters": stored,
+            STORED: stored,
             "gradients": (elements if exchanged_once else owned) * GRADIENT_BYTES,
             "master weights": 0.0 if meta.dtype.itemsize == MASTER_BYTES else owned * MASTER_BYTES,
             "moments": owned * MOMENT_BYTES,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 from nnscaler.annotation import Bound, Split
@@ -13,8 +13,8 @@ from nnscaler.operators import bind, operator_of
 from nnscaler.placement import Placement, Placements, Shard, local_shape
 from nnscaler.plan import NodePlan
 from nnscaler.planner.costs import NO_TIME, CostModel, Local, Seconds
-from nnscaler.planner.units import Unit
 from nnscaler.reshard import without_gradient
+from nnscaler.units import Unit
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Option:
 
     inside     bytes that backward keeps of inner tensors: of a cluster that is not fused, of an operator that exchanges
     transient  bytes held while it runs
-    memory     bytes held all the time
+    memory     bytes held all the time, by what they are
     ways       node name -> how it runs
 
     Of a parameter, `seconds` are those of its update, and of exchanging its gradient beside backward.
@@ -36,13 +36,18 @@ class Option:
     inputs: tuple[Placements, ...]
     outputs: tuple[Placements, ...]
     seconds: Seconds = NO_TIME
-    memory: float = 0.0
+    memory: Mapping[str, float] = field(default_factory=dict)
     transient: float = 0.0
     inside: float = 0.0
     ways: tuple[tuple[str, NodePlan], ...] = ()
     exchanged_once: bool = False
     last: float = 0.0
     buffers: float = 0.0
+
+    @property
+    def held(self) -> float:
+        """Bytes held all the time."""
+        return sum(self.memory.values())
 
 
 Assignment = tuple[Split, ...]  # for one mesh axis: how each node of the unit is split

@@ -15,10 +15,10 @@ from nnscaler.graph import Block, Call, Graph, TensorMeta
 from nnscaler.mesh import Mesh
 from nnscaler.placement import REPLICATE, SHARED, Placements
 from nnscaler.planner.costs import CostModel, Seconds
-from nnscaler.planner.levels import LEVELS, Keeping, keeping, part_again
 from nnscaler.planner.options import Option, is_alias, layouts_of, unit_options
-from nnscaler.planner.units import Unit, divide
-from nnscaler.runtime.gathering import PREFETCH_BYTES
+from nnscaler.recompute import KEEPS_ALL, LEVELS, RECOMPUTES_ALL, Level, recomputes
+from nnscaler.sizes import PREFETCH_BYTES
+from nnscaler.units import Unit, divide
 
 Use = tuple[int, int]  # (decision, index of its input or output)
 
@@ -36,8 +36,8 @@ class Decision:
     name: str
     options: tuple[Option, ...]
     count: int = 1
-    again: frozenset[str] = frozenset()
-    inside: frozenset[str] = frozenset()
+    again: frozenset[Level] = frozenset()
+    inside: frozenset[Level] = frozenset()
 
 
 @dataclass
@@ -57,12 +57,12 @@ class Flow:
     producer: Use
     consumers: list[Use] = field(default_factory=list)
     count: int = 1
-    made: set[str] = field(default_factory=set)
-    used: dict[str, list[Use]] = field(default_factory=dict)
-    moved: dict[str, list[Use]] = field(default_factory=dict)
+    made: set[Level] = field(default_factory=set)
+    used: dict[Level, list[Use]] = field(default_factory=dict)
+    moved: dict[Level, list[Use]] = field(default_factory=dict)
     held: bool = False
     needed: bool = False
-    again: frozenset[str] = frozenset()
+    again: frozenset[Level] = frozenset()
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Problem:
     decisions: list[Decision] = field(default_factory=list)
     flows: list[Flow] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=dict)
-    levels: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    levels: dict[str, tuple[Level, ...]] = field(default_factory=dict)
     parameter_of: dict[tuple[str, str], int] = field(default_factory=dict)
     micro_batches: int = 1
     buffers: float = 0.0
@@ -99,14 +99,14 @@ class Recomputing:
     free: bool = True
     nodes: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
-    def levels(self, block: Block) -> tuple[str, ...]:
-        """The levels that calls of a block may have; `part` keeps all but what the named nodes compute."""
+    def levels(self, block: Block) -> tuple[Level, ...]:
+        """The levels that calls of a block may have."""
         if self.free:
             return LEVELS
         named = self.nodes.get(block.name, frozenset())
         if not named:
-            return ("none",)
-        return ("all",) if len(named) == len(block.nodes) else ("part",)
+            return (KEEPS_ALL,)
+        return (RECOMPUTES_ALL,) if len(named) == len(block.nodes) else (recomputes(named),)
 
 
 def build_problem(
@@ -180,7 +180,7 @@ class _Builder:
         """How a parameter stored so can be trained: with its gradient exchanged in each micro-batch, or once a step."""
         costs, micro_batches = self.problem.costs, self.problem.micro_batches
         if not meta.requires_grad:
-            yield Option((), (layout,), memory=sum(costs.parameter_memory(meta, layout).values()))
+            yield Option((), (layout,), memory=costs.parameter_memory(meta, layout))
             return
         alone, exchange = costs.owners(layout) == 1, costs.gradient_exchange(meta, layout)
         for once in sorted({alone, alone or micro_batches > 1}):
@@ -189,7 +189,7 @@ class _Builder:
                 (),
                 (layout,),
                 seconds,
-                sum(costs.parameter_memory(meta, layout, once).values()),
+                costs.parameter_memory(meta, layout, once),
                 last=exchange if once else 0.0,
                 buffers=0.0 if once else costs.exchange_memory(meta, layout),
                 exchanged_once=once and not alone,
@@ -205,20 +205,13 @@ class _Body:
         self.is_root = block is builder.graph.root
         self.count = builder.graph.count(block)
         self.units = divide(block)
-        self.levels = ("none",) if self.is_root else builder.recomputing.levels(block)
-        self.kept_at = {level: self._keeping(level) for level in self.levels}
+        self.levels = (KEEPS_ALL,) if self.is_root else builder.recomputing.levels(block)
+        fused = builder.problem.costs.fused
+        self.kept_at = {level: level.keeps(self.units, block, fused) for level in self.levels}
         self.problem.calls[block.name], self.problem.levels[block.name] = self.count, self.levels
-        everything = self._keeping("none")
+        everything = KEEPS_ALL.keeps(self.units, block, fused)
         self.needed = everything.made | {name for _, name in everything.used | everything.moved}
         self.flows: dict[str, Flow] = {}
-
-    def _keeping(self, level: str) -> Keeping:
-        fused = self.problem.costs.fused
-        if level != "part":
-            return keeping(level, self.units, self.block, fused)
-        named = self.builder.recomputing.nodes[self.block.name]
-        parts = [index for index, unit in enumerate(self.units) if any(node.name in named for node in unit.nodes)]
-        return part_again(parts, self.units, self.block, fused)
 
     def build(self) -> None:
         for index, tensor in enumerate(self.block.inputs):

@@ -12,8 +12,9 @@ Data      n_d, n_f, N_b  how often a decision, a flow, a block occurs in a micro
           m_do, w_do     bytes that an option holds all the time, and while it runs
           i_do           bytes of inner tensors that an unfused cluster, or an operator that exchanges parts, keeps
           b_fs           bytes of flow f in layout s;  M bytes of device memory
-          A           micro-batches whose activations are held at a time: 1 but for stages of a pipeline
-          level l keeps f as made, as used by c, or as moved to c (see `levels`), and runs d, and resharding, again
+          A              micro-batches whose activations are held at a time: 1 but for stages of a pipeline
+          level l keeps f as made, as used by c, or as moved to c (see `recompute`), and runs d, and resharding, again;
+          K_b            the levels that keep everything
 Variables x_do in {0,1}  option o is chosen for d
           n_bl integer   calls of block b at level l
           z_dol >= 0     calls at level l in which d has option o
@@ -49,26 +50,27 @@ subject to    sum_o x_do = 1                                                    
               G >= y_fps of gathered weights                                                                    (early)
               U >= sum_o w_do x_do                                                                            (working)
               H >= C v, H >= S - c v, S <= C + c v, where S = sum_d n_d c_do x_do, c its most                  (buffers)
-              V_b >= B_b (1 - n_b,none), where B_b = sum_f b_fs x_do of what level `none` keeps of one call      (again)
+              V_b >= B_b (1 - sum of n_bl over K_b), where B_b = sum_f b_fs x_do of what K_b keep of one call    (again)
               sum_d n_d m_do x_do + A (sum_f b_fs n_f / N_b k_fsl + sum_d i_do z_dol), where l keeps it,
                        + U + sum_b V_b + a G + H <= M                                                          (memory)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from nnscaler.placement import Placements
+from nnscaler.placement import Placements, format_placements
+from nnscaler.plan import Key
 from nnscaler.planner.costs import NO_TIME, Seconds
-from nnscaler.planner.milp import INFINITY, MixedIntegerProgram
 from nnscaler.planner.problem import Decision, Flow, Problem, Use
+from nnscaler.planner.statement import Account, Statement, Terms, Unit, minus
+from nnscaler.recompute import Level
 from nnscaler.reshard import brings_together, reshard_steps, without_gradient
-
-Terms = list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -77,56 +79,8 @@ class Solution:
     flows that backward gathers again where all-gathers made them."""
 
     chosen: list[int]
-    levels: dict[str, dict[str, int]]
+    levels: dict[str, dict[Level, int]]
     gathered_again: frozenset[int] = frozenset()
-
-
-def solve(problem: Problem, memory: float, gap: float = 1e-4, below: float | None = None) -> Solution | None:
-    """The choice of least time within `memory` bytes a device; None where nothing fits, or takes less than `below`
-    seconds of a micro-batch."""
-    program = Program(problem)
-    program.build(memory)
-    if below is not None:
-        milp = program.milp
-        milp.row([(v, cost) for v, cost in enumerate(milp.cost) if cost], upper=program._time(below))
-    values = program.milp.solve(gap)
-    return None if values is None else program.solution(values)
-
-
-def relaxed(problems: Sequence[Problem], memory: float) -> list[tuple[float, float]] | None:
-    """(seconds of a micro-batch, bytes) of each problem, where all together have `memory` bytes a device and a choice
-    may be made in parts: no whole choices take less time in all. None where nothing fits."""
-    programs = [Program(problem) for problem in problems]
-    milp = MixedIntegerProgram()
-    for program in programs:
-        program.scale(memory)
-    second, byte = max(program.second for program in programs), max(program.byte for program in programs)
-    times: list[Terms] = []
-    sizes: list[Terms] = []
-    for program in programs:
-        begin = len(milp.cost)
-        program.milp, program.second, program.byte = milp, second, byte
-        program.state()
-        sizes.append(program.memory_total())
-        times.append([(variable, milp.cost[variable]) for variable in range(begin, len(milp.cost))])
-    milp.row([term for size in sizes for term in size], upper=memory / byte)
-    values = milp.solve(gap=1e-4, relaxed=True)
-    if values is None:
-        return None
-
-    def total(terms: Terms) -> float:
-        return float(sum(values[variable] * value for variable, value in terms))
-
-    return [(total(time) * second, total(size) * byte) for time, size in zip(times, sizes)]
-
-
-def least_memory(problem: Problem) -> Solution:
-    """The choice that takes least memory, whatever its time."""
-    program = Program(problem)
-    program.build(None)
-    values = program.milp.solve(gap=1e-2)
-    assert values is not None, "without a limit there is always a plan"
-    return program.solution(values)
 
 
 def resharding(problem: Problem, flow: Flow, source: Placements, target: Placements) -> Seconds | None:
@@ -160,45 +114,33 @@ def storage(layout: Placements) -> Placements:
 
 @dataclass
 class Program:
-    """Builds the program of a problem; `x[d][o]` are the variables of the choices, `n[b][l]` those of the levels."""
+    """The statement of a problem. `x[d][o]` are the variables of the choices, `n[b][l]` those of the levels, and
+    `gathered[f, p, s]` those of gathering again."""
 
     problem: Problem
-    milp: MixedIntegerProgram = field(default_factory=MixedIntegerProgram)
+    statement: Statement = field(default_factory=Statement)
     x: list[list[int]] = field(default_factory=list)
-    n: dict[str, dict[str, int]] = field(default_factory=dict)
-    z: dict[tuple[int, str], list[int]] = field(default_factory=dict)
-    kept: dict[tuple[int, Placements, str], int] = field(default_factory=dict)
+    n: dict[str, dict[Level, int]] = field(default_factory=dict)
+    z: dict[tuple[int, Level], list[int]] = field(default_factory=dict)
+    kept: dict[tuple[int, Placements, Level], int] = field(default_factory=dict)
     gathered: dict[tuple[int, Placements, Placements], int] = field(default_factory=dict)
-    memory_terms: Terms = field(default_factory=list)
-    beside: dict[str, Terms] = field(default_factory=dict)  # forward, backward -> seconds of gathers beside it
-    second: float = 1.0  # what counts as one in the objective, and in the memory row: HiGHS's tolerances are absolute
-    byte: float = 1.0
+    full: int = 0  # the variable v
 
-    def build(self, memory: float | None) -> None:
-        """States the program for a limit of memory; without one, memory is what is minimised."""
-        self.scale(memory)
-        self.state()
-        self._memory(memory)
-
-    def scale(self, memory: float | None) -> None:
-        """Chooses the measures of time and memory."""
-        decisions = self.problem.decisions
-        fastest = sum(d.count * min(o.seconds.forward + o.seconds.backward for o in d.options) for d in decisions)
-        largest = sum(max(d.count * (option.memory + option.transient) for option in d.options) for d in decisions)
-        self.second = fastest / 1000 or 1.0
-        self.byte = (largest if memory is None else min(memory, 100 * largest)) / 1000 or 1.0
-
-    def state(self) -> None:
-        """Everything but the memory row."""
-        self.beside = {"forward": [], "backward": []}
+    def __post_init__(self) -> None:
         for block, levels in self.problem.levels.items():
             if len(levels) > 1:
                 self._levels(block)
-        for index in range(len(self.problem.decisions)):
-            self._choice(index)
+        for decision in self.problem.decisions:
+            self._choice(decision)
         for index in range(len(self.problem.flows)):
             self._flow(index)
+        self._weigh()
         self._hide()
+        self._work()
+        for block in self.problem.levels:
+            self._compute_again(block)
+        self._gather_early()
+        self._buffer()
 
     def solution(self, values: np.ndarray) -> Solution:
         """What the variables' values mean."""
@@ -209,49 +151,77 @@ class Program:
         again = frozenset(index for (index, _, _), g in self.gathered.items() if values[g] > 0.5)
         return Solution(chosen, levels, again)
 
-    def _time(self, seconds: float) -> float:
-        return seconds / self.second
+    def choices(self, solution: Solution) -> dict[int, float]:
+        """The variables that a solution decides about, with their values; 0 where they are not named."""
+        values = {xs[chosen]: 1.0 for xs, chosen in zip(self.x, solution.chosen, strict=True)}
+        for block, counts in self.n.items():
+            values.update({counts[level]: float(calls) for level, calls in solution.levels[block].items()})
+        options = [d.options[o] for d, o in zip(self.problem.decisions, solution.chosen)]
+        for (index, source, target), g in self.gathered.items():
+            flow = self.problem.flows[index]
+            made = options[flow.producer[0]].outputs[flow.producer[1]] == source
+            used = target in (options[decision].inputs[place] for decision, place in flow.consumers)
+            values[g] = float(index in solution.gathered_again and made and used)
+        buffers = sum(d.count * option.buffers for d, option in zip(self.problem.decisions, options))
+        values[self.full] = float(buffers > self.problem.buffers)
+        return values
+
+    def _charge(self, account: Account, key: Key, variable: int, amount: float) -> None:
+        self.statement.charge(account, key, variable, amount)
 
     def _levels(self, block: str) -> None:
         """levels, of a block"""
         calls = float(self.problem.calls[block])
-        self.n[block] = {level: self.milp.variable(bound=calls, integer=True) for level in self.problem.levels[block]}
-        self.milp.row([(n, 1.0) for n in self.n[block].values()], calls, calls)
+        self.n[block] = {level: self.statement.choice(calls) for level in self.problem.levels[block]}
+        self.statement.row([(n, 1.0) for n in self.n[block].values()], calls, calls)
 
-    def _choice(self, index: int) -> None:
-        """time, choice, and levels of a decision"""
-        decision = self.problem.decisions[index]
-        xs = [
-            self.milp.variable(self._time(decision.count * self._seconds(decision, option.seconds)), integer=True)
-            for option in decision.options
-        ]
-        self.milp.row([(x, 1.0) for x in xs], 1.0, 1.0)
-        self.x.append(xs)
-        if decision.block in self.n and decision.kind != "parameter":
-            self._choice_by_level(index, decision, xs)
-        elif decision.again:
-            for x, option in zip(xs, decision.options):
-                self.milp.cost[x] += self._time(decision.count * option.seconds.forward)
+    def _choice(self, decision: Decision) -> None:
+        """choice, and levels of a decision; its time and memory"""
+        index = len(self.x)
+        self.x.append([self.statement.choice() for _ in decision.options])
+        self.statement.row([(x, 1.0) for x in self.x[index]], 1.0, 1.0)
+        if decision.kind == "parameter":
+            self._parameter(decision, self.x[index])
+            return
+        by_level = self._by_level(index, decision)
+        place = (decision.block, decision.name)
+        for option, (settings, x) in enumerate(zip(decision.options, self.x[index])):
+            forward, backward = settings.seconds.forward, settings.seconds.backward
+            self._charge(Account.TIME, Key("forward", *place), x, decision.count * forward)
+            self._charge(Account.TIME, Key("backward", *place), x, decision.count * backward)
+            for level in self.problem.levels[decision.block]:
+                # Calls at a level are counted by z; where there is one level, all are, by x.
+                calls, each = (by_level[level][option], 1) if by_level else (x, decision.count)
+                if level in decision.again:
+                    self._charge(Account.TIME, Key("again", *place, level.name), calls, each * forward)
+                if level in decision.inside:
+                    held = each * self.problem.in_flight * settings.inside
+                    self._charge(Account.DEVICE, Key("inside", *place, level.name), calls, held)
 
-    @staticmethod
-    def _seconds(decision: Decision, seconds: Seconds) -> float:
-        # By how much a parameter's exchange makes backward longer is for `_hide` to count.
-        return seconds.forward + (0.0 if decision.kind == "parameter" else seconds.backward)
+    def _parameter(self, decision: Decision, xs: list[int]) -> None:
+        """By how much a parameter's exchange makes backward longer is for `_hide` to count."""
+        place = (decision.block, decision.name)
+        for option, x in zip(decision.options, xs):
+            self._charge(Account.TIME, Key("update", *place), x, decision.count * option.seconds.forward)
+            self._charge(Account.BACKWARD, Key("exchange", *place), x, decision.count * option.seconds.backward)
+            self._charge(Account.LAST, Key("exchange", *place), x, decision.count * option.last)
+            for what, size in option.memory.items():
+                self._charge(Account.DEVICE, Key("parameter", *place, what), x, decision.count * size)
 
-    def _choice_by_level(self, index: int, decision: Decision, xs: list[int]) -> None:
+    def _by_level(self, index: int, decision: Decision) -> dict[Level, list[int]]:
+        """The variables z of a decision; none where its block has one level."""
+        if decision.block not in self.n:
+            return {}
         calls = float(self.problem.calls[decision.block])
         for level, n in self.n[decision.block].items():
-            again = level in decision.again
-            self.z[index, level] = [
-                self.milp.variable(self._time(option.seconds.forward) if again else 0.0, bound=calls)
-                for option in decision.options
-            ]
-            self.milp.row([*((z, 1.0) for z in self.z[index, level]), (n, -1.0)], 0.0, 0.0)
-        for option, x in enumerate(xs):
-            by_level = [(self.z[index, level][option], 1.0) for level in self.n[decision.block]]
-            self.milp.row([*by_level, (x, -calls)], 0.0, 0.0)
+            self.z[index, level] = [self.statement.product([(n, 1.0)], [(x, 1.0)], calls) for x in self.x[index]]
+            self.statement.row([*((z, 1.0) for z in self.z[index, level]), (n, -1.0)], 0.0, 0.0)
+        by_level = {level: self.z[index, level] for level in self.n[decision.block]}
+        for option, x in enumerate(self.x[index]):
+            self.statement.row([*((zs[option], 1.0) for zs in by_level.values()), (x, -calls)], 0.0, 0.0)
+        return by_level
 
-    def _calls(self, block: str, use: Use, level: str, fits: Callable[[Placements], bool], side: str) -> Terms:
+    def _calls(self, block: str, use: Use, level: Level, fits: Callable[[Placements], bool], side: str) -> Terms:
         """Calls of `block` at `level` in which a decision makes or uses a tensor in a layout that fits."""
         index, position = use
         decision = self.problem.decisions[index]
@@ -279,7 +249,7 @@ class Program:
                     continue
                 if (source, target) not in resharded:
                     resharded[source, target] = self._reshard(flow, source, target)
-                self.milp.row([(resharded[source, target], 1.0), (e, -1.0)], 0.0)
+                self.statement.above(resharded[source, target], [(e, 1.0)])
         again = self._gather_again(index, made, resharded)
         for level in self.problem.levels[flow.block]:
             self._keep(index, level, set(map(storage, made)), again)
@@ -287,43 +257,39 @@ class Program:
     def _reshard(self, flow: Flow, source: Placements, target: Placements) -> int:
         """The variable y_fps."""
         seconds = resharding(self.problem, flow, source, target) or NO_TIME
-        y = self.milp.variable()
+        place = (flow.block, flow.tensor, f"{format_placements(source)} -> {format_placements(target)}")
         hidden = beside(flow, source, target)
-        self._take_time(y, flow.count * seconds.forward, "forward" if hidden else None)
-        self._take_time(y, flow.count * seconds.backward, "backward" if hidden else None)
+        forward, backward = (Account.FORWARD, Account.BACKWARD) if hidden else (Account.TIME, Account.TIME)
+        y = self.statement.least(bound=1.0)
+        self._charge(forward, Key("reshard", *place), y, flow.count * seconds.forward)
+        self._charge(backward, Key("reshard backward", *place), y, flow.count * seconds.backward)
         calls = float(self.problem.calls[flow.block])
-        for level in sorted(flow.again):
+        for level in (level for level in self.problem.levels[flow.block] if level in flow.again):
+            key = Key("reshard again", *place)
             if flow.block not in self.n:
-                self._take_time(y, flow.count * seconds.forward, "backward" if hidden else None)
+                self._charge(backward, key, y, flow.count * seconds.forward)
             elif seconds.forward:
-                repeated = self.milp.variable(bound=calls)
-                self._take_time(repeated, flow.count / calls * seconds.forward, "backward" if hidden else None)
-                self.milp.row([(repeated, 1.0), (self.n[flow.block][level], -1.0), (y, -calls)], -calls)
+                repeated = self.statement.least(bound=calls)
+                self._charge(backward, key, repeated, flow.count / calls * seconds.forward)
+                self.statement.above(repeated, [(self.n[flow.block][level], 1.0), (y, calls)], -calls)
         return y
-
-    def _take_time(self, variable: int, seconds: float, beside: str | None) -> None:
-        """Counts seconds for a variable: by themselves, or beside forward's or backward's computation."""
-        if beside is None:
-            self.milp.cost[variable] += self._time(seconds)
-        elif seconds:
-            self.beside[beside].append((variable, self._time(seconds)))
 
     def _pairs(
         self, flow: Flow, made: dict[Placements, Terms], used: dict[Placements, Terms]
     ) -> dict[tuple[Placements, Placements], int]:
         pairs = {
-            (source, target): self.milp.variable()
+            (source, target): self.statement.product(made[source], used[target])
             for source in made
             for target in used
             if source == target or resharding(self.problem, flow, source, target) is not None
         }
         for source, xs in made.items():
-            self.milp.row([(e, 1.0) for (p, _), e in pairs.items() if p == source] + _minus(xs), 0.0, 0.0)
+            self.statement.row([(e, 1.0) for (p, _), e in pairs.items() if p == source] + minus(xs), 0.0, 0.0)
         for target, xs in used.items():
-            self.milp.row([(e, 1.0) for (_, s), e in pairs.items() if s == target] + _minus(xs), 0.0, 0.0)
+            self.statement.row([(e, 1.0) for (_, s), e in pairs.items() if s == target] + minus(xs), 0.0, 0.0)
         return pairs
 
-    def _keep(self, index: int, level: str, made: set[Placements], again: dict[Placements, Terms]) -> None:
+    def _keep(self, index: int, level: Level, made: set[Placements], again: dict[Placements, Terms]) -> None:
         """keeping, for one flow and level"""
         flow = self.problem.flows[index]
 
@@ -332,14 +298,14 @@ class Program:
 
         if level in flow.made and not flow.held:
             for layout in made:
-                self._keep_row(index, layout, level, making(layout))
+                self.statement.above(self._kept(index, layout, level), making(layout))
         for use in [*flow.used.get(level, ()), *flow.moved.get(level, ())]:
             options = self.problem.decisions[use[0]].options
             for used in dict.fromkeys(option.inputs[use[1]] for option in options):
                 calls = self._calls(flow.block, use, level, used.__eq__, "inputs")
                 if flow.held or use in flow.moved.get(level, ()):
-                    calls = calls + _minus(making(storage(used)))
-                self._keep_row(index, storage(used), level, calls + again.get(used, []))
+                    calls = calls + minus(making(storage(used)))
+                self.statement.above(self._kept(index, storage(used), level), calls + again.get(used, []))
 
     def _gather_again(
         self, index: int, made: dict[Placements, Terms], resharded: dict[tuple[Placements, Placements], int]
@@ -352,139 +318,109 @@ class Program:
         for source, target in resharded:
             if beside(flow, source, target):
                 seconds = resharding(self.problem, flow, source, target) or NO_TIME
-                g = self.milp.variable(integer=True)
-                self._take_time(g, flow.count * seconds.forward, "backward")
-                self.milp.row([(g, 1.0), *_minus(made[source])], upper=0.0)
+                move = f"{format_placements(source)} -> {format_placements(target)}"
+                g = self.statement.choice()
+                key = Key("reshard again", flow.block, flow.tensor, move)
+                self._charge(Account.BACKWARD, key, g, flow.count * seconds.forward)
+                self.statement.row([(g, 1.0), *minus(made[source])], upper=0.0)
                 terms.setdefault(target, []).append((g, -float(self.problem.calls[flow.block])))
                 self.gathered[index, source, target] = g
         return terms
 
-    def _keep_row(self, index: int, layout: Placements, level: str, calls: Terms) -> None:
-        self.milp.row([(self._kept(index, layout, level), 1.0), *_minus(calls)], 0.0)
-
-    def _kept(self, index: int, layout: Placements, level: str) -> int:
+    def _kept(self, index: int, layout: Placements, level: Level) -> int:
         """The variable k_fsl."""
         if (index, layout, level) not in self.kept:
-            flow = self.problem.flows[index]
-            variable = self.milp.variable(bound=float(self.problem.calls[flow.block]))
-            size = self.problem.costs.local_bytes(flow.meta, layout) / self.byte
-            held = flow.count / self.problem.calls[flow.block] * self.problem.in_flight
-            self.memory_terms.append((variable, held * size))
+            flow, calls = self.problem.flows[index], self.problem.calls[self.problem.flows[index].block]
+            variable = self.statement.least(bound=float(calls))
+            size = flow.count / calls * self.problem.in_flight * self.problem.costs.local_bytes(flow.meta, layout)
+            self._charge(Account.DEVICE, Key("saved", flow.block, flow.tensor, level.name), variable, size)
             self.kept[index, layout, level] = variable
         return self.kept[index, layout, level]
 
+    def _weigh(self) -> None:
+        """A product's backward takes as long for each input that needs a gradient, weights among them."""
+        needing: dict[int, list[Flow]] = defaultdict(list)
+        for flow in self.problem.flows:
+            for index, _ in flow.consumers if flow.meta.requires_grad else ():
+                needing[index].append(flow)
+        for index, flows in needing.items():
+            decision = self.problem.decisions[index]
+            share = sum(flow.held for flow in flows) / len(flows)
+            for option, x in zip(decision.options, self.x[index]) if decision.kind == "unit" else ():
+                seconds = share * decision.count * option.seconds.backward
+                self._charge(Account.WEIGHTS, Key("backward", decision.block, decision.name), x, seconds)
+
     def _hide(self) -> None:
         """hiding"""
-        computing: dict[str, Terms] = {"forward": [], "backward": []}
-        exchange: dict[str, Terms] = {side: list(gathers) for side, gathers in self.beside.items()}
-        last: Terms = []
-        for decision, xs in zip(self.problem.decisions, self.x):
-            for x, option in zip(xs, decision.options):
-                forward = self._time(decision.count * option.seconds.forward)
-                backward = self._time(decision.count * option.seconds.backward)
-                if decision.kind == "parameter":  # whose forward is its update
-                    exchange["backward"].append((x, backward))
-                    last.append((x, self._time(decision.count * option.last)))
-                else:
-                    computing["forward"].append((x, forward))
-                    computing["backward"].append((x, backward))
+        computing: dict[str, Terms] = {
+            side: [(one.variable, one.amount) for one in self.statement.accounts[Account.TIME] if one.key[0] == side]
+            for side in ("forward", "backward")
+        }
         part = 1 / self.problem.micro_batches
-        self._longer(exchange["forward"], computing["forward"], 1.0)
+        self._longer("forward", self.statement.terms(Account.FORWARD), computing["forward"], 1.0)
         if part < 1:
-            self._longer(exchange["backward"], computing["backward"], 1 - part)
-        self._longer([*exchange["backward"], *last], computing["backward"], part)
+            self._longer("backward", self.statement.terms(Account.BACKWARD), computing["backward"], 1 - part)
+        last = self.statement.terms(Account.BACKWARD, Account.LAST)
+        self._longer("backward", last, computing["backward"], part)
 
-    def _longer(self, exchange: Terms, computing: Terms, part: float) -> None:
+    def _longer(self, side: str, exchange: Terms, computing: Terms, part: float) -> None:
         """Counts the seconds by which exchange makes computing longer, in a part of the micro-batches."""
         lost = self.problem.costs.hardware.interference
-        exchange = [(variable, seconds) for variable, seconds in exchange if seconds]
-        hidden = [(variable, (1 - lost) * seconds) for variable, seconds in computing if seconds]
-        longer = self.milp.variable(part, bound=INFINITY)
-        self.milp.row([(longer, 1.0), *_minus(exchange), *hidden], 0.0)
+        longer = self.statement.least(Unit.SECONDS)
+        self._charge(Account.TIME, Key("exchange", "", side), longer, part)
+        hidden = [(variable, (1 - lost) * seconds) for variable, seconds in computing]
+        self.statement.above(longer, [*exchange, *minus(hidden)])
         if lost:
-            self.milp.row([(longer, 1.0), *_minus([(x, lost * seconds) for x, seconds in exchange])], 0.0)
+            self.statement.above(longer, [(variable, lost * seconds) for variable, seconds in exchange])
 
-    def memory_total(self) -> Terms:
-        """working, buffers, and the left side of memory"""
-        working = self.milp.variable(bound=INFINITY)
-        for index, (decision, xs) in enumerate(zip(self.problem.decisions, self.x)):
-            transient = [
-                (x, -option.transient / self.byte) for x, option in zip(xs, decision.options) if option.transient
-            ]
-            if transient:
-                self.milp.row([(working, 1.0), *transient], 0.0)
-            for option, x in zip(decision.options, xs):
-                if option.memory:
-                    self.memory_terms.append((x, decision.count * option.memory / self.byte))
-            self._inside(index, decision)
-        total = [*self.memory_terms, (working, 1.0), *((self._again(block), 1.0) for block in self._computing_again())]
-        if self.beside["forward"]:
-            early = self.milp.variable()
-            for y, _ in self.beside["forward"]:
-                self.milp.row([(early, 1.0), (y, -1.0)], 0.0)
-            total.append((early, self.problem.early / self.byte))
-        return [*total, (self._buffers(), 1.0)]
+    def _work(self) -> None:
+        """working"""
+        working = self.statement.least(Unit.BYTES)
+        self._charge(Account.DEVICE, Key("working"), working, 1.0)
+        for decision, xs in zip(self.problem.decisions, self.x):
+            held = [(x, option.transient) for x, option in zip(xs, decision.options) if option.transient]
+            if held:
+                self.statement.above(working, held)
 
-    def _buffers(self) -> int:
-        """The variable H."""
-        size = [
-            (x, decision.count * option.buffers / self.byte)
-            for decision, xs in zip(self.problem.decisions, self.x)
-            for x, option in zip(xs, decision.options)
-            if option.buffers
-        ]
-        every, most = sum(each for _, each in size), self.problem.buffers / self.byte
-        held, full = self.milp.variable(bound=INFINITY), self.milp.variable(integer=True)
-        self.milp.row([(held, 1.0), (full, -most)], 0.0)
-        self.milp.row([(held, 1.0), (full, every), *_minus(size)], 0.0)
-        self.milp.row([(full, -every), *size], upper=most)
-        return held
-
-    def _memory(self, memory: float | None) -> None:
-        """memory"""
-        total = self.memory_total()
-        if memory is not None:
-            self.milp.row(total, upper=memory / self.byte)
+    def _compute_again(self, block: str) -> None:
+        """The variable V_b, of a block of which some call may not keep everything."""
+        levels = self.problem.levels[block]
+        if len(levels) == 1 and levels[0].everything:
             return
-        self.milp.cost = [0.0] * len(self.milp.cost)
-        for variable, size in total:
-            self.milp.cost[variable] += size
-
-    def _inside(self, index: int, decision: Decision) -> None:
-        """Inner tensors, at the levels that keep them."""
-        for option, (settings, x) in enumerate(zip(decision.options, self.x[index])):
-            if not settings.inside:
-                continue
-            held = self.problem.in_flight * settings.inside / self.byte
-            for level in sorted(decision.inside):
-                if (index, level) in self.z:
-                    self.memory_terms.append((self.z[index, level][option], held))
-                else:
-                    self.memory_terms.append((x, decision.count * held))
-
-    def _computing_again(self) -> list[str]:
-        """Blocks of which some call may not keep everything."""
-        return [block for block, levels in self.problem.levels.items() if levels != ("none",)]
-
-    def _again(self, block: str) -> int:
-        """The variable V_b"""
         terms: Terms = []
         most = 0.0
         for flow in self.problem.flows:
             if flow.block == block and flow.needed:
-                sizes = {
-                    layout: self.problem.costs.local_bytes(flow.meta, layout) / self.byte
-                    for layout in self._layouts(flow.producer, "outputs")
-                }
+                layouts = self._layouts(flow.producer, "outputs")
+                sizes = {layout: self.problem.costs.local_bytes(flow.meta, layout) for layout in layouts}
                 most += max(sizes.values())
-                terms += [
-                    (x, sizes[layout]) for layout, xs in self._layouts(flow.producer, "outputs").items() for x, _ in xs
-                ]
-        again = self.milp.variable(bound=INFINITY)
-        keeping = [(self.n[block]["none"], most)] if "none" in self.n.get(block, {}) else []
-        self.milp.row([(again, 1.0), *keeping, *_minus(terms)], 0.0)
-        return again
+                terms += [(x, sizes[layout]) for layout, xs in layouts.items() for x, _ in xs]
+        again = self.statement.least(Unit.BYTES)
+        self._charge(Account.DEVICE, Key("working", block, "backward"), again, 1.0)
+        keeping = [(n, -most) for level, n in self.n.get(block, {}).items() if level.everything]
+        self.statement.above(again, [*terms, *keeping])
 
+    def _gather_early(self) -> None:
+        """early"""
+        gathers = self.statement.accounts[Account.FORWARD]
+        if gathers:
+            early = self.statement.least(bound=1.0)
+            for gather in gathers:
+                self.statement.above(early, [(gather.variable, 1.0)])
+            self._charge(Account.DEVICE, Key("buffers", "", "gathered early"), early, self.problem.early)
 
-def _minus(terms: Terms) -> Terms:
-    return [(variable, -value) for variable, value in terms]
+    def _buffer(self) -> None:
+        """buffers"""
+        size = [
+            (x, decision.count * option.buffers)
+            for decision, xs in zip(self.problem.decisions, self.x)
+            for x, option in zip(xs, decision.options)
+            if option.buffers
+        ]
+        every, most = sum(each for _, each in size), self.problem.buffers
+        held, full = self.statement.least(Unit.BYTES), self.statement.choice()
+        self.full = full
+        self._charge(Account.DEVICE, Key("buffers"), held, 1.0)
+        self.statement.above(held, [(full, most)])
+        self.statement.above(held, [*size, (full, -every)])
+        self.statement.row([*size, (full, -every)], upper=most, unit=Unit.BYTES)

@@ -15,7 +15,8 @@ from nnscaler.plan import GIB, Key, Plan
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.evaluate import Evaluation, evaluate
 from nnscaler.planner.problem import Problem, Recomputing, build_problem
-from nnscaler.planner.program import Solution, least_memory, solve
+from nnscaler.planner.program import Program, Solution
+from nnscaler.planner.solve import least_memory, solve
 from nnscaler.profiler.operators import OperatorTimes
 
 logger = logging.getLogger(__name__)
@@ -57,9 +58,10 @@ def find_plan(
     found: tuple[Problem, Solution, Evaluation] | None = None
     for problem in problems:
         below = None if found is None else found[2].total_seconds * (1 - WORTH)
-        solution = solve(problem, memory, below=below)
+        program = Program(problem)
+        solution = solve(program, memory, below=below)
         if solution is not None:
-            evaluation = evaluate(problem, solution)
+            evaluation = evaluate(program, solution)
             assert evaluation is not None
             found = problem, solution, evaluation
     if found is None:
@@ -70,7 +72,7 @@ def find_plan(
         problem.costs.mesh, hardware.name, time.perf_counter() - started,
         evaluation.total_seconds * micro_batches, evaluation.total_memory / GIB, memory / GIB,
     )  # fmt: skip
-    plan = _to_plan(graph, problem, solution, evaluation, again, micro_batches)
+    plan = _to_plan(graph, problem, solution, evaluation, micro_batches)
     plan.costs, plan.memory_limit = problem.costs, memory
     return plan
 
@@ -102,9 +104,11 @@ def nodes_to_recompute(graph: Graph, modules: Sequence[str]) -> dict[str, frozen
 
 
 def _does_not_fit(problem: Problem, memory: float) -> str:
-    evaluation = evaluate(problem, least_memory(problem))
+    program = Program(problem)
+    evaluation = evaluate(program, least_memory(program))
     assert evaluation is not None
-    items = ", ".join(f"{_describe(key)} {_gigabytes(size)}" for key, size in evaluation.largest(4))
+    largest = sorted(evaluation.memory.items(), key=lambda item: -item[1])[:4]
+    items = ", ".join(f"{_describe(key)} {_gigabytes(size)}" for key, size in largest)
     return (
         f"no plan fits: needs {_gigabytes(evaluation.total_memory)} a device, constraint {_gigabytes(memory)}; "
         f"the largest items are {items}"
@@ -131,7 +135,6 @@ def _to_plan(
     problem: Problem,
     solution: Solution,
     evaluation: Evaluation,
-    again: Recomputing,
     micro_batches: int,
 ) -> Plan:
     """A solution by the names of the graph."""
@@ -147,7 +150,7 @@ def _to_plan(
             side = plan.inputs if decision.kind == "input" else plan.outputs
             side.setdefault(decision.block, []).append(option.outputs[0])
         names = {name for name, _ in option.ways}
-        if "part" in problem.levels[decision.block] and names & again.nodes[decision.block]:
+        if any(names & level.named for level in problem.levels[decision.block]):
             plan.recomputed.setdefault(decision.block, set()).update(names)
     for block, tensor, path in graph.parameter_uses():
         decision_index = problem.parameter_of[block.name, tensor]

@@ -26,7 +26,7 @@ def _levels(block: Values) -> list[Markup]:
     """How many calls have which recompute level."""
     if block["calls"] < 2:
         return []
-    counts = {f"recompute {level}": one["calls"] for level, one in block["levels"].items()}
+    counts = {level: one["calls"] for level, one in block["levels"].items()}
     return [bar(counts, block["calls"], _calls), legend(counts, block["calls"], _calls)]
 
 

@@ -9,9 +9,9 @@ from nnscaler.graph import Block, Call, Node
 from nnscaler.placement import format_placements, local_shape
 from nnscaler.plan import Key, Plan
 from nnscaler.planner.options import is_alias
-from nnscaler.planner.units import Unit, divide
 from nnscaler.report.categories import category_of, costs_of
 from nnscaler.report.parameters import ParameterGroup
+from nnscaler.units import Unit, divide
 
 
 def block_costs(plan: Plan, block: Block, parameters: list[ParameterGroup]) -> dict[str, Any]:
@@ -90,10 +90,10 @@ def _levels(plan: Plan, block: Block) -> dict[str, dict[str, float]]:
     """Recompute level -> calls at it, seconds a step that they compute again, bytes that they keep."""
     found: dict[str, dict[str, float]] = {}
     for level, calls in plan.levels[block.name].items():
-        found[level] = {
+        found[level.name] = {
             "calls": calls,
-            "again_seconds": plan.micro_batches * _sum(plan.seconds, ("again",), block.name, level),
-            "saved_bytes": _sum(plan.memory, ("saved", "inside"), block.name, level),
+            "again_seconds": plan.micro_batches * _sum(plan.seconds, ("again",), block.name, level.name),
+            "saved_bytes": _sum(plan.memory, ("saved", "inside"), block.name, level.name),
         }
     return found
 

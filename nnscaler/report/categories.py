@@ -7,9 +7,9 @@ from nnscaler.operators import operator_of
 from nnscaler.operators.registry import contraction_flops
 from nnscaler.plan import Key, Plan
 from nnscaler.planner.costs import CostModel
-from nnscaler.planner.units import Unit, divide
 from nnscaler.report.parameters import ParameterGroup
 from nnscaler.report.transfers import Transfer
+from nnscaler.units import Unit, divide
 
 MATMUL = "matmul"
 MEMORY_BOUND = "memory-bound"
@@ -87,4 +87,4 @@ def bytes_by_category(plan: Plan, parameters: list[ParameterGroup]) -> dict[str,
 
 def saved_at(key: Key) -> str:
     """The category of an activation that backward needs: by the recompute level of the call that keeps it."""
-    return f"activations, level {key.detail}"
+    return f"activations, {key.detail}"

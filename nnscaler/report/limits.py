@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nnscaler.recompute import level_of
 from nnscaler.report.categories import EXPOSED, HIDDEN, MEMORY_BOUND, OPTIMIZER, RECOMPUTE
 from nnscaler.report.spelling import gib, seconds
 
@@ -36,14 +37,14 @@ def limits_of(values: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _memory(values: Mapping[str, Any]) -> tuple[float, str]:
-    """Seconds that are spent to hold less, and how full memory is. What level `none` computes again is the fusing
-    compiler's choice, not for want of memory."""
+    """Seconds that are spent to hold less, and how full memory is. What is computed again where everything is kept is
+    the fusing compiler's choice, not for want of memory."""
     used, limit = (values["predicted"][name] for name in ("memory_bytes", "memory_limit_bytes"))
     again = sum(
         level["again_seconds"]
         for block in values["costs"].values()
         for name, level in block["levels"].items()
-        if name != "none"
+        if not level_of(name).everything
     )
     again += sum(one["seconds"] for one in values["collectives"] if one["phase"] == "again")
     spent = f"{seconds(again)} of computing and gathering again to stay within it" if again else "nothing is done twice"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from nnscaler.placement import Placements
 from nnscaler.plan import Key, Plan
-from nnscaler.planner.costs import CostModel
+from nnscaler.planner.costs import STORED, CostModel
 
 
 @dataclass(frozen=True)
@@ -40,26 +40,26 @@ def parameter_groups(plan: Plan, costs: CostModel) -> list[ParameterGroup]:
     blocks = {block.name: block for block in plan.graph.all_blocks()}
     groups = []
     for key, size in plan.memory.items():
-        if key.category != "parameter":
+        if key.category != "parameter" or key.detail != STORED:
             continue
-        path = paths[key.block, key.name]
+        block, tensor = key.block, key.name
+        path = paths[block, tensor]
         layout, once = plan.parameters[path], path in plan.exchanged_once
-        meta = blocks[key.block].tensors[key.name]
-        one = costs.parameter_memory(meta, layout, once)
-        count = round(size / sum(one.values()))
-        update = plan.seconds.get(Key("update", key.block, key.name), 0.0) * plan.micro_batches
+        meta = blocks[block].tensors[tensor]
+        count = round(size / costs.local_bytes(meta, layout))
+        update = plan.seconds.get(Key("update", block, tensor), 0.0) * plan.micro_batches
         exchange = count * costs.weight_exchange(meta, layout) if meta.requires_grad else 0.0
         groups.append(
             ParameterGroup(
-                block=key.block,
-                tensor=key.name,
+                block=block,
+                tensor=tensor,
                 count=count,
                 layout=layout,
                 owners=costs.owners(layout),
                 exchanged_once=once,
                 elements=costs.local_bytes(meta, layout) // meta.dtype.itemsize,
                 trained=meta.requires_grad,
-                memory={what: count * value for what, value in one.items()},
+                memory={what: count * one for what, one in costs.parameter_memory(meta, layout, once).items()},
                 update_seconds=update - exchange,
             )
         )

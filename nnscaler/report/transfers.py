@@ -111,7 +111,9 @@ def _gradients(plan: Plan, costs: CostModel, parameters: list[ParameterGroup]) -
     hidden = _hidden(plan, Key("exchange"))
     for group in _exchanged(parameters):
         first = group[0]
-        seconds = plan.micro_batches * sum(plan.beside[Key("exchange", one.block, one.tensor)] for one in group)
+        seconds = plan.micro_batches * sum(
+            plan.beside.get(Key("exchange", one.block, one.tensor), 0.0) for one in group
+        )
         yield Transfer(
             block=first.block,
             what="gradients",

@@ -15,9 +15,8 @@ from nnscaler.kernels import add_gradient
 from nnscaler.runtime.axes import Axes, Axis
 from nnscaler.runtime.collectives import all_gather_single, reduce_scatter_single
 from nnscaler.runtime.shards import Box, ParameterSpec, flat_range_boxes
+from nnscaler.sizes import BUCKET_ELEMENTS, MOST_IN_FLIGHT
 
-BUCKET_ELEMENTS = 2**25  # a bucket is exchanged as one: large enough for full bandwidth, small beside the model
-MOST_IN_FLIGHT = 6  # buckets whose exchange goes on beside backward: what one layer's backward gives at once
 MOST_DEFERRED = 2  # gathered weights whose gradients are on their way to their shards
 _ALIGNMENT = 64  # elements; keeps every parameter's first byte where kernels like it
 

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from nnscaler.runtime.axes import Axis
 from nnscaler.runtime.collectives import finish_gather, start_gather, start_reduce_scatter
-
-PREFETCH_BYTES = 2**28  # gathered before they are needed
+from nnscaler.sizes import PREFETCH_BYTES
 
 Step = tuple[Axis, int]  # the mesh axis over which a tensor is sharded, and along which dimension
 Defer = Callable[[Tensor, dist.Work | None, Tensor], None]  # (parameter, pending exchange, its result)

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from nnscaler.operators import registered
-from nnscaler.runtime.regions import recompute, region
+from nnscaler.recompute.wrappers import recompute
+from nnscaler.runtime.regions import region
 
 __all__ = ["operators", "recompute", "region", "scope"]
 

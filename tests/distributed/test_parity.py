@@ -12,9 +12,12 @@ from torch import Tensor
 
 from nnscaler.checkpoint.folder import latest_checkpoint
 from nnscaler.checkpoint.merge import Checkpoint
+from nnscaler.recompute import LEVELS
 from tests import tiny
 from tests.launch import run
 from tests.parity import STEPS, TOLERANCE, Case, plain_loop, train_all
+
+EACH = tuple(level.name for level in reversed(LEVELS))
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +109,10 @@ def plan_of(case: Case, folder: Path) -> dict[str, Any]:
 
 def test_every_recompute_level(folder, reference):
     cases = [
-        Case(2, 2, layers=4, levels=("all", "compute", "cheap", "none")),
-        Case(2, 2, layers=4, levels=("compute", "compute", "cheap", "cheap"), chunk_loss=True),
-        Case(1, 2, levels=("all", "all")),
-        Case(2, 2, layers=4, levels=("all", "compute", "cheap", "none"), compiled=True),
+        Case(2, 2, layers=4, levels=EACH),
+        Case(2, 2, layers=4, levels=(*EACH[1:3], *EACH[1:3]), chunk_loss=True),
+        Case(1, 2, levels=(EACH[0], EACH[0])),
+        Case(2, 2, layers=4, levels=EACH, compiled=True),
     ]
     run(2, train_all, cases, folder, init=False)
     for case in cases:
@@ -120,7 +123,7 @@ def test_two_axes_and_attention_along_the_sequence(folder, reference):
     tiny.write_hardware(folder, "nodes.json", devices_per_node=2, inter={"bandwidth": 5e7, "latency": 0.0})
     nodes = Case(4, 4, hardware="nodes.json")
     one_head = Case(4, 4, key_value_heads=1, chunk_loss=True)
-    both = Case(4, 4, hardware="nodes.json", key_value_heads=2, levels=("all", "none"))
+    both = Case(4, 4, hardware="nodes.json", key_value_heads=2, levels=(EACH[0], EACH[-1]))
     cases = [nodes, one_head, both]
     run(4, train_all, cases, folder, init=False)
     for case in cases:

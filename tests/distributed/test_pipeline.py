@@ -103,7 +103,7 @@ def test_plain_loop_and_pipeline_agree(world, folder, reference):
         plan = json.loads((folder / "code" / case.name / "plan.json").read_text())
         assert len(plan["stages"]) == case.stages
         assert plan["pipeline"]["schedule"]["kind"] == case.schedule
-        again = any(block["recompute"].get("none", 0) == 0 for block in plan["stages"][0]["blocks"].values())
+        again = any(block["recompute"].get("keeps all", 0) == 0 for block in plan["stages"][0]["blocks"].values())
         assert again == bool(case.recompute)
         assert losses[-1] < losses[0] - 0.05, "the reference does not learn: the comparison would say little"
 

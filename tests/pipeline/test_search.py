@@ -17,6 +17,7 @@ from nnscaler.pipeline.search import Wanted, balanced, candidates, estimated, ev
 from nnscaler.pipeline.stages import StagePlanner
 from nnscaler.plan import Plan
 from nnscaler.planner import find_plan
+from nnscaler.recompute import KEEPS_ALL
 from tests import tiny
 from tests.pipeline.test_cut import llama
 
@@ -75,10 +76,10 @@ def test_a_stage_computes_again_what_it_cannot_hold_for_all_in_flight(tmp_path):
 
     free = found(1e12)
     assert free.in_flight == [2, 1]
-    assert [stage.levels["llama_decoder_layer"] for stage in free.stages] == [{"none": 2}] * 2
+    assert [stage.levels["llama_decoder_layer"] for stage in free.stages] == [{KEEPS_ALL: 2}] * 2
     first, last = found(0.9 * free.memory_bytes).stages
-    assert first.levels["llama_decoder_layer"] != {"none": 2}
-    assert last.levels["llama_decoder_layer"] == {"none": 2}
+    assert first.levels["llama_decoder_layer"] != {KEEPS_ALL: 2}
+    assert last.levels["llama_decoder_layer"] == {KEEPS_ALL: 2}
 
 
 def test_another_schedule_where_the_best_holds_too_much(tmp_path):

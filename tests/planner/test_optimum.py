@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from itertools import chain, combinations, product
 from math import comb, prod
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, event, given, settings
@@ -18,7 +17,10 @@ from nnscaler.mesh import Mesh
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.evaluate import evaluate
 from nnscaler.planner.problem import Problem, Recomputing, build_problem
-from nnscaler.planner.program import Program, Solution, beside, solve
+from nnscaler.planner.program import Program, Solution, beside
+from nnscaler.planner.solve import solve, stated
+from nnscaler.planner.statement import Account
+from nnscaler.recompute import Level
 
 MOST = 8000  # solutions that are tried
 
@@ -77,7 +79,7 @@ def graphs(draw) -> Graph:
     return graph
 
 
-def level_counts(problem: Problem) -> list[dict[str, dict[str, int]]]:
+def level_counts(problem: Problem) -> list[dict[str, dict[Level, int]]]:
     """Every way to give the calls of each block their levels."""
     per_block = []
     for block, levels in problem.levels.items():
@@ -114,9 +116,9 @@ def everything(problem: Problem) -> Iterator[Solution]:
                 yield Solution(list(chosen), counts, frozenset(again))
 
 
-def best(problem: Problem, memory: float) -> float | None:
+def best(program: Program, memory: float) -> float | None:
     """The least time within memory, by trying everything."""
-    evaluations = (evaluate(problem, solution) for solution in everything(problem))
+    evaluations = (evaluate(program, solution) for solution in everything(program.problem))
     fitting = [e.total_seconds for e in evaluations if e is not None and e.total_memory <= memory]
     return min(fitting, default=None)
 
@@ -130,24 +132,24 @@ def test_the_program_finds_the_optimum(graph, sizes, fused, fraction, hardware):
     problem = build_problem(graph, CostModel(load_hardware(hardware), Mesh(sizes), fused), Recomputing(), 2)
     ways = prod(comb(problem.calls[b] + len(levels) - 1, len(levels) - 1) for b, levels in problem.levels.items())
     assume(prod(len(decision.options) for decision in problem.decisions) * ways <= MOST)
-    free = evaluate(problem, solve(problem, memory=1e18, gap=0.0))
-    assert free.total_seconds == pytest.approx(best(problem, 1e18), rel=1e-5)
+    program = Program(problem)
+    free = evaluate(program, solve(program, memory=1e18, gap=0.0))
+    assert free.total_seconds == pytest.approx(best(program, 1e18), rel=1e-5)
     memory = fraction * free.total_memory
-    wanted = best(problem, memory)
-    solution = solve(problem, memory, gap=0.0)
+    wanted = best(program, memory)
+    solution = solve(program, memory, gap=0.0)
     if wanted is None:
         assert solution is None
         return
     assert solution is not None
-    found = evaluate(problem, solution)
+    found = evaluate(program, solution)
     assert found.total_memory <= memory * (1 + 1e-5)
     assert found.total_seconds == pytest.approx(wanted, rel=1e-5)
 
 
-def holds(problem: Problem, solution: Solution, memory: float) -> float | None:
+def holds(program: Program, solution: Solution, memory: float) -> float | None:
     """Seconds of the program with everything decided as in a solution; None where it does not fit in memory."""
-    program = Program(problem)
-    program.build(memory)
+    problem, milp = program.problem, stated(program, memory)
     fixed = {xs[chosen]: 1.0 for xs, chosen in zip(program.x, solution.chosen)}
     for block, counts in program.n.items():
         fixed.update({n: float(solution.levels[block].get(level, 0)) for level, n in counts.items()})
@@ -158,9 +160,11 @@ def holds(problem: Problem, solution: Solution, memory: float) -> float | None:
         is_target = target in [options[d].inputs[i] for d, i in flow.consumers]
         fixed[g] = float(index in solution.gathered_again and is_source and is_target)
     for variable, value in fixed.items():
-        program.milp.row([(variable, 1.0)], value, value)
-    values = program.milp.solve(0.0)
-    return None if values is None else float(np.dot(values, program.milp.cost)) * program.second
+        milp.row([(variable, 1.0)], value, value)
+    values = milp.solve(0.0)
+    if values is None:
+        return None
+    return float(sum(values[variable] * each for variable, each in program.statement.terms(Account.TIME)))
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -174,15 +178,16 @@ def holds(problem: Problem, solution: Solution, memory: float) -> float | None:
 def test_the_program_prices_any_solution_as_the_plain_sum_does(graph, sizes, fused, random, hardware):
     problem = build_problem(graph, CostModel(load_hardware(hardware), Mesh(sizes), fused), Recomputing(), 2)
     problem.buffers *= random.choice([1.0, 0.4])  # they hold all gradients at a time, or not
+    program = Program(problem)
     levels = level_counts(problem)
     for _ in range(6):
         chosen = tuple(random.randrange(len(decision.options)) for decision in problem.decisions)
         again = frozenset(index for index in gatherable(problem, chosen) if random.random() < 0.7)
         solution = Solution(list(chosen), random.choice(levels), again)
-        evaluation = evaluate(problem, solution)
+        evaluation = evaluate(program, solution)
         if evaluation is None:
             continue
         event(f"gathered {len(again)}")
         exact = evaluation.total_memory
-        assert holds(problem, solution, exact * (1 + 1e-5)) == pytest.approx(evaluation.total_seconds, rel=1e-5)
-        assert holds(problem, solution, exact * (1 - 1e-4)) is None
+        assert holds(program, solution, exact * (1 + 1e-5)) == pytest.approx(evaluation.total_seconds, rel=1e-5)
+        assert holds(program, solution, exact * (1 - 1e-4)) is None

@@ -23,6 +23,7 @@ from nnscaler.planner.evaluate import evaluate
 from nnscaler.planner.options import Option
 from nnscaler.planner.problem import Decision, Problem, Recomputing, build_problem
 from nnscaler.planner.program import Program
+from nnscaler.planner.solve import stated
 from nnscaler.trace import trace
 from tests import tiny
 
@@ -67,15 +68,15 @@ BY_HAND = {
 def seconds(problem: Problem, memory: float, allowed: Callable[[Decision, Option], bool]) -> float | None:
     """Seconds of the best plan whose decisions all are allowed; None where none fits."""
     program = Program(problem)
-    program.build(memory)
+    milp = stated(program, memory)
     for decision, xs in zip(problem.decisions, program.x):
         open_ = [(x, 1.0) for x, option in zip(xs, decision.options) if allowed(decision, option)]
         assert open_, f"{decision.block}.{decision.name} cannot be laid out so"
-        program.milp.row(open_, 1.0, 1.0)
-    values = program.milp.solve(1e-3)
+        milp.row(open_, 1.0, 1.0)
+    values = milp.solve(1e-3)
     if values is None:
         return None
-    evaluation = evaluate(problem, program.solution(values))
+    evaluation = evaluate(program, program.solution(values))
     assert evaluation is not None
     return evaluation.total_seconds
 

@@ -1,29 +1,27 @@
-"""Recompute levels: what each keeps of a block for backward, and what it computes again.
+"""What can be kept of a block for backward, and what must then be computed again.
 
-none     keep what each operator saves; nothing is computed again. A fusing compiler keeps what products save, and of
-         what cheap operators save the least from which they give the rest
-cheap    keep the smallest set of tensors from which cheap operators give the rest
-compute  keep the block's inputs, what registered operators save, and what collectives bring; compute products again
-all      keep the block's inputs
+keep_all    what each operator saves; nothing is computed again
+keep_cut    what operators of some kinds save, and the least from which cheap operators give the rest, as a fusing
+            compiler does
+keep_from   the block's inputs, and what operators of some kinds save and collectives bring for them; the rest is
+            computed again
+part_again  another keeping, but for some units, which are computed again from their inputs
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
-
-import networkx
+from dataclasses import dataclass, replace
 
 from nnscaler.graph import Block
-from nnscaler.planner.units import Unit, needed_by
+from nnscaler.units import Unit, needed_by
 
-LEVELS = ("none", "cheap", "compute", "all")
 Use = tuple[int, str]  # (index of a unit, tensor that it uses)
 
 
 @dataclass(frozen=True)
 class Keeping:
-    """What one level keeps and computes again, whatever the layouts.
+    """What is kept of a call, and what is computed again, whatever the layouts.
 
     made    tensors kept in the layout in which they are made
     used    uses whose tensor is kept in the layout in which it is used
@@ -41,27 +39,17 @@ class Keeping:
     inside: bool = False
 
 
-def keeping(level: str, units: list[Unit], block: Block, fused: bool) -> Keeping:
-    """What `level` means for a block."""
-    if level == "none":
-        return _keep_cut(units, block, ("registered", "product")) if fused else _keep_all(units, block)
-    if level == "cheap":
-        return _keep_cut(units, block, ("registered",))
-    return _keep_from(units, block, everything=level == "all")
-
-
-def part_again(parts: Iterable[int], units: list[Unit], block: Block, fused: bool) -> Keeping:
-    """Level `none` but for given units, which are computed again from their inputs."""
+def part_again(parts: Iterable[int], units: list[Unit], base: Keeping) -> Keeping:
+    """`base` but for some units, by index, which are computed again from their inputs."""
     again = set(parts)
-    base = keeping("none", units, block, fused)
     made_inside = {name for index in again for name in units[index].outputs}
     inputs = {name for index in again for name in units[index].inputs} - made_inside
-    return Keeping(
+    return replace(
+        base,
         made=frozenset((base.made - made_inside) | inputs),
         used=frozenset(use for use in base.used if use[0] not in again),
         moved=frozenset(use for use in base.moved if use[0] not in again),
         again=base.again | again,
-        inside=base.inside,
     )
 
 
@@ -75,7 +63,7 @@ def _needed(units: list[Unit], block: Block) -> list[tuple[int, str, bool]]:
     ]
 
 
-def _keep_all(units: list[Unit], block: Block) -> Keeping:
+def keep_all(units: list[Unit], block: Block) -> Keeping:
     needed = _needed(units, block)
     return Keeping(
         made=frozenset(name for _, name, is_input in needed if not is_input),
@@ -84,7 +72,7 @@ def _keep_all(units: list[Unit], block: Block) -> Keeping:
     )
 
 
-def _keep_cut(units: list[Unit], block: Block, as_used: Collection[str]) -> Keeping:
+def keep_cut(units: list[Unit], block: Block, as_used: Collection[str]) -> Keeping:
     """The least bytes from which cheap units give what is needed: a minimum cut between what exists and what is.
 
     as_used  kinds of units whose inputs are kept as they are used, rather than computed again
@@ -104,6 +92,8 @@ def _keep_cut(units: list[Unit], block: Block, as_used: Collection[str]) -> Keep
         for name in node.outputs
         if name not in kept_anyway
     }
+    import networkx  # what runs generated code needs levels, but not this
+
     network = networkx.DiGraph()
     for name, meta in block.tensors.items():
         inner = name in cheap and name not in made_by
@@ -146,18 +136,19 @@ def _again(wanted: set[str], kept: set[str], units: list[Unit]) -> tuple[set[int
     return again, uses
 
 
-def _keep_from(units: list[Unit], block: Block, everything: bool) -> Keeping:
-    """Keeps the block's inputs, and unless `everything` is computed again what registered operators made and saved."""
+def keep_from(units: list[Unit], block: Block, as_used: Collection[str]) -> Keeping:
+    """The block's inputs, and what units of the kinds `as_used` made and save; where there are such, also what
+    collectives bring, which otherwise are done again."""
     needed = _needed(units, block)
     inputs, parameters = set(block.inputs), set(block.parameters)
-    if everything:
+    if not as_used:
         again, _ = _again({name for _, name, _ in needed}, inputs | parameters, units)
         return Keeping(made=frozenset(inputs), again=frozenset(again), reshard=True)
-    registered = {name for unit in units if unit.kind == "registered" for name in unit.outputs}
-    used = {(index, name) for index, name, is_input in needed if is_input and units[index].kind == "registered"}
-    kept = inputs | registered
+    made = {name for unit in units if unit.kind in as_used for name in unit.outputs}
+    used = {(index, name) for index, name, is_input in needed if is_input and units[index].kind in as_used}
+    kept = inputs | made
     wanted = {name for index, name, _ in needed if (index, name) not in used}
     again, uses = _again(wanted, kept | parameters, units)
-    made = kept & (wanted | {name for _, name in uses})
     moved = {(index, name) for index, name, is_input in needed if is_input} | uses
-    return Keeping(frozenset(made), frozenset(used), frozenset(moved - used), frozenset(again))
+    kept &= wanted | {name for _, name in uses}
+    return Keeping(frozenset(kept), frozenset(used), frozenset(moved - used), frozenset(again))

@@ -1,0 +1,27 @@
+"""Recompute levels: how much of a block's call is kept for backward, and what backward computes again."""
+
+from nnscaler.recompute.keeping import Keeping
+from nnscaler.recompute.levels import (
+    KEEPS_ALL,
+    KEEPS_PRODUCTS,
+    LEVELS,
+    RECOMPUTES_ALL,
+    RECOMPUTES_ALL_BUT_ATTENTION,
+    Level,
+    level_of,
+    rank,
+    recomputes,
+)
+
+__all__ = [
+    "KEEPS_ALL",
+    "KEEPS_PRODUCTS",
+    "LEVELS",
+    "RECOMPUTES_ALL",
+    "RECOMPUTES_ALL_BUT_ATTENTION",
+    "Keeping",
+    "Level",
+    "level_of",
+    "rank",
+    "recomputes",
+]

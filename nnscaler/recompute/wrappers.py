@@ -1,0 +1,27 @@
+"""How a part of a block runs so that backward computes some of it again rather than keep it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+
+
+def recompute(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, keeping only `args` for backward, which runs `function` again."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def keeping_products(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, keeping `args` and the results of products for backward, which runs the rest again."""
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
