@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from nnscaler.errors import UserError
 from nnscaler.hardware import hardware_names
 from nnscaler.options import check, names, number, switch, text, whole
-from nnscaler.pipeline.schedules import KINDS
+from nnscaler.schedules import KINDS
 from nnscaler.trace.strategies import STRATEGIES, find_strategy
 
 if TYPE_CHECKING:

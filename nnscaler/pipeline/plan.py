@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nnscaler.graph import TensorMeta
-from nnscaler.pipeline.schedules import Schedule
 from nnscaler.pipeline.simulate import Timeline
 from nnscaler.plan import Plan
+from nnscaler.schedules import Schedule
 
 
 @dataclass

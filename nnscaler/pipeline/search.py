@@ -18,7 +18,6 @@ from nnscaler.hardware import Hardware
 from nnscaler.mesh import Mesh
 from nnscaler.pipeline.cut import pivots
 from nnscaler.pipeline.plan import PipelinePlan
-from nnscaler.pipeline.schedules import KINDS, Schedule
 from nnscaler.pipeline.stages import Candidate, Estimate, StagePlanner
 from nnscaler.placement import REPLICATE, Placements
 from nnscaler.plan import Plan
@@ -26,6 +25,7 @@ from nnscaler.planner import find_plan
 from nnscaler.planner.options import layouts_of
 from nnscaler.planner.search import nodes_to_recompute
 from nnscaler.profiler.operators import OperatorTimes
+from nnscaler.schedules import KINDS, Schedule
 
 logger = logging.getLogger(__name__)
 

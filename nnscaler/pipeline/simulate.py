@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from nnscaler.pipeline.schedules import Post, Program, Schedule, Transfer, Wait, Work
+from nnscaler.schedules import Post, Program, Schedule, Transfer, Wait, Work
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from nnscaler.hardware import Hardware
 from nnscaler.mesh import Mesh
 from nnscaler.pipeline.cut import StageGraph, cut, shared_parameters
 from nnscaler.pipeline.plan import PipelinePlan, forward_seconds, update_seconds
-from nnscaler.pipeline.schedules import Schedule, in_flight, programs
 from nnscaler.pipeline.simulate import StageSeconds, simulate
 from nnscaler.placement import REPLICATE, SHARED, Placements, local_shape
 from nnscaler.plan import GIB, Key, Plan
@@ -30,6 +29,7 @@ from nnscaler.planner.problem import Problem, build_problem
 from nnscaler.planner.search import recomputing
 from nnscaler.planner.solve import relaxed
 from nnscaler.profiler.operators import OperatorTimes
+from nnscaler.schedules import Schedule, in_flight, programs
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from typing import Any
 
 from nnscaler.graph import TensorMeta
 from nnscaler.pipeline.plan import PipelinePlan, forward_seconds, update_seconds
-from nnscaler.pipeline.schedules import Schedule
 from nnscaler.placement import local_shape
 from nnscaler.report.charts import headline
 from nnscaler.report.markup import Markup, table, tag
@@ -22,6 +21,7 @@ from nnscaler.report.spelling import gib, seconds
 from nnscaler.report.text import recompute
 from nnscaler.report.timeline import timeline
 from nnscaler.report.values import Work, plan_report, rounded, speed_of
+from nnscaler.schedules import Schedule
 
 Values = Mapping[str, Any]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nnscaler.pipeline.schedules import Schedule
 from nnscaler.report.spelling import gib, percent, plan_title, seconds
+from nnscaler.schedules import Schedule
 
 
 def explain(values: Mapping[str, Any]) -> str:

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
 from nnscaler.mesh import Mesh
-from nnscaler.pipeline.schedules import Schedule, torch_schedule
 from nnscaler.runtime.axes import Axes
 from nnscaler.runtime.buckets import Bucket, GradientReducer
 from nnscaler.runtime.module import ParallelModule, ReadPart
 from nnscaler.runtime.shards import Box, ParameterSpec
+from nnscaler.schedules import Schedule, torch_schedule
 
 
 def load_module(directory: Path, device: torch.device) -> TrainedModule:

@@ -10,8 +10,8 @@ import torch
 from nnscaler.compiler import ComputeConfig, Source, compile_model
 from nnscaler.errors import UserError
 from nnscaler.models.causal_lm import CausalLM, prepare_config
-from nnscaler.pipeline.schedules import Schedule, Work, programs
 from nnscaler.report import compare, explain, read_plan
+from nnscaler.schedules import Schedule, Work, programs
 from tests import tiny
 
 STAGES, RANKS, COUNT = 4, 2, 4

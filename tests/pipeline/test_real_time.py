@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import PipelineStage
 
-from nnscaler.pipeline.schedules import Schedule, programs, torch_schedule
 from nnscaler.pipeline.simulate import StageSeconds, simulate
+from nnscaler.schedules import Schedule, programs, torch_schedule
 from tests.launch import run
 
 pytestmark = pytest.mark.quiet

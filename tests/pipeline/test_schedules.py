@@ -7,8 +7,8 @@ from itertools import product
 import pytest
 
 from nnscaler import UserError
-from nnscaler.pipeline.schedules import KINDS, Post, Schedule, Wait, Work, in_flight, programs
 from nnscaler.pipeline.simulate import StageSeconds, simulate
+from nnscaler.schedules import KINDS, Post, Schedule, Wait, Work, in_flight, programs
 
 ALL = [
     Schedule(kind, ranks, ranks * per_rank, micro_batches)

@@ -12,12 +12,12 @@ from nnscaler.hardware import load_hardware
 from nnscaler.mesh import Mesh
 from nnscaler.pipeline.cut import pivots
 from nnscaler.pipeline.plan import PipelinePlan
-from nnscaler.pipeline.schedules import Schedule
 from nnscaler.pipeline.search import Wanted, balanced, candidates, estimated, even, find_pipeline
 from nnscaler.pipeline.stages import StagePlanner
 from nnscaler.plan import Plan
 from nnscaler.planner import find_plan
 from nnscaler.recompute import KEEPS_ALL
+from nnscaler.schedules import Schedule
 from tests import tiny
 from tests.pipeline.test_cut import llama
 
