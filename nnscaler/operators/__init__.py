@@ -1,6 +1,6 @@
 """What the compiler knows of operators: importing this package fills the table."""
 
-from nnscaler.operators import attention, index, matmul, pointwise, reduce, view
+from nnscaler.operators import attention, convolution, index, matmul, pointwise, reduce, view
 from nnscaler.operators.registry import Operator, arguments, bind, operator_of, register_op, registered, spell
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "arguments",
     "attention",
     "bind",
+    "convolution",
     "index",
     "matmul",
     "operator_of",

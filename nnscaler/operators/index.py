@@ -78,6 +78,25 @@ def index(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
     return write([source, *tensors], [[*rest[:at], *new, *rest[at:]]])
 
 
+def index_put(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
+    """`x[:, rows] = values`: dimensions that are looked up stay whole, and so do the tensors that say where."""
+    names = dim_names(inputs[0])
+    given = arguments(node)
+    looked_up = [dim for dim, item in enumerate(given["indices"]) if item is not None]
+    target = [f"{name}^" if dim in looked_up else name for dim, name in enumerate(names)]
+    where = [[f"i{k}_{i}^" for i in range(len(shape))] for k, shape in enumerate(inputs[1:-1])]
+    together = looked_up == list(range(looked_up[0], looked_up[-1] + 1))
+    new = [f"w{i}" for i in range(len(torch.broadcast_shapes(*inputs[1:-1])))]
+    at = looked_up[0] if together else 0
+    rest = [name for dim, name in enumerate(names) if dim not in looked_up]
+    full = [*rest[:at], *new, *rest[at:]]
+    values: list[str] = []
+    for name, size in list(zip(full[::-1], inputs[-1][::-1]))[::-1]:
+        kept = name in rest and size == inputs[0][names.index(name)]
+        values.append(name if kept else "1" if size == 1 else f"v{len(values)}^")
+    return write([target, *where, values], [target])
+
+
 def index_text(call: Call) -> str:
     items = [str(item) if isinstance(item, Ref) else ":" for item in call.value("indices")]
     return f"{call['self']}[{', '.join(items)}]"
@@ -107,6 +126,12 @@ family("one_hot.default", one_hot, "F.one_hot(*)", saves=save_nothing)
 family("gather.default", gather, "{self}.gather({dim}, {index})", saves=backward_reads(self="self index"))
 family("index_select.default", index_select, saves=backward_reads(self="index"))
 family("index.Tensor", index, index_text, saves=backward_reads(self="indices"))
+family(
+    "index_put.default",
+    index_put,
+    "torch.ops.aten.index_put(*)",
+    saves=backward_reads(self="indices", values="indices"),
+)
 family("scatter.src", scatter, saves=backward_reads(self="index", src="index"))
 family("scatter.value", scatter, saves=backward_reads(self="index"))
 family("scatter_add.default", scatter, saves=backward_reads(src="index"))

@@ -45,6 +45,12 @@ def cast(call: Call) -> str:
     return f"{call['self']}.to({call.dtype})"
 
 
+def copied(call: Call) -> str:
+    """The second tensor, in the first's shape and type: a functional `copy_`."""
+    call.unwritten.discard("self")
+    return f"{call['src']}.expand({', '.join(map(str, call.shape)) or '()'}).to({call.dtype})"
+
+
 def where(call: Call) -> str:
     condition, first, second = (call[name] for name in ("condition", "self", "other"))
     return f"torch.where({condition}, {first}, {second})"
@@ -70,7 +76,8 @@ family("clone.default contiguous.default neg.default", broadcast, saves=save_not
 family("lift_fresh_copy.default", broadcast, "{self}.clone()", saves=save_nothing)
 family("alias.default", broadcast, "{self}", saves=save_nothing, alias=True)
 family("detach.default", broadcast, saves=save_nothing, alias=True)
-family("zeros_like.default ones_like.default full_like.default", broadcast, FUNCTION, saves=save_nothing)
+family("zeros_like.default ones_like.default", broadcast, FUNCTION, saves=save_nothing)
+family("full_like.default empty_like.default", broadcast, FUNCTION, saves=save_nothing)
 family("floor.default ceil.default round.default round.decimals", broadcast, saves=save_nothing)
 family("trunc.default sign.default", broadcast, saves=save_nothing)
 family(
@@ -81,6 +88,7 @@ family(
     draws=drops,
     alias=True,
 )
+family("copy.default", broadcast, copied, saves=save_nothing)
 # No gradient at all: comparisons, logic, tests.
 family(
     "eq.Tensor eq.Scalar ne.Tensor ne.Scalar lt.Tensor lt.Scalar le.Tensor le.Scalar gt.Tensor gt.Scalar ge.Tensor "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nnscaler.annotation import Shape
-from nnscaler.graph import Node
+from nnscaler.graph import Node, TensorMeta
 from nnscaler.operators.annotating import dim_names, write
 from nnscaler.operators.pointwise import broadcast
 from nnscaler.operators.reduce import along_dim, dims_of
@@ -107,11 +107,24 @@ def stack(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
 
 
 def pad(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-    """`constant_pad_nd` pads the last dimensions: those stay whole."""
+    """A dimension that is padded stays whole. `pad` has two numbers a dimension, the last dimension first."""
     names = dim_names(inputs[0])
-    keep = len(names) - len(arguments(node)["pad"]) // 2
-    source, target = ([f"{side}{k}^" for k in range(keep, len(names))] for side in "io")
-    return write([[*names[:keep], *source]], [[*names[:keep], *target]])
+    given = arguments(node)["pad"]
+    padded = {len(names) - 1 - i // 2 for i, count in enumerate(given) if count}
+    source, target = ([f"{side}{k}^" if k in padded else names[k] for k in range(len(names))] for side in "io")
+    return write([source], [target])
+
+
+def saves_padded(node: Node, inputs: Sequence[TensorMeta], outputs: Sequence[TensorMeta]) -> list[str]:
+    return [] if arguments(node)["mode"] == "constant" else node.inputs
+
+
+def select_scatter(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
+    """`self` with one place of a dimension from `src`."""
+    names = dim_names(inputs[0])
+    dim = arguments(node)["dim"] % len(names)
+    whole = [*names[:dim], f"{names[dim]}^", *names[dim + 1 :]]
+    return write([whole, [*names[:dim], *names[dim + 1 :]]], [whole])
 
 
 def repeat(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
@@ -183,6 +196,9 @@ views("select.int unbind.int", select)
 family("cat.default", along_dim, FUNCTION, saves=save_nothing)
 family("stack.default", stack, FUNCTION, saves=save_nothing)
 family("constant_pad_nd.default", pad, "F.pad({self}, {pad}, **)", saves=save_nothing)
+family("pad.default", pad, "F.pad(*)", saves=saves_padded)
+family("slice_scatter.default", along_dim, FUNCTION, saves=save_nothing)
+family("select_scatter.default", select_scatter, FUNCTION, saves=save_nothing)
 family("repeat.default", repeat, saves=save_nothing)
 family("repeat_interleave.self_int", repeat_interleave, saves=save_nothing)
 family("flip.default roll.default", along_dims, saves=save_nothing)
