@@ -143,7 +143,7 @@ def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
         weight_prefix=WEIGHT_PREFIX,
         vocabulary=config.vocab_size,
         flops_per_sequence=flops_per_sequence(config, count_parameters(config), dataset.length),
-        save_assets=AssetWriter(config, DTYPES[args.precision], inputs.model_id, inputs.dataset_path),
+        save_assets=AssetWriter(config, DTYPES[args.precision], inputs.model_id, inputs.dataset_path, dataset.length),
     )
     return replace(args, model=model, dataset=dataset)
 

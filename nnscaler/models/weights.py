@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_OTHER_FORMATS = ("*.bin", "*.bin.index.json", "*.pth", "*.pt", "*.h5", "*.msgpack", "*.gguf")
+OTHER_FORMATS = ("*.bin", "*.bin.index.json", "*.pth", "*.pt", "*.h5", "*.msgpack", "*.gguf")
 _TYPES = {"F64", "F32", "F16", "BF16"}  # what is not quantised
 
 
@@ -65,7 +65,7 @@ class WeightFiles:
                 f"'{directory}' has {shards[0]}" + f" and {len(shards) - 1} other safetensors" * (len(shards) > 1)
                 + f", but neither {SINGLE} nor {INDEX}: copy the model again, whole"
             )  # fmt: skip
-        others = sorted(path.name for pattern in _OTHER_FORMATS for path in directory.glob(pattern))
+        others = sorted(path.name for pattern in OTHER_FORMATS for path in directory.glob(pattern))
         others = [name for name in others if name not in ("training_args.bin", "optimizer.pt", "scheduler.pt")]
         if others:
             raise UserError(

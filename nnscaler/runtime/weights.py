@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from math import nan
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ def initial_parameters(model: nn.Module, seed: int, device: torch.device) -> Ite
     """(name, fp32 value) of every parameter of a model on the meta device, one module's at a time.
 
     A module's parameters depend on `seed` and the module's path alone: not on the plan, nor on other modules. They are
-    what the module's own `reset_parameters` makes, or `_init_weights` of the Hugging Face model around it. Tied
-    parameters come once, under their first name. Raises UserError for a module that has neither.
+    what `_init_weights` of the Hugging Face model around it makes, called for the module and for those around it; what
+    it leaves alone, and all of other models, is what the module's own `reset_parameters` makes. Tied parameters come
+    once, under their first name. Raises UserError for a parameter that neither gives a value.
     """
     seen: set[int] = set()
     for path, module in model.named_modules():
@@ -27,30 +29,43 @@ def initial_parameters(model: nn.Module, seed: int, device: torch.device) -> Ite
         if not own:
             continue
         seen.update(map(id, own.values()))
-        initialise = _initialiser(model, path, module)
         kept = dict(module._parameters)
-        for name, parameter in own.items():
-            real = torch.empty(parameter.shape, dtype=torch.float32, device=device)
-            module._parameters[name] = nn.Parameter(real, requires_grad=parameter.requires_grad)
+        values = {
+            # Not a number, so that what is left untouched is seen.
+            name: nn.Parameter(torch.full(parameter.shape, nan, device=device), requires_grad=parameter.requires_grad)
+            for name, parameter in own.items()
+        }
+        module._parameters.update(values)
         digest = hashlib.sha256(f"{seed} {path}".encode()).digest()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
             torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            initialise()
-        values = {name: module._parameters[name] for name in own}
+            _initialise(model, path, module, values)
         module._parameters.update(kept)
         for name, value in values.items():
-            assert value is not None
+            if value.isnan().any():
+                raise UserError(
+                    f"parameter '{path}.{name}' of {type(module).__name__} has no first value: neither the model's "
+                    "_init_weights() nor the module's reset_parameters() gives it one"
+                )
             yield f"{path}.{name}".lstrip("."), value.detach()
 
 
-def _initialiser(model: nn.Module, path: str, module: nn.Module) -> Callable[[], object]:
+def _initialise(model: nn.Module, path: str, module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Gives a module's own parameters, which are `values`, their first values."""
     parts = path.split(".") if path else []
-    for length in range(len(parts), -1, -1):
-        around = model.get_submodule(".".join(parts[:length]))
-        initialise: Any = getattr(around, "_init_weights", None)
-        if initialise is not None:
-            return lambda: initialise(module)
+    around = [model.get_submodule(".".join(parts[:length])) for length in range(len(parts), -1, -1)]
+    owner = next((index for index, part in enumerate(around) if hasattr(part, "_init_weights")), None)
+    if owner is not None:
+        initialise: Any = around[owner]._init_weights
+        # Parts may set what lies in them, as GPT-2 does with the projections that end a block; all else is on the meta
+        # device, where nothing happens. The model's own classes begin with the outermost that has `_init_weights`.
+        last = max(index for index, part in enumerate(around) if hasattr(part, "_init_weights"))
+        for part in around[: last + 1]:
+            initialise(part)
+    untouched = [name for name, value in values.items() if value.isnan().any()]
     reset: Any = getattr(module, "reset_parameters", None)
-    if reset is not None:
-        return reset
-    raise UserError(f"module '{path}' ({type(module).__name__}) cannot be initialised: it has no reset_parameters()")
+    if untouched and reset is not None:
+        made = {name: value.clone() for name, value in values.items() if name not in untouched}
+        reset()
+        for name, value in made.items():
+            values[name].copy_(value)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaForCausalLM, LlamaModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
 
 from nnscaler.compiler import ComputeConfig, Source, compile_model
 from nnscaler.errors import UserError
@@ -18,7 +18,10 @@ from nnscaler.models.causal_lm import WEIGHT_PREFIX, CausalLM, prepare_config
 from nnscaler.models.files import find_weights
 from nnscaler.models.weights import check_weights, load_weights
 from nnscaler.runtime.module import ParallelModule
+from nnscaler.runtime.weights import initial_parameters
+from nnscaler.trace import build_on_meta
 from tests import tiny
+from tests.models.architectures import config_of
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(tiny.VOCABULARY, (1, tiny.LENGTH), generator=torch.Generator().manual_seed(1))
@@ -189,6 +192,52 @@ def test_a_directory_of_nothing_but_a_configuration(folder):
     for path in folder.glob("*.safetensors*"):
         path.unlink()
     assert find_weights(str(folder)) is None
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_oss", "mamba", "bloom", "qwen3_moe", "granite"])
+def test_first_values_are_drawn_as_transformers_draws_them(name):
+    """What a class draws in a way of its own, too: GPT-2's last projections of a block, Mamba's steps."""
+    config = config_of(name)
+    meta, _ = build_on_meta(lambda: AutoModelForCausalLM.from_config(config))
+    found = dict(initial_parameters(meta, 3, CPU))
+    wanted = {name: value.detach() for name, value in AutoModelForCausalLM.from_config(config).named_parameters()}
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        mean, std = value.double().mean(), value.double().std(correction=0)
+        many = value.numel() ** 0.5
+        assert (found[key].double().mean() - mean).abs() <= 8 * std / many, key
+        assert (found[key].double().std(correction=0) - std).abs() <= 6 * std / many, key
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Half(nn.Linear):
+    """A layer whose `_init_weights`, around it, knows of the weight alone."""
+
+
+class Model(nn.Module):
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Half):
+            nn.init.constant_(module.weight, 3.0)
+
+
+def test_what_the_initialisation_leaves_alone_is_reset_or_refused():
+    values = dict(initial_parameters(Model(Half(4, 4).to("meta")), 0, CPU))
+    assert values["parts.0.weight"].eq(3.0).all()
+    assert values["parts.0.bias"].abs().max() <= 0.5
+    with pytest.raises(UserError, match=r"parameter 'parts.0.scale' of Scaled has no first value"):
+        list(initial_parameters(Model(Scaled().to("meta")), 0, CPU))
 
 
 class Buffered(nn.Module):
