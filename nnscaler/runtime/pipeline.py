@@ -124,7 +124,15 @@ class PipelineModule:
 TrainedModule: TypeAlias = ParallelModule | PipelineModule
 
 
-class _Stage(PipelineStage):
+class PeerStage(PipelineStage):
+    """A torch stage that connects to other ranks alone. Where the next stage is on its own rank, torch 2.11 connects to
+    that too, and gloo cannot."""
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
+
+class _Stage(PeerStage):
     """A torch stage that hands gradients to the stage's reducer.
 
     Where it does not split backward, the part for the inputs does all, and the part for the weights nothing.

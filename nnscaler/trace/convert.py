@@ -219,8 +219,8 @@ def _identifier(text: str) -> str:
 
 
 def _source(node: fx.Node) -> str:
-    """`file.py:line` of the innermost frame of the model's own code."""
-    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    """`file.py:line` of the innermost frame of the model's own code; what torch.fx has generated is no file."""
+    frames = re.findall(r'File "((?!<eval_with_key>)[^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     own = [frame for frame in frames if is_own_code(frame[0])] or frames
     return line_of(*own[-1]) if own else ""
 

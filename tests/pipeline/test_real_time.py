@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.pipelining import PipelineStage
 
 from nnscaler.pipeline.simulate import StageSeconds, simulate
+from nnscaler.runtime.pipeline import PeerStage
 from nnscaler.schedules import Schedule, programs, torch_schedule
 from tests.launch import run
 
@@ -64,7 +64,7 @@ def measure(schedules: list[Schedule]) -> list[float]:
             module = SleepingStage(stage_seconds(schedule)[index])
             sent = torch.empty(4, 8, device="meta", requires_grad=True)
             stages.append(
-                PipelineStage(
+                PeerStage(
                     module, index, schedule.stages, torch.device("cpu"), input_args=received, output_args=sent
                 )
             )

@@ -338,7 +338,7 @@ def test_operators_timed_on_the_device_are_called_measured(graph, slow, tmp_path
     class Times(OperatorTimes):
         def seconds(self, node, inputs):
             asked.append(node.op)
-            return (1e-3, 2e-3) if node.op == "aten.linear.default" else None
+            return (1e-3, 2e-3) if node.op in ("aten.linear.default", "aten.matmul.default") else None
 
     values = plan_report(find_plan(graph, [Mesh((2,))], slow, times=Times(tmp_path, "")))
     assert {"aten.linear.default", "attention"} <= set(asked)
