@@ -64,9 +64,7 @@ def measure(schedules: list[Schedule]) -> list[float]:
             module = SleepingStage(stage_seconds(schedule)[index])
             sent = torch.empty(4, 8, device="meta", requires_grad=True)
             stages.append(
-                PeerStage(
-                    module, index, schedule.stages, torch.device("cpu"), input_args=received, output_args=sent
-                )
+                PeerStage(module, index, schedule.stages, torch.device("cpu"), input_args=received, output_args=sent)
             )
         step = torch_schedule(schedule, stages, lambda output, target: output.sum())
         rows = torch.ones(4 * schedule.micro_batches, 8)
