@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,10 @@ class Options:
         None, "split to read. On the hub: its name (default: train). In a folder: the name of subfolders, or what the "
         "names of files begin with (default: all files)",
     )  # fmt: skip
+    encoding: str | None = text(
+        None, "encoding of files of text, such as latin-1 (default: what their first bytes say, or else utf-8; what "
+        "that cannot read is counted)",
+    )  # fmt: skip
     num_proc: int | None = whole(
         None, "threads that tokenise; the result does not depend on it (default: the number of cores)",
         least=1, most=4096,
@@ -56,10 +61,13 @@ def main() -> None:
 
     # What takes seconds to import comes after the flags are judged.
     from nnscaler import hub
+    from nnscaler.data.encoding import check_encoding
     from nnscaler.data.pack import pack
     from nnscaler.data.sources import find_corpus
 
-    corpus = find_corpus(options.data_path_or_name, options.text_column, options.split)
+    if options.encoding is not None:
+        check_encoding(options.encoding)
+    corpus = find_corpus(options.data_path_or_name, options.text_column, options.split, options.encoding)
     tokenizer = hub.load_tokenizer(options.tokenizer_path_or_name)
     packing = pack(
         corpus,
@@ -80,7 +88,18 @@ def main() -> None:
     print(f"tokens     {packing.tokens:,} with bos and eos, {packing.tokens / packing.seconds:,.0f} tokens/s")
     print(f"sequences  {packing.sequences:,} of {packing.sequence_length:,} tokens")
     print(f"tail       {packing.tail:,} tokens left out")
+    if corpus.replaced:
+        count = packing.replaced_characters
+        print(f"replaced   {count:,} characters that could not be read, in {listed(corpus.replaced)}")
+        print("           --encoding says how files of text are to be read")
+    if corpus.silent:
+        print(f"no text    in {listed(corpus.silent)}")
     print(f"saved to   {options.save_path}")
+
+
+def listed(files: Collection[Path]) -> str:
+    more = f" and {len(files) - 3:,} more files" if len(files) > 3 else ""
+    return ", ".join(str(path) for path in list(files)[:3]) + more
 
 
 if __name__ == "__main__":

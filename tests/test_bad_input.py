@@ -63,7 +63,7 @@ PIPELINE = (*PLAN, "--plan_ngpus", "2", "--explore_pipeline")
         (("--model_id", "{}/data", *DATA), "is not a model: it has no config.json"),
         (("--model_id", "no/such-model", *DATA), "no/such-model"),
         ((*MODEL, *DATA, "--sequence_length", "64"), "sequence_length is 64, but the dataset has 32"),
-        (("--model_id", "{}/small_vocabulary", *DATA), "vocabulary of 96 tokens, the model knows 16"),
+        (("--model_id", "{}/small_vocabulary", *DATA), "knows ids from 0 to 15"),
         (
             (*PLAN, "--plan_ngpus", "4", "--runtime_ngpus", "6"),
             "runtime_ngpus is 6; it must be a multiple of plan_ngpus=4",

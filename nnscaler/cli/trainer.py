@@ -60,6 +60,7 @@ class Trainer:
         if self.world > 1:
             self.watch = join_processes(self.device)
         try:
+            from_rank_0(lambda: self._judge(dataset), self.device)
             checkpoint = self.args.checkpoint
             jobs = sorted({name for name in from_all(job()) if name is not None})
             begin = from_rank_0(lambda: where_to_begin(checkpoint.directory, checkpoint.resume, jobs), self.device)
@@ -97,15 +98,33 @@ class Trainer:
             )
 
     def _dataset(self) -> PackedDataset:
-        dataset, vocabulary = self.args.dataset.dataset, self.args.model.vocabulary
+        dataset = self.args.dataset.dataset
         if dataset is None:
             raise UserError("training needs a dataset_path; without one only --run_mode compile works")
-        if vocabulary is not None and dataset.vocabulary > vocabulary:
-            raise UserError(
-                f"dataset '{dataset.path}' was made with a vocabulary of {dataset.vocabulary} tokens, the model knows "
-                f"{vocabulary}; prepare it with the model's own tokenizer"
-            )
         return dataset
+
+    def _judge(self, dataset: PackedDataset) -> None:
+        """Raises UserError where the data holds ids that the model does not know; says where a step takes more
+        samples than there are."""
+        vocabulary = self.args.model.vocabulary
+        if vocabulary is not None:
+            smallest, largest = dataset.token_ids()
+            if smallest < 0 or largest >= vocabulary:
+                row = dataset.first_row_outside(vocabulary)
+                place = f"first in row {row}" if row is not None else "among its labels"
+                wrong = smallest if smallest < 0 else largest
+                raise UserError(
+                    f"dataset '{dataset.path}' holds the token id {wrong}, {place}; the "
+                    f"model knows ids from 0 to {vocabulary - 1}; prepare the data with the model's own tokenizer"
+                )
+        compute = self.args.compute
+        copies = compute.runtime_ngpus // compute.plan_ngpus
+        step = copies * self.args.micro_batch_size * compute.micro_batches
+        if step > len(dataset):
+            logger.warning(
+                "a step takes %d samples (%d copies, %d micro-batches of %d), and the dataset has %d: it takes some of "
+                "them several times", step, copies, compute.micro_batches, self.args.micro_batch_size, len(dataset),
+            )  # fmt: skip
 
     def _source(self) -> Source:
         shape = (self.args.micro_batch_size, self.args.dataset.length)

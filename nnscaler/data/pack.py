@@ -37,7 +37,8 @@ Item = TypeVar("Item")
 
 @dataclass
 class Packing:
-    """What became of a corpus. `tokens` counts bos and eos, and is `sequences * sequence_length + tail`."""
+    """What became of a corpus. `tokens` counts bos and eos, and is `sequences * sequence_length + tail`. Characters
+    that could not be read stand as U+FFFD; the ids are those in the sequences."""
 
     sequence_length: int
     documents: int = 0
@@ -45,6 +46,9 @@ class Packing:
     tokens: int = 0
     sequences: int = 0
     tail: int = 0
+    replaced_characters: int = 0
+    smallest_id: int | None = None
+    largest_id: int | None = None
     seconds: float = 0.0
 
 
@@ -79,6 +83,7 @@ def pack(
             raise UserError(f"the corpus is empty: no text in {len(corpus.files)} files")
         if packing.sequences == 0:
             raise UserError(f"the corpus has {packing.tokens:,} tokens, less than one sequence of {sequence_length:,}")
+        packing.replaced_characters = sum(corpus.replaced.values())
         packing.seconds = time.perf_counter() - start
         marks = {"vocab_size": len(tokenizer), "bos_token_id": marked.bos, "eos_token_id": marked.eos}
         _describe(directory, fingerprint, packing, {**provenance, **marks})
@@ -209,6 +214,9 @@ def _write(parts: Iterable[Ids], path: Path, packing: Packing) -> str:
             column = pa.FixedSizeListArray.from_arrays(pa.array(whole), packing.sequence_length)
             writer.write_batch(pa.record_batch([column], schema=schema))
             digest.update(whole.tobytes())
+            smallest, largest = int(whole.min()), int(whole.max())
+            packing.smallest_id = min(smallest, smallest if packing.smallest_id is None else packing.smallest_id)
+            packing.largest_id = max(largest, largest if packing.largest_id is None else packing.largest_id)
     return digest.hexdigest()[:16]
 
 

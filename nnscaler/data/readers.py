@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
 import gzip
-import io
 import json
+import logging
 import re
 import shutil
 import sys
@@ -14,6 +13,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,28 +21,37 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nnscaler import hub
+from nnscaler.data.encoding import REPLACE, Replaced, check_not_a_pointer, open_text
 from nnscaler.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 Document = str | Iterator[str]  # its text, or blocks of its text where that may be longer than memory
 
 BLOCK = 1 << 18  # characters or bytes read at a time
 DEFAULT_COLUMN = "text"
+DELIMITERS = ",;\t|"  # of the fields of a CSV file, the likelier first
+LINES_SEEN = 50  # of a CSV file, to find out how its fields are separated
 HALF_PAIR = re.compile(r"[\ud800-\udfff]")  # JSON may spell half a surrogate pair, which no tokenizer takes
 
 
-def read_documents(path: Path, file: IO[bytes], column: str | None) -> Iterator[Document]:
+def read_documents(path: Path, file: IO[bytes], column: str | None, encoding: str | None) -> Iterator[Document]:
     """Yields the documents of one open file.
 
     Args:
         path: what the file is called: its suffix, one of `READERS` or that and `.gz`, says how to read it.
         file: the open file, at its beginning.
-        column: the column of a row that holds its text; None picks `text`, or else the only column of strings.
+        column: the column of a row that holds its text, in JSON also one within another ("data.text"); None picks
+            `text`, or else the only column of strings.
+        encoding: how bytes are to be read as text; None: as the first bytes say, or else as UTF-8.
 
     Raises:
         UserError: the file is damaged (with the line, where the format has lines), or has no such text column. What
             the file system and the libraries raise is left to `reading`.
     """
-    yield from READERS[kind(path)](_uncompressed(path, file), path, column)
+    content = _uncompressed(path, file)
+    check_not_a_pointer(content, path)
+    yield from READERS[kind(path)](content, path, column, encoding)
 
 
 @contextmanager
@@ -78,36 +87,30 @@ def _line_of_damage(path: Path) -> int:
     return line
 
 
-def _text(file: IO[bytes]) -> io.TextIOWrapper:
-    return io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline="")
-
-
-def _read_text(file: IO[bytes], path: Path, column: str | None) -> Iterator[Document]:
+def _read_text(file: IO[bytes], path: Path, column: str | None, encoding: str | None) -> Iterator[Document]:
     def blocks() -> Iterator[str]:
         with reading(path):  # here too, because this runs when the document is read, after it has been yielded
             yield from iter(lambda: reader.read(BLOCK), "")
 
-    reader = _text(file)
+    reader = open_text(file, path, encoding)
     yield blocks()
 
 
-def _read_json_lines(file: IO[bytes], path: Path, column: str | None) -> Iterator[Document]:
-    for number, line in enumerate(file, start=1):
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
+def _read_json_lines(file: IO[bytes], path: Path, column: str | None, encoding: str | None) -> Iterator[Document]:
+    for number, line in enumerate(open_text(file, path, encoding, newline="\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode(errors="replace"))
+            row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not JSON: {_json_complaint(error)}") from error
         column, text = _row_text(row, column, f"{path}, line {number}")
         yield text
 
 
-def _read_json(file: IO[bytes], path: Path, column: str | None) -> Iterator[Document]:
+def _read_json(file: IO[bytes], path: Path, column: str | None, encoding: str | None) -> Iterator[Document]:
     """Rows of a JSON array, or objects one after the other, decoded one at a time."""
-    reader, decoder = _text(file), json.JSONDecoder()
+    reader, decoder = open_text(file, path, encoding), json.JSONDecoder()
     between = re.compile(r"[\s,\[\]]*")
     pending, at = "", 0  # text read, and where in it the next row begins
     line, depth, more = 1, 0, True
@@ -141,15 +144,22 @@ def _json_complaint(error: ValueError | RecursionError) -> str:
     return error.msg.removesuffix(" starting at") if isinstance(error, json.JSONDecodeError) else hub.first_line(error)
 
 
-def _read_csv(file: IO[bytes], path: Path, column: str | None) -> Iterator[Document]:
+def _read_csv(file: IO[bytes], path: Path, column: str | None, encoding: str | None) -> Iterator[Document]:
     csv.field_size_limit(sys.maxsize)  # a field may be a whole book
-    rows = csv.reader(_text(file), strict=True)
+    lines = iter(open_text(file, path, encoding))
+    first = list(islice(lines, LINES_SEEN))
+    rows = csv.reader(chain(first, lines), strict=True, delimiter=_delimiter(path, first))
     try:
         header = next(rows, None)
         if header is None:
             return
         index = header.index(_choose_column(header, header, column, path))
         for row in rows:
+            if len(row) > len(header):
+                raise UserError(
+                    f"{path}, line {rows.line_num}: the row has {len(row)} fields, the header {len(header)}; "
+                    "a text that holds the sign between fields stands in quotes"
+                )
             if row:
                 yield row[index]
     except IndexError as error:
@@ -158,7 +168,24 @@ def _read_csv(file: IO[bytes], path: Path, column: str | None) -> Iterator[Docum
         raise UserError(f"{path}, line {rows.line_num}: not CSV: {hub.first_line(error)}") from error
 
 
-def _read_parquet(file: IO[bytes], path: Path, column: str | None) -> Iterator[Document]:
+def _delimiter(path: Path, first: list[str]) -> str:
+    """The sign between the fields: one that divides all rows that are there into as many as the header, two at least;
+    or else the one that divides the header into most. (`csv.Sniffer` takes the signs of prose for it.)"""
+    if kind(path) == ".tsv":
+        return "\t"
+    complete = first if len(first) < LINES_SEEN else first[:-1]  # the last row may go on
+    fields = {delimiter: len(next(csv.reader(first, delimiter=delimiter), [])) for delimiter in DELIMITERS}
+    chosen = max(DELIMITERS, key=lambda delimiter: fields[delimiter])  # the likeliest where none divides it
+    for delimiter in reversed(DELIMITERS):
+        widths = {len(row) for row in csv.reader(complete, delimiter=delimiter) if row}
+        if len(widths) == 1 and widths != {1}:
+            chosen = delimiter
+    if chosen != ",":
+        logger.info("%s: fields are separated by %r", path, chosen)
+    return chosen
+
+
+def _read_parquet(file: IO[bytes], path: Path, column: str | None, encoding: str | None) -> Iterator[Document]:
     with tempfile.TemporaryFile() as seekable:  # the format is read from its end
         if isinstance(file, gzip.GzipFile):
             shutil.copyfileobj(file, seekable)
@@ -179,7 +206,7 @@ def _read_parquet(file: IO[bytes], path: Path, column: str | None) -> Iterator[D
         row_bytes = sum(parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups)) // rows
         for batch in parquet.iter_batches(min(1000, BLOCK // max(1, row_bytes) + 1), columns=[column]):
             for text in batch.column(0).cast(pa.large_binary()).to_pylist():
-                yield text.decode(errors="replace") if text else ""
+                yield text.decode(errors=REPLACE) if text else ""
 
 
 READERS = {
@@ -188,6 +215,7 @@ READERS = {
     ".jsonl": _read_json_lines,
     ".json": _read_json,
     ".csv": _read_csv,
+    ".tsv": _read_csv,
     ".parquet": _read_parquet,
 }
 
@@ -196,10 +224,10 @@ def _row_text(row: Any, column: str | None, place: str) -> tuple[str, str]:
     """The text column of a decoded JSON row (chosen now if `column` is None) and its text."""
     if not isinstance(row, dict):
         raise UserError(f"{place}: a row must be a JSON object, not {type(row).__name__}")
-    if column is None or column not in row:
+    if column is None or (column not in row and not _inner(row, column)):
         strings = [name for name, value in row.items() if isinstance(value, str)]
         column = _choose_column(strings, list(row), column, place)
-    text = row[column]
+    text = row[column] if column in row else _inner(row, column)
     if text is None:
         text = ""
     if not isinstance(text, str):
@@ -207,8 +235,17 @@ def _row_text(row: Any, column: str | None, place: str) -> tuple[str, str]:
     try:
         text.encode()
     except UnicodeEncodeError:
-        text = HALF_PAIR.sub("\ufffd", text)
+        text, count = HALF_PAIR.subn("\ufffd", text)
+        Replaced.count += count
     return column, text
+
+
+def _inner(row: dict[str, Any], column: str) -> Any:
+    """The value of a column within another, such as "data.text"; None where there is none."""
+    value: Any = row
+    for name in column.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 def _choose_column(strings: list[str], columns: list[str], wanted: str | None, place: str | Path) -> str:

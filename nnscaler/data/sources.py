@@ -5,16 +5,24 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from nnscaler import hub
+from nnscaler.data.encoding import Replaced
 from nnscaler.data.readers import READERS, Document, kind, read_documents, reading
 from nnscaler.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+# What comes with a dataset and is not its text: what people write about it, and what libraries note of it.
+ABOUT = re.compile(
+    r"(readme|licen[cs]e|copying|changelog|contributing|code_of_conduct|citation|croissant)([-_. ].*)?"
+    r"|dataset_infos?\.json|dataset_dict\.json|state\.json|packing\.json",
+    re.IGNORECASE,
+)
 PARQUET_BRANCH = "refs/convert/parquet"  # where the hub keeps every public dataset as <config>/<split>/*.parquet
 
 
@@ -23,12 +31,18 @@ class Corpus:
 
     Args:
         files: paths with one of the suffixes of `READERS`, or that and `.gz`.
-        text_column: the column of a row that holds its text; None picks `text`, or else the only column of strings.
+        text_column, encoding: see `read_documents`.
+
+    Attributes:
+        replaced: file -> characters that could not be read, and stand as U+FFFD, of the files read so far.
+        silent: files read so far in which there was no document.
     """
 
-    def __init__(self, files: list[Path], text_column: str | None = None) -> None:
+    def __init__(self, files: list[Path], text_column: str | None = None, encoding: str | None = None) -> None:
         self.files = files
-        self.text_column = text_column
+        self.text_column, self.encoding = text_column, encoding
+        self.replaced: dict[Path, int] = {}
+        self.silent: list[Path] = []
         self.size = sum(_size(path) for path in files)  # bytes on disk
         self._finished = 0
         self._file: IO[bytes] | None = None
@@ -41,18 +55,26 @@ class Corpus:
     def documents(self) -> Iterator[Document]:
         """Yields each document; one that is an iterator is to be used up before the next one is asked for.
 
-        A .txt or .md file is one document; a row of a .jsonl, .json, .csv or .parquet file is one. Text is taken as it
-        is, but for bytes that are not UTF-8 and lone surrogates, which become U+FFFD. A row without text is "".
+        A .txt or .md file is one document; a row of a .jsonl, .json, .csv, .tsv or .parquet file is one. Text is taken
+        as it is, but for what cannot be read and lone surrogates, which become U+FFFD. A row without text is "".
 
         Raises:
             UserError: a file cannot be read, is damaged (with its line), or has no such text column.
         """
         self._finished = 0
+        self.replaced, self.silent = {}, []
         for path in self.files:
+            before, documents = Replaced.count, 0
             with reading(path), open(path, "rb") as self._file:
-                yield from read_documents(path, self._file, self.text_column)
+                for document in read_documents(path, self._file, self.text_column, self.encoding):
+                    documents += 1
+                    yield document
             self._file = None
             self._finished += _size(path)
+            if Replaced.count > before:
+                self.replaced[path] = Replaced.count - before
+            if documents == 0 or _size(path) == 0:
+                self.silent.append(path)
 
 
 def _size(path: Path) -> int:
@@ -60,12 +82,14 @@ def _size(path: Path) -> int:
         return path.stat().st_size
 
 
-def find_corpus(path_or_name: str, text_column: str | None = None, split: str | None = None) -> Corpus:
+def find_corpus(
+    path_or_name: str, text_column: str | None = None, split: str | None = None, encoding: str | None = None
+) -> Corpus:
     """The corpus in a local file, in a local folder (recursively, in the order of the paths), or on the hub.
 
     Args:
         path_or_name: a path; or `owner/dataset`, or `owner/dataset:config`, on the hub.
-        text_column: see `Corpus`.
+        text_column, encoding: see `read_documents`.
         split: on the hub, the split to take (None: train). In a folder, takes only the files in a subfolder of that
             name, or whose own name begins with it (None: all files).
 
@@ -74,34 +98,82 @@ def find_corpus(path_or_name: str, text_column: str | None = None, split: str | 
     """
     path = Path(path_or_name).expanduser()
     if os.path.isdir(path):
-        return Corpus(_folder_files(path, split), text_column)
+        return Corpus(_folder_files(path, split), text_column, encoding)
     if os.path.exists(path):
         if kind(path) not in READERS:
             raise UserError(f"{path}: cannot read this type of file; known are {', '.join(READERS)} and .gz of these")
         if split is not None:
             raise UserError(f"{path} is a single file and has no split {split!r}; --split is for folders and hub names")
-        return Corpus([path], text_column)
+        return Corpus([path], text_column, encoding)
     if path.suffix in READERS or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?", path_or_name):
         raise UserError(f"no such file or folder: {path_or_name}")
-    return Corpus(_hub_files(path_or_name, split or "train"), text_column)
+    return Corpus(_hub_files(path_or_name, split or "train"), text_column, encoding)
 
 
 def _folder_files(folder: Path, split: str | None) -> list[Path]:
-    found = []
-    for parent, subfolders, names in os.walk(folder):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [Path(parent, name).relative_to(folder) for name in names if not name.startswith(".")]
-    files = sorted(path for path in found if kind(path) in READERS)
+    found = sorted(path.relative_to(folder) for path in _files_below(folder))
+    known = [path for path in found if kind(path) in READERS]
+    files = [path for path in known if not ABOUT.fullmatch(path.name)]
     if not files:
         raise UserError(f"{folder} holds no file that can be read; known are {', '.join(READERS)} and .gz of these")
-    if len(files) < len(found):
-        logger.info("%s: %d files of other types are left out", folder, len(found) - len(files))
+    _say_left_out(folder, "of other types", Counter(path.suffix or path.name for path in set(found) - set(known)))
+    _say_left_out(folder, "about the data", Counter(path.name for path in set(known) - set(files)))
     if split is not None:
         in_split = re.compile(rf"{re.escape(split)}(?![a-zA-Z0-9])")
         files = [path for path in files if split in path.parts[:-1] or in_split.match(path.name)]
         if not files:
             raise UserError(f"{folder} has no split {split!r}: no subfolder of that name and no file {split}-*")
     return [folder / path for path in files]
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """The files of a folder and its subfolders, but for hidden ones. Each folder and file is read once, by its own path
+    rather than by a link's, whatever links lead to it, round in circles too."""
+    seen: set[tuple[int, int]] = set()
+    folders, links, links_to_files = deque([folder]), deque[Path](), []
+    while folders or links:
+        parent = (folders or links).popleft()
+        with reading(parent):
+            if not _is_new(parent, seen):
+                continue
+            for entry in sorted(os.scandir(parent), key=lambda entry: entry.name):
+                path = Path(entry.path)
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    (links if entry.is_symlink() else folders).append(path)
+                elif entry.is_symlink():
+                    links_to_files.append(path)
+                else:
+                    seen.add(_identity(path))
+                    yield path
+    again: Counter[str] = Counter()
+    for path in links_to_files:
+        if not path.exists() or _is_new(path, seen):  # a broken one is an error for who reads it
+            yield path
+        else:
+            again[path.name] += 1
+    _say_left_out(folder, "that links lead to a second time", again)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _is_new(path: Path, seen: set[tuple[int, int]]) -> bool:
+    """Whether what a path leads to was not seen yet; it is from now on."""
+    if _identity(path) in seen:
+        return False
+    seen.add(_identity(path))
+    return True
+
+
+def _say_left_out(folder: Path, what: str, names: Counter[str]) -> None:
+    if names:
+        listed = ", ".join(f"{name} {count}" if count > 1 else name for name, count in names.most_common(5))
+        more = ", ..." if len(names) > 5 else ""
+        logger.info("%s: %d files %s are left out (%s%s)", folder, names.total(), what, listed, more)
 
 
 def _hub_files(name: str, split: str) -> list[Path]:

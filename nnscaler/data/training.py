@@ -2,59 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nnscaler.data.files import COLUMN, PROVENANCE
-from nnscaler.errors import UserError
+from nnscaler.data.files import COLUMN, LABELS
+from nnscaler.data.packed import IGNORED, PackedDataset
 
-
-@dataclass(frozen=True)
-class PackedDataset:
-    """Token sequences of equal length, as `bookcorpus.py` writes them."""
-
-    rows: Any  # datasets.Dataset
-    sequence_length: int
-    path: Path
-
-    @staticmethod
-    def open(path: Path) -> PackedDataset:
-        """Raises UserError where there is no such dataset, or none of token sequences."""
-        import datasets  # takes a second, which planning without a dataset need not wait for
-
-        if not path.exists():
-            raise UserError(f"dataset_path is '{path}', which does not exist; make one with bookcorpus.py")
-        try:
-            rows = datasets.load_from_disk(str(path))
-        except (FileNotFoundError, ValueError, OSError) as error:
-            raise UserError(f"dataset_path is '{path}', which is not a dataset that bookcorpus.py wrote") from error
-        if COLUMN not in getattr(rows, "column_names", ()) or len(rows) == 0:
-            raise UserError(
-                f"dataset_path is '{path}', whose rows have no column '{COLUMN}'; make one with bookcorpus.py"
-            )
-        rows = rows.with_format("numpy", columns=[COLUMN])
-        return PackedDataset(rows, len(rows[0][COLUMN]), path)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def vocabulary(self) -> int:
-        """How many token ids there may be: the tokenizer's vocabulary, or what 64 rows show where it is unknown."""
-        try:
-            return int(json.loads((self.path / PROVENANCE).read_text())["vocab_size"])
-        except (OSError, ValueError, KeyError):
-            step = max(1, len(self) // 64)
-            return 1 + max(int(np.max(self.rows[index][COLUMN])) for index in range(0, len(self), step))
+__all__ = ["Batches", "PackedDataset", "SampleOrder", "Share", "with_labels"]
 
 
 @dataclass
@@ -117,12 +78,19 @@ class Batches:
             yield from (self._share.samples(begin, index) for index in range(self._share.micro_batches))
 
     def _read(self, samples: range) -> tuple[dict[str, Tensor], int]:
-        rows = np.stack([self._dataset.rows[self._order.row(sample)][COLUMN] for sample in samples])
-        batch = with_labels(torch.from_numpy(rows.astype(np.int64)), self._ignored)
+        rows = [self._dataset.rows[self._order.row(sample)] for sample in samples]
+        batch = with_labels(_stacked(rows, COLUMN), self._ignored)
+        if self._dataset.has_labels:
+            own = _stacked(rows, LABELS)[:, 1:]
+            batch["labels"][:, :-1] = own.masked_fill(own == IGNORED, self._ignored)
         labels = int((batch["labels"] != self._ignored).sum())
         if self._device.type == "cuda":
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
         return batch, labels
+
+
+def _stacked(rows: list[dict[str, Any]], column: str) -> Tensor:
+    return torch.from_numpy(np.stack([row[column] for row in rows]).astype(np.int64))
 
 
 def with_labels(input_ids: Tensor, ignored: int) -> dict[str, Tensor]:

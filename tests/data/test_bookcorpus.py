@@ -144,6 +144,7 @@ def test_dataset_and_provenance(
         "data": str(data), "text_column": None, "split": None, "tokenizer": str(tokenizer_path),
         "vocab_size": 281, "bos_token_id": 0, "eos_token_id": 1, "sequence_length": 6,
         "documents": 3, "empty_documents": 2, "tokens": tokens, "sequences": tokens // 6, "tail": tokens % 6,
+        "replaced_characters": 0, "smallest_id": min(ids(out)), "largest_id": max(ids(out)),
     }  # fmt: skip
     assert len(dataset) == tokens // 6
     assert sorted(path.name for path in out.iterdir()) == [
@@ -184,10 +185,79 @@ def test_any_text_is_text(name: str, tmp_path: Path, command: Any, reference: An
     assert ids(command(tmp_path / name)) == expected[: len(expected) // 8 * 8]
 
 
-def test_bytes_that_are_not_utf8_are_replaced(tmp_path: Path, command: Any, reference: Any) -> None:
+def test_bytes_that_are_not_utf8_are_replaced_and_counted(
+    tmp_path: Path, command: Any, reference: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 10)
     expected = reference(["caf\ufffd " * 10])
-    assert ids(command(tmp_path / "latin.txt")) == expected[: len(expected) // 8 * 8]
+    out = command(tmp_path / "latin.txt")
+    assert ids(out) == expected[: len(expected) // 8 * 8]
+    assert "replaced   10 characters that could not be read, in " in capsys.readouterr().out
+    assert json.loads((out / "packing.json").read_text())["replaced_characters"] == 10
+    expected = reference(["café " * 10])
+    assert (
+        ids(command(tmp_path / "latin.txt", encoding="latin-1", save_path=tmp_path / "told"))
+        == (expected[: len(expected) // 8 * 8])
+    )
+
+
+ENCODED = [
+    ("a.txt", "utf-16"), ("a.txt", "utf-16-le"), ("a.txt", "utf-16-be"), ("a.txt", "utf-8-sig"), ("a.txt", "utf-32"),
+    ("a.jsonl", "utf-16"), ("a.json", "utf-16"), ("a.csv", "utf-16"), ("a.jsonl", "utf-8-sig"), ("a.txt.gz", "utf-16"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "encoding"), ENCODED)
+def test_first_bytes_say_the_encoding(name: str, encoding: str, tmp_path: Path, command: Any, reference: Any) -> None:
+    text = "The text, with äöü, " * 5
+    row = json.dumps({"text": text}, ensure_ascii=False)
+    content = {".jsonl": row + "\n", ".json": f"[{row}]", ".csv": f'text\n"{text}"\n'}.get(Path(name).suffix, text)
+    data = content.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    expected = reference([text])
+    assert ids(command(tmp_path / name)) == expected[: len(expected) // 8 * 8]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", 'id;text\n1;"{}"\n2;"{}"\n'),
+        ("a.csv", "id\ttext\n1\t{}\n2\t{}\n"),
+        ("a.tsv", "id\ttext\n1\t{}\n2\t{}\n"),
+        ("a.csv", 'id,text\n1,"{}"\n2,"{}"\n'),
+        ("a.csv", 'text\n"{}"\n"{}"\n'),
+        ("a.jsonl", '{{"data": {{"text": "{}"}}}}\n{{"data": {{"text": "{}"}}}}\n'),
+    ],
+)
+def test_fields_of_rows(name: str, content: str, tmp_path: Path, command: Any, reference: Any) -> None:
+    texts = ["hello; one, two and three", "a | b; c, d"]
+    (tmp_path / name).write_text(content.format(*texts))
+    flags = {"text_column": "data.text"} if name == "a.jsonl" else {}
+    expected = reference(texts)
+    assert ids(command(tmp_path / name, **flags)) == expected[: len(expected) // 8 * 8]
+
+
+def test_what_is_read_of_a_folder_with_links_and_a_card(
+    tmp_path: Path, command: Any, reference: Any, caplog: pytest.LogCaptureFixture, capsys: Any
+) -> None:
+    caplog.set_level("INFO")
+    data, other = tmp_path / "data", tmp_path / "other"
+    for path, text in ((data / "a" / "x.txt", "first " * 9), (other / "deep" / "y.txt", "second " * 9)):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    (data / "linked").symlink_to(other)  # another folder: read
+    (data / "again").symlink_to(data / "a")  # one that is there already: not twice
+    (other / "deep" / "round").symlink_to(data)  # a loop
+    (data / "z.txt").symlink_to(data / "a" / "x.txt")
+    for name in ("README.md", "LICENSE.txt", "dataset_infos.json", ".gitattributes", "picture.png", "empty.jsonl"):
+        (data / name).write_text("")
+    expected = reference(["first " * 9, "second " * 9])
+    assert ids(command(data)) == expected[: len(expected) // 8 * 8]
+    assert "3 files about the data are left out" in caplog.text
+    assert "README.md" in caplog.text
+    assert "1 files of other types are left out (.png)" in caplog.text
+    assert "1 files that links lead to a second time are left out (z.txt)" in caplog.text
+    assert f"no text    in {data}/empty.jsonl" in capsys.readouterr().out
 
 
 def test_the_only_column_of_strings_is_the_text(tmp_path: Path, command: Any, reference: Any) -> None:
@@ -238,6 +308,11 @@ BAD_INPUT: list[tuple[str, tuple[str, bytes] | None, dict[str, Any], list[str]]]
     ("truncated gzip rows", ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n')[:-9]), {}, ["a.jsonl.gz, near", "gzip"]),
     ("damaged parquet", ("a.parquet", b"PAR1 and nothing"), {}, ["a.parquet"]),
     ("unknown type", ("a.docx", b"x"), {}, ["a.docx", ".jsonl"]),
+    ("long csv row", ("a.csv", b"text\nhello, world"), {}, ["a.csv, line 2", "2 fields, the header 1"]),
+    ("binary", ("a.txt", bytes(range(256)) * 4), {}, ["a.txt", "is not text"]),
+    ("pointer", ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n"), {}, ["git lfs pull"]),
+    ("encoding", None, {"encoding": "utf-9"}, ["encoding is 'utf-9'"]),
+    ("nested text", ("a.jsonl", b'{"text": {"en": "x"}}'), {}, ["line 1", "'text' holds dict"]),
     ("no text", ("a.txt", b""), {}, ["empty"]),
     ("too little text", ("a.txt", b"x"), {}, ["3 tokens", "one sequence of 8"]),
     ("split of a file", None, {"split": "train"}, ["split 'train'"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
 
 import datasets
@@ -9,7 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from nnscaler.data.training import Batches, PackedDataset, SampleOrder, Share
+from nnscaler.data import packed
+from nnscaler.data.packed import PackedDataset
+from nnscaler.data.training import Batches, SampleOrder, Share
+from nnscaler.errors import UserError
 
 ROWS, LENGTH, SEED = 22, 4, 5
 
@@ -48,3 +52,69 @@ def test_labels_are_the_next_tokens_but_for_the_last(dataset):
     inputs, count = next(batches.after(0))
     assert inputs["labels"].tolist() == [[*inputs["input_ids"][0, 1:].tolist(), -100]]
     assert count == LENGTH - 1
+
+
+def saved(folder, **columns) -> PackedDataset:
+    datasets.Dataset.from_dict(columns).save_to_disk(str(folder))
+    return PackedDataset.open(folder)
+
+
+def test_labels_of_the_dataset_s_own_are_what_is_learned(tmp_path):
+    dataset = saved(tmp_path, input_ids=[[5, 6, 7, 8]], labels=[[-100, -100, 7, 9]])
+    inputs, count = next(Batches(dataset, SEED, Share(0, 1, 1, 1), -1, torch.device("cpu")).after(0))
+    assert inputs["labels"].tolist() == [[-1, 7, 9, -1]]  # each at the place that has to say it
+    assert count == 2
+    assert dataset.token_ids() == (5, 9)
+
+
+def test_ids_of_a_dataset_are_read_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(packed, "SCANNED", 8)  # two rows
+    dataset = saved(tmp_path, input_ids=[[3, 4, 5, 6]] * 5 + [[3, 99, -7, 4]] + [[3, 4, 5, 6]] * 4)
+    assert dataset.token_ids() == (-7, 99)
+    assert (dataset.first_row_outside(100), dataset.first_row_outside(50)) == (5, 5)
+    monkeypatch.setattr(PackedDataset, "_scan", None)
+    assert PackedDataset.open(tmp_path).token_ids() == (-7, 99)
+    state = json.loads((tmp_path / "state.json").read_text())
+    (tmp_path / "state.json").write_text(json.dumps({**state, "_fingerprint": "another content"}))
+    with pytest.raises(TypeError):
+        PackedDataset.open(tmp_path).token_ids()  # it is read again
+
+
+def test_ids_that_bookcorpus_noted_are_taken(tmp_path):
+    dataset = saved(tmp_path, input_ids=[[3, 4]])
+    (tmp_path / "packing.json").write_text('{"vocab_size": 1000, "smallest_id": 0, "largest_id": 7}')
+    assert dataset.token_ids() == (0, 7)
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"input_ids": [[1, 2], [1, 2, 3]]}, "have from 2 to 3 tokens, and must have one length"),
+        ({"input_ids": [[1.0, 2.0]]}, "holds list<.*double>, not lists of whole numbers"),
+        ({"input_ids": ["text"]}, "holds string, not lists of whole numbers"),
+        ({"input_ids": [[[1], [2]]]}, "not lists of whole numbers"),
+        ({"input_ids": [[1, None]]}, "has empty places"),
+        ({"input_ids": []}, "which is empty or damaged"),
+        ({"text": ["x"]}, "have no column 'input_ids'"),
+        ({"input_ids": [[1, 2]], "labels": [[1]]}, "whose input_ids have 2 tokens and labels 1"),
+        ({"input_ids": [[1, 2]], "attention_mask": [[1, 0]]}, "column 'attention_mask' training does not read"),
+        ({"input_ids": [[1, 2, 3]], "position_ids": [[0, 1, 0]]}, "column 'position_ids' training does not read"),
+    ],
+)
+def test_datasets_that_are_not_trained_on(tmp_path, columns, said):
+    with pytest.raises(UserError, match=said):
+        saved(tmp_path, **columns)
+
+
+def test_columns_that_say_nothing_are_named(tmp_path, caplog):
+    caplog.set_level("INFO")
+    others = {"attention_mask": [[1, 1]] * 2, "position_ids": [[0, 1]] * 2, "url": ["", "x"]}
+    assert len(saved(tmp_path, input_ids=[[1, 2], [3, 4]], **others)) == 2
+    assert "columns that training does not read: attention_mask, position_ids, url" in caplog.text
+
+
+def test_splits_are_named(tmp_path):
+    one = datasets.Dataset.from_dict({"input_ids": [[1, 2]]})
+    datasets.DatasetDict({"train": one, "test": one}).save_to_disk(str(tmp_path))
+    with pytest.raises(UserError, match="holds the splits train, test; give one"):
+        PackedDataset.open(tmp_path)

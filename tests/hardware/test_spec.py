@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from nnscaler.config import ComputeConfig
 from nnscaler.errors import UserError
-from nnscaler.hardware import detect_hardware, load_hardware, spec
+from nnscaler.hardware import detect_hardware, find_hardware, load_hardware, spec
 from nnscaler.hardware.communication import NO_TIMES, CommunicationTimes, Group
 from nnscaler.hardware.local import communication_path, write_text
 
@@ -119,3 +121,84 @@ def test_identity_changes_with_whatever_costs_depend_on():
     assert len({variant.identity() for variant in variants}) == len(variants)
     assert hardware.identity() == load_hardware("H200").identity()
     assert hardware.identity().startswith("H200 ")
+
+
+def gpus(monkeypatch, name: str, count: int = 8, capability: tuple[int, int] = (10, 0)) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(total_memory=180 * 2**30))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA A100-SXM4-80GB", "A100"), ("AMD Instinct MI300X", "MI300X")],
+)
+def test_a_bundled_device_is_known_by_its_name(monkeypatch, name, kind):
+    gpus(monkeypatch, name)
+    hardware = detect_hardware()
+    assert (hardware.name, hardware.remark) == (kind, "")
+    assert hardware.memory == 180 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "rates"),
+    [
+        ("NVIDIA B200", (10, 0), "H200"),
+        ("NVIDIA GH200 480GB", (9, 0), "H200"),
+        ("NVIDIA RTX A1000", (8, 6), "A100"),
+        ("Tesla V100", (7, 0), "A100"),
+    ],
+)
+def test_a_device_that_is_not_bundled_says_whose_rates_it_takes(monkeypatch, name, capability, rates):
+    gpus(monkeypatch, name, capability=capability)
+    hardware = detect_hardware()
+    assert hardware.remark.startswith(f"no figures of {name} are bundled: planning with the rates of {rates} ")
+    assert hardware.name == f"{name} with the rates of {rates}"
+    assert hardware.memory == 180 * 2**30
+    assert hardware.flops == load_hardware(rates).flops
+
+
+def test_planning_for_a_cpu_for_want_of_a_gpu_is_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "planning for this computer's CPU" in detect_hardware().remark
+    assert load_hardware("cpu").remark == ""
+
+
+def test_nodes_are_as_they_are(monkeypatch):
+    assert find_hardware("h100").devices_per_node == 8
+    assert find_hardware("h100", devices_per_node=2).devices_per_node == 2
+    gpus(monkeypatch, "NVIDIA H100 80GB HBM3", count=4)
+    assert find_hardware(None).devices_per_node == 4
+    alone = ComputeConfig(8, 8).find_hardware()
+    assert "nodes of 4 devices" in alone.remark
+    assert ComputeConfig(4, 4).find_hardware().remark == ""
+    for name, value in {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "2"}.items():  # four nodes of two
+        monkeypatch.setenv(name, value)
+    assert find_hardware(None).devices_per_node == 2
+    assert find_hardware("h100").devices_per_node == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # one node, of which a run may take some
+    assert ComputeConfig(8, 8).find_hardware().devices_per_node == 4
+    assert ComputeConfig(8, 8).find_hardware().identity() == alone.identity()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"memory": -1}, {"memory": float("nan")}, {"memory": "much"}, {"flops": {}}, {"flops": {"float32": 0}},
+        {"efficiency": {"default": -0.5}}, {"launch": -1}, {"devices_per_node": 0}, {"devices_per_node": 1.5},
+        {"intra": {"bandwidth": 0, "latency": 0}}, {"inter": {"bandwidth": 1}}, {"no_such_field": 1},
+    ],
+)  # fmt: skip
+def test_a_file_with_figures_that_no_machine_has_is_an_error(tmp_path, wrong):
+    fields = json.loads((spec._SPECS / "cpu.json").read_text())
+    (tmp_path / "mine.json").write_text(json.dumps({**fields, **wrong}))
+    with pytest.raises(UserError, match="does not describe a machine"):
+        load_hardware(str(tmp_path / "mine.json"))
+
+
+@pytest.mark.parametrize("name", ["b9000", "../specs/h100", "", "nowhere.json"])
+def test_hardware_that_is_not_there(name):
+    with pytest.raises(UserError, match="known are a100"):
+        load_hardware(name)

@@ -1,0 +1,180 @@
+"""A dataset of token sequences, judged before it is trained on: what its columns are, and which ids it holds."""
+
+from __future__ import annotations
+
+import json
+import logging
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nnscaler.data.files import COLUMN, LABELS, PROVENANCE, TOKEN_IDS
+from nnscaler.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100  # label of a token that counts for nothing, in a dataset of Hugging Face's conventions
+SCANNED = 1 << 22  # ids looked at in one go
+# Columns by which others learn something else from the same tokens, and which training does not read.
+UNREAD = ("attention_mask", "position_ids", "loss_mask", "segment_ids", "seq_idx", "document_ids")
+
+
+class TokenIds(NamedTuple):
+    """The smallest and the largest id of a dataset."""
+
+    smallest: int
+    largest: int
+
+
+@dataclass(frozen=True)
+class PackedDataset:
+    """Token sequences of equal length, as `bookcorpus.py` writes them.
+
+    rows        a `datasets.Dataset` with the column `input_ids`, and `labels` where there are such
+    has_labels  whether rows say themselves what is learned: `labels`, as `input_ids` long, are the tokens at their own
+                places (a model is to give each at the place before), and -100 where nothing is learned
+    """
+
+    rows: Any
+    sequence_length: int
+    path: Path
+    has_labels: bool = False
+
+    @staticmethod
+    def open(path: Path) -> PackedDataset:
+        """Raises UserError where there is no such dataset, or none of token sequences of one length."""
+        import datasets  # takes a second, which planning without a dataset need not wait for
+
+        if not path.exists():
+            raise _wrong(path, "which does not exist")
+        try:
+            rows = datasets.load_from_disk(str(path))
+        except Exception as error:  # damaged files make the library raise whatever they may
+            known = (path / "state.json").exists()
+            what = "which is empty or damaged" if known else "which is not a dataset that bookcorpus.py wrote"
+            raise _wrong(path, what) from error
+        if isinstance(rows, datasets.DatasetDict):
+            splits = ", ".join(rows)
+            raise UserError(f"dataset_path is '{path}', which holds the splits {splits}; give one: {path}/<split>")
+        if COLUMN not in rows.column_names or len(rows) == 0:
+            raise _wrong(path, f"whose rows have no column '{COLUMN}'" if len(rows) else "which is empty")
+        has_labels = LABELS in rows.column_names
+        columns = [COLUMN, *([LABELS] if has_labels else [])]
+        lengths = {name: _length(rows, name, path) for name in columns}
+        if len(set(lengths.values())) > 1:
+            raise _wrong(path, f"whose {COLUMN} have {lengths[COLUMN]} tokens and {LABELS} {lengths[LABELS]}")
+        for name in UNREAD:
+            if name in rows.column_names and not _says_nothing(rows, name, lengths[COLUMN]):
+                raise UserError(
+                    f"dataset_path is '{path}', whose column '{name}' training does not read; remove it "
+                    f"(remove_columns), and say in '{LABELS}' with {IGNORED} which tokens are not learned"
+                )
+        others = sorted({*rows.column_names} - {*columns})
+        if others:
+            logger.info("%s: columns that training does not read: %s", path, ", ".join(others))
+        return PackedDataset(rows.with_format("numpy", columns=columns), lengths[COLUMN], path, has_labels)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def token_ids(self) -> TokenIds:
+        """The smallest and largest id, of labels too: as bookcorpus.py noted, or from reading the whole dataset once,
+        which is noted beside the dataset where that can be written."""
+        fingerprint = self._fingerprint()
+        for name in (PROVENANCE, TOKEN_IDS):
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                noted = json.loads((self.path / name).read_text())
+                if name == PROVENANCE or noted["fingerprint"] == fingerprint:
+                    return TokenIds(int(noted["smallest_id"]), int(noted["largest_id"]))
+        found = self._scan()
+        note = {"fingerprint": fingerprint, "smallest_id": found.smallest, "largest_id": found.largest}
+        with suppress(OSError):
+            (self.path / TOKEN_IDS).write_text(json.dumps(note) + "\n")
+        return found
+
+    def _fingerprint(self) -> str:
+        """What `datasets` calls the content by."""
+        return str(json.loads((self.path / "state.json").read_text())["_fingerprint"])
+
+    def first_row_outside(self, vocabulary: int) -> int | None:
+        """The first row with an id that is not 0 to `vocabulary` - 1; None: there is none."""
+        import pyarrow.compute as pc
+
+        row = 0
+        for part in self._parts(COLUMN):
+            ids = part.flatten()
+            outside = pc.or_(pc.less(ids, 0), pc.greater_equal(ids, vocabulary))
+            at = pc.index(outside, True).as_py()
+            if at >= 0:
+                return row + int(at) // self.sequence_length
+            row += len(part)
+        return None
+
+    def _scan(self) -> TokenIds:
+        import pyarrow.compute as pc
+        from tqdm import tqdm
+
+        smallest, largest = [], []
+        with tqdm(total=len(self), desc="looking at token ids", unit="row", delay=2, dynamic_ncols=True) as bar:
+            for part in self._parts(COLUMN):
+                found = pc.min_max(part.flatten()).as_py()
+                smallest.append(found["min"])
+                largest.append(found["max"])
+                bar.update(len(part))
+        for part in self._parts(LABELS) if self.has_labels else ():
+            labels = part.flatten()
+            found = pc.min_max(labels.filter(pc.not_equal(labels, IGNORED))).as_py()
+            if found["min"] is not None:
+                smallest.append(found["min"])
+                largest.append(found["max"])
+        return TokenIds(min(smallest), max(largest))
+
+    def _parts(self, column: str) -> Any:
+        return _parts(self.rows, column, max(1, SCANNED // self.sequence_length))
+
+
+def _wrong(path: Path, what: str) -> UserError:
+    return UserError(f"dataset_path is '{path}', {what}; make one with bookcorpus.py")
+
+
+def _parts(rows: Any, column: str, most: int) -> Any:
+    """A column's Arrow arrays, of at most so many rows each. What is saved to disk has no other order than this."""
+    for chunk in rows.data.column(column).chunks:
+        for start in range(0, len(chunk), most):
+            yield chunk.slice(start, most)
+
+
+def _length(rows: Any, column: str, path: Path) -> int:
+    """Tokens of every row. Raises UserError where rows are no whole numbers, or not of one length."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = rows.data.column(column).type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not is_list or not pa.types.is_integer(kind.value_type):
+        raise _wrong(path, f"whose column '{column}' holds {kind}, not lists of whole numbers")
+    lengths = set()
+    for part in _parts(rows, column, SCANNED):
+        if part.null_count or part.flatten().null_count:
+            raise _wrong(path, f"whose column '{column}' has empty places")
+        found = pc.min_max(pc.list_value_length(part)).as_py()
+        lengths |= {found["min"], found["max"]}
+    if len(lengths) > 1:
+        raise _wrong(path, f"whose rows have from {min(lengths)} to {max(lengths)} tokens, and must have one length")
+    return int(lengths.pop())
+
+
+def _says_nothing(rows: Any, column: str, length: int) -> bool:
+    """Whether a column says the same of every token, or of every row that its tokens are in their order."""
+    import numpy as np
+    import pyarrow as pa
+
+    seen = set()
+    for part in _parts(rows, column, max(1, SCANNED // length)):
+        values = (part.flatten() if pa.types.is_nested(part.type) else part).to_numpy(zero_copy_only=False)
+        if len(values) == len(part) * length and np.array_equal(values, np.tile(np.arange(length), len(part))):
+            seen.add("in order")
+        else:
+            seen |= set(np.unique(values)[:2].tolist())
+    return len(seen) == 1
