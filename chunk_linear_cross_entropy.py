@@ -2,7 +2,8 @@
 
 The logits of 131,072 tokens over Llama-3's 128,256 words are 32 GiB in bf16. Here a chunk of tokens at a time is
 projected, and its losses and gradients are computed at once from the same logits, so that nothing of a chunk but its
-gradients (the size of its inputs) outlives it, and backward computes no logits again.
+gradients (the size of its inputs) outlives it, and backward computes no logits again. The weight's gradient is summed
+over chunks in fp32 and rounded once, in its own memory: it is as exact as that of one product, however many chunks.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nnscaler import register_op
-from nnscaler.kernels import scale_gradient, softmax_loss
+from nnscaler.kernels import add_product, rounded_in_place, scale_gradient, softmax_loss
 
 
 def _flops(sizes: dict[str, int], node: object) -> float:
@@ -34,7 +35,9 @@ def chunk_linear_cross_entropy(
     chunk_size     tokens whose logits exist at a time
 
     Returns [b, l] losses in fp32. Backward is cheapest where every loss has the same gradient, as after a sum; other
-    gradients are right too, and cost the logits once more. Raises ValueError for shapes that do not fit.
+    gradients are right too, and cost the logits once more; so does a second backward. Raises ValueError for shapes that
+    do not fit, and for a label that is no index of a word; on a GPU, where that is known later, an assertion of CUDA
+    fails.
     """
     if hidden_states.shape[:-1] != labels.shape or hidden_states.shape[-1] != weight.shape[-1]:
         raise ValueError(
@@ -43,8 +46,19 @@ def chunk_linear_cross_entropy(
         )
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
+    _check_labels(labels, padding_idx, len(weight))
     losses = _ChunkedLoss.apply(hidden_states.flatten(0, -2), weight, labels.flatten(), padding_idx, chunk_size)
     return losses.view(labels.shape)
+
+
+def _check_labels(labels: Tensor, padding_idx: int, words: int) -> None:
+    known = (labels == padding_idx) | ((labels >= 0) & (labels < words))
+    if labels.is_cuda:
+        torch._assert_async(known.all(), f"a label is not one of {words} words, nor padding_idx={padding_idx}")
+    elif labels.device.type == "cpu" and not known.all():  # not while it is planned, without values
+        raise ValueError(
+            f"a label is {int(labels[~known][0])}; labels must be from 0 to {words - 1}, or padding_idx={padding_idx}"
+        )
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -60,19 +74,23 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("chunk_linear_cross_entropy has no second derivative: leave out create_graph=True")
         hidden, weight, labels = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None
         # One number for all tokens, as a sum's backward gives, has stride 0: known without looking at its values.
         uniform = len(gradient) > 0 and (len(gradient) == 1 or gradient.stride() == (0,))
-        if uniform and gradients is not None:
-            # In place, for they are as large as the inputs; a second backward through the same graph computes anew.
-            parts = gradients
-            for part in parts:
-                if part is not None:
-                    scale_gradient(part, gradient[0])
-        else:
-            _, *parts = _run(hidden, weight, labels, ctx.padding_idx, ctx.chunk_size, gradient, ctx.wanted)
-        return (*parts, None, None, None)
+        factor = gradient[0] if uniform else gradient.new_ones(())
+        if gradients is None or not uniform:
+            # Those of forward were for ones, or went, as large as the inputs, to the backward before.
+            del gradients
+            incoming = None if uniform else gradient
+            _, *gradients = _run(hidden, weight, labels, ctx.padding_idx, ctx.chunk_size, incoming, ctx.wanted)
+        hidden_gradient, weight_sum = gradients
+        if hidden_gradient is not None:
+            scale_gradient(hidden_gradient, factor)
+        weight_gradient = None if weight_sum is None else rounded_in_place(weight_sum, factor, weight.dtype)
+        return hidden_gradient, weight_gradient, None, None, None
 
 
 def _run(
@@ -84,23 +102,23 @@ def _run(
     gradient: Tensor | None,
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Losses [t], and the gradients of hidden and weight where wanted, for the losses' `gradient` (None: all ones)."""
+    """Losses [t], and where wanted the gradients of hidden, and of weight in fp32 at least, for the losses' `gradient`
+    (None: all ones)."""
     losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     hidden_gradient = torch.empty_like(hidden) if wanted[0] else None
-    weight_gradient = torch.empty_like(weight) if wanted[1] else None
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    weight_sum = torch.empty(weight.shape, dtype=wide, device=weight.device) if wanted[1] else None
     for start in range(0, len(hidden), chunk_size):
         chunk = slice(start, start + chunk_size)
         logits = hidden[chunk] @ weight.t()
         incoming = None if gradient is None else gradient[chunk]
         losses[chunk], logits_gradient = softmax_loss(logits, labels[chunk], padding_idx, incoming, any(wanted))
-        del logits  # its memory is the gradient's on a GPU
+        del logits  # its memory is the gradient's
         if hidden_gradient is not None:
             torch.mm(logits_gradient, weight, out=hidden_gradient[chunk])
-        if weight_gradient is not None and start == 0:
-            torch.mm(logits_gradient.t(), hidden[chunk], out=weight_gradient)
-        elif weight_gradient is not None:
-            weight_gradient.addmm_(logits_gradient.t(), hidden[chunk])
+        if weight_sum is not None:
+            add_product(weight_sum, logits_gradient.t(), hidden[chunk], first=start == 0)
         del logits_gradient  # before the next chunk's logits exist
-    if weight_gradient is not None and not len(hidden):
-        weight_gradient.zero_()
-    return losses, hidden_gradient, weight_gradient
+    if weight_sum is not None and not len(hidden):
+        weight_sum.zero_()
+    return losses, hidden_gradient, weight_sum

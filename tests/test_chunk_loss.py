@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
+from nnscaler.kernels import add_product, gradient, rounded_in_place
+from tests import tiny
 
 PADDING = -100
 
@@ -62,6 +64,85 @@ def test_lower_precision(dtype, tolerance):
     for found, right in zip(gradients(losses, ones, hidden, weight), gradients(wanted, ones, hidden, weight)):
         assert found.dtype == dtype
         assert (found.double() - right.double()).norm() / right.norm() < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 1 / 3])
+@pytest.mark.parametrize("chunks", [32, 128])
+def test_gradients_are_as_exact_as_without_chunks(dtype, scale, chunks):
+    """The weight's is summed over chunks: in the type of the weight, 128 chunks cost five times the error."""
+    tokens, generator = 2048, torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, tokens, 64, generator=generator).to(dtype)
+    weight = (0.1 * torch.randn(512, 64, generator=generator)).to(dtype)
+    labels = torch.randint(0, 512, (1, tokens), generator=generator)
+
+    def errors(loss, exact=None, dtype=dtype):
+        inputs = [x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight)]
+        found = torch.autograd.grad(loss(*inputs, labels).sum(), inputs, torch.tensor(scale, dtype=torch.float32))
+        return found if exact is None else [tiny.close(a, b) for a, b in zip(found, exact)]
+
+    def plain(hidden, weight, labels):
+        logits = F.linear(hidden, weight).float().flatten(0, 1)
+        return F.cross_entropy(logits, labels.flatten(), reduction="none")
+
+    exact = errors(lambda h, w, y: reference(h, w, y).float(), dtype=torch.float64)
+    of_hidden, of_weight = errors(lambda *x: chunk_linear_cross_entropy(*x, PADDING, tokens // chunks), exact)
+    of_hidden_plain, of_weight_plain = errors(plain, exact)
+    assert of_weight < 1.01 * of_weight_plain
+    # That of the hidden states is there for ones, and rounded once more when it is scaled.
+    assert of_hidden < (1.01 if scale == 1 else 1.2) * of_hidden_plain
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_a_second_backward_gives_the_same_once_more(uniform):
+    hidden, weight, labels = inputs(2, 9, 4, 7)
+    losses = chunk_linear_cross_entropy(hidden, weight, labels, PADDING, 4)
+    wanted = reference(hidden, weight, labels)
+    incoming = torch.tensor(0.7).expand(labels.shape) if uniform else torch.rand(labels.shape)
+    first = torch.autograd.grad(losses, (hidden, weight), incoming, retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    for factor in (2.0, 0.5):
+        found = torch.autograd.grad(losses, (hidden, weight), factor * incoming, retain_graph=True)
+        right = torch.autograd.grad(wanted, (hidden, weight), factor * incoming.double(), retain_graph=True)
+        for a, b in zip(found, right):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    for a, b in zip(first, kept):
+        assert a.equal(b)
+
+
+def test_a_gradient_of_the_gradient_is_refused():
+    hidden, weight, labels = inputs(1, 6, 4, 7)
+    losses = chunk_linear_cross_entropy(hidden, weight, labels, PADDING, 4)
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        torch.autograd.grad(losses.sum(), hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("label", [7, -1])
+def test_a_label_that_is_no_word_is_refused(label):
+    hidden, weight, labels = inputs(1, 6, 4, 7)
+    labels[0, 3] = label
+    with pytest.raises(ValueError, match=f"a label is {label}; labels must be from 0 to 6, or padding_idx=-100"):
+        chunk_linear_cross_entropy(hidden, weight, labels, PADDING, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [1, 2**16, 2**16 + 1, 5 * 2**16 - 3])
+def test_a_sum_is_rounded_in_its_own_memory(dtype, size):
+    total = torch.randn(size)
+    wanted = (total * 0.3).to(dtype)
+    found = rounded_in_place(total, torch.tensor(0.3), dtype)
+    assert found.data_ptr() == total.data_ptr()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_products_are_added_without_rounding_them(slow, monkeypatch):
+    monkeypatch.setattr(gradient, "are_slow", lambda device, dtype: slow)
+    left, right = torch.randn(30, 200).bfloat16(), torch.randn(200, 20).bfloat16()
+    total = torch.full((30, 20), float("nan"))
+    add_product(total, left, right, first=True)
+    add_product(total, left, right, first=False)
+    assert tiny.close(total, 2 * (left.double() @ right.double())) < 2e-5
 
 
 def test_padded_positions_count_for_nothing():
@@ -124,8 +205,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 
 def test_memory_is_that_of_one_chunk_of_logits():
-    """Measured as the growth of the process: all logits would take 8 GiB, a chunk takes 64 MiB."""
-    tokens, words, chunk = 16384, 131072, 128
+    """Measured as the growth of the process: all logits would take 2 GiB, a chunk takes 64 MiB."""
+    tokens, words, chunk = 4096, 131072, 128
     command = [sys.executable, "-c", MEASURE, str(tokens), str(words), str(chunk)]
     root = Path(__file__).parents[1]
     grown = int(

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
-from nnscaler.kernels import add_gradient, scale_gradient, softmax_loss
+from nnscaler.kernels import add_gradient, add_product, rounded_in_place, scale_gradient, softmax_loss
+from tests import tiny
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,3 +62,30 @@ def test_gradients_are_added_and_scaled(dtype, size):
     wanted = (gradient.float() * 0.5).to(dtype)
     scale_gradient(gradient, torch.tensor(0.5, device="cuda"))
     torch.testing.assert_close(gradient, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 2**16 + 1, 5 * 2**16 - 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_sum_is_rounded_in_its_own_memory(dtype, size):
+    total = torch.randn(size, device="cuda")
+    factor = torch.tensor(0.3, device="cuda")
+    wanted = (total * factor).to(dtype)
+    found = rounded_in_place(total, factor, dtype)
+    assert found.data_ptr() == total.data_ptr()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_are_added_without_rounding_them(dtype):
+    left, right = (torch.randn(shape, device="cuda").to(dtype) for shape in ((304, 200), (200, 24)))
+    total = torch.full((304, 24), float("nan"), device="cuda")
+    add_product(total, left, right, first=True)
+    add_product(total, left, right, first=False)
+    assert tiny.close(total, 2 * (left.double() @ right.double())) < 2e-5
+
+
+def test_a_label_that_is_no_word_shows():
+    losses, _ = softmax_loss(
+        torch.zeros(3, 300, device="cuda"), torch.tensor([299, 300, -1], device="cuda"), PADDING, None, True
+    )
+    assert losses.isnan().tolist() == [False, True, True]

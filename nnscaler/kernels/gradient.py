@@ -1,20 +1,24 @@
-"""Adding up gradients in fp32, and scaling them."""
+"""Adding up gradients in fp32, scaling and rounding them."""
 
 from __future__ import annotations
 
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from nnscaler.kernels.products import are_slow
+
 _BLOCK = 8192  # elements of a program
+_FIRST = 2**16  # elements that are rounded through memory of their own
 
 
 def add_gradient(total: Tensor, gradient: Tensor, first: bool) -> None:
     """Adds a gradient [n] of any float type to a total [n] in fp32, which has no value yet if it is the `first`."""
     if total.is_cuda and gradient.is_contiguous() and len(total):
         # Where the types differ, PyTorch's own copying and adding reach half of the memory's bandwidth (H200).
-        add, _ = _kernels()
+        add, _, _ = _kernels()
         add[_grid(total)](total, gradient, len(total), FIRST=first, BLOCK=_BLOCK, num_warps=8)
     elif first:
         total.copy_(gradient)
@@ -25,10 +29,50 @@ def add_gradient(total: Tensor, gradient: Tensor, first: bool) -> None:
 def scale_gradient(gradient: Tensor, factor: Tensor) -> None:
     """Multiplies a contiguous gradient by a number [] in its place. Where that is 1, a GPU leaves the memory alone."""
     if gradient.is_cuda:
-        _, scale = _kernels()
+        _, scale, _ = _kernels()
         scale[_grid(gradient)](gradient, factor, gradient.numel(), BLOCK=_BLOCK, num_warps=8)
     else:
-        gradient.mul_(factor.to(gradient.dtype))
+        gradient.mul_(factor)  # which is not rounded to the gradient's type
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """Adds left [m, k] @ right [k, n] to a total [m, n] in their type or in fp32, to which it is not rounded before.
+
+    first  the total has no value yet
+    """
+    kept = 0 if first else 1
+    if left.dtype == total.dtype:
+        total.addmm_(left, right, beta=kept)
+    elif total.is_cuda and torch.version.hip is None:
+        torch.addmm(total, left, right, out_dtype=total.dtype, beta=kept, out=total)
+    elif are_slow(left.device, left.dtype):
+        total.addmm_(left.to(total.dtype), right.to(total.dtype), beta=kept)
+    else:  # the product as rounded, and what rounding took from it: products add in fp32 before they round
+        rounded = left @ right
+        add_gradient(total, rounded, first)
+        total += torch.addmm(rounded, left, right, beta=-1)
+
+
+def rounded_in_place(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous total times a number [], in `dtype`, which is not wider. It lies in the total's memory."""
+    if total.dtype == dtype:
+        scale_gradient(total, factor)
+        return total
+    wide = total.view(-1)
+    narrow = wide.view(dtype)[: len(wide)]
+    # What a range becomes lies at half of its place or before: from its begin to its double nothing is overwritten
+    # that is still to be read, but for the first range.
+    stop = min(_FIRST, len(wide))
+    narrow[:stop] = wide[:stop] * factor
+    while stop < len(wide):
+        start, stop = stop, min(2 * stop, len(wide))
+        if total.is_cuda:
+            _kernels()[2][_grid(wide[start:stop])](
+                wide[start:stop], narrow[start:stop], factor, stop - start, BLOCK=_BLOCK, num_warps=8
+            )
+        else:
+            torch.mul(wide[start:stop], factor.to(wide.dtype), out=narrow[start:stop])
+    return narrow.view(total.shape)
 
 
 def _grid(tensor: Tensor) -> tuple[int]:
@@ -36,7 +80,7 @@ def _grid(tensor: Tensor) -> tuple[int]:
 
 
 @functools.cache
-def _kernels() -> tuple[Any, Any]:
+def _kernels() -> tuple[Any, Any, Any]:
     import triton
     import triton.language as tl
 
@@ -58,4 +102,10 @@ def _kernels() -> tuple[Any, Any]:
             value = tl.load(gradient + at, mask=at < length).to(tl.float32) * by
             tl.store(gradient + at, value.to(gradient.dtype.element_ty), mask=at < length)
 
-    return add_gradient_kernel, scale_gradient_kernel
+    @triton.jit
+    def round_gradient_kernel(total, gradient, factor, length, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(total + at, mask=at < length) * tl.load(factor).to(tl.float32)
+        tl.store(gradient + at, value.to(gradient.dtype.element_ty), mask=at < length)
+
+    return add_gradient_kernel, scale_gradient_kernel, round_gradient_kernel

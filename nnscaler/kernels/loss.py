@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_CACHED = 2**19  # elements in fp32 that a core's cache holds
+
 
 def softmax_loss(
     logits: Tensor, labels: Tensor, padding_idx: int, gradient: Tensor | None, wanted: bool
@@ -15,7 +17,8 @@ def softmax_loss(
     """(losses, gradient of the logits) of cross-entropy, row by row.
 
     logits       [t, n], any float type; overwritten
-    labels       [t] int64: index of the right word, or `padding_idx`, whose rows get loss 0 and gradient 0
+    labels       [t] int64: index of the right word, or `padding_idx`, whose rows get loss 0 and gradient 0. What is
+                 neither is an error on a CPU, and gives a loss that is not a number on a GPU
     gradient     [t] of the losses; None: all ones
     wanted       whether the logits' gradient is; without it the second result means nothing
 
@@ -29,21 +32,24 @@ def softmax_loss(
 def _plain(
     logits: Tensor, labels: Tensor, padding_idx: int, gradient: Tensor | None, wanted: bool
 ) -> tuple[Tensor, Tensor]:
-    dtype = logits.dtype
-    logits = logits.to(torch.promote_types(dtype, torch.float32))
-    counted = labels != padding_idx
-    target = torch.where(counted, labels, 0).unsqueeze(1)
-    largest = logits.amax(dim=1, keepdim=True)
-    at_target = logits.gather(1, target) - largest
-    total = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
-    losses = torch.where(counted, (total.log() - at_target).squeeze(1), 0.0)
-    if not wanted:
-        return losses, logits
-    # d loss / d logits = softmax - one at the label, times the loss's gradient.
-    factor = counted.to(logits.dtype) if gradient is None else torch.where(counted, gradient.to(logits.dtype), 0.0)
-    factor = factor.unsqueeze(1)
-    logits.mul_(factor / total).scatter_add_(1, target, -factor)
-    return losses, logits.to(dtype)
+    """On a CPU a few rows at a time: as many as stay in its cache over the passes."""
+    losses = torch.empty(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
+    rows = max(1, _CACHED // max(1, logits.shape[1]) if logits.device.type == "cpu" else len(logits))
+    for start in range(0, len(logits), rows):
+        part = slice(start, start + rows)
+        x, label = logits[part].to(losses.dtype), labels[part]
+        counted = label != padding_idx
+        x.masked_fill_(~counted.unsqueeze(1), 0.0)  # whatever a row that counts for nothing holds, it does no harm
+        target = torch.where(counted, label, 0).unsqueeze(1)
+        largest = x.amax(dim=1, keepdim=True)
+        at_target = x.gather(1, target) - largest
+        total = x.sub_(largest).exp_().sum(dim=1, keepdim=True)
+        losses[part] = torch.where(counted, (total.log() - at_target).squeeze(1), 0.0)
+        if wanted:
+            # d loss / d logits = softmax - one at the label, times the loss's gradient.
+            factor = torch.where(counted, 1.0 if gradient is None else gradient[part].to(x.dtype), 0.0).unsqueeze(1)
+            logits[part] = x.mul_(factor.to(x.dtype) / total).scatter_add_(1, target, -factor.to(x.dtype))
+    return losses, logits
 
 
 def _on_gpu(
@@ -76,7 +82,8 @@ def _kernel() -> Any:
         start = logits + row.to(tl.int64) * words
         counted = label != padding_idx
         # Read before the reductions, behind which all threads have it, for the gradient overwrites the logits.
-        at_label = tl.load(start + tl.where(counted, label, 0)).to(tl.float32)
+        known = counted & (label >= 0) & (label < words)
+        at_label = tl.load(start + label, mask=known, other=float("nan")).to(tl.float32)
         offsets = tl.arange(0, BLOCK)
         log2_e = 1.4426950408889634
         # Eight columns of a block lie in one thread, which keeps their maximum and sum; all meet once, at the end.
