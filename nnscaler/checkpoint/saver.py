@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from torch import Tensor
 from nnscaler.checkpoint import folder as folders
 from nnscaler.checkpoint.checksums import Checksums, Piece, whole_file
 from nnscaler.checkpoint.folder import TrainerState
-from nnscaler.checkpoint.randomness import random_states
+from nnscaler.checkpoint.randomness import as_tensors
 from nnscaler.checkpoint.sharded import Part, owned_state, save_parts, whole
 from nnscaler.errors import UserError
 from nnscaler.runtime.optimizer import ShardedOptimizer
@@ -33,7 +34,7 @@ _CRASH_SECONDS = 60  # that a save under way is given when training fails
 
 
 class Saver:
-    """Writes checkpoints into a run's folder. All methods but `before_update` are collective.
+    """Writes checkpoints into a run's folder. `start` and `finish` are collective.
 
     save_assets  writes into a folder what makes an exported model complete; None: nothing
     check        raises where the folder is no longer the run's; called on rank 0 before a checkpoint gets its name
@@ -46,7 +47,7 @@ class Saver:
         save_assets: Callable[[Path], None] | None, check: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self.run, self._device, self._save_assets, self._check = run, device, save_assets, check
-        self._owned = owned_state(optimizer)
+        self._optimizer, self._owned = optimizer, owned_state(optimizer)
         self._distributed = dist.is_initialized()
         self._rank = dist.get_rank() if self._distributed else 0
         self._group = dist.new_group(backend="gloo") if self._distributed else None
@@ -55,6 +56,8 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._failure: tuple[int, BaseException] | None = None  # the step, the error
         self._assets: dict[str, bytes] | None = None
+        self._updated: torch.cuda.Event | None = None
+        self.after_update()
 
     def __enter__(self) -> Saver:
         return self
@@ -63,16 +66,39 @@ class Saver:
         if kind is not None and self._thread is not None:
             self._thread.join(_CRASH_SECONDS)  # what training did before it failed may still be saved
 
-    def start(self, state: TrainerState) -> None:
-        """Begins to save the present state; waits first where an earlier save is still being written."""
+    def start(self, state: TrainerState, random: dict[str, Any]) -> None:
+        """Begins to save what the last update left; waits first where an earlier save is still being written.
+
+        random  the states of this rank's random number generators then, as `random_states` gives them
+        """
         if self._thread is not None and self._thread.is_alive():
             logger.warning("the checkpoint before that of step %d is still being written: waiting", state.step)
         self._join()
         self._report()
-        random = [whole(f"random.{name}.{self._rank}", tensor) for name, tensor in random_states(self._device).items()]
-        parts = [*self._stage(), *random]
+        streams = [whole(f"random.{name}.{self._rank}", tensor) for name, tensor in as_tensors(random).items()]
+        parts = [*self._stage(), *streams]
         self._thread = threading.Thread(target=self._write, args=(parts, state), daemon=True, name="checkpoint")
         self._thread.start()
+
+    def is_finite(self) -> bool:
+        """Whether what the last update left on this rank is finite: nothing else is worth a save."""
+        if self._device.type == "cpu":
+            return self._optimizer.is_finite()
+        with torch.cuda.stream(self._stream_after_update()):
+            return self._optimizer.is_finite()
+
+    def after_update(self) -> None:
+        """To be called when the weights have changed."""
+        if self._device.type == "cuda":
+            self._updated = torch.cuda.Event()
+            self._updated.record()
+
+    def _stream_after_update(self) -> torch.cuda.Stream:
+        """A stream for what needs the last update, but not what the device has been given since."""
+        stream = torch.cuda.Stream(self._device)
+        assert self._updated is not None
+        stream.wait_event(self._updated)
+        return stream
 
     def before_update(self) -> None:
         """To be called before the weights change: the device waits until they are copied."""
@@ -116,8 +142,7 @@ class Saver:
         if self._device.type == "cpu":
             _copy(self._owned, self._staged)
             return self._staged
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
+        stream = self._stream_after_update()
         with torch.cuda.stream(stream):
             _copy(self._owned, self._staged)
             self._copied = torch.cuda.Event()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
@@ -18,9 +18,12 @@ from torch import Tensor
 from nnscaler.checkpoint.claim import Holding, claim
 from nnscaler.checkpoint.due import Due
 from nnscaler.checkpoint.folder import TrainerState
+from nnscaler.checkpoint.randomness import random_states
 from nnscaler.checkpoint.resume import resume
 from nnscaler.checkpoint.saver import Saver
+from nnscaler.checkpoint.termination import Termination
 from nnscaler.cli.config import TrainerArgs
+from nnscaler.cli.finite import FiniteSteps
 from nnscaler.cli.log import RunLog, is_free, log_folder
 from nnscaler.cli.processes import from_rank_0
 from nnscaler.cli.watch import Watch
@@ -84,6 +87,14 @@ class TrainingRun:
         self.holding: Holding | None = None  # on rank 0
         within = loaded if state is not None and loaded is not None and loaded.is_dir() else None
         self.folder, self.run = self._claim_folder(within, own_folder, jobs)
+        self.saved = self.step  # the step last saved, or begun with
+        self.random = random_states(self.device)  # as the last step left them
+        skipped = state.step - state.updates if state is not None and state.updates is not None else 0
+        self.finite = FiniteSteps(skipped)
+        config = self.args.checkpoint
+        check = self.holding.check if self.holding is not None else lambda: None
+        self.saver = Saver(self.folder, self.optimizer, self.device, self.args.model.save_assets, check)
+        self.due = Due(config.interval or 0, config.minutes)
 
     def _warn_of_changes(self, state: TrainerState | None) -> None:
         if state is not None and state.samples != len(self.dataset):
@@ -140,44 +151,86 @@ class TrainingRun:
         total = torch.zeros(2, dtype=torch.float64, device=self.device)  # losses, labels since the last report
         since, reported = time.perf_counter(), self.step
         profiler = StepProfiler(args.log.profile if self.rank == 0 else None, self.module.predicted_seconds)
-        config, stop = args.checkpoint, False
         logs = log_folder(args.log.directory, self.folder.name, self.run) if self.rank == 0 else None
         log = RunLog(logs, self.run, self.steps, self.step)
-        check = self.holding.check if self.holding is not None else lambda: None
-        saver = Saver(self.folder, self.optimizer, self.device, args.model.save_assets, check)
-        with log, saver, Due(config.interval or 0, config.minutes) as due:
-            while self.step < self.steps and not stop:
+        with log, self.saver, self._termination() as termination:
+            while self.step < self.steps:
                 counts: list[int] = []  # labels of each micro-batch
                 loss = self.module.accumulate(_counted(islice(ahead, self.share.micro_batches), counts))
                 labels = sum(counts)
-                if self.module.gives_loss:
-                    total[0] += loss
-                    total[1] += labels
                 rate = args.optimizer.lr * args.lr_scheduler.factor(self.step, self.steps)
-                saver.before_update()
-                norm = self.optimizer.step(labels, rate)
-                self.step += 1
-                self.consumed += self.share.step_samples
-                if self.watch is not None:
-                    self.watch.reached(self.step)
-                profiler.step()
-                log.advance()
-                if self.step % args.log.interval == 0 or self.step == self.steps:
-                    if dist.is_initialized():
-                        dist.all_reduce(total)
-                    self.loss = (total[0] / total[1].clamp(min=1)).item()
-                    values = {"loss": self.loss, "gradient_norm": norm.item(), "lr": rate}
-                    elapsed = time.perf_counter() - since
-                    log.write(self.step, {**values, **self._speed(self.step - reported, elapsed)})
-                    total.zero_()
-                    since, reported = time.perf_counter(), self.step
-                save, stop = due.after(self.step)
-                if config.interval is not None and (save or self.step == self.steps):
-                    saver.start(self._state())
-            saver.finish()
+                with termination.updating:
+                    save, stop = self.due.after(self.step + 1, termination.told)
+                    if stop:  # what the last update left is saved, and this step given up
+                        termination.leave()
+                        break
+                    self.saver.before_update()
+                    norm = self.optimizer.step(labels, rate, loss)
+                    self.saver.after_update()
+                    self.step += 1
+                    self.consumed += self.share.step_samples
+                    self.random = random_states(self.device)
+                    if self.module.gives_loss:
+                        total += torch.where(norm.isfinite(), torch.stack([loss, torch.full_like(loss, labels)]), 0.0)
+                    if self.watch is not None:
+                        self.watch.reached(self.step)
+                    profiler.step()
+                    log.advance()
+                    self.finite.after(self.step, norm)
+                    last = self.step == self.steps
+                    if self.step % args.log.interval == 0 or last:
+                        if dist.is_initialized():
+                            dist.all_reduce(total)
+                        losses, seen = total.tolist()
+                        self.loss = losses / seen if seen else None
+                        values = {"loss": self.loss, "gradient_norm": norm.item(), "lr": rate}
+                        elapsed = time.perf_counter() - since
+                        log.write(self.step, {**values, **self._speed(self.step - reported, elapsed)})
+                        total.zero_()
+                        since, reported = time.perf_counter(), self.step
+                    if save or last:
+                        self._save_if_finite(last)
+                    if last:
+                        termination.leave()
+            if self.step < self.steps:
+                self.finite.settle()
+                self._save_if_finite(last=True)
+            self.saver.finish()
         if self.rank == 0:
-            reason = "stopped by SIGTERM at" if stop else "trained to"
+            reason = "stopped by SIGTERM at" if self.step < self.steps else "trained to"
             logger.info("%s step %d; checkpoints in %s", reason, self.step, self.folder)
+
+    def _termination(self) -> Termination:
+        store = self.watch.store if self.watch is not None else None
+        name = from_rank_0(lambda: uuid.uuid4().hex, self.device)
+        return Termination(store, name, self._step_to_save, self._save)
+
+    def _step_to_save(self) -> int | None:
+        """After which step this rank is, if it can be saved. Not collective."""
+        return self.step if self.saver.is_finite() else None
+
+    def _save_if_finite(self, last: bool) -> None:
+        """Saves, unless a step is under way to a state that must not push out a better one. Collective.
+
+        last  training ends here: of steps that changed nothing there will be no next, so that the state is saved
+        """
+        self.finite.settle()
+        if self.finite.in_a_row and not last:
+            self.due.postpone()
+        elif not self.due.all(self.saver.is_finite()):
+            message = f"the weights after step {self.step} are not finite: they are not saved"
+            if last:
+                raise UserError(message)
+            if self.rank == 0:
+                logger.error(message)
+        else:
+            self._save()
+
+    def _save(self) -> None:
+        """Begins to save what the last update left, unless that has been done. Collective."""
+        if self.args.checkpoint.interval is not None and self.saved != self.step:
+            self.saved = self.step
+            self.saver.start(self._state(), self.random)
 
     def _speed(self, steps: int, seconds: float) -> dict[str, float]:
         sequences = steps * self.share.step_samples / seconds / self.mesh.runtime_ngpus  # a second and GPU
@@ -208,7 +261,7 @@ class TrainingRun:
             seed=self.seed,
             samples=len(self.dataset),
             schedule=self._schedule(),
-            loss=self.loss if self.loss is not None and math.isfinite(self.loss) else None,
+            loss=self.loss,
             run=self.folder.name,
             model=self.args.name,
             processes=self.mesh.runtime_ngpus,
@@ -217,7 +270,8 @@ class TrainingRun:
             prefix=self.args.model.weight_prefix,
             saved_at=time.time(),
             owner=self.run,
-            keep=self.args.checkpoint.keep,
+            updates=self.step - self.finite.skipped,
+            keep=0 if self.finite.in_a_row else self.args.checkpoint.keep,
         )
 
 

@@ -18,7 +18,7 @@ class Watch:
     """Signs of life: a thread gives this rank's, and says whose are missing where a step takes over `patience`."""
 
     def __init__(self, store: dist.Store, rank: int, world: int, patience: timedelta) -> None:
-        self._store, self._rank, self._world, self._patience = store, rank, world, patience.total_seconds()
+        self.store, self._rank, self._world, self._patience = store, rank, world, patience.total_seconds()
         self._stop = threading.Event()
         self._waited = 0.0
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -26,7 +26,7 @@ class Watch:
 
     def reached(self, step: int) -> None:
         """This rank has done optimizer step `step`."""
-        self._store.set(f"step/{self._rank}", str(step))
+        self.store.set(f"step/{self._rank}", str(step))
         self._waited = 0.0
 
     def close(self) -> None:
@@ -51,14 +51,14 @@ class Watch:
 
     def _read(self, kind: str) -> dict[int, str]:
         keys = {other: f"{kind}/{other}" for other in range(self._world)}
-        return {other: self._store.get(key).decode() for other, key in keys.items() if self._store.check([key])}
+        return {other: self.store.get(key).decode() for other, key in keys.items() if self.store.check([key])}
 
     def _run(self) -> None:
         count = 0
         while not self._stop.wait(_BEAT):
             count += 1
             try:
-                self._store.set(f"beat/{self._rank}", str(count))
+                self.store.set(f"beat/{self._rank}", str(count))
             except RuntimeError:  # the store is gone: so is the run
                 return
             self._waited += _BEAT

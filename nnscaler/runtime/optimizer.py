@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -35,7 +33,6 @@ class ShardedOptimizer:
         self.state = [{key: torch.zeros_like(master) for key in self.STATE} for master in self.masters]
         counted = [float(not bucket.is_copy) for bucket in buckets]
         self._counted = torch.tensor(counted, dtype=torch.float64, device=buckets[0].device)
-        self.steps = 0
         ranges = [_decay_ranges(bucket) for bucket in buckets]
         decayed, others = ([(i, parts[kind]) for i, parts in enumerate(ranges)] for kind in (0, 1))
         groups = [
@@ -43,7 +40,7 @@ class ShardedOptimizer:
             for parts, weight_decay in ((decayed, config.weight_decay), (others, 0.0))
         ]
         self._parts = [*decayed, *others]  # (bucket, range of its owned elements) of each parameter of the optimizer
-        self._adam = _adamw(groups, config, buckets[0].device)
+        self._adam = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
         self._bind_state()
 
     def _parameters(self) -> list[Tensor]:
@@ -63,41 +60,60 @@ class ShardedOptimizer:
             if master is not bucket.owned:
                 master.copy_(bucket.owned)
 
+    @property
+    def steps(self) -> int:
+        """Updates so far. Waits for the device."""
+        return int(next(iter(self._adam.state.values()))["step"])
+
     def set_steps(self, steps: int) -> None:
         """Continues after `steps` updates (the moments must be loaded too)."""
-        self.steps = steps
         for parameter in self._parameters():
             self._adam.state[parameter]["step"].fill_(float(steps))
-        for group in self._adam.param_groups:
-            group["step"] = steps  # where apex counts
 
     @torch.no_grad()
-    def step(self, labels: int, lr: float) -> Tensor:
+    def step(self, labels: int, lr: float, loss: Tensor | None = None) -> Tensor:
         """One update from the accumulated gradients of summed losses, taken as the mean over all labels.
 
         labels  number of labels in this rank's micro-batches
-        Returns the norm of the mean's whole gradient before clipping, on the device; nothing waits for the device.
+        loss    the sum of their losses, 0 where another rank has it; None: whether it is finite does not matter
+
+        Where a rank's loss or the whole gradient is not finite, or a gradient's square would not be, nothing changes:
+        no weight, no moment, no count of updates. All ranks decide alike.
+
+        Returns the norm of the mean's whole gradient before clipping, which is not finite where nothing has changed. It
+        is on the device, and nothing waits for the device.
         """
         gradients = [bucket.gradient for bucket in self.buckets]
         squares = (torch.stack(torch._foreach_norm(gradients)).double().square() * self._counted).sum()
         # A constant filled in on the device: copying one there would wait for all that runs on it.
-        sums = torch.stack([squares, torch.full_like(squares, labels / self.plan_ngpus)])
+        sums = torch.stack([
+            squares, torch.full_like(squares, labels / self.plan_ngpus),
+            torch.zeros_like(squares) if loss is None else loss.to(squares.dtype) * 0,
+        ])  # fmt: skip
         if dist.is_initialized() and dist.get_world_size() > 1:
             # Every element is owned by one rank, copies apart; the ranks of a replica see the same labels.
             dist.all_reduce(sums)
         scale = (1.0 / sums[1].clamp(min=1)).float()
-        norm = sums[0].sqrt().float() * scale
+        norm = sums[0].sqrt().float() * scale + sums[2].float()
+        clip = torch.ones_like(norm)
         if self.config.clip_gnorm:
-            scale = scale * (self.config.clip_gnorm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, scale)
+            clip = (self.config.clip_gnorm / (norm + 1e-6)).clamp(max=1.0)
+        finite = norm.isfinite() & (norm * clip).square().isfinite()
+        torch._foreach_mul_(gradients, scale * clip)
         for parameter, (index, part) in zip(self._parameters(), self._parts, strict=True):
             parameter.grad = gradients[index][part]
         for group in self._adam.param_groups:
             group["lr"] = lr
+        self._adam.found_inf = (~finite).float()  # type: ignore[attr-defined]  # torch's kernels ask for this
         self._adam.step()
-        self.steps += 1
         self.publish_masters()
-        return norm
+        return norm / finite
+
+    @torch.no_grad()
+    def is_finite(self) -> bool:
+        """Whether all that this rank owns, masters and moments, is finite. Waits for the device."""
+        tensors = [*self.masters, *(tensor for state in self.state for tensor in state.values())]
+        return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
     @torch.no_grad()
     def publish_masters(self) -> None:
@@ -118,15 +134,3 @@ def _decay_ranges(bucket: Bucket) -> tuple[slice, slice]:
     boundary = max((slot.stop for slot in bucket.slots if decays(slot.spec.shape)), default=0)
     cut = min(max(boundary - owned.start, 0), len(owned))
     return slice(0, cut), slice(cut, len(owned))
-
-
-def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
-    """apex's fused AdamW where it is installed and there is a GPU, torch's fused AdamW otherwise."""
-    if device.type == "cuda":
-        try:
-            from apex.optimizers import FusedAdam
-
-            return FusedAdam(groups, lr=config.lr, betas=config.betas, eps=config.eps, adam_w_mode=True)
-        except ImportError:
-            pass
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

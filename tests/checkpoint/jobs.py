@@ -11,6 +11,7 @@ import torch
 
 from nnscaler.checkpoint.checksums import Checksums, whole_file
 from nnscaler.checkpoint.folder import TrainerState, latest_checkpoint, publish
+from nnscaler.checkpoint.randomness import RANDOM
 from nnscaler.checkpoint.stored import Checkpoint
 from nnscaler.cli.config import CheckpointConfig, TrainerArgs
 from nnscaler.cli.trainer import Trainer
@@ -42,6 +43,13 @@ def losses(folder: Path, name: str) -> list[float]:
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     opened = Checkpoint.open(checkpoint)
     return {name: opened.read(name, shape) for name, shape in opened.shapes().items()}
+
+
+def random_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The states of every rank's random number generators."""
+    opened = Checkpoint.open(checkpoint)
+    names = [name for name in opened.entries if name.startswith(RANDOM)]
+    return {name: opened.read(name, tuple(opened.entries[name].size)) for name in names}
 
 
 def final(folder: Path, name: str) -> dict[str, torch.Tensor]:

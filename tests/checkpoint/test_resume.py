@@ -17,7 +17,7 @@ from nnscaler.checkpoint.checksums import Checksums
 from nnscaler.checkpoint.export import export_model
 from nnscaler.checkpoint.folder import latest_checkpoint
 from nnscaler.checkpoint.merge import merge_to_file
-from nnscaler.checkpoint.randomness import random_states, set_random_states
+from nnscaler.checkpoint.randomness import as_tensors, random_states, set_random_states
 from nnscaler.checkpoint.stored import Checkpoint
 from nnscaler.data.training import PackedDataset
 from tests import tiny
@@ -74,7 +74,7 @@ def test_random_streams_continue(tmp_path):
     for generator in (torch.manual_seed, random.seed, np.random.seed):
         generator(7)
     random.gauss()  # which keeps a second value for the next call
-    states = random_states(device)
+    states = as_tensors(random_states(device))
 
     def draw() -> list[float]:
         return [torch.rand(()).item(), random.random(), random.gauss(), np.random.random(), np.random.standard_normal()]

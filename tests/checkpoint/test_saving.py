@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import signal
 import subprocess
 import threading
 import time
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
+import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from nnscaler import UserError
 from nnscaler.checkpoint.checksums import Checksums
 from nnscaler.checkpoint.due import Due
 from nnscaler.checkpoint.folder import complete_checkpoints, latest_checkpoint, remove_old
+from nnscaler.checkpoint.randomness import as_tensors, random_states
 from nnscaler.cli.trainer import Trainer
+from nnscaler.runtime.module import ParallelModule
 from tests import tiny
-from tests.checkpoint.jobs import assert_equal, job, losses, publish_one, tensors, train
+from tests.checkpoint.jobs import assert_equal, job, losses, publish_one, random_tensors, tensors, train
 from tests.launch import run
 from tests.parity import Case
 
@@ -191,3 +199,40 @@ def test_a_directory_that_is_read_only_from_the_start(folder, disk, tmp_path):
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     with pytest.raises(UserError, match=r"cannot write checkpoints into .*: Read-only file system"):
         Trainer(job(ONE, folder, 3, "never", directory=disk)).run()
+
+
+def hold_step(folder: Path, name: str, wanted: Path) -> tuple[list[str], dict[str, np.ndarray]]:
+    """The fourth step's computation does not end before a checkpoint of the third is there; rank 1 gets SIGTERM.
+
+    Returns also the states of the random number generators before that step, which draws from them.
+    """
+    accumulate, count, states = ParallelModule.accumulate, 0, {}
+
+    def held(module: ParallelModule, micro_batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
+        nonlocal count, states
+        count += 1
+        if count == 4:
+            states = as_tensors(random_states(torch.device("cpu")))
+            torch.rand(1), random.random(), np.random.random()
+            if os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGTERM)
+            deadline = time.monotonic() + 240
+            while not wanted.exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+        return accumulate(module, micro_batches)
+
+    with patch.object(ParallelModule, "accumulate", held), messages() as said:
+        train(TWO, folder, 1000, name, {"interval": 0})
+    return said, {f"random.{name}.{os.environ['RANK']}": tensor.numpy() for name, tensor in states.items()}
+
+
+def test_sigterm_in_a_long_step_saves_what_the_last_one_left(folder):
+    """On all ranks, before the step under way ends, which is then given up."""
+    wanted = folder / "checkpoints" / "long" / "step_00000003"
+    (said, first), (_, second) = run(2, hold_step, folder, "long", wanted, init=False)
+    assert any("stopped by SIGTERM at step 3" in line for line in said)
+    assert names(wanted.parent) == ["step_00000003"]
+    assert len(losses(folder, "long")) == 3
+    run(2, train, TWO, folder, 3, "short", {"interval": 0}, init=False)
+    assert_equal(tensors(wanted), tensors(folder / "checkpoints" / "short" / "step_00000003"))
+    assert_equal(random_tensors(wanted), {name: torch.from_numpy(array) for name, array in {**first, **second}.items()})

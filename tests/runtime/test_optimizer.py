@@ -89,3 +89,40 @@ def test_a_state_that_is_loaded_is_gone_on_from():
 
 def _moments(optimizer: ShardedOptimizer) -> list[torch.Tensor]:
     return [state[key] for state in optimizer.state for key in optimizer.STATE]
+
+
+def everything(optimizer: ShardedOptimizer) -> list[torch.Tensor]:
+    steps = [state["step"] for state in optimizer._adam.state.values()]
+    moments = [tensor for state in optimizer.state for tensor in state.values()]
+    return [t.clone() for t in (*optimizer.masters, *(b.flat for b in optimizer.buckets), *moments, *steps)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("clip", "gradient", "loss"),
+    [(0.5, float("nan"), 1.0), (0.0, float("inf"), 1.0), (0.0, 1e25, 1.0), (0.5, 1.0, float("inf")),
+     (0.0, 1.0, float("nan"))],
+)  # fmt: skip
+def test_a_step_that_is_not_finite_changes_nothing(dtype, clip, gradient, loss):
+    """No weight, moment or count; and what comes after is as if it had never been."""
+    config = OptimizerConfig(CONFIG.lr, CONFIG.betas, CONFIG.eps, CONFIG.weight_decay, clip)
+    results = []
+    for poisoned in (True, False):
+        optimizer, _ = optimizer_of(config, dtype)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(2):
+            give(optimizer, {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()})
+            assert optimizer.step(LABELS, 0.1, torch.tensor(3.0, dtype=torch.float64)).isfinite()
+            if poisoned:
+                before = everything(optimizer)
+                gradients = {name: torch.ones(shape) for name, shape in SHAPES.items()}
+                gradients["other"][1, 7] = gradient
+                give(optimizer, gradients)
+                norm = optimizer.step(LABELS, 0.1, torch.tensor(loss, dtype=torch.float64))
+                assert not norm.isfinite()
+                assert all(torch.equal(*pair) for pair in zip(before, everything(optimizer), strict=True))
+        results.append(everything(optimizer))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert optimizer.is_finite()
+    optimizer.state[-1]["exp_avg_sq"][0] = float("inf")
+    assert not optimizer.is_finite()

@@ -1,0 +1,136 @@
+"""SIGTERM saves at once the state after the last whole step, whatever the step under way is doing.
+
+torchrun ends its processes 30 s after SIGTERM, and a step may take minutes. But weights and moments change only in the
+update at a step's end. Between two updates a thread can therefore save what the last one left, beside the computation,
+and the step under way is given up when it comes to its own update.
+
+All ranks must save after the same step. The thread of each, told by its own signal or by another rank's through the
+store, says after which step its rank is, or that it is just updating; where all say the same, they begin to save, and
+else they ask again. Meanwhile no update can begin: it needs `updating`, which the thread holds. The thread itself
+never waits for that lock, so that no rank waits for one that waits for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+_POLL = 1.0  # seconds between two looks at whether another rank was told to end
+_ASK = 0.05  # seconds between two looks at the others' answers
+_PATIENCE = 60.0  # seconds for all ranks to answer
+_BUSY, _LEAVING = -1, -2  # answers that are no step
+
+
+class Termination:
+    """A context within which SIGTERM does not end the process.
+
+    store   of the ranks; None: there is one
+    name    another in each start of the processes, since the store may outlive them
+    step    after which step the rank is, or None where that must not be saved
+    save    begins to save what the last update left; called on all ranks after the same step
+    """
+
+    def __init__(
+        self, store: dist.Store | None, name: str, step: Callable[[], int | None], save: Callable[[], None]
+    ) -> None:
+        self.updating = threading.Lock()
+        self._store, self._name, self._step, self._save = store, name, step, save
+        self._rank = dist.get_rank() if store is not None else 0
+        self._world = dist.get_world_size() if store is not None else 1
+        self._told = threading.Event()
+        self._leaving = False
+        self._signals, self._wake = os.pipe()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="termination")
+        self._previous: tuple[object, int] | None = None
+
+    @property
+    def told(self) -> bool:
+        """Whether this rank knows that the run is to end."""
+        return self._told.is_set()
+
+    def __enter__(self) -> Termination:
+        self._thread.start()
+        if threading.current_thread() is threading.main_thread():
+            os.set_blocking(self._wake, False)
+            handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+            # The handler runs between two lines of Python, which a long backward pass may put off; this does not wait.
+            self._previous = handler, signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._previous is not None:
+            signal.set_wakeup_fd(self._previous[1])
+            signal.signal(signal.SIGTERM, self._previous[0])  # type: ignore[arg-type]
+        self.leave()
+        os.write(self._wake, b"\0")
+        self._thread.join(timeout=_PATIENCE)
+        os.close(self._wake)
+        os.close(self._signals)
+
+    def leave(self) -> None:
+        """There are no more updates: from now on the rank saves by itself. To be called while holding `updating`."""
+        self._leaving = True
+
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        self._told.set()
+
+    def _run(self) -> None:
+        try:
+            while not self._is_told():
+                if self._leaving:
+                    return
+            self._told.set()
+            if self._store is not None:
+                self._store.set(f"terminate/{self._name}", "")
+            asked = 0
+            while not self._leaving and not self._ask(asked):
+                asked += 1
+                time.sleep(_ASK)
+        except RuntimeError as error:  # the store is gone, and so is the run
+            logger.error("cannot save what the last step left: %s", error)
+
+    def _is_told(self) -> bool:
+        """Whether some rank has had the signal; looks for _POLL seconds, or until this one has."""
+        readable, _, _ = select.select([self._signals], [], [], _POLL)
+        if readable and signal.SIGTERM in os.read(self._signals, 64):
+            return True
+        return self.told or (self._store is not None and self._store.check([f"terminate/{self._name}"]))
+
+    def _ask(self, count: int) -> bool:
+        """Asks all ranks once; whether that was the last time."""
+        free = self.updating.acquire(blocking=False)
+        try:
+            step = self._step() if free else None
+            answers = self._answers(count, _LEAVING if self._leaving else _BUSY if step is None else step)
+            if _LEAVING in answers:
+                return True
+            agreed = len(answers) == 1 and _BUSY not in answers
+            if agreed:
+                self._save()
+            return agreed
+        finally:
+            if free:
+                self.updating.release()
+
+    def _answers(self, count: int, mine: int) -> set[int]:
+        """All ranks' answers to one question."""
+        if self._store is None:
+            return {mine}
+        keys = [f"terminate/{self._name}/{count}/{rank}" for rank in range(self._world)]
+        self._store.set(keys[self._rank], str(mine))
+        deadline = time.monotonic() + _PATIENCE
+        while not self._store.check(keys):
+            if time.monotonic() > deadline:  # a rank is gone, and with it the run
+                return {_LEAVING}
+            time.sleep(_ASK)
+        return {int(self._store.get(key)) for key in keys}
