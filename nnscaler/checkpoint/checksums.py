@@ -59,8 +59,16 @@ class Checksums:
             raise CorruptCheckpoint(
                 f"checkpoint '{folder}' is damaged: file '{CHECKSUMS}' does not match its last line"
             )
-        fields = [line.decode().rstrip("\n").split("\t") for line in lines[:-1]]
-        return Checksums(folder, [Piece(int(f[0], 16), int(f[1]), int(f[2]), f[3], f[4]) for f in fields])
+        try:
+            fields = [line.decode().rstrip("\n").split("\t") for line in lines[:-1]]
+            pieces = [Piece(int(f[0], 16), int(f[1]), int(f[2]), f[3], f[4]) for f in fields]
+        except (ValueError, IndexError) as error:
+            raise CorruptCheckpoint(f"checkpoint '{folder}' has a {CHECKSUMS} that is no such list: {error}") from error
+        paths = [Path(piece.file) for piece in pieces]
+        outside = next((path for path in paths if path.is_absolute() or ".." in path.parts), None)
+        if outside is not None:
+            raise CorruptCheckpoint(f"checkpoint '{folder}' has a file '{outside}' outside of its folder")
+        return Checksums(folder, pieces)
 
     def write(self) -> None:
         pieces = sorted(self.pieces.values(), key=lambda piece: (piece.file, piece.begin))
@@ -77,7 +85,9 @@ class Checksums:
 
     def read_piece(self, file: BinaryIO, name: str, begin: int) -> bytes:
         """The bytes of a piece. Raises CorruptCheckpoint where they are not those that were written."""
-        piece = self.pieces[name, begin]
+        piece = self.pieces.get((name, begin))
+        if piece is None:
+            raise CorruptCheckpoint(f"checkpoint '{self.folder}' is damaged: {CHECKSUMS} knows no piece of '{name}'")
         file.seek(begin)
         data = file.read(piece.length)
         if len(data) != piece.length or zlib.crc32(data) != piece.crc:

@@ -77,6 +77,10 @@ class TrainerState:
             return TrainerState(**json.loads((folder / TRAINER).read_text()))
         except FileNotFoundError as error:
             raise CorruptCheckpoint(f"checkpoint '{folder}' has been removed") from error
+        except CorruptCheckpoint:
+            raise
+        except (ValueError, TypeError) as error:
+            raise CorruptCheckpoint(f"checkpoint '{folder}': file '{TRAINER}' is something else") from error
 
 
 def working_folder(run: Path, step: int) -> Path:

@@ -1,23 +1,46 @@
-"""torch.distributed.checkpoint's files, with a checksum for every piece of every tensor."""
+"""torch.distributed.checkpoint's files, with a checksum for every piece of every tensor.
+
+Whoever can write a checkpoint can write its checksums too, so that these show damage, not who wrote it. Nothing that is
+loaded can run code: the index, a pickle, may name only what an index consists of, and tensors are read by torch's own
+loader for weights.
+"""
 
 from __future__ import annotations
 
 import io
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PosixPath, PurePosixPath
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from nnscaler.checkpoint.checksums import Checksums, CorruptCheckpoint, Piece, file_crc
 from nnscaler.runtime.shards import Box
+
+INDEX = ".metadata"
+_INDEX_TYPES: tuple[Any, ...] = (
+    Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata, ChunkStorageMetadata, BytesStorageMetadata,
+    TensorProperties, _MEM_FORMAT_ENCODING, _StorageInfo, torch.Size, PosixPath, PurePosixPath,
+)  # fmt: skip
+_DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 
 @dataclass(frozen=True)
@@ -69,6 +92,26 @@ def _cause(error: BaseException) -> BaseException:
     return behind or error
 
 
+class _IndexUnpickler(pickle.Unpickler):
+    """Knows only the names that an index of tensors consists of. Raises UnpicklingError for any other."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = {(kind.__module__, kind.__name__): kind for kind in _INDEX_TYPES}
+        kind = known.get((module, name), _DTYPES.get(name) if module == "torch" else None)
+        if (module, name) == ("torch.serialization", "_get_layout"):
+            kind = _layout
+        if kind is None:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no index does")
+        return kind
+
+
+def _layout(name: str) -> torch.layout:
+    """As torch's own function of that purpose, for the only layout there is here."""
+    if name != str(torch.strided):
+        raise pickle.UnpicklingError(f"a tensor's layout is {name}")
+    return torch.strided
+
+
 def _label(index: MetadataIndex) -> str:
     return f"{index.fqn}[{', '.join(map(str, index.offset or ()))}]"
 
@@ -81,8 +124,17 @@ class CheckedReader(dcp.FileSystemReader):
         self._folder, self._checksums = folder, Checksums.read(folder)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        self._checksums.check()  # the index is a pickle: not loaded when changed
-        return super().read_metadata(*args, **kwargs)
+        self._checksums.check()
+        try:
+            index = _IndexUnpickler(io.BytesIO((self._folder / INDEX).read_bytes())).load()
+            assert isinstance(index, Metadata)
+            assert all(isinstance(stored, _StorageInfo) for stored in index.storage_data.values())
+        except Exception as error:  # a pickle that was made up may raise anything
+            raise CorruptCheckpoint(f"checkpoint '{self._folder}' is not loaded: file '{INDEX}': {error}") from error
+        if index.storage_meta is None:
+            index.storage_meta = StorageMeta()
+        index.storage_meta.load_id = self.load_id
+        return index
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         by_piece: dict[MetadataIndex, list[Any]] = {}

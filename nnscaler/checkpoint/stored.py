@@ -64,7 +64,10 @@ class Checkpoint:
 
     def dtype(self, parameter: str) -> torch.dtype:
         """The type in which training computes with a parameter."""
-        return getattr(torch, self.state.parameters[parameter]["dtype"])
+        dtype = getattr(torch, self.state.parameters[parameter]["dtype"], None)
+        if not isinstance(dtype, torch.dtype):
+            raise CorruptCheckpoint(f"checkpoint '{self.folder}' has no type of '{parameter}'")
+        return dtype
 
 
 def describe(checkpoint: Checkpoint) -> Iterator[str]:
