@@ -60,7 +60,7 @@ def peer(one: dict[str, Any]) -> float | None:
 def headline() -> str:
     loss = {row["loss"]: row for row in read("loss.json")["rows"]}
     ours, small, liger = (loss[name] for name in (f"{OURS} 1024", f"{OURS} 768", "Liger"))
-    crash = read("crash.json")
+    crash, rivals = read("crash.json"), read("crash_rivals.json")
     compiles = {row["case"]: row for row in read("compile_time.json")["rows"]}
     ours_8b, large = compiles["8B-128K"], compiles["405B-plan-128"]["seconds"]
     return "\n".join(
@@ -73,7 +73,8 @@ def headline() -> str:
             f"* compiling 8B at 131,072 tokens on two cores: {ours_8b['seconds']} s to plan and code,",
             f"  {ours_8b['time / export']} times one ``torch.export``; 405B's shape for 128 devices: {large} s",
             f"* {crash['kills']} runs killed at random moments: all resumed, no complete checkpoint lost, no torn one",
-            "  loaded",
+            f"  loaded; {rivals['kills']} in two jobs of one folder that torchrun restarts: neither ever continued the "
+            "other",
         ]
     )
 
