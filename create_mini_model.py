@@ -47,21 +47,27 @@ def main() -> None:
     options = parse(__doc__ or "", {"what to make": Options}).make(Options)
     from nnscaler.models import load_config
     from nnscaler.models.changes import changed_config
+    from nnscaler.models.exported import write_config, write_older_tokenizer
 
     changes = {"num_hidden_layers": str(options.num_hidden_layers), **options.set}
     config = changed_config(load_config(options.model_id), changes)
     tokenizer = load_tokenizer(options.tokenizer, options.model_id)
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
-        raise UserError(f"the tokenizer has {len(tokenizer)} ids, more than vocab_size {config.vocab_size}")
+        logger.warning(
+            "the tokenizer has %d ids, more than vocab_size %d: data with those beyond cannot be trained on",
+            len(tokenizer), config.vocab_size,
+        )  # fmt: skip
 
     output = options.output_id
     with new_directory(output) as directory:
         model = initialised_model(config, options.seed)
         model.save_pretrained(directory)
+        write_config(model.config, directory / "config.json")
         for weights in directory.glob("*.safetensors"):  # which safetensors lets nobody else read
             weights.chmod((directory / "config.json").stat().st_mode)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
+            write_older_tokenizer(directory)
     print(f"parameters  {model.num_parameters():,}")
     print(f"size        {sum(file.stat().st_size for file in output.iterdir()) / 1e6:,.1f} MB")
     print(f"saved to    {output}")

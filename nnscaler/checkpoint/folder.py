@@ -101,14 +101,19 @@ def check_complete(folder: Path) -> None:
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
-    """Every checkpoint at or below a directory, the oldest first."""
+    """Every checkpoint at or below a directory, the oldest first. Links are followed, to each folder once."""
+    if directory.is_symlink():
+        directory = directory.resolve()  # `last` and `best` are links
     return _in_order([directory, *_steps_below(directory)] if directory.is_dir() else [])
 
 
 def _steps_below(directory: Path) -> Iterator[Path]:
-    for parent, folders, _ in os.walk(directory):  # a run that goes on may remove some meanwhile
+    seen = set()
+    for parent, folders, _ in os.walk(directory, followlinks=True):  # a run that goes on may remove some meanwhile
+        seen.add(os.path.realpath(parent))
         yield from (Path(parent, name) for name in folders if name.startswith("step_"))
-        folders[:] = [name for name in folders if not name.startswith(("step_", "."))]
+        inner = [name for name in folders if not name.startswith(("step_", ".")) and name not in (LAST, BEST)]
+        folders[:] = [name for name in inner if os.path.realpath(os.path.join(parent, name)) not in seen]
 
 
 def own_checkpoints(run: Path) -> list[Path]:

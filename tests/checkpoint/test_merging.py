@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from nnscaler.checkpoint import sharded
-from nnscaler.checkpoint.checksums import Checksums, whole_file
+from nnscaler.checkpoint.checksums import Checksums, CorruptCheckpoint, whole_file
 from nnscaler.checkpoint.export import export_model
-from nnscaler.checkpoint.folder import ASSETS, TrainerState, publish
-from nnscaler.checkpoint.merge import merge_to_file
+from nnscaler.checkpoint.folder import ASSETS, BEST, TrainerState, complete_checkpoints, latest_checkpoint, publish
+from nnscaler.checkpoint.merge import MergedFile, merge_to_file
 from nnscaler.checkpoint.sharded import save_parts, whole
 from nnscaler.checkpoint.stored import Checkpoint
 from tests.launch import run
@@ -75,3 +75,42 @@ def test_peak_memory(saved, tmp_path, what):
     else:
         config = json.loads((tmp_path / "output" / "config.json").read_text())
         assert config == {}
+
+
+def test_checkpoints_are_found_through_links(tmp_path):
+    """`best` and `last`, a run's folder or what holds it as links, a checkpoint's own folder; loops come to an end."""
+    first = write_checkpoint(tmp_path / "disk" / "run", 2, 2, 1)
+    newest = write_checkpoint(tmp_path / "disk" / "run", 2, 2, 1)
+    (tmp_path / "disk" / "run" / BEST).unlink()
+    (tmp_path / "disk" / "run" / BEST).symlink_to(first.name)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "run").symlink_to(tmp_path / "disk" / "run")
+    (tmp_path / "linked").symlink_to(tmp_path / "checkpoints")
+    (tmp_path / "disk" / "run" / "loop").symlink_to(tmp_path / "disk")
+    for path, wanted in {
+        "checkpoints/run/best": first, "checkpoints/run/last": newest, "disk/run/best": first, "disk": newest,
+        "checkpoints/run": newest, "checkpoints": newest, "linked": newest, f"linked/run/{first.name}": first,
+    }.items():  # fmt: skip
+        assert latest_checkpoint(tmp_path / path).resolve() == wanted, path
+    assert len(complete_checkpoints(tmp_path / "linked")) == 2
+
+
+@pytest.mark.parametrize("tensor", [f"{kind}.layer{i}" for kind in ("model", "exp_avg", "exp_avg_sq") for i in (0, 1)])
+def test_every_tensor_of_a_merged_file_is_checked_when_it_is_loaded(merged, tensor):
+    """Also those that the training of now has no use for."""
+    path, places = merged
+    data = bytearray(path.read_bytes())
+    data[places[tensor]] ^= 1
+    damaged = path.with_name("damaged")
+    damaged.write_bytes(data)
+    with pytest.raises(CorruptCheckpoint, match=f"tensor '{tensor}' has changed"):
+        MergedFile.open(damaged).load([])
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("merged")
+    merge_to_file(Checkpoint.open(write_checkpoint(folder / "run", 4, 4, 2)), folder / "merged.ckpt")
+    MergedFile.open(folder / "merged.ckpt").load([])
+    layout = MergedFile.open(folder / "merged.ckpt")._places
+    return folder / "merged.ckpt", {name: place.begin for name, place in layout.items()}
