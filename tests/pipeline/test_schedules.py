@@ -8,7 +8,7 @@ import pytest
 
 from nnscaler import UserError
 from nnscaler.pipeline.simulate import StageSeconds, simulate
-from nnscaler.schedules import KINDS, Post, Schedule, Wait, Work, in_flight, programs
+from nnscaler.schedules import KINDS, Post, Schedule, Transfer, Wait, Work, in_flight, programs
 
 ALL = [
     Schedule(kind, ranks, ranks * per_rank, micro_batches)
@@ -70,6 +70,18 @@ def test_one_slow_transfer_is_waited_for():
     assert begin[0, "B", 0] == 24
     assert begin[1, "F", 1] == 24
     assert begin[0, "B", 1] == 37
+
+
+def test_two_transfers_of_one_direction_go_one_after_the_other():
+    """Stage 0 computes both micro-batches at once; stage 1 has posted what it receives from the beginning."""
+    schedule = Schedule("1f1b", 2, 2, 2)
+    there, back = [Transfer("F", 0, 0), Transfer("F", 0, 1)], Transfer("B", 1, 0)
+    sends = [step for i, one in enumerate(there) for step in (Work("F", 0, i), Post((one,)))]
+    receives = [Post((*there, back)), Wait((there[0],)), Work("F", 1, 0), Wait((there[1],)), Work("F", 1, 1)]
+    found = simulate(schedule, [[Post((back,)), *sends], receives], [StageSeconds(1, 2, 1, 1)] * 2, [10.0])
+    # The first is on its way from 1 s to 11 s. The second, ready at 2 s, arrives at 21 s.
+    assert [span.start for span in found.spans if span.rank == 1] == [11, 21]
+    assert found.seconds == 22
 
 
 def test_the_slowest_stage_sets_the_pace():

@@ -1,0 +1,94 @@
+"""Generated code: what computes without gradients gives none, and variables that nobody uses any more are let go."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+import torch
+from torch import nn
+
+from nnscaler import ComputeConfig, Source, compile_model
+from nnscaler.models.causal_lm import CausalLM, prepare_config
+from nnscaler.runtime.module import ParallelModule
+from tests import tiny
+
+X = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+
+
+class Layer(nn.Module):
+    def __init__(self, _index: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.first(x)
+        with torch.no_grad():
+            gate = self.second(y).sigmoid() + x
+            with torch.enable_grad():
+                again = self.second(y) * 0.1
+        return y * gate + again
+
+
+class Model(nn.Module):
+    """Parts without gradients in the model and in its repeated layers; within them, one with gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(index) for index in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        with torch.no_grad():
+            largest = x.abs().amax(1, keepdim=True)
+        return (x / largest).square().sum()
+
+
+@pytest.mark.parametrize("strategy", ["reuse_cache", "meta"])
+def test_parts_without_gradients_give_none(strategy, tmp_path):
+    hardware = tiny.write_hardware(tmp_path)
+    compute = ComputeConfig(hardware=hardware, trace_strategy=strategy)
+    compile_model(Source(Model, {"x": X}, torch.float32), compute, tmp_path / "code")
+    torch.manual_seed(0)
+    found, plain = ParallelModule(tmp_path / "code", torch.device("cpu")), Model()
+    weights = dict(plain.named_parameters())
+    found.load(lambda name, box: weights[name].detach()[box.slices])
+    loss = plain(X)
+    loss.backward()
+    torch.testing.assert_close(found.accumulate([{"x": X}]).float(), loss.detach())
+    compared = 0
+    for bucket in found.buckets:
+        for part in bucket.owned_parts():
+            mine = bucket.gradient[part.start : part.stop].view(part.box.sizes)
+            torch.testing.assert_close(mine, weights[part.name].grad[part.box.slices])
+            compared += 1
+    assert compared >= len(weights)
+
+
+def kept_to_the_end(function: ast.FunctionDef) -> set[str]:
+    """Variables made and last used before the function's last `del`, which none deletes."""
+    statements = [node for node in ast.walk(function) if isinstance(node, ast.stmt)]
+    deleted = [name for node in statements if isinstance(node, ast.Delete) for name in node.targets]
+    last = max((name.lineno for name in deleted), default=0)
+    names = [node for node in ast.walk(function) if isinstance(node, ast.Name)]
+    made = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+    later = {name.id for name in names if name.lineno > last}
+    return made - later - {name.id for name in deleted if isinstance(name, ast.Name)}
+
+
+def test_tensors_that_nobody_uses_are_let_go_before_what_follows(tmp_path):
+    """In the layer, which has three steps (before, in and after attention), and in the model around layers."""
+    config = tiny.config()
+    prepare_config(config, tiny.LENGTH, "auto")
+    tokens = torch.zeros(1, tiny.LENGTH, dtype=torch.long)
+    source = Source(lambda: CausalLM(config), {"input_ids": tokens, "labels": tokens}, torch.float32)
+    compile_model(source, ComputeConfig(2, 2, hardware=tiny.write_hardware(tmp_path)), tmp_path / "code")
+    code = ast.parse((tmp_path / "code" / "gencode_stage0.py").read_text())
+    functions = {node.name: node for node in code.body if isinstance(node, ast.FunctionDef)}
+    for name, least in (("llama_decoder_layer", 2), ("forward", 1)):
+        lets_go = [node for node in ast.walk(functions[name]) if isinstance(node, ast.Delete)]
+        assert len(lets_go) >= least, "between one step and the next"
+        assert kept_to_the_end(functions[name]) <= {"device", "i"}
+    first = next(node for node in ast.walk(functions["llama_decoder_layer"]) if isinstance(node, ast.Delete))
+    assert "input_layernorm_weight_whole" in ast.unparse(first), "a gathered weight goes with the step that used it"
