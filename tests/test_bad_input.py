@@ -6,13 +6,20 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from datasets import Dataset
 
 import ckpt_merger
 import train
 from nnscaler.cli.args import run
+from nnscaler.cli.config import DatasetConfig, ModelConfig, TrainerArgs
+from nnscaler.cli.trainer import Trainer
+from nnscaler.config import ComputeConfig
+from nnscaler.data.packed import PackedDataset
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +31,9 @@ def inputs(tmp_path_factory):
     tiny.write_model(folder / "model")
     tiny.write_model(folder / "small_vocabulary", vocab_size=16)
     tiny.write_dataset(folder / "data")
+    ids = [[0, 1]] * 300
+    for name, wrong in {"large_id": 96, "negative_id": -1}.items():
+        Dataset.from_dict({"input_ids": [*ids, [wrong, 1], *ids]}).save_to_disk(str(folder / name))
     tiny.write_hardware(folder)
     return folder
 
@@ -63,7 +73,15 @@ PIPELINE = (*PLAN, "--plan_ngpus", "2", "--explore_pipeline")
         (("--model_id", "{}/data", *DATA), "is not a model: it has no config.json"),
         (("--model_id", "no/such-model", *DATA), "no/such-model"),
         ((*MODEL, *DATA, "--sequence_length", "64"), "sequence_length is 64, but the dataset has 32"),
-        (("--model_id", "{}/small_vocabulary", *DATA), "knows ids from 0 to 15"),
+        (
+            ("--model_id", "{}/small_vocabulary", *DATA),
+            "from 0 to 95, and the model knows those from 0 to 15",
+        ),
+        (
+            (*MODEL, "--dataset_path", "{}/large_id"),
+            "those from 0 to 95 (another one is in row 300 first",
+        ),
+        ((*MODEL, "--dataset_path", "{}/negative_id"), "holds token ids from -1 to 1"),
         (
             (*PLAN, "--plan_ngpus", "4", "--runtime_ngpus", "6"),
             "runtime_ngpus is 6; it must be a multiple of plan_ngpus=4",
@@ -151,3 +169,16 @@ def test_the_process_exits_with_2_and_without_traceback(inputs, tmp_path):
     assert done.returncode == 2
     assert done.stderr.strip() == "error: dataset_path is 'nowhere', which does not exist; make one with bookcorpus.py"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_that_takes_more_samples_than_there_are_is_said(inputs, caplog):
+    """And a vocabulary that is smaller than the tokenizer's does not matter where no row has the other ids."""
+    dataset = PackedDataset.open(inputs / "data")
+    compute = ComputeConfig(1, 4, micro_batches=16)
+    model = ModelConfig(make=torch.nn.Identity, vocabulary=tiny.VOCABULARY)
+    args = TrainerArgs(name="x", model=model, compute=compute, dataset=DatasetConfig(dataset), micro_batch_size=2)
+    Trainer(args)._judge(dataset)
+    assert "a step takes 128 samples (4 copies, 16 micro-batches of 2), and the dataset has 80" in caplog.text
+    caplog.clear()
+    Trainer(replace(args, micro_batch_size=1))._judge(dataset)
+    assert caplog.text == ""

@@ -223,5 +223,3 @@ def test_of_several_processes_one_tells_what_is_wrong(monkeypatch, capsys, tmp_p
         with pytest.raises(SystemExit):
             run(main)
     assert capsys.readouterr().err == "error: two lines\n"
-    report = json.loads((tmp_path / "2" / "error.json").read_text())
-    assert report["message"]["message"] == "error: two lines"

@@ -8,14 +8,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import hashlib
-import json
 import logging
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -90,17 +87,17 @@ def run(main: Callable[[], None]) -> None:
 def _tell(line: str) -> None:
     """Writes a line to stderr; where torchrun started several processes here that say the same, the first of them does.
 
-    torchrun gives each process a file for what ended it, which it shows in its own report of the failure.
+    torchrun gives each process a folder of its own, side by side, where one says that it has told. What torchrun itself
+    then reports of processes that failed has no place for a line of ours that would not come twice.
     """
-    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if report is not None:
-        with suppress(OSError):
-            told = Path(report).parents[1] / f"told-{hashlib.sha256(line.encode()).hexdigest()[:16]}"
-            message = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
-            Path(report).write_text(json.dumps({"message": message}))
-            try:
-                told.touch(exist_ok=False)
-            except FileExistsError:
-                return
+    folder = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if folder is not None:
+        told = Path(folder).parents[1] / f"told-{hashlib.sha256(line.encode()).hexdigest()[:16]}"
+        try:
+            told.touch(exist_ok=False)
+        except FileExistsError:
+            return
+        except OSError:
+            pass
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()

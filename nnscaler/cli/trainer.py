@@ -111,11 +111,10 @@ class Trainer:
             smallest, largest = dataset.token_ids()
             if smallest < 0 or largest >= vocabulary:
                 row = dataset.first_row_outside(vocabulary)
-                place = f"first in row {row}" if row is not None else "among its labels"
-                wrong = smallest if smallest < 0 else largest
+                place = f"in row {row} first" if row is not None else "in its labels"
                 raise UserError(
-                    f"dataset '{dataset.path}' holds the token id {wrong}, {place}; the "
-                    f"model knows ids from 0 to {vocabulary - 1}; prepare the data with the model's own tokenizer"
+                    f"dataset '{dataset.path}' holds token ids from {smallest} to {largest}, and the model knows those "
+                    f"from 0 to {vocabulary - 1} (another one is {place}); prepare it with the model's own tokenizer"
                 )
         compute = self.args.compute
         copies = compute.runtime_ngpus // compute.plan_ngpus
