@@ -117,6 +117,7 @@ def _not_read_yet() -> Any:
 def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
     """`args` with the model and the data. Raises UserError for what does not go together."""
     from chunk_linear_cross_entropy import chunk_linear_cross_entropy
+    from nnscaler.cli.precision import with_precision
     from nnscaler.data.training import PackedDataset
     from nnscaler.models import load_config
     from nnscaler.models.causal_lm import (
@@ -129,6 +130,7 @@ def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
     from nnscaler.models.changes import changed_config
     from nnscaler.models.files import AssetWriter, find_weights
 
+    args = with_precision(args)
     config = load_config(inputs.model_id)
     if inputs.set:
         config = changed_config(config, dict(inputs.set))
@@ -143,7 +145,9 @@ def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
         weight_prefix=WEIGHT_PREFIX,
         vocabulary=config.vocab_size,
         flops_per_sequence=flops_per_sequence(config, count_parameters(config), dataset.length),
-        save_assets=AssetWriter(config, DTYPES[args.precision], inputs.model_id, inputs.dataset_path, dataset.length),
+        save_assets=AssetWriter(
+            config, DTYPES[args.precision or "bf16"], inputs.model_id, inputs.dataset_path, dataset.length
+        ),
     )
     return replace(args, model=model, dataset=dataset)
 

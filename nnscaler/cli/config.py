@@ -153,8 +153,11 @@ class TrainerArgs:
         "with --run_mode compile: print what the plan costs, what limits it, and what would help, for which it plans "
         "a few times more"
     )
-    precision: str = text(
-        "bf16", "bf16: weights in bf16, with fp32 masters in the optimizer; fp32: all in fp32", choices=("bf16", "fp32")
+    precision: str | None = text(
+        None,
+        "bf16: weights in bf16, with fp32 masters in the optimizer; fp32: all in fp32 (default: bf16 where this device "
+        "is fast in it, and for plans for other --hardware; fp32 elsewhere)",
+        choices=("bf16", "fp32"),
     )
     micro_batch_size: int = whole(1, "sequences that a copy of the model computes at a time", least=1, most=2**20)
     max_train_steps: int | None = whole(

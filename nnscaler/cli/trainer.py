@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from nnscaler.cli.config import TrainerArgs
+from nnscaler.cli.precision import with_precision
 from nnscaler.cli.processes import from_all, from_rank_0, join_processes, share_folder
 from nnscaler.cli.watch import Watch
 from nnscaler.compiler import Source, compile_model, differences, identity
@@ -29,7 +30,7 @@ class Trainer:
     """Trains a model as `TrainerArgs` say: `Trainer(args).run()`, on one process or under torchrun."""
 
     def __init__(self, args: TrainerArgs) -> None:
-        self.args = args
+        self.args = with_precision(args)
         self.rank = int(os.environ.get("RANK", 0))
         if self.rank > 0:
             logging.getLogger("nnscaler").setLevel(logging.ERROR)  # one rank reports
@@ -139,7 +140,7 @@ class Trainer:
         return Source(
             model.make,
             inputs,
-            _PRECISION[self.args.precision],
+            _PRECISION[self.args.precision or "bf16"],
             self.args.seed,
             tokens=sequences * self.args.dataset.length,
             flops=(sequences * flops[0], sequences * flops[1]) if flops else None,

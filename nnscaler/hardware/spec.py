@@ -18,6 +18,7 @@ from nnscaler.hardware.local import is_kind, measured_on, measured_on_kind
 if TYPE_CHECKING:  # who only asks for names need not wait for torch
     import torch
 
+_WIDENED = 0.8  # of the rate in fp32, for products of 16 bits computed so: their inputs are copied (measured)
 _SPECS = Path(__file__).parent / "specs"
 
 
@@ -133,7 +134,9 @@ def detect_hardware() -> Hardware:
     if not torch.cuda.is_available():
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         remark = "planning for this computer's CPU, for want of a GPU; --hardware plans for another device"
-        return replace(_read(_bundled("cpu")), memory=float(memory), measured=measured_on(device), remark=remark)
+        cpu = _read(_bundled("cpu"))
+        flops = {**cpu.flops, **_flops_in_fp32(cpu)}
+        return replace(cpu, memory=float(memory), flops=flops, measured=measured_on(device), remark=remark)
     kinds = [name for name in hardware_names() if is_kind(name, device)]
     hardware = _read(_bundled(kinds[-1] if kinds else _most_alike()))
     remark, name = "", hardware.name
@@ -151,6 +154,16 @@ def detect_hardware() -> Hardware:
         measured=measured_on(device),
         remark=remark,
     )
+
+
+def _flops_in_fp32(cpu: Hardware) -> dict[str, float]:
+    """The rates in types that this CPU is slow in: products are computed in fp32 then (`nnscaler.kernels.products`)."""
+    import torch
+
+    from nnscaler.kernels.products import are_slow
+
+    slow = [name for name in cpu.flops if are_slow(torch.device("cpu"), getattr(torch, name))]
+    return dict.fromkeys(slow, _WIDENED * cpu.flops["float32"])
 
 
 def _most_alike() -> str:

@@ -7,6 +7,7 @@ fp32 what is read in 16 bits, and rounds the result to them.
 from __future__ import annotations
 
 import functools
+import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+logger = logging.getLogger(__name__)
 
 # Those that are slow: measured, as products with vectors, convolutions of few channels and all else are not.
 _PRODUCTS = (
@@ -37,6 +40,8 @@ def _slow_types() -> frozenset[torch.dtype]:
 @functools.cache
 def widen_slow_products() -> None:
     """Makes this process compute products of types that are slow on its CPU in fp32, by PyTorch's kernels for that."""
+    if _slow_types():
+        logger.info("products in 16 bits are computed in fp32: this CPU has no instructions for them")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"(?s).*Overriding a previously registered kernel")
         for name in _PRODUCTS if _slow_types() else ():

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nnscaler.errors import UserError
+from nnscaler.kernels import are_slow, widen_slow_products
 from nnscaler.mesh import Mesh
 from nnscaler.runtime.axes import Axes
 from nnscaler.runtime.buckets import GradientReducer, make_buckets
@@ -61,6 +62,8 @@ class ParallelModule(nn.Module):
         self.specs = {name: ParameterSpec.from_json(fields) for name, fields in plan["parameters"].items()}
         self.tied: dict[str, str] = plan["tied"]
         self.predicted_seconds: dict[str, float] = plan["predicted"]["seconds_by_category"]
+        if any(are_slow(axes.device, spec.dtype) for spec in self.specs.values()):
+            widen_slow_products()
         decayed = {name: decays(spec.shape) for name, spec in self.specs.items()}
         self.buckets, parameters = make_buckets(self.specs, self.axes, decayed, alone=shared)
         self.trained = list(parameters.values())
