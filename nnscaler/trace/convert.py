@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils._python_dispatch import _disable_current_modes
 
 from nnscaler.errors import UserError
 from nnscaler.graph import Block, Call, Node, Ref, TensorMeta, map_refs
@@ -81,20 +82,26 @@ class Converter:
             if isinstance(item, Ref) and kind == OutputKind.USER_OUTPUT
         ]
         _drop_unused(block)
+        self._keep_used_constants(block)
         _name_after_modules(block)
         return block
 
     def _constant(self, path: str, value: Tensor) -> str:
         """Keeps a constant, and gives its path."""
-        if isinstance(value, FakeTensor) or value.is_meta:
-            raise UserError(
-                f"forward uses a tensor ({path}, {list(value.shape)}) that is neither a parameter nor a buffer, and "
-                "has no fixed value; register it with register_parameter or register_buffer"
-            )
-        if path.startswith("lifted_tensor_"):
+        if path.startswith("lifted_tensor_") and _has_values(value):
             path = f"constant_{digest(value)[:8]}"
         self.constants[path] = value.detach()
         return path
+
+    def _keep_used_constants(self, block: Block) -> None:
+        paths = set(block.parameters.values())
+        self.constants = {path: value for path, value in self.constants.items() if path in paths}
+        for path, value in self.constants.items():
+            if not _has_values(value):
+                raise UserError(
+                    f"forward uses a tensor ({path}, {list(value.shape)}) that is neither a parameter nor a buffer, and "
+                    "has no fixed value; register it with register_parameter or register_buffer"
+                )
 
     def _nodes(self, module: fx.GraphModule, env: dict[fx.Node, Any], block: Block, no_grad: bool) -> Any:
         for node in module.graph.nodes:
@@ -177,9 +184,14 @@ class Converter:
         return None
 
 
+def _has_values(tensor: Tensor) -> bool:
+    return not isinstance(tensor, FakeTensor) and not tensor.is_meta
+
+
 def digest(tensor: Tensor) -> str:
     """Equal for tensors of equal values, shapes and types."""
-    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    with _disable_current_modes(), torch.no_grad():
+        content = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return hashlib.sha1(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + content).hexdigest()
 
 

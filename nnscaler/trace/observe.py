@@ -183,4 +183,5 @@ def _run(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, Tensor], m
 
 def _another(tensor: Tensor) -> Tensor:
     """The same tensor as another object, so that it is seen who uses which."""
-    return tensor.detach().requires_grad_(tensor.requires_grad)
+    other = tensor.detach()
+    return other.requires_grad_().clone() if tensor.requires_grad else other  # no leaf: those cannot be written into

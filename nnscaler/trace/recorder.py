@@ -96,6 +96,8 @@ class Outline(TorchFunctionMode):
         for tensor in _tensors(tensors):
             kind = type(tensor.grad_fn)
             # A custom operator is a node of the graph, with the backward that is registered for it.
+            if kind.__name__.startswith("BackwardHookFunction"):
+                raise UserError(f"a module has a backward hook (it is called at {self.line()}): remove it, it is not traced")
             if issubclass(kind, BackwardCFunction) and not kind.__name__.startswith("GeneratedBackwardFor_"):
                 raise UserError(
                     f"{kind.__name__.removesuffix('Backward')}, whose result is used at {self.line()}, "
@@ -235,6 +237,11 @@ class Recorder(Outline):
     def _value(self, tensor: Tensor) -> str:
         known = self._values.get(id(tensor))
         if known is None:
+            if tensor.is_meta:
+                raise UserError(
+                    f"a tensor that is used at {self.line()} ({_type(tensor)}) is neither a parameter nor a buffer of the "
+                    "model, and has no fixed value; register it, or the module that it belongs to"
+                )
             text = f"constant {len(self._values)}"
             if not isinstance(tensor, FakeTensor) and tensor.device.type == "cpu":
                 with torch._C.DisableTorchFunction():
