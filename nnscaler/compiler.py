@@ -131,7 +131,7 @@ def compile_model(source: Source, config: ComputeConfig, directory: Path, explai
             save_file(
                 {name: tensor.contiguous() for name, tensor in graph.buffers.items()}, work / "buffers.safetensors"
             )
-        (work / DONE).write_text(json.dumps(identity(source, model, config, graph.record), indent=1))
+        (work / DONE).write_text(json.dumps(identity(source, model, config, graph.record or None), indent=1))
         check_replaceable(directory)
         if directory.exists():
             shutil.rmtree(directory)

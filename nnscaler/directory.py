@@ -6,6 +6,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -30,6 +31,15 @@ def check_writable(folder: Path, name: str) -> None:
             pass
     except OSError as error:
         raise UserError(f"{name} is '{folder}', which cannot be written: {error.strerror or error}") from error
+
+
+def check_name(name: str) -> None:
+    """Raises UserError unless `name` is one that a folder below another can have: names are names, not paths."""
+    if not re.fullmatch(r"\w[\w.+=@-]*", name):
+        raise UserError(
+            f"name is {name!r}; it names folders: letters, digits and any of _ . + = @ - are allowed, after a letter, a "
+            "digit or _"
+        )
 
 
 def check_new(path: Path) -> None:

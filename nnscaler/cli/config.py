@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnscaler.config import ComputeConfig, OptimizerConfig
+from nnscaler.directory import check_name
 from nnscaler.errors import UserError
 from nnscaler.options import REQUIRED, check, number, path, switch, text, whole
 
@@ -170,6 +171,7 @@ class TrainerArgs:
 
     def __post_init__(self) -> None:
         check(self)
+        check_name(self.name)
         if self.explain and self.run_mode != "compile":
             raise UserError(f"explain goes with run_mode compile; run_mode is {self.run_mode}")
         steps, warmup = self.max_train_steps, self.lr_scheduler.warmup_steps

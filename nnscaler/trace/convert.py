@@ -99,8 +99,8 @@ class Converter:
         for path, value in self.constants.items():
             if not _has_values(value):
                 raise UserError(
-                    f"forward uses a tensor ({path}, {list(value.shape)}) that is neither a parameter nor a buffer, and "
-                    "has no fixed value; register it with register_parameter or register_buffer"
+                    f"forward uses a tensor ({path}, {list(value.shape)}) that is neither a parameter nor a buffer, "
+                    "and has no fixed value; register it with register_parameter or register_buffer"
                 )
 
     def _nodes(self, module: fx.GraphModule, env: dict[fx.Node, Any], block: Block, no_grad: bool) -> Any:

@@ -44,6 +44,46 @@ def mark_gradients(graph: Graph) -> None:
     for (_, trained_, _), block in kinds.items():
         _mark(block, _inside(block, dict(zip(block.parameters, trained_)), inputs_of[block.name]))
     graph.blocks = {block.name: block for block in kinds.values()}
+    unreached = _trained(graph) - _reached(graph)
+    if unreached:
+        for path in unreached:
+            graph.parameters[path] = replace(graph.parameters[path], requires_grad=False)
+        mark_gradients(graph)
+
+
+def _trained(graph: Graph) -> set[str]:
+    return {path for path, meta in graph.parameters.items() if meta.requires_grad}
+
+
+def _reached(graph: Graph) -> set[str]:
+    """The parameters that the outputs' gradients reach: the others are as good as frozen, as they are to PyTorch."""
+    reached: dict[str, set[str]] = {block.name: set() for block in graph.all_blocks()}
+    paths: set[str] = set()
+    _follow_back(graph.root, set(graph.root.outputs), graph, reached)
+    for name, path in graph.root.parameters.items():
+        if name in reached[graph.root.name]:
+            paths.add(path)
+    for node in graph.root.nodes:
+        if isinstance(node, Call):
+            paths.update(path for name, path in node.parameters.items() if name in reached[node.block])
+    return paths
+
+
+def _follow_back(block: Block, begin: set[str], graph: Graph, reached: dict[str, set[str]]) -> None:
+    found = reached[block.name]
+    found.update(name for name in begin if block.tensors[name].requires_grad)
+    for node in reversed(block.nodes):
+        if not found.intersection(node.outputs):
+            continue
+        if isinstance(node, Call):
+            called = graph.blocks[node.block]
+            outputs = {inner for inner, outer in zip(called.outputs, node.outputs) if outer in found}
+            if not outputs <= reached[called.name]:
+                _follow_back(called, outputs, graph, reached)
+            names = [outer for inner, outer in zip(called.inputs, node.inputs) if inner in reached[called.name]]
+        else:
+            names = node.inputs
+        found.update(name for name in names if block.tensors[name].requires_grad)
 
 
 def _inside(block: Block, trained: Mapping[str, bool], inputs: Sequence[bool]) -> dict[str, bool]:

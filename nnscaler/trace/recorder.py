@@ -97,7 +97,9 @@ class Outline(TorchFunctionMode):
             kind = type(tensor.grad_fn)
             # A custom operator is a node of the graph, with the backward that is registered for it.
             if kind.__name__.startswith("BackwardHookFunction"):
-                raise UserError(f"a module has a backward hook (it is called at {self.line()}): remove it, it is not traced")
+                raise UserError(
+                    f"a module has a backward hook (it is called at {self.line()}): remove it, it is not traced"
+                )
             if issubclass(kind, BackwardCFunction) and not kind.__name__.startswith("GeneratedBackwardFor_"):
                 raise UserError(
                     f"{kind.__name__.removesuffix('Backward')}, whose result is used at {self.line()}, "
@@ -239,8 +241,8 @@ class Recorder(Outline):
         if known is None:
             if tensor.is_meta:
                 raise UserError(
-                    f"a tensor that is used at {self.line()} ({_type(tensor)}) is neither a parameter nor a buffer of the "
-                    "model, and has no fixed value; register it, or the module that it belongs to"
+                    f"a tensor that is used at {self.line()} ({_type(tensor)}) is neither a parameter nor a buffer of "
+                    "the model, and has no fixed value; register it, or the module that it belongs to"
                 )
             text = f"constant {len(self._values)}"
             if not isinstance(tensor, FakeTensor) and tensor.device.type == "cpu":

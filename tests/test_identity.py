@@ -1,0 +1,146 @@
+"""A compiled directory is used for nothing but what it was compiled for, and replaces nothing that no compile wrote."""
+
+import importlib
+import os
+import sys
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from nnscaler import ComputeConfig, Source, UserError, compile_model, register_op
+from nnscaler.compiler import check_replaceable, differences, identity
+from nnscaler.directory import check_name
+from nnscaler.operators import registry
+from tests import tiny
+
+MODULE = """
+import os
+import torch
+from torch import nn
+
+def factor():
+    return 2.0
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self._power = 1
+
+    def forward(self, x):
+        return self.linear(x).pow(self._power).mul(factor()).add(float(os.environ.get("TEST_SHIFT", 0))).sum()
+"""
+
+
+class Written:
+    """A model whose code is a file, and what it was compiled to."""
+
+    def __init__(self, folder):
+        self.file, self.config = folder / "written_model.py", ComputeConfig(hardware=tiny.write_hardware(folder))
+        self.write(MODULE)
+        self.code = compile_model(self.source(), self.config, folder / "code")
+
+    def write(self, text):
+        self.file.write_text(text)
+        os.utime(self.file, (0, len(text)))  # so that Python sees another file within the same second
+        sys.modules.pop("written_model", None)
+        importlib.invalidate_caches()
+
+    def source(self, power=1):
+        def make():
+            model = importlib.import_module("written_model").Model()
+            model._power = power
+            return model
+
+        return Source(make, {"x": torch.zeros(2, 4)}, torch.float32)
+
+    def differences(self, **changes):
+        source = self.source(**changes)
+        return differences(self.code, identity(source, source.build()[0], self.config))
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    yield Written(tmp_path)
+    sys.modules.pop("written_model", None)
+
+
+def test_it_is_used_again_where_nothing_changed(written):
+    assert written.differences() == []
+    written.write(MODULE)
+    assert written.differences() == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [(".sum()", ".mean()"), ("return 2.0", "return 3.0"), ("mul(factor())", "mul(2.0)")]
+)
+def test_edited_code_is_compiled_again(written, old, new):
+    written.write(MODULE.replace(old, new))
+    assert any(text.startswith("sources.written_model") for text in written.differences())
+
+
+def test_attributes_and_the_environment_that_forward_reads_tell_models_apart(written, monkeypatch):
+    assert any(text.startswith("model: ") for text in written.differences(power=2))
+    monkeypatch.setenv("TEST_SHIFT", "1")
+    assert any(text.startswith("model: ") for text in written.differences())
+
+
+@pytest.mark.parametrize("module", [torch, transformers])
+def test_another_version_is_compiled_again(written, monkeypatch, module):
+    monkeypatch.setattr(module, "__version__", "99.0")
+    assert any("wanted 99.0" in text for text in written.differences())
+
+
+def test_another_operator_is_compiled_again(written, monkeypatch):
+    monkeypatch.setattr(registry, "_operators", dict(registry._operators))
+
+    def test_identity_op(x):
+        return x
+
+    register_op("a b -> a b")(test_identity_op)
+    first = written.differences()
+    assert any(text.startswith("operators.test_identity_op") for text in first)
+    register_op("a^ b -> a^ b")(test_identity_op)
+    assert written.differences() != first
+
+
+def test_what_is_executed_to_be_traced_is_compiled_again(written):
+    config = ComputeConfig(hardware=written.config.hardware, trace_strategy="cpu")
+    compile_model(written.source(), config, written.code)
+    source = written.source()
+    assert differences(written.code, identity(source, source.build()[0], config)) == [
+        "model: compiled known only when it is executed, wanted known only when it is executed"
+    ]
+
+
+def test_only_what_a_compile_wrote_is_replaced(tmp_path):
+    config = ComputeConfig(hardware=tiny.write_hardware(tmp_path))
+    source = Source(lambda: nn.Sequential(nn.Linear(4, 4), nn.Flatten(0), nn.Linear(8, 1)), {"input": torch.ones(2, 4)})
+    code = tmp_path / "code"
+    code.mkdir()
+    for _ in range(2):  # an empty folder, and one that a compile made
+        compile_model(source, config, code)
+    (code / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="holds 'thesis.txt', which no compile wrote"):
+        compile_model(source, config, code)
+    assert (code / "thesis.txt").exists()
+    for path in (tmp_path / "file", tmp_path / "link", tmp_path / "plans"):
+        if path.name == "file":
+            path.write_text("")
+        elif path.name == "link":
+            path.symlink_to(code)
+        else:
+            path.mkdir()
+            (path / "plan.json").write_text("{}")
+        with pytest.raises(UserError, match=r"not a folder that a compile made|has no compiled\.json"):
+            check_replaceable(path)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../other", "/tmp/x", "a/b", "a\\b", "-x", ".hidden", "a\n", "a\0"])
+def test_names_are_names(name):
+    with pytest.raises(UserError, match="it names folders"):
+        check_name(name)
+    check_name("Llama-3_8B.long@128k")

@@ -1,0 +1,446 @@
+"""Layers are one block where they compute the same, whatever could make them differ; what cannot be known is refused.
+
+Each model is compiled for one process and compared with PyTorch: loss, and gradients of its parameters.
+"""
+
+import dataclasses
+import enum
+import functools
+import types
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import parametrize
+
+from nnscaler import ComputeConfig, Source, UserError, compile_model
+from nnscaler.runtime.module import ParallelModule
+from nnscaler.trace import trace
+from tests import tiny
+
+WIDTH = 8
+X = torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+class Layer(nn.Module):
+    """Adds a product of its input times what `factor(layer)` gives; `prepare(layer, index)` sets the layer up."""
+
+    def __init__(self, index, factor, prepare=None):
+        super().__init__()
+        self.index, self.factor = index, factor
+        self.linear = nn.Linear(WIDTH, WIDTH, bias=False)
+        if prepare is not None:
+            prepare(self, index)
+
+    def scale(self):
+        return 1.0
+
+    def forward(self, x):
+        return x + self.linear(x) * self.factor(self)
+
+
+class Stack(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x.square().sum()
+
+
+def stack(factor, prepare=None, count=4):
+    return lambda: Stack(Layer(index, factor, prepare) for index in range(count))
+
+
+def traced(make, strategy="reuse_cache"):
+    source = Source(make, {"x": X}, torch.float32)
+    model, buffers = source.build()
+    return trace(model, source.inputs, buffers, strategy)
+
+
+def check_as_pytorch(make, folder, **config):
+    """Compiles, and compares loss and gradients with PyTorch's."""
+    config = ComputeConfig(hardware=tiny.write_hardware(folder), **config)
+    code = compile_model(Source(make, {"x": X}, torch.float32), config, folder / "code")
+    ours, model = ParallelModule(code, torch.device("cpu")), make()
+    weights = dict(model.named_parameters())
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in weights.values():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
+    ours.load(lambda name, box: weights[name].detach()[box.slices])
+    found, wanted = ours.accumulate([{"x": X}]).item(), model(X)
+    wanted.backward()
+    assert found == pytest.approx(wanted.item(), rel=1e-4)
+    trained = set()
+    for bucket in ours.buckets:
+        for part in bucket.owned_parts():
+            gradient = weights[part.name].grad
+            found = bucket.gradient[part.start : part.stop].view(part.box.sizes)
+            torch.testing.assert_close(found, gradient[part.box.slices], rtol=1e-3, atol=1e-4)
+            trained.add(part.name)
+    assert trained == {name for name, weight in weights.items() if weight.grad is not None}
+
+
+class Kind(enum.Enum):
+    A = 2.0
+    B = 3.0
+
+
+@dataclasses.dataclass
+class Settings:
+    scale: float
+    _hidden: float = 1.0
+
+
+class Slotted:
+    __slots__ = ("value",)
+
+    def __init__(self, value):
+        self.value = value
+
+
+def sets(**makers):
+    def prepare(layer, index):
+        for name, make in makers.items():
+            setattr(layer, name, make(index))
+
+    return prepare
+
+
+def closure(value):
+    return lambda: value
+
+
+def buffer(layer, index):
+    layer.register_buffer("held", torch.full((WIDTH,), 1.0 + index % 2), persistent=False)
+
+
+KINDS = {
+    "private": (lambda layer: layer._s, sets(_s=lambda i: 1.0 + i % 2)),
+    "enum": (lambda layer: layer.kind.value, sets(kind=lambda i: Kind.A if i % 2 else Kind.B)),
+    "dict": (lambda layer: layer.d["a"]["b"], sets(d=lambda i: {"a": {"b": float(i // 2)}})),
+    "set": (lambda layer: float(len(layer.names)), sets(names=lambda i: {"a", "b"} if i % 2 else {"a"})),
+    "lambda": (lambda layer: layer.f(2.0), sets(f=lambda i: (lambda x: x * 2) if i % 2 else (lambda x: x * 3))),
+    "cell": (lambda layer: layer.f(), sets(f=lambda i: closure(1.0 + i % 2))),
+    "partial": (lambda layer: layer.f(), sets(f=lambda i: functools.partial(float, str(i % 2)))),
+    "bound method": (lambda layer: layer.f(), sets(f=lambda i: (1.0 + i % 2).__abs__)),
+    "dataclass": (lambda layer: layer.c._hidden, sets(c=lambda i: Settings(1.0, 1.0 + i % 2))),
+    "slots": (lambda layer: layer.c.value, sets(c=lambda i: Slotted(1.0 + i % 2))),
+    "tensor": (lambda layer: layer.t, sets(t=lambda i: torch.full((WIDTH,), 1.0 + i % 2))),
+    "tensors": (lambda layer: layer.t[1], sets(t=lambda i: [torch.ones(1), torch.arange(8.0) * (i % 2)])),
+    "dtype": (lambda layer: torch.ones(1, dtype=layer.t).itemsize, sets(t=lambda i: (torch.int32, torch.int64)[i % 2])),
+    "index": (lambda layer: 2.0 if layer.index % 2 else 3.0, None),
+    "index in a table": (
+        lambda layer: 2.0 if layer.c.types[layer.index] == "full" else 3.0,
+        sets(c=lambda i: types.SimpleNamespace(types=["full", "full", "sliding", "full"])),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_that_computes_something_else_is_another_block(kind):
+    factor, prepare = KINDS[kind]
+    graph = traced(stack(factor, prepare))
+    assert len(graph.blocks) == 2, "two kinds of layers"
+    assert str(graph) == str(traced(stack(factor, prepare), "meta"))
+
+
+def test_what_tells_layers_apart_has_its_value(tmp_path):
+    """Of constants, which a block holds: each layer its own."""
+    factors, prepares = zip(*(KINDS[kind] for kind in ("tensor", "enum", "cell", "dict")))
+
+    def prepare(layer, index):
+        buffer(layer, index)
+        for one in prepares:
+            one(layer, index)
+
+    def factor(layer):
+        return layer.held * torch.tensor([2.0, layer.index % 3]).sum() * sum(one(layer) for one in factors)
+
+    check_as_pytorch(stack(factor, prepare, 3), tmp_path)
+
+
+def test_an_index_that_changes_nothing_is_no_difference():
+    seen = []
+    graph = traced(stack(lambda layer: 2.0 if seen.append(layer.index) is None else 3.0, count=6))
+    (block,) = graph.blocks.values()
+    assert len(graph.calls(block.name)) == 6
+
+
+def patched():
+    model = stack(Layer.scale)()
+    model.layers[1].scale = lambda: 5.0
+    model.layers[1].factor = lambda layer: layer.scale()
+    model.layers[2].forward = types.MethodType(lambda layer, x: x - layer.linear(x), model.layers[2])
+    return model
+
+
+def hooked():
+    model = stack(Layer.scale)()
+    model.layers[1].register_forward_hook(lambda layer, given, result: result * 2)
+    model.layers[2].register_forward_pre_hook(lambda layer, given: (given[0] * 3,))
+    model.layers[3].linear.register_forward_hook(lambda layer, given, result: result + 1)
+    model.register_forward_hook(lambda layer, given, result: result * 2)
+    return model
+
+
+def subclasses():
+    class Doubled(Layer):
+        constant = 2.0
+
+        def scale(self):
+            return self.constant
+
+    other = type("Doubled", (Doubled,), {"constant": property(lambda layer: 4.0)})
+    kinds = (Layer, Doubled, other, Layer)
+    return Stack(kind(index, lambda layer: layer.scale()) for index, kind in enumerate(kinds))
+
+
+def parametrized():
+    class Twice(nn.Module):
+        def forward(self, weight):
+            return weight * 2
+
+    model = stack(Layer.scale)()
+    parametrize.register_parametrization(model.layers[1].linear, "weight", Twice())
+    return model
+
+
+def tied():
+    model = stack(Layer.scale)()
+    model.layers[2].linear.weight = model.layers[0].linear.weight
+    return model
+
+
+def borrowing():
+    """Layers that use the weight of the layer before."""
+    model = stack(lambda layer: layer.before.linear.weight.sum(0))()
+    for layer, before in zip(model.layers, [model.layers[-1], *model.layers]):
+        layer.__dict__["before"] = before
+    return model
+
+
+def stashing():
+    """Layers whose loss is read from an attribute."""
+
+    class Model(Stack):
+        def forward(self, x):
+            return super().forward(x) + sum(layer.loss for layer in self.layers)
+
+    def factor(layer):
+        layer.loss = layer.linear.weight.square().mean()
+        return 1.0
+
+    return Model(Layer(index, factor) for index in range(3))
+
+
+def writing():
+    """Layers that write into their argument, and into results and views of their own."""
+
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            x.mul_(0.5)
+            y = self.linear(x)
+            y[0].mul_(3.0)
+            return y.add_(1.0)
+
+    class Model(Stack):
+        def forward(self, x):
+            for layer in self.layers:
+                x = x * 1.5
+                x = layer(x) + x
+            return x.sum()
+
+    return Model(Writes() for _ in range(3))
+
+
+def without_gradient():
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+        def forward(self, x):
+            with torch.no_grad():
+                y = self.a(x)
+                with torch.enable_grad():
+                    z = self.b(x)
+            return x + y + z + self.c(x).detach() * x
+
+    return Stack(Part() for _ in range(3))
+
+
+def counting_depth():
+    """Layers that count themselves in an object that they share, from 0 in each forward."""
+    shared = types.SimpleNamespace(depth=0)
+
+    class Model(Stack):
+        def forward(self, x):
+            shared.depth = 0
+            return super().forward(x)
+
+    def factor(layer):
+        shared.depth += 1
+        return float(shared.depth)
+
+    return Model(Layer(index, factor) for index in range(3))
+
+
+def twice():
+    class Model(Stack):
+        def forward(self, x):
+            for layer in [*self.layers, *self.layers]:
+                x = layer(x)
+            return x.square().mean()
+
+    return Model(Layer(index, Layer.scale) for index in range(2))
+
+
+RIGHT = (
+    patched, hooked, subclasses, parametrized, tied, borrowing, stashing, writing, without_gradient, counting_depth,
+    twice,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("make", RIGHT)
+def test_it_trains_as_pytorch_does(make, tmp_path):
+    check_as_pytorch(make, tmp_path)
+
+
+@pytest.mark.parametrize("frozen", [(0, 1), (2, 3), (1,), (0, 3)])
+def test_frozen_layers_among_trained_ones(frozen, tmp_path):
+    def make():
+        model = stack(Layer.scale)()
+        for index in frozen:
+            model.layers[index].requires_grad_(False)
+        return model
+
+    check_as_pytorch(make, tmp_path)
+    graph = traced(make)
+    assert {path: meta.requires_grad for path, meta in graph.parameters.items()} == {
+        f"layers.{index}.linear.weight": index not in frozen for index in range(4)
+    }
+
+
+class Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def counts(layer):
+    layer.calls = getattr(layer, "calls", 0) + 1
+    return float(layer.calls)
+
+
+def updates(layer):
+    layer.held.add_(1)
+    return layer.held
+
+
+def keeps(layer):
+    layer.t[0].mul_(2)
+    return layer.t[0]
+
+
+def shared_count():
+    counter = types.SimpleNamespace(calls=0)
+    return stack(lambda layer: counts(counter))()
+
+
+def backward_hook():
+    model = stack(Layer.scale)()
+    model.layers[1].register_full_backward_hook(lambda layer, given, result: (given[0] * 2,))
+    return model
+
+
+def unregistered():
+    model = stack(lambda layer: layer.parts["a"][0].weight, sets(parts=lambda i: {"a": [nn.Linear(WIDTH, WIDTH)]}))
+    return model()
+
+
+REFUSED = {
+    "a counter": (stack(counts), "sets layers.0.calls.*changes from one call to the next"),
+    "a shared counter": (shared_count, r"forward of 'layers.0' computes changes from one call to the next"),
+    "a buffer": (stack(updates, buffer), r"changes buffer 'layers.0.held' at test_same_layers.py:\d+"),
+    "a kept tensor": (stack(keeps, sets(t=lambda i: [torch.ones(WIDTH)])), r"changes a tensor that it keeps .*py:\d+"),
+    "batch norm": (lambda: Stack([nn.BatchNorm1d(4)]), "changes buffer 'layers.0.num_batches_tracked'"),
+    "a backward": (
+        stack(lambda layer: Sign.apply(layer.linear.weight).sum()),
+        r"Sign, .*py:\d+, has a backward of its",
+    ),
+    "a gradient's hook": (
+        stack(lambda layer: layer.linear.weight.register_hook(abs) and 1.0),
+        "register_hook at test_",
+    ),
+    "a module's": (backward_hook, "a module has a backward hook"),
+    "no value": (
+        stack(lambda layer: layer.t, sets(t=lambda i: torch.randn(WIDTH))),
+        "neither a parameter nor a buffer",
+    ),
+    "modules in a list": (unregistered, r"py:\d+ .*neither a parameter nor a buffer .* register it"),
+    "a read": (
+        stack(lambda layer: layer.linear.weight.sum().item()),
+        r"reads a tensor's value .* \(at test_.*py:\d",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_compiled_is_refused_by_name(case):
+    make, message = REFUSED[case]
+    with pytest.raises(UserError, match=message):
+        traced(make)
+
+
+values = st.sampled_from([1.0, 2.0])
+ways = st.sampled_from(["scale", "act", "norm", "plain"])
+parts = st.tuples(ways, st.sampled_from(["attribute", "_private", "dict", "closure", "tensor"]), values, st.booleans())
+
+
+class Part(nn.Module):
+    def __init__(self, way, kind, value, frozen):
+        super().__init__()
+        self.way = way
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.linear.weight.requires_grad_(not frozen)
+        setattr(self, "_held" if kind == "_private" else "held", {
+            "dict": {"value": value}, "closure": closure(value), "tensor": torch.tensor(value),
+        }.get(kind, value))  # fmt: skip
+
+    def forward(self, x):
+        held = vars(self).get("_held", vars(self).get("held"))
+        held = held["value"] if isinstance(held, dict) else held() if callable(held) else held
+        if self.way == "scale":
+            return self.linear(x) * held
+        if self.way == "act":
+            return nn.functional.leaky_relu(self.linear(x), float(held)) if isinstance(held, float) else x.relu()
+        return nn.functional.layer_norm(x, (WIDTH,)) if self.way == "norm" else self.linear(x)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.lists(st.lists(parts, min_size=1, max_size=2), min_size=2, max_size=5))
+def test_with_and_without_reuse_the_graph_is_the_same(stacks):
+    def make():
+        return Stack(nn.Sequential(*(Part(*part) for part in parts)) for parts in stacks)
+
+    graph, whole = traced(make), traced(make, "meta")
+    assert str(graph) == str(whole)
+    assert [graph.blocks[name] for name in graph.blocks] == [whole.blocks[name] for name in whole.blocks]
+    assert graph.parameters == whole.parameters
+    assert {name: value.tolist() for name, value in graph.buffers.items()} == {
+        name: value.tolist() for name, value in whole.buffers.items()
+    }
