@@ -37,8 +37,8 @@ def check_name(name: str) -> None:
     """Raises UserError unless `name` is one that a folder below another can have: names are names, not paths."""
     if not re.fullmatch(r"\w[\w.+=@-]*", name):
         raise UserError(
-            f"name is {name!r}; it names folders: letters, digits and any of _ . + = @ - are allowed, after a letter, a "
-            "digit or _"
+            f"name is {name!r}; it names folders: letters, digits and any of _ . + = @ - are allowed, after a letter, "
+            "a digit or _"
         )
 
 

@@ -124,7 +124,7 @@ def test_only_what_a_compile_wrote_is_replaced(tmp_path):
     for _ in range(2):  # an empty folder, and one that a compile made
         compile_model(source, config, code)
     (code / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="holds 'thesis.txt', which no compile wrote"):
+    with pytest.raises(UserError, match=r"holds 'thesis\.txt', which no compile wrote"):
         compile_model(source, config, code)
     assert (code / "thesis.txt").exists()
     for path in (tmp_path / "file", tmp_path / "link", tmp_path / "plans"):
