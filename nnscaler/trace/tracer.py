@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from nnscaler.errors import UserError
 from nnscaler.graph import Block, Call, Graph, TensorMeta
 from nnscaler.trace.convert import CallTarget, Converter, digest
+from nnscaler.trace.decompose import decompose
 from nnscaler.trace.execute import Execution, execute
 from nnscaler.trace.fake import fake, fake_mode, fake_weights
 from nnscaler.trace.gradients import mark_gradients
@@ -142,13 +143,7 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     changed = [*signature.buffers_to_mutate.values(), *getattr(signature, "parameters_to_mutate", {}).values()]
     if changed:
         raise UserError(f"forward changes {changed[0]}; what a step changes are trained parameters alone")
-    mutates = [node for node in program.graph.nodes if _is_mutable(node.target)]
-    return program.run_decompositions({}) if mutates else program
-
-
-def _is_mutable(target: Any) -> bool:
-    """Whether an operator writes into its arguments. `detach_` of a constant, which `torch.tensor` makes, does not."""
-    return getattr(getattr(target, "_schema", None), "is_mutable", False) and str(target) != "aten.detach_.default"
+    return decompose(program)
 
 
 @contextmanager

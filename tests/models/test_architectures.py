@@ -37,6 +37,11 @@ def test_attention_as_the_model_writes_it(name):
     assert compare_uncompiled(name, False, "eager").startswith("SAME")
 
 
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+def test_compiled_with_attention_as_the_model_writes_it(name, tmp_path):
+    assert compare(name, False, tmp_path, "eager").startswith("SAME")
+
+
 @pytest.mark.parametrize(("name", "chunked"), [("granite", False), ("qwen2", True), ("phi3", True)])
 def test_compiled(name, chunked, tmp_path):
     assert compare(name, chunked, tmp_path).startswith("SAME")

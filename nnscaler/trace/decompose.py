@@ -1,0 +1,67 @@
+"""An exported program as one of operators that the tables have: without writes in place, and without operators that
+torch composes of others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._export.utils import _get_decomp_for_cia
+from torch._ops import OpOverload
+from torch.export import ExportedProgram
+
+from nnscaler.operators.registry import find
+
+_ROUNDS = 4  # an operator may be composed of others that are composed in turn
+
+
+def decompose(program: ExportedProgram) -> ExportedProgram:
+    """The same program where operators without an entry are what torch composes them of, and nothing is written to.
+
+    An operator that is made of no others stays, and is refused where it is met.
+    """
+    for _ in range(_ROUNDS):
+        targets = {node.target for module in _graphs(program.graph_module) for node in module.graph.nodes}
+        composed = _compositions([target for target in targets if isinstance(target, OpOverload)])
+        if not composed and not any(_is_mutable(target) for target in targets):
+            break
+        _detach_results_without_gradient(program.graph_module)
+        program = program.run_decompositions(composed)
+    return program
+
+
+def _graphs(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    return (inner for inner in module.modules() if isinstance(inner, fx.GraphModule))
+
+
+def _is_mutable(target: Any) -> bool:
+    """Whether an operator writes into its arguments. `detach_` of a constant, which `torch.tensor` makes, does not."""
+    return getattr(getattr(target, "_schema", None), "is_mutable", False) and str(target) != "aten.detach_.default"
+
+
+def _compositions(operators: list[OpOverload]) -> dict[OpOverload, Callable[..., Any]]:
+    """For those without an entry that torch writes, and their gradients, by calling others: how it does. An operator
+    with a derivative of its own is left, for what torch knows to compose it of has another at some points; so are
+    random numbers, to be refused by their own name."""
+    return {
+        operator: _get_decomp_for_cia(operator)
+        for operator in operators
+        if operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+        and find(str(operator)) is None
+        and not operator._schema.is_mutable
+        and torch.Tag.nondeterministic_seeded not in operator.tags
+    }
+
+
+def _detach_results_without_gradient(module: fx.GraphModule) -> None:
+    """Detaches what is computed under `torch.no_grad`: that region does not survive decomposition, its results do."""
+    for node in list(module.graph.nodes):
+        if str(node.target) == "wrap_with_set_grad_enabled" and not node.args[0]:
+            for user in list(node.users):  # each takes one of its results
+                with module.graph.inserting_after(user):
+                    detached = module.graph.call_function(torch.ops.aten.detach.default, (user,))
+                detached.meta = dict(user.meta)
+                user.replace_all_uses_with(detached, lambda other, detached=detached: other is not detached)
+    module.recompile()
