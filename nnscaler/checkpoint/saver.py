@@ -8,11 +8,14 @@ threads agree through a process group of their own, on the CPU, so that training
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,8 @@ from nnscaler.runtime.optimizer import ShardedOptimizer
 
 logger = logging.getLogger(__name__)
 
+LARGE = 2**30  # bytes of a node's part, below which any disk is fast
+_PROBE = 2**26  # bytes that are written to find the disk's speed
 _CRASH_SECONDS = 60  # that a save under way is given when training fails
 
 
@@ -58,6 +63,8 @@ class Saver:
         self._assets: dict[str, bytes] | None = None
         self._updated: torch.cuda.Event | None = None
         self.after_update()
+        self._told_limit = self._rank > 0
+        self._predict_seconds()
 
     def __enter__(self) -> Saver:
         return self
@@ -149,13 +156,38 @@ class Saver:
             self._copied.record(stream)
         return self._staged
 
+    def _predict_seconds(self) -> None:
+        """Says at once where a save will take longer than torchrun waits, as far as the disk's speed tells."""
+        size = sum(part.tensor.nbytes for part in self._owned) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if self._told_limit or size < LARGE:
+            return
+        probe, began = self.run / ".speed", time.monotonic()
+        try:
+            with probe.open("wb") as file:
+                file.write(bytes(_PROBE))
+                os.fsync(file.fileno())
+            probe.unlink()
+        except OSError:
+            return  # the save itself will say what is wrong
+        self._tell_limit(size * (time.monotonic() - began) / _PROBE, "is to take")
+
+    def _tell_limit(self, seconds: float, takes: str) -> None:
+        limit = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
+        if not self._told_limit and "TORCHELASTIC_RUN_ID" in os.environ and seconds > limit:
+            self._told_limit = True
+            logger.warning(
+                "a checkpoint %s %.0f s: for one to be saved on SIGTERM, torchrun needs --shutdown-timeout %d or more",
+                takes, seconds, ceil(2 * seconds),
+            )  # fmt: skip
+
     def _write(self, parts: list[Part], state: TrainerState) -> None:
         """In the background: all ranks' shards, then rank 0 the rest and the name."""
-        work = folders.working_folder(self.run, state.step)
+        work, began = folders.working_folder(self.run, state.step), time.monotonic()
         try:
             if self._copied is not None:
                 self._copied.synchronize()
             save_parts(work, parts, lambda pieces: self._complete(work, state, pieces), self._group)
+            self._tell_limit(time.monotonic() - began, "took")
         except BaseException as error:  # whatever it is, training does not end because of it
             self._failure = state.step, error
             if self._rank == 0:

@@ -10,20 +10,24 @@ import socket
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from nnscaler.cli.watch import Watch, is_leader
+from nnscaler.compiler import OWN_FILES, check_replaceable
 from nnscaler.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(minutes=10)  # of the start, and of every collective
+TIMEOUT = timedelta(minutes=10)  # of the start, and of every collective, unless a step takes long
+STEPS = 6  # of a predicted length, in which a collective may wait: half of them until the watch says whom it waits for
 
 
 def join_processes(device: torch.device, timeout: timedelta = TIMEOUT) -> Watch:
@@ -52,6 +56,14 @@ def join_processes(device: torch.device, timeout: timedelta = TIMEOUT) -> Watch:
         backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device_id
     )  # fmt: skip
     return Watch(store, rank, world, timeout / 2)
+
+
+def wait_for_steps_of(seconds: float, watch: Watch) -> None:
+    """Lets every collective of the groups made so far, and the watch, wait as long as steps of that length ask for."""
+    timeout = max(TIMEOUT, timedelta(seconds=STEPS * seconds))
+    watch.patience = timeout.total_seconds() / 2
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def from_rank_0(function: Callable[[], T], device: torch.device) -> T:
@@ -98,6 +110,7 @@ def share_folder(folder: Path, device: torch.device) -> None:
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         for name, content in files[0].items():
             (work / name).write_bytes(content)
+        check_replaceable(folder)
         shutil.rmtree(folder, ignore_errors=True)
         work.rename(folder)
         logger.info("took the compiled plan from rank 0")
@@ -106,7 +119,8 @@ def share_folder(folder: Path, device: torch.device) -> None:
 
 def _read_all(folder: Path) -> dict[str, bytes]:
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+    own = [path for path in paths if any(fnmatch(path.name, pattern) for pattern in OWN_FILES)]
+    return {path.name: path.read_bytes() for path in own if path.is_file()}
 
 
 def _digest(folder: Path) -> str:

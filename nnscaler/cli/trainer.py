@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ import torch.distributed as dist
 
 from nnscaler.cli.config import TrainerArgs
 from nnscaler.cli.precision import with_precision
-from nnscaler.cli.processes import from_all, from_rank_0, join_processes, share_folder
+from nnscaler.cli.processes import from_all, from_rank_0, join_processes, share_folder, wait_for_steps_of
 from nnscaler.cli.watch import Watch
 from nnscaler.compiler import Source, compile_model, differences, identity
 from nnscaler.data.training import PackedDataset, with_labels
@@ -70,6 +71,9 @@ class Trainer:
                 if self.world > 1:
                     share_folder(self.gen_folder, self.device)
                 run = TrainingRun(self.args, self.gen_folder, self.device, source, dataset, *begin, jobs, self.watch)
+            if self.watch is not None:
+                plan = json.loads((self.gen_folder / "plan.json").read_text())
+                wait_for_steps_of(plan["predicted"]["step_seconds"], self.watch)
             run.train()
         except RuntimeError:
             if self.watch is not None:

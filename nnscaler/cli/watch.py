@@ -18,7 +18,7 @@ class Watch:
     """Signs of life: a thread gives this rank's, and says whose are missing where a step takes over `patience`."""
 
     def __init__(self, store: dist.Store, rank: int, world: int, patience: timedelta) -> None:
-        self.store, self._rank, self._world, self._patience = store, rank, world, patience.total_seconds()
+        self.store, self._rank, self._world, self.patience = store, rank, world, patience.total_seconds()
         self._stop = threading.Event()
         self._waited = 0.0
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -62,7 +62,7 @@ class Watch:
             except RuntimeError:  # the store is gone: so is the run
                 return
             self._waited += _BEAT
-            if self._waited >= self._patience and is_leader():
+            if self._waited >= self.patience and is_leader():
                 self._waited = 0.0
                 threading.Thread(target=self.explain, daemon=True).start()
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import random
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,15 +16,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nnscaler import UserError
-from nnscaler.checkpoint.checksums import Checksums
+from nnscaler.checkpoint.checksums import Checksums, whole_file
 from nnscaler.checkpoint.export import export_model
-from nnscaler.checkpoint.folder import latest_checkpoint
+from nnscaler.checkpoint.folder import TrainerState, latest_checkpoint
 from nnscaler.checkpoint.merge import merge_to_file
 from nnscaler.checkpoint.randomness import as_tensors, random_states, set_random_states
 from nnscaler.checkpoint.stored import Checkpoint
+from nnscaler.cli.loop import TrainingRun
 from nnscaler.data.training import PackedDataset
 from tests import tiny
-from tests.checkpoint.jobs import assert_equal, final, losses, tensors, train
+from tests.checkpoint.jobs import assert_equal, final, losses, random_tensors, tensors, train
 from tests.launch import run
 from tests.parity import SEED, TOLERANCE, Case, plain_loop
 
@@ -47,6 +51,53 @@ def saved(folder):
 def resume_copy(saved: Path, folder: Path, name: str) -> dict[str, Path]:
     """Goes on from a copy of a checkpoint in a run folder of its own, so that the original is left."""
     return {"resume": Path(shutil.copytree(saved, folder / "checkpoints" / name / saved.name))}
+
+
+def test_every_field_of_the_state_is_read_as_it_was_written(tmp_path):
+    """With values that are nobody's default."""
+    values = {
+        field.name: {"int": 7 + index, "float": 0.5 + index, "str": f"s{index}"}.get(str(field.type).split(" |")[0])
+        for index, field in enumerate(dataclasses.fields(TrainerState))
+    }
+    for name in [name for name, value in values.items() if value is None]:
+        values[name] = {name: {"a": 1}}
+    state = TrainerState(**values)
+    state.write(tmp_path)
+    Checksums(tmp_path, [whole_file(tmp_path, tmp_path / "trainer.json")]).write()
+    assert TrainerState.read(tmp_path) == state
+
+
+def resume_and_report(folder, name, checkpoint):
+    """What the run goes on with, after its generators had run on and been seeded otherwise."""
+    generators = torch.manual_seed, random.seed, np.random.seed
+    for seed in generators:
+        seed(int(os.environ["RANK"]) + 99)
+    seen = {}
+
+    def stop(run):
+        state = run.optimizer.state
+        seen.update(
+            step=run.step, consumed=run.consumed, seed=run.seed, loss=run.loss, steps=run.optimizer.steps,
+            random={name: tensor.numpy() for name, tensor in as_tensors(random_states(run.device)).items()},
+            moments=[float(values.abs().sum()) for bucket in state for values in bucket.values()],
+        )  # fmt: skip
+
+    with patch.object(TrainingRun, "train", stop):
+        train(ONE, folder, 12, name, {"resume": checkpoint})
+    return seen
+
+
+def test_what_is_saved_is_what_is_gone_on_with(folder, saved):
+    """The position, the number of updates, the moments, and each rank's random states."""
+    state, stored = TrainerState.read(saved), random_tensors(saved)
+    for rank, seen in enumerate(run(2, resume_and_report, folder, "report", saved, init=False)):
+        for name in ("step", "consumed", "seed", "loss"):
+            assert seen[name] == getattr(state, name), name
+        assert seen["steps"] == state.updates == 5
+        assert all(moment > 0 for moment in seen["moments"])
+        assert set(seen["random"]) == {"torch", "python", "numpy"}
+        for name, array in seen["random"].items():
+            assert torch.equal(torch.from_numpy(array), stored[f"random.{name}.{rank}"]), name
 
 
 def test_on_the_same_plan_it_is_bit_exact(folder, saved):

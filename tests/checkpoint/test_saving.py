@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nnscaler import UserError
+from nnscaler.checkpoint import saver
 from nnscaler.checkpoint.checksums import Checksums
 from nnscaler.checkpoint.due import Due
 from nnscaler.checkpoint.folder import complete_checkpoints, latest_checkpoint, remove_old
@@ -236,3 +237,46 @@ def test_sigterm_in_a_long_step_saves_what_the_last_one_left(folder):
     run(2, train, TWO, folder, 3, "short", {"interval": 0}, init=False)
     assert_equal(tensors(wanted), tensors(folder / "checkpoints" / "short" / "step_00000003"))
     assert_equal(random_tensors(wanted), {name: torch.from_numpy(array) for name, array in {**first, **second}.items()})
+
+
+def test_the_limit_that_sigterm_needs_is_said_once(folder, monkeypatch):
+    """At the start, from the disk's speed; else when the first save has taken too long."""
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    for large, verb in ((0, "is to take"), (2**30, "took")):
+        monkeypatch.setattr(saver, "LARGE", large)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"/job{large}/attempt_0/0/error.json")
+        with messages() as said:
+            train(ONE, folder, 2, f"limit{large}", {"interval": 1})
+        (line,) = [line for line in said if "--shutdown-timeout" in line]
+        assert verb in line
+
+
+def test_a_name_is_given_when_everything_is_on_disk(tmp_path):
+    """Every file and folder is synced before the rename, and the run's folder after it: the order is recorded."""
+    happened, opened = [], {}
+    originals = os.open, os.fsync, Path.rename
+
+    def record_open(path, *arguments, **keywords):
+        handle = originals[0](path, *arguments, **keywords)
+        opened[handle] = Path(path).relative_to(tmp_path).as_posix()
+        return handle
+
+    def record_fsync(handle):
+        happened.append(("sync", opened[handle]))
+        originals[1](handle)
+
+    def record_rename(path, target):
+        happened.append(("rename", path.name, target.name))
+        return originals[2](path, target)
+
+    with (
+        patch.object(os, "open", record_open),
+        patch.object(os, "fsync", record_fsync),
+        patch.object(Path, "rename", record_rename),
+    ):
+        publish_one(tmp_path, 1, 1.0)
+    renamed = happened.index(("rename", ".step_1.writing", "step_00000001"))
+    work = ".step_1.writing"
+    assert {one[1] for one in happened[:renamed]} == {work, f"{work}/trainer.json", f"{work}/checksums"}
+    assert happened[renamed + 1 :] == [("sync", ".")]
