@@ -88,8 +88,9 @@ def check_window(window: int | None, length: int) -> None:
     """Raises UserError where attention would see less than a sequence of `length` tokens."""
     if window is not None and length > window:
         raise UserError(
-            f"the model attends to a window of {window} tokens, sequences have {length}, which is not supported; take "
-            f"sequences of at most {window} tokens, or widen the window (--set sliding_window={length})"
+            f"the model attends to a window of {window} tokens, sequences have {length}, which no kernel here does; "
+            f"take sequences of at most {window} tokens, widen the window (--set sliding_window={length}), or have "
+            "attention as the model writes it (--attn_implementation eager)"
         )
 
 

@@ -37,14 +37,19 @@ def test_attention_as_the_model_writes_it(name):
     assert compare_uncompiled(name, False, "eager").startswith("SAME")
 
 
-@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
-def test_compiled_with_attention_as_the_model_writes_it(name, tmp_path):
-    assert compare(name, False, tmp_path, "eager").startswith("SAME")
-
-
-@pytest.mark.parametrize(("name", "chunked"), [("granite", False), ("qwen2", True), ("phi3", True)])
-def test_compiled(name, chunked, tmp_path):
-    assert compare(name, chunked, tmp_path).startswith("SAME")
+@pytest.mark.parametrize(
+    ("name", "chunked", "implementation", "changes"),
+    [
+        ("granite", False, "auto", {}),  # a scale of its own
+        ("phi", True, "auto", {}),  # a last projection with a bias
+        ("llama", False, "eager", {}),
+        ("deepseek_v3", False, "eager", {}),
+        ("gemma2", False, "eager", {}),  # soft caps
+        ("mistral", False, "eager", {"sliding_window": 8}),
+    ],
+)
+def test_compiled(name, chunked, implementation, changes, tmp_path):
+    assert compare(name, chunked, tmp_path, implementation, **changes).startswith("SAME")
 
 
 @pytest.mark.parametrize(
