@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from nnscaler.planner.units import saved_by
+from nnscaler.units import saved_by
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
