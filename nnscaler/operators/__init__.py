@@ -1,6 +1,6 @@
 """What the compiler knows of operators: importing this package fills the table."""
 
-from nnscaler.operators import attention, convolution, index, matmul, pointwise, reduce, view
+from nnscaler.operators import attention, convolution, index, loss, matmul, pointwise, reduce, view
 from nnscaler.operators.registry import Operator, arguments, bind, operator_of, register_op, registered, spell
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "bind",
     "convolution",
     "index",
+    "loss",
     "matmul",
     "operator_of",
     "pointwise",

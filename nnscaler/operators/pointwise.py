@@ -139,3 +139,20 @@ for _name in ("selu", "relu6"):
     activation(_name, saves=saves_self)
 family("elu.default", broadcast, "F.elu({self}, {alpha})", saves=saves_self)
 family("log_sigmoid.default", broadcast, "F.logsigmoid(*)", saves=saves_self)
+family("threshold.default", broadcast, "F.threshold(*)", saves=saves_self)
+family("hardshrink.default softshrink.default", broadcast, "F.{op}(*)", saves=saves_self)
+family("tan.default", broadcast, saves=saves_result)
+family(
+    "asin.default acos.default atan.default sinh.default cosh.default asinh.default nan_to_num.default logit.default "
+    "sinc.default",
+    broadcast,
+    saves=saves_self,
+)
+family("frac.default deg2rad.default rad2deg.default", broadcast, saves=save_nothing)
+family("addcdiv.default", broadcast, saves=backward_reads(self="tensor2", tensor1="tensor2", tensor2="tensor1 tensor2"))
+family("lerp.Tensor", broadcast, saves=backward_reads(self="weight", end="weight", weight="self end weight"))
+family("clamp_min.Tensor", broadcast, saves=backward_reads(self="self min", min="self min"))
+family("clamp_max.Tensor", broadcast, saves=backward_reads(self="self max", max="self max"))
+family("hypot.default", broadcast, saves=backward_reads(self="self result", other="other result"))
+family("logaddexp.default", broadcast, saves=backward_reads(self="self other", other="self other"))
+family("fill.Scalar", broadcast, FUNCTION, saves=save_nothing)

@@ -66,12 +66,12 @@ def group_norm(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) ->
     return write([names] + [names[1:2]] * (len(inputs) - 1), [names])
 
 
-_REDUCTIONS = ("none", "mean", "sum")
+REDUCTIONS = ("none", "mean", "sum")
 
 
 def cross_entropy(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
     """`cross_entropy_loss(self [n, c, ...], target [n, ...])`; or the target has probabilities, in the same shape."""
-    mode = _REDUCTIONS[arguments(node)["reduction"]]
+    mode = REDUCTIONS[arguments(node)["reduction"]]
     batch = ["n", *(f"d{i}" for i in range(2, len(inputs[0])))] if len(inputs[0]) > 1 else []
     if mode != "none":
         mark = "+" if mode == "sum" else "^"  # the mean counts labels that are not ignored: it is no sum of terms
@@ -83,7 +83,7 @@ def cross_entropy(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape])
 
 
 def cross_entropy_text(call: Call) -> str:
-    options = [f"ignore_index={call['ignore_index']}", f'reduction="{_REDUCTIONS[call.value("reduction")]}"']
+    options = [f"ignore_index={call['ignore_index']}", f'reduction="{REDUCTIONS[call.value("reduction")]}"']
     options += [f"{name}={call[name]}" for name in ("weight", "label_smoothing") if name in call.unwritten]
     return f"F.cross_entropy({call['self']}, {call['target']}, {', '.join(options)})"
 
@@ -103,6 +103,7 @@ family("norm.ScalarOpt_dim", reduction("^"), saves=_self_and_result)
 family("linalg_vector_norm.default", reduction("^"), "torch.linalg.vector_norm(*)", saves=_self_and_result)
 family("softmax.int log_softmax.int", along_dim, saves=backward_reads(self="result"))
 family("_softmax.default _log_softmax.default", along_dim, FUNCTION, saves=backward_reads(self="result"))
+family("cumprod.default", along_dim, saves=_self_and_result)
 family("cumsum.default", along_dim, saves=save_nothing)
 family("sort.default sort.stable topk.default", along_dim, saves=backward_reads(self="result1"))
 family("argsort.default argsort.stable", along_dim, saves=save_nothing)

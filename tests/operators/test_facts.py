@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from nnscaler.units import saved_by
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -15,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from nnscaler.graph import Block, Node
 from nnscaler.operators import arguments, bind, operator_of
 from nnscaler.operators.registry import no_flops
+from nnscaler.units import saved_by
 from tests.operators.calls import gradients, meta_of, node_of, run_text
 from tests.operators.samples import known, samples
 
