@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -20,6 +21,8 @@ SIZES = (
     "num_attention_heads",
     "num_key_value_heads",
     "vocab_size",
+    "head_dim",
+    "max_position_embeddings",
 )
 
 
@@ -63,6 +66,8 @@ def _value(name: str, text: str, current: Any) -> Any:
         value = {"True": True, "False": False, "None": None}.get(text, text)
     if isinstance(current, float) and type(value) is int:
         value = float(value)
+    if isinstance(value, float) and not (math.isfinite(value) and (value >= 0 or (current or 0) < 0)):
+        raise UserError(f"{name} is {value}; it must be a finite number, at least 0")
     if current is not None and value is not None and type(value) is not type(current):
         raise UserError(f"{name} takes a value of type {type(current).__name__}, such as {current}, not {text!r}")
     return value
