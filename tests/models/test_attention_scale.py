@@ -12,7 +12,7 @@ from tests import tiny
 
 
 def losses_and_gradients(config: PretrainedConfig, implementation: str) -> tuple[Tensor, dict[str, Tensor]]:
-    prepare_config(config, tiny.LENGTH, implementation, False)
+    prepare_config(config, tiny.LENGTH, implementation)
     torch.manual_seed(0)
     model = CausalLM(config)
     for parameter in model.parameters():
