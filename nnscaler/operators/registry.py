@@ -153,9 +153,12 @@ def arguments(node: Node) -> dict[str, Any]:
     function = operator_of(node).function
     if function is None:
         return by_name(node.op, node.args, node.kwargs)
-    bound = inspect.signature(function).bind(*node.args, **node.kwargs)
+    bound = _signature(function).bind(*node.args, **node.kwargs)
     bound.apply_defaults()
     return bound.arguments
+
+
+_signature = functools.cache(inspect.signature)
 
 
 def bind(node: Node, block: Block) -> Bound:
