@@ -77,8 +77,8 @@ class ShardedOptimizer:
         labels  number of labels in this rank's micro-batches
         loss    the sum of their losses, 0 where another rank has it; None: whether it is finite does not matter
 
-        Where a rank's loss or the whole gradient is not finite, or a gradient's square would not be, nothing changes:
-        no weight, no moment, no count of updates. All ranks decide alike.
+        Where a rank's loss or the gradient's norm is not finite, as that of elements is whose squares are not, nothing
+        changes: no weight, no moment, no count of updates. All ranks decide alike.
 
         Returns the norm of the mean's whole gradient before clipping, which is not finite where nothing has changed. It
         is on the device, and nothing waits for the device.
@@ -95,11 +95,10 @@ class ShardedOptimizer:
             dist.all_reduce(sums)
         scale = (1.0 / sums[1].clamp(min=1)).float()
         norm = sums[0].sqrt().float() * scale + sums[2].float()
-        clip = torch.ones_like(norm)
+        finite = norm.isfinite()
         if self.config.clip_gnorm:
-            clip = (self.config.clip_gnorm / (norm + 1e-6)).clamp(max=1.0)
-        finite = norm.isfinite() & (norm * clip).square().isfinite()
-        torch._foreach_mul_(gradients, scale * clip)
+            scale = scale * (self.config.clip_gnorm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, scale)
         for parameter, (index, part) in zip(self._parameters(), self._parts, strict=True):
             parameter.grad = gradients[index][part]
         for group in self._adam.param_groups:
@@ -107,7 +106,7 @@ class ShardedOptimizer:
         self._adam.found_inf = (~finite).float()  # type: ignore[attr-defined]  # torch's kernels ask for this
         self._adam.step()
         self.publish_masters()
-        return norm / finite
+        return norm
 
     @torch.no_grad()
     def is_finite(self) -> bool:
