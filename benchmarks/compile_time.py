@@ -54,6 +54,7 @@ SHAPE_405B = {
     "num_hidden_layers": "126", "hidden_size": "16384", "intermediate_size": "53248",
     "num_attention_heads": "128", "num_key_value_heads": "8",
 }  # fmt: skip
+FITTING = ("a100", "h100", "h200", "mi250")  # of the bundled devices, those on which 405B fits 128, but for MI300X
 # One copy of 405B does not fit 8 devices; how long planning it takes can be measured all the same.
 UNBOUND = ("--gpu_mem_constraint", "4096")
 CASES = {
@@ -63,6 +64,7 @@ CASES = {
     "80-layers": Case(8192, 8, 8, {"num_hidden_layers": "80"}, hardware="mi300x"),
     "405B-plan-8": Case(8192, 8, 128, SHAPE_405B, hardware="mi300x", flags=UNBOUND),
     "405B-plan-128": Case(8192, 128, 128, SHAPE_405B, hardware="mi300x"),
+    **{f"405B-plan-128-{name}": Case(8192, 128, 128, SHAPE_405B, hardware=name) for name in FITTING},
 }
 
 
@@ -190,6 +192,7 @@ CLAIMS = [
     Claim("80-layers", "32-layers", 1.3),
     Claim("405B-plan-8", None, 60.0),
     Claim("405B-plan-128", None, 60.0),
+    *(Claim(f"405B-plan-128-{name}", None, 60.0) for name in FITTING),
 ]
 
 

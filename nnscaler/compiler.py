@@ -16,10 +16,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -28,13 +27,11 @@ from torch import Tensor, nn
 from nnscaler.codegen import generate
 from nnscaler.config import ComputeConfig
 from nnscaler.errors import UserError
-from nnscaler.graph import Graph
 from nnscaler.hardware import Hardware
 from nnscaler.identity import DONE, differences, identity
 from nnscaler.pipeline.plan import PipelinePlan
-from nnscaler.pipeline.search import Wanted, find_pipeline
-from nnscaler.plan import Plan
-from nnscaler.planner import find_plan
+from nnscaler.planner import NothingFits
+from nnscaler.planning import plan_for, what_fits
 from nnscaler.profiler.operators import OperatorTimes
 from nnscaler.report import plan_report
 from nnscaler.report.page import plan_page
@@ -44,7 +41,6 @@ from nnscaler.trace import build_on_meta, trace
 
 logger = logging.getLogger(__name__)
 
-GIB = 2**30
 # What compiling writes into a directory; that and nothing else may be replaced.
 OWN_FILES = (
     "graph.txt", "plan.json", "plan*.html", "gencode_stage*.py", "buffers.safetensors", DONE, "__pycache__",
@@ -63,6 +59,7 @@ class Source:
     seed    of the weights with which such a strategy executes it
     tokens  of a micro-batch, and `flops` the forward and backward operations that they take (attention counted in full,
             and halved by causality), for figures of speed; None: without
+    instead what may be compiled in its place where it does not fit: flag -> a model that needs less memory
     """
 
     make: Callable[[], nn.Module]
@@ -71,6 +68,15 @@ class Source:
     seed: int = 0
     tokens: int = 0
     flops: tuple[float, float] | None = None
+    instead: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
+
+    def shortened(self, parts: int) -> Source | None:
+        """The same with one of so many parts of each sequence; None where inputs are not sequences of one length."""
+        lengths = {tensor.shape[1] if tensor.dim() == 2 else 0 for tensor in self.inputs.values()}
+        if len(lengths) != 1 or 0 in lengths or lengths.pop() % parts:
+            return None
+        inputs = {name: tensor[:, : tensor.shape[1] // parts].contiguous() for name, tensor in self.inputs.items()}
+        return replace(self, inputs=inputs)
 
     def build(self) -> tuple[nn.Module, dict[str, Tensor]]:
         """The model on the meta device, and its buffers' values."""
@@ -89,8 +95,7 @@ class Source:
 def compile_model(source: Source, config: ComputeConfig, directory: Path, explain: bool = False) -> Path:
     """Compiles into `directory`, replacing what another compile wrote there. It appears whole or not at all.
 
-    explain  also plan with more memory and more devices, for plan.json and plan.html to say what would help; this is
-             not done for a pipeline
+    explain  also plan with more memory and more devices, for plan.json and plan.html to say what would help
 
     Raises UserError where `directory` holds anything that no compile wrote, the model cannot be traced, an operator is
     not known, or no plan fits.
@@ -108,13 +113,16 @@ def compile_model(source: Source, config: ComputeConfig, directory: Path, explai
         sum(len(block.nodes) for block in graph.all_blocks()), len(graph.all_blocks()),
     )  # fmt: skip
     times = OperatorTimes.here() if config.hardware is None else None
-    plan = (_pipeline if config.explore_pipeline else _plan)(graph, config, hardware, times)
+    try:
+        plan = plan_for(graph, config, hardware, times)
+    except NothingFits as refusal:
+        raise UserError(f"{refusal}; {what_fits(source, graph, config, hardware, refusal)}") from None
+    replan = (lambda change: plan_for(graph, replace(config, **change), hardware, times)) if explain else None
     if isinstance(plan, PipelinePlan):
         stages = plan.stages
-        report = pipeline_report(plan, source.work(hardware))
+        report = pipeline_report(plan, source.work(hardware), replan)
         pages = {stage_page(index): plan_page(stage) for index, stage in enumerate(report["stages"])}
     else:
-        replan = (lambda change: _plan(graph, replace(config, **change), hardware, times)) if explain else None
         stages, report, pages = [plan], plan_report(plan, source.work(hardware), replan), {}
     if times is not None:
         times.save()
@@ -151,24 +159,3 @@ def check_replaceable(directory: Path) -> None:
     if others or (names and DONE not in names):
         found = f"holds '{others[0]}', which no compile wrote" if others else f"has no {DONE}"
         raise UserError(f"{directory} {found}, and would be replaced; remove it or choose another name")
-
-
-def _plan(graph: Graph, config: ComputeConfig, hardware: Hardware, times: OperatorTimes | None) -> Plan:
-    return find_plan(graph, config.meshes(hardware), hardware, **_settings(config, hardware, times))
-
-
-def _pipeline(
-    graph: Graph, config: ComputeConfig, hardware: Hardware, times: OperatorTimes | None
-) -> Plan | PipelinePlan:
-    wanted = Wanted(config.pipeline_pivots, config.pipeline_schedule, config.pipeline_nstages)
-    return find_pipeline(graph, config.meshes(hardware), hardware, wanted, **_settings(config, hardware, times))
-
-
-def _settings(config: ComputeConfig, hardware: Hardware, times: OperatorTimes | None) -> dict[str, Any]:
-    return {
-        "memory": None if config.gpu_mem_constraint is None else config.gpu_mem_constraint * GIB,
-        "recompute_modules": config.recompute_modules,
-        "micro_batches": config.micro_batches,
-        "fused": hardware.name != "CPU",
-        "times": times,
-    }

@@ -54,6 +54,10 @@ class ComputeConfig:
         None, "devices in a node (default: as many as torchrun started on each, where it started several nodes; or "
         "as many as this computer has; or what the hardware says)", least=1, most=MOST_DEVICES,
     )  # fmt: skip
+    search_seconds: float = number(
+        40.0, "seconds of one core in which the best plan is looked for; after them the best so far is taken, and what "
+        "is proven of it said", above=0, most=2**20, shown="SECONDS",
+    )  # fmt: skip
     explore_pipeline: bool = switch("search pipelines too, and take one where it is faster")
     pipeline_pivots: tuple[str, ...] = names(
         (), "class names of modules at which pipeline stages may begin, with commas between them (default: the class "

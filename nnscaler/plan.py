@@ -57,6 +57,7 @@ class Plan:
     costs       what the seconds and bytes were made with; None: nobody did
     weight_seconds  of the seconds, those in which backward makes gradients of weights
     memory_limit  bytes a device that the plan was to fit into
+    bound       seconds that no plan of a step on the meshes that were tried is below
     """
 
     graph: Graph
@@ -76,12 +77,18 @@ class Plan:
     beside: dict[Key, float] = field(default_factory=dict)
     costs: CostModel | None = None
     memory_limit: float = inf
+    bound: float = 0.0
     weight_seconds: float = 0.0
 
     @property
     def step_seconds(self) -> float:
         """Predicted time of an optimizer step."""
         return sum(self.seconds.values()) * self.micro_batches
+
+    @property
+    def gap(self) -> float:
+        """By how much of its time the plan may be slower than the best, at most: what was not searched or proven."""
+        return max(0.0, 1 - self.bound / self.step_seconds) if self.step_seconds else 0.0
 
     @property
     def memory_bytes(self) -> float:

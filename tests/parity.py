@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
-from nnscaler import compiler, planner
+from nnscaler import planner, planning
 from nnscaler.cli.config import CheckpointConfig, DatasetConfig, LogConfig, LRSchedulerConfig, ModelConfig, TrainerArgs
 from nnscaler.cli.trainer import Trainer
 from nnscaler.compiler import ComputeConfig
@@ -143,7 +143,7 @@ def _levels(levels: tuple[str, ...]) -> Iterator[None]:
             plan.levels["llama_decoder_layer"] = {level_of(name): levels.count(name) for name in levels}
         return plan
 
-    with patch.object(compiler, "find_plan", find_plan):
+    with patch.object(planning, "find_plan", find_plan):
         yield
 
 

@@ -5,8 +5,8 @@ The fields that are made by `nnscaler.options` are also the flags of train.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from math import cos, pi
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +31,7 @@ class ModelConfig:
     vocabulary          number of token ids that it takes
     flops_per_sequence  forward and backward operations of a sequence: attention in full, and causal; None: no MFU
     save_assets         writes into a folder what makes an exported model complete; None: nothing
+    instead             flag -> a model that needs less memory, to be told of where this one does not fit
     """
 
     make: Callable[[], nn.Module]
@@ -39,6 +40,7 @@ class ModelConfig:
     vocabulary: int | None = None
     flops_per_sequence: tuple[float, float] | None = None
     save_assets: Callable[[Path], None] | None = None
+    instead: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

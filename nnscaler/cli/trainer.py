@@ -148,6 +148,7 @@ class Trainer:
             self.args.seed,
             tokens=sequences * self.args.dataset.length,
             flops=(sequences * flops[0], sequences * flops[1]) if flops else None,
+            instead=model.instead,
         )
 
     def _compile_if_needed(self, source: Source) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nnscaler.graph import TensorMeta
+from nnscaler.mesh import Mesh
 from nnscaler.pipeline.simulate import Timeline
 from nnscaler.plan import Plan
 from nnscaler.schedules import Schedule
@@ -42,6 +43,16 @@ class PipelinePlan:
     def step_seconds(self) -> float:
         """Predicted time of an optimizer step."""
         return self.timeline.seconds + self.update_seconds
+
+    @property
+    def mesh(self) -> Mesh:
+        """All devices: those of a stage, on each pipeline rank."""
+        return replace(self.stages[0].mesh, pipeline=self.schedule.ranks)
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a step."""
+        return self.schedule.micro_batches
 
     @property
     def memory_bytes(self) -> float:

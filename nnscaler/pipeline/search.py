@@ -8,6 +8,7 @@ helps. Then those that may be faster than the best that has been found are plann
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from nnscaler.pipeline.plan import PipelinePlan
 from nnscaler.pipeline.stages import Candidate, Estimate, StagePlanner
 from nnscaler.placement import REPLICATE, Placements
 from nnscaler.plan import Plan
-from nnscaler.planner import find_plan
+from nnscaler.planner import SEARCH_SECONDS, NothingFits, find_plan
 from nnscaler.planner.options import layouts_of
 from nnscaler.planner.search import nodes_to_recompute
 from nnscaler.profiler.operators import OperatorTimes
@@ -52,6 +53,7 @@ def find_pipeline(
     micro_batches: int = 1,
     fused: bool = False,
     times: OperatorTimes | None = None,
+    seconds: float = SEARCH_SECONDS,
 ) -> Plan | PipelinePlan:
     """The plan of least predicted step time over the devices of `meshes`; other arguments as for `find_plan`.
 
@@ -60,16 +62,17 @@ def find_pipeline(
     Raises UserError where nothing fits, and for what cannot be done as wanted.
     """
     memory = 0.9 * hardware.memory if memory is None else memory
+    until = time.process_time() + seconds
     nodes_to_recompute(graph, recompute_modules or ())  # all are known, though not to every stage
     schedules = candidates(wanted, meshes[0].plan_ngpus, len(begins := pivots(graph, wanted.pivots)), micro_batches)
     best: Plan | PipelinePlan | None = None
     refused = ""
     if None in schedules:
         try:
-            with _quiet_planner():
+            with quiet("planner"):
                 best = find_plan(
                     graph, meshes, hardware, memory=memory, recompute_modules=recompute_modules,
-                    micro_batches=micro_batches, fused=fused, times=times,
+                    micro_batches=micro_batches, fused=fused, times=times, seconds=seconds / 2,
                 )  # fmt: skip
             logger.info("without a pipeline: %.4g s a step", best.step_seconds)
         except UserError as error:
@@ -78,7 +81,7 @@ def find_pipeline(
     planners = {
         ranks: StagePlanner(
             graph, Mesh((meshes[0].plan_ngpus // ranks,), meshes[0].replicas),
-            hardware, memory, recompute_modules, fused, times, begins,
+            hardware, memory, recompute_modules, fused, times, begins, until,
         )
         for ranks in {schedule.ranks for schedule in schedules if schedule is not None}
     }  # fmt: skip
@@ -93,7 +96,7 @@ def find_pipeline(
         schedule = estimate.candidate.schedule
         below = float("inf") if best is None else best.step_seconds
         try:
-            with _quiet_planner():
+            with quiet("planner"):
                 found = planned(planners[schedule.ranks], estimate, below)
         except UserError as error:
             refused = f"{schedule}: {error}"
@@ -105,7 +108,7 @@ def find_pipeline(
         logger.info("%s: %.4g s a step", schedule, found.step_seconds)
         best = found
     if best is None:
-        raise UserError(f"no pipeline fits; the last that was tried, {refused}")
+        raise NothingFits(f"no pipeline fits; the last that was tried, {refused}")
     return best
 
 
@@ -221,12 +224,14 @@ def balanced(counts: Sequence[int], seconds: Sequence[float]) -> tuple[int, ...]
 
 
 @contextmanager
-def _quiet_planner() -> Iterator[None]:
-    """Without the planner's line about every stage that is tried."""
-    planner = logging.getLogger("nnscaler.planner")
-    before = planner.level
-    planner.setLevel(logging.WARNING)
+def quiet(*rooms: str) -> Iterator[None]:
+    """Without the lines that these parts of the package write about everything that is tried."""
+    loggers = [logging.getLogger(f"nnscaler.{room}") for room in rooms]
+    before = [one.level for one in loggers]
+    for one in loggers:
+        one.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        planner.setLevel(before)
+        for one, level in zip(loggers, before):
+            one.setLevel(level)

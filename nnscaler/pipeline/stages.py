@@ -9,11 +9,11 @@ longer than the best that is known, or all are planned.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
+from math import inf, prod
 
-from nnscaler.errors import UserError
 from nnscaler.graph import Call, Graph
 from nnscaler.hardware import Hardware
 from nnscaler.mesh import Mesh
@@ -22,7 +22,7 @@ from nnscaler.pipeline.plan import PipelinePlan, forward_seconds, update_seconds
 from nnscaler.pipeline.simulate import StageSeconds, simulate
 from nnscaler.placement import REPLICATE, SHARED, Placements, local_shape
 from nnscaler.plan import GIB, Key, Plan
-from nnscaler.planner import find_plan
+from nnscaler.planner import NothingFits, find_plan
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.options import divides
 from nnscaler.planner.problem import Problem, build_problem
@@ -30,6 +30,8 @@ from nnscaler.planner.search import recomputing
 from nnscaler.planner.solve import relaxed
 from nnscaler.profiler.operators import OperatorTimes
 from nnscaler.schedules import Schedule, in_flight, programs
+
+LEAST_SECONDS = 1.0  # for each stage, though time is out
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class StagePlanner:
     mesh       of a pipeline rank
     begins     nodes of the root block at which stages may begin
     memory     bytes a device that the stages of a rank may use together
+    until      when the search shall end, by `time.process_time`
     layout     of what crosses, where it has been chosen
     cuts       by numbers of `begins`
     stages     by candidate
@@ -92,6 +95,7 @@ class StagePlanner:
     fused: bool
     times: OperatorTimes | None
     begins: list[int]
+    until: float = inf
     layout: Placements | None = None
     cuts: dict[tuple[int, ...], list[StageGraph]] = field(default_factory=dict)
     stages: dict[Candidate, list[_Stage]] = field(default_factory=dict)
@@ -179,8 +183,8 @@ class StagePlanner:
         figures = self.estimated[key]
         if figures is None:
             held = ", ".join(str(stage.held) for stage in stages)
-            raise UserError(
-                f"its stages, {held} micro-batches in flight, need over {self.memory / GIB:.4g} GB a device"
+            raise NothingFits(
+                f"its stages, {held} micro-batches in flight, need over {self.memory / GIB:.4g} GiB a device"
             )
         return figures
 
@@ -203,6 +207,7 @@ class StagePlanner:
             graph, [self.mesh], self.hardware, memory=limit - stage.buffers,
             recompute_modules=self._recomputed(graph), micro_batches=stage.count, fused=self.fused, times=self.times,
             layouts=stage.layouts, in_flight=stage.held,
+            seconds=max(self.until - time.process_time(), LEAST_SECONDS),
         )  # fmt: skip
         plan.memory[Key("buffers", "", "received")] = stage.buffers
         plan.memory_limit = limit

@@ -1,5 +1,6 @@
 """From a graph to the best plan that fits."""
 
-from nnscaler.planner.search import find_plan
+from nnscaler.planner.refusal import NothingFits
+from nnscaler.planner.search import SEARCH_SECONDS, find_plan
 
-__all__ = ["find_plan"]
+__all__ = ["SEARCH_SECONDS", "NothingFits", "find_plan"]

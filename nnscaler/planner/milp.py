@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import inf
+from typing import Any
 
 import highspy
 import numpy as np
@@ -29,6 +31,7 @@ class MixedIntegerProgram:
     starts: list[int] = field(default_factory=lambda: [0])
     columns: list[int] = field(default_factory=list)
     factors: list[float] = field(default_factory=list)
+    objective: Unit = Unit.NUMBER  # what is minimised
 
     def add(self, statement: Statement) -> int:
         """Adds the variables and rows of a statement. Returns how many variables were there before: by so much the
@@ -53,6 +56,7 @@ class MixedIntegerProgram:
 
     def minimise(self, terms: Terms, unit: Unit) -> None:
         """Makes a sum what is minimised."""
+        self.objective = unit
         self.cost = [0.0] * len(self.cost)
         for variable, factor in self._scaled(terms, unit).items():
             self.cost[variable] = factor
@@ -67,10 +71,20 @@ class MixedIntegerProgram:
             together[variable] = together.get(variable, 0.0) + scaled
         return together
 
-    def solve(self, gap: float, relaxed: bool = False) -> np.ndarray | None:
-        """Values of the variables at an optimum within the relative `gap`; None where there is no solution.
+    def solve(
+        self,
+        gap: float,
+        relaxed: bool = False,
+        seconds: float = inf,
+        heuristics: bool = True,
+        watch: Callable[[float, float], None] | None = None,
+    ) -> Answer | None:
+        """An optimum within the relative `gap`, or the best found in `seconds`; None where there is no solution.
 
-        relaxed  no variable needs to be an integer: the optimum is no higher, and soon found
+        seconds     of processor time: what is found does not hang on what else the machine does
+        relaxed     no variable needs to be an integer: the optimum is no higher, and soon found
+        heuristics  whether to look for good solutions before the search: where few are expected, that takes long
+        watch       hears of the objective of the best solution so far (inf: none) and of its lower bound
         """
         model = highspy.HighsLp()
         model.num_col_, model.num_row_ = len(self.cost), len(self.lower)
@@ -88,15 +102,46 @@ class MixedIntegerProgram:
         model.a_matrix_.value_ = _rounded(self.factors)
         solver = highspy.Highs()
         # One thread and a fixed seed: the same inputs give the same plan on every machine.
-        for option, value in (("output_flag", False), ("threads", 1), ("random_seed", 0), ("mip_rel_gap", gap)):
+        options = {"output_flag": False, "threads": 1, "random_seed": 0, "mip_rel_gap": gap}
+        if not heuristics:
+            options |= dict.fromkeys(
+                ("mip_heuristic_run_rins", "mip_heuristic_run_rens", "mip_heuristic_run_root_reduced_cost"), False
+            )
+        for option, value in options.items():
             solver.setOptionValue(option, value)
         solver.passModel(model)
+        one, until = self.scale[self.objective], time.process_time() + seconds
+
+        def hear(event: Any) -> None:
+            event.data_in.user_interrupt = time.process_time() > until
+            if watch is not None:
+                watch(event.data_out.mip_primal_bound * one, event.data_out.mip_dual_bound * one)
+
+        solver.cbMipInterrupt.subscribe(hear)
         solver.run()
-        status = solver.getModelStatus()
+        status, found = solver.getModelStatus(), solver.getInfo()
         if status == highspy.HighsModelStatus.kInfeasible:
             return None
-        assert status == highspy.HighsModelStatus.kOptimal, f"HiGHS ended with {solver.modelStatusToString(status)}"
-        return np.array(solver.getSolution().col_value) * [self.scale[unit] for unit in self.units]
+        stopped = status == highspy.HighsModelStatus.kInterrupt
+        optimal = status == highspy.HighsModelStatus.kOptimal
+        assert optimal or stopped, f"HiGHS ended with {solver.modelStatusToString(status)}"
+        feasible = found.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
+        values = np.array(solver.getSolution().col_value) if optimal or feasible else None
+        if values is not None:
+            values = values * [self.scale[unit] for unit in self.units]
+        whole = any(self.integer) and not relaxed
+        bound = found.mip_dual_bound if whole else found.objective_function_value if optimal else 0.0
+        return Answer(values, max(bound, 0.0) * one, stopped)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a solver found: values of the variables, None where it was stopped before it found any; no solution has an
+    objective below `bound`."""
+
+    values: np.ndarray | None
+    bound: float
+    stopped: bool
 
 
 def _rounded(numbers: list[float]) -> np.ndarray:

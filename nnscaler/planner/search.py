@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
 
 from nnscaler.errors import UserError
 from nnscaler.graph import Call, Graph
@@ -16,12 +18,17 @@ from nnscaler.planner.costs import CostModel
 from nnscaler.planner.evaluate import Evaluation, evaluate
 from nnscaler.planner.problem import Problem, Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution
-from nnscaler.planner.solve import least_memory, solve
+from nnscaler.planner.refusal import DoesNotFit
+from nnscaler.planner.solve import OutOfTime, least_memory, solve
 from nnscaler.profiler.operators import OperatorTimes
 
 logger = logging.getLogger(__name__)
 
 WORTH = 1e-3  # part of the step time that a mesh of more axes must save
+NEAR = 2 * WORTH  # a plan is called the best where it is proven to be so near to it
+TOLERANCE = 1e-5  # of a solver, in the memory row
+SEARCH_SECONDS = 40.0
+EACH = 4.0  # seconds between two lines on how far the search is
 
 
 def find_plan(
@@ -36,6 +43,7 @@ def find_plan(
     times: OperatorTimes | None = None,
     layouts: Mapping[str, Placements] | None = None,
     in_flight: int = 1,
+    seconds: float = SEARCH_SECONDS,
 ) -> Plan:
     """The plan of least predicted step time on one of the meshes, all of as many devices and replicas.
 
@@ -47,34 +55,89 @@ def find_plan(
     times              measured times of operators, where the hardware is present
     layouts            of parameters, and of inputs and outputs of the graph, where they are given, by name
     in_flight          micro-batches whose activations are held at a time
+    seconds            of processor time, after which the best plan so far is taken
 
-    Raises UserError where nothing fits, with what takes most memory, and for unknown class names.
+    Raises DoesNotFit where nothing fits, and UserError for unknown class names.
     """
     memory = 0.9 * hardware.memory if memory is None else memory
     again = recomputing(graph, recompute_modules)
     started = time.perf_counter()
     costs = [CostModel(hardware, mesh, fused, times) for mesh in meshes]
     problems = [build_problem(graph, model, again, micro_batches, layouts, in_flight) for model in costs]
-    found: tuple[Problem, Solution, Evaluation] | None = None
-    for problem in problems:
-        below = None if found is None else found[2].total_seconds * (1 - WORTH)
-        program = Program(problem)
-        solution = solve(program, memory, below=below)
-        if solution is not None:
-            evaluation = evaluate(program, solution)
-            assert evaluation is not None
-            found = problem, solution, evaluation
-    if found is None:
-        raise UserError(_does_not_fit(problems[0], memory))
-    problem, solution, evaluation = found
+    search = _Search(memory, time.process_time() + seconds)
+    for left, problem in enumerate(problems, 1 - len(problems)):
+        search.on(Program(problem), -left)
+    if search.found is None:
+        raise DoesNotFit(*_least(problems[0]), memory)
+    found = search.found
+    plan = _to_plan(graph, found.problem, found.solution, found.evaluation, micro_batches)
+    plan.costs, plan.memory_limit, plan.bound = found.problem.costs, memory, search.bound * micro_batches
     logger.info(
-        "planned %s on %s in %.1f s: %.3g s a step, %.3g GiB of %.3g GiB a device",
-        problem.costs.mesh, hardware.name, time.perf_counter() - started,
-        evaluation.total_seconds * micro_batches, evaluation.total_memory / GIB, memory / GIB,
+        "planned %s on %s in %.1f s: %.3g s a step%s, %.3g GiB of %.3g GiB a device",
+        plan.mesh, hardware.name, time.perf_counter() - started, plan.step_seconds,
+        "" if plan.gap <= NEAR else f" (a faster one may save up to {100 * plan.gap:.0f} %)",
+        plan.memory_bytes / GIB, memory / GIB,
     )  # fmt: skip
-    plan = _to_plan(graph, problem, solution, evaluation, micro_batches)
-    plan.costs, plan.memory_limit = problem.costs, memory
     return plan
+
+
+@dataclass(frozen=True)
+class _Found:
+    problem: Problem
+    solution: Solution
+    evaluation: Evaluation
+
+
+@dataclass
+class _Search:
+    """The search over meshes, one after the other, until a time by `time.process_time`.
+
+    found  the best so far
+    bound  seconds of a micro-batch that no plan on the meshes so far is below
+    """
+
+    memory: float
+    until: float
+    found: _Found | None = None
+    bound: float = inf
+    told: float = field(default_factory=time.perf_counter)
+
+    def on(self, program: Program, left: int) -> None:
+        """Searches one mesh, with `left` more to come: they share half of the time that is left."""
+        mesh = program.problem.costs.mesh
+        below = None if self.found is None else self.found.evaluation.total_seconds * (1 - WORTH)
+        seconds = max(self.until - time.process_time(), 0.1) / (2 if left else 1)
+
+        better = "" if self.found is None else "better "
+
+        def watch(best: float, bound: float) -> None:
+            if time.perf_counter() - self.told < EACH:
+                return
+            self.told = time.perf_counter()
+            known = f"the best takes {best:.4g} s a micro-batch" if best < inf else f"nothing {better}found"
+            logger.info(
+                "planning on %s: %s, none less than %.4g s; %.0f s left",
+                mesh, known, max(bound, 0.0), self.until - time.process_time(),
+            )  # fmt: skip
+
+        try:
+            solved = solve(program, self.memory, below=below, seconds=seconds, watch=watch)
+            if solved is not None:
+                self._take(program, solved.solution)
+                self.bound = min(self.bound, solved.bound)
+            elif below is not None:
+                self.bound = min(self.bound, below)
+        except OutOfTime as stopped:
+            self.bound = min(self.bound, stopped.bound)
+            if self.found is None:
+                self._take(program, least_memory(program))
+                logger.info("planning on %s: out of time; the plan that takes least memory is taken", mesh)
+
+    def _take(self, program: Program, solution: Solution) -> None:
+        evaluation = evaluate(program, solution)
+        assert evaluation is not None, "what the program allows can be priced"
+        if evaluation.total_memory <= self.memory * (1 + TOLERANCE):
+            self.found = _Found(program.problem, solution, evaluation)
 
 
 def recomputing(graph: Graph, modules: Sequence[str] | None) -> Recomputing:
@@ -103,31 +166,15 @@ def nodes_to_recompute(graph: Graph, modules: Sequence[str]) -> dict[str, frozen
     return found
 
 
-def _does_not_fit(problem: Problem, memory: float) -> str:
+def _least(problem: Problem) -> tuple[dict[Key, float], str]:
+    """What the plan that needs least memory needs it for, and the operator that holds most while it runs."""
     program = Program(problem)
-    evaluation = evaluate(program, least_memory(program))
+    solution = least_memory(program)
+    evaluation = evaluate(program, solution)
     assert evaluation is not None
-    largest = sorted(evaluation.memory.items(), key=lambda item: -item[1])[:4]
-    items = ", ".join(f"{_describe(key)} {_gigabytes(size)}" for key, size in largest)
-    return (
-        f"no plan fits: needs {_gigabytes(evaluation.total_memory)} a device, constraint {_gigabytes(memory)}; "
-        f"the largest items are {items}"
-    )
-
-
-def _gigabytes(size: float) -> str:
-    return f"{size / GIB:.1f} GB" if size > GIB / 10 else f"{size / GIB:.2g} GB"
-
-
-def _describe(key: Key) -> str:
-    role = {
-        "parameter": "parameter with its gradient and optimizer state",
-        "saved": "activation",
-        "inside": "activations inside",
-        "working": "working memory of",
-        "buffers": "buffers of the gradients' exchange",
-    }[key.category]
-    return f"{role} {key.block}{f'.{key.name}' if key.name else ''}".rstrip()
+    options = [decision.options[chosen] for decision, chosen in zip(problem.decisions, solution.chosen)]
+    decision, _ = max(zip(problem.decisions, options), key=lambda one: one[1].transient)
+    return evaluation.memory, f"{decision.block}.{decision.name}"
 
 
 def _to_plan(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import inf
 
 from nnscaler.planner.milp import MixedIntegerProgram
 from nnscaler.planner.problem import Problem
@@ -10,14 +12,44 @@ from nnscaler.planner.program import Program, Solution
 from nnscaler.planner.statement import Account, Unit
 
 
-def solve(program: Program, memory: float, gap: float = 1e-4, below: float | None = None) -> Solution | None:
+class OutOfTime(Exception):  # noqa: N818
+    """The solver was stopped before it had found anything but a `bound`: seconds that no solution is below."""
+
+    def __init__(self, bound: float) -> None:
+        self.bound = bound
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A solution, and the seconds of a micro-batch that no other is below."""
+
+    solution: Solution
+    bound: float
+
+
+def solve(
+    program: Program,
+    memory: float,
+    gap: float = 1e-4,
+    below: float | None = None,
+    seconds: float = inf,
+    watch: Callable[[float, float], None] | None = None,
+) -> Solved | None:
     """The choice of least time within `memory` bytes a device; None where nothing fits, or takes less than `below`
-    seconds of a micro-batch."""
+    seconds of a micro-batch.
+
+    seconds  after which the best that was found is taken; raises OutOfTime where nothing was
+    watch    hears of the best seconds of a micro-batch so far (inf: none), and of the bound
+    """
     milp = stated(program, memory)
     if below is not None:
         milp.row(program.statement.terms(Account.TIME), upper=below, unit=Unit.SECONDS)
-    values = milp.solve(gap)
-    return None if values is None else program.solution(values)
+    answer = milp.solve(gap, seconds=seconds, heuristics=below is None, watch=watch)
+    if answer is None:
+        return None
+    if answer.values is None:
+        raise OutOfTime(answer.bound)
+    return Solved(program.solution(answer.values), answer.bound)
 
 
 def stated(program: Program, memory: float) -> MixedIntegerProgram:
@@ -34,9 +66,10 @@ def least_memory(program: Program) -> Solution:
     milp = MixedIntegerProgram(_scale(program.problem, None))
     milp.add(program.statement)
     milp.minimise(program.statement.terms(Account.DEVICE), Unit.BYTES)
-    values = milp.solve(gap=1e-2)
-    assert values is not None, "without a limit there is always a plan"
-    return program.solution(values)
+    answer = milp.solve(gap=1e-2)
+    assert answer is not None, "without a limit there is always a plan"
+    assert answer.values is not None
+    return program.solution(answer.values)
 
 
 def relaxed(problems: Sequence[Problem], memory: float) -> list[tuple[float, float]] | None:
@@ -52,9 +85,11 @@ def relaxed(problems: Sequence[Problem], memory: float) -> list[tuple[float, flo
         sizes.append([(variable + shift, size) for variable, size in statement.terms(Account.DEVICE)])
     milp.minimise([term for terms in times for term in terms], Unit.SECONDS)
     milp.row([term for terms in sizes for term in terms], upper=memory, unit=Unit.BYTES)
-    values = milp.solve(gap=1e-4, relaxed=True)
-    if values is None:
+    answer = milp.solve(gap=1e-4, relaxed=True)
+    if answer is None:
         return None
+    values = answer.values
+    assert values is not None
     totals = [[float(sum(values[v] * each for v, each in terms)) for terms in found] for found in (times, sizes)]
     return list(zip(*totals))
 

@@ -7,7 +7,9 @@ from typing import Any
 
 from nnscaler.recompute import level_of
 from nnscaler.report.categories import EXPOSED, HIDDEN, MEMORY_BOUND, OPTIMIZER, RECOMPUTE
-from nnscaler.report.spelling import gib, seconds
+from nnscaler.report.spelling import gib, percent, seconds
+
+FULL = 0.99  # of the limit: above it a plan says so
 
 
 def limits_of(values: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -48,7 +50,8 @@ def _memory(values: Mapping[str, Any]) -> tuple[float, str]:
     )
     again += sum(one["seconds"] for one in values["collectives"] if one["phase"] == "again")
     spent = f"{seconds(again)} of computing and gathering again to stay within it" if again else "nothing is done twice"
-    return again, f"{gib(used)} of {gib(limit)} are used; {spent}"
+    full = f", {percent(used / limit)} of it" if used > FULL * limit else ""
+    return again, f"{gib(used)} of {gib(limit)} are used{full}; {spent}"
 
 
 def _and(names: Mapping[str, float]) -> str:

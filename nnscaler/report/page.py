@@ -12,6 +12,7 @@ from nnscaler.report.charts import bar, headline, legend, mark
 from nnscaler.report.markup import Markup, table, tag
 from nnscaler.report.pipeline import pipeline_sections
 from nnscaler.report.spelling import LEGEND, gib, or_blank, percent, plan_title, seconds
+from nnscaler.report.text import proven
 
 Values = Mapping[str, Any]
 
@@ -29,7 +30,8 @@ def plan_page(values: Values) -> str:
 def _sections(values: Values, name: str) -> Iterator[Markup]:
     yield tag("h1", name)
     steps = values["micro_batches"]
-    yield tag("p", f"Predicted for an optimizer step of {steps} micro-batch{'es' if steps > 1 else ''} a copy.")
+    step = f"an optimizer step of {steps} micro-batch{'es' if steps > 1 else ''} a copy"
+    yield tag("p", f"Predicted for {step}; {proven(values['predicted'])}.")
     yield headline(values["predicted"], "memory a device")
     yield _time(values["predicted"])
     yield _memory(values["predicted"])

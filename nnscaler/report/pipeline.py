@@ -21,16 +21,17 @@ from nnscaler.report.spelling import gib, seconds
 from nnscaler.report.text import recompute
 from nnscaler.report.timeline import timeline
 from nnscaler.report.values import Work, plan_report, rounded, speed_of
+from nnscaler.report.would_help import Replan, would_help
 from nnscaler.schedules import Schedule
 
 Values = Mapping[str, Any]
 
 
-def pipeline_report(plan: PipelinePlan, work: Work | None = None) -> dict[str, Any]:
-    """The plan and its costs as plain values, floats with six digits. `work`: for figures of speed; None: without."""
+def pipeline_report(plan: PipelinePlan, work: Work | None = None, replan: Replan | None = None) -> dict[str, Any]:
+    """The plan and its costs as plain values, floats with six digits. `work` and `replan`: as of `plan_report`."""
     first, schedule, step = plan.stages[0], plan.schedule, plan.step_seconds
     devices = schedule.ranks * first.mesh.plan_ngpus
-    values = {
+    values: dict[str, Any] = {
         "model": first.graph.root.module_type,
         "mesh": {"sizes": list(first.mesh.sizes), "replicas": first.mesh.replicas},
         "hardware": first.hardware,
@@ -65,6 +66,7 @@ def pipeline_report(plan: PipelinePlan, work: Work | None = None) -> dict[str, A
             ],
         },
     }
+    values["advice"] = would_help(plan, replan) if replan else []
     return {**rounded(values), "stages": [plan_report(stage) for stage in plan.stages]}
 
 
@@ -108,6 +110,9 @@ def pipeline_sections(values: Values, name: str) -> Iterator[Markup]:
     head = ["stage", ">rank", "blocks", ">forward", ">backward", ">in flight", ">memory", "recompute", "sends"]
     note = "Seconds are those of a micro-batch; what is sent is a device's part. Each stage has a page of its own."
     yield tag("section", tag("h2", "Stages"), table(head, rows), tag("p", note, class_="faint"))
+    if values["advice"]:
+        helps = table(["what would help", "by how much"], [[one["change"], one["text"]] for one in values["advice"]])
+        yield tag("section", tag("h2", "What would help"), helps)
     shared = [f"{name}: stages {', '.join(map(str, users))}" for name, users in pipeline["shared"].items()]
     if shared:
         yield tag("section", tag("h2", "Parameters of several stages"), tag("p", "; ".join(shared)))

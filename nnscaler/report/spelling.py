@@ -38,9 +38,9 @@ def gib(size: float) -> str:
     return f"{size:.0f} B"
 
 
-def percent(share: float) -> str:
+def percent(share: float, digits: int = 1) -> str:
     """`48.1 %`"""
-    return f"{100 * share:.1f} %"
+    return f"{100 * share:.{digits}f} %"
 
 
 def three_digits(value: float) -> str:

@@ -23,6 +23,7 @@ def explain(values: Mapping[str, Any]) -> str:
         f"memory     {gib(predicted['memory_bytes'])} of {gib(limit)} that the plan may use",
         *_listed("", predicted["bytes_by_category"], limit, gib),
         *(f"recompute  {text}" for text in recompute(values)),
+        f"search     {proven(predicted)}",
         *_named("moves", [transfer(one) for one in largest(values)]),
         *_named("limits", [f"{one['limit']}, {percent(one['share'])}: {one['text']}" for one in main_limits(values)]),
         *_named("would help", [f"{one['change']}: {one['text']}" for one in values["advice"]]),
@@ -42,6 +43,7 @@ def _explain_pipeline(values: Mapping[str, Any]) -> str:
             f"           {seconds(predicted['update_seconds'])} of it update parameters; ranks compute {computing}",
             f"memory     {gib(used)} of {gib(limit)} that the plan may use, on the rank that needs most",
             *(f"{f'stage {index}':<10} {line}" for index, line in enumerate(_stage_lines(values))),
+            *_named("would help", [f"{one['change']}: {one['text']}" for one in values["advice"]]),
         ]
     )
 
@@ -63,6 +65,13 @@ def speed(predicted: Mapping[str, Any]) -> str:
         return ""
     rate = f"{predicted['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU"
     return f", {rate}, MFU {percent(predicted['mfu'])} ({percent(predicted['mfu_causal'])} with attention halved)"
+
+
+def proven(predicted: Mapping[str, Any]) -> str:
+    """How near to the best the plan is proven to be."""
+    if predicted["gap"] > 0.5:
+        return "stopped before anything was proven"
+    return f"no plan on these devices is more than {percent(predicted['gap'], 2)} faster"
 
 
 def recompute(values: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """A plan's costs as plain values, which plan.json holds beside the plan itself; the other reports read nothing else.
 
-predicted     headline figures, and what they are made of
+predicted     headline figures, and what they are made of; `gap`: the part of its time by which the plan may be slower
+              than the best on the meshes that were tried, as far as was proven
 limits        what the step's time and the device's memory go into, most important first
 advice        what would help: by measuring, and, where it was asked for, by planning again (see `would_help`)
 origins       share of the step by what says how long it takes: measured, profile (bundled), roofline (arithmetic)
@@ -14,7 +15,6 @@ Seconds are those of an optimizer step, bytes those of a device. Equal inputs gi
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from nnscaler.report.limits import limits_of
 from nnscaler.report.origins import measuring, origins_of
 from nnscaler.report.parameters import parameter_groups
 from nnscaler.report.transfers import all_transfers
-from nnscaler.report.would_help import Change, would_help
+from nnscaler.report.would_help import Replan, would_help
 
 PLAN = "plan.json"
 
@@ -46,7 +46,7 @@ class Work:
     peak: float
 
 
-def plan_report(plan: Plan, work: Work | None = None, replan: Callable[[Change], Plan] | None = None) -> dict[str, Any]:
+def plan_report(plan: Plan, work: Work | None = None, replan: Replan | None = None) -> dict[str, Any]:
     """The plan and its costs as plain values, floats with six digits.
 
     work    for tokens a second and MFU; None: without
@@ -61,6 +61,7 @@ def plan_report(plan: Plan, work: Work | None = None, replan: Callable[[Change],
         "step_seconds": plan.step_seconds,
         "memory_bytes": plan.memory_bytes,
         "memory_limit_bytes": plan.memory_limit,
+        "gap": plan.gap,
         "device_memory_bytes": costs.hardware.memory,
         **speed_of(plan.step_seconds / plan.micro_batches * plan.mesh.plan_ngpus, work),
         "seconds_by_category": seconds,

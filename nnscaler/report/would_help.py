@@ -7,15 +7,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from nnscaler.errors import UserError
+from nnscaler.pipeline.plan import PipelinePlan
 from nnscaler.plan import GIB, Plan
 
 logger = logging.getLogger(__name__)
 
 MORE_MEMORY = 20  # GiB
+AnyPlan = Plan | PipelinePlan
 Change = dict[str, Any]  # field of ComputeConfig -> its value
+Replan = Callable[[Change], AnyPlan]
 
 
-def would_help(plan: Plan, replan: Callable[[Change], Plan]) -> list[dict[str, Any]]:
+def would_help(plan: AnyPlan, replan: Replan) -> list[dict[str, Any]]:
     """[{change, step_seconds, devices, speed, text}]; each change is planned, none is guessed.
 
     replan  plans the same graph with a changed configuration
@@ -33,9 +36,9 @@ def would_help(plan: Plan, replan: Callable[[Change], Plan]) -> list[dict[str, A
     return advice
 
 
-def _changes(plan: Plan) -> Iterator[tuple[Change, str]]:
+def _changes(plan: AnyPlan) -> Iterator[tuple[Change, str]]:
     devices, replicas = plan.mesh.plan_ngpus, plan.mesh.replicas
-    yield {"gpu_mem_constraint": plan.memory_limit / GIB + MORE_MEMORY}, f"+{MORE_MEMORY} GB a device"
+    yield {"gpu_mem_constraint": plan.memory_limit / GIB + MORE_MEMORY}, f"+{MORE_MEMORY} GiB a device"
     yield (
         {"plan_ngpus": 2 * devices, "runtime_ngpus": 2 * devices * replicas},
         f"+{devices * replicas} devices, each copy split over {2 * devices}",
@@ -43,7 +46,7 @@ def _changes(plan: Plan) -> Iterator[tuple[Change, str]]:
     yield {"runtime_ngpus": 2 * devices * replicas}, f"+{devices * replicas} devices, in {2 * replicas} copies"
 
 
-def _compared(what: str, plan: Plan, found: Plan) -> dict[str, Any]:
+def _compared(what: str, plan: AnyPlan, found: AnyPlan) -> dict[str, Any]:
     speed = (plan.step_seconds / plan.mesh.replicas) / (found.step_seconds / found.mesh.replicas)
     devices = found.mesh.runtime_ngpus / plan.mesh.runtime_ngpus
     each = "" if devices == 1 else f" ({speed / devices:.2f} x a device)"

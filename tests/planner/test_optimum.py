@@ -133,7 +133,7 @@ def test_the_program_finds_the_optimum(graph, sizes, fused, fraction, hardware):
     ways = prod(comb(problem.calls[b] + len(levels) - 1, len(levels) - 1) for b, levels in problem.levels.items())
     assume(prod(len(decision.options) for decision in problem.decisions) * ways <= MOST)
     program = Program(problem)
-    free = evaluate(program, solve(program, memory=1e18, gap=0.0))
+    free = evaluate(program, solve(program, memory=1e18, gap=0.0).solution)
     assert free.total_seconds == pytest.approx(best(program, 1e18), rel=1e-5)
     memory = fraction * free.total_memory
     wanted = best(program, memory)
@@ -142,7 +142,7 @@ def test_the_program_finds_the_optimum(graph, sizes, fused, fraction, hardware):
         assert solution is None
         return
     assert solution is not None
-    found = evaluate(program, solution)
+    found = evaluate(program, solution.solution)
     assert found.total_memory <= memory * (1 + 1e-5)
     assert found.total_seconds == pytest.approx(wanted, rel=1e-5)
 
@@ -161,9 +161,10 @@ def holds(program: Program, solution: Solution, memory: float) -> float | None:
         fixed[g] = float(index in solution.gathered_again and is_source and is_target)
     for variable, value in fixed.items():
         milp.row([(variable, 1.0)], value, value)
-    values = milp.solve(0.0)
-    if values is None:
+    answer = milp.solve(0.0)
+    if answer is None:
         return None
+    values = answer.values
     return float(sum(values[variable] * each for variable, each in program.statement.terms(Account.TIME)))
 
 

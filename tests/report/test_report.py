@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -223,8 +224,23 @@ def test_what_would_help_is_what_planning_so_finds(compiled):
     found = advice["+2 devices, in 2 copies"]
     assert found["step_seconds"] == copies["step_seconds"]
     assert found["speed"] == pytest.approx(2 * step / copies["step_seconds"], rel=1e-4)
-    assert advice["+20 GB a device"]["text"].startswith("no faster"), "this plan has all the memory that it wants"
+    assert advice["+20 GiB a device"]["text"].startswith("no faster"), "this plan has all the memory that it wants"
     assert not any("speed" in one for one in read_plan(compiled / "b")["advice"]), "planned again only when asked"
+
+
+def test_where_nothing_fits_the_changes_that_are_named_fit(compiled, tmp_path):
+    hardware = str(compiled / "hardware.json")
+    limit = 0.3 * read_plan(compiled / "a")["predicted"]["memory_bytes"] / 2**30
+    with pytest.raises(UserError, match=r"no plan fits: needs .* moments .*; what would fit: ") as refusal:
+        compile_tiny(tmp_path / "small", hardware, gpu_mem_constraint=limit)
+    text = str(refusal.value)
+    assert not (tmp_path / "small").exists()
+    devices = int(re.search(r"--plan_ngpus (\d+) --runtime_ngpus \1 \(", text)[1])
+    wider = compile_tiny(
+        tmp_path / "wide", hardware, plan_ngpus=devices, runtime_ngpus=devices, gpu_mem_constraint=limit
+    )
+    assert read_plan(wider)["predicted"]["memory_bytes"] <= limit * 2**30 * (1 + 1e-5)
+    assert re.search(r"sequences of (4|8|16) tokens", text)
 
 
 def test_the_page_is_well_formed_and_needs_nothing_else(compiled):
@@ -326,7 +342,7 @@ def test_explaining_an_8b_model(tmp_path, monkeypatch, capsys):
     assert predicted["memory_bytes"] <= predicted["memory_limit_bytes"] * (1 + 1e-5)
     calls = values["costs"]["llama_decoder_layer"]["levels"].values()
     assert sum(level["calls"] for level in calls) == 32
-    more = next(one for one in values["advice"] if one["change"] == "+20 GB a device")
+    more = next(one for one in values["advice"] if one["change"] == "+20 GiB a device")
     assert more["speed"] > 1, "recomputing is what memory costs here"
     assert any(one["change"] == "profile attention" for one in values["advice"])
 

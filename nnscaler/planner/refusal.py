@@ -1,0 +1,58 @@
+"""Why nothing fits, in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from nnscaler.errors import UserError
+from nnscaler.plan import GIB, Key
+
+
+class NothingFits(UserError):  # noqa: N818
+    """No plan fits into a device's memory. `needed`: bytes of the plan that needs least, where it is known."""
+
+    needed: float | None = None
+
+
+class DoesNotFit(NothingFits):
+    """No plan without a pipeline fits: by what its memory is for."""
+
+    def __init__(self, memory: Mapping[Key, float], peak: str, limit: float) -> None:
+        self.needed = sum(memory.values())
+        largest = sorted(memory.items(), key=lambda item: -item[1])[:3]
+        super().__init__(
+            f"no plan fits: needs {_gib(self.needed)} a device, constraint {_gib(limit)}: "
+            + ", ".join(f"{what} {_gib(size)}" for what, size in by_category(memory, peak).items())
+            + "; the largest items are "
+            + ", ".join(f"{_describe(key, peak)} {_gib(size)}" for key, size in largest)
+        )
+
+
+def by_category(memory: Mapping[Key, float], peak: str) -> dict[str, float]:
+    """What the bytes of a plan are for, largest first."""
+    totals: dict[str, float] = {}
+    for key, size in memory.items():
+        what = {
+            "parameter": "weights" if key.detail == "parameters" else key.detail,
+            "saved": "kept for backward",
+            "inside": "kept for backward",
+            "working": f"while {peak} runs" if not key.block else f"one {key.block} computed again",
+            "buffers": "buffers of communication",
+        }[key.category]
+        totals[what] = totals.get(what, 0.0) + size
+    return dict(sorted(totals.items(), key=lambda item: -item[1]))
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB" if size > GIB / 10 else f"{size / GIB:.2g} GiB"
+
+
+def _describe(key: Key, peak: str) -> str:
+    of = f"{key.block}{f'.{key.name}' if key.name else ''}"
+    return {
+        "parameter": f"{key.detail} of {of}",
+        "saved": f"activation {of}",
+        "inside": f"activations inside {of}",
+        "working": f"working memory of {of or peak}",
+        "buffers": "buffers of communication",
+    }[key.category]

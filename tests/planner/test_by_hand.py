@@ -1,0 +1,212 @@
+"""Predicted bytes and seconds against numbers worked out by hand, in bf16 and on more than one device.
+
+The graph has three operators: h = x @ w.T, silu(h), and its sum; x is [64, 256] and w [512, 256], in bf16. The machine
+does 1e9 operations a second, moves 1e9 bytes a second in memory and 1e6 between devices, without latencies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from chunk_linear_cross_entropy import chunk_linear_cross_entropy
+from nnscaler.compiler import Source
+from nnscaler.graph import Block, Graph, Node, Ref, TensorMeta
+from nnscaler.hardware import Hardware, load_hardware
+from nnscaler.mesh import Mesh
+from nnscaler.operators import bind, operator_of
+from nnscaler.placement import REPLICATE, SHARED, Shard
+from nnscaler.planner import find_plan
+from nnscaler.planner.costs import CostModel
+from nnscaler.planner.evaluate import Evaluation, evaluate
+from nnscaler.planner.options import unit_options
+from nnscaler.planner.problem import Flow, Recomputing, build_problem
+from nnscaler.planner.program import Program, Solution, resharding
+from nnscaler.recompute import KEEPS_ALL
+from nnscaler.report.values import Work, plan_report
+from nnscaler.runtime import gathering
+from nnscaler.trace import trace
+from nnscaler.units import divide
+from tests import tiny
+
+ROWS, INNER, OUTER = 64, 256, 512
+X, H, W = ROWS * INNER, ROWS * OUTER, INNER * OUTER  # elements
+OPERATIONS, MEMORY, LINK = 1e9, 1e9, 1e6  # a second
+
+
+class ThreeOperators(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(INNER, OUTER, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.silu(self.linear(x)).sum()
+
+
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    inputs = {"x": torch.empty((ROWS, INNER), dtype=torch.bfloat16, device="meta")}
+    model, buffers = Source(ThreeOperators, inputs).build()
+    return trace(model, inputs, buffers)
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory) -> Hardware:
+    link = {"bandwidth": LINK, "latency": 0.0}
+    folder = tmp_path_factory.mktemp("machine")
+    return load_hardware(tiny.write_hardware(folder, memory_bandwidth=MEMORY, intra=link, inter=link))
+
+
+def by_rows(graph: Graph, machine: Hardware, devices: int) -> Evaluation:
+    """Every operator with its rows split over the devices, the weight whole, its gradient exchanged each time."""
+    problem = build_problem(graph, CostModel(machine, Mesh((devices,))), Recomputing(), 2)
+    rows = (Shard(0),) if devices > 1 else (REPLICATE,)
+    chosen = []
+    for decision in problem.decisions:
+        fitting = [
+            index
+            for index, option in enumerate(decision.options)
+            if (decision.kind == "unit" and option.inputs[0] == rows)
+            or (
+                decision.kind == "parameter"
+                and (option.outputs[0], option.memory["gradients"]) == ((SHARED,), 4 * W / devices)
+            )
+            or decision.kind in ("input", "output")
+        ]
+        chosen.append(fitting[0])
+    evaluation = evaluate(Program(problem), Solution(chosen, {graph.root.name: {KEEPS_ALL: 1}}))
+    assert evaluation is not None
+    return evaluation
+
+
+def total(values: dict, category: str, detail: str = "") -> float:
+    return sum(value for key, value in values.items() if key.category == category and detail in ("", key.detail))
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_three_operators(graph, machine, devices):
+    found = by_rows(graph, machine, devices)
+    product = 2 * ROWS * INNER * OUTER / OPERATIONS / devices
+    moved = 2 * H / MEMORY / devices  # h or silu(h), in bf16
+    scalar = 2 / MEMORY
+    forward = product + 2 * moved + moved + scalar
+    assert total(found.seconds, "forward") == pytest.approx(forward, rel=1e-3)
+    # The product: for the weight alone. silu: reads h and a gradient, writes one. The sum: writes one.
+    backward = product + 3 * moved + moved + scalar
+    assert total(found.seconds, "backward") == pytest.approx(backward, rel=1e-3)
+    owned = W / devices
+    assert total(found.memory, "parameter", "parameters") == 2 * W
+    assert total(found.memory, "parameter", "gradients") == 4 * owned
+    assert total(found.memory, "parameter", "master weights") == 4 * owned, "of a bf16 weight"
+    assert total(found.memory, "parameter", "moments") == 8 * owned
+    assert total(found.memory, "saved") == 2 * (X + H) / devices, "x for the weight's gradient, h for silu's"
+    # Master weight and two moments are read and written; the gradient is read, scaled, and read again; the master is
+    # read once more for the weight that is written.
+    state = owned * (2 * (4 + 8) + 4 * 4 + 4 + 2) / MEMORY
+    # Backward's bf16 gradient is read, its fp32 copy written; every second micro-batch adds.
+    added = (W * 2 if devices == 1 else owned * 3) * 4 / 2
+    copied = (W * (2 + 4) + added) / MEMORY
+    gathered = 2 * W * (devices - 1) / devices / LINK
+    assert total(found.seconds, "update") == pytest.approx((state + gathered) / 2 + copied, rel=1e-3)
+    assert total(found.beside, "exchange") == pytest.approx(4 * W * (devices - 1) / devices / LINK, rel=1e-3), "in fp32"
+
+
+def test_tokens_a_second_are_those_of_a_device(graph, machine):
+    plan = find_plan(graph, [Mesh((2,), 2)], machine, micro_batches=3)
+    predicted = plan_report(plan, Work(ROWS, (6e6, 3e6), OPERATIONS))["predicted"]
+    seconds = plan.step_seconds
+    assert predicted["tokens_per_second_per_gpu"] == pytest.approx(3 * ROWS / seconds / 2, rel=1e-5)
+    assert predicted["mfu"] == pytest.approx(3 * 6e6 / seconds / 2 / OPERATIONS, rel=1e-5)
+
+
+def test_a_gathered_weight_comes_back_in_fp32(machine):
+    """16 bf16 rows a device: forward gathers 2 bytes an element, backward adds up 4."""
+    meta = TensorMeta((32, 8), torch.bfloat16, True)
+    flow = Flow("w", "model", meta, (0, 0), held=True)
+    problem = SimpleNamespace(costs=CostModel(machine, Mesh((2,))), resharding={})
+    seconds = resharding(problem, flow, (Shard(0),), (SHARED,))
+    assert seconds is not None
+    assert seconds.forward == pytest.approx(32 * 8 * 2 / 2 / LINK)
+    assert seconds.backward == pytest.approx(32 * 8 * 4 / 2 / LINK)
+    assert resharding(problem, replace(flow, held=False), (Shard(0),), (REPLICATE,)).forward == seconds.forward
+
+
+def test_what_runs_adds_up_a_gathered_weights_gradient_in_fp32(monkeypatch):
+    sent = []
+
+    def start_reduce_scatter(gradient, axis, dim):
+        sent.append(gradient)
+        return gradient.chunk(2)[0], None
+
+    monkeypatch.setattr(gathering, "start_gather", lambda shard, axis: (torch.cat([shard, shard]), None))
+    monkeypatch.setattr(gathering, "finish_gather", lambda whole, work, dim: whole)
+    monkeypatch.setattr(gathering, "start_reduce_scatter", start_reduce_scatter)
+    given = []
+    gathers = gathering.Gathers(lambda parameter, work, gradient: given.append(gradient))
+    shard = nn.Parameter(torch.ones((2, 4), dtype=torch.bfloat16))
+    axis = SimpleNamespace(size=2)
+    whole = gathers.weight(shard, (axis, 0))
+    (whole * 1.0).sum().backward()
+    assert [gradient.dtype for gradient in (*sent, *given)] == [torch.float32] * 2
+    assert given[0].shape == shard.shape
+
+
+def attention_block(causal: bool) -> Block:
+    """Queries [2, 8, 128, 16], keys and values [2, 4, 128, 16]."""
+    block = Block("model", "Model")
+    shapes = {"q": (2, 8, 128, 16), "k": (2, 4, 128, 16), "v": (2, 4, 128, 16), "o": (2, 128, 8, 16)}
+    block.tensors = {name: TensorMeta(shape, torch.bfloat16, True) for name, shape in shapes.items()}
+    block.inputs = ["q", "k", "v"]
+    args = tuple(Ref(name) for name in block.inputs)
+    block.nodes = [Node("o", "attention", args, {"is_causal": causal}, ("o",))]
+    block.outputs = ["o"]
+    return block
+
+
+ATTENTION = 2 * (2 * 2 * 8 * 128 * 128 * 16)  # two products of 128 queries with 128 keys in 16 dimensions, 16 times
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_on_each_of_two_devices(machine, causal):
+    """However it is split over two devices, each does half: also along the sequence, where each has all keys."""
+    block = attention_block(causal)
+    (unit,) = divide(block)
+    arithmetic = ATTENTION / 2 if causal else ATTENTION
+    fast = replace(machine, memory_bandwidth=1e30)
+    for devices in (1, 2):
+        options = unit_options(unit, block, CostModel(fast, Mesh((devices,))))
+        splits = {option.ways[0][1].split: option for option in options}
+        assert devices == 1 or {"b", "k", "l"} <= set(splits)
+        for split, option in splits.items():
+            share = 1 if split == "-" else devices
+            exchanged = 0.0
+            if split == "l":  # a device has half of the queries and results, of which half goes to the other
+                exchanged = 2 * (2 * 8 * 128 * 16) * 2 / 2 / 2 / LINK
+            assert option.seconds.forward == pytest.approx(arithmetic / share / OPERATIONS + exchanged, rel=1e-4), split
+            assert option.seconds.backward == pytest.approx(
+                2.5 * arithmetic / share / OPERATIONS + exchanged, rel=1e-4
+            ), split
+
+
+def test_the_chunked_loss_by_hand(machine):
+    """[1, 64, 32] @ [96, 32].T: the product, and the gradients of both already in forward; backward scales them."""
+    block = Block("model", "Model")
+    shapes = {"x": (1, 64, 32), "w": (96, 32), "loss": (1, 64)}
+    block.tensors = {name: TensorMeta(shape, torch.bfloat16, True) for name, shape in shapes.items()}
+    block.tensors["labels"] = TensorMeta((1, 64), torch.int64, False)
+    block.inputs = ["x", "w", "labels"]
+    args = (*(Ref(name) for name in block.inputs), -100)
+    block.nodes = [Node("loss", "chunk_linear_cross_entropy", args, {}, ("loss",))]
+    block.outputs = ["loss"]
+    assert chunk_linear_cross_entropy is not None, "importing it registers it"
+    node = block.nodes[0]
+    flops = operator_of(node).flops(bind(node, block).sizes, node)
+    assert flops == 3 * 2 * 64 * 32 * 96
+    (unit,) = divide(block)
+    (option,) = unit_options(unit, block, CostModel(replace(machine, memory_bandwidth=1e30), Mesh((1,))))
+    assert option.seconds.forward == pytest.approx(flops / OPERATIONS)
+    assert option.seconds.backward == pytest.approx(0.0, abs=1e-9)

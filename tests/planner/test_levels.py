@@ -1,0 +1,64 @@
+"""What levels are said to keep is what a real run keeps."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nnscaler.compiler import Source
+from nnscaler.recompute import KEEPS_ALL, KEEPS_PRODUCTS, LEVELS, RECOMPUTES_ALL, RECOMPUTES_ALL_BUT_ATTENTION
+from nnscaler.trace import trace
+from nnscaler.units import divide
+
+
+class Gated(nn.Module):
+    """Cheap operators before, between and after three products of different widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(16, 48, bias=False), nn.Linear(16, 48, bias=False)
+        self.down = nn.Linear(48, 16, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.sigmoid(x)
+        return torch.tanh(self.down(nn.functional.silu(self.gate(x)) * self.up(x)))
+
+
+def kept(function, *args: Tensor) -> list[tuple[int, ...]]:
+    """Shapes of what autograd keeps of a call, but for parameters."""
+    found: dict[int, tuple[int, ...]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            found[tensor.untyped_storage().data_ptr()] = tuple(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function(*args)
+    return sorted(found.values())
+
+
+@pytest.mark.parametrize("level", LEVELS, ids=str)
+def test_a_level_keeps_what_it_says(level):
+    torch._dynamo.reset()
+    inputs = {"x": torch.empty((8, 16), device="meta", requires_grad=True)}
+    built, buffers = Source(Gated, inputs, torch.float32).build()
+    block = trace(built, inputs, buffers).root
+    for name in block.inputs:  # as of a layer in a stack
+        assert block.tensors[name].shape == (8, 16)
+    keeping = level.keeps(divide(block), block, True)
+    names = keeping.made | {name for _, name in keeping.used}
+    said = sorted(tuple(block.tensors[name].shape) for name in names - set(block.parameters))
+    model = Gated()
+    wrapper = level.region or level.call
+    function = model.forward if wrapper is None else functools.partial(wrapper, model.forward)
+    compiled = torch.compile(function, backend="aot_eager_decomp_partition", dynamic=False, fullgraph=True)
+    assert kept(compiled, torch.randn(8, 16, requires_grad=True)) == said
+
+
+def test_levels_keep_less_and_less():
+    assert LEVELS == (KEEPS_ALL, KEEPS_PRODUCTS, RECOMPUTES_ALL_BUT_ATTENTION, RECOMPUTES_ALL)
+    assert [level.everything for level in LEVELS] == [True, False, False, False]
