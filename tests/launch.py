@@ -17,7 +17,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "transformers", "nnscaler.cli.loop"])
 
 
-def run(world: int, function: Callable[..., Any], *args: Any, init: bool = True, timeout: float = 300) -> list[Any]:
+def run(world: int, function: Callable[..., Any], *args: Any, init: bool = True, timeout: float = 580) -> list[Any]:
     """`function(*args)` on ranks 0 .. world - 1; returns what each gave. An error in one is raised here.
 
     `init`: whether the default process group is set up before, or `function` does it from the environment.
@@ -95,7 +95,7 @@ def _rank(
     try:
         if init and world > 1:
             store = dist.FileStore(os.path.join(folder, "store"), world)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=120))
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=580))
         queue.put((rank, function(*args), None))
         if dist.is_initialized():
             dist.destroy_process_group()

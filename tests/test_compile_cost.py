@@ -29,9 +29,7 @@ def test_compiling_8b_at_128k_takes_little_memory_and_imports_nothing_for_traini
         "--gen_savedir", str(tmp_path),
     ]  # fmt: skip
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, *flags], env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([sys.executable, "-c", COMPILE, *flags], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     peak, modules = done.stdout.strip().splitlines()[-2:]
     assert (tmp_path / "llama" / "gencode_stage0.py").exists()

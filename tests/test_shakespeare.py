@@ -23,7 +23,7 @@ needs_packages = pytest.mark.skipif(
 def run_script(output: Path, prelude: str = "") -> subprocess.CompletedProcess[str]:
     program = f"import sys, runpy; sys.argv = ['shakespeare.py', '--output', {str(output)!r}]\n{prelude}\n"
     program += f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")

@@ -119,6 +119,31 @@ def test_every_flipped_bit_of_a_merged_file_is_found(saved, tmp_path):
     MergedFile.open(path).check(names)
 
 
+def what_loading_says(path: Path) -> str:
+    try:
+        MergedFile.open(path).load([])
+    except CorruptCheckpoint as damage:
+        return str(damage)
+    return ""
+
+
+def test_every_tensor_of_a_merged_file_is_checked_where_it_is_loaded(saved, tmp_path):
+    """The ranks share the work, and all of them hear of damage."""
+    path = tmp_path / "merged.ckpt"
+    merge_to_file(Checkpoint.open(saved), path)
+    original, opened = path.read_bytes(), MergedFile.open(path)
+    assert what_loading_says(path) == ""
+    for name, place in opened._places.items():
+        if name in opened._crcs:
+            flip(path, place.begin + place.length // 2, 3)
+            assert f"'{name}' has changed" in what_loading_says(path)
+            path.write_bytes(original)
+    for name in list(opened._crcs)[:2]:
+        flip(path, opened._places[name].begin, 3)
+        assert all(f"'{name}' has changed" in said for said in run(2, what_loading_says, path))
+        path.write_bytes(original)
+
+
 def damage_tensor(folder: Path, tensor: str) -> None:
     """Flips a bit of the last piece of a tensor's data."""
     piece = [p for p in Checksums.read(folder).pieces.values() if p.tensor.startswith(tensor)][-1]

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nnscaler import UserError
-from nnscaler.checkpoint import saver
+from nnscaler.checkpoint import due, saver
 from nnscaler.checkpoint.checksums import Checksums
 from nnscaler.checkpoint.due import Due
 from nnscaler.checkpoint.folder import complete_checkpoints, latest_checkpoint, remove_old
@@ -65,11 +66,14 @@ def test_the_newest_and_those_that_links_point_to_are_kept(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {*names(tmp_path), "last", "best"}
 
 
-def test_due_by_steps_and_by_minutes():
-    by_steps, by_time, never = Due(3, 0), Due(0, 0.05 / 60), Due(0, 0)
+def test_due_by_steps_and_by_minutes(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(due, "time", SimpleNamespace(monotonic=lambda: now))
+    by_steps, by_time, never = Due(3, 0), Due(0, 2), Due(0, 0)
     assert [by_steps.after(step)[0] for step in range(1, 8)] == [False, False, True, False, False, True, False]
+    now += 119
     assert by_time.after(1) == (False, False)
-    time.sleep(0.06)
+    now += 1
     assert [by_time.after(step)[0] for step in (2, 3)] == [True, False]
     assert not any(never.after(step)[0] for step in range(1, 4))
 

@@ -27,7 +27,7 @@ class Layer(nn.Module):
             gate = self.second(y).sigmoid() + x
             with torch.enable_grad():
                 again = self.second(y) * 0.1
-        return y * gate + again
+        return ((y * gate + again + 1) * 3 + 0) / 2 * 1  # of these, two change nothing and are left out
 
 
 class Model(nn.Module):

@@ -382,10 +382,8 @@ def test_killed_half_way_leaves_nothing_that_looks_finished(tmp_path: Path, toke
     flags = ["--data_path_or_name", tmp_path / "rows.jsonl", "--tokenizer_path_or_name", tokenizer_path]
     flags += ["--save_path", tmp_path / "out", "--sequence_length", "64"]
     process = subprocess.Popen([sys.executable, bookcorpus.__file__, *map(str, flags)], stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
     while not list(tmp_path.glob("out.partial-*/*.arrow")):  # of 20 MB of text, which take seconds
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -49,7 +49,7 @@ def test_what_one_node_compiles_every_node_runs(tmp_path):
     agents = [agent(node, port, tmp_path, *flags) for node in range(2)]
     outputs = []
     try:
-        outputs = [node.communicate(timeout=120)[0] for node in agents]
+        outputs = [node.communicate()[0] for node in agents]
     finally:
         for node in agents:
             node.kill()
@@ -90,7 +90,7 @@ def fall_silent() -> list[str]:
     """Rank 2 stops after step 4, and rank 1 stays a step behind; says what rank 0 logs of it."""
     rank, lines = int(os.environ["RANK"]), []
     agent = as_torchrun()
-    signs._BEAT = 0.3
+    signs._BEAT = 1.0  # of which a busy machine may keep two
     watch = join_processes(torch.device("cpu"))
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
