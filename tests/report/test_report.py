@@ -359,6 +359,8 @@ def test_operators_timed_on_the_device_are_called_measured(graph, slow, tmp_path
     values = plan_report(find_plan(graph, [Mesh((2,))], slow, times=Times(tmp_path, "")))
     assert {"aten.linear.default", "attention"} <= set(asked)
     origin = {one["what"]: one["origin"] for one in values["origins"]}
+    step = values["predicted"]["step_seconds"]
+    assert all(one["share"] == pytest.approx(one["seconds"] / step, rel=1e-4) for one in values["origins"])
     assert origin["matmul"] == "measured"
     assert origin["attention"] == origin["memory-bound"] == "roofline"
     assert not any(one["change"] == "profile matmul" for one in values["advice"])
