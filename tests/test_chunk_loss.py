@@ -102,8 +102,9 @@ def test_a_second_backward_gives_the_same_once_more(uniform):
     first = torch.autograd.grad(losses, (hidden, weight), incoming, retain_graph=True)
     kept = [gradient.clone() for gradient in first]
     for factor in (2.0, 0.5):
-        found = torch.autograd.grad(losses, (hidden, weight), factor * incoming, retain_graph=True)
-        right = torch.autograd.grad(wanted, (hidden, weight), factor * incoming.double(), retain_graph=True)
+        again = (factor * incoming[0, 0]).expand(labels.shape) if uniform else factor * incoming
+        found = torch.autograd.grad(losses, (hidden, weight), again, retain_graph=True)
+        right = torch.autograd.grad(wanted, (hidden, weight), again.double(), retain_graph=True)
         for a, b in zip(found, right):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
     for a, b in zip(first, kept):
