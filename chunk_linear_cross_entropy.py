@@ -8,6 +8,7 @@ over chunks in fp32 and rounded once, in its own memory: it is as exact as that 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,16 @@ def _flops(sizes: dict[str, int], node: object) -> float:
     return 6.0 * sizes["b"] * sizes["l"] * sizes["d"] * sizes["n"]
 
 
-@register_op("b l d^, n^ d^, b l -> b l", flops=_flops, backward=0.0)
+def _workspace(sizes: dict[str, int], node: Any, inputs: Sequence[Any]) -> float:
+    """The logits of a chunk, and what the sum of the weight's gradient takes beyond the gradient itself."""
+    weight = inputs[1]
+    chunk = dict(enumerate(node.args)).get(4, node.kwargs.get("chunk_size", 1024))
+    logits = min(chunk, sizes["b"] * sizes["l"]) * sizes["n"] * weight.dtype.itemsize
+    wider = max(torch.float32.itemsize - weight.dtype.itemsize, 0) * weight.requires_grad
+    return float(logits + wider * sizes["n"] * sizes["d"])
+
+
+@register_op("b l d^, n^ d^, b l -> b l", flops=_flops, backward=0.0, workspace=_workspace)
 def chunk_linear_cross_entropy(
     hidden_states: Tensor, weight: Tensor, labels: Tensor, padding_idx: int, chunk_size: int = 1024
 ) -> Tensor:

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
+from nnscaler.graph import Node, Ref, TensorMeta
 from nnscaler.kernels import add_product, gradient, rounded_in_place
+from nnscaler.operators.registry import find
 from tests import tiny
 
 PADDING = -100
@@ -216,3 +218,22 @@ def test_memory_is_that_of_one_chunk_of_logits():
     logits = chunk * words * 4
     gradients_kept = (tokens + 2 * words) * 64 * 4
     assert grown < gradients_kept + 3.5 * logits, f"{grown / 2**20:.0f} MiB"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "trained", "more"),
+    [(torch.bfloat16, True, 2), (torch.bfloat16, False, 0), (torch.float32, True, 0)],
+)
+def test_the_planner_is_told_what_it_holds(dtype, trained, more):
+    """A chunk of logits, and the sum in fp32 beyond the gradient that it becomes."""
+    operator = find("chunk_linear_cross_entropy")
+    metas = [
+        TensorMeta((2, 50, 8), dtype, True),
+        TensorMeta((30, 8), dtype, trained),
+        TensorMeta((2, 50), torch.int64, False),
+    ]
+    node = Node(
+        "loss", "chunk_linear_cross_entropy", (Ref("h"), Ref("w"), Ref("y"), PADDING), {"chunk_size": 16}, ("l",)
+    )
+    held = operator.workspace({"b": 2, "l": 50, "d": 8, "n": 30}, node, metas)
+    assert held == 16 * 30 * dtype.itemsize + 30 * 8 * more

@@ -25,6 +25,7 @@ from nnscaler.operators.spelling import METHOD, Call, Text, write
 
 Annotate = Callable[[Node, Sequence[Shape], Sequence[Shape]], str]
 Flops = Callable[[dict[str, int], Node], float]
+Workspace = Callable[[dict[str, int], Node, Sequence[TensorMeta]], float]
 Saves = Callable[[Node, Sequence[TensorMeta], Sequence[TensorMeta]], list[str]]
 
 
@@ -73,6 +74,10 @@ def never(node: Node) -> bool:
     return False
 
 
+def no_workspace(sizes: dict[str, int], node: Node, inputs: Sequence[TensorMeta]) -> float:
+    return 0.0
+
+
 def no_flops(sizes: dict[str, int], node: Node) -> float:
     return 0.0
 
@@ -92,6 +97,7 @@ class Operator:
     backward    backward operations as a multiple of forward's; None: once for each of `factors` that has a gradient
     factors     the arguments that are multiplied; all tensors if none is named
     saves       names of the tensors that backward reads
+    workspace   bytes that a call holds inside itself, beside its tensors and their gradients
     draws       whether a call draws random numbers
     alias       the result is a view: no time, no memory
     function    the Python function that generated code calls; None for ATen operators
@@ -107,6 +113,7 @@ class Operator:
     backward: float | None = None
     factors: tuple[str, ...] = ()
     saves: Saves = save_inputs
+    workspace: Workspace = no_workspace
     draws: Callable[[Node], bool] = never
     alias: bool = False
     function: Callable[..., Any] | None = None
@@ -214,6 +221,7 @@ def register_op(
     flops: Flops | None = None,
     backward: float | None = None,
     saves: Saves = save_inputs,
+    workspace: Workspace = no_workspace,
     along: Mapping[str, Callable[..., Any] | str] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function of tensors as one operator that the compiler may split as its annotation says.
@@ -230,6 +238,8 @@ def register_op(
     flops       (local size of each annotated name, node) -> forward operations; 0 (memory-bound) by default
     backward    backward operations as a multiple of forward's; by default once for each input that has a gradient
     saves       which tensors backward keeps; the inputs by default
+    workspace   (local size of each annotated name, node, local inputs) -> bytes that a call holds inside itself, beside
+                its tensors and their gradients; none by default
     along       for names along which shards need to know of each other: the function to call instead, with the mesh
                 axis (`nnscaler.runtime.axes.Axis`) before the other arguments; or its name `module.function`
 
@@ -245,6 +255,7 @@ def register_op(
             flops=flops or no_flops,
             backward=backward,
             saves=saves,
+            workspace=workspace,
             function=function,
             along=along or {},
         )

@@ -102,7 +102,8 @@ class CostModel:
             if operator_of(node).alias:
                 continue
             seconds += self._node(local, block) + self._exchange(local, block)
-            transient = max(transient, float(sum(local.bytes)))
+            held = operator_of(node).workspace(local.sizes, node, local.inputs)
+            transient = max(transient, sum(local.bytes) + held)
             kept.update(saved_by(node, block))
             if local.axis is not None:  # what it computes before the exchange is kept beside what it gives
                 inside += sum(local.bytes[len(node.inputs) :])
