@@ -19,12 +19,16 @@ from nnscaler.checkpoint.stored import Checkpoint
 from nnscaler.errors import UserError
 
 SHARD_BYTES = 5 * 10**9  # of a safetensors file, at most, unless one tensor is larger
-_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+_TYPES = {
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.bool: "BOOL",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+}  # fmt: skip
 _INDEX = "model.safetensors.index.json"
 
 
 def export_model(checkpoint: Checkpoint, directory: Path, verify: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes safetensors in the training's type with their index, config.json and tokenizer.
+    """Writes safetensors in the training's type with their index, config.json and tokenizer. They hold all that the
+    model's own files do, frozen parameters and buffers too.
 
     verify  read everything again from the disk before the directory gets its name, and compare
     The directory appears whole or not at all. Raises UserError where it is not empty or cannot be written, or the
@@ -71,7 +75,7 @@ def _write(checkpoint: Checkpoint, directory: Path, shards: dict[str, dict[str, 
     """File -> exported tensor -> CRC-32 of its bytes."""
     shapes, prefix = checkpoint.shapes(), checkpoint.state.prefix
     written: dict[str, dict[str, int]] = {}
-    with progress({name: shape for name, shape in shapes.items() if name.startswith("model.")}, "exporting") as bar:
+    with progress(sum(sum(shard.values()) for shard in shards.values()), "exporting") as bar:
         for file_name, shard in shards.items():
             with open(directory / file_name, "wb") as file:
                 file.write(_header(checkpoint, shard))

@@ -40,7 +40,7 @@ class TrainerState:
     loss         mean training loss a label, as last reported; None: not reported yet, or not finite
     run, model   names, for people
     processes    that trained
-    parameters   name -> {shape, dtype} of every trained parameter; dtype is the type of computation
+    parameters   name -> {shape, dtype} of every parameter and persistent buffer; dtype is the type of computation
     tied         other names of tied parameters
     prefix       what stands before the Hugging Face model's names in `parameters`
     saved_at     seconds since the epoch

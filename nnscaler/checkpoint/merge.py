@@ -1,9 +1,10 @@
 """Sharded checkpoint -> one file, which training continues from; a tensor at a time, so that memory stays small.
 
 The file is `torch.save`'s: {"model": {name: tensor}, "optimizer": {"exp_avg": {name: tensor}, ...}, "trainer": ...,
-"checksums": int64 [tensors + 1]}. The tensors of the model and the optimizer are whole and in fp32. The checksums are
-the CRC-32 of each tensor's bytes, in the order of the names (`model.<name>`, `exp_avg.<name>`, ...), and then that of
-all other bytes of the file but the checksums' own.
+"checksums": int64 [tensors + 1]}. The tensors of the model and the optimizer are whole, and in fp32; frozen
+parameters and buffers are in the type in which training has them. The checksums are the CRC-32 of each tensor's bytes,
+in the order of the names (`model.<name>`, `exp_avg.<name>`, ...), and then that of all other bytes of the file but the
+checksums' own.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def merge_to_file(checkpoint: Checkpoint, output: Path, verify: bool = False) ->
     """
     shapes = checkpoint.shapes()
     with FakeTensorMode():
-        content = _nested({name: torch.empty(shape, dtype=torch.float32) for name, shape in shapes.items()})
+        tensors = {name: torch.empty(shape, dtype=checkpoint.stored_dtype(name)) for name, shape in shapes.items()}
+        content = _nested(tensors)
         content[_CHECKSUMS] = torch.empty(len(shapes) + 1, dtype=torch.int64)
     content["trainer"] = asdict(checkpoint.state)
     work = output.with_name(f".{output.name}.writing")
@@ -48,11 +50,11 @@ def merge_to_file(checkpoint: Checkpoint, output: Path, verify: bool = False) ->
         with torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save(content, work)  # the file with room for every tensor
         places = _Layout.read(work).places
-        with open(work, "r+b") as file, progress(shapes, "merging") as bar:
+        with open(work, "r+b") as file, progress(sum(t.nbytes for t in tensors.values()), "merging") as bar:
             crcs = []
             for name, shape in shapes.items():
                 file.seek(places[name].begin)
-                crcs.append(write_tensor(file, checkpoint.read(name, shape), torch.float32, bar))
+                crcs.append(write_tensor(file, checkpoint.read(name, shape), tensors[name].dtype, bar))
             file.flush()
             crcs.append(_crc_without(work, list(places.values())))
             file.seek(places[_CHECKSUMS].begin)
@@ -86,20 +88,19 @@ def _flat(content: dict[str, Any]) -> dict[str, Tensor]:
     return dict(sorted(tensors.items()))
 
 
-def progress(shapes: dict[str, tuple[int, ...]], what: str) -> Any:
-    """A bar that counts the bytes of fp32 tensors."""
-    total = sum(torch.Size(shape).numel() * 4 for shape in shapes.values())
+def progress(total: int, what: str) -> Any:
+    """A bar that counts bytes."""
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False)
 
 
 def write_tensor(file: BinaryIO, tensor: Tensor, dtype: torch.dtype, bar: Any) -> int:
-    """Writes an fp32 tensor's elements in `dtype`, converting a few at a time; returns the CRC-32 of the bytes."""
+    """Writes a tensor's elements in `dtype`, converting a few at a time; returns the CRC-32 of the bytes."""
     crc = 0
     for elements in tensor.view(-1).split(_STEP):
         data = elements.to(dtype).view(torch.uint8).numpy().data
         crc = zlib.crc32(data, crc)
         file.write(data)
-        bar.update(elements.nbytes)
+        bar.update(len(data))
     return crc
 
 

@@ -15,7 +15,7 @@ from nnscaler.checkpoint.claim import find_own, saved_since
 from nnscaler.checkpoint.folder import TrainerState, check_complete, complete_checkpoints, is_checkpoint
 from nnscaler.checkpoint.merge import MergedFile
 from nnscaler.checkpoint.randomness import new_random_states, set_random_states
-from nnscaler.checkpoint.sharded import load_parts, owned_state, whole
+from nnscaler.checkpoint.sharded import Part, load_parts, owned_state, whole
 from nnscaler.checkpoint.stored import Checkpoint
 from nnscaler.errors import UserError
 from nnscaler.models.weights import WeightFiles
@@ -91,11 +91,16 @@ def _warn(damage: CorruptCheckpoint) -> None:
 
 
 def resume(
-    paths: list[Path], module: TrainedModule, optimizer: ShardedOptimizer, load_weights: Callable[[Path], None]
+    paths: list[Path],
+    module: TrainedModule,
+    optimizer: ShardedOptimizer,
+    fixed: list[Part],
+    load_weights: Callable[[Path], None],
 ) -> tuple[Path, TrainerState | None]:
-    """Loads parameters, optimizer and progress on any mesh. Collective.
+    """Loads parameters, buffers, optimizer and progress on any mesh. Collective.
 
     paths         what `find_resumable` gave: the first is loaded, or where it is damaged the next
+    fixed         of the model, what training leaves as it is
     load_weights  loads the parameters of a Hugging Face model
     Returns what was loaded, and where training stood then; None for a Hugging Face model, which has weights only.
     Raises CorruptCheckpoint where all are damaged, UserError where one does not fit the model.
@@ -103,7 +108,7 @@ def resume(
     damages = []
     for path in paths:
         try:
-            return path, _load(path, module, optimizer, load_weights)
+            return path, _load(path, module, optimizer, fixed, load_weights)
         except CorruptCheckpoint as damage:
             damages.append(damage)
             if path is not paths[-1]:
@@ -112,21 +117,25 @@ def resume(
 
 
 def _load(
-    path: Path, module: TrainedModule, optimizer: ShardedOptimizer, load_weights: Callable[[Path], None]
+    path: Path,
+    module: TrainedModule,
+    optimizer: ShardedOptimizer,
+    fixed: list[Part],
+    load_weights: Callable[[Path], None],
 ) -> TrainerState | None:
     device = module.axes.device
     rank = dist.get_rank() if dist.is_initialized() else 0
     random: dict[str, Tensor] = {}
     if path.is_file():
         merged = MergedFile.open(path)
-        merged.load(owned_state(optimizer))
+        merged.load([*owned_state(optimizer), *fixed])
         state = merged.state
     elif is_checkpoint(path):
         checkpoint = Checkpoint.open(path)
         random = {
             name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in checkpoint.random_states(rank).items()
         }
-        load_parts(path, [*owned_state(optimizer), *(whole(name, tensor) for name, tensor in random.items())])
+        load_parts(path, [*owned_state(optimizer), *fixed, *(whole(name, state) for name, state in random.items())])
         state = checkpoint.state
     else:
         load_weights(path)

@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -41,6 +42,7 @@ _CRASH_SECONDS = 60  # that a save under way is given when training fails
 class Saver:
     """Writes checkpoints into a run's folder. `start` and `finish` are collective.
 
+    fixed        of the model, what training leaves as it is; saved with each checkpoint, so that it is complete
     save_assets  writes into a folder what makes an exported model complete; None: nothing
     check        raises where the folder is no longer the run's; called on rank 0 before a checkpoint gets its name
     A save that fails leaves training, and the checkpoints before it, as they are: a line is logged. The last one of a
@@ -48,11 +50,11 @@ class Saver:
     """
 
     def __init__(
-        self, run: Path, optimizer: ShardedOptimizer, device: torch.device,
+        self, run: Path, optimizer: ShardedOptimizer, fixed: list[Part], device: torch.device,
         save_assets: Callable[[Path], None] | None, check: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self.run, self._device, self._save_assets, self._check = run, device, save_assets, check
-        self._optimizer, self._owned = optimizer, owned_state(optimizer)
+        self._optimizer, self._owned, self._fixed = optimizer, owned_state(optimizer), fixed
         self._distributed = dist.is_initialized()
         self._rank = dist.get_rank() if self._distributed else 0
         self._group = dist.new_group(backend="gloo") if self._distributed else None
@@ -83,7 +85,7 @@ class Saver:
         self._join()
         self._report()
         streams = [whole(f"random.{name}.{self._rank}", tensor) for name, tensor in as_tensors(random).items()]
-        parts = [*self._stage(), *streams]
+        parts = [*self._stage(), *self._fixed, *streams]
         self._thread = threading.Thread(target=self._write, args=(parts, state), daemon=True, name="checkpoint")
         self._thread.start()
 
@@ -159,6 +161,7 @@ class Saver:
     def _predict_seconds(self) -> None:
         """Says at once where a save will take longer than torchrun waits, as far as the disk's speed tells."""
         size = sum(part.tensor.nbytes for part in self._owned) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        size += sum(part.tensor.nbytes for part in self._fixed)
         if self._told_limit or size < LARGE:
             return
         probe, began = self.run / ".speed", time.monotonic()
@@ -186,7 +189,9 @@ class Saver:
         try:
             if self._copied is not None:
                 self._copied.synchronize()
-            save_parts(work, parts, lambda pieces: self._complete(work, state, pieces), self._group)
+            own = torch.cuda.stream(torch.cuda.Stream(self._device)) if self._device.type == "cuda" else nullcontext()
+            with own:  # what is copied here does not wait for training
+                save_parts(work, parts, lambda pieces: self._complete(work, state, pieces), self._group)
             self._tell_limit(time.monotonic() - began, "took")
         except BaseException as error:  # whatever it is, training does not end because of it
             self._failure = state.step, error

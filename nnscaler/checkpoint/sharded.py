@@ -1,6 +1,6 @@
-"""Saving and loading what each rank owns, through torch.distributed.checkpoint.
+"""Saving and loading what each rank has, through torch.distributed.checkpoint.
 
-Each rank writes its parts once; parts are boxes of whole tensors, so that any other division into boxes can be read.
+A part is a box of a whole tensor, and is written once, so that any other division into boxes can be read.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,9 @@ from nnscaler.checkpoint.storage import CheckedReader, CheckedWriter
 from nnscaler.errors import UserError
 from nnscaler.runtime.optimizer import ShardedOptimizer
 from nnscaler.runtime.shards import Box, flat_range_boxes
+
+if TYPE_CHECKING:
+    from nnscaler.runtime.pipeline import TrainedModule
 
 PIECE_ELEMENTS = 2**24  # at most in a piece of a tensor that is written and read at once: 64 MiB
 
@@ -71,6 +74,14 @@ def owned_state(optimizer: ShardedOptimizer) -> list[Part]:
                 tensor = flat[part.start : part.stop].view(part.box.sizes)
                 parts.append(Part(f"{kind}.{part.name}", part.spec.shape, part.box, tensor))
     return parts
+
+
+def fixed_state(module: TrainedModule, names: Iterable[str]) -> list[Part]:
+    """The tensors of the model that training leaves as they are (`model.<name>`), those of them that this rank has.
+
+    A rank has them whole, as others do; what several ranks want to save is written by one of them.
+    """
+    return [whole(f"model.{name}", tensor) for name in names for tensor in module.tensors_called(name)]
 
 
 def save_parts(

@@ -53,7 +53,7 @@ class _CheckedResult(WriteResult):
 class CheckedWriter(dcp.FileSystemWriter):
     """Writes one file a rank into a folder. When all have, rank 0 calls `complete` with the files' pieces.
 
-    An error in `complete`, as in any rank's writing, is one of the whole save, on all ranks. Tensors are on the CPU.
+    An error in `complete`, as in any rank's writing, is one of the whole save, on all ranks.
     """
 
     def __init__(self, folder: Path, complete: Callable[[list[Piece]], None]) -> None:

@@ -23,8 +23,9 @@ from nnscaler.runtime.shards import Box
 class Checkpoint:
     """A complete sharded checkpoint.
 
-    entries   tensor -> its shape, type and pieces; of parameters `model.<name>`, `exp_avg.<name>`, ... in fp32, and of
-              random number generators `random.<generator>.<rank>`
+    entries   tensor -> its shape, type and pieces; of trained parameters `model.<name>`, `exp_avg.<name>`, ... in fp32,
+              of frozen ones and persistent buffers `model.<name>` in the type that training has them in, and of random
+              number generators `random.<generator>.<rank>`
     """
 
     folder: Path
@@ -45,7 +46,7 @@ class Checkpoint:
         return Checkpoint(folder, state, entries, reader, metadata.storage_data)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Kind and name of each parameter's tensors (`model.<name>`, `exp_avg.<name>`, ...) -> its shape."""
+        """Kind and name of a tensor (`model.<name>`, `exp_avg.<name>`, ...) -> its shape."""
         return {name: tuple(e.size) for name, e in self.entries.items() if not name.startswith(RANDOM)}
 
     def random_states(self, rank: int) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -62,8 +63,12 @@ class Checkpoint:
             tensor[box.slices] = self._reader.read_piece(self._places[MetadataIndex(name, chunk.offsets)])
         return tensor
 
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The type in which the checkpoint has a tensor of `shapes()`."""
+        return self.entries[name].properties.dtype
+
     def dtype(self, parameter: str) -> torch.dtype:
-        """The type in which training computes with a parameter."""
+        """The type in which training computes with a parameter or buffer."""
         dtype = getattr(torch, self.state.parameters[parameter]["dtype"], None)
         if not isinstance(dtype, torch.dtype):
             raise CorruptCheckpoint(f"checkpoint '{self.folder}' has no type of '{parameter}'")

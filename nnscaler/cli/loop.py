@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnscaler.checkpoint.claim import Holding, claim
 from nnscaler.checkpoint.due import Due
@@ -21,6 +21,7 @@ from nnscaler.checkpoint.folder import TrainerState
 from nnscaler.checkpoint.randomness import random_states
 from nnscaler.checkpoint.resume import resume
 from nnscaler.checkpoint.saver import Saver
+from nnscaler.checkpoint.sharded import fixed_state
 from nnscaler.checkpoint.termination import Termination
 from nnscaler.cli.config import TrainerArgs
 from nnscaler.cli.finite import FiniteSteps
@@ -30,7 +31,7 @@ from nnscaler.cli.watch import Watch
 from nnscaler.compiler import Source
 from nnscaler.data.training import Batches, PackedDataset, Share
 from nnscaler.errors import UserError
-from nnscaler.models.weights import load_weights
+from nnscaler.models.weights import fixed_tensors, load_weights
 from nnscaler.profiler.steps import StepProfiler
 from nnscaler.runtime.optimizer import ShardedOptimizer
 from nnscaler.runtime.pipeline import load_module
@@ -65,6 +66,16 @@ class TrainingRun:
         self.module = load_module(code, device)
         self.mesh = self.module.axes.mesh
         self.optimizer = ShardedOptimizer(self.module.buckets, self.args.optimizer, self.mesh.plan_ngpus)
+        model, buffers = source.build()
+        fixed = fixed_tensors(model, [name for name, spec in self.module.specs.items() if spec.trained])
+        unused = {name: buffers.get(name, tensor) for name, tensor in fixed.items() if name not in self.module.specs}
+        self.module.hold_unused(unused)
+        self.fixed = fixed_state(self.module, fixed)
+        self.described = {
+            name: {"shape": list(spec.shape), "dtype": str(spec.dtype).removeprefix("torch.")}
+            for name, spec in self.module.specs.items()
+            if spec.trained or name in fixed
+        }
         self.share = Share(
             self.module.axes.replica, self.mesh.replicas, self.args.micro_batch_size, self.args.compute.micro_batches
         )
@@ -74,10 +85,10 @@ class TrainingRun:
         loaded, state = None, None
         if resume_from:
             loaded, state = resume(
-                resume_from, self.module, self.optimizer, lambda path: self._load_weights(path, source)
+                resume_from, self.module, self.optimizer, self.fixed, lambda path: self._load_weights(path, model)
             )
         else:
-            self._first_weights(source)
+            self._first_weights(model)
         if state is not None:
             self.step, self.consumed, self.seed, self.loss = state.step, state.consumed, state.seed, state.loss
             logger.info("continuing from %s: step %d, %d samples", loaded, self.step, self.consumed)
@@ -93,7 +104,7 @@ class TrainingRun:
         self.finite = FiniteSteps(skipped)
         config = self.args.checkpoint
         check = self.holding.check if self.holding is not None else lambda: None
-        self.saver = Saver(self.folder, self.optimizer, self.device, self.args.model.save_assets, check)
+        self.saver = Saver(self.folder, self.optimizer, self.fixed, self.device, self.args.model.save_assets, check)
         self.due = Due(config.interval or 0, config.minutes)
 
     def _warn_of_changes(self, state: TrainerState | None) -> None:
@@ -118,20 +129,20 @@ class TrainingRun:
             raise UserError(f"'{folder}' is not seen by rank {self.rank}: checkpoint_dir must be shared by all nodes")
         return folder, run
 
-    def _first_weights(self, source: Source) -> None:
+    def _first_weights(self, model: nn.Module) -> None:
         if self.args.model.weights is not None:
-            self._load_weights(self.args.model.weights, source)
+            self._load_weights(self.args.model.weights, model)
         else:
             logger.info("weights are initialised from seed %d", self.seed)
             wanted = self.module.parameters_to_load()
-            for name, value in initial_parameters(source.build()[0], self.seed, self.device):
+            for name, value in initial_parameters(model, self.seed, self.device):
                 if name in wanted:
                     self.module.load_one(name, value[self.module.box(name).slices])
         self.optimizer.load_masters()
 
-    def _load_weights(self, directory: Path, source: Source) -> None:
+    def _load_weights(self, directory: Path, model: nn.Module) -> None:
         logger.info("weights are read from %s", directory)
-        load_weights(directory, self.module, source.build()[0], self.args.model.weight_prefix)
+        load_weights(directory, self.module, model, self.args.model.weight_prefix)
 
     def train(self) -> None:
         """Steps until `self.steps`; saves every interval and at the end."""
@@ -250,11 +261,6 @@ class TrainingRun:
         return {"lr": self.args.optimizer.lr, **asdict(self.args.lr_scheduler), "steps": self.steps}
 
     def _state(self) -> TrainerState:
-        parameters = {
-            name: {"shape": list(spec.shape), "dtype": str(spec.dtype).removeprefix("torch.")}
-            for name, spec in self.module.specs.items()
-            if spec.trained
-        }
         return TrainerState(
             step=self.step,
             consumed=self.consumed,
@@ -265,7 +271,7 @@ class TrainingRun:
             run=self.folder.name,
             model=self.args.name,
             processes=self.mesh.runtime_ngpus,
-            parameters=parameters,
+            parameters=self.described,
             tied=self.module.tied,
             prefix=self.args.model.weight_prefix,
             saved_at=time.time(),

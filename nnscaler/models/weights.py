@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from nnscaler.errors import UserError
-from nnscaler.runtime.shards import Box
+from nnscaler.runtime.shards import Box, ParameterSpec
 
 if TYPE_CHECKING:
     from nnscaler.runtime.pipeline import TrainedModule
@@ -142,7 +142,7 @@ def check_weights(directory: Path, model: nn.Module, prefix: str) -> None:
     tensors = {**dict(model.named_parameters()), **persistent}
     for name, stored in names.items():
         if stored is not None:
-            _check_tensor(directory, stored, files.tensors[stored], tuple(tensors[name].shape))
+            _check_tensor(directory, stored, files.tensors[stored], tensors[name])
     known = {other for name in tied for other in (name.removeprefix(prefix), *_removed(prefix, tied[name]))}
     known.update(filter(None, names.values()))
     unexpected = sorted(set(files.tensors) - known)
@@ -171,14 +171,20 @@ def load_weights(directory: Path, module: TrainedModule, model: nn.Module, prefi
         raise UserError(f"'{directory}' lacks {len(lost)} of the model's {len(specs)} tensors: {_some(lost)}")
     found = {name: stored for name, stored in names.items() if stored is not None}
     for name, stored in found.items():
-        _check_tensor(directory, stored, files.tensors[stored], specs[name].shape)
+        _check_tensor(directory, stored, files.tensors[stored], specs[name])
     module.load(lambda name, box: files.read(found[name], box))
     for name in persistent_buffers(model):
         kept = files.name_of(name.removeprefix(prefix))
         if kept is not None and name in module.specs:
-            whole = module.specs[name].shape
-            _check_tensor(directory, kept, files.tensors[kept], whole)
-            module.load_one(name, files.read(kept, Box((0,) * len(whole), whole)))
+            spec = module.specs[name]
+            _check_tensor(directory, kept, files.tensors[kept], spec)
+            module.load_one(name, files.read(kept, Box((0,) * len(spec.shape), spec.shape)))
+
+
+def fixed_tensors(model: nn.Module, trained: Collection[str]) -> dict[str, Tensor]:
+    """What a model's files hold beside its `trained` parameters: frozen ones and persistent buffers, tied ones once."""
+    tensors = {**dict(model.named_parameters()), **persistent_buffers(model)}
+    return {name: tensors[name] for name in _tied(model) if name not in trained and tensors[name].numel()}
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -214,10 +220,13 @@ def _removed(prefix: str, names: Iterable[str]) -> list[str]:
     return [name.removeprefix(prefix) for name in names]
 
 
-def _check_tensor(directory: Path, name: str, stored: Stored, shape: tuple[int, ...]) -> None:
-    if stored.shape != shape:
-        raise UserError(f"'{directory}' has {name} of shape {list(stored.shape)}, the model's is {list(shape)}")
-    if stored.dtype not in _TYPES:
+def _check_tensor(directory: Path, name: str, stored: Stored, wanted: Tensor | ParameterSpec) -> None:
+    if stored.shape != tuple(wanted.shape):
+        raise UserError(f"'{directory}' has {name} of shape {list(stored.shape)}, the model's is {list(wanted.shape)}")
+    if not wanted.dtype.is_floating_point:
+        if stored.dtype in _TYPES:
+            raise UserError(f"'{directory}' has {name} as {stored.dtype}, the model's is {wanted.dtype}")
+    elif stored.dtype not in _TYPES:
         raise UserError(
             f"'{directory}' has {name} as {stored.dtype}, which only quantised models have; training needs one of "
             f"{', '.join(sorted(_TYPES))}"

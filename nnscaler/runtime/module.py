@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nnscaler.errors import UserError
 from nnscaler.kernels import are_slow, widen_slow_products
 from nnscaler.mesh import Mesh
+from nnscaler.placement import Replicate
 from nnscaler.runtime.axes import Axes
 from nnscaler.runtime.buckets import GradientReducer, make_buckets
 from nnscaler.runtime.gathering import Gathers
@@ -107,6 +108,22 @@ class ParallelModule(nn.Module):
             total += loss.detach()
         self.reducer.finish()
         return total
+
+    def hold_unused(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes the model's tensors that forward does not use, on the CPU, to be loaded and saved like the others.
+
+        tensors  full name -> value, or a tensor on the meta device for one that has none yet
+        """
+        for name, tensor in tensors.items():
+            everywhere = tuple(Replicate() for _ in self.axes.mesh.sizes)
+            self.specs[name] = ParameterSpec(tuple(tensor.shape), tensor.dtype, everywhere, trained=False)
+            if not tensor.is_meta:
+                self.buffer_names.add(name)
+            self._weights[name] = torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor
+
+    def tensors_called(self, name: str) -> list[Tensor]:
+        """This rank's shard of a parameter, or a buffer; none where the rank does not have it."""
+        return [self._weights[name]] if name in self.specs else []
 
     def parameters_to_load(self) -> dict[str, ParameterSpec]:
         """Every parameter that has no value yet: trained and frozen ones, not buffers."""

@@ -101,6 +101,16 @@ class PipelineModule:
             total += loss.detach()
         return total
 
+    def hold_unused(self, tensors: Mapping[str, Tensor]) -> None:
+        """As `ParallelModule.hold_unused`: in the first of this rank's stages."""
+        first = next(iter(self.stages.values()))
+        first.hold_unused(tensors)
+        self.specs.update({name: first.specs[name] for name in tensors})
+
+    def tensors_called(self, name: str) -> list[Tensor]:
+        """This rank's shard of a parameter, or a buffer, in each stage that has it."""
+        return [tensor for stage in self.stages.values() for tensor in stage.tensors_called(name)]
+
     def parameters_to_load(self) -> dict[str, ParameterSpec]:
         """Every parameter of this rank's stages that has no value yet."""
         return {name: spec for stage in self.stages.values() for name, spec in stage.parameters_to_load().items()}
