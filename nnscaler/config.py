@@ -38,6 +38,14 @@ class ComputeConfig:
         None, "memory of a device that the plan may use, in GiB (default: 90 % of what the device has)",
         above=0, most=2**20, shown="GIB",
     )  # fmt: skip
+    offload: str = text(
+        "auto", "whether what backward needs, and optimizer state, may lie in the host's memory where that is faster "
+        "or there is no room for it on the device", choices=("auto", "off"),
+    )  # fmt: skip
+    host_mem_constraint: float | None = number(
+        None, "memory of the host that the plan may use for each device, in GiB (default: 80 % of the machine's, "
+        "in equal parts)", least=0, most=2**20, shown="GIB",
+    )  # fmt: skip
     recompute_modules: tuple[str, ...] | None = names(
         None, "class names of modules, with commas between them: what modules of these classes compute, and nothing "
         "else, is computed again in the backward pass (default: the planner chooses what is)", shown="CLASS,...",
@@ -88,6 +96,13 @@ class ComputeConfig:
         from nnscaler.mesh import meshes
 
         return meshes(self.plan_ngpus, self.runtime_ngpus // self.plan_ngpus, hardware.devices_per_node)
+
+    def host_bytes(self, hardware: Hardware) -> float:
+        """Bytes of the host's memory that the plan may use for each device."""
+        if self.offload == "off" or hardware.host is None:
+            return 0.0
+        given = self.host_mem_constraint
+        return 0.8 * hardware.host.memory if given is None else given * 2**30
 
     def find_hardware(self) -> Hardware:
         """The hardware to plan for. Raises UserError where its name or file is none."""

@@ -21,7 +21,8 @@ class Key(NamedTuple):
     """What seconds or bytes are for.
 
     category  of seconds: forward, backward, again (computed again), reshard, reshard backward, reshard again, update,
-              exchange; of bytes: parameter, saved, inside (a unit's inner tensors), working, buffers
+              exchange, copies (to the host and back); of bytes: parameter, saved, inside (a unit's inner tensors),
+              working, buffers, state (of the optimizer, that lies elsewhere)
     name      a unit, tensor or parameter of the block
     detail    the recompute level, the layouts between which a tensor is brought, or what of a parameter it is
     """
@@ -58,6 +59,8 @@ class Plan:
     weight_seconds  of the seconds, those in which backward makes gradients of weights
     memory_limit  bytes a device that the plan was to fit into
     bound       seconds that no plan of a step on the meshes that were tried is below
+    host        bytes a device of the host's memory, of which it was to use no more than `host_limit`
+    copies      seconds of copying there and back, beside computation
     """
 
     graph: Graph
@@ -79,6 +82,9 @@ class Plan:
     memory_limit: float = inf
     bound: float = 0.0
     weight_seconds: float = 0.0
+    host: dict[Key, float] = field(default_factory=dict)
+    copies: dict[Key, float] = field(default_factory=dict)
+    host_limit: float = 0.0
 
     @property
     def step_seconds(self) -> float:
@@ -95,6 +101,16 @@ class Plan:
         """Predicted peak of memory a device."""
         return sum(self.memory.values())
 
+    @property
+    def host_bytes(self) -> float:
+        """Predicted memory of the host, a device."""
+        return sum(self.host.values())
+
+    @property
+    def state_on_host(self) -> float:
+        """Bytes of the optimizer's state, a device, that lie on the host."""
+        return sum(size for key, size in self.host.items() if key.category == "state")
+
     def to_json(self) -> dict[str, Any]:
         """How everything lies and runs, as plain values, without the graph; `nnscaler.report` adds what it costs."""
         return {
@@ -105,6 +121,7 @@ class Plan:
             "inputs": list(self.graph.root.inputs),
             "parameters": {name: self._parameter_json(name) for name in self.graph.parameters},
             "tied": self.graph.tied,
+            "state_on_host": self.state_on_host,
             "blocks": {
                 block.name: {
                     "calls": self.graph.count(block),

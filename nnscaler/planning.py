@@ -38,15 +38,16 @@ def plan_for(
     """The best plan, with or without a pipeline. Raises UserError where there is none."""
     memory = None if config.gpu_mem_constraint is None else config.gpu_mem_constraint * GIB
     fused, seconds, meshes = hardware.name != "CPU", config.search_seconds, config.meshes(hardware)
+    host = config.host_bytes(hardware)
     if not config.explore_pipeline:
         return find_plan(
             graph, meshes, hardware, memory=memory, recompute_modules=config.recompute_modules,
-            micro_batches=config.micro_batches, fused=fused, times=times, seconds=seconds,
+            micro_batches=config.micro_batches, fused=fused, times=times, seconds=seconds, host=host,
         )  # fmt: skip
     wanted = Wanted(config.pipeline_pivots, config.pipeline_schedule, config.pipeline_nstages)
     return find_pipeline(
         graph, meshes, hardware, wanted, memory=memory, recompute_modules=config.recompute_modules,
-        micro_batches=config.micro_batches, fused=fused, times=times, seconds=seconds,
+        micro_batches=config.micro_batches, fused=fused, times=times, seconds=seconds, host=host,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from nnscaler.cli.trainer import Trainer
 from nnscaler.compiler import ComputeConfig
 from nnscaler.data.training import PackedDataset
 from nnscaler.models.causal_lm import WEIGHT_PREFIX, CausalLM, prepare_config
-from nnscaler.plan import Plan
+from nnscaler.plan import Key, Plan
 from nnscaler.recompute import level_of
 from nnscaler.runtime import regions
 from nnscaler.runtime.optimizer import OptimizerConfig
@@ -141,6 +141,8 @@ def _levels(levels: tuple[str, ...]) -> Iterator[None]:
         plan = planner.find_plan(*args, **kwargs)
         if levels:
             plan.levels["llama_decoder_layer"] = {level_of(name): levels.count(name) for name in levels}
+        if any(level.on_host for level in plan.levels["llama_decoder_layer"]):
+            plan.host[Key("state")] = 1e9  # more than there is: all of the optimizer's state
         return plan
 
     with patch.object(planning, "find_plan", find_plan):

@@ -63,8 +63,6 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._failure: tuple[int, BaseException] | None = None  # the step, the error
         self._assets: dict[str, bytes] | None = None
-        self._updated: torch.cuda.Event | None = None
-        self.after_update()
         self._told_limit = self._rank > 0
         self._predict_seconds()
 
@@ -96,17 +94,11 @@ class Saver:
         with torch.cuda.stream(self._stream_after_update()):
             return self._optimizer.is_finite()
 
-    def after_update(self) -> None:
-        """To be called when the weights have changed."""
-        if self._device.type == "cuda":
-            self._updated = torch.cuda.Event()
-            self._updated.record()
-
     def _stream_after_update(self) -> torch.cuda.Stream:
         """A stream for what needs the last update, but not what the device has been given since."""
         stream = torch.cuda.Stream(self._device)
-        assert self._updated is not None
-        stream.wait_event(self._updated)
+        with torch.cuda.stream(stream):
+            self._optimizer.settle()
         return stream
 
     def before_update(self) -> None:

@@ -65,7 +65,9 @@ class TrainingRun:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.module = load_module(code, device)
         self.mesh = self.module.axes.mesh
-        self.optimizer = ShardedOptimizer(self.module.buckets, self.args.optimizer, self.mesh.plan_ngpus)
+        self.optimizer = ShardedOptimizer(
+            self.module.buckets, self.args.optimizer, self.mesh.plan_ngpus, self.module.state_on_host
+        )
         model, buffers = source.build()
         fixed = fixed_tensors(model, [name for name, spec in self.module.specs.items() if spec.trained])
         unused = {name: buffers.get(name, tensor) for name, tensor in fixed.items() if name not in self.module.specs}
@@ -177,7 +179,6 @@ class TrainingRun:
                         break
                     self.saver.before_update()
                     norm = self.optimizer.step(labels, rate, loss)
-                    self.saver.after_update()
                     self.step += 1
                     self.consumed += self.share.step_samples
                     self.random = random_states(self.device)
@@ -206,6 +207,7 @@ class TrainingRun:
             if self.step < self.steps:
                 self.finite.settle()
                 self._save_if_finite(last=True)
+            self.optimizer.finish()
             self.saver.finish()
         if self.rank == 0:
             reason = "stopped by SIGTERM at" if self.step < self.steps else "trained to"

@@ -124,9 +124,17 @@ class _RootBody(Body):
             loop, prefix = _loop(calls)
             inside = ", ".join([f"scope(w, {prefix})", "axes", f'"{level}"', *arguments])
             function = f"{level.call.__name__}({first.block}, {inside})" if level.call else f"{first.block}({inside})"
-            call = f"{', '.join(variables)} = {function}"
-            lines += [loop, INDENT + call] if loop else [call]
+            written = [f"{', '.join(variables)} = {function}"]
+            if level.on_host:
+                written = [f"with axes.host.keeping({self._shared(first, arguments)}):", INDENT + written[0]]
+            lines += [loop, *(INDENT + line for line in written)] if loop else written
         return lines
+
+    def _shared(self, call: Call, arguments: list[str]) -> str:
+        """Those of a call's arguments that all calls of its block get."""
+        calls = self.plan.graph.calls(call.block)
+        alike = [len({other.inputs[index] for other in calls}) < len(calls) for index in range(len(call.inputs))]
+        return ", ".join(argument for argument, shared in zip(arguments, alike) if shared)
 
     def _by_level(self, chain: list[Call]) -> list[tuple[Level, list[Call]]]:
         """The calls of each level. Those that keep least come first: backward reaches them last, with memory free."""

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,22 @@ _SPECS = Path(__file__).parent / "specs"
 
 
 @dataclass(frozen=True)
+class Host:
+    """The memory of a node's processors, as far as one device has it to itself, and the way there.
+
+    memory        bytes a device
+    to_host       bytes/s that a device copies there, and to_device back; together: each way at once
+    interference  seconds that computation loses for each second of such copies beside it
+    """
+
+    memory: float
+    to_host: float
+    to_device: float
+    together: float
+    interference: float = 0.0
+
+
+@dataclass(frozen=True)
 class Hardware:
     """One kind of device in nodes of `devices_per_node`.
 
@@ -33,6 +49,7 @@ class Hardware:
     launch            seconds that an operator takes however small it is
     interference      seconds that computation loses for each second of communication beside it
     intra, inter      the links between devices of a node, and of different nodes
+    host              memory beside the devices' own that a plan may use; None: there is none, as for a CPU
     source            where the figures come from
     remark            what a user should know of the choice of these figures; empty: nothing
     profile           how long collectives take on this kind of hardware
@@ -50,6 +67,7 @@ class Hardware:
     inter: Link
     source: str
     interference: float = 0.0
+    host: Host | None = None
     remark: str = ""
     profile: CommunicationTimes = NO_TIMES
     measured: CommunicationTimes = NO_TIMES
@@ -122,6 +140,17 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
+def host_memory() -> int:
+    """Bytes of this computer's memory, or what a container may use of it."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            memory = min(memory, int(Path(path).read_text()))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return memory
+
+
 def detect_hardware() -> Hardware:
     """The specification of this machine's accelerator, or of its CPU, with what was measured on it.
 
@@ -132,11 +161,10 @@ def detect_hardware() -> Hardware:
 
     device = device_name()
     if not torch.cuda.is_available():
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         remark = "planning for this computer's CPU, for want of a GPU; --hardware plans for another device"
         cpu = _read(_bundled("cpu"))
         flops = {**cpu.flops, **_flops_in_fp32(cpu)}
-        return replace(cpu, memory=float(memory), flops=flops, measured=measured_on(device), remark=remark)
+        return replace(cpu, memory=float(host_memory()), flops=flops, measured=measured_on(device), remark=remark)
     kinds = [name for name in hardware_names() if is_kind(name, device)]
     hardware = _read(_bundled(kinds[-1] if kinds else _most_alike()))
     remark, name = "", hardware.name
@@ -146,11 +174,14 @@ def detect_hardware() -> Hardware:
             f"no figures of {device} are bundled: planning with the rates of {hardware.name} and this device's memory; "
             "--hardware FILE.json gives other rates, nnscaler.profiler.benchmark_comm measures communication"
         )
+    devices = torch.cuda.device_count()
+    host = None if hardware.host is None else replace(hardware.host, memory=host_memory() / devices)
     return replace(
         hardware,
         name=name,
         memory=float(torch.cuda.get_device_properties().total_memory),
-        devices_per_node=torch.cuda.device_count(),
+        host=host,
+        devices_per_node=devices,
         measured=measured_on(device),
         remark=remark,
     )
@@ -183,6 +214,7 @@ def _read(path: Path) -> Hardware:
     try:
         fields: dict[str, Any] = json.loads(path.read_text())
         fields["intra"], fields["inter"] = Link(**fields["intra"]), Link(**fields["inter"])
+        fields["host"] = Host(**fields["host"]) if fields.get("host") else None
         for times in {"profile", "measured"} & set(fields):
             fields[times] = CommunicationTimes.from_json(fields[times])
         hardware = Hardware(**fields)
@@ -190,6 +222,10 @@ def _read(path: Path) -> Hardware:
         return hardware
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"hardware file '{path}' does not describe a machine ({error}); see {_SPECS}") from error
+
+
+def _host(hardware: Hardware) -> dict[str, float]:
+    return {} if hardware.host is None else asdict(hardware.host)
 
 
 def _check(hardware: Hardware) -> None:
@@ -204,12 +240,14 @@ def _check(hardware: Hardware) -> None:
         "bandwidth of intra": hardware.intra.bandwidth,
         "bandwidth of inter": hardware.inter.bandwidth,
         "devices_per_node": hardware.devices_per_node,
+        **{f"{name} of host": value for name, value in _host(hardware).items() if name != "interference"},
     }
     least_0 = {
         "launch": hardware.launch,
         "interference": hardware.interference,
         "latency of intra": hardware.intra.latency,
         "latency of inter": hardware.inter.latency,
+        **{f"{name} of host": value for name, value in _host(hardware).items() if name == "interference"},
     }
     for allowed, figures in (("more than 0", more_than_0), ("at least 0", least_0)):
         for name, figure in figures.items():

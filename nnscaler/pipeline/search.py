@@ -54,10 +54,12 @@ def find_pipeline(
     fused: bool = False,
     times: OperatorTimes | None = None,
     seconds: float = SEARCH_SECONDS,
+    host: float = 0.0,
 ) -> Plan | PipelinePlan:
     """The plan of least predicted step time over the devices of `meshes`; other arguments as for `find_plan`.
 
-    The devices of a pipeline rank are one mesh axis; the meshes given are those tried without a pipeline.
+    The devices of a pipeline rank are one mesh axis; the meshes given are those tried without a pipeline. Stages of a
+    pipeline keep nothing on the host.
 
     Raises UserError where nothing fits, and for what cannot be done as wanted.
     """
@@ -72,7 +74,7 @@ def find_pipeline(
             with quiet("planner"):
                 best = find_plan(
                     graph, meshes, hardware, memory=memory, recompute_modules=recompute_modules,
-                    micro_batches=micro_batches, fused=fused, times=times, seconds=seconds / 2,
+                    micro_batches=micro_batches, fused=fused, times=times, seconds=seconds / 2, host=host,
                 )  # fmt: skip
             logger.info("without a pipeline: %.4g s a step", best.step_seconds)
         except UserError as error:

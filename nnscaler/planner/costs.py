@@ -19,7 +19,7 @@ from nnscaler.operators import operator_of
 from nnscaler.placement import Placements, Shard, local_shape
 from nnscaler.profiler.operators import OperatorTimes
 from nnscaler.reshard import Step
-from nnscaler.sizes import BUCKET_ELEMENTS, MOST_IN_FLIGHT
+from nnscaler.sizes import BUCKET_ELEMENTS, MOST_IN_FLIGHT, STATES_AHEAD
 from nnscaler.units import Unit, needed_by, node_kind, saved_by
 
 MASTER_BYTES = 4  # fp32 master weight
@@ -29,6 +29,11 @@ STRIDED = 3  # a copy that reorders a tensor takes so many times as long as one 
 
 STORED = "parameters"  # of the bytes that a parameter takes, those of itself
 LOCAL = ("slice", "pad", "divide")  # steps of resharding that no other device takes part in
+
+
+def master_bytes(meta: TensorMeta) -> int:
+    """Bytes an element of the fp32 master weight beside a parameter: one in fp32 is its own."""
+    return 0 if meta.dtype.itemsize == MASTER_BYTES else MASTER_BYTES
 
 
 @dataclass(frozen=True)
@@ -276,6 +281,15 @@ class CostModel:
         received = min(MOST_IN_FLIGHT, buckets) / self.mesh.runtime_ngpus
         return bucket * (min(MOST_IN_FLIGHT + 2, buckets) + received)
 
+    def state_memory(self, trained: Sequence[TensorMeta]) -> float:
+        """Bytes that master weights and moments of trained parameters take: all ranks own equal parts of them."""
+        return sum(meta.numel * (master_bytes(meta) + MOMENT_BYTES) for meta in trained) / self.mesh.runtime_ngpus
+
+    def travelling_memory(self, elements: int) -> float:
+        """Most bytes of the places that optimizer state from the host has on the device while it is updated."""
+        bucket = min(BUCKET_ELEMENTS, elements) * (MASTER_BYTES + MOMENT_BYTES)
+        return (STATES_AHEAD + 1) * bucket / self.mesh.replicas
+
     def parameter_memory(
         self, meta: TensorMeta, placements: Placements, exchanged_once: bool = False
     ) -> dict[str, float]:
@@ -289,6 +303,6 @@ class CostModel:
         return {
             STORED: stored,
             "gradients": (elements if exchanged_once else owned) * GRADIENT_BYTES,
-            "master weights": 0.0 if meta.dtype.itemsize == MASTER_BYTES else owned * MASTER_BYTES,
+            "master weights": owned * master_bytes(meta),
             "moments": owned * MOMENT_BYTES,
         }

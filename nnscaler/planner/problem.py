@@ -16,7 +16,7 @@ from nnscaler.mesh import Mesh
 from nnscaler.placement import REPLICATE, SHARED, Placements
 from nnscaler.planner.costs import CostModel, Seconds
 from nnscaler.planner.options import Option, is_alias, layouts_of, unit_options
-from nnscaler.recompute import KEEPS_ALL, LEVELS, RECOMPUTES_ALL, Level, recomputes
+from nnscaler.recompute import KEEPS_ALL, ON_DEVICE, ON_HOST, RECOMPUTES_ALL, Level, recomputes
 from nnscaler.sizes import PREFETCH_BYTES
 from nnscaler.units import Unit, divide
 
@@ -76,6 +76,9 @@ class Problem:
     buffers       most bytes that exchanging gradients in each micro-batch takes
     early         bytes of weights that are gathered before they are needed, if any are gathered
     in_flight     micro-batches whose activations are held at a time
+    host          bytes a device of the host's memory that may be used; 0: none
+    state         most bytes a device that the optimizer's state takes, and `travelling` those of what of it is on its
+                  way, where some lies on the host
     resharding    (tensor, whether it is a weight, from, to) -> seconds, or None where it is impossible; as far as known
     """
 
@@ -89,6 +92,9 @@ class Problem:
     buffers: float = 0.0
     early: float = 0.0
     in_flight: int = 1
+    host: float = 0.0
+    state: float = 0.0
+    travelling: float = 0.0
     resharding: dict[tuple[TensorMeta, bool, Placements, Placements], Seconds | None] = field(default_factory=dict)
 
 
@@ -102,7 +108,7 @@ class Recomputing:
     def levels(self, block: Block) -> tuple[Level, ...]:
         """The levels that calls of a block may have."""
         if self.free:
-            return LEVELS
+            return ON_DEVICE
         named = self.nodes.get(block.name, frozenset())
         if not named:
             return (KEEPS_ALL,)
@@ -116,16 +122,20 @@ def build_problem(
     micro_batches: int,
     layouts: Mapping[str, Placements] | None = None,
     in_flight: int = 1,
+    host: float = 0.0,
 ) -> Problem:
     """States the problem of a graph.
 
     micro_batches  how many a step has; the optimizer's time is spread over them
     layouts        of parameters, and of inputs and outputs of the graph, that somebody else has decided, by name
     in_flight      micro-batches whose activations are held at a time
+    host           bytes a device of the host's memory that may be used; 0: none
     """
     trained = [meta for meta in graph.parameters.values() if meta.requires_grad]
-    buffers = costs.buffer_memory(sum(meta.numel for meta in trained))
-    problem = Problem(costs, micro_batches=micro_batches, buffers=buffers, in_flight=in_flight)
+    elements = sum(meta.numel for meta in trained)
+    buffers = costs.buffer_memory(elements)
+    problem = Problem(costs, micro_batches=micro_batches, buffers=buffers, in_flight=in_flight, host=host)
+    problem.state, problem.travelling = costs.state_memory(trained), costs.travelling_memory(elements)
     problem.early = min(PREFETCH_BYTES, sum(meta.nbytes for meta in trained))
     builder = _Builder(graph, problem, recomputing, layouts or {})
     builder.decide_parameters()
@@ -206,6 +216,8 @@ class _Body:
         self.count = builder.graph.count(block)
         self.units = divide(block)
         self.levels = (KEEPS_ALL,) if self.is_root else builder.recomputing.levels(block)
+        if self.problem.host and not self.is_root:
+            self.levels += tuple(there for here, there in zip(ON_DEVICE, ON_HOST) if here in self.levels)
         fused = builder.problem.costs.fused
         self.kept_at = {level: level.keeps(self.units, block, fused) for level in self.levels}
         self.problem.calls[block.name], self.problem.levels[block.name] = self.count, self.levels

@@ -13,6 +13,7 @@ Data      n_d, n_f, N_b  how often a decision, a flow, a block occurs in a micro
           i_do           bytes of inner tensors that an unfused cluster, or an operator that exchanges parts, keeps
           b_fs           bytes of flow f in layout s;  M bytes of device memory
           A              micro-batches whose activations are held at a time: 1 but for stages of a pipeline
+          a flow is away at a level that keeps on the host, but for weights and what all calls of a block get
           level l keeps f as made, as used by c, or as moved to c (see `recompute`), and runs d, and resharding, again;
           K_b            the levels that keep everything
 Variables x_do in {0,1}  option o is chosen for d
@@ -51,14 +52,15 @@ subject to    sum_o x_do = 1                                                    
               U >= sum_o w_do x_do                                                                            (working)
               H >= C v, H >= S - c v, S <= C + c v, where S = sum_d n_d c_do x_do, c its most                  (buffers)
               V_b >= B_b (1 - sum of n_bl over K_b), where B_b = sum_f b_fs x_do of what K_b keep of one call    (again)
-              sum_d n_d m_do x_do + A (sum_f b_fs n_f / N_b k_fsl + sum_d i_do z_dol), where l keeps it,
+              sum_d n_d m_do x_do + A (sum_f b_fs n_f / N_b k_fsl + sum_d i_do z_dol), where l keeps it on the device,
                        + U + sum_b V_b + a G + H <= M                                                          (memory)
+What the host does is stated in `nnscaler.planner.away`.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -66,6 +68,7 @@ import torch
 
 from nnscaler.placement import Placements, format_placements
 from nnscaler.plan import Key
+from nnscaler.planner.away import Away
 from nnscaler.planner.costs import NO_TIME, Seconds
 from nnscaler.planner.problem import Decision, Flow, Problem, Use
 from nnscaler.planner.statement import Account, Statement, Terms, Unit, minus
@@ -75,12 +78,17 @@ from nnscaler.reshard import brings_together, reshard_steps, without_gradient
 
 @dataclass(frozen=True)
 class Solution:
-    """Index of the chosen option of each decision, how many calls of each block have which level, and indices of the
-    flows that backward gathers again where all-gathers made them."""
+    """Index of the chosen option of each decision, how many calls of each block have which level, indices of the flows
+    that backward gathers again where all-gathers made them, and how many parts (`away.PARTS` in all) of the optimizer's
+    state lie on the host."""
 
     chosen: list[int]
     levels: dict[str, dict[Level, int]]
     gathered_again: frozenset[int] = frozenset()
+    state_away: int = 0
+
+    def keeps_everything(self) -> bool:
+        return all(level.everything for levels in self.levels.values() for level in levels)
 
 
 def resharding(problem: Problem, flow: Flow, source: Placements, target: Placements) -> Seconds | None:
@@ -123,8 +131,10 @@ class Program:
     n: dict[str, dict[Level, int]] = field(default_factory=dict)
     z: dict[tuple[int, Level], list[int]] = field(default_factory=dict)
     kept: dict[tuple[int, Placements, Level], int] = field(default_factory=dict)
+    in_call: dict[tuple[int, Placements, Level], int] = field(default_factory=dict)  # of one call, whether it is kept
     gathered: dict[tuple[int, Placements, Placements], int] = field(default_factory=dict)
     full: int = 0  # the variable v
+    away: Away | None = None
 
     def __post_init__(self) -> None:
         for block, levels in self.problem.levels.items():
@@ -141,6 +151,7 @@ class Program:
             self._compute_again(block)
         self._gather_early()
         self._buffer()
+        self.away = Away(self) if self.problem.host else None
 
     def solution(self, values: np.ndarray) -> Solution:
         """What the variables' values mean."""
@@ -149,7 +160,7 @@ class Program:
         for block, counts in self.n.items():
             levels[block] = {level: round(values[n]) for level, n in counts.items() if round(values[n])}
         again = frozenset(index for (index, _, _), g in self.gathered.items() if values[g] > 0.5)
-        return Solution(chosen, levels, again)
+        return Solution(chosen, levels, again, round(values[self.away.parts]) if self.away else 0)
 
     def choices(self, solution: Solution) -> dict[int, float]:
         """The variables that a solution decides about, with their values; 0 where they are not named."""
@@ -164,6 +175,8 @@ class Program:
             values[g] = float(index in solution.gathered_again and made and used)
         buffers = sum(d.count * option.buffers for d, option in zip(self.problem.decisions, options))
         values[self.full] = float(buffers > self.problem.buffers)
+        if self.away:
+            values.update(self.away.choices(solution.levels, solution.state_away))
         return values
 
     def _charge(self, account: Account, key: Key, variable: int, amount: float) -> None:
@@ -221,11 +234,14 @@ class Program:
             self.statement.row([*((zs[option], 1.0) for zs in by_level.values()), (x, -calls)], 0.0, 0.0)
         return by_level
 
-    def _calls(self, block: str, use: Use, level: Level, fits: Callable[[Placements], bool], side: str) -> Terms:
-        """Calls of `block` at `level` in which a decision makes or uses a tensor in a layout that fits."""
+    def _calls(self, block: str, use: Use, level: Level | None, fits: Callable[[Placements], bool], side: str) -> Terms:
+        """Calls of `block` at `level` in which a decision makes or uses a tensor in a layout that fits; without a
+        level, whether one would."""
         index, position = use
         decision = self.problem.decisions[index]
         matching = [o for o, option in enumerate(decision.options) if fits(getattr(option, side)[position])]
+        if level is None:
+            return [(self.x[index][option], 1.0) for option in matching]
         if decision.block == block and (index, level) in self.z:
             return [(self.z[index, level][option], 1.0) for option in matching]
         return [(self.x[index][option], float(self.problem.calls[block])) for option in matching]
@@ -291,21 +307,47 @@ class Program:
 
     def _keep(self, index: int, level: Level, made: set[Placements], again: dict[Placements, Terms]) -> None:
         """keeping, for one flow and level"""
+        for layout, calls in self._keeping(index, level, made, again):
+            self.statement.above(self._kept(index, layout, level), calls)
+        if self.is_away(self.problem.flows[index], level):
+            for layout, calls in self._keeping(index, level, made, again, of_one_call=True):
+                if (index, layout, level) not in self.in_call:
+                    self.in_call[index, layout, level] = self.statement.least(bound=1.0)
+                self.statement.above(self.in_call[index, layout, level], calls)
+
+    def _keeping(
+        self,
+        index: int,
+        level: Level,
+        made: set[Placements],
+        again: dict[Placements, Terms],
+        of_one_call: bool = False,
+    ) -> Iterator[tuple[Placements, Terms]]:
+        """The layouts in which a level may keep a flow, each with a number of calls that do; or whether one would."""
         flow = self.problem.flows[index]
 
+        def calls(use: Use, fits: Callable[[Placements], bool], side: str) -> Terms:
+            return self._calls(flow.block, use, None if of_one_call else level, fits, side)
+
         def making(layout: Placements) -> Terms:
-            return self._calls(flow.block, flow.producer, level, lambda made: storage(made) == layout, "outputs")
+            return calls(flow.producer, lambda made: storage(made) == layout, "outputs")
 
         if level in flow.made and not flow.held:
             for layout in made:
-                self.statement.above(self._kept(index, layout, level), making(layout))
+                yield layout, making(layout)
         for use in [*flow.used.get(level, ()), *flow.moved.get(level, ())]:
             options = self.problem.decisions[use[0]].options
             for used in dict.fromkeys(option.inputs[use[1]] for option in options):
-                calls = self._calls(flow.block, use, level, used.__eq__, "inputs")
+                terms = calls(use, used.__eq__, "inputs")
                 if flow.held or use in flow.moved.get(level, ()):
-                    calls = calls + minus(making(storage(used)))
-                self.statement.above(self._kept(index, storage(used), level), calls + again.get(used, []))
+                    terms = terms + minus(making(storage(used)))
+                share = 1 / self.problem.calls[flow.block] if of_one_call else 1.0
+                yield storage(used), terms + [(g, share * factor) for g, factor in again.get(used, [])]
+
+    def is_away(self, flow: Flow, level: Level) -> bool:
+        """Whether a level keeps a flow on the host, if it keeps it: not weights, and not what all calls get."""
+        shared = flow.count < self.problem.calls[flow.block]
+        return level.on_host and not flow.held and not shared
 
     def _gather_again(
         self, index: int, made: dict[Placements, Terms], resharded: dict[tuple[Placements, Placements], int]
@@ -333,7 +375,8 @@ class Program:
             flow, calls = self.problem.flows[index], self.problem.calls[self.problem.flows[index].block]
             variable = self.statement.least(bound=float(calls))
             size = flow.count / calls * self.problem.in_flight * self.problem.costs.local_bytes(flow.meta, layout)
-            self._charge(Account.DEVICE, Key("saved", flow.block, flow.tensor, level.name), variable, size)
+            where = Account.HOST if self.is_away(flow, level) else Account.DEVICE
+            self._charge(where, Key("saved", flow.block, flow.tensor, level.name), variable, size)
             self.kept[index, layout, level] = variable
         return self.kept[index, layout, level]
 

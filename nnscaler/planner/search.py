@@ -44,6 +44,7 @@ def find_plan(
     layouts: Mapping[str, Placements] | None = None,
     in_flight: int = 1,
     seconds: float = SEARCH_SECONDS,
+    host: float = 0.0,
 ) -> Plan:
     """The plan of least predicted step time on one of the meshes, all of as many devices and replicas.
 
@@ -56,6 +57,7 @@ def find_plan(
     layouts            of parameters, and of inputs and outputs of the graph, where they are given, by name
     in_flight          micro-batches whose activations are held at a time
     seconds            of processor time, after which the best plan so far is taken
+    host               bytes a device of the host's memory that the plan may use
 
     Raises DoesNotFit where nothing fits, and UserError for unknown class names.
     """
@@ -63,15 +65,22 @@ def find_plan(
     again = recomputing(graph, recompute_modules)
     started = time.perf_counter()
     costs = [CostModel(hardware, mesh, fused, times) for mesh in meshes]
-    problems = [build_problem(graph, model, again, micro_batches, layouts, in_flight) for model in costs]
+    problems = [
+        build_problem(graph, model, again, micro_batches, layouts, in_flight, bytes_there)
+        for bytes_there in sorted({0.0, host})
+        for model in costs
+    ]
     search = _Search(memory, time.process_time() + seconds)
     for left, problem in enumerate(problems, 1 - len(problems)):
+        if problem.host and search.found is not None and search.found.solution.keeps_everything():
+            break  # there is memory for all on the device
         search.on(Program(problem), -left)
     if search.found is None:
-        raise DoesNotFit(*_least(problems[0]), memory)
+        raise DoesNotFit(*_least(problems[-1]), memory)
     found = search.found
     plan = _to_plan(graph, found.problem, found.solution, found.evaluation, micro_batches)
     plan.costs, plan.memory_limit, plan.bound = found.problem.costs, memory, search.bound * micro_batches
+    plan.host_limit = host
     logger.info(
         "planned %s on %s in %.1f s: %.3g s a step%s, %.3g GiB of %.3g GiB a device",
         plan.mesh, hardware.name, time.perf_counter() - started, plan.step_seconds,
@@ -188,6 +197,7 @@ def _to_plan(
     plan = Plan(graph, problem.costs.mesh, problem.costs.hardware.name, micro_batches=micro_batches)
     plan.seconds, plan.beside, plan.memory = evaluation.seconds, evaluation.beside, evaluation.memory
     plan.levels = solution.levels
+    plan.host, plan.copies = evaluation.host, evaluation.copies
     plan.weight_seconds = evaluation.weights
     for decision, index in zip(problem.decisions, solution.chosen):
         option = decision.options[index]

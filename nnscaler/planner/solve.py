@@ -58,7 +58,13 @@ def stated(program: Program, memory: float) -> MixedIntegerProgram:
     milp.add(program.statement)
     milp.minimise(program.statement.terms(Account.TIME), Unit.SECONDS)
     milp.row(program.statement.terms(Account.DEVICE), upper=memory, unit=Unit.BYTES)
+    _limit_host(milp, program)
     return milp
+
+
+def _limit_host(milp: MixedIntegerProgram, program: Program) -> None:
+    if terms := program.statement.terms(Account.HOST):
+        milp.row(terms, upper=program.problem.host, unit=Unit.BYTES)
 
 
 def least_memory(program: Program) -> Solution:
@@ -66,6 +72,7 @@ def least_memory(program: Program) -> Solution:
     milp = MixedIntegerProgram(_scale(program.problem, None))
     milp.add(program.statement)
     milp.minimise(program.statement.terms(Account.DEVICE), Unit.BYTES)
+    _limit_host(milp, program)
     answer = milp.solve(gap=1e-2)
     assert answer is not None, "without a limit there is always a plan"
     assert answer.values is not None

@@ -35,7 +35,8 @@ class Account(Enum):
     TIME      seconds of a micro-batch
     FORWARD   seconds of exchange beside forward; BACKWARD likewise; LAST, beside that of a step's last micro-batch
     WEIGHTS   of TIME, the seconds in which backward makes gradients of weights
-    DEVICE    bytes of a device's memory
+    SENT      seconds of copies to the host beside forward; FETCHED, of copies back beside backward
+    DEVICE    bytes of a device's memory; HOST, of the host's, a device
     """
 
     TIME = "time"
@@ -43,7 +44,10 @@ class Account(Enum):
     BACKWARD = "beside backward"
     LAST = "beside the last backward"
     WEIGHTS = "gradients of weights"
+    SENT = "sent to the host"
+    FETCHED = "fetched from the host"
     DEVICE = "device memory"
+    HOST = "host memory"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ by what its regions and the whole call are wrapped in (see `wrappers`), and repo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nnscaler.errors import UserError
@@ -29,6 +29,7 @@ class Level:
     call        how the whole call runs; None: as it is
     everything  whether backward finds all that it needs, but for what a fusing compiler chooses to make again
     named       nodes that the user wants computed again: they are regions of their own, which keep their inputs alone
+    on_host     whether what is kept lies in the host's memory rather than the device's
     """
 
     name: str
@@ -37,6 +38,7 @@ class Level:
     call: Wrapper | None = None
     everything: bool = False
     named: frozenset[str] = frozenset()
+    on_host: bool = False
 
     def __repr__(self) -> str:
         return self.name
@@ -57,11 +59,18 @@ RECOMPUTES_ALL_BUT_ATTENTION = Level(
 )
 RECOMPUTES_ALL = Level("recomputes all", lambda units, block, fused: keep_from(units, block, ()), call=recompute)
 
-LEVELS = (KEEPS_ALL, KEEPS_PRODUCTS, RECOMPUTES_ALL_BUT_ATTENTION, RECOMPUTES_ALL)  # from most kept to least
+
+def _on_host(level: Level) -> Level:
+    return replace(level, name=f"{level.name}, on the host", on_host=True)
+
+
+ON_DEVICE = (KEEPS_ALL, KEEPS_PRODUCTS, RECOMPUTES_ALL_BUT_ATTENTION, RECOMPUTES_ALL)  # from most kept to least
+ON_HOST = tuple(_on_host(level) for level in ON_DEVICE)
+LEVELS = (*ON_DEVICE, *ON_HOST)
 
 
 def rank(level: Level) -> int:
-    """A number that is higher the less a level keeps; below all others where nodes are named."""
+    """A number that is higher the less a level keeps on the device; below all others where nodes are named."""
     return -1 if level.named else LEVELS.index(level)
 
 

@@ -93,7 +93,7 @@ def _levels(plan: Plan, block: Block) -> dict[str, dict[str, float]]:
         found[level.name] = {
             "calls": calls,
             "again_seconds": plan.micro_batches * _sum(plan.seconds, ("again",), block.name, level.name),
-            "saved_bytes": _sum(plan.memory, ("saved", "inside"), block.name, level.name),
+            "saved_bytes": _sum({**plan.memory, **plan.host}, ("saved", "inside"), block.name, level.name),
         }
     return found
 

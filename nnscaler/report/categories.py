@@ -19,6 +19,8 @@ HIDDEN = "communication hidden"
 OPTIMIZER = "optimizer"
 WORKING = "working memory"
 BUFFERS = "communication buffers"
+COPIES = "copies to the host exposed"
+STATE = ("master weights", "moments")  # of a parameter's memory, the optimizer's state
 
 
 def category_of(unit: Unit) -> str:
@@ -63,6 +65,8 @@ def seconds_by_category(
     for transfer in transfers:
         rest[MEMORY_BOUND if transfer.local else EXPOSED] += transfer.seconds - transfer.hidden
     rest[OPTIMIZER] += sum(group.update_seconds for group in parameters)
+    if copies := sum(value for key, value in plan.seconds.items() if key.category == "copies"):
+        rest[COPIES] = copies * plan.micro_batches
     first = {MATMUL: own.pop(MATMUL)} if MATMUL in own else {}
     return {**first, **own, **rest}, sum(transfer.hidden for transfer in transfers)
 
@@ -77,11 +81,23 @@ def bytes_by_category(plan: Plan, parameters: list[ParameterGroup]) -> dict[str,
     for group in parameters:
         for what, size in group.memory.items():
             totals[what] = totals.get(what, 0.0) + size
+    state = sum(totals.get(what, 0.0) for what in STATE)
+    for what in STATE:
+        totals[what] -= plan.state_on_host * totals[what] / state if plan.state_on_host else 0.0
     for key, size in plan.memory.items():
         if key.category in ("saved", "inside"):
             totals[saved_at(key)] = totals.get(saved_at(key), 0.0) + size
     for what, category in ((WORKING, "working"), (BUFFERS, "buffers")):
         totals[what] = sum(size for key, size in plan.memory.items() if key.category == category)
+    return totals
+
+
+def host_bytes_by_category(plan: Plan) -> dict[str, float]:
+    """Category -> bytes of the host, a device."""
+    totals: dict[str, float] = {}
+    for key, size in plan.host.items():
+        what = "optimizer state" if key.category == "state" else saved_at(key)
+        totals[what] = totals.get(what, 0.0) + size
     return totals
 
 

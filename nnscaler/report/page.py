@@ -35,6 +35,7 @@ def _sections(values: Values, name: str) -> Iterator[Markup]:
     yield headline(values["predicted"], "memory a device")
     yield _time(values["predicted"])
     yield _memory(values["predicted"])
+    yield from _host(values["predicted"])
     yield _advice(values)
     yield _notation(values)
     for block, costs in values["costs"].items():
@@ -68,6 +69,16 @@ def _memory(predicted: Values) -> Markup:
         tag("p", text + gib(predicted["device_memory_bytes"]) + ". Shares are of the limit.", class_="faint"),
         legend(parts, limit, gib),
     )
+
+
+def _host(predicted: Values) -> list[Markup]:
+    if not predicted.get("host_bytes"):
+        return []
+    parts, limit = predicted["host_bytes_by_category"], predicted["host_limit_bytes"]
+    text = f"{gib(predicted['host_bytes'])} a device of the {gib(limit)} that the plan may use. Copies there and back "
+    text += f"of {seconds(predicted['hidden_copies_seconds'])} a step are hidden behind computation."
+    heading = tag("h2", "Memory of the host")
+    return [tag("section", heading, bar(parts, limit, gib), tag("p", text, class_="faint"), legend(parts, limit, gib))]
 
 
 def _advice(values: Values) -> Markup:

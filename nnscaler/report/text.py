@@ -22,6 +22,7 @@ def explain(values: Mapping[str, Any]) -> str:
         *(f"           {what:<30} {seconds(value):>9}" for what, value in predicted["hidden_seconds"].items() if value),
         f"memory     {gib(predicted['memory_bytes'])} of {gib(limit)} that the plan may use",
         *_listed("", predicted["bytes_by_category"], limit, gib),
+        *_host(predicted),
         *(f"recompute  {text}" for text in recompute(values)),
         f"search     {proven(predicted)}",
         *_named("moves", [transfer(one) for one in largest(values)]),
@@ -29,6 +30,17 @@ def explain(values: Mapping[str, Any]) -> str:
         *_named("would help", [f"{one['change']}: {one['text']}" for one in values["advice"]]),
     ]
     return "\n".join(lines)
+
+
+def _host(predicted: Mapping[str, Any]) -> list[str]:
+    if not predicted.get("host_bytes"):
+        return []
+    limit = predicted["host_limit_bytes"]
+    behind = f"copies of {seconds(predicted['hidden_copies_seconds'])} a step are hidden behind computation"
+    return [
+        f"host       {gib(predicted['host_bytes'])} of {gib(limit)} a device that the plan may use; {behind}",
+        *_listed("", predicted["host_bytes_by_category"], limit, gib),
+    ]
 
 
 def _explain_pipeline(values: Mapping[str, Any]) -> str:

@@ -22,7 +22,13 @@ from typing import Any
 from nnscaler.errors import UserError
 from nnscaler.plan import Plan
 from nnscaler.report.blocks import block_costs
-from nnscaler.report.categories import HIDDEN, bytes_by_category, costs_of, seconds_by_category
+from nnscaler.report.categories import (
+    HIDDEN,
+    bytes_by_category,
+    costs_of,
+    host_bytes_by_category,
+    seconds_by_category,
+)
 from nnscaler.report.limits import limits_of
 from nnscaler.report.origins import measuring, origins_of
 from nnscaler.report.parameters import parameter_groups
@@ -67,6 +73,7 @@ def plan_report(plan: Plan, work: Work | None = None, replan: Replan | None = No
         "seconds_by_category": seconds,
         "hidden_seconds": {HIDDEN: hidden},
         "bytes_by_category": bytes_by_category(plan, parameters),
+        **(_host(plan) if plan.host_limit else {}),
     }
     values["costs"] = {block.name: block_costs(plan, block, parameters) for block in plan.graph.all_blocks()}
     values["collectives"] = [
@@ -81,6 +88,17 @@ def plan_report(plan: Plan, work: Work | None = None, replan: Replan | None = No
         "measured": costs.hardware.measured.source,
     }
     return rounded(values)
+
+
+def _host(plan: Plan) -> dict[str, Any]:
+    """What lies in the host's memory, and the seconds of copying there and back that computation hides."""
+    exposed = sum(value for key, value in plan.seconds.items() if key.category == "copies")
+    return {
+        "host_bytes": plan.host_bytes,
+        "host_limit_bytes": plan.host_limit,
+        "host_bytes_by_category": host_bytes_by_category(plan),
+        "hidden_copies_seconds": max(0.0, sum(plan.copies.values()) - exposed) * plan.micro_batches,
+    }
 
 
 def speed_of(device_seconds: float, work: Work | None) -> dict[str, float]:

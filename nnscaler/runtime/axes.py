@@ -17,6 +17,7 @@ from nnscaler.placement import Placements, Shard
 
 if TYPE_CHECKING:
     from nnscaler.runtime.gathering import Gathers
+    from nnscaler.runtime.host import HostMemory
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,11 @@ class Axes:
     """The groups of `mesh` that this process belongs to. Every rank builds them in the same order.
 
     gathers  how weights stored in shards are gathered over them, for generated code
+    host     where it keeps what backward needs beside the device's memory
     """
 
     gathers: Gathers
+    host: HostMemory
 
     def __init__(self, mesh: Mesh, device: torch.device) -> None:
         world = dist.get_world_size() if dist.is_initialized() else 1

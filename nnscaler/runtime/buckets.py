@@ -62,12 +62,15 @@ class Bucket:
     gradient  [n / owners] fp32: of the last whole step, the sum over owners and micro-batches of that slice's gradient
     summed    [n] fp32: the sum over micro-batches of the gradient of `flat`; `gradient` is a slice of it, to which the
               other owners' are added in the end; None: the gradient is exchanged in each micro-batch
+    first     place of its first parameter among the model's
     is_copy   whether another pipeline stage has the same parameters, and counts them as its own
+    An update may still be under way when the next forward has begun: what reads `flat` calls `wait` first.
     """
 
-    def __init__(self, flat: Tensor, slots: list[Slot], owners: Axis) -> None:
-        self.flat = flat
+    def __init__(self, flat: Tensor, slots: list[Slot], owners: Axis, first: int = 0) -> None:
+        self.flat, self.first = flat, first
         self.is_copy = False
+        self._updated: dist.Work | torch.cuda.Event | None = None
         self.slots = slots
         self.owners = owners
         self.device = flat.device
@@ -104,11 +107,18 @@ class Bucket:
         ranges.append(slice(at, len(self.flat)))
         return [part for part in ranges if part.start < part.stop]
 
-    def publish(self) -> dist.Work | None:
-        """Starts sending every owner's slice of `flat` to all owners."""
-        if self.owners.group is None:
-            return None
-        return all_gather_single(self.flat, self.owned, group=self.owners.group, async_op=True)
+    def publish(self) -> None:
+        """Starts sending every owner's slice of `flat`, as it is after what is computed now, to all owners."""
+        if self.owners.group is not None:
+            self._updated = all_gather_single(self.flat, self.owned, group=self.owners.group, async_op=True)
+        elif self.device.type == "cuda":
+            self._updated = torch.cuda.current_stream(self.device).record_event()
+
+    def wait(self) -> None:
+        """What is computed next comes after the bucket's update."""
+        if self._updated is not None:
+            self._updated.wait()
+            self._updated = None
 
 
 def make_buckets(
@@ -128,6 +138,7 @@ def make_buckets(
         owners = axes.owners(specs[name].layout)
         key = (id(owners.group), specs[name].dtype, specs[name].exchanged_once, name if name in alone else None)
         groups.setdefault(key, (owners, []))[1].append(name)
+    places = {name: place for place, name in enumerate(specs)}
     buckets: list[Bucket] = []
     parameters: dict[str, nn.Parameter] = {}
     for owners, names in groups.values():
@@ -142,7 +153,8 @@ def make_buckets(
             inside = [
                 replace(slot, start=slot.start - start) for slot in slots if slot.start < stop and slot.stop > start
             ]
-            buckets.append(Bucket(flat[start:stop], inside, owners))
+            first = min(places[slot.name] for slot in inside)
+            buckets.append(Bucket(flat[start:stop], inside, owners, first))
         for slot in slots:
             parameters[slot.name] = nn.Parameter(flat[slot.start : slot.stop].view(slot.box.sizes))
     return buckets, {name: parameters[name] for name in specs if name in parameters}
@@ -208,6 +220,7 @@ class GradientReducer:
         gradient = gradient.reshape(-1)
         for index, slot in self._pieces[id(parameter)]:
             bucket = self._buckets[index]
+            bucket.wait()  # its update reads the gradient of the step before
             there, here = slot.within(len(bucket.flat))
             if bucket.summed is not None:
                 assert index not in self._summing, "a gradient came after the last"
@@ -268,6 +281,7 @@ class GradientReducer:
         while self._in_flight:
             self._receive()
         for index, bucket in enumerate(self._buckets):
+            bucket.wait()
             if bucket.summed is not None and index not in self._summing:
                 self._send_summed(index)
             elif bucket.summed is None and not self._begun[index]:

@@ -22,6 +22,7 @@ from nnscaler.sizes import PREFETCH_BYTES
 
 Step = tuple[Axis, int]  # the mesh axis over which a tensor is sharded, and along which dimension
 Defer = Callable[[Tensor, dist.Work | None, Tensor], None]  # (parameter, pending exchange, its result)
+Wait = Callable[[Tensor], None]  # what is computed next comes after the update of a parameter
 
 
 @dataclass(eq=False)
@@ -30,6 +31,7 @@ class _Gather:
 
     shard: Tensor
     steps: Sequence[Step]
+    wait: Wait
     started: tuple[Tensor, dist.Work | None] | None = None
 
     @property
@@ -40,6 +42,7 @@ class _Gather:
         return size
 
     def start(self) -> None:
+        self.wait(self.shard)
         self.started = start_gather(self.shard.detach(), self.steps[0][0])
 
     def finish(self) -> Tensor:
@@ -57,14 +60,16 @@ class Gathers:
     """The gathers of one model, in the order in which a micro-batch needs them.
 
     defer  takes the gradients of shards, whose exchange may still be under way
+    wait   waits for the update of a shard
     """
 
-    def __init__(self, defer: Defer) -> None:
-        self.defer = defer
+    def __init__(self, defer: Defer, wait: Wait = lambda parameter: None) -> None:
+        self.defer, self.wait = defer, wait
         self._order: list[tuple[Tensor, Sequence[Step]]] = []  # what was gathered in the last micro-batch
         self._next = 0  # place in the order of the next one that is needed
         self._early: deque[_Gather] = deque()  # those started from there on
-        self._alive: dict[int, tuple[_Gather, weakref.ref[Tensor]]] = {}  # address -> gathered weight that lies there
+        # address -> gathered weight that lies there, and how backward gathers it again, if it does
+        self._alive: dict[int, tuple[_Gather | None, weakref.ref[Tensor]]] = {}
         self._again: weakref.WeakKeyDictionary[_Gather, weakref.ref[Tensor]] = weakref.WeakKeyDictionary()
 
     def begin(self) -> None:
@@ -76,11 +81,15 @@ class Gathers:
         """The whole weight of which `parameter` is this device's shard. `again`: backward gathers it once more rather
         than keep it."""
         whole = _GatheredWeight.apply(parameter, self, steps)
-        if again:
-            address = whole.untyped_storage().data_ptr()
-            forget = lambda _: self._alive.pop(address, None)  # noqa: E731
-            self._alive[address] = (_Gather(parameter, steps), weakref.ref(whole, forget))
+        address = whole.untyped_storage().data_ptr()
+        forget = lambda _: self._alive.pop(address, None)  # noqa: E731
+        gather = _Gather(parameter, steps, self.wait) if again else None
+        self._alive[address] = (gather, weakref.ref(whole, forget))
         return whole
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in the memory of a gathered weight."""
+        return tensor.untyped_storage().data_ptr() in self._alive
 
     def take(self, parameter: Tensor, steps: Sequence[Step]) -> Tensor:
         """Gathers a weight, or waits for it where that was started early; then starts the next ones."""
@@ -90,9 +99,9 @@ class Gathers:
             self._forget(at)  # the order is another one than last time
         if at == len(self._order):
             self._order.append((parameter, steps))
-        whole = (self._early.popleft() if self._early else _Gather(parameter, steps)).finish()
+        whole = (self._early.popleft() if self._early else _Gather(parameter, steps, self.wait)).finish()
         while (following := self._next + len(self._early)) < len(self._order):
-            gather = _Gather(*self._order[following])
+            gather = _Gather(*self._order[following], self.wait)
             if sum(early.bytes for early in self._early) + gather.bytes > PREFETCH_BYTES:
                 break
             gather.start()
@@ -107,15 +116,15 @@ class Gathers:
 
     def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
         """Inside, what autograd keeps of a weight to be gathered again is how to do that."""
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
 
-    def _pack(self, tensor: Tensor) -> Any:
+    def pack(self, tensor: Tensor) -> Any:
         gather, whole = self._alive.get(tensor.untyped_storage().data_ptr(), (None, None))
         if gather is None or whole is None or whole() is None:
             return tensor
         return gather, tensor.size(), tensor.stride(), tensor.storage_offset()
 
-    def _unpack(self, packed: Any) -> Tensor:
+    def unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         gather, size, stride, offset = packed

@@ -21,12 +21,41 @@ from nnscaler.kernels import are_slow, widen_slow_products
 from nnscaler.mesh import Mesh
 from nnscaler.placement import Replicate
 from nnscaler.runtime.axes import Axes
-from nnscaler.runtime.buckets import GradientReducer, make_buckets
+from nnscaler.runtime.buckets import Bucket, GradientReducer, make_buckets
 from nnscaler.runtime.gathering import Gathers
-from nnscaler.runtime.optimizer import decays
+from nnscaler.runtime.host import HostMemory
+from nnscaler.runtime.optimizer import buckets_of, decays
 from nnscaler.runtime.shards import Box, ParameterSpec
 
 ReadPart = Callable[[str, Box], Tensor]
+
+
+class Weights(dict[str, Tensor]):
+    """A model's weights on this device by name. Reading one that is still being updated waits for that."""
+
+    def __init__(self, buckets: Iterable[Bucket], parameters: Mapping[str, Tensor]) -> None:
+        super().__init__(parameters)
+        self._memory: set[int] = set()  # addresses
+        self._buckets: dict[int, list[Bucket]] = {id(parameter): [] for parameter in parameters.values()}
+        for bucket in buckets:
+            for slot in bucket.slots:
+                self._buckets[id(parameters[slot.name])].append(bucket)
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = super().__getitem__(name)
+        self.wait(weight)
+        return weight
+
+    def hold(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in the memory of a weight."""
+        if not self._memory:
+            self._memory = {weight.untyped_storage().data_ptr() for weight in self.values()}
+        return tensor.untyped_storage().data_ptr() in self._memory
+
+    def wait(self, weight: Tensor) -> None:
+        """What is computed next comes after the update of a weight."""
+        for bucket in self._buckets.get(id(weight), ()):
+            bucket.wait()
 
 
 class ParallelModule(nn.Module):
@@ -69,9 +98,11 @@ class ParallelModule(nn.Module):
         self.buckets, parameters = make_buckets(self.specs, self.axes, decayed, alone=shared)
         self.trained = list(parameters.values())
         self.reducer = GradientReducer(self.buckets, parameters, plan["micro_batches"])
-        self.gathers = self.axes.gathers = Gathers(self.reducer.defer)
+        self._weights = Weights(self.buckets, parameters)
+        self.gathers = self.axes.gathers = Gathers(self.reducer.defer, self._weights.wait)
+        self.axes.host = HostMemory(self.axes.device, self._is_weight, self.gathers.pack, self.gathers.unpack)
+        self.state_on_host = buckets_of(self.buckets, plan["state_on_host"])
         self._gathers_again = any(block["gathered_again"] for block in plan["blocks"].values())
-        self._weights: dict[str, Tensor] = {**parameters}
         self._load_fixed(directory)
         self._weights.update({name: self._weights[target] for name, target in self.tied.items()})
         self._code = _load_source(directory / f"gencode_stage{stage}.py")
@@ -94,6 +125,7 @@ class ParallelModule(nn.Module):
         if missing:
             raise UserError(f"forward got inputs {sorted(inputs)}; the compiled model takes {sorted(self.input_names)}")
         self.gathers.begin()
+        self.axes.host.clear()
         with self.gathers.hooks() if self._gathers_again else nullcontext():
             return self._code.forward(self._weights, self.axes, *(inputs[name] for name in self.input_names))
 
@@ -105,6 +137,7 @@ class ParallelModule(nn.Module):
             loss = self(**inputs)
             loss.backward()
             self.reducer.end_micro_batch()
+            self.axes.host.clear()
             total += loss.detach()
         self.reducer.finish()
         return total
@@ -124,6 +157,8 @@ class ParallelModule(nn.Module):
     def tensors_called(self, name: str) -> list[Tensor]:
         """This rank's shard of a parameter, or a buffer; none where the rank does not have it."""
         return [self._weights[name]] if name in self.specs else []
+    def _is_weight(self, tensor: Tensor) -> bool:
+        return self._weights.hold(tensor) or self.gathers.holds(tensor)
 
     def parameters_to_load(self) -> dict[str, ParameterSpec]:
         """Every parameter that has no value yet: trained and frozen ones, not buffers."""

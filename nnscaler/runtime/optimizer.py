@@ -1,6 +1,16 @@
-"""AdamW on the fp32 master weights of the elements that this rank owns."""
+"""AdamW on the fp32 master weights of the elements that this rank owns, bucket by bucket, beside the next forward.
+
+Buckets are updated, and what came of it is sent to their other owners, in the order in which forward needs them.
+Forward waits for each bucket that it uses (`Bucket.wait`), not for the whole update, which has a stream of its own.
+Masters and moments of some buckets may lie on the host: they come to the device for their update, a few buckets ahead,
+and go back.
+"""
 
 from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -8,6 +18,8 @@ from torch import Tensor
 
 from nnscaler.config import OptimizerConfig
 from nnscaler.runtime.buckets import Bucket
+from nnscaler.runtime.host import Buffers, Place, Traveller
+from nnscaler.sizes import STATES_AHEAD
 
 
 def decays(shape: tuple[int, ...]) -> bool:
@@ -15,44 +27,52 @@ def decays(shape: tuple[int, ...]) -> bool:
     return len(shape) > 1
 
 
+def buckets_of(buckets: list[Bucket], size: float) -> list[int]:
+    """Indices of the buckets whose state lies on the host, where that shall have at least `size` bytes: those that
+    forward needs last, and so waits for least."""
+    found = []
+    for index in sorted(range(len(buckets)), key=lambda index: -buckets[index].first):
+        if size <= 0:
+            break
+        owned = buckets[index].owned
+        size -= owned.numel() * (8 + (4 if owned.dtype != torch.float32 else 0))
+        found.append(index)
+    return found
+
+
 class ShardedOptimizer:
     """Clips, updates and publishes the parameters of all buckets.
 
     The state of a bucket has one fp32 element for each owned one: `master` (the parameter itself where it is fp32),
     `exp_avg` and `exp_avg_sq`.
+
+    on_host  indices of the buckets whose state lies on the host
     """
 
     STATE = ("exp_avg", "exp_avg_sq")
 
-    def __init__(self, buckets: list[Bucket], config: OptimizerConfig, plan_ngpus: int) -> None:
+    def __init__(
+        self, buckets: list[Bucket], config: OptimizerConfig, plan_ngpus: int, on_host: Collection[int] = ()
+    ) -> None:
         self.buckets, self.config, self.plan_ngpus = buckets, config, plan_ngpus
-        self.masters = [
-            bucket.owned if bucket.owned.dtype == torch.float32 else bucket.owned.to(torch.float32)
-            for bucket in buckets
-        ]
-        self.state = [{key: torch.zeros_like(master) for key in self.STATE} for master in self.masters]
+        self.device = buckets[0].device
         counted = [float(not bucket.is_copy) for bucket in buckets]
-        self._counted = torch.tensor(counted, dtype=torch.float64, device=buckets[0].device)
-        ranges = [_decay_ranges(bucket) for bucket in buckets]
-        decayed, others = ([(i, parts[kind]) for i, parts in enumerate(ranges)] for kind in (0, 1))
-        groups = [
-            {"params": [self.masters[index][part] for index, part in parts], "weight_decay": weight_decay}
-            for parts, weight_decay in ((decayed, config.weight_decay), (others, 0.0))
-        ]
-        self._parts = [*decayed, *others]  # (bucket, range of its owned elements) of each parameter of the optimizer
-        self._adam = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-        self._bind_state()
+        self._counted = torch.tensor(counted, dtype=torch.float64, device=self.device)
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._order = sorted(range(len(buckets)), key=lambda index: buckets[index].first)
+        away = [index for index in self._order if index in on_host]
+        self._travellers = _travellers(buckets, away, len(self.STATE) + 1)
+        self._states = [_State(bucket, config, self._travellers.get(i)) for i, bucket in enumerate(buckets)]
 
-    def _parameters(self) -> list[Tensor]:
-        return [parameter for group in self._adam.param_groups for parameter in group["params"]]
+    @property
+    def masters(self) -> list[Tensor]:
+        """The fp32 weights of each bucket, where they lie between updates."""
+        return [state.master for state in self._states]
 
-    def _bind_state(self) -> None:
-        """Makes the optimizer's moments views of `state`, so that there is one tensor a bucket to save and load."""
-        for parameter, (index, part) in zip(self._parameters(), self._parts, strict=True):
-            state = self._adam.state[parameter]
-            state["step"] = torch.zeros((), device=parameter.device)
-            for key in self.STATE:
-                state[key] = self.state[index][key][part]
+    @property
+    def state(self) -> list[dict[str, Tensor]]:
+        """The moments of each bucket, where they lie between updates."""
+        return [state.moments for state in self._states]
 
     def load_masters(self) -> None:
         """Takes the current parameters as masters."""
@@ -63,12 +83,13 @@ class ShardedOptimizer:
     @property
     def steps(self) -> int:
         """Updates so far. Waits for the device."""
-        return int(next(iter(self._adam.state.values()))["step"])
+        self.settle()
+        return self._states[0].steps
 
     def set_steps(self, steps: int) -> None:
         """Continues after `steps` updates (the moments must be loaded too)."""
-        for parameter in self._parameters():
-            self._adam.state[parameter]["step"].fill_(float(steps))
+        for state in self._states:
+            state.set_steps(steps)
 
     @torch.no_grad()
     def step(self, labels: int, lr: float, loss: Tensor | None = None) -> Tensor:
@@ -99,32 +120,138 @@ class ShardedOptimizer:
         if self.config.clip_gnorm:
             scale = scale * (self.config.clip_gnorm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, scale)
-        for parameter, (index, part) in zip(self._parameters(), self._parts, strict=True):
-            parameter.grad = gradients[index][part]
-        for group in self._adam.param_groups:
-            group["lr"] = lr
-        self._adam.found_inf = (~finite).float()  # type: ignore[attr-defined]  # torch's kernels ask for this
-        self._adam.step()
-        self.publish_masters()
+        found_infinite = (~finite).float()
+        with self._beside():
+            coming = deque(self._travellers[index] for index in self._order if index in self._travellers)
+            for _ in range(min(STATES_AHEAD, len(coming))):
+                coming.popleft().bring()
+            for index in self._order:
+                traveller = self._travellers.get(index)
+                if traveller is not None:
+                    traveller.arrive()
+                    if coming:
+                        coming.popleft().bring()
+                self._states[index].update(gradients[index], lr, found_infinite)
+                if traveller is not None:
+                    traveller.leave()
+                self._states[index].publish()
         return norm
-
-    @torch.no_grad()
-    def is_finite(self) -> bool:
-        """Whether all that this rank owns, masters and moments, is finite. Waits for the device."""
-        tensors = [*self.masters, *(tensor for state in self.state for tensor in state.values())]
-        return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
     @torch.no_grad()
     def publish_masters(self) -> None:
         """Makes every rank's parameters those of the masters."""
-        works = []
         for bucket, master in zip(self.buckets, self.masters):
             if master is not bucket.owned:
                 bucket.owned.copy_(master)
-            works.append(bucket.publish())
-        for work in works:
-            if work is not None:
-                work.wait()
+            bucket.publish()
+
+    def settle(self) -> None:
+        """What is computed next, on the current stream, comes after the last update of masters and moments; where they
+        lie on the host, this process waits for it."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+        for traveller in self._travellers.values():
+            traveller.settle()
+
+    @torch.no_grad()
+    def is_finite(self) -> bool:
+        """Whether all that this rank owns, masters and moments, is finite. Waits for the device."""
+        self.settle()
+        tensors = [*self.masters, *(tensor for state in self.state for tensor in state.values())]
+        return bool(torch.stack([tensor.isfinite().all().to(self.device) for tensor in tensors]).all())
+
+    def finish(self) -> None:
+        """Waits until the last update, and the exchange of what it gave, is done."""
+        self.settle()
+        for bucket in self.buckets:
+            bucket.wait()
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """Inside, what is computed comes after what was before, beside what comes after."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+
+class _State:
+    """Master and moments of one bucket, and what updates them.
+
+    traveller  takes them from the host and back; None: they lie on the device
+    """
+
+    def __init__(self, bucket: Bucket, config: OptimizerConfig, traveller: Traveller | None) -> None:
+        self.bucket = bucket
+        names = ShardedOptimizer.STATE
+        is_master = bucket.owned.dtype == torch.float32
+        if traveller is None:
+            self.master = bucket.owned if is_master else bucket.owned.to(torch.float32)
+            self.moments = {name: torch.zeros_like(self.master) for name in names}
+            here = {"master": self.master, **self.moments}
+        else:
+            there = dict(zip([*names, "master"], traveller.there))
+            here = dict(zip([*names, "master"], traveller.here))
+            if is_master:
+                there["master"] = here["master"] = bucket.owned
+            else:
+                there["master"].copy_(bucket.owned)
+            self.master = there["master"]
+            self.moments = {name: there[name] for name in names}
+        self._master = here["master"]  # where they are updated
+        self._ranges = [part for part in _decay_ranges(bucket) if part.stop > part.start]
+        groups = [
+            {"params": [self._master[part]], "weight_decay": config.weight_decay if decayed else 0.0}
+            for part, decayed in zip(_decay_ranges(bucket), (True, False))
+            if part.stop > part.start
+        ]
+        self._adam = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        for parameter, part in zip(self._parameters(), self._ranges, strict=True):
+            self._adam.state[parameter] = {"step": torch.zeros((), device=parameter.device)}
+            self._adam.state[parameter].update({name: here[name][part] for name in names})
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self._adam.param_groups for parameter in group["params"]]
+
+    def set_steps(self, steps: int) -> None:
+        for parameter in self._parameters():
+            self._adam.state[parameter]["step"].fill_(float(steps))
+
+    @property
+    def steps(self) -> int:
+        return int(self._adam.state[self._parameters()[0]]["step"])
+
+    def update(self, gradient: Tensor, lr: float, found_infinite: Tensor) -> None:
+        for parameter, part in zip(self._parameters(), self._ranges, strict=True):
+            parameter.grad = gradient[part]
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+        self._adam.found_inf = found_infinite  # type: ignore[attr-defined]  # torch's kernels ask for this
+        self._adam.step()
+
+    def publish(self) -> None:
+        """Makes every owner's parameters those of the master that was just updated."""
+        if self._master is not self.bucket.owned:
+            self.bucket.owned.copy_(self._master)
+        self.bucket.publish()
+
+
+def _travellers(buckets: list[Bucket], away: list[int], tensors: int) -> dict[int, Traveller]:
+    """What takes the state of each bucket that is `away` to the device and back, in this order: there are places for a
+    few at a time."""
+    if not away:
+        return {}
+    buffers = Buffers(buckets[0].device)
+    largest = max(buckets[index].owned.numel() for index in away)
+    places = [Place(largest, tensors, buckets[0].device) for _ in range(STATES_AHEAD + 1)]
+    found = {}
+    for count, index in enumerate(away):
+        bucket = buckets[index]
+        wanted = tensors - (bucket.owned.dtype == torch.float32)
+        found[index] = Traveller(buffers, places[count % len(places)], bucket.owned.numel(), wanted)
+    return found
 
 
 def _decay_ranges(bucket: Bucket) -> tuple[slice, slice]:

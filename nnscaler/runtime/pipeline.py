@@ -53,6 +53,7 @@ class PipelineModule:
         for stage in self.stages.values():
             self.predicted_seconds.update(stage.predicted_seconds)
         self.buckets = [bucket for stage in self.stages.values() for bucket in stage.buckets]
+        self.state_on_host: list[int] = []  # stages keep nothing on the host
         self._shared = list(self._share(shared))
         self.gives_loss = self.schedule.stages - 1 in self.stages
         self._schedule = torch_schedule(

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from nnscaler.checkpoint.folder import latest_checkpoint
 from nnscaler.checkpoint.merge import Checkpoint
-from nnscaler.recompute import LEVELS
+from nnscaler.recompute import ON_DEVICE, ON_HOST
 from tests import tiny
 from tests.launch import run
 from tests.parity import STEPS, TOLERANCE, Case, plain_loop, train_all
 
-EACH = tuple(level.name for level in reversed(LEVELS))
+EACH = tuple(level.name for level in reversed(ON_DEVICE))
+AWAY = tuple(level.name for level in reversed(ON_HOST))
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +55,18 @@ def compare(case: Case, folder: Path, reference) -> None:
         assert found["loss"] == pytest.approx(wanted, rel=TOLERANCE), case.name
         tokens = found["tokens_per_second_per_gpu"] * found["seconds_per_step"]  # a step's, on each device
         assert tokens == pytest.approx(case.sequences * tiny.LENGTH / case.runtime)
-    checkpoint = Checkpoint.open(latest_checkpoint(folder / "checkpoints" / case.name))
-    shapes = {name.removeprefix("model."): shape for name, shape in checkpoint.shapes().items()}
+    found = weights_of(case, folder)
     for name, wanted in weights.items():
-        assert tiny.close(checkpoint.read(f"model.{name}", shapes[name]), wanted) < TOLERANCE, (case.name, name)
+        assert tiny.close(found[name], wanted) < TOLERANCE, (case.name, name)
     assert losses[-1] < losses[0] - 0.05, "the reference does not learn: the comparison would say little"
+
+
+def weights_of(case: Case, folder: Path) -> dict[str, Tensor]:
+    """The weights in the last checkpoint, by name."""
+    checkpoint = Checkpoint.open(latest_checkpoint(folder / "checkpoints" / case.name))
+    shapes = checkpoint.shapes()
+    names = [name for name in shapes if name.startswith("model.")]
+    return {name.removeprefix("model."): checkpoint.read(name, shapes[name]) for name in names}
 
 
 def splits(case: Case, folder: Path) -> dict[str, set[str]]:
@@ -117,6 +126,20 @@ def test_every_recompute_level(folder, reference):
     run(2, train_all, cases, folder, init=False)
     for case in cases:
         compare(case, folder, reference)
+
+
+def test_host_memory_changes_no_bit(folder, reference):
+    cases = [
+        Case(2, 2, layers=4, levels=levels, compiled=compiled)
+        for levels, compiled in product((EACH, AWAY), (False, True))
+    ]
+    run(2, train_all, [case for case in cases if case.levels == AWAY], folder, init=False)
+    for here, away in zip(cases, cases[2:]):  # `here` was trained by the test before
+        compare(away, folder, reference)
+        assert plan_of(away, folder)["state_on_host"]
+        assert (folder / "code" / away.name / "gencode_stage0.py").read_text().count("axes.host.keeping(") == 4
+        ours, theirs = (weights_of(case, folder) for case in (here, away))
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_two_axes_and_attention_along_the_sequence(folder, reference):

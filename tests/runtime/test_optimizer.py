@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import pytest
 import torch
 from torch import nn
@@ -18,7 +20,9 @@ CONFIG = OptimizerConfig(betas=(0.6, 0.7), eps=0.03, weight_decay=0.4, clip_gnor
 LABELS, COPIES = 12, 2  # the devices of a replica see the same labels
 
 
-def optimizer_of(config: OptimizerConfig, dtype: torch.dtype) -> tuple[ShardedOptimizer, dict[str, nn.Parameter]]:
+def optimizer_of(
+    config: OptimizerConfig, dtype: torch.dtype, on_host: Collection[int] = ()
+) -> tuple[ShardedOptimizer, dict[str, nn.Parameter]]:
     axes = Axes(Mesh((1,), 1), torch.device("cpu"))
     specs = {name: ParameterSpec(shape, dtype, (SHARED,), True, False) for name, shape in SHAPES.items()}
     buckets, parameters = make_buckets(specs, axes, {name: decays(shape) for name, shape in SHAPES.items()}, 700)
@@ -26,7 +30,7 @@ def optimizer_of(config: OptimizerConfig, dtype: torch.dtype) -> tuple[ShardedOp
     with torch.no_grad():
         for parameter in parameters.values():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    optimizer = ShardedOptimizer(buckets, config, COPIES)
+    optimizer = ShardedOptimizer(buckets, config, COPIES, on_host)
     optimizer.load_masters()
     return optimizer, parameters
 
@@ -92,7 +96,7 @@ def _moments(optimizer: ShardedOptimizer) -> list[torch.Tensor]:
 
 
 def everything(optimizer: ShardedOptimizer) -> list[torch.Tensor]:
-    steps = [state["step"] for state in optimizer._adam.state.values()]
+    steps = [torch.tensor(state.steps) for state in optimizer._states]
     moments = [tensor for state in optimizer.state for tensor in state.values()]
     return [t.clone() for t in (*optimizer.masters, *(b.flat for b in optimizer.buckets), *moments, *steps)]
 
@@ -126,3 +130,22 @@ def test_a_step_that_is_not_finite_changes_nothing(dtype, clip, gradient, loss):
     assert optimizer.is_finite()
     optimizer.state[-1]["exp_avg_sq"][0] = float("inf")
     assert not optimizer.is_finite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_on_the_host_gives_the_same_to_the_last_bit(dtype):
+    both = [optimizer_of(CONFIG, dtype, on_host) for on_host in ((), range(1, 100))]
+    generator = torch.Generator().manual_seed(1)
+    for step in range(3):
+        gradients = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+        for optimizer, _ in both:
+            give(optimizer, gradients)
+            optimizer.step(LABELS, 0.1)
+            optimizer.settle()
+            if step == 1:  # as from a checkpoint
+                optimizer.set_steps(7)
+        for name, parameter in both[0][1].items():
+            assert torch.equal(parameter, both[1][1][name])
+    for ours, theirs in zip(both[0][0].state, both[1][0].state, strict=True):
+        for name in ours:
+            assert torch.equal(ours[name], theirs[name])

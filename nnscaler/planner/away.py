@@ -1,0 +1,126 @@
+"""What lies on the host, as a part of the planning problem's program (see `nnscaler.planner.program`).
+
+Sets      l a level that keeps on the host; f a flow that is away then; s a layout of it
+Data      w, r, wr       bytes/s to the host, from it, and each way at once; c seconds that computation loses for each
+                         second of copies beside it;  W bytes of the host's memory
+          S              bytes of the optimizer's state, in P equal parts;  T bytes of those that are being updated
+Variables k_fsl          calls at level l that keep f in layout s, as there
+          j_fsl >= 0     whether one call would
+          u_bl in {0,1}  some call of block b has level l
+          D_b >= 0       bytes on the device of what is on its way to the host or back
+          h integer      parts of the optimizer's state on the host;  v in {0,1}: some
+          O, I >= 0      seconds by which copies to the host, and back, make forward and backward longer
+          X >= 0         seconds by which the optimizer's state makes a step longer
+
+minimise      O + I + X / m, beside the rest
+subject to    n_bl <= N_b u_bl;  h <= P v                                                                         (some)
+              D_b >= 2 sum_f b_fs j_fsl, if u_bl = 1: two calls' at a time                                  (on its way)
+              O >= c C, O >= C - (1 - c) F, where C = sum_f b_fs k_fsl / w n_f / N_b, and F = the time of forward of
+                   calls at these levels; I likewise, with r and backward                                       (hiding)
+              X >= c Y, X >= Y - (1 - c) sum_d n_d t_do x_do, where Y = h S / P / wr: the update of a bucket, and the
+                   copies for it, run beside the next forward until that needs its weights
+              D_b, T v, and -h S / P on the device; sum_f A b_fs n_f / N_b k_fsl + h S / P <= W                 (memory)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nnscaler.plan import Key
+from nnscaler.planner.statement import Account, Terms, Unit, minus
+from nnscaler.recompute import Level
+
+if TYPE_CHECKING:
+    from nnscaler.planner.program import Program
+
+PARTS = 64  # of the optimizer's state
+
+
+class Away:
+    """States it. `parts` is the variable h."""
+
+    def __init__(self, program: Program) -> None:
+        assert program.problem.costs.hardware.host is not None
+        self.program, self.problem, self.host = program, program.problem, program.problem.costs.hardware.host
+        self.statement = program.statement
+        self.used: dict[tuple[str, Level], int] = {}  # u
+        for block, counts in program.n.items():
+            for level in (level for level in counts if level.on_host):
+                self._use(block, level)
+        self._copy()
+        for block in dict.fromkeys(block for block, _ in self.used):
+            self._travel(block)
+        self.parts = self.statement.choice(PARTS)
+        self.some = self.statement.choice()
+        self._state()
+
+    def choices(self, levels: dict[str, dict[Level, int]], parts: int) -> dict[int, float]:
+        """The variables that follow from a solution's levels and parts of the state, with their values."""
+        used = {u: float(levels[block].get(level, 0) > 0) for (block, level), u in self.used.items()}
+        return {**used, self.parts: float(parts), self.some: float(parts > 0)}
+
+    def _use(self, block: str, level: Level) -> None:
+        """some, of a level"""
+        calls = float(self.problem.calls[block])
+        self.used[block, level] = self.statement.choice()
+        self.statement.row([(self.program.n[block][level], 1.0), (self.used[block, level], -calls)], upper=0.0)
+
+    def _copy(self) -> None:
+        """hiding, of what calls keep"""
+        for (index, layout, level), k in self.program.kept.items():
+            flow = self.problem.flows[index]
+            if self.program.is_away(flow, level):
+                share = flow.count / self.problem.calls[flow.block]
+                size = share * self.problem.costs.local_bytes(flow.meta, layout)
+                key = Key("copies", flow.block, flow.tensor, level.name)
+                self.statement.charge(Account.SENT, key, k, size / self.host.to_host)
+                self.statement.charge(Account.FETCHED, key, k, size / self.host.to_device)
+        forward: Terms = []
+        backward: Terms = []
+        for (index, level), zs in self.program.z.items():
+            decision = self.problem.decisions[index]
+            for z, option in zip(zs, decision.options) if level.on_host else ():
+                again = option.seconds.forward if level in decision.again else 0.0
+                forward.append((z, option.seconds.forward))
+                backward.append((z, option.seconds.backward + again))
+        self._longer("forward", self.statement.terms(Account.SENT), forward, 1.0)
+        self._longer("backward", self.statement.terms(Account.FETCHED), backward, 1.0)
+
+    def _travel(self, block: str) -> None:
+        """The variable D_b."""
+        on_its_way = self.statement.least(Unit.BYTES)
+        self.statement.charge(Account.DEVICE, Key("working", block, "copies"), on_its_way, 1.0)
+        for level in (level for where, level in self.used if where == block):
+            terms: Terms = []
+            most = 0.0
+            for (index, layout, at), j in self.program.in_call.items():
+                flow = self.problem.flows[index]
+                if at is level and flow.block == block:
+                    size = 2 * flow.count / self.problem.calls[block]
+                    size *= self.problem.costs.local_bytes(flow.meta, layout)
+                    terms.append((j, size))
+                    most += size
+            self.statement.above(on_its_way, [*terms, (self.used[block, level], most)], -most)
+
+    def _state(self) -> None:
+        """The variable X, and the memory of the optimizer's state."""
+        self.statement.row([(self.parts, 1.0), (self.some, -float(PARTS))], upper=0.0)
+        part = self.problem.state / PARTS
+        self.statement.charge(Account.DEVICE, Key("state", "", "on the host"), self.parts, -part)
+        self.statement.charge(Account.HOST, Key("state"), self.parts, part)
+        self.statement.charge(Account.DEVICE, Key("buffers", "", "state"), self.some, self.problem.travelling)
+        forward = [
+            (charge.variable, charge.amount)
+            for charge in self.statement.accounts[Account.TIME]
+            if charge.key.category == "forward"
+        ]
+        seconds = [(self.parts, part / self.host.together)]
+        self._longer("update", seconds, forward, 1 / self.problem.micro_batches)
+
+    def _longer(self, side: str, copies: Terms, computing: Terms, part: float) -> None:
+        """Counts the seconds by which copies make computing longer, in a part of the micro-batches."""
+        lost = self.host.interference
+        longer = self.statement.least(Unit.SECONDS)
+        self.statement.charge(Account.TIME, Key("copies", "", side), longer, part)
+        self.statement.above(longer, [*copies, *minus([(z, (1 - lost) * seconds) for z, seconds in computing])])
+        self.statement.above(longer, [(variable, lost * seconds) for variable, seconds in copies])

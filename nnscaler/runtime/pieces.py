@@ -1,0 +1,96 @@
+"""Computing a function piece by piece along a dimension, so that what it makes on the way exists a piece at a time.
+
+A split is a split, over devices or over time: what may be divided over devices without communication may be computed in
+pieces, one after the other. Backward computes each piece again. A tensor that all pieces use whole, such as a weight,
+gets the sum of their gradients, added up in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def in_pieces(
+    function: Callable[..., Any],
+    count: int,
+    split: Sequence[int | None],
+    joined: Sequence[int],
+    *args: Any,
+) -> Any:
+    """`function(*args)`, one of `count` pieces at a time.
+
+    split   for each argument the dimension of which a piece gets its part; None: each piece gets the whole
+    joined  for each result the dimension along which the pieces' are put together
+    """
+    results = _Pieces.apply(function, count, tuple(split), tuple(joined), *args)
+    return results if len(joined) > 1 else results[0]
+
+
+class _Pieces(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, function: Any, count: int, split: tuple[int | None, ...], joined: tuple[int, ...], *args: Any
+    ) -> tuple[Tensor, ...]:
+        ctx.function, ctx.count, ctx.split, ctx.joined = function, count, split, joined
+        ctx.others = [None if isinstance(arg, Tensor) else arg for arg in args]
+        ctx.save_for_backward(*(arg if isinstance(arg, Tensor) else None for arg in args))
+        results: list[Tensor] = []
+        for piece in range(count):
+            made = _tuple(function(*_parts(args, split, count, piece)))
+            results = results or [_whole(part, dim, count) for part, dim in zip(made, joined, strict=True)]
+            for result, part, dim in zip(results, made, joined):
+                _part(result, dim, count, piece).copy_(part)
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        args = [other if saved is None else saved for saved, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+        wanted = [index for index, needed in enumerate(ctx.needs_input_grad[4:]) if needed]
+        sums: list[Tensor | None] = [None] * len(args)
+        for piece in range(ctx.count):
+            inputs = _parts(args, ctx.split, ctx.count, piece)
+            for index in wanted:
+                inputs[index] = inputs[index].detach().requires_grad_()
+            with torch.enable_grad():
+                made = _tuple(ctx.function(*inputs))
+            given = [_part(gradient, dim, ctx.count, piece) for gradient, dim in zip(gradients, ctx.joined)]
+            pairs = [(part, gradient) for part, gradient in zip(made, given) if part.requires_grad]
+            outputs, output_gradients = zip(*pairs)
+            found = torch.autograd.grad(outputs, [inputs[index] for index in wanted], output_gradients)
+            for index, gradient in zip(wanted, found):
+                sums[index] = _add(sums[index], gradient, ctx.split[index], ctx.count, piece)
+        return (None, None, None, None, *sums)
+
+
+def _add(total: Tensor | None, gradient: Tensor, dim: int | None, count: int, piece: int) -> Tensor:
+    """The gradient of a whole argument, with that of one more piece in it."""
+    if dim is not None:
+        total = _whole(gradient, dim, count) if total is None else total
+        _part(total, dim, count, piece).copy_(gradient)
+        return total
+    if total is None:
+        return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    return total.add_(gradient)
+
+
+def _tuple(results: Any) -> tuple[Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _parts(args: Sequence[Any], split: Sequence[int | None], count: int, piece: int) -> list[Any]:
+    return [arg if dim is None else _part(arg, dim, count, piece) for arg, dim in zip(args, split, strict=True)]
+
+
+def _part(whole: Tensor, dim: int, count: int, piece: int) -> Tensor:
+    size = whole.shape[dim] // count
+    return whole.narrow(dim, piece * size, size)
+
+
+def _whole(part: Tensor, dim: int, count: int) -> Tensor:
+    shape = list(part.shape)
+    shape[dim] *= count
+    return part.new_empty(shape)

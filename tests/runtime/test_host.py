@@ -1,0 +1,86 @@
+"""What backward needs on the host: the same gradients to the last bit, sent once, and no longer on the device."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from nnscaler.runtime.host import HostMemory, _Copy
+
+WIDTH, ROWS, CALLS = 16, 8, 6
+SIZE = WIDTH * ROWS * 4  # bytes of an activation
+
+
+def block(x: Tensor, weight: Tensor, table: Tensor) -> Tensor:
+    return x + torch.tanh(x @ weight * table) @ weight.t()
+
+
+def recomputed(x: Tensor, weight: Tensor, table: Tensor) -> Tensor:
+    return checkpoint(block, x, weight, table, use_reentrant=False)
+
+
+class Model:
+    def __init__(self, call: Callable[..., Tensor]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.call = call
+        self.weights = [torch.randn(WIDTH, WIDTH, generator=generator).requires_grad_() for _ in range(CALLS)]
+        self.table = torch.randn(WIDTH, generator=generator)
+        self.x = torch.randn(ROWS, WIDTH, generator=generator).requires_grad_()
+
+    def is_weight(self, tensor: Tensor) -> bool:
+        return any(tensor.untyped_storage().data_ptr() == w.untyped_storage().data_ptr() for w in self.weights)
+
+    def forward(self, host: HostMemory | None) -> Tensor:
+        x = self.x
+        for weight in self.weights:
+            if host is None:
+                x = self.call(x, weight, self.table)
+            else:
+                with host.keeping(self.table):
+                    x = self.call(x, weight, self.table)
+        return x.square().sum()
+
+    def gradients(self, host: HostMemory | None) -> list[Tensor]:
+        leaves = [self.x, *self.weights]
+        if host is not None:
+            host.clear()
+        gradients = torch.autograd.grad(self.forward(host), leaves)
+        if host is not None:
+            host.clear()
+        return list(gradients)
+
+
+@pytest.mark.parametrize("call", [block, recomputed])
+def test_gradients_are_equal_to_the_last_bit_and_buffers_are_used_again(call: Callable[..., Tensor]) -> None:
+    model = Model(call)
+    host = HostMemory(torch.device("cpu"), model.is_weight)
+    wanted = model.gradients(None)
+    taken = []
+    for _ in range(3):
+        assert all(map(torch.equal, model.gradients(host), wanted))
+        taken.append(host.buffers.bytes)
+    # Of `block` its input and tanh's result are kept; recomputed, its input alone.
+    each = SIZE * (2 if call is block else 1)
+    assert taken == [each * CALLS] * 3
+
+
+def test_the_device_holds_what_two_calls_keep_in_backward() -> None:
+    model = Model(block)
+    host = HostMemory(torch.device("cpu"), model.is_weight)
+    most = 0
+
+    def look(gradient: Tensor) -> None:
+        nonlocal most
+        gc.collect()
+        copies = [thing for thing in gc.get_objects() if isinstance(thing, _Copy)]
+        most = max(most, sum(copy.fetched is not None for copy in copies))
+
+    for weight in model.weights:
+        weight.register_hook(look)
+    model.gradients(host)
+    assert most == 2 * 2

@@ -1,0 +1,66 @@
+"""Computing in pieces: the same results and gradients, with one piece's inner tensors at a time."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nnscaler.runtime.pieces import in_pieces
+
+ROWS, WIDTH, INNER = 24, 8, 40
+
+
+def mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    inner = F.silu(F.linear(x, gate)) * F.linear(x, up)
+    return x + F.linear(inner, down), inner.sum(-1)
+
+
+def tensors(dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, ROWS, WIDTH), (INNER, WIDTH), (INNER, WIDTH), (WIDTH, INNER)]
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+def gradients(results: tuple[Tensor, Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(results[0].square().mean() + results[1].square().sum(), inputs)
+
+
+def test_results_and_gradients_are_those_of_the_whole() -> None:
+    inputs = tensors(torch.float32)
+    inputs[2] = inputs[2].detach()  # a frozen weight
+    trained = [inputs[0], inputs[1], inputs[3]]
+    wanted = mlp(*inputs)
+    for count in (1, 2, 3, 8):
+        found = in_pieces(mlp, count, (1, None, None, None), (1, 1), *inputs)
+        for ours, right in zip([*found, *gradients(found, trained)], [*wanted, *gradients(wanted, trained)]):
+            assert (ours - right).norm() <= 1e-6 * right.norm()
+        wanted = mlp(*inputs)
+
+
+def test_gradients_of_weights_are_added_up_in_fp32() -> None:
+    inputs = tensors(torch.bfloat16)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    right = gradients(mlp(*exact), exact)
+    plain = gradients(mlp(*inputs), inputs)
+    ours = gradients(in_pieces(mlp, ROWS, (1, None, None, None), (1, 1), *inputs), inputs)
+    for index in (1, 2, 3):
+        error, allowed = ((found[index] - right[index]).norm() for found in (ours, plain))
+        assert error < 1.5 * allowed
+
+
+def test_inner_tensors_are_as_large_as_a_piece() -> None:
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and INNER in result.shape and WIDTH not in result.shape:
+                self.size = max(self.size, result.numel())
+            return result
+
+    inputs = tensors(torch.float32)
+    with Largest() as largest:
+        gradients(in_pieces(mlp, 4, (1, None, None, None), (1, 1), *inputs), inputs)
+    assert largest.size == 2 * ROWS * INNER // 4
