@@ -38,6 +38,7 @@ def by_category(memory: Mapping[Key, float], peak: str) -> dict[str, float]:
             "inside": "kept for backward",
             "working": f"while {peak} runs" if not key.block else f"one {key.block} computed again",
             "buffers": "buffers of communication",
+            "state": "optimizer state that goes to the host",
         }[key.category]
         totals[what] = totals.get(what, 0.0) + size
     return dict(sorted(totals.items(), key=lambda item: -item[1]))
@@ -55,4 +56,5 @@ def _describe(key: Key, peak: str) -> str:
         "inside": f"activations inside {of}",
         "working": f"working memory of {of or peak}",
         "buffers": "buffers of communication",
+        "state": "optimizer state on the host",
     }[key.category]
