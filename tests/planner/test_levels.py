@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nnscaler.compiler import Source
-from nnscaler.recompute import KEEPS_ALL, KEEPS_PRODUCTS, LEVELS, RECOMPUTES_ALL, RECOMPUTES_ALL_BUT_ATTENTION
+from nnscaler.recompute import KEEPS_ALL, KEEPS_PRODUCTS, ON_DEVICE, RECOMPUTES_ALL, RECOMPUTES_ALL_BUT_ATTENTION
 from nnscaler.trace import trace
 from nnscaler.units import divide
 
@@ -41,7 +41,7 @@ def kept(function, *args: Tensor) -> list[tuple[int, ...]]:
     return sorted(found.values())
 
 
-@pytest.mark.parametrize("level", LEVELS, ids=str)
+@pytest.mark.parametrize("level", ON_DEVICE, ids=str)
 def test_a_level_keeps_what_it_says(level):
     torch._dynamo.reset()
     inputs = {"x": torch.empty((8, 16), device="meta", requires_grad=True)}
@@ -60,5 +60,5 @@ def test_a_level_keeps_what_it_says(level):
 
 
 def test_levels_keep_less_and_less():
-    assert LEVELS == (KEEPS_ALL, KEEPS_PRODUCTS, RECOMPUTES_ALL_BUT_ATTENTION, RECOMPUTES_ALL)
-    assert [level.everything for level in LEVELS] == [True, False, False, False]
+    assert ON_DEVICE == (KEEPS_ALL, KEEPS_PRODUCTS, RECOMPUTES_ALL_BUT_ATTENTION, RECOMPUTES_ALL)
+    assert [level.everything for level in ON_DEVICE] == [True, False, False, False]
