@@ -157,6 +157,7 @@ class ParallelModule(nn.Module):
     def tensors_called(self, name: str) -> list[Tensor]:
         """This rank's shard of a parameter, or a buffer; none where the rank does not have it."""
         return [self._weights[name]] if name in self.specs else []
+
     def _is_weight(self, tensor: Tensor) -> bool:
         return self._weights.hold(tensor) or self.gathers.holds(tensor)
 
