@@ -53,6 +53,8 @@ def parse() -> argparse.Namespace:
     add("--steps", type=int, default=5, help="optimizer steps, of which two warm up")
     add("--plan_ngpus", type=int, help="devices of one copy of the model (default: all)")
     add("--gpu_mem_constraint", type=float, help="GB a device that the plan may use")
+    add("--offload", default="auto", choices=("auto", "off"), help="as in train.py")
+    add("--host_mem_constraint", type=float, help="GiB of the host's memory that the plan may use for a device")
     add("--recompute_modules", default="", help="as in train.py")
     add("--attn_implementation", default="auto", help="as in train.py")
     add("--profile", type=Path, help="folder for a profile of two steps")
@@ -93,6 +95,8 @@ def main() -> None:
             plan_ngpus,
             world,
             gpu_mem_constraint=options.gpu_mem_constraint,
+            offload=options.offload,
+            host_mem_constraint=options.host_mem_constraint,
             recompute_modules=tuple(filter(None, options.recompute_modules.split(","))) or None,
             micro_batches=options.grad_accumulation_steps,
         )
@@ -146,6 +150,8 @@ def report(
         "mfu_causal": flops[1] * sequences / seconds / rate,
         "peak_memory_gib": peak,
         "predicted_memory_gib": memory,
+        "predicted_host_gib": predicted.get("host_bytes", 0.0) / 2**30,
+        "host_limit_gib": predicted.get("host_limit_bytes", 0.0) / 2**30,
         "recompute": {name: block["recompute"] for name, block in plan["blocks"].items() if block["recompute"]},
         "mesh": plan["mesh"]["sizes"],
         "plan_sha256": hashlib.sha256((work / "code" / "benchmark" / "plan.json").read_bytes()).hexdigest()[:16],
