@@ -146,9 +146,7 @@ def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
         vocabulary=config.vocab_size,
         flops_per_sequence=flops_per_sequence(config, count_parameters(config), dataset.length),
         instead={} if loss else {"--enable_chunk_loss": lambda: CausalLM(config, chunk_linear_cross_entropy)},
-        save_assets=AssetWriter(
-            config, DTYPES[args.precision or "bf16"], inputs.model_id, inputs.dataset_path, dataset.length
-        ),
+        save_assets=AssetWriter(config, DTYPES[args.precision], inputs.model_id, inputs.dataset_path, dataset.length),
     )
     return replace(args, model=model, dataset=dataset)
 

@@ -88,8 +88,7 @@ class Source:
 
     def work(self, hardware: Hardware) -> Work | None:
         """What a micro-batch is, where that is known."""
-        peak = hardware.flops.get(str(self.dtype).removeprefix("torch."))
-        return Work(self.tokens, self.flops, peak) if self.flops and peak else None
+        return Work(self.tokens, self.flops, hardware.peak(self.dtype)) if self.flops else None
 
 
 def compile_model(source: Source, config: ComputeConfig, directory: Path, explain: bool = False) -> Path:

@@ -33,13 +33,20 @@ def check_writable(folder: Path, name: str) -> None:
         raise UserError(f"{name} is '{folder}', which cannot be written: {error.strerror or error}") from error
 
 
-def check_name(name: str) -> None:
-    """Raises UserError unless `name` is one that a folder below another can have: names are names, not paths."""
+MOST_IN_A_NAME = 200  # bytes: file systems allow 255, and names get endings such as `.partial-123`
+
+
+def check_name(name: str, called: str = "name") -> None:
+    """Raises UserError, which calls it `called`, unless `name` is one that a folder below another can have: names are
+    names, not paths."""
     if not re.fullmatch(r"\w[\w.+=@-]*", name):
         raise UserError(
-            f"name is {name!r}; it names folders: letters, digits and any of _ . + = @ - are allowed, after a letter, "
-            "a digit or _"
+            f"{called} is {name!r}; it names folders: letters, digits and any of _ . + = @ - are allowed, after a "
+            "letter, a digit or _"
         )
+    length = len(name.encode())
+    if length > MOST_IN_A_NAME:
+        raise UserError(f"{called} has {length} bytes; it names folders, and may have at most {MOST_IN_A_NAME}")
 
 
 def check_new(path: Path) -> None:

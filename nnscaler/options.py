@@ -41,6 +41,7 @@ class Option:
     optional whether the value may be None, as it may where that is the default
     least, above, most    bounds of a number: value >= least, value > above, value <= most
     choices  the only values that are allowed, or a function that lists them
+    judge    called with a value and its name; raises UserError for one that is not allowed
     shown    what stands for the value in a command's help
     """
 
@@ -53,6 +54,7 @@ class Option:
     above: float | None = None
     most: float | None = None
     choices: Sequence[str] | Callable[[], Sequence[str]] | None = None
+    judge: Callable[[Any, str], None] | None = None
     shown: str | None = None
 
     def key(self, name: str) -> str:
@@ -74,6 +76,8 @@ class Option:
         choices = self.allowed()
         if choices is not None and value not in choices:
             raise UserError(f"{name} is {_quoted(value)}; allowed are {', '.join(choices)}")
+        if self.judge is not None:
+            self.judge(value, name)
 
     def _is_of_kind(self, value: Any) -> bool:
         if self.kind is float:

@@ -96,7 +96,7 @@ PIPELINE = (*PLAN, "--plan_ngpus", "2", "--explore_pipeline")
         ((*PLAN, "--recompute_modules", "LlamaModel"), "contains LlamaDecoderLayer; name those instead"),
         (
             (*PLAN, "--gpu_mem_constraint", "0.0001", "--hardware", "h100"),
-            "constraint 0.0001 GB; the largest items are",
+            "a device, constraint 0.0001 GiB: moments",
         ),
         ((*MODEL, *DATA, "--explain"), "explain goes with run_mode compile; run_mode is run"),
         (
@@ -128,7 +128,7 @@ def test_train(fails, flags, message):
 def test_a_plan_that_does_not_fit_says_what_takes_most(fails):
     line = fails(train, *PLAN, "--gpu_mem_constraint", "0.001", "--hardware", "h100", "--micro_batch_size", "64")
     assert "no plan fits: needs" in line
-    assert "GB" in line
+    assert "constraint 0.001 GiB: kept for backward" in line
 
 
 def write_checkpoint(folder: Path) -> Path:

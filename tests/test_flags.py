@@ -88,6 +88,8 @@ def test_every_number_has_bounds(monkeypatch, capsys, tmp_path, flag, value):
         (("--min_learning_rate", "-3e-1"), "--min_learning_rate is -0.3; it must be at least 0 and at most 1"),
         (("--micro_batch_size", "two"), "--micro_batch_size is 'two'; it must be a whole number, at least 1"),
         (("--name", ""), "--name is ''; it must be a text that is not empty"),
+        (("--name", "../llama"), "--name is '../llama'; it names folders: letters, digits and any of"),
+        (("--name", "l" * 201), "--name has 201 bytes; it names folders, and may have at most 200"),
         (("--gen_savedir", ""), "--gen_savedir is ''; it must be a path"),
         (("--gen_savedir", "/dev/null/plans"), "gen_savedir is '/dev/null/plans', which cannot be written"),
         (("--recompute_modules", "A,,B"), "--recompute_modules is 'A,,B'; it must be names, with commas between them"),

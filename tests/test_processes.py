@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import NoReturn
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from nnscaler.cli import processes
 from nnscaler.cli.watch import Watch
+from nnscaler.errors import UserError
 from tests.launch import run
 
 
@@ -30,3 +32,19 @@ def test_processes_wait_as_long_as_a_step_asks_for(tmp_path, seconds, patience):
     ((found, timeouts),) = run(1, patience_and_timeouts, str(tmp_path), seconds, init=False)
     assert found == patience
     assert timeouts == [2 * patience, 2 * patience]
+
+
+def wrong() -> NoReturn:
+    raise UserError(f"rank {dist.get_rank()} found the dataset empty")
+
+
+def what_is_raised() -> str:
+    try:
+        processes.from_rank_0(wrong, torch.device("cpu"))
+    except UserError as error:
+        return str(error)
+
+
+def test_what_rank_0_finds_wrong_every_rank_raises():
+    """A rank that only exited would have torchrun end the others, rank 0 perhaps before it has said why."""
+    assert run(2, what_is_raised) == ["rank 0 found the dataset empty"] * 2

@@ -34,7 +34,7 @@ def args(precision, hardware=None):
     return TrainerArgs(name="x", model=ModelConfig(make=lambda: CausalLM(config, chunk_linear_cross_entropy)),
         compute=ComputeConfig(hardware=hardware), dataset=DatasetConfig(None, 32), run_mode="compile",
         precision=precision, gen_savedir=folder)
-print(with_precision(args(None)).precision, with_precision(args(None, "h100")).precision)
+print(with_precision(args("auto")).precision, with_precision(args("auto", "h100")).precision)
 
 reached = []  # the kernels of PyTorch that are given 16 bits
 kernel_of = torch.library.get_kernel

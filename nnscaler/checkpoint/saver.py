@@ -109,13 +109,10 @@ class Saver:
             self._report()
 
     def finish(self) -> None:
-        """Waits for the last save. Raises UserError, on rank 0, where it failed; the others exit."""
+        """Waits for the last save. Raises UserError, on every rank, where it failed."""
         self._join()
-        if self._failure is None:
-            return
-        if self._rank > 0:
-            raise SystemExit(2)  # one rank says why
-        raise UserError(self._describe()) from self._failure[1]
+        if self._failure is not None:
+            raise UserError(self._describe()) from self._failure[1]
 
     def _join(self) -> None:
         if self._thread is not None:

@@ -143,7 +143,7 @@ class LogConfig:
 class TrainerArgs:
     """A training run."""
 
-    name: str = text(REQUIRED, "name of the run: of its compiled code, its checkpoints and its logs")
+    name: str = text(REQUIRED, "name of the run: of its compiled code, its checkpoints and its logs", judge=check_name)
     model: ModelConfig
     compute: ComputeConfig
     dataset: DatasetConfig
@@ -156,11 +156,11 @@ class TrainerArgs:
         "with --run_mode compile: print what the plan costs, what limits it, and what would help, for which it plans "
         "a few times more"
     )
-    precision: str | None = text(
-        None,
-        "bf16: weights in bf16, with fp32 masters in the optimizer; fp32: all in fp32 (default: bf16 where this device "
-        "is fast in it, and for plans for other --hardware; fp32 elsewhere)",
-        choices=("bf16", "fp32"),
+    precision: str = text(
+        "auto",
+        "bf16: weights in bf16, with fp32 masters in the optimizer; fp32: all in fp32; auto: bf16 where this device is "
+        "fast in it, and for plans for other --hardware; fp32 elsewhere",
+        choices=("auto", "bf16", "fp32"),
     )
     micro_batch_size: int = whole(1, "sequences that a copy of the model computes at a time", least=1, most=2**20)
     max_train_steps: int | None = whole(
@@ -173,7 +173,6 @@ class TrainerArgs:
 
     def __post_init__(self) -> None:
         check(self)
-        check_name(self.name)
         if self.explain and self.run_mode != "compile":
             raise UserError(f"explain goes with run_mode compile; run_mode is {self.run_mode}")
         steps, warmup = self.max_train_steps, self.lr_scheduler.warmup_steps

@@ -83,7 +83,7 @@ class TrainingRun:
         )
         self.step, self.consumed, self.seed = 0, 0, self.args.seed
         self.loss: float | None = None  # as last reported
-        self.peak = self.args.compute.find_hardware().flops.get("bfloat16" if args.precision == "bf16" else "float32")
+        self.peak = self.args.compute.find_hardware().peak(source.dtype)
         loaded, state = None, None
         if resume_from:
             loaded, state = resume(

@@ -15,18 +15,19 @@ logger = logging.getLogger(__name__)
 
 
 def with_precision(args: TrainerArgs) -> TrainerArgs:
-    """`args` with a precision: the one asked for; bf16 for a plan for other hardware; else what this device is fast in.
-    A choice is logged."""
-    if args.precision is not None:
+    """`args` with a precision: the one asked for, or with "auto" bf16 for a plan for other hardware, else what this
+    device is fast in. A choice is logged."""
+    if args.precision != "auto":
         return args
     if args.run_mode == "compile" and args.compute.hardware is not None:
-        return replace(args, precision="bf16")
-    if torch.cuda.is_available():
-        device, fast = torch.cuda.get_device_name(), torch.cuda.is_bf16_supported(including_emulation=False)
+        precision, reason = "bf16", f"the plan is for {args.compute.find_hardware().name}"
     else:
-        device, fast = "this CPU", not are_slow(torch.device("cpu"), torch.bfloat16)
-    precision = "bf16" if fast else "fp32"
+        if torch.cuda.is_available():
+            device, fast = torch.cuda.get_device_name(), torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            device, fast = "this CPU", not are_slow(torch.device("cpu"), torch.bfloat16)
+        precision = "bf16" if fast else "fp32"
+        reason = f"{device} {'is fast' if fast else 'has no fast arithmetic'} in bf16"
     if os.environ.get("RANK", "0") == "0":
-        reason = "is fast in bf16" if fast else "has no fast arithmetic in bf16"
-        logger.info("precision %s: %s %s (--precision chooses)", precision, device, reason)
+        logger.info("precision %s: %s (--precision chooses)", precision, reason)
     return replace(args, precision=precision)

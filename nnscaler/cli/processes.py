@@ -69,7 +69,8 @@ def wait_for_steps_of(seconds: float, watch: Watch) -> None:
 def from_rank_0(function: Callable[[], T], device: torch.device) -> T:
     """What `function()` gives on rank 0, on every rank. Collective.
 
-    Where it raises UserError, rank 0 raises it and the other ranks exit, so that it is told once.
+    Where it raises UserError, every rank raises it: a process that only exited would have torchrun end the others, rank
+    0 perhaps before it has told why.
     """
     outcome: list[Any] = [None, None]
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -81,7 +82,7 @@ def from_rank_0(function: Callable[[], T], device: torch.device) -> T:
     if dist.is_initialized():
         dist.broadcast_object_list(outcome, src=0, device=device)
     if outcome[1] is not None:
-        raise outcome[1] if rank == 0 else SystemExit(2)
+        raise outcome[1]
     return outcome[0]
 
 

@@ -144,7 +144,7 @@ class Trainer:
         return Source(
             model.make,
             inputs,
-            _PRECISION[self.args.precision or "bf16"],
+            _PRECISION[self.args.precision],
             self.args.seed,
             tokens=sequences * self.args.dataset.length,
             flops=(sequences * flops[0], sequences * flops[1]) if flops else None,

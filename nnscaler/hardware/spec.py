@@ -51,6 +51,7 @@ class Hardware:
     intra, inter      the links between devices of a node, and of different nodes
     host              memory beside the devices' own that a plan may use; None: there is none, as for a CPU
     source            where the figures come from
+    borrowed          whether rates are those of another kind of device, for want of figures of this one
     remark            what a user should know of the choice of these figures; empty: nothing
     profile           how long collectives take on this kind of hardware
     measured          how long they took on this machine
@@ -68,9 +69,14 @@ class Hardware:
     source: str
     interference: float = 0.0
     host: Host | None = None
+    borrowed: bool = False
     remark: str = ""
     profile: CommunicationTimes = NO_TIMES
     measured: CommunicationTimes = NO_TIMES
+
+    def peak(self, dtype: torch.dtype) -> float | None:
+        """FLOP/s of a device on `dtype` by its data sheet; None where that is not known."""
+        return None if self.borrowed else self.flops.get(str(dtype).removeprefix("torch."))
 
     def flops_per_second(self, operator: str, dtype: torch.dtype) -> float:
         """FLOP/s that `operator` reaches on `dtype`; a type without a figure runs as float32."""
@@ -183,6 +189,7 @@ def detect_hardware() -> Hardware:
         host=host,
         devices_per_node=devices,
         measured=measured_on(device),
+        borrowed=not kinds,
         remark=remark,
     )
 

@@ -81,9 +81,10 @@ def mark(at: float, text: str) -> Markup:
 def headline(predicted: Mapping[str, Any], memory: str) -> Markup:
     """The figures that matter most, as cards. `memory`: what that of a device is called."""
     cards = [("step", seconds(predicted["step_seconds"]))]
+    if "tokens_per_second_per_gpu" in predicted:
+        cards.append(("tokens/s a device", f"{predicted['tokens_per_second_per_gpu']:,.0f}"))
     if "mfu" in predicted:
         cards += [
-            ("tokens/s a device", f"{predicted['tokens_per_second_per_gpu']:,.0f}"),
             ("MFU, attention in full", percent(predicted["mfu"])),
             ("MFU, attention halved", percent(predicted["mfu_causal"])),
         ]

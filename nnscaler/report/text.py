@@ -73,10 +73,12 @@ def _stage_lines(values: Mapping[str, Any]) -> Iterator[str]:
 
 def speed(predicted: Mapping[str, Any]) -> str:
     """`, 3,627 tokens/s/GPU, MFU 93.2 % (51.0 % causal)`; nothing where that is not known."""
-    if "mfu" not in predicted:
+    if "tokens_per_second_per_gpu" not in predicted:
         return ""
-    rate = f"{predicted['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU"
-    return f", {rate}, MFU {percent(predicted['mfu'])} ({percent(predicted['mfu_causal'])} with attention halved)"
+    rate = f", {predicted['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU"
+    if "mfu" not in predicted:
+        return rate
+    return f"{rate}, MFU {percent(predicted['mfu'])} ({percent(predicted['mfu_causal'])} with attention halved)"
 
 
 def proven(predicted: Mapping[str, Any]) -> str:

@@ -44,12 +44,12 @@ class Work:
 
     tokens  that it has
     flops   forward and backward operations of it: attention counted in full, and halved by causality
-    peak    FLOP/s of a device by its data sheet
+    peak    FLOP/s of a device by its data sheet; None: not known, so that there is no MFU
     """
 
     tokens: int
     flops: tuple[float, float]
-    peak: float
+    peak: float | None
 
 
 def plan_report(plan: Plan, work: Work | None = None, replan: Replan | None = None) -> dict[str, Any]:
@@ -106,11 +106,11 @@ def speed_of(device_seconds: float, work: Work | None) -> dict[str, float]:
     could do in its time. `device_seconds`: a micro-batch's time, times its devices."""
     if work is None:
         return {}
-    return {
-        "tokens_per_second_per_gpu": work.tokens / device_seconds,
-        "mfu": work.flops[0] / device_seconds / work.peak,
-        "mfu_causal": work.flops[1] / device_seconds / work.peak,
-    }
+    speed = {"tokens_per_second_per_gpu": work.tokens / device_seconds}
+    if work.peak is not None:
+        full, causal = (flops / device_seconds / work.peak for flops in work.flops)
+        speed |= {"mfu": full, "mfu_causal": causal}
+    return speed
 
 
 def rounded(value: Any) -> Any:

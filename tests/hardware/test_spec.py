@@ -140,6 +140,7 @@ def test_a_bundled_device_is_known_by_its_name(monkeypatch, name, kind):
     hardware = detect_hardware()
     assert (hardware.name, hardware.remark) == (kind, "")
     assert hardware.memory == 180 * 2**30
+    assert hardware.peak(torch.bfloat16) == hardware.flops["bfloat16"]
 
 
 @pytest.mark.parametrize(
@@ -158,6 +159,7 @@ def test_a_device_that_is_not_bundled_says_whose_rates_it_takes(monkeypatch, nam
     assert hardware.name == f"{name} with the rates of {rates}"
     assert hardware.memory == 180 * 2**30
     assert hardware.flops == load_hardware(rates).flops
+    assert hardware.peak(torch.bfloat16) is None, "no share of a peak that is another device's"
 
 
 def test_planning_for_a_cpu_for_want_of_a_gpu_is_said(monkeypatch):

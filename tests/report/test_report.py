@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -158,6 +159,10 @@ def test_one_product_by_hand(tmp_path, link, micro_batches):
     assert values["predicted"]["tokens_per_second_per_gpu"] == pytest.approx(micro_batches * 64 / step, rel=1e-4)
     assert values["predicted"]["mfu"] == pytest.approx(micro_batches * 6e6 / step / 1e9, rel=1e-4)
     assert values["predicted"]["mfu_causal"] == pytest.approx(values["predicted"]["mfu"] / 2, rel=1e-4)
+    unknown = plan_report(plan, replace(work, peak=None))
+    assert "mfu" not in unknown["predicted"]
+    assert "MFU" not in explain(unknown) + plan_page(unknown)
+    assert "tokens/s/GPU" in explain(unknown)
 
 
 def test_collectives_say_what_moves(graph, slow):
