@@ -32,6 +32,7 @@ from nnscaler.cli.flags import Flags, parse
 from nnscaler.config import ComputeConfig, OptimizerConfig
 from nnscaler.directory import check_writable
 from nnscaler.errors import UserError
+from nnscaler.lazy import uncollected
 from nnscaler.options import REQUIRED, assignments, check, path, switch, text
 
 # torch and transformers take seconds to import: what is wrong with a flag is said before.
@@ -153,9 +154,10 @@ def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
 
 def main() -> None:
     flags, inputs, args = read_flags()
-    from nnscaler.cli.trainer import Trainer
+    with uncollected():
+        from nnscaler.cli.trainer import Trainer
 
-    trainer = Trainer(complete(flags, inputs, args))
+        trainer = Trainer(complete(flags, inputs, args))
     trainer.run()
     if trainer.args.explain and trainer.rank == 0:
         from nnscaler.report import explain, read_plan
