@@ -22,9 +22,10 @@ from torch import Tensor
 
 from nnscaler import UserError
 from nnscaler.checkpoint import due, saver
+from nnscaler.checkpoint import folder as folders
 from nnscaler.checkpoint.checksums import Checksums
 from nnscaler.checkpoint.due import Due
-from nnscaler.checkpoint.folder import complete_checkpoints, latest_checkpoint, remove_old
+from nnscaler.checkpoint.folder import TrainerState, complete_checkpoints, latest_checkpoint, remove_old
 from nnscaler.checkpoint.randomness import as_tensors, random_states
 from nnscaler.cli.trainer import Trainer
 from nnscaler.runtime.module import ParallelModule
@@ -178,23 +179,30 @@ def test_a_full_disk(folder, disk):
     assert_unhurt(folder, "full", saved)
 
 
-def make_read_only(disk: Path, runs: Path) -> None:
-    """When a first checkpoint is complete."""
-    while not complete_checkpoints(runs):
-        time.sleep(0.01)
-    while subprocess.run(["mount", "-o", "remount,ro", disk], capture_output=True).returncode != 0:
-        time.sleep(0.001)  # while a file is being written
+def train_until_read_only(disk: Path, folder: Path) -> tuple[list[str], str]:
+    """The disk can only be read once a third checkpoint has its name."""
+    publish = folders.publish
+
+    def publish_and_lock(work: Path, state: TrainerState) -> Path:
+        path = publish(work, state)
+        if state.step == 3:
+            while subprocess.run(["mount", "-o", "remount,ro", disk], capture_output=True).returncode != 0:
+                time.sleep(0.001)  # while the other rank writes a file
+        return path
+
+    with patch.object(folders, "publish", publish_and_lock):
+        return train_on(disk, folder, "locked", 8)
 
 
 def test_a_directory_that_becomes_read_only(folder, disk):
     subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
-    thread = threading.Thread(target=make_read_only, args=(disk, disk / "locked"))
-    thread.start()
-    (said, error), _ = run(2, train_on, disk, folder, "locked", 8, init=False)
-    thread.join()
+    (said, error), _ = run(2, train_until_read_only, disk, folder, init=False)
     saved = complete_checkpoints(disk / "locked")
+    assert names(disk / "locked") == [f"step_{step:08d}" for step in (1, 2, 3)]
     assert error.endswith(f"Read-only file system; the newest complete one is '{saved[-1]}'")
-    assert all("Read-only file system" in line for line in said if "cannot save" in line)
+    failures = [line for line in said if "cannot save" in line]
+    assert failures
+    assert all("Read-only file system" in line for line in failures)
     assert_unhurt(folder, "locked", saved)
 
 
