@@ -64,7 +64,6 @@ class Saver:
         self._failure: tuple[int, BaseException] | None = None  # the step, the error
         self._assets: dict[str, bytes] | None = None
         self._told_limit = self._rank > 0
-        self._predict_seconds()
 
     def __enter__(self) -> Saver:
         return self
@@ -147,7 +146,7 @@ class Saver:
             self._copied.record(stream)
         return self._staged
 
-    def _predict_seconds(self) -> None:
+    def predict_seconds(self) -> None:
         """Says at once where a save will take longer than torchrun waits, as far as the disk's speed tells."""
         size = sum(part.tensor.nbytes for part in self._owned) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         size += sum(part.tensor.nbytes for part in self._fixed)

@@ -107,6 +107,8 @@ class TrainingRun:
         config = self.args.checkpoint
         check = self.holding.check if self.holding is not None else lambda: None
         self.saver = Saver(self.folder, self.optimizer, self.fixed, self.device, self.args.model.save_assets, check)
+        if config.interval is not None:
+            self.saver.predict_seconds()
         self.due = Due(config.interval or 0, config.minutes)
 
     def _warn_of_changes(self, state: TrainerState | None) -> None:

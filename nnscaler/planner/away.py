@@ -9,14 +9,14 @@ Variables k_fsl          calls at level l that keep f in layout s, as there
           u_bl in {0,1}  some call of block b has level l
           D_b >= 0       bytes on the device of what is on its way to the host or back
           h integer      parts of the optimizer's state on the host;  v in {0,1}: some
-          O, I >= 0      seconds by which copies to the host, and back, make forward and backward longer
+          O_bl, I_bl >= 0  seconds by which copies to the host, and back, make forward and backward longer
           X >= 0         seconds by which the optimizer's state makes a step longer
 
-minimise      O + I + X / m, beside the rest
+minimise      sum_bl (O_bl + I_bl) + X / m, beside the rest
 subject to    n_bl <= N_b u_bl;  h <= P v                                                                         (some)
               D_b >= 2 sum_f b_fs j_fsl, if u_bl = 1: two calls' at a time                                  (on its way)
-              O >= c C, O >= C - (1 - c) F, where C = sum_f b_fs k_fsl / w n_f / N_b, and F = the time of forward of
-                   calls at these levels; I likewise, with r and backward                                       (hiding)
+              O_bl >= c C, O_bl >= C - (1 - c) F, where C = sum_f b_fs k_fsl / w n_f / N_b, and F = the time of forward
+                   of these calls: a call's copies run beside the next one; I_bl with r and backward           (hiding)
               X >= c Y, X >= Y - (1 - c) sum_d n_d t_do x_do, where Y = h S / P / wr: the update of a bucket, and the
                    copies for it, run beside the next forward until that needs its weights
               D_b, T v, and -h S / P on the device; sum_f A b_fs n_f / N_b k_fsl + h S / P <= W                 (memory)
@@ -67,24 +67,28 @@ class Away:
 
     def _copy(self) -> None:
         """hiding, of what calls keep"""
+        sent: dict[tuple[str, Level], tuple[Terms, Terms]] = {use: ([], []) for use in self.used}
         for (index, layout, level), k in self.program.kept.items():
             flow = self.problem.flows[index]
             if self.program.is_away(flow, level):
                 share = flow.count / self.problem.calls[flow.block]
                 size = share * self.problem.costs.local_bytes(flow.meta, layout)
                 key = Key("copies", flow.block, flow.tensor, level.name)
-                self.statement.charge(Account.SENT, key, k, size / self.host.to_host)
-                self.statement.charge(Account.FETCHED, key, k, size / self.host.to_device)
-        forward: Terms = []
-        backward: Terms = []
+                ways = ((Account.SENT, self.host.to_host), (Account.FETCHED, self.host.to_device))
+                for terms, (account, rate) in zip(sent[flow.block, level], ways):
+                    self.statement.charge(account, key, k, size / rate)
+                    terms.append((k, size / rate))
+        computed: dict[tuple[str, Level], tuple[Terms, Terms]] = {use: ([], []) for use in self.used}
         for (index, level), zs in self.program.z.items():
             decision = self.problem.decisions[index]
             for z, option in zip(zs, decision.options) if level.on_host else ():
                 again = option.seconds.forward if level in decision.again else 0.0
+                forward, backward = computed[decision.block, level]
                 forward.append((z, option.seconds.forward))
                 backward.append((z, option.seconds.backward + again))
-        self._longer("forward", self.statement.terms(Account.SENT), forward, 1.0)
-        self._longer("backward", self.statement.terms(Account.FETCHED), backward, 1.0)
+        for use in self.used:
+            for side, copies, computing in zip(("forward", "backward"), sent[use], computed[use]):
+                self._longer(side, copies, computing, 1.0)
 
     def _travel(self, block: str) -> None:
         """The variable D_b."""

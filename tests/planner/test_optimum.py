@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain, combinations, product
 from math import comb, prod
 
@@ -14,13 +15,15 @@ from hypothesis import strategies as st
 from nnscaler.graph import Block, Call, Graph, Node, Ref, TensorMeta
 from nnscaler.hardware import load_hardware
 from nnscaler.mesh import Mesh
+from nnscaler.planner import away
+from nnscaler.planner import problem as stating
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.evaluate import evaluate
 from nnscaler.planner.problem import Problem, Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution, beside
-from nnscaler.planner.solve import solve, stated
+from nnscaler.planner.solve import least_memory, solve, stated
 from nnscaler.planner.statement import Account
-from nnscaler.recompute import Level
+from nnscaler.recompute import ON_DEVICE, ON_HOST, Level
 
 MOST = 8000  # solutions that are tried
 
@@ -52,12 +55,15 @@ def grow(draw, block: Block, available: list[str], count: int, width: int) -> st
 
 
 @st.composite
-def graphs(draw) -> Graph:
-    """A chain with branches, perhaps with a block that is called several times, and a sum at the end."""
+def graphs(draw, calls: tuple[int, int] = (0, 3)) -> Graph:
+    """A chain with branches, perhaps with a block that is called several times, and a sum at the end.
+
+    calls  at least and at most
+    """
     width, rows = draw(st.sampled_from([(8, 4), (8, 256), (64, 2), (32, 32)]))
     root, blocks = Block("model", "Model"), {}
     root.inputs.append(add_tensor(root, "x", (rows, width), needs=False))
-    calls = draw(st.integers(0, 3))
+    calls = draw(st.integers(*calls))
     last = grow(draw, root, ["x"], draw(st.integers(1, 1 if calls else 4)), width)
     if calls:
         block = Block("layer", "Layer")
@@ -113,13 +119,18 @@ def everything(problem: Problem) -> Iterator[Solution]:
         flows = gatherable(problem, chosen)
         for again in chain.from_iterable(combinations(flows, count) for count in range(len(flows) + 1)):
             for counts in levels:
-                yield Solution(list(chosen), counts, frozenset(again))
+                for parts in range(away.PARTS + 1) if problem.host else (0,):
+                    yield Solution(list(chosen), counts, frozenset(again), parts)
 
 
 def best(program: Program, memory: float) -> float | None:
     """The least time within memory, by trying everything."""
     evaluations = (evaluate(program, solution) for solution in everything(program.problem))
-    fitting = [e.total_seconds for e in evaluations if e is not None and e.total_memory <= memory]
+    fitting = [
+        e.total_seconds
+        for e in evaluations
+        if e is not None and e.total_memory <= memory and sum(e.host.values()) <= program.problem.host
+    ]
     return min(fitting, default=None)
 
 
@@ -145,6 +156,39 @@ def test_the_program_finds_the_optimum(graph, sizes, fused, fraction, hardware):
     found = evaluate(program, solution.solution)
     assert found.total_memory <= memory * (1 + 1e-5)
     assert found.total_seconds == pytest.approx(wanted, rel=1e-5)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    graph=graphs((1, 6)), devices=st.sampled_from([1, 1, 2]), fused=st.booleans(),
+    fraction=st.sampled_from([0.0, 0.1, 0.3, 0.6]), there=st.sampled_from([0.2, 0.5, 2.0]),
+    rate=st.sampled_from([1e8, 1e10, 1e13]),
+)  # fmt: skip
+def test_the_program_finds_the_optimum_with_host_memory(graph, devices, fused, fraction, there, rate):
+    hardware = load_hardware("h100")
+    hardware = replace(hardware, host=replace(hardware.host, to_host=rate, to_device=0.8 * rate, together=0.6 * rate))
+    costs = CostModel(hardware, Mesh((devices,)), fused)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(away, "PARTS", 2)
+        patch.setattr(stating, "ON_DEVICE", ON_DEVICE[::3])  # the most and the least, or there are too many ways
+        patch.setattr(stating, "ON_HOST", ON_HOST[::3])
+        plain = Program(build_problem(graph, costs, Recomputing(), 2))
+        most = evaluate(plain, solve(plain, memory=1e18, gap=0.0).solution).total_memory
+        problem = build_problem(graph, costs, Recomputing(), 2, host=there * most)
+        ways = prod(comb(problem.calls[b] + len(levels) - 1, len(levels) - 1) for b, levels in problem.levels.items())
+        assume(prod(len(decision.options) for decision in problem.decisions) * ways * 3 <= MOST // 2)
+        problem.travelling = 0.01 * most  # as large a part as in a model
+        program = Program(problem)
+        least = evaluate(program, least_memory(program)).total_memory
+        memory = least * 1.001 + fraction * max(0.0, most - least)
+        wanted = best(program, memory)
+        solved = solve(program, memory, gap=0.0)
+        assert solved is not None
+        found = evaluate(program, solved.solution)
+        assert found.total_memory <= memory * (1 + 1e-5)
+        assert sum(found.host.values()) <= problem.host * (1 + 1e-5)
+        assert found.total_seconds == pytest.approx(wanted, rel=1e-5)
+        event(f"on the host: {sorted({key.category for key in found.host})}")
 
 
 def holds(program: Program, solution: Solution, memory: float) -> float | None:
