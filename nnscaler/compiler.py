@@ -106,6 +106,8 @@ def compile_model(source: Source, config: ComputeConfig, directory: Path, explai
         logger.warning(hardware.remark)
     model, buffers = source.build()
     graph = trace(model, source.inputs, buffers, config.trace_strategy, source.seed)
+    if not any(parameter.requires_grad for parameter in graph.parameters.values()):
+        raise UserError(f"what {type(model).__name__} returns gives no parameter a gradient: there is nothing to train")
     logger.info(
         "traced %s in %.1f s: %d operators in %d blocks",
         type(model).__name__, time.perf_counter() - started,

@@ -82,8 +82,9 @@ def bytes_by_category(plan: Plan, parameters: list[ParameterGroup]) -> dict[str,
         for what, size in group.memory.items():
             totals[what] = totals.get(what, 0.0) + size
     state = sum(totals.get(what, 0.0) for what in STATE)
-    for what in STATE:
-        totals[what] -= plan.state_on_host * totals[what] / state if plan.state_on_host else 0.0
+    if state:
+        for what in STATE:
+            totals[what] -= plan.state_on_host * totals[what] / state
     for key, size in plan.memory.items():
         if key.category in ("saved", "inside"):
             totals[saved_at(key)] = totals.get(saved_at(key), 0.0) + size

@@ -131,10 +131,13 @@ class ParallelModule(nn.Module):
 
     def accumulate(self, micro_batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
         """Forward and backward of a step's micro-batches, as many as were planned for: fills `Bucket.gradient`; gives
-        the sum of their losses."""
+        the sum of their losses. Raises UserError where forward gives anything but a loss."""
         total = torch.zeros((), dtype=torch.float64, device=self.axes.device)
         for inputs in micro_batches:
             loss = self(**inputs)
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                found = list(loss.shape) if isinstance(loss, Tensor) else f"{len(loss)} results"
+                raise UserError(f"forward gives {found}; what is trained must give one number, the loss")
             loss.backward()
             self.reducer.end_micro_batch()
             self.axes.host.clear()

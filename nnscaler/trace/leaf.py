@@ -35,6 +35,12 @@ class Structure:
         tensors = [item for item in flat if isinstance(item, Tensor)]
         return Structure(spec, [_TENSOR if isinstance(item, Tensor) else item for item in flat]), tensors
 
+    def holds(self, tensors: Sequence[Tensor], nest: Any) -> bool:
+        """Whether a nest that `put` built of these tensors is still what it was then."""
+        other, found = Structure.take(nest)
+        before, now = [*self.constants, *tensors], [*other.constants, *found]
+        return self.spec == other.spec and len(before) == len(now) and all(a is b for a, b in zip(before, now))
+
     def tensor_names(self, positional: Sequence[str]) -> list[str]:
         """A name for each tensor of an (args, kwargs) nest: its parameter's, with the place inside it."""
         paths, _ = pytree.tree_flatten_with_path(self.put([_TENSOR] * len(self.constants)))

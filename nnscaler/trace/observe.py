@@ -104,7 +104,7 @@ class Observation:
                 nest, results = Structure.take(value)
                 self.recorder.close(results)
         with torch._C.DisableTorchFunction():
-            if versions != [tensor._version for tensor in inside]:
+            if versions != [tensor._version for tensor in inside] or not arguments.holds(inside, (args, kwargs)):
                 record.outside = record.outside or "it writes into its arguments"
             call = ModuleCall(
                 path, record.ops.hexdigest(), record.outline.hexdigest(),

@@ -295,6 +295,25 @@ def counting_depth():
     return Model(Layer(index, factor) for index in range(3))
 
 
+def handing_on():
+    """Layers that get a list from those before, and add to it: numbers and tensors."""
+
+    class Adds(Layer):
+        def forward(self, x, depths, seen):
+            depths.append(self.index)
+            seen["all"] += [super().forward(x) * len(depths)]
+            return seen["all"][-1]
+
+    class Model(Stack):
+        def forward(self, x):
+            depths, seen = [], {"all": []}
+            for layer in self.layers:
+                x = layer(x, depths, seen)
+            return sum(one.square().sum() for one in seen["all"]) * len(depths)
+
+    return Model(Adds(index, Layer.scale) for index in range(3))
+
+
 def twice():
     class Model(Stack):
         def forward(self, x):
@@ -307,7 +326,7 @@ def twice():
 
 RIGHT = (
     patched, hooked, subclasses, parametrized, tied, borrowing, stashing, writing, without_gradient, counting_depth,
-    twice,
+    handing_on, twice,
 )  # fmt: skip
 
 
@@ -329,6 +348,22 @@ def test_frozen_layers_among_trained_ones(frozen, tmp_path):
     assert {path: meta.requires_grad for path, meta in graph.parameters.items()} == {
         f"layers.{index}.linear.weight": index not in frozen for index in range(4)
     }
+
+
+def test_without_a_loss_or_a_gradient_there_is_nothing_to_train(tmp_path):
+    class Two(Stack):
+        def forward(self, x):
+            return self.layers[0](x), x
+
+    hardware = tiny.write_hardware(tmp_path)
+    make = stack(Layer.scale)
+    source = Source(lambda: Two(make().layers), {"x": X}, torch.float32)
+    code = compile_model(source, ComputeConfig(hardware=hardware), tmp_path / "code")
+    with pytest.raises(UserError, match=r"forward gives 2 results; .* one number"):
+        ParallelModule(code, torch.device("cpu")).accumulate([{"x": X}])
+    frozen = Source(lambda: make().requires_grad_(False), {"x": X}, torch.float32)
+    with pytest.raises(UserError, match="what Stack returns gives no parameter a gradient"):
+        compile_model(frozen, ComputeConfig(hardware=hardware), tmp_path / "frozen")
 
 
 class Sign(torch.autograd.Function):
