@@ -96,7 +96,9 @@ def _inside(block: Block, trained: Mapping[str, bool], inputs: Sequence[bool]) -
 def _follow(block: Block, nodes: Iterable[Node], needed: dict[str, bool]) -> None:
     for node in nodes:
         passes = any(needed.get(name) for name in node.inputs) and not node.no_grad and node.op not in _STOP
-        needed.update({name: passes and block.tensors[name].dtype.is_floating_point for name in node.outputs})
+        for name in node.outputs:
+            dtype = block.tensors[name].dtype
+            needed[name] = passes and (dtype.is_floating_point or dtype.is_complex)
 
 
 def _mark(block: Block, needed: Mapping[str, bool]) -> None:

@@ -239,6 +239,8 @@ class Recorder(Outline):
     def _value(self, tensor: Tensor) -> str:
         known = self._values.get(id(tensor))
         if known is None:
+            if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                raise UserError(f"torch.func (vmap, grad, jvp) at {self.line()} is not traced; write it out")
             if tensor.is_meta:
                 raise UserError(
                     f"a tensor that is used at {self.line()} ({_type(tensor)}) is neither a parameter nor a buffer of "

@@ -366,6 +366,15 @@ def test_without_a_loss_or_a_gradient_there_is_nothing_to_train(tmp_path):
         compile_model(frozen, ComputeConfig(hardware=hardware), tmp_path / "frozen")
 
 
+def test_gradients_pass_through_complex_numbers():
+    class Turned(Stack):
+        def forward(self, x):
+            return torch.view_as_complex(super().forward(x) * self.layers[0].linear.weight[0, :2]).abs()
+
+    graph = traced(lambda: Turned(stack(Layer.scale)().layers))
+    assert all(parameter.requires_grad for parameter in graph.parameters.values())
+
+
 class Sign(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -427,6 +436,10 @@ REFUSED = {
         "neither a parameter nor a buffer",
     ),
     "modules in a list": (unregistered, r"py:\d+ .*neither a parameter nor a buffer .* register it"),
+    "vmap": (
+        stack(lambda layer: torch.func.vmap(torch.sum)(layer.linear.weight)),
+        r"torch.func \(vmap, grad, jvp\) at test_same_layers.py:\d+ is not traced",
+    ),
     "a read": (
         stack(lambda layer: layer.linear.weight.sum().item()),
         r"reads a tensor's value .* \(at test_.*py:\d",
