@@ -1,7 +1,7 @@
-"""Writes the measured sections of README.rst from the JSON files in benchmarks/results.
+"""Writes the measured sections of README.rst and benchmarks/README.rst from the JSON files in benchmarks/results.
 
 python benchmarks/readme.py            # writes them
-python benchmarks/readme.py --check    # fails where the file differs
+python benchmarks/readme.py --check    # fails where a file differs
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.measure import RESULTS, ROOT
 
-README = ROOT / "README.rst"
-OURS = "this project, chunks of"
-DOCUMENT = "The document: 8 H100, 8B, 131,072 tokens: 1,594 tokens/s/GPU, 40.96 %"
+README, TABLES = ROOT / "README.rst", ROOT / "benchmarks" / "README.rst"
+DOCUMENT = "The document reports 1,594 tokens/s/GPU, 40.96 % MFU, for 8B at 131,072 tokens on 8 H100"
 
 
 def rst_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -58,39 +57,44 @@ def peer(one: dict[str, Any]) -> float | None:
 
 
 def headline() -> str:
-    loss = {row["loss"]: row for row in read("loss.json")["rows"]}
-    ours, small, liger = (loss[name] for name in (f"{OURS} 1024", f"{OURS} 768", "Liger"))
+    """The few figures that matter, for the front page."""
     crash, rivals = read("crash.json"), read("crash_rivals.json")
     compiles = {row["case"]: row for row in read("compile_time.json")["rows"]}
     ours_8b, large = compiles["8B-128K"], compiles["405B-plan-128"]["seconds"]
-    return "\n".join(
+    rows = [
         [
-            "Measured (the files are in ``benchmarks/results``, the scripts beside them):",
-            "",
-            *[line for one in trainings() if whole(one) for line in headline_of(one)],
-            f"* the chunked loss, 16,384 tokens: {cost(ours)}, or with chunks of 768 {cost(small)};",
-            f"  Liger's in the same run {cost(liger)}",
-            f"* compiling 8B at 131,072 tokens on two cores: {ours_8b['seconds']} s to plan and code,",
-            f"  {ours_8b['time / export']} times one ``torch.export``; 405B's shape for 128 devices: {large} s",
-            f"* {crash['kills']} runs killed at random moments: all resumed, no complete checkpoint lost, no torn one",
-            f"  loaded; {rivals['kills']} in two jobs of one folder that torchrun restarts: neither ever continued the "
-            "other",
+            describe(one),
+            f"{one['tokens_per_second_per_gpu']:,.0f}",
+            f"{one['mfu']:.1%} / {one['mfu_causal']:.1%}",
+            f"{titan:,.0f}" if (titan := peer(one)) else "not measured",
+        ]
+        for one in trainings()
+        if whole(one)
+    ]
+    mfu = (
+        "Measured in whole training steps. The first MFU is by the document's formula, which counts attention in full; "
+        "the second counts only what the causal mask leaves."
+    )
+    compiling = (
+        f"Planning 8B at 131,072 tokens and writing its code takes {ours_8b['seconds']} s on two cores, which is "
+        f"{ours_8b['time / export']} times one ``torch.export``. Planning a model of the shape of Llama-3 405B for 128 "
+        f"devices takes {large} s."
+    )
+    killing = (
+        f"{crash['kills']} training runs were killed at random moments. All of them resumed, no complete checkpoint "
+        f"was lost, and no incomplete one was ever loaded. {rivals['kills']} more kills hit two jobs that share one "
+        "folder: neither ever continued the other's work."
+    )
+    head = ["work", "tokens/s/GPU", "MFU full / causal", "torchtitan, tokens/s/GPU"]
+    return "\n\n".join(
+        [
+            textwrap.fill(mfu, 120),
+            rst_table(head, rows),
+            "\n".join(
+                textwrap.fill(text, 120, initial_indent="* ", subsequent_indent="  ") for text in (compiling, killing)
+            ),
         ]
     )
-
-
-def cost(loss: dict[str, Any]) -> str:
-    return f"{loss['milliseconds']:.1f} ms and {loss['gib']:.2f} GiB"
-
-
-def headline_of(one: dict[str, Any]) -> list[str]:
-    speed = f"{one['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU"
-    titan = peer(one)
-    beside = f"; torchtitan {titan:,.0f}" if titan else ""
-    return [
-        f"* {describe(one)}: {speed},",
-        f"  {one['mfu']:.1%} MFU by the document's formula ({one['mfu_causal']:.1%} causal), whole steps{beside}",
-    ]
 
 
 def describe(one: dict[str, Any]) -> str:
@@ -100,6 +104,7 @@ def describe(one: dict[str, Any]) -> str:
 
 
 def performance() -> str:
+    """Every table, for benchmarks/README.rst."""
     rows = [
         [
             describe(one),
@@ -127,20 +132,29 @@ def performance() -> str:
     ]
     return "\n\n".join(
         [
-            f"{DOCUMENT} (its own figure, not measured here).",
-            "Whole training steps by ``benchmarks/train_llama.py``, the plan found by the planner:",
+            title("Training steps"),
+            f"{DOCUMENT}. That is the document's own figure; it was not measured here.",
+            "These are whole training steps by ``benchmarks/train_llama.py``, with the plan that the planner found:",
             rst_table(head, rows),
             beside_others(),
-            "Predicted from bundled figures, not measured: 4 micro-batches (``benchmarks/predictions.py``):",
+            title("Predictions"),
+            "These rows are predicted from the bundled figures of the devices, for 4 micro-batches a step\n"
+            "(``benchmarks/predictions.py``). They were not measured:",
             predictions(),
             pipelines(),
-            "Loss of 16,384 tokens, hidden size 4096, 128,256 words, forward and backward on one H200 "
+            title("The chunked loss"),
+            "The loss of 16,384 tokens with hidden size 4096 and 128,256 words, forward and backward on one H200\n"
             "(``benchmarks/loss.py``):",
             rst_table(["loss", "ms", "GiB above inputs"], losses),
+            title("Numerics"),
             numerics(),
-            ".. image:: benchmarks/results/numerics.png\n   :alt: loss by step of plain PyTorch and of four plans",
+            ".. image:: results/numerics.png\n   :alt: loss by step of plain PyTorch and of four plans",
         ]
     )
+
+
+def title(text: str) -> str:
+    return f"{text}\n{'=' * len(text)}"
 
 
 def numerics() -> str:
@@ -149,10 +163,10 @@ def numerics() -> str:
     plain = [row["mean_difference"] for row in result["rows"] if row["run"].startswith("plain,")]
     plans = [row["mean_difference"] for row in result["rows"] if not row["run"].startswith("plain")]
     return textwrap.fill(
-        f"The loss of {result['steps']} steps of a small Llama in bf16 on real text, by four plans on "
-        f"{result['device']} and by plain PyTorch on one GPU (``benchmarks/numerics.py``). Plain PyTorch with other "
-        f"micro-batches differs from itself by {plain[0]:.3f} on average over the second half; the plans differ from "
-        f"it by {min(plans):.3f} to {max(plans):.3f}.",
+        f"A small Llama was trained in bf16 on real text for {result['steps']} steps, by four plans on "
+        f"{result['device']} and by plain PyTorch on one GPU (``benchmarks/numerics.py``). Over the second half of the "
+        f"steps, the loss of plain PyTorch with other micro-batches differs by {plain[0]:.3f} on average from that of "
+        f"plain PyTorch; the losses of the four plans differ from it by {min(plans):.3f} to {max(plans):.3f}.",
         120,
     )
 
@@ -176,10 +190,10 @@ def pipelines() -> str:
     plans = {plan["search"]: plan for plan in read("plan_70b.json")["plans"]}
     best, without = plans["every schedule"], plans["no pipeline"]
     return textwrap.fill(
-        "Predicted for the document's 70B setting, 8,192 tokens on 16 MI300X, 64 micro-batches "
-        f"(``benchmarks/plan_70b.py``): {best['plan']}, {best['step_seconds']:.1f} s a step, MFU {best['mfu']:.1%}; "
-        f"without a pipeline {without['step_seconds']:.1f} s, {without['mfu']:.1%}. The document measured 100.3 s, "
-        "24.2 %.",
+        "For the document's 70B setting, 8,192 tokens on 16 MI300X with 64 micro-batches, ``benchmarks/plan_70b.py`` "
+        f"predicts {best['step_seconds']:.1f} s a step and an MFU of {best['mfu']:.1%} with a pipeline "
+        f"({best['plan']}), and {without['step_seconds']:.1f} s and {without['mfu']:.1%} without one. The document "
+        "measured 100.3 s and 24.2 %.",
         120,
     )
 
@@ -191,11 +205,12 @@ def beside_others() -> str:
     hand, ours = peers["by_hand"], read("train/4layers-131072-60GB.json")
     own = ours["seconds_per_step"] / ours["sequences_per_step"]
     return textwrap.fill(
-        f"{peers['versions']}. torchtitan as its own step reports say (``benchmarks/results/peers.json``): {settings}; "
-        "the first on the same machine in the same hour, the second on another of the kind: two differ by up to 2 %. A "
-        f"plan of 4 layers and 131,072 tokens written by hand takes {hand['seconds_per_micro_batch']:.3f} s a "
-        "micro-batch without gradient exchange, clipping and optimizer; on the same machine the planner's plan in "
-        f"generated code takes {own:.3f} s with them.",
+        f"The versions are {peers['versions']}. torchtitan's figures are those of its own step reports "
+        f"(``benchmarks/results/peers.json``): {settings}. The first was measured on the same machine in the same "
+        "hour, the second on another machine of the same kind; two such machines differ by up to 2 %. A plan of 4 "
+        f"layers at 131,072 tokens that was written by hand takes {hand['seconds_per_micro_batch']:.3f} s a "
+        "micro-batch, without exchanging gradients, clipping them or updating weights. On the same machine, the "
+        f"planner's plan in generated code takes {own:.3f} s with all of these.",
         120,
     )
 
@@ -204,22 +219,25 @@ def compared(predicted: float, measured: float, unit: str, digits: int) -> str:
     return f"{predicted:.{digits}f} / {measured:.{digits}f} {unit} = {predicted / measured:.2f}"
 
 
-def filled(text: str) -> str:
-    for name, content in (("headline", headline()), ("performance", performance())):
-        pattern = re.compile(rf"(\.\. begin {name}\n).*?(\.\. end {name}\n)", re.DOTALL)
-        text, count = pattern.subn(lambda found, content=content: f"{found[1]}\n{content}\n\n{found[2]}", text)  # type: ignore[misc]
-        assert count == 1, name
+def filled(text: str, name: str, content: str) -> str:
+    """`text` with `content` between the marks of `name`."""
+    pattern = re.compile(rf"(\.\. begin {name}\n).*?(\.\. end {name}\n)", re.DOTALL)
+    text, count = pattern.subn(lambda found: f"{found[1]}\n{content}\n\n{found[2]}", text)
+    assert count == 1, name
     return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only say whether the file is up to date")
+    parser.add_argument("--check", action="store_true", help="only say whether the files are up to date")
     options = parser.parse_args()
-    text = README.read_text()
-    if options.check:
-        sys.exit(0 if filled(text) == text else "README.rst differs from benchmarks/results: run benchmarks/readme.py")
-    README.write_text(filled(text))
+    for path, name, content in ((README, "headline", headline()), (TABLES, "performance", performance())):
+        text = path.read_text()
+        wanted = filled(text, name, content)
+        if options.check and wanted != text:
+            sys.exit(f"{path.relative_to(ROOT)} differs from benchmarks/results: run benchmarks/readme.py")
+        if not options.check:
+            path.write_text(wanted)
 
 
 if __name__ == "__main__":
