@@ -8,6 +8,7 @@ import enum
 import functools
 import types
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -133,6 +134,7 @@ KINDS = {
     "slots": (lambda layer: layer.c.value, sets(c=lambda i: Slotted(1.0 + i % 2))),
     "tensor": (lambda layer: layer.t, sets(t=lambda i: torch.full((WIDTH,), 1.0 + i % 2))),
     "tensors": (lambda layer: layer.t[1], sets(t=lambda i: [torch.ones(1), torch.arange(8.0) * (i % 2)])),
+    "numpy": (lambda layer: torch.from_numpy(layer.a) + float(layer.a[0]), sets(a=lambda i: np.arange(8) * (i % 2))),
     "dtype": (lambda layer: torch.ones(1, dtype=layer.t).itemsize, sets(t=lambda i: (torch.int32, torch.int64)[i % 2])),
     "index": (lambda layer: 2.0 if layer.index % 2 else 3.0, None),
     "index in a table": (
@@ -152,7 +154,7 @@ def test_a_layer_that_computes_something_else_is_another_block(kind):
 
 def test_what_tells_layers_apart_has_its_value(tmp_path):
     """Of constants, which a block holds: each layer its own."""
-    factors, prepares = zip(*(KINDS[kind] for kind in ("tensor", "enum", "cell", "dict")))
+    factors, prepares = zip(*(KINDS[kind] for kind in ("tensor", "enum", "cell", "dict", "numpy")))
 
     def prepare(layer, index):
         buffer(layer, index)
