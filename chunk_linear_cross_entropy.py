@@ -4,10 +4,12 @@ The logits of 131,072 tokens over Llama-3's 128,256 words are 32 GiB in bf16. He
 projected, and its losses and gradients are computed at once from the same logits, so that nothing of a chunk but its
 gradients (the size of its inputs) outlives it, and backward computes no logits again. The weight's gradient is summed
 over chunks in fp32 and rounded once, in its own memory: it is as exact as that of one product, however many chunks.
+`in_chunks` is the same with the chunk that is fastest on H100: half as many sums in fp32 are read and written.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,6 +71,9 @@ def _check_labels(labels: Tensor, padding_idx: int, words: int) -> None:
         raise ValueError(
             f"a label is {int(labels[~known][0])}; labels must be from 0 to {words - 1}, or padding_idx={padding_idx}"
         )
+
+
+in_chunks = functools.partial(chunk_linear_cross_entropy, chunk_size=2048)
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -52,7 +52,7 @@ class Inputs:
     )
     dataset_path: Path | None = path(None, "dataset that bookcorpus.py wrote")
     enable_chunk_loss: bool = switch(
-        "compute the last projection and the loss in chunks of 1024 tokens, so that all logits are never there at once",
+        "compute the last projection and the loss in chunks of 2048 tokens, so that all logits are never there at once",
         flag="enable-chunk-loss",
     )
     attn_implementation: str = text(
@@ -117,7 +117,7 @@ def _not_read_yet() -> Any:
 
 def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
     """`args` with the model and the data. Raises UserError for what does not go together."""
-    from chunk_linear_cross_entropy import chunk_linear_cross_entropy
+    from chunk_linear_cross_entropy import in_chunks
     from nnscaler.cli.precision import with_precision
     from nnscaler.data.training import PackedDataset
     from nnscaler.models import load_config
@@ -138,7 +138,7 @@ def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
     packed = PackedDataset.open(inputs.dataset_path) if inputs.dataset_path else None
     dataset = DatasetConfig(packed, flags["sequence_length"])
     prepare_config(config, dataset.length, inputs.attn_implementation)
-    loss = chunk_linear_cross_entropy if inputs.enable_chunk_loss else None
+    loss = in_chunks if inputs.enable_chunk_loss else None
     reads_weights = args.run_mode == "run" and not args.checkpoint.resume
     model = ModelConfig(
         make=lambda: CausalLM(config, loss),
@@ -146,7 +146,7 @@ def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
         weight_prefix=WEIGHT_PREFIX,
         vocabulary=config.vocab_size,
         flops_per_sequence=flops_per_sequence(config, count_parameters(config), dataset.length),
-        instead={} if loss else {"--enable_chunk_loss": lambda: CausalLM(config, chunk_linear_cross_entropy)},
+        instead={} if loss else {"--enable_chunk_loss": lambda: CausalLM(config, in_chunks)},
         save_assets=AssetWriter(config, DTYPES[args.precision], inputs.model_id, inputs.dataset_path, dataset.length),
     )
     return replace(args, model=model, dataset=dataset)

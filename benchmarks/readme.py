@@ -53,7 +53,7 @@ def peer(one: dict[str, Any]) -> float | None:
     found = {
         row["sequence_length"]: float(row["tokens_per_second_per_gpu"]) for row in read("peers.json")["torchtitan"]
     }
-    return found.get(one["sequence_length"]) if whole(one) else None
+    return found.get(one["sequence_length"]) if whole(one) and "device_memory_gib" not in one else None
 
 
 def headline() -> str:
@@ -100,7 +100,10 @@ def headline() -> str:
 def describe(one: dict[str, Any]) -> str:
     layers = re.search(r"(\d+)layers", one["name"])
     layers_text = f"{layers[1]} layers of " if layers and not whole(one) else ""
-    return f"{layers_text}Llama-3 8B, {one['sequence_length']:,} tokens on {one['device'].replace('NVIDIA ', '')}"
+    limit = f", {one['device_memory_gib']} GiB used of each" if "device_memory_gib" in one else ""
+    return (
+        f"{layers_text}Llama-3 8B, {one['sequence_length']:,} tokens on {one['device'].replace('NVIDIA ', '')}{limit}"
+    )
 
 
 def performance() -> str:
@@ -127,7 +130,7 @@ def performance() -> str:
         "note",
     ]
     losses = [
-        [row["loss"], f"{row['milliseconds']:.1f}", f"{row['gib']:.2f}"]
+        [row["loss"], *(f"{row[key]:.2f}" for key in ("milliseconds", "gib", "error_weight_percent"))]
         for row in sorted(read("loss.json")["rows"], key=lambda row: float(row["milliseconds"]))
     ]
     return "\n\n".join(
@@ -143,9 +146,10 @@ def performance() -> str:
             predictions(),
             pipelines(),
             title("The chunked loss"),
-            "The loss of 16,384 tokens with hidden size 4096 and 128,256 words, forward and backward on one H200\n"
-            "(``benchmarks/loss.py``):",
-            rst_table(["loss", "ms", "GiB above inputs"], losses),
+            "The loss of 16,384 tokens with hidden size 4096 and 128,256 words, forward and backward on\n"
+            f"{read('loss.json')['device']} (``benchmarks/loss.py``). The error is that of the weight's gradient\n"
+            "against fp64. ``train.py --enable-chunk-loss`` takes chunks of 2048 tokens.",
+            rst_table(["loss", "ms", "GiB above inputs", "error, %"], losses),
             title("Numerics"),
             numerics(),
             ".. image:: results/numerics.png\n   :alt: loss by step of plain PyTorch and of four plans",

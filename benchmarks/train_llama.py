@@ -24,7 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.measure import RESULTS, table, write
-from chunk_linear_cross_entropy import chunk_linear_cross_entropy
+from chunk_linear_cross_entropy import in_chunks
 from nnscaler.cli.args import ArgumentParser, run
 from nnscaler.cli.config import (
     CheckpointConfig,
@@ -81,7 +81,7 @@ def main() -> None:
     config = load_config(options.model_id)
     config.num_hidden_layers = options.layers or config.num_hidden_layers
     length, plan_ngpus = options.sequence_length, options.plan_ngpus or world
-    loss = None if options.no_chunk_loss else chunk_linear_cross_entropy
+    loss = None if options.no_chunk_loss else in_chunks
     prepare_config(config, length, options.attn_implementation)
     flops = flops_per_sequence(config, count_parameters(config), length)
     name = options.label or (
