@@ -7,8 +7,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnscaler.cli.args import run
 from nnscaler.cli.flags import parse
+from nnscaler.command import run
 from nnscaler.directory import check_new
 from nnscaler.options import REQUIRED, check, path, text, whole
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnscaler.cli.args import run
 from nnscaler.cli.flags import parse
+from nnscaler.command import run
 from nnscaler.directory import check_new, check_writable
 from nnscaler.errors import UserError
 from nnscaler.options import REQUIRED, check, path, switch

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnscaler.cli.args import run
 from nnscaler.cli.flags import parse
+from nnscaler.command import run
 from nnscaler.directory import check_new, new_directory
 from nnscaler.errors import UserError
 from nnscaler.options import REQUIRED, assignments, check, path, text, whole

@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nnscaler.cli.args import run
 from nnscaler.cli.config import (
     CheckpointConfig,
     DatasetConfig,
@@ -29,6 +28,7 @@ from nnscaler.cli.config import (
     TrainerArgs,
 )
 from nnscaler.cli.flags import Flags, parse
+from nnscaler.command import run
 from nnscaler.config import ComputeConfig, OptimizerConfig
 from nnscaler.directory import check_writable
 from nnscaler.errors import UserError

@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.measure import RESULTS, ROOT, table, write
 from benchmarks.train_llama import dataset
 from nnscaler.checkpoint.folder import TrainerState, complete_checkpoints
-from nnscaler.cli.args import ArgumentParser, run
 from nnscaler.cli.config import CheckpointConfig, DatasetConfig, LogConfig, ModelConfig, TrainerArgs
 from nnscaler.cli.trainer import Trainer
+from nnscaler.command import ArgumentParser, run
 from nnscaler.compiler import ComputeConfig
 from nnscaler.models import load_config
 from nnscaler.models.causal_lm import WEIGHT_PREFIX, CausalLM, prepare_config

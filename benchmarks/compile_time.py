@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import CORES, RESULTS, ROOT, print_rows, write
-from nnscaler.cli.args import ArgumentParser, run
+from nnscaler.command import ArgumentParser, run
 from nnscaler.errors import UserError
 from nnscaler.models import load_config
 from nnscaler.models.changes import changed_config

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.measure import RESULTS, table, write
-from nnscaler.cli.args import ArgumentParser, run
+from nnscaler.command import ArgumentParser, run
 from tests import tiny
 from tests.checkpoint.crashes import assert_as_if_never_crashed, crashes
 from tests.checkpoint.rivals import Job, kill_rivals, losses_by_step

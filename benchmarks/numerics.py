@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.measure import RESULTS, ROOT, table, write
-from nnscaler.cli.args import ArgumentParser, run
+from nnscaler.command import ArgumentParser, run
 from nnscaler.data.training import PackedDataset, SampleOrder
 from nnscaler.models import load_config
 

@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nnscaler.cli.args import ArgumentParser, run
+from nnscaler.command import ArgumentParser, run
 from nnscaler.compiler import Source
 from nnscaler.graph import Graph
 from nnscaler.hardware import load_hardware

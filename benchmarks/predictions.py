@@ -19,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import RESULTS, ROOT, print_rows, write
-from nnscaler.cli.args import ArgumentParser, run
+from nnscaler.command import ArgumentParser, run
 
 MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"
 EVERYTHING_AGAIN = "--recompute_modules LlamaDecoderLayer"

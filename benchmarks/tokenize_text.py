@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import CORES, ROOT, print_rows, write
 from nnscaler import hub
-from nnscaler.cli.args import ArgumentParser, run
+from nnscaler.command import ArgumentParser, run
 from nnscaler.data.pack import pack
 from nnscaler.data.sources import Corpus, find_corpus
 from nnscaler.errors import UserError

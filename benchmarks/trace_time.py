@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.measure import CORES, RESULTS, print_rows, write
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
-from nnscaler.cli.args import ArgumentParser, run
+from nnscaler.command import ArgumentParser, run
 from nnscaler.compiler import Source
 from nnscaler.data.training import with_labels
 from nnscaler.errors import UserError

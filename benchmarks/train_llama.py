@@ -25,7 +25,6 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.measure import RESULTS, table, write
 from chunk_linear_cross_entropy import in_chunks
-from nnscaler.cli.args import ArgumentParser, run
 from nnscaler.cli.config import (
     CheckpointConfig,
     DatasetConfig,
@@ -34,6 +33,7 @@ from nnscaler.cli.config import (
     TrainerArgs,
 )
 from nnscaler.cli.trainer import Trainer
+from nnscaler.command import ArgumentParser, run
 from nnscaler.compiler import ComputeConfig
 from nnscaler.data.training import PackedDataset
 from nnscaler.models import load_config

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nnscaler.cli.args import ArgumentParser, run
+from nnscaler.command import ArgumentParser, run
 from nnscaler.errors import UserError
 
 

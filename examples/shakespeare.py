@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nnscaler.cli.args import ArgumentParser, run
+from nnscaler.command import ArgumentParser, run
 from nnscaler.directory import check_new, new_directory
 from nnscaler.errors import UserError
 

@@ -21,12 +21,12 @@ from nnscaler.cli.config import CheckpointConfig, DatasetConfig, LogConfig, LRSc
 from nnscaler.cli.trainer import Trainer
 from nnscaler.compiler import ComputeConfig
 from nnscaler.data.training import PackedDataset
+from nnscaler.first_values import initial_parameters
 from nnscaler.models.causal_lm import WEIGHT_PREFIX, CausalLM, prepare_config
 from nnscaler.plan import Key, Plan
 from nnscaler.recompute import level_of
 from nnscaler.runtime import regions
 from nnscaler.runtime.optimizer import OptimizerConfig
-from nnscaler.runtime.weights import initial_parameters
 from nnscaler.trace import build_on_meta
 from tests import tiny
 

@@ -15,9 +15,9 @@ from datasets import Dataset
 
 import ckpt_merger
 import train
-from nnscaler.cli.args import run
 from nnscaler.cli.config import DatasetConfig, ModelConfig, TrainerArgs
 from nnscaler.cli.trainer import Trainer
+from nnscaler.command import run
 from nnscaler.config import ComputeConfig
 from nnscaler.data.packed import PackedDataset
 from tests import tiny

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import create_mini_model
 from nnscaler import hub
-from nnscaler.cli.args import run
+from nnscaler.command import run
 from nnscaler.errors import UserError
 from nnscaler.models import BUNDLED, load_config
 from nnscaler.models.changes import changed_config

@@ -13,8 +13,8 @@ import bookcorpus
 import ckpt_merger
 import create_mini_model
 import train
-from nnscaler.cli.args import run
 from nnscaler.cli.config import CheckpointConfig, LogConfig, LRSchedulerConfig, TrainerArgs
+from nnscaler.command import run
 from nnscaler.config import ComputeConfig, OptimizerConfig
 from nnscaler.errors import UserError
 from nnscaler.models.attention import IMPLEMENTATIONS
@@ -30,7 +30,7 @@ def test_help_and_a_wrong_flag_wait_for_nothing_that_is_slow_to_import(module):
     """Whatever they import, they do without the packages that take seconds."""
     check = f"""
 import sys, importlib
-from nnscaler.cli.args import run
+from nnscaler.command import run
 for flag in ("--help", "--hepl"):
     sys.argv = ["command", flag]
     try:

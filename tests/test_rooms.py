@@ -5,28 +5,71 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import networkx
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "nnscaler"
 # room -> rooms that nothing in it may import
 BARRED = {
+    "trace": ("planner", "runtime", "codegen", "pipeline", "report", "cli"),
+    "operators": ("planner", "runtime", "codegen", "pipeline", "report", "cli"),
     "recompute": ("planner", "runtime", "codegen", "pipeline", "report", "cli"),
     "planner": ("runtime", "codegen", "pipeline", "report", "cli"),
     "pipeline": ("runtime", "codegen", "report", "cli"),
     "codegen": ("runtime", "pipeline", "report", "cli"),
     "runtime": ("planner", "codegen", "pipeline", "report", "cli"),
+    "report": ("runtime", "cli"),
+    "profiler": ("planner", "codegen", "pipeline", "report", "cli"),
+    "models": ("planner", "codegen", "pipeline", "report", "cli"),
 }
+WORDS = (
+    "annotation",
+    "errors",
+    "graph",
+    "mesh",
+    "placement",
+    "reshard",
+    "shards",
+    "sizes",
+    "units",
+    "schedules",
+)  # that all share
 
 
 def imported(file: Path) -> set[str]:
     """Modules of this package that a file imports, anywhere in it."""
+    return imported_by(ast.parse(file.read_text()))
+
+
+def imported_by(tree: ast.Module) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return {name for name in found if name.startswith("nnscaler.")}
+
+
+def at_the_top(file: Path) -> set[str]:
+    """Modules of this package that importing a file imports first."""
+    tree = ast.parse(file.read_text())
+    tree.body = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return imported_by(tree)
+
+
+def test_imports_make_no_circle():
+    names = {".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts): file for file in PACKAGE.rglob("*.py")}
+    arrows = networkx.DiGraph()
+    for name, file in names.items():
+        arrows.add_edges_from((name, other) for other in at_the_top(file) & set(names))
+    assert list(networkx.simple_cycles(arrows)) == []
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_shared_words_import_nothing_above_them(word):
+    rooms = {name.split(".")[1] for name in imported(PACKAGE / f"{word}.py")}
+    assert rooms <= {*WORDS, "operators"}, "a unit is divided by what its operators are"
 
 
 @pytest.mark.parametrize("room", BARRED)

@@ -29,7 +29,7 @@ from nnscaler.checkpoint.checksums import Piece
 from nnscaler.checkpoint.storage import CheckedReader, CheckedWriter
 from nnscaler.errors import UserError
 from nnscaler.runtime.optimizer import ShardedOptimizer
-from nnscaler.runtime.shards import Box, flat_range_boxes
+from nnscaler.shards import Box, flat_range_boxes
 
 if TYPE_CHECKING:
     from nnscaler.runtime.pipeline import TrainedModule

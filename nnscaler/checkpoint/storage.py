@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from nnscaler.checkpoint.checksums import Checksums, CorruptCheckpoint, Piece, file_crc
-from nnscaler.runtime.shards import Box
+from nnscaler.shards import Box
 
 INDEX = ".metadata"
 _INDEX_TYPES: tuple[Any, ...] = (

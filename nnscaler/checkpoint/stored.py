@@ -16,7 +16,7 @@ from nnscaler.checkpoint.checksums import Checksums, CorruptCheckpoint
 from nnscaler.checkpoint.folder import BEST, LAST, TrainerState, complete_checkpoints
 from nnscaler.checkpoint.randomness import RANDOM
 from nnscaler.checkpoint.storage import CheckedReader
-from nnscaler.runtime.shards import Box
+from nnscaler.shards import Box
 
 
 @dataclass(frozen=True)

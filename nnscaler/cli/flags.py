@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nnscaler.cli.args import ArgumentParser, unknown
+from nnscaler.command import ArgumentParser, unknown
 from nnscaler.errors import UserError
 from nnscaler.options import REQUIRED, Option, options_of, spelled
 

@@ -31,11 +31,11 @@ from nnscaler.cli.watch import Watch
 from nnscaler.compiler import Source
 from nnscaler.data.training import Batches, PackedDataset, Share
 from nnscaler.errors import UserError
+from nnscaler.first_values import initial_parameters
 from nnscaler.models.weights import fixed_tensors, load_weights
 from nnscaler.profiler.steps import StepProfiler
 from nnscaler.runtime.optimizer import ShardedOptimizer
 from nnscaler.runtime.pipeline import load_module
-from nnscaler.runtime.weights import initial_parameters
 
 logger = logging.getLogger(__name__)
 

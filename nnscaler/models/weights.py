@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from nnscaler.errors import UserError
-from nnscaler.runtime.shards import Box, ParameterSpec
+from nnscaler.shards import Box, ParameterSpec
 
 if TYPE_CHECKING:
     from nnscaler.runtime.pipeline import TrainedModule

@@ -15,7 +15,7 @@ larger of one device's input and output.
 
 from __future__ import annotations
 
-from nnscaler.cli.args import ArgumentParser, run
+from nnscaler.command import ArgumentParser, run
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from nnscaler.cli.args import ArgumentParser, run
+from nnscaler.command import ArgumentParser, run
 
 
 def main() -> None:

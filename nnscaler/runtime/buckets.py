@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nnscaler.kernels import add_gradient
 from nnscaler.runtime.axes import Axes, Axis
 from nnscaler.runtime.collectives import all_gather_single, reduce_scatter_single
-from nnscaler.runtime.shards import Box, ParameterSpec, flat_range_boxes
+from nnscaler.shards import Box, ParameterSpec, flat_range_boxes
 from nnscaler.sizes import BUCKET_ELEMENTS, MOST_IN_FLIGHT
 
 MOST_DEFERRED = 2  # gathered weights whose gradients are on their way to their shards

@@ -25,7 +25,7 @@ from nnscaler.runtime.buckets import Bucket, GradientReducer, make_buckets
 from nnscaler.runtime.gathering import Gathers
 from nnscaler.runtime.host import HostMemory
 from nnscaler.runtime.optimizer import buckets_of, decays
-from nnscaler.runtime.shards import Box, ParameterSpec
+from nnscaler.shards import Box, ParameterSpec
 
 ReadPart = Callable[[str, Box], Tensor]
 

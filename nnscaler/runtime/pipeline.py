@@ -22,8 +22,8 @@ from nnscaler.mesh import Mesh
 from nnscaler.runtime.axes import Axes
 from nnscaler.runtime.buckets import Bucket, GradientReducer
 from nnscaler.runtime.module import ParallelModule, ReadPart
-from nnscaler.runtime.shards import Box, ParameterSpec
 from nnscaler.schedules import Schedule, torch_schedule
+from nnscaler.shards import Box, ParameterSpec
 
 
 def load_module(directory: Path, device: torch.device) -> TrainedModule:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from nnscaler.errors import UserError
+from nnscaler.first_values import initial_parameters
 from nnscaler.operators.registry import Operator
-from nnscaler.runtime.weights import initial_parameters
 from nnscaler.trace.observe import Observation
 from nnscaler.trace.offload import Offload, OffloadAttention, run_on
 from nnscaler.trace.reads import ValueReads

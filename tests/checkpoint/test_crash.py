@@ -40,7 +40,7 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 import train
 from nnscaler.checkpoint import folder
-from nnscaler.cli.args import run
+from nnscaler.command import run
 
 publish = folder.publish
 

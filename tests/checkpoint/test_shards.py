@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from nnscaler.mesh import Mesh
 from nnscaler.placement import REPLICATE, SHARED, Shard
-from nnscaler.runtime.shards import ParameterSpec, flat_range_boxes
+from nnscaler.shards import ParameterSpec, flat_range_boxes
 
 
 @given(shape=st.lists(st.integers(1, 5), max_size=4), ends=st.tuples(st.integers(0, 700), st.integers(0, 700)))

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 import bookcorpus
 from nnscaler import hub
-from nnscaler.cli.args import run
+from nnscaler.command import run
 from nnscaler.data import pack as packing_module
 
 TEXTS = ["The first document.\n", 'A "quoted", second one,\nof two lines', "Third: äöü 漢字 😀 \r\n\t end"]

@@ -13,7 +13,7 @@ from nnscaler.placement import SHARED
 from nnscaler.runtime import buckets
 from nnscaler.runtime.axes import Axes
 from nnscaler.runtime.buckets import Bucket, GradientReducer, make_buckets
-from nnscaler.runtime.shards import ParameterSpec
+from nnscaler.shards import ParameterSpec
 from tests.launch import run
 
 SHAPES = {"a": (40, 30), "norm": (7,), "b": (3, 100), "c": (300,), "d": (64, 11)}

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
 
 from nnscaler.compiler import ComputeConfig, Source, compile_model
 from nnscaler.errors import UserError
+from nnscaler.first_values import initial_parameters
 from nnscaler.models.causal_lm import WEIGHT_PREFIX, CausalLM, prepare_config
 from nnscaler.models.files import find_weights
 from nnscaler.models.weights import check_weights, load_weights
 from nnscaler.runtime.module import ParallelModule
-from nnscaler.runtime.weights import initial_parameters
 from nnscaler.trace import build_on_meta
 from tests import tiny
 from tests.models.architectures import config_of

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnscaler.cli.args import run
+from nnscaler.command import run
 from nnscaler.compiler import ComputeConfig, Source, compile_model
 from nnscaler.errors import UserError
 from nnscaler.hardware import load_hardware

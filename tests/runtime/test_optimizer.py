@@ -13,7 +13,7 @@ from nnscaler.placement import SHARED
 from nnscaler.runtime.axes import Axes
 from nnscaler.runtime.buckets import make_buckets
 from nnscaler.runtime.optimizer import OptimizerConfig, ShardedOptimizer, decays
-from nnscaler.runtime.shards import ParameterSpec
+from nnscaler.shards import ParameterSpec
 
 SHAPES = {"matrix": (40, 30), "norm": (30,), "other": (3, 100), "bias": (300,)}
 CONFIG = OptimizerConfig(betas=(0.6, 0.7), eps=0.03, weight_decay=0.4, clip_gnorm=0.5)

@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from nnscaler import ComputeConfig, Source, UserError, compile_model, register_op
+from nnscaler.first_values import initial_parameters
 from nnscaler.graph import Call
 from nnscaler.models.causal_lm import CausalLM, prepare_config
 from nnscaler.runtime.module import ParallelModule
-from nnscaler.runtime.weights import initial_parameters
 from nnscaler.trace import STRATEGIES, execute, trace
 from nnscaler.trace.offload import Offload, OffloadAttention, run_on
 from nnscaler.trace.strategies import Strategy
