@@ -2,7 +2,7 @@
 
     python ckpt_merger.py --ckpt_dir ./checkpoints --output_fname ./merged.ckpt
     python ckpt_merger.py --ckpt_dir ./checkpoints --output_dir ./merged_model
-    python ckpt_merger.py --ckpt_dir ./checkpoints --list
+    python ckpt_merger.py --ckpt_dir ./checkpoints --list [--tensors]
 
 The file holds model and optimizer, and resumes training on any number of processes (train.py --resume_path). The
 directory holds safetensors, configuration and tokenizer, as transformers' from_pretrained expects.
@@ -29,11 +29,14 @@ class Options:
     ckpt_dir: Path = path(REQUIRED, "checkpoint, or folder with checkpoints below it")
     output_fname: Path | None = path(None, "file to write: model, optimizer and progress")
     output_dir: Path | None = path(None, "Hugging Face model directory to write, new or empty")
-    list: bool = switch("show the checkpoints, and what the newest of them holds")
+    list: bool = switch("show the checkpoints, one a line")
+    tensors: bool = switch("with --list: show what the newest of them holds, one tensor a line")
     verify: bool = switch("read what was written again, and compare; with nothing to write, read the checkpoint itself")
 
     def __post_init__(self) -> None:
         check(self)
+        if self.tensors and not self.list:
+            raise UserError("tensors goes with --list, which is not given")
         if not (self.output_fname or self.output_dir or self.list or self.verify):
             raise UserError("nothing to write: give --output_fname, --output_dir or both; or --list or --verify")
         if self.output_dir is not None:
@@ -54,8 +57,9 @@ def main() -> None:
 
     folder = latest_checkpoint(options.ckpt_dir)
     if options.list:
-        print("\n".join(describe_all(options.ckpt_dir)), end="\n\n")
-        print("\n".join(describe(Checkpoint.open(folder))))
+        print("\n".join(describe_all(options.ckpt_dir)))
+        if options.tensors:
+            print("\n".join(["", *describe(Checkpoint.open(folder))]))
     if options.output_fname is None and options.output_dir is None:
         if options.verify:
             verify_checkpoint(folder)

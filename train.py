@@ -27,7 +27,7 @@ from nnscaler.cli.config import (
     ModelConfig,
     TrainerArgs,
 )
-from nnscaler.cli.flags import Flags, parse
+from nnscaler.cli.flags import Flags, keys_of, parse
 from nnscaler.command import run
 from nnscaler.config import ComputeConfig, OptimizerConfig
 from nnscaler.directory import check_writable
@@ -148,8 +148,20 @@ def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
         flops_per_sequence=flops_per_sequence(config, count_parameters(config), dataset.length),
         instead={} if loss else {"--enable_chunk_loss": lambda: CausalLM(config, in_chunks)},
         save_assets=AssetWriter(config, DTYPES[args.precision], inputs.model_id, inputs.dataset_path, dataset.length),
+        name=Path(inputs.model_id).name if Path(inputs.model_id).exists() else inputs.model_id,
     )
-    return replace(args, model=model, dataset=dataset)
+    return replace(args, model=model, dataset=dataset, command=planning_command(flags, model.name, args, dataset))
+
+
+def planning_command(flags: Flags, model: str, args: TrainerArgs, dataset: DatasetConfig) -> str:
+    """What plans the same: without the flags that the plan does not depend on, and without this computer's folders."""
+    keys = [*keys_of(Inputs), "sequence_length", *keys_of(ComputeConfig), "micro_batch_size", "precision"]
+    hardware = args.compute.hardware and Path(args.compute.hardware).name
+    given = flags.spelled(
+        [key for key in keys if key != "dataset_path"], model_id=model, sequence_length=dataset.length,
+        runtime_ngpus=args.compute.runtime_ngpus, hardware=hardware, precision=args.precision,
+    )  # fmt: skip
+    return f"train.py --run_mode compile {given}"
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 graph.txt            the traced model
 plan.json            the plan with all its costs, and what the runtime needs to know of parameters
 plan.html            the same, to read; of a pipeline there is a plan_stage0.html, ..., too
+trace.json           of a pipeline, the simulated step for chrome://tracing and https://ui.perfetto.dev
 gencode_stage0.py    what each rank runs; of a pipeline, one such file a stage
 buffers.safetensors  values of the model's buffers
 compiled.json        what all of this was compiled for
@@ -19,6 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -27,15 +29,18 @@ from torch import Tensor, nn
 from nnscaler.codegen import generate
 from nnscaler.config import ComputeConfig
 from nnscaler.errors import UserError
+from nnscaler.graph import short_dtype
 from nnscaler.hardware import Hardware
-from nnscaler.identity import DONE, differences, identity
+from nnscaler.identity import DONE, differences, identity, versions
 from nnscaler.pipeline.plan import PipelinePlan
 from nnscaler.planner import NothingFits
 from nnscaler.planning import plan_for, what_fits
 from nnscaler.profiler.operators import OperatorTimes
 from nnscaler.report import plan_report
+from nnscaler.report.about import code_facts, headed
+from nnscaler.report.chrome import chrome_trace
 from nnscaler.report.page import plan_page
-from nnscaler.report.pipeline import pipeline_report, stage_page
+from nnscaler.report.pipeline import of_stage, pipeline_report, stage_page
 from nnscaler.report.values import Work
 from nnscaler.trace import build_on_meta, trace
 
@@ -43,7 +48,8 @@ logger = logging.getLogger(__name__)
 
 # What compiling writes into a directory; that and nothing else may be replaced.
 OWN_FILES = (
-    "graph.txt", "plan.json", "plan*.html", "gencode_stage*.py", "buffers.safetensors", DONE, "__pycache__",
+    "graph.txt", "plan.json", "plan*.html", "trace.json", "gencode_stage*.py", "buffers.safetensors", DONE,
+    "__pycache__",
 )  # fmt: skip
 
 __all__ = ["ComputeConfig", "Source", "compile_model", "differences", "identity"]
@@ -59,6 +65,9 @@ class Source:
     seed    of the weights with which such a strategy executes it
     tokens  of a micro-batch, and `flops` the forward and backward operations that they take (attention counted in full,
             and halved by causality), for figures of speed; None: without
+    name    of the model, as people call it; empty: that of its class
+    length  tokens of a sequence, where inputs are sequences of tokens
+    command that compiles the same, for people
     instead what may be compiled in its place where it does not fit: flag -> a model that needs less memory
     """
 
@@ -68,6 +77,9 @@ class Source:
     seed: int = 0
     tokens: int = 0
     flops: tuple[float, float] | None = None
+    name: str = ""
+    length: int = 0
+    command: str = ""
     instead: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
 
     def shortened(self, parts: int) -> Source | None:
@@ -76,7 +88,7 @@ class Source:
         if len(lengths) != 1 or 0 in lengths or lengths.pop() % parts:
             return None
         inputs = {name: tensor[:, : tensor.shape[1] // parts].contiguous() for name, tensor in self.inputs.items()}
-        return replace(self, inputs=inputs)
+        return replace(self, inputs=inputs, length=self.length // parts, tokens=self.tokens // parts)
 
     def build(self) -> tuple[nn.Module, dict[str, Tensor]]:
         """The model on the meta device, and its buffers' values."""
@@ -85,6 +97,20 @@ class Source:
             if parameter.dtype.is_floating_point:
                 parameter.data = parameter.data.to(self.dtype)
         return model, buffers
+
+    def about(self) -> dict[str, Any]:
+        """What a plan of it was made for, in plain values: without times and places."""
+        precision = {"bfloat16": "bf16", "float32": "fp32"}
+        dtype = str(self.dtype).removeprefix("torch.")
+        facts: dict[str, Any] = {"model": self.name, "command": self.command}
+        if self.length:
+            facts |= {"sequence_length": self.length, "sequences_per_micro_batch": self.tokens // self.length}
+        return {
+            **{what: value for what, value in facts.items() if value},
+            "inputs": {name: f"{short_dtype(one.dtype)}{list(one.shape)}" for name, one in self.inputs.items()},
+            "precision": precision.get(dtype, dtype),
+            "versions": versions(),
+        }
 
     def work(self, hardware: Hardware) -> Work | None:
         """What a micro-batch is, where that is known."""
@@ -122,9 +148,11 @@ def compile_model(source: Source, config: ComputeConfig, directory: Path, explai
     if isinstance(plan, PipelinePlan):
         stages = plan.stages
         report = pipeline_report(plan, source.work(hardware), replan)
-        pages = {stage_page(index): plan_page(stage) for index, stage in enumerate(report["stages"])}
+        report = headed(report, source.about())
+        pages = {stage_page(index): plan_page(of_stage(report, index)) for index in range(len(stages))}
     else:
-        stages, report, pages = [plan], plan_report(plan, source.work(hardware), replan), {}
+        stages, pages = [plan], {}
+        report = headed(plan_report(plan, source.work(hardware), replan), source.about())
     if times is not None:
         times.save()
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +163,10 @@ def compile_model(source: Source, config: ComputeConfig, directory: Path, explai
         for name, page in {"plan.html": plan_page(report), **pages}.items():
             (work / name).write_text(page)
         for index, stage in enumerate(stages):
-            (work / f"gencode_stage{index}.py").write_text(generate(stage))
+            facts = code_facts(report, index if isinstance(plan, PipelinePlan) else None)
+            (work / f"gencode_stage{index}.py").write_text(generate(stage, facts))
+        if isinstance(plan, PipelinePlan):
+            (work / "trace.json").write_text(json.dumps(chrome_trace(report)))
         if graph.buffers:
             save_file(
                 {name: tensor.contiguous() for name, tensor in graph.buffers.items()}, work / "buffers.safetensors"

@@ -1,4 +1,4 @@
-"""The traced model: plain dataclasses, printable.
+"""The traced model: plain dataclasses, printable. Printed, calls of equal layers one after the other are a loop.
 
 A `Graph` is a root `Block` and the repeated blocks it calls. A block is a straight line of `Node`s over named tensors;
 it takes inputs and parameters and gives outputs, and never reads anything else. A `Call` runs a block with its own
@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from math import prod
 from typing import Any
 
 import torch
+
+from nnscaler.folding import folded
 
 
 @dataclass(frozen=True)
@@ -96,15 +99,21 @@ class Block:
         lines += [f"    input      {name}: {self.tensors[name]}" for name in self.inputs]
         lines += [f"    parameter  {name}: {self.tensors[name]}  {path}" for name, path in self.parameters.items()]
         module = None
-        for node in self.nodes:
-            if node.module != module:
+        for are_calls, nodes in groupby(self.nodes, lambda node: isinstance(node, Call)):
+            texts = []
+            for node in nodes:
+                comment = f"# {node.module or '.'}  {node.source}".rstrip() + "\n" if node.module != module else ""
                 module = node.module
-                lines.append(f"  # {module or '.'}  {node.source}".rstrip())
-            results = ", ".join(f"{name}: {self.tensors[name]}" for name in node.outputs)
-            callee = node.block if isinstance(node, Call) else node.op
-            lines.append(f"    {results} = {callee}({format_arguments(node.args, node.kwargs)})")
+                texts.append(f"{comment}  {self._statement(node)}")
+            text = "\n".join(folded(texts) if are_calls else texts)
+            lines += [f"  {line}" for line in text.splitlines()]
         lines.append(f"    return {', '.join(self.outputs)}")
         return "\n".join(lines)
+
+    def _statement(self, node: Node) -> str:
+        results = ", ".join(f"{name}: {self.tensors[name]}" for name in node.outputs)
+        callee = node.block if isinstance(node, Call) else node.op
+        return f"{results} = {callee}({format_arguments(node.args, node.kwargs)})"
 
 
 @dataclass

@@ -49,8 +49,7 @@ def identity(source: Source, model: nn.Module, config: ComputeConfig, record: st
         "hardware": config.find_hardware().identity(),
         "operators": {operator.name: _digest(_content(operator)) for operator in all_registered()},
         "nnscaler": _package_digest(),
-        "torch": torch.__version__.split("+")[0],
-        "transformers": _version("transformers"),
+        **versions(),
         "default dtype": str(torch.get_default_dtype()),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
@@ -81,6 +80,11 @@ def _sources(model: nn.Module) -> dict[str, str]:
         file = getattr(sys.modules.get(name), "__file__", None)
         found[name] = _digest(Path(file).read_bytes()) if file and Path(file).is_file() else "no file"
     return found
+
+
+def versions() -> dict[str, str | None]:
+    """Of what a trace and generated code depend on."""
+    return {"torch": torch.__version__.split("+")[0], "transformers": _version("transformers")}
 
 
 def _version(package: str) -> str | None:

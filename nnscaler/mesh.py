@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,12 @@ class Mesh:
     def axes(self) -> range:
         return range(len(self.sizes))
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the axes: the devices of a copy are one group, or `inner` groups of neighbours and `outer` ones across."""
+        known = {1: ("devices",), 2: ("outer", "inner")}
+        return known.get(len(self.sizes)) or tuple(f"axis{axis}" for axis in self.axes)
+
     def coordinates(self, rank: int) -> tuple[int, tuple[int, ...]]:
         """(replica, place on each axis) of a rank."""
         rank %= self.replicas * prod(self.sizes)
@@ -52,9 +59,14 @@ class Mesh:
         """Whether a group along `axis` has devices of more than one node."""
         return self.stride(axis) * self.sizes[axis] > devices_per_node
 
+    def to_json(self) -> dict[str, Any]:
+        """As plan.json has it: the axes, and how many copies of them there are."""
+        return {"sizes": list(self.sizes), "names": list(self.names), "replicas": self.replicas}
+
     def __str__(self) -> str:
-        pipeline = f"pipeline of {self.pipeline} x " if self.pipeline > 1 else ""
-        return f"{pipeline}{self.replicas} x [{' x '.join(map(str, self.sizes))}]"
+        copies = f"{self.replicas} {'copy' if self.replicas == 1 else 'copies'}"
+        pipeline = [f"{self.pipeline} pipeline ranks"] if self.pipeline > 1 else []
+        return " x ".join([copies, *pipeline, *(f"{size} {name}" for size, name in zip(self.sizes, self.names))])
 
 
 def meshes(plan_ngpus: int, replicas: int, devices_per_node: int) -> list[Mesh]:

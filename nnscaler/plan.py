@@ -115,7 +115,7 @@ class Plan:
         """How everything lies and runs, as plain values, without the graph; `nnscaler.report` adds what it costs."""
         return {
             "model": self.graph.root.module_type,
-            "mesh": {"sizes": list(self.mesh.sizes), "replicas": self.mesh.replicas},
+            "mesh": self.mesh.to_json(),
             "hardware": self.hardware,
             "micro_batches": self.micro_batches,
             "inputs": list(self.graph.root.inputs),

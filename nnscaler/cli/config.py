@@ -31,6 +31,7 @@ class ModelConfig:
     vocabulary          number of token ids that it takes
     flops_per_sequence  forward and backward operations of a sequence: attention in full, and causal; None: no MFU
     save_assets         writes into a folder what makes an exported model complete; None: nothing
+    name                that people know it by; empty: that of its class
     instead             flag -> a model that needs less memory, to be told of where this one does not fit
     """
 
@@ -40,6 +41,7 @@ class ModelConfig:
     vocabulary: int | None = None
     flops_per_sequence: tuple[float, float] | None = None
     save_assets: Callable[[Path], None] | None = None
+    name: str = ""
     instead: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
 
 
@@ -141,7 +143,7 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerArgs:
-    """A training run."""
+    """A training run. `command`: one that compiles the same plan, for people; empty: none is known."""
 
     name: str = text(REQUIRED, "name of the run: of its compiled code, its checkpoints and its logs", judge=check_name)
     model: ModelConfig
@@ -170,6 +172,7 @@ class TrainerArgs:
         0, "seed of the order of the data, and of the weights where the model has none", least=0, most=2**63 - 1
     )
     gen_savedir: Path = path(Path(".nnscaler"), "folder for compiled plans and code, one folder a run")
+    command: str = ""
 
     def __post_init__(self) -> None:
         check(self)

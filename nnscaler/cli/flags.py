@@ -11,6 +11,7 @@ spells its errors over several lines; what is left to do beside `argparse` is li
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,16 +26,41 @@ CONFIG_HELP = "YAML or JSON file of flags by name, without the hyphens in front;
 _SHOWN = {int: "N", float: "X", str: "NAME", Path: "PATH", tuple: "NAME,...", dict: "FIELD=VALUE", bool: "true|false"}
 
 
+def keys_of(cls: type) -> list[str]:
+    """By what a command knows the fields of a configuration."""
+    return [option.key(name) for name, option in options_of(cls).items()]
+
+
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """The values of a command's flags, by flag, with "_" for "-"."""
+    """The values of a command's flags, by flag, with "_" for "-"; and what is said of each."""
 
     values: Mapping[str, Any]
+    options: Mapping[str, Option]
 
     def make(self, cls: type[T], **others: Any) -> T:
         """The configuration that they describe; `others` are its fields that no flag gives, or that go before one."""
         fields = {name: self.values[option.key(name)] for name, option in options_of(cls).items()}
         return cls(**{**fields, **others})
+
+    def spelled(self, keys: Sequence[str], **others: Any) -> str:
+        """Some flags as on a command line, without those that have their default values.
+
+        others  values that go before those that were given
+        """
+        words = []
+        for key in keys:
+            value = others.get(key, self.values[key])
+            if value == self.options[key].default:
+                continue
+            flag = f"--{self.options[key].flag or key}"
+            if isinstance(value, Mapping):
+                words += [word for field, one in value.items() for word in (flag, f"{field}={one}")]
+            elif isinstance(value, bool):
+                words += [flag] if value else [flag, "false"]
+            else:
+                words += [flag, ",".join(value) if isinstance(value, tuple) else str(value)]
+        return shlex.join(words)
 
     def __getitem__(self, flag: str) -> Any:
         return self.values[flag]
@@ -65,7 +91,7 @@ def parse(description: str, groups: Mapping[str, type], defaults: Mapping[str, A
             raise UserError(f"--{key} is not given, and has no default")
         else:
             values[key] = option.default
-    return Flags(values)
+    return Flags(values, options)
 
 
 def _by_flag(groups: Mapping[str, type]) -> dict[str, Option]:

@@ -100,5 +100,7 @@ def _summary(values: dict[str, Any]) -> str:
     loss = f"loss {values['loss']:.4f}" if "loss" in values else "loss not finite"
     shown = [loss, f"{values['tokens_per_second_per_gpu']:.0f} tokens/s/GPU"]
     if "mfu" in values:
-        shown.append(f"MFU {100 * values['mfu']:.1f} % ({100 * values['mfu_causal']:.1f} % causal)")
+        shown.append(
+            f"causal MFU {100 * values['mfu_causal']:.1f} % ({100 * values['mfu']:.1f} % by the document's formula)"
+        )
     return ", ".join(shown)

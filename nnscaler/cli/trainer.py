@@ -148,6 +148,9 @@ class Trainer:
             self.args.seed,
             tokens=sequences * self.args.dataset.length,
             flops=(sequences * flops[0], sequences * flops[1]) if flops else None,
+            name=model.name,
+            length=self.args.dataset.length,
+            command=self.args.command,
             instead=model.instead,
         )
 

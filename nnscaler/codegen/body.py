@@ -183,8 +183,12 @@ class Body:
         name = operator.name
         for axis, dimension in enumerate(split.split(",")):
             if dimension in operator.along and self.plan.mesh.sizes[axis] > 1:
-                name, args = f"{name}_along_{dimension}", [Ref(f"axes[{axis}]"), *args]
+                name, args = f"{name}_along_{dimension}", [Ref(self._axis(axis)), *args]
         return f"ops.{name}({format_arguments(args, kwargs)})"
+
+    def _axis(self, axis: int) -> str:
+        """The group of devices along a mesh axis."""
+        return f"axes.{self.plan.mesh.names[axis]}"
 
     def _local_meta(self, tensor: str, layout: Placements) -> TensorMeta:
         meta = self.block.tensors[tensor]
@@ -200,7 +204,7 @@ class Body:
             expression = self.names[tensor, source]
             if steps and self._is_gathered_weight(tensor, steps):
                 variable = self._fresh(f"{tensor}_{_tag(layout)}")
-                shards = "".join(f", (axes[{step.axis}], {_dim(step.source)})" for step in steps)
+                shards = "".join(f", ({self._axis(step.axis)}, {_dim(step.source)})" for step in steps)
                 again = ", again=True" if (self.block.name, tensor) in self.plan.gathered_again else ""
                 lines.append(f"{variable} = axes.gathers.weight({expression}{shards}{again})")
                 expression = variable
@@ -225,7 +229,7 @@ class Body:
 
     def _collective(self, x: str, step: Reshard, tensor: str) -> str:
         forward, backward = step.collectives
-        axis = f"axes[{step.axis}]"
+        axis = self._axis(step.axis)
         if not self.block.tensors[tensor].requires_grad:
             backward = _WITHOUT_GRADIENT.get(backward, backward)
         if forward == "identity":

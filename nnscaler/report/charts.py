@@ -7,7 +7,7 @@ from typing import Any
 
 from nnscaler.report.categories import BUFFERS, EXPOSED, HIDDEN, MATMUL, MEMORY_BOUND, OPTIMIZER, RECOMPUTE, WORKING
 from nnscaler.report.markup import Markup, tag
-from nnscaler.report.spelling import gib, percent, seconds
+from nnscaler.report.spelling import CAUSAL_MFU, FULL_MFU, gib, percent, seconds
 
 _COLOURS = {
     MATMUL: "#3d6fb4",
@@ -78,15 +78,11 @@ def mark(at: float, text: str) -> Markup:
     return tag("div", tag("span", text), class_="mark", style=f"left:{100 * at:.3f}%")
 
 
-def headline(predicted: Mapping[str, Any], memory: str) -> Markup:
-    """The figures that matter most, as cards. `memory`: what that of a device is called."""
-    cards = [("step", seconds(predicted["step_seconds"]))]
-    if "tokens_per_second_per_gpu" in predicted:
-        cards.append(("tokens/s a device", f"{predicted['tokens_per_second_per_gpu']:,.0f}"))
+def headline(predicted: Mapping[str, Any], memory: str, time: str = "step") -> Markup:
+    """The figures that matter most, as cards. `memory`, `time`: what they are called."""
+    cards = [(time, seconds(predicted["step_seconds"])), (memory, gib(predicted["memory_bytes"]))]
     if "mfu" in predicted:
-        cards += [
-            ("MFU, attention in full", percent(predicted["mfu"])),
-            ("MFU, attention halved", percent(predicted["mfu_causal"])),
-        ]
-    cards.append((memory, gib(predicted["memory_bytes"])))
+        cards = [(CAUSAL_MFU, percent(predicted["mfu_causal"])), *cards, (FULL_MFU, percent(predicted["mfu"]))]
+    if "tokens_per_second_per_gpu" in predicted:
+        cards = [("tokens/s a device", f"{predicted['tokens_per_second_per_gpu']:,.0f}"), *cards]
     return tag("div", *(tag("div", tag("b", value), tag("span", name)) for name, value in cards), class_="cards")

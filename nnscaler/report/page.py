@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from nnscaler.report.about import facts, plan_title
 from nnscaler.report.block_section import block_section
 from nnscaler.report.categories import HIDDEN
 from nnscaler.report.charts import bar, headline, legend, mark
 from nnscaler.report.markup import Markup, table, tag
 from nnscaler.report.pipeline import pipeline_sections
-from nnscaler.report.spelling import LEGEND, gib, or_blank, percent, plan_title, seconds
+from nnscaler.report.spelling import LEGEND, gib, or_blank, percent, seconds
 from nnscaler.report.text import proven
 
 Values = Mapping[str, Any]
@@ -29,10 +30,12 @@ def plan_page(values: Values) -> str:
 
 def _sections(values: Values, name: str) -> Iterator[Markup]:
     yield tag("h1", name)
-    steps = values["micro_batches"]
-    step = f"an optimizer step of {steps} micro-batch{'es' if steps > 1 else ''} a copy"
-    yield tag("p", f"Predicted for {step}; {proven(values['predicted'])}.")
-    yield headline(values["predicted"], "memory a device")
+    yield facts(values, f"{proven(values['predicted']).capitalize()}.")
+    if "stage" in values:
+        whole = seconds(values["stage"]["of_step_seconds"])
+        yield headline(values["predicted"], "memory a device", f"work of this stage, in a step of {whole}")
+    else:
+        yield headline(values["predicted"], "memory a device")
     yield _time(values["predicted"])
     yield _memory(values["predicted"])
     yield from _host(values["predicted"])
@@ -96,8 +99,8 @@ def _advice(values: Values) -> Markup:
 
 def _notation(values: Values) -> Markup:
     """What the placements in the tables below mean."""
-    axes = len(values["mesh"]["sizes"])
-    several = " A tensor has one placement for each axis of the mesh, the outer axis first." if axes > 1 else ""
+    axes = values["mesh"]["names"]
+    several = f" A tensor has one placement for each axis of the mesh: {', '.join(axes)}." if len(axes) > 1 else ""
     entries = (tag("li", tag("code", name), f" {meaning}") for name, meaning in LEGEND.items())
     return tag(
         "section",

@@ -15,6 +15,7 @@ from typing import Any
 from nnscaler.graph import TensorMeta
 from nnscaler.pipeline.plan import PipelinePlan, forward_seconds, update_seconds
 from nnscaler.placement import local_shape
+from nnscaler.report.about import facts
 from nnscaler.report.charts import headline
 from nnscaler.report.markup import Markup, table, tag
 from nnscaler.report.spelling import gib, seconds
@@ -33,7 +34,7 @@ def pipeline_report(plan: PipelinePlan, work: Work | None = None, replan: Replan
     devices = schedule.ranks * first.mesh.plan_ngpus
     values: dict[str, Any] = {
         "model": first.graph.root.module_type,
-        "mesh": {"sizes": list(first.mesh.sizes), "replicas": first.mesh.replicas},
+        "mesh": first.mesh.to_json(),
         "hardware": first.hardware,
         "micro_batches": schedule.micro_batches,
         "predicted": {
@@ -90,11 +91,9 @@ def pipeline_sections(values: Values, name: str) -> Iterator[Markup]:
     """The body of the page."""
     predicted, pipeline = values["predicted"], values["pipeline"]
     yield tag("h1", name)
-    yield tag("p", f"Predicted for an optimizer step: {Schedule(**pipeline['schedule'])}.")
+    yield facts(values, f"The pipeline: {Schedule(**pipeline['schedule'])}.")
     yield headline(predicted, f"memory a device, of {gib(predicted['memory_limit_bytes'])}")
-    yield tag("section", tag("h2", "Timeline of a step"), *timeline(pipeline))
-    update = f"After it, parameters are updated, which takes {seconds(predicted['update_seconds'])}."
-    yield tag("p", update, class_="faint")
+    yield tag("section", tag("h2", "Timeline of a step"), *timeline(values))
     rows = [
         [
             tag("a", f"stage {index}", href=stage_page(index)), stage["rank"],
@@ -116,6 +115,12 @@ def pipeline_sections(values: Values, name: str) -> Iterator[Markup]:
     shared = [f"{name}: stages {', '.join(map(str, users))}" for name, users in pipeline["shared"].items()]
     if shared:
         yield tag("section", tag("h2", "Parameters of several stages"), tag("p", "; ".join(shared)))
+
+
+def of_stage(values: Values, index: int) -> dict[str, Any]:
+    """The values for the page of a stage."""
+    stage = {"index": index, "of_step_seconds": values["predicted"]["step_seconds"]}
+    return {**values["stages"][index], "about": values["about"], "stage": stage}
 
 
 def stage_page(index: int) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nnscaler.report.spelling import gib, percent, plan_title, seconds
+from nnscaler.report.about import plan_title, work_of
+from nnscaler.report.spelling import gib, percent, seconds
+from nnscaler.report.spelling import step as step_text
 from nnscaler.schedules import Schedule
 
 
@@ -17,7 +19,8 @@ def explain(values: Mapping[str, Any]) -> str:
     step, limit = predicted["step_seconds"], predicted["memory_limit_bytes"]
     lines = [
         f"plan       {plan_title(values)}",
-        f"step       {seconds(step)} for {values['micro_batches']} micro-batches{speed(predicted)}",
+        f"step       {step_text(predicted)}",
+        f"           for {work_of(values)}, a copy",
         *_listed("time", predicted["seconds_by_category"], step, seconds),
         *(f"           {what:<30} {seconds(value):>9}" for what, value in predicted["hidden_seconds"].items() if value),
         f"memory     {gib(predicted['memory_bytes'])} of {gib(limit)} that the plan may use",
@@ -51,7 +54,8 @@ def _explain_pipeline(values: Mapping[str, Any]) -> str:
         [
             f"plan       {plan_title(values)}",
             f"schedule   {Schedule(**pipeline['schedule'])}",
-            f"step       {seconds(predicted['step_seconds'])}{speed(predicted)}",
+            f"step       {step_text(predicted)}",
+            f"           for {work_of(values)}, a copy",
             f"           {seconds(predicted['update_seconds'])} of it update parameters; ranks compute {computing}",
             f"memory     {gib(used)} of {gib(limit)} that the plan may use, on the rank that needs most",
             *(f"{f'stage {index}':<10} {line}" for index, line in enumerate(_stage_lines(values))),
@@ -69,16 +73,6 @@ def _stage_lines(values: Mapping[str, Any]) -> Iterator[str]:
             f"backward {seconds(stage['backward_seconds'])}; {gib(stage['memory_bytes'])}, "
             f"{stage['in_flight']} in flight{again}"
         )
-
-
-def speed(predicted: Mapping[str, Any]) -> str:
-    """`, 3,627 tokens/s/GPU, MFU 93.2 % (51.0 % causal)`; nothing where that is not known."""
-    if "tokens_per_second_per_gpu" not in predicted:
-        return ""
-    rate = f", {predicted['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU"
-    if "mfu" not in predicted:
-        return rate
-    return f"{rate}, MFU {percent(predicted['mfu'])} ({percent(predicted['mfu_causal'])} with attention halved)"
 
 
 def proven(predicted: Mapping[str, Any]) -> str:

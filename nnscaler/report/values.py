@@ -1,5 +1,7 @@
 """A plan's costs as plain values, which plan.json holds beside the plan itself; the other reports read nothing else.
 
+schema, units, about: what the file is, and what the plan was made for; see `nnscaler.report.about`
+
 predicted     headline figures, and what they are made of; `gap`: the part of its time by which the plan may be slower
               than the best on the meshes that were tried, as far as was proven
 limits        what the step's time and the device's memory go into, most important first
@@ -21,6 +23,7 @@ from typing import Any
 
 from nnscaler.errors import UserError
 from nnscaler.plan import Plan
+from nnscaler.report.about import SCHEMA
 from nnscaler.report.blocks import block_costs
 from nnscaler.report.categories import (
     HIDDEN,
@@ -128,10 +131,12 @@ def read_plan(path: Path) -> dict[str, Any]:
     try:
         values: dict[str, Any] = json.loads(file.read_text())
         values["predicted"]["step_seconds"]
-        return values
+        if values["schema"] == SCHEMA:
+            return values
     except OSError:
         raise UserError(
             f"'{path}' is no compiled plan: it has no {PLAN}; train.py --run_mode compile makes one"
         ) from None
     except (ValueError, TypeError, KeyError):
         raise UserError(f"'{file}' is not a plan with its costs; compile again") from None
+    raise UserError(f"'{file}' has schema {values['schema']}, and this version reads {SCHEMA}; compile again")

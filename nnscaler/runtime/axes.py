@@ -34,10 +34,14 @@ class Axes:
 
     gathers  how weights stored in shards are gathered over them, for generated code
     host     where it keeps what backward needs beside the device's memory
+    devices  the group of all devices of a copy, of a mesh of one axis; of two, `inner` and `outer`: see `Mesh.names`
     """
 
     gathers: Gathers
     host: HostMemory
+    devices: Axis
+    inner: Axis
+    outer: Axis
 
     def __init__(self, mesh: Mesh, device: torch.device) -> None:
         world = dist.get_world_size() if dist.is_initialized() else 1
@@ -47,7 +51,7 @@ class Axes:
         self.device = device
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.replica, self.place = mesh.coordinates(self.rank)
-        axes = tuple(f"axis{axis}" for axis in mesh.axes)
+        axes = mesh.names
         self._names: tuple[str, ...] = ("replica", *axes)
         self._sizes: tuple[int, ...] = (mesh.replicas, *mesh.sizes)
         if mesh.pipeline > 1:
@@ -57,6 +61,8 @@ class Axes:
             self._device_mesh = init_device_mesh(device.type, self._sizes, mesh_dim_names=self._names)
         self._groups: dict[tuple[str, ...], Axis] = {}
         self._axes = [self._axis([name]) for name in axes]
+        for name, axis in zip(axes, self._axes):
+            setattr(self, name, axis)
         self.pipeline = self._axis(["pipeline"]) if mesh.pipeline > 1 else Axis(1, 0, None)
         if mesh.pipeline > 1:
             # Other stages may need other groups of owners, but a group is made by all ranks together.
@@ -71,7 +77,7 @@ class Axes:
 
     def owners(self, layout: Placements) -> Axis:
         """The ranks that hold the same shard of a parameter stored in `layout`."""
-        replicated = [f"axis{axis}" for axis, place in enumerate(layout) if not isinstance(place, Shard)]
+        replicated = [self.mesh.names[axis] for axis, place in enumerate(layout) if not isinstance(place, Shard)]
         return self._axis(["replica", *replicated])
 
     def _axis(self, names: list[str]) -> Axis:

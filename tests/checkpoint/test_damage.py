@@ -211,6 +211,9 @@ def merger(monkeypatch, capsys):
 def test_listing(folder, saved, merger, copy):
     out, error = merger("--ckpt_dir", folder / "checkpoints" / "run", "--list")
     assert not error
+    assert len(out.splitlines()) == len(complete_checkpoints(folder / "checkpoints" / "run")), "a line each"
+    out, error = merger("--ckpt_dir", folder / "checkpoints" / "run", "--list", "--tensors")
+    assert not error
     assert "step_00000006  step 6, loss " in out
     marked = [line for line in out.splitlines() if "<-" in line]
     assert any(LAST in line and "step_00000006" in line for line in marked)
@@ -221,7 +224,7 @@ def test_listing(folder, saved, merger, copy):
     assert "uint8" in lines["random.torch.1"]
     flip(copy / "__1_0.distcp", 5000, 0)
     (copy / "model" / "config.json").unlink()
-    out, error = merger("--ckpt_dir", copy.parent, "--list")
+    out, error = merger("--ckpt_dir", copy.parent, "--list", "--tensors")
     assert "is incomplete: it has no model/config.json" in out
     assert "is incomplete: it has no model/config.json" in error
 

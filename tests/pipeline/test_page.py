@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from xml.etree import ElementTree
 
 import pytest
@@ -11,6 +12,7 @@ from nnscaler.compiler import ComputeConfig, Source, compile_model
 from nnscaler.errors import UserError
 from nnscaler.models.causal_lm import CausalLM, prepare_config
 from nnscaler.report import compare, explain, read_plan
+from nnscaler.report.spelling import seconds
 from nnscaler.schedules import Schedule, Work, programs
 from tests import tiny
 
@@ -74,6 +76,38 @@ def test_the_page_draws_every_work_and_needs_nothing_else(compiled):
     for link in links:
         ElementTree.fromstring((compiled / link).read_text().removeprefix("<!DOCTYPE html>\n"))
     assert not any(element.get("src") for element in page.iter())
+
+
+def test_the_step_ends_on_the_page_and_in_the_trace(compiled):
+    values = read_plan(compiled)
+    step, update = (values["predicted"][name] for name in ("step_seconds", "update_seconds"))
+    page = ElementTree.fromstring((compiled / "plan.html").read_text().removeprefix("<!DOCTYPE html>\n"))
+    (picture,) = page.iter(f"{SVG}svg")
+    marks = [mark for mark in picture.iter(f"{SVG}text") if mark.get("text-anchor")]
+    assert marks[-1].text == seconds(step)
+    assert float(marks[-1].get("x")) < float(picture.get("width"))
+    events = json.loads((compiled / "trace.json").read_text())["traceEvents"]
+    spans = [event for event in events if event["ph"] == "X"]
+    drawn = [span for span in values["pipeline"]["timeline"] if span[5] > span[4]]
+    assert len(spans) == len(drawn) + RANKS
+    for event, (rank, _, stage, index, start, end) in zip(spans, drawn):
+        assert (event["tid"], event["args"]) == (rank, {"stage": stage, "micro-batch": index})
+        assert (event["ts"], event["dur"]) == pytest.approx((1e6 * start, 1e6 * (end - start)), abs=1e-3)
+    assert max(event["ts"] + event["dur"] for event in spans) == pytest.approx(1e6 * step, abs=1e-2)
+    assert [event["dur"] for event in spans[-RANKS:]] == pytest.approx([1e6 * update] * RANKS, abs=1e-3)
+
+
+def test_every_file_has_the_same_prediction(compiled):
+    """That of the whole step; what a stage works of it is called so."""
+    values = read_plan(compiled)
+    step = f"{seconds(values['predicted']['step_seconds'])} a step"
+    assert step in explain(values)
+    for index, stage in enumerate(values["stages"]):
+        code, own = (compiled / f"gencode_stage{index}.py").read_text(), seconds(stage["predicted"]["step_seconds"])
+        assert step in code
+        assert f"{index} of {STAGES}, counted from 0; it works for {own} of the step" in code
+        page = (compiled / f"plan_stage{index}.html").read_text()
+        assert f"work of this stage, in a step of {seconds(values['predicted']['step_seconds'])}" in page
 
 
 def test_the_short_version_has_a_line_a_stage(compiled):

@@ -303,7 +303,11 @@ def test_the_command(compiled, capsys, monkeypatch, tmp_path):
     assert call(a / "plan.json") == explain(read_plan(a))
     assert call(a, b) == compare(read_plan(a), read_plan(b))
     (tmp_path / "plan.json").write_text('{"mesh": {}}')
-    for path, message in ((tmp_path, "compile again"), (tmp_path / "nowhere", "is no compiled plan")):
+    (tmp_path / "old.json").write_text(json.dumps({**read_plan(a), "schema": 1}))
+    for path, message in (
+        (tmp_path, "compile again"), (tmp_path / "nowhere", "is no compiled plan"),
+        (tmp_path / "old.json", "schema 1,"),
+    ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             call(path)
 
@@ -345,6 +349,17 @@ def test_explaining_an_8b_model(tmp_path, monkeypatch, capsys):
     assert f"{tokens:,.0f} tokens/s/GPU" in text
     assert 0.4 < predicted["mfu_causal"] < predicted["mfu"] < 1
     assert predicted["memory_bytes"] <= predicted["memory_limit_bytes"] * (1 + 1e-5)
+    for name in ("plan.html", "gencode_stage0.py"):
+        written = " ".join((tmp_path / "llama" / name).read_text().replace("</span>", "").replace("<span>", "").split())
+        for said in (
+            "meta-llama/Meta-Llama-3-8B-Instruct", "4 micro-batches of 1 sequence of 131,072 tokens, in bf16",
+            "train.py --run_mode compile --model_id meta-llama/Meta-Llama-3-8B-Instruct --enable-chunk-loss "
+            "--sequence_length 131072 --plan_ngpus 8 --runtime_ngpus 8 --hardware h100 --precision bf16",
+            f"torch {values['about']['versions']['torch']}",
+        ):  # fmt: skip
+            assert said in written, name
+        assert str(tmp_path) not in written
+    assert values["schema"] == 2
     calls = values["costs"]["llama_decoder_layer"]["levels"].values()
     assert sum(level["calls"] for level in calls) == 32
     more = next(one for one in values["advice"] if one["change"] == "+20 GiB a device")
