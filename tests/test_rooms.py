@@ -25,6 +25,7 @@ BARRED = {
 WORDS = (
     "annotation",
     "errors",
+    "folding",
     "graph",
     "mesh",
     "placement",
