@@ -7,17 +7,28 @@ from nnscaler.lazy import lazily
 
 if TYPE_CHECKING:
     from nnscaler.compiler import Source, compile_model
-    from nnscaler.config import ComputeConfig
+    from nnscaler.config import ComputeConfig, OptimizerConfig
     from nnscaler.operators import register_op
+    from nnscaler.parallel import parallelize
 
-__all__ = ["ComputeConfig", "Source", "UserError", "compile_model", "register_op"]
+__all__ = [
+    "ComputeConfig",
+    "OptimizerConfig",
+    "Source",
+    "UserError",
+    "compile_model",
+    "parallelize",
+    "register_op",
+]
 
 __getattr__ = lazily(
     __name__,
     {
         "ComputeConfig": "nnscaler.config",
+        "OptimizerConfig": "nnscaler.config",
         "Source": "nnscaler.compiler",
         "compile_model": "nnscaler.compiler",
+        "parallelize": "nnscaler.parallel",
         "register_op": "nnscaler.operators",
     },
 )

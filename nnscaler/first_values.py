@@ -42,12 +42,13 @@ def initial_parameters(model: nn.Module, seed: int, device: torch.device) -> Ite
             _initialise(model, path, module, values)
         module._parameters.update(kept)
         for name, value in values.items():
+            full = f"{path}.{name}".lstrip(".")
             if value.isnan().any():
                 raise UserError(
-                    f"parameter '{path}.{name}' of {type(module).__name__} has no first value: neither the model's "
+                    f"parameter '{full}' of {type(module).__name__} has no first value: neither the model's "
                     "_init_weights() nor the module's reset_parameters() gives it one"
                 )
-            yield f"{path}.{name}".lstrip("."), value.detach()
+            yield full, value.detach()
 
 
 def _initialise(model: nn.Module, path: str, module: nn.Module, values: Mapping[str, Tensor]) -> None:

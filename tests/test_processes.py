@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nnscaler.cli import processes
-from nnscaler.cli.watch import Watch
+from nnscaler import processes
 from nnscaler.errors import UserError
+from nnscaler.watch import Watch
 from tests.launch import run
 
 

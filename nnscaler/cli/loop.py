@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from nnscaler.checkpoint.claim import Holding, claim
 from nnscaler.checkpoint.due import Due
@@ -21,21 +21,18 @@ from nnscaler.checkpoint.folder import TrainerState
 from nnscaler.checkpoint.randomness import random_states
 from nnscaler.checkpoint.resume import resume
 from nnscaler.checkpoint.saver import Saver
-from nnscaler.checkpoint.sharded import fixed_state
 from nnscaler.checkpoint.termination import Termination
 from nnscaler.cli.config import TrainerArgs
 from nnscaler.cli.finite import FiniteSteps
 from nnscaler.cli.log import RunLog, is_free, log_folder
-from nnscaler.cli.processes import from_rank_0
-from nnscaler.cli.watch import Watch
 from nnscaler.compiler import Source
 from nnscaler.data.training import Batches, PackedDataset, Share
 from nnscaler.errors import UserError
-from nnscaler.first_values import initial_parameters
-from nnscaler.models.weights import fixed_tensors, load_weights
+from nnscaler.loaded import LoadedModel
+from nnscaler.models.weights import load_weights
+from nnscaler.processes import from_rank_0
 from nnscaler.profiler.steps import StepProfiler
-from nnscaler.runtime.optimizer import ShardedOptimizer
-from nnscaler.runtime.pipeline import load_module
+from nnscaler.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -63,21 +60,8 @@ class TrainingRun:
     ) -> None:
         self.args, self.device, self.dataset, self.watch = args, device, dataset, watch
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.module = load_module(code, device)
-        self.mesh = self.module.axes.mesh
-        self.optimizer = ShardedOptimizer(
-            self.module.buckets, self.args.optimizer, self.mesh.plan_ngpus, self.module.state_on_host
-        )
-        model, buffers = source.build()
-        fixed = fixed_tensors(model, [name for name, spec in self.module.specs.items() if spec.trained])
-        unused = {name: buffers.get(name, tensor) for name, tensor in fixed.items() if name not in self.module.specs}
-        self.module.hold_unused(unused)
-        self.fixed = fixed_state(self.module, fixed)
-        self.described = {
-            name: {"shape": list(spec.shape), "dtype": str(spec.dtype).removeprefix("torch.")}
-            for name, spec in self.module.specs.items()
-            if spec.trained or name in fixed
-        }
+        self.loaded = LoadedModel(code, source, self.args.optimizer, device)
+        self.module, self.optimizer, self.mesh = self.loaded.module, self.loaded.optimizer, self.loaded.mesh
         self.share = Share(
             self.module.axes.replica, self.mesh.replicas, self.args.micro_batch_size, self.args.compute.micro_batches
         )
@@ -86,11 +70,12 @@ class TrainingRun:
         self.peak = self.args.compute.find_hardware().peak(source.dtype)
         loaded, state = None, None
         if resume_from:
-            loaded, state = resume(
-                resume_from, self.module, self.optimizer, self.fixed, lambda path: self._load_weights(path, model)
-            )
+            loaded, state = resume(resume_from, self.module, self.optimizer, self.loaded.fixed, self._load_weights)
+        elif self.args.model.weights is not None:
+            self._load_weights(self.args.model.weights)
+            self.optimizer.load_masters()
         else:
-            self._first_weights(model)
+            self.loaded.initialise(self.seed)
         if state is not None:
             self.step, self.consumed, self.seed, self.loss = state.step, state.consumed, state.seed, state.loss
             logger.info("continuing from %s: step %d, %d samples", loaded, self.step, self.consumed)
@@ -106,7 +91,8 @@ class TrainingRun:
         self.finite = FiniteSteps(skipped)
         config = self.args.checkpoint
         check = self.holding.check if self.holding is not None else lambda: None
-        self.saver = Saver(self.folder, self.optimizer, self.fixed, self.device, self.args.model.save_assets, check)
+        assets = self.args.model.save_assets
+        self.saver = Saver(self.folder, self.optimizer, self.loaded.fixed, self.device, assets, check)
         if config.interval is not None:
             self.saver.predict_seconds()
         self.due = Due(config.interval or 0, config.minutes)
@@ -133,20 +119,9 @@ class TrainingRun:
             raise UserError(f"'{folder}' is not seen by rank {self.rank}: checkpoint_dir must be shared by all nodes")
         return folder, run
 
-    def _first_weights(self, model: nn.Module) -> None:
-        if self.args.model.weights is not None:
-            self._load_weights(self.args.model.weights, model)
-        else:
-            logger.info("weights are initialised from seed %d", self.seed)
-            wanted = self.module.parameters_to_load()
-            for name, value in initial_parameters(model, self.seed, self.device):
-                if name in wanted:
-                    self.module.load_one(name, value[self.module.box(name).slices])
-        self.optimizer.load_masters()
-
-    def _load_weights(self, directory: Path, model: nn.Module) -> None:
+    def _load_weights(self, directory: Path) -> None:
         logger.info("weights are read from %s", directory)
-        load_weights(directory, self.module, model, self.args.model.weight_prefix)
+        load_weights(directory, self.module, self.loaded.model, self.args.model.weight_prefix)
 
     def train(self) -> None:
         """Steps until `self.steps`; saves every interval and at the end."""
@@ -275,7 +250,11 @@ class TrainingRun:
             run=self.folder.name,
             model=self.args.name,
             processes=self.mesh.runtime_ngpus,
-            parameters=self.described,
+            parameters={
+                name: {"shape": list(spec.shape), "dtype": str(spec.dtype).removeprefix("torch.")}
+                for name, spec in self.module.specs.items()
+                if name in self.loaded.names
+            },
             tied=self.module.tied,
             prefix=self.args.model.weight_prefix,
             saved_at=time.time(),

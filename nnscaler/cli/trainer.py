@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from nnscaler.cli.config import TrainerArgs
 from nnscaler.cli.precision import with_precision
-from nnscaler.cli.processes import from_all, from_rank_0, join_processes, share_folder, wait_for_steps_of
-from nnscaler.cli.watch import Watch
-from nnscaler.compiler import Source, compile_model, differences, identity
+from nnscaler.compiler import Source, compile_model
 from nnscaler.data.training import PackedDataset, with_labels
-from nnscaler.directory import alone_in
 from nnscaler.errors import UserError
 from nnscaler.models.weights import WeightFiles, check_weights
+from nnscaler.processes import check_world, from_all, from_rank_0, join_processes, own_device, wait_for_steps_of
 from nnscaler.trace import STRATEGIES
+from nnscaler.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +34,6 @@ class Trainer:
         if self.rank > 0:
             logging.getLogger("nnscaler").setLevel(logging.ERROR)  # one rank reports
         self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.device = torch.device("cpu")
-        # Near a device's limit fixed segments break up; read when the first tensor is made there.
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-        if torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         self.watch: Watch | None = None
 
     def run(self) -> None:
@@ -53,27 +46,23 @@ class Trainer:
         from nnscaler.checkpoint.owner import job
         from nnscaler.checkpoint.resume import where_to_begin
         from nnscaler.cli.loop import TrainingRun
+        from nnscaler.loaded import compiled, predicted_step_seconds
 
-        self._check_world()
+        check_world(self.args.compute.runtime_ngpus)
+        device = own_device()
         dataset = self._dataset()
         source = self._source()
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
         if self.world > 1:
-            self.watch = join_processes(self.device)
+            self.watch = join_processes(device)
         try:
-            from_rank_0(lambda: self._judge(dataset), self.device)
+            from_rank_0(lambda: self._judge(dataset), device)
             checkpoint = self.args.checkpoint
             jobs = sorted({name for name in from_all(job()) if name is not None})
-            begin = from_rank_0(lambda: where_to_begin(checkpoint.directory, checkpoint.resume, jobs), self.device)
-            with alone_in(self.gen_folder) if self.rank == 0 else nullcontext():  # another run may have this name too
-                from_rank_0(lambda: self._compile_if_needed(source), self.device)
-                if self.world > 1:
-                    share_folder(self.gen_folder, self.device)
-                run = TrainingRun(self.args, self.gen_folder, self.device, source, dataset, *begin, jobs, self.watch)
+            begin = from_rank_0(lambda: where_to_begin(checkpoint.directory, checkpoint.resume, jobs), device)
+            with compiled(source, self.args.compute, self.gen_folder, device, self._check_weights):
+                run = TrainingRun(self.args, self.gen_folder, device, source, dataset, *begin, jobs, self.watch)
             if self.watch is not None:
-                plan = json.loads((self.gen_folder / "plan.json").read_text())
-                wait_for_steps_of(plan["predicted"]["step_seconds"], self.watch)
+                wait_for_steps_of(predicted_step_seconds(self.gen_folder), self.watch)
             run.train()
         except RuntimeError:
             if self.watch is not None:
@@ -88,19 +77,6 @@ class Trainer:
     @property
     def gen_folder(self) -> Path:
         return self.args.gen_savedir / self.args.name
-
-    def _check_world(self) -> None:
-        wanted = self.args.compute.runtime_ngpus
-        if self.world != wanted:
-            raise UserError(
-                f"runtime_ngpus is {wanted}, but {self.world} processes run; "
-                f"start with torchrun --nproc_per_node={wanted} (or --nnodes and --nproc_per_node that multiply to it)"
-            )
-        if self.device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
-            raise UserError(
-                f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes here, "
-                f"this node has {torch.cuda.device_count()} GPUs"
-            )
 
     def _dataset(self) -> PackedDataset:
         dataset = self.args.dataset.dataset
@@ -154,16 +130,8 @@ class Trainer:
             instead=model.instead,
         )
 
-    def _compile_if_needed(self, source: Source) -> None:
-        """Compiles unless the folder holds just what is wanted."""
-        model, _ = source.build()
+    def _check_weights(self, model: nn.Module) -> None:
+        """Raises UserError where the weights' files do not fit the model."""
         weights = self.args.checkpoint.resume or self.args.model.weights
         if weights is not None and WeightFiles.find(weights) is not None:
             check_weights(weights, model, self.args.model.weight_prefix)
-        changed = differences(self.gen_folder, identity(source, model, self.args.compute))
-        if changed == []:
-            logger.info("using the compiled plan in %s", self.gen_folder)
-            return
-        if changed:
-            logger.warning("%s was compiled for something else (%s): compiling", self.gen_folder, "; ".join(changed))
-        compile_model(source, self.args.compute, self.gen_folder)

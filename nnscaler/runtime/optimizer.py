@@ -92,7 +92,7 @@ class ShardedOptimizer:
             state.set_steps(steps)
 
     @torch.no_grad()
-    def step(self, labels: int, lr: float, loss: Tensor | None = None) -> Tensor:
+    def step(self, labels: float, lr: float, loss: Tensor | None = None) -> Tensor:
         """One update from the accumulated gradients of summed losses, taken as the mean over all labels.
 
         labels  number of labels in this rank's micro-batches

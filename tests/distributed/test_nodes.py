@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 
 from nnscaler import UserError
+from nnscaler import watch as signs
 from nnscaler.checkpoint.folder import latest_checkpoint
 from nnscaler.checkpoint.stored import Checkpoint
-from nnscaler.cli import watch as signs
-from nnscaler.cli.processes import join_processes
+from nnscaler.processes import join_processes
 from tests import tiny
 from tests.launch import run
 
@@ -94,7 +94,7 @@ def fall_silent() -> list[str]:
     watch = join_processes(torch.device("cpu"))
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
-    logging.getLogger("nnscaler.cli.watch").addHandler(handler)
+    logging.getLogger("nnscaler.watch").addHandler(handler)
     watch.reached(4 if rank else 5)
     dist.barrier()
     if rank == 2:

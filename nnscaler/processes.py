@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from nnscaler.cli.watch import Watch, is_leader
 from nnscaler.compiler import OWN_FILES, check_replaceable
 from nnscaler.errors import UserError
+from nnscaler.watch import Watch, is_leader
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +58,40 @@ def join_processes(device: torch.device, timeout: timedelta = TIMEOUT) -> Watch:
     return Watch(store, rank, world, timeout / 2)
 
 
-def wait_for_steps_of(seconds: float, watch: Watch) -> None:
+def own_device() -> torch.device:
+    """The GPU of this process, which becomes its current one; the CPU where there is none.
+
+    Raises UserError where torchrun started more processes here than there are GPUs.
+    """
+    # Near a device's limit fixed segments break up; read when the first tensor is made there.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
+        raise UserError(
+            f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes here, "
+            f"this node has {torch.cuda.device_count()} GPUs"
+        )
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def check_world(runtime_ngpus: int) -> None:
+    """Raises UserError unless as many processes run as a configuration is for."""
+    world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    if world != runtime_ngpus:
+        raise UserError(
+            f"runtime_ngpus is {runtime_ngpus}, but {world} processes run; start with torchrun "
+            f"--nproc_per_node={runtime_ngpus} (or --nnodes and --nproc_per_node that multiply to it)"
+        )
+
+
+def wait_for_steps_of(seconds: float, watch: Watch | None = None) -> None:
     """Lets every collective of the groups made so far, and the watch, wait as long as steps of that length ask for."""
     timeout = max(TIMEOUT, timedelta(seconds=STEPS * seconds))
-    watch.patience = timeout.total_seconds() / 2
+    if watch is not None:
+        watch.patience = timeout.total_seconds() / 2
     for group in list(distributed_c10d._world.pg_map):
         distributed_c10d._set_pg_timeout(timeout, group)
 

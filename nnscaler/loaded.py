@@ -1,0 +1,99 @@
+"""A compiled model as one process runs it: found or compiled, loaded, and given its first weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from nnscaler.checkpoint.sharded import fixed_state
+from nnscaler.compiler import Source, compile_model, differences, identity
+from nnscaler.config import ComputeConfig, OptimizerConfig
+from nnscaler.directory import alone_in
+from nnscaler.first_values import initial_parameters
+from nnscaler.models.weights import fixed_tensors
+from nnscaler.processes import from_rank_0, share_folder
+from nnscaler.runtime.optimizer import ShardedOptimizer
+from nnscaler.runtime.pipeline import load_module
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def compiled(
+    source: Source,
+    config: ComputeConfig,
+    folder: Path,
+    device: torch.device,
+    judge: Callable[[nn.Module], None] = lambda model: None,
+) -> Iterator[None]:
+    """Inside, `folder` holds on every node what `source` compiles to, and no other run changes it. Collective.
+
+    Rank 0 compiles, unless the folder holds just that already; nodes that do not share it get its files.
+
+    judge  of the model on the meta device, on rank 0; raises UserError where it does not suit
+    Raises UserError, on every rank, as `compile_model` does.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    with alone_in(folder) if rank == 0 else nullcontext():
+        from_rank_0(lambda: _compile_if_needed(source, config, folder, judge), device)
+        if dist.is_initialized():
+            share_folder(folder, device)
+        yield
+
+
+def _compile_if_needed(source: Source, config: ComputeConfig, folder: Path, judge: Callable[[nn.Module], None]) -> None:
+    model, _ = source.build()
+    judge(model)
+    changed = differences(folder, identity(source, model, config))
+    if changed == []:
+        logger.info("using the compiled plan in %s", folder)
+        return
+    if changed:
+        logger.warning("%s was compiled for something else (%s): compiling", folder, "; ".join(changed))
+    compile_model(source, config, folder)
+
+
+def predicted_step_seconds(folder: Path) -> float:
+    """How long a step of what is compiled in a folder is predicted to take."""
+    return float(json.loads((folder / "plan.json").read_text())["predicted"]["step_seconds"])
+
+
+class LoadedModel:
+    """What is compiled in a folder, with its optimizer. Its parameters have no values yet.
+
+    model   what it was compiled from, on the meta device
+    module  this rank's share of it
+    fixed   of the model, what training leaves as it is
+    names   of everything that the model's own files hold: parameters and persistent buffers, tied ones once
+    """
+
+    def __init__(self, folder: Path, source: Source, config: OptimizerConfig, device: torch.device) -> None:
+        self.module = load_module(folder, device)
+        self.mesh = self.module.axes.mesh
+        self.optimizer = ShardedOptimizer(
+            self.module.buckets, config, self.mesh.plan_ngpus, self.module.state_on_host
+        )  # fmt: skip
+        self.model, buffers = source.build()
+        trained = [name for name, spec in self.module.specs.items() if spec.trained]
+        fixed = fixed_tensors(self.model, trained)
+        self.module.hold_unused(
+            {name: buffers.get(name, tensor) for name, tensor in fixed.items() if name not in self.module.specs}
+        )
+        self.fixed = fixed_state(self.module, fixed)
+        self.names = [name for name in self.module.specs if name in {*trained, *fixed}]
+
+    def initialise(self, seed: int) -> None:
+        """Gives parameters their first values, the same whatever the plan."""
+        logger.info("weights are initialised from seed %d", seed)
+        wanted = self.module.parameters_to_load()
+        for name, value in initial_parameters(self.model, seed, self.module.axes.device):
+            if name in wanted:
+                self.module.load_one(name, value[self.module.box(name).slices])
+        self.optimizer.load_masters()

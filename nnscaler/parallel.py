@@ -1,0 +1,306 @@
+"""A module of PyTorch, trained over many devices in a loop of the user's own.
+
+    model = nnscaler.parallelize(net, {"x": x, "y": y}, nnscaler.ComputeConfig(plan_ngpus=2, runtime_ngpus=4))
+    for step in range(steps):
+        loss = model.step([batch(step, model.copy)])
+        model.optimizer.step()
+
+The script runs in one process, or in each of those that torchrun starts. `net`'s forward returns its loss. A plan
+splits each of `copies` copies of the model over `plan_ngpus` devices; all processes of a copy give the same
+micro-batches, and each copy its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nnscaler.checkpoint.sharded import Part, owned_state
+from nnscaler.checkpoint.whole import gather_whole, scatter_whole
+from nnscaler.compiler import Source
+from nnscaler.config import ComputeConfig, OptimizerConfig
+from nnscaler.errors import UserError
+from nnscaler.loaded import LoadedModel, compiled, predicted_step_seconds
+from nnscaler.processes import check_world, join_processes, own_device, wait_for_steps_of
+from nnscaler.runtime.module import ParallelModule
+from nnscaler.trace import build_on_meta
+
+MicroBatch: TypeAlias = Mapping[str, Tensor] | Sequence[Tensor]
+Reduction: TypeAlias = Literal["mean", "sum"]
+
+_WEIGHTS = "model."  # what stands before a parameter's name among the parts of a state
+
+
+def parallelize(
+    module_or_factory: nn.Module | Callable[[], nn.Module],
+    example_inputs: MicroBatch,
+    compute_config: ComputeConfig | None = None,
+    optimizer: OptimizerConfig | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    folder: str | Path | None = None,
+) -> ParallelizedModel:
+    """Plans, compiles and loads a module for the processes that run. Collective.
+
+    module_or_factory  a module, whose weights are taken from rank 0, where they are not on the meta device; or a
+                       function without arguments that makes one, which then takes no memory: its weights come from
+                       `seed`. Its forward returns the loss, a tensor without dimensions. It is left as it is.
+    example_inputs     a micro-batch: forward's arguments, by name or in order. Every micro-batch has these shapes and
+                       types; values matter only where `compute_config.trace_strategy` executes the model.
+    compute_config     how to split; by default over all processes, with one micro-batch a step
+    optimizer          AdamW's settings
+    dtype              of the parameters in computation, where it is not that of the module's own. The optimizer
+                       updates in fp32 in any case.
+    folder             for the plan and the generated code, which are used again where nothing that they depend on has
+                       changed; by default `.nnscaler/` and the name of the module's class
+
+    Raises UserError where the module cannot be compiled, no plan fits, or other than `compute_config.runtime_ngpus`
+    processes run.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    config = compute_config or ComputeConfig(world, world)
+    check_world(config.runtime_ngpus)
+    device = own_device()
+    if world > 1 and not dist.is_initialized():
+        join_processes(device).close()
+    own = module_or_factory if isinstance(module_or_factory, nn.Module) else None
+    make = module_or_factory if own is None else _copies_of(own)
+    model, _ = build_on_meta(make)
+    inputs = _by_name(model, example_inputs)
+    source = Source(make, inputs, _dtype_of(model) if dtype is None else dtype, seed)
+    place = Path(folder) if folder is not None else Path(".nnscaler") / type(model).__name__
+    with compiled(source, config, place, device):
+        loaded = LoadedModel(place, source, optimizer or OptimizerConfig(), device)
+    wait_for_steps_of(predicted_step_seconds(place))
+    if own is not None and not any(parameter.is_meta for parameter in own.parameters()):
+        _take_weights(loaded, own)
+    else:
+        loaded.initialise(seed)
+    return ParallelizedModel(loaded, config.micro_batches, inputs, loaded.optimizer.config.lr)
+
+
+class ParallelizedModel:
+    """This process's share of a model, and of its training.
+
+    copies, copy  how many copies of the model train, each on its own samples, and which of them this process is of
+    optimizer     updates it
+    """
+
+    def __init__(self, loaded: LoadedModel, micro_batches: int, inputs: Mapping[str, Tensor], lr: float) -> None:
+        self._loaded, self._module, self._device = loaded, loaded.module, loaded.module.axes.device
+        self._micro_batches = micro_batches
+        self._inputs = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in inputs.items()}
+        self.copies, self.copy = loaded.mesh.replicas, loaded.module.axes.replica
+        self.optimizer = Optimizer(loaded, lr)
+
+    def step(
+        self, micro_batches: Iterable[MicroBatch], reduction: Reduction = "mean", count: float | None = None
+    ) -> Tensor:
+        """Forward and backward of a step's micro-batches; `optimizer.step()` then updates. Collective.
+
+        micro_batches  those of this copy, as many as `ComputeConfig.micro_batches` says, each like `example_inputs`.
+                       They may be on the CPU.
+        reduction      "mean": the gradient is that of the losses' mean over the micro-batches of all copies, which is
+                       the whole batch's mean where each loss is a mean over as many samples; "sum": of their sum
+        count          with "mean": what this copy's micro-batches count for together, where each loss is a sum, such as
+                       their samples, or labels that are not ignored: the gradient is that of the sum of all copies'
+                       losses over the sum of their counts
+
+        So it is the gradient of a plain loop: with two copies of two micro-batches each, of
+
+            (net(*a) + net(*b) + net(*c) + net(*d)) / 4       step([a, b]) on copy 0, step([c, d]) on copy 1
+            net(*a) + net(*b) + net(*c) + net(*d)             step([a, b], "sum"), step([c, d], "sum")
+            (net(*a) + net(*b) + net(*c) + net(*d)) / 100     step([a, b], count=60), step([c, d], count=40)
+
+        Returns that loss, of all copies, on every process: fp64, without dimensions, on the device.
+        """
+        batches = [self._on_device(one) for one in micro_batches]
+        if len(batches) != self._micro_batches:
+            raise UserError(
+                f"step got {len(batches)} micro-batches; the plan is for micro_batches={self._micro_batches} of them"
+            )
+        divisor = self._divisor(len(batches), reduction, count)
+        total = self._module.accumulate(batches)
+        self.optimizer._pending = divisor, total
+        return self._over_all(total, divisor)
+
+    @torch.no_grad()
+    def evaluate(
+        self, micro_batches: Iterable[MicroBatch], reduction: Reduction = "mean", count: float | None = None
+    ) -> Tensor:
+        """The loss as `step` gives it, without gradients, of any number of micro-batches, as many on each process of
+        this copy. Collective. Raises UserError for a pipeline, whose schedule goes forward and backward."""
+        if not isinstance(self._module, ParallelModule):
+            raise UserError("the plan is a pipeline, which cannot evaluate; plan without explore_pipeline")
+        losses = [self._module(**self._on_device(one)).double() for one in micro_batches]
+        total = torch.stack(losses).sum() if losses else torch.zeros((), dtype=torch.float64, device=self._device)
+        return self._over_all(total, self._divisor(len(losses), reduction, count))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights on rank 0, whole, on the CPU, trained ones in fp32, by the names that the module's own
+        `state_dict` has; nothing on other ranks. Collective. The module itself, and every plan of it, can load them."""
+        self._loaded.optimizer.finish()
+        state = gather_whole(self._weights())
+        return state | {name: state[target] for name, target in self._module.tied.items() if target in state}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes weights that `state_dict` of any plan, or of the module itself, gave. Every process gives them; of a
+        file that `torch.load(..., mmap=True)` opened, it reads no more than its share.
+
+        Raises UserError where a tensor is missing or too many, or has another shape.
+        """
+        known = {*self._loaded.names, *self._module.tied}
+        unknown = [name for name in state if name not in known]
+        if unknown:
+            raise UserError(f"the state has '{unknown[0]}', which the model has not")
+        self._loaded.optimizer.finish()
+        scatter_whole(self._weights(), state)
+        self._loaded.optimizer.publish_masters()
+
+    def _weights(self) -> list[Part]:
+        owned = [part for part in owned_state(self._loaded.optimizer) if part.name.startswith(_WEIGHTS)]
+        return [replace(part, name=part.name.removeprefix(_WEIGHTS)) for part in (*owned, *self._loaded.fixed)]
+
+    def _on_device(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
+        given = _named(list(self._inputs), micro_batch)
+        unknown = [name for name in given if name not in self._inputs]
+        if unknown:
+            raise UserError(f"a micro-batch has '{unknown[0]}'; the example has {', '.join(self._inputs)}")
+        for name, (shape, dtype) in self._inputs.items():
+            tensor = given.get(name)
+            if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                found = "missing" if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
+                raise UserError(f"input '{name}' of a micro-batch is {found}; the example was {list(shape)} {dtype}")
+        return {name: tensor.to(self._device, non_blocking=True) for name, tensor in given.items()}
+
+    def _divisor(self, micro_batches: int, reduction: str, count: float | None) -> float:
+        """By what the sum of losses is divided, as this copy's share of it."""
+        if reduction not in ("mean", "sum"):
+            raise UserError(f"reduction is '{reduction}'; it must be mean or sum")
+        if reduction == "sum" and count is not None:
+            raise UserError("count goes with reduction mean; reduction is sum")
+        if reduction == "sum":
+            return 1 / self.copies
+        return micro_batches if count is None else count
+
+    def _over_all(self, total: Tensor, divisor: float) -> Tensor:
+        """All copies' losses over all copies' divisors."""
+        mesh = self._loaded.mesh
+        sums = torch.stack([total * mesh.pipeline, torch.full_like(total, divisor)]) / mesh.plan_ngpus
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        return sums[0] / sums[1].clamp(min=1)
+
+
+class Optimizer(torch.optim.Optimizer):
+    """AdamW of PyTorch on this process's share of the fp32 weights. Schedulers of torch.optim.lr_scheduler drive its
+    learning rate, `param_groups[0]["lr"]`.
+
+    Gradients begin anew with each `ParallelizedModel.step`, so that there is nothing to set to zero.
+    """
+
+    def __init__(self, loaded: LoadedModel, lr: float) -> None:
+        self._sharded = loaded.optimizer
+        self._pending: tuple[float, Tensor] | None = None
+        super().__init__(self._sharded.masters, {"lr": lr})
+
+    def step(self) -> Tensor:  # type: ignore[override]  # a closure would be a step of the model
+        """Clips the gradient of the last `ParallelizedModel.step`, and updates the weights with it. Collective.
+
+        Returns the gradient's norm before clipping, fp32 on the device. Where it, or the loss, is not finite, nothing
+        changes: no weight, no moment.
+        """
+        if self._pending is None:
+            raise UserError("optimizer.step() without a step of the model before it: there is no gradient")
+        (divisor, total), self._pending = self._pending, None
+        return self._sharded.step(divisor, self.param_groups[0]["lr"], total)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        """The moments on rank 0, whole, on the CPU: `exp_avg.<name of the weight>`, ...; `steps` and `lr`; nothing on
+        other ranks. Collective. Every plan can load them."""
+        self._sharded.finish()
+        state: dict[str, Any] = dict(gather_whole(self._moments()))
+        return {**state, "steps": self._sharded.steps, "lr": self.param_groups[0]["lr"]} if state else {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes what `state_dict` of any plan gave, on every process. Raises UserError where it is of another model."""
+        self._sharded.finish()
+        scatter_whole(self._moments(), state_dict)
+        self._sharded.set_steps(state_dict["steps"])
+        self.param_groups[0]["lr"] = state_dict["lr"]
+
+    def _moments(self) -> list[Part]:
+        return [part for part in owned_state(self._sharded) if not part.name.startswith(_WEIGHTS)]
+
+
+def _copies_of(module: nn.Module) -> Callable[[], nn.Module]:
+    """What makes copies of a module whose parameters are on the meta device, and take no memory."""
+
+    def copied() -> nn.Module:
+        meta = {
+            id(parameter): nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+            for parameter in module.parameters()
+        }
+        try:
+            return deepcopy(module, dict(meta))  # which takes these for copies made before
+        except (RuntimeError, TypeError) as error:
+            raise UserError(
+                f"{type(module).__name__} cannot be copied ({error}); give a function that makes it"
+            ) from error
+
+    return copied
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    """In which all parameters of a module are that are not whole numbers. Raises UserError where there are several."""
+    kinds = {one.dtype for one in model.parameters() if one.dtype.is_floating_point}
+    if len(kinds) != 1:
+        found = ", ".join(sorted(map(str, kinds))) or "none"
+        raise UserError(f"the types of the module's parameters are {found}; dtype says in which it is to compute")
+    return kinds.pop()
+
+
+def _by_name(module: nn.Module, example: MicroBatch) -> dict[str, Tensor]:
+    """An example micro-batch by the names of forward's arguments."""
+    given = _named(list(inspect.signature(module.forward).parameters), example)
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"example input '{name}' is a {type(value).__name__}; it must be a tensor")
+    return given
+
+
+def _named(names: Sequence[str], micro_batch: MicroBatch) -> dict[str, Tensor]:
+    if isinstance(micro_batch, Mapping):
+        return dict(micro_batch)
+    if len(micro_batch) > len(names):
+        raise UserError(f"a micro-batch has {len(micro_batch)} tensors; the inputs are {', '.join(names)}")
+    return dict(zip(names, micro_batch))
+
+
+@torch.no_grad()
+def _take_weights(loaded: LoadedModel, module: nn.Module) -> None:
+    """The module's own weights and buffers, those of rank 0, which are sent one at a time."""
+    device = loaded.module.axes.device
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if name not in loaded.module.specs and not dist.is_initialized():
+            continue
+        value = tensor.detach().to(device).contiguous()
+        if dist.is_initialized():
+            value = value.clone() if value.data_ptr() == tensor.data_ptr() else value
+            dist.broadcast(value, src=0)
+        if name in loaded.module.specs:
+            loaded.module.load_one(name, value[loaded.module.box(name).slices])
+    loaded.optimizer.load_masters()
