@@ -52,6 +52,7 @@ class Plan:
     exchanged_once  full names of those whose gradient is exchanged once a step, not in each micro-batch
     levels      block -> how many of its calls have which recompute level
     recomputed  block -> nodes that the user wants computed again, alone
+    pieces      (block, name of a run of its units, see `nnscaler.pieces`) -> how many it is computed in, if several
     gathered_again  (block, tensor) that backward gathers again rather than keep
     seconds     predicted time of one micro-batch; memory likewise, in bytes a device
     beside      seconds of what is exchanged beside computation; by how much that takes longer for it is in seconds
@@ -73,6 +74,7 @@ class Plan:
     exchanged_once: set[str] = field(default_factory=set)
     levels: dict[str, dict[Level, int]] = field(default_factory=dict)
     recomputed: dict[str, set[str]] = field(default_factory=dict)
+    pieces: dict[tuple[str, str], int] = field(default_factory=dict)
     gathered_again: set[tuple[str, str]] = field(default_factory=set)
     micro_batches: int = 1
     seconds: dict[Key, float] = field(default_factory=dict)
@@ -129,6 +131,7 @@ class Plan:
                     "outputs": dict(zip(block.outputs, map(format_placements, self.outputs[block.name]))),
                     "recompute": {level.name: n for level, n in self.levels.get(block.name, {}).items()},
                     "recomputed": sorted(self.recomputed.get(block.name, ())),
+                    "pieces": {name: count for (where, name), count in self.pieces.items() if where == block.name},
                     "gathered_again": sorted(name for where, name in self.gathered_again if where == block.name),
                     "nodes": {
                         node.name: self._node_json(block.name, node.name, node.op)

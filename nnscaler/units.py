@@ -65,6 +65,11 @@ def divide(block: Block) -> list[Unit]:
     return _in_order(units)
 
 
+def pure(unit: Unit) -> bool:
+    """Whether a unit is computation alone: it can be compiled together with others."""
+    return unit.kind in ("product", "cheap")
+
+
 def saved_by(node: Node, block: Block) -> list[str]:
     """Names of the tensors that a node's backward reads."""
     inputs, outputs = ([block.tensors[name] for name in names] for names in (node.inputs, node.outputs))

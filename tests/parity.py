@@ -23,6 +23,7 @@ from nnscaler.compiler import ComputeConfig
 from nnscaler.data.training import PackedDataset
 from nnscaler.first_values import initial_parameters
 from nnscaler.models.causal_lm import WEIGHT_PREFIX, CausalLM, prepare_config
+from nnscaler.pieces import runs
 from nnscaler.plan import Key, Plan
 from nnscaler.recompute import level_of
 from nnscaler.runtime import regions
@@ -51,6 +52,7 @@ class Case:
     key_value_heads: int = 4
     layers: int = 2
     levels: tuple[str, ...] = ()  # recompute level of each layer, in place of what the planner chose
+    pieces: int = 0  # in how many each layer's regions are computed, in place of what the planner chose
     compiled: bool = False  # whether regions are compiled, as on an accelerator
     hardware: str = "hardware.json"
     schedule: str | None = None  # of a pipeline, and how many stages it has
@@ -60,9 +62,9 @@ class Case:
     def name(self) -> str:
         flags = [f"{self.plan}x{self.runtime}", f"acc{self.accumulation}", f"batch{self.micro_batch}"]
         flags += ["chunk"] * self.chunk_loss + list(self.recompute) + ["tied"] * self.tied
-        flags += ["compiled"] * self.compiled
+        flags += ["compiled"] * self.compiled + [f"pieces{self.pieces}"] * bool(self.pieces)
         flags += [f"kv{self.key_value_heads}"] * (self.key_value_heads != 4) + [
-            name.replace(" ", "-") for name in self.levels
+            name.replace(",", "").replace(" ", "-") for name in self.levels
         ]
         flags += [f"{self.schedule}{self.stages}"] if self.schedule else []
         return "-".join([*flags, self.hardware.removesuffix(".json")])
@@ -121,7 +123,7 @@ def train_all(cases: list[Case], folder: Path) -> None:
     port = int(os.environ["MASTER_PORT"])
     for index, case in enumerate(cases):
         os.environ["MASTER_PORT"] = str(port + index)
-        with _levels(case.levels), _compiled_regions() if case.compiled else nullcontext():
+        with _planned(case.levels, case.pieces), _compiled_regions() if case.compiled else nullcontext():
             Trainer(arguments(case, folder)).run()
 
 
@@ -134,13 +136,16 @@ def _compiled_regions() -> Iterator[None]:
 
 
 @contextmanager
-def _levels(levels: tuple[str, ...]) -> Iterator[None]:
-    """Inside, plans get these recompute levels for their layers."""
+def _planned(levels: tuple[str, ...], pieces: int) -> Iterator[None]:
+    """Inside, plans get these recompute levels for their layers, and these pieces for the layers' regions."""
 
     def find_plan(*args: Any, **kwargs: Any) -> Plan:
         plan = planner.find_plan(*args, **kwargs)
         if levels:
             plan.levels["llama_decoder_layer"] = {level_of(name): levels.count(name) for name in levels}
+        if pieces:
+            layer = plan.graph.blocks["llama_decoder_layer"]
+            plan.pieces = {(layer.name, run.name): pieces for run in runs(layer)}
         if any(level.on_host for level in plan.levels["llama_decoder_layer"]):
             plan.host[Key("state")] = 1e9  # more than there is: all of the optimizer's state
         return plan

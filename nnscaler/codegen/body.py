@@ -9,9 +9,10 @@ from itertools import groupby
 from nnscaler.codegen.schedule import Region, Step, makes, schedule, uses
 from nnscaler.graph import Block, Node, Ref, TensorMeta, format_arguments, map_refs, short_dtype
 from nnscaler.operators import Operator, operator_of, spell
+from nnscaler.pieces import Run
 from nnscaler.placement import Placement, Placements, Shard, format_placements, local_shape
 from nnscaler.plan import Plan
-from nnscaler.recompute import RECOMPUTES_ALL_BUT_ATTENTION
+from nnscaler.recompute import KEEPS_ALL, RECOMPUTES_ALL_BUT_ATTENTION
 from nnscaler.reshard import Step as Reshard
 from nnscaler.reshard import brings_together, reshard_steps
 from nnscaler.units import Unit
@@ -29,6 +30,7 @@ class Body:
     made: dict[str, Placements] = field(default_factory=dict)  # tensor -> layout it is made in
     taken: set[str] = field(default_factory=set)
     functions: list[list[str]] = field(default_factory=list)
+    run: Run | None = None  # that is computed in pieces, while its region is written
     needs_device: bool = False  # whether a region takes the variable `device`
 
     def write(self) -> list[list[str]]:
@@ -87,7 +89,7 @@ class Body:
     def _region(self, region: Region, index: int) -> list[str]:
         """A region's function, and the lines that call it. One operator (and views) gains nothing from being one."""
         computing = [node for unit in region.units for node in unit.nodes if not operator_of(node).alias]
-        if len(computing) < 2 and not region.again:
+        if len(computing) < 2 and not region.again and region.run is None:
             return [line for unit in region.units for line in self._nodes(unit.nodes)]
         lines: list[str] = []
         inside = {name for unit in region.units for node in unit.nodes for name in node.outputs}
@@ -102,12 +104,25 @@ class Body:
         nodes = sorted((node for unit in region.units for node in unit.nodes), key=self.block.nodes.index)
         made = {name: unit for unit in region.units for name in unit.outputs if self._used_after(name, inside)}
         outputs = list(made)
+        self.run = region.run
         name = f"{self._name()}_{'again' if region.again else 'region'}_{index}"
         self._region_function(name, parameters, given, nodes, outputs)
+        self.run = None
         arguments = ", ".join([f'"{RECOMPUTES_ALL_BUT_ATTENTION}"' if region.again else self._keep(), *given])
+        call = f"{name}({arguments})"
+        if region.run is not None:
+            call = self._in_pieces(region.run, name, given, outputs)
         for tensor, unit in made.items():
             self._define(tensor, makes(self.plan, self.block, unit, tensor), tensor)
-        return [*lines, f"{', '.join(outputs)} = {name}({arguments})"]
+        return [*lines, f"{', '.join(outputs)} = {call}"]
+
+    def _in_pieces(self, run: Run, name: str, given: dict[str, tuple[str, Placements]], outputs: Sequence[str]) -> str:
+        """The call of a run's region in pieces. Backward computes each again, so that a piece itself keeps all."""
+        count = self.plan.pieces[self.block.name, run.name]
+        split = tuple(run.dims.get(tensor) for tensor, _ in given.values())
+        joined = tuple(run.dims[tensor] for tensor in outputs)
+        arguments = ", ".join([name, str(count), str((None, *split)), str(joined), f'"{KEEPS_ALL}"', *given])
+        return f"in_pieces({arguments})"
 
     def _keep(self) -> str:
         return "keep"
@@ -192,7 +207,10 @@ class Body:
 
     def _local_meta(self, tensor: str, layout: Placements) -> TensorMeta:
         meta = self.block.tensors[tensor]
-        return replace(meta, shape=local_shape(meta.shape, layout, self.plan.mesh.sizes))
+        shape = list(local_shape(meta.shape, layout, self.plan.mesh.sizes))
+        if self.run is not None and tensor in self.run.dims:
+            shape[self.run.dims[tensor]] //= self.plan.pieces[self.block.name, self.run.name]
+        return replace(meta, shape=tuple(shape))
 
     def _in_layout(self, tensor: str, layout: Placements, lines: list[str]) -> str:
         """The expression of a tensor in a layout; adds the lines that reshard it the first time."""

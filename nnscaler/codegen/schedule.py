@@ -10,17 +10,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nnscaler.graph import Block, Call, Node
+from nnscaler.pieces import Run, runs
 from nnscaler.placement import Placements
 from nnscaler.plan import Plan
-from nnscaler.units import Unit, divide
+from nnscaler.units import Unit, divide, pure
 
 
 @dataclass
 class Region:
-    """Units that run as one function; `again`: backward computes them again at level `part`."""
+    """Units that run as one function.
+
+    again   backward computes them again, as the user wants it
+    run     they are computed in pieces, as this run
+    """
 
     units: list[Unit]
     again: bool = False
+    run: Run | None = None
 
 
 @dataclass
@@ -36,6 +42,7 @@ def schedule(plan: Plan, block: Block) -> list[Step]:
     units = divide(block)
     made_by = {name: index for index, unit in enumerate(units) for name in unit.outputs}
     again = plan.recomputed.get(block.name, set())
+    in_pieces = {units[i].name: run for run in runs(block) if (block.name, run.name) in plan.pieces for i in run.units}
     place: list[int] = []  # step of each unit
     for unit in units:
         earliest = 0
@@ -54,18 +61,13 @@ def schedule(plan: Plan, block: Block) -> list[Step]:
         if not pure(unit):
             step.others.append(unit)
             continue
-        is_again = unit.name in again
-        same = [region for region in step.regions if region.again == is_again]
+        is_again, run = unit.name in again, in_pieces.get(unit.name)
+        same = [region for region in step.regions if region.again == is_again and region.run is run]
         if same:
             same[0].units.append(unit)
         else:
-            step.regions.append(Region([unit], is_again))
+            step.regions.append(Region([unit], is_again, run))
     return steps
-
-
-def pure(unit: Unit) -> bool:
-    """Whether a unit can be part of a region."""
-    return unit.kind in ("product", "cheap")
 
 
 def uses(plan: Plan, block: Block, unit: Unit, tensor: str) -> Placements:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import gcd
 
 from nnscaler.graph import Block, Call, Graph, TensorMeta
 from nnscaler.mesh import Mesh
-from nnscaler.placement import REPLICATE, SHARED, Placements
+from nnscaler.pieces import Run, runs
+from nnscaler.placement import REPLICATE, SHARED, Placements, local_shape
 from nnscaler.planner.costs import CostModel, Seconds
 from nnscaler.planner.options import Option, is_alias, layouts_of, unit_options
 from nnscaler.recompute import KEEPS_ALL, ON_DEVICE, ON_HOST, RECOMPUTES_ALL, Level, recomputes
@@ -65,6 +67,22 @@ class Flow:
     again: frozenset[Level] = frozenset()
 
 
+@dataclass(frozen=True)
+class Divisible:
+    """A run of units of a block that may be computed in pieces (see `nnscaler.pieces`).
+
+    decisions  those of its units; `sizes`: for each of their options, what divides the divided dimension of all tensors
+    dims, last  as of the run
+    """
+
+    block: str
+    name: str
+    decisions: tuple[int, ...]
+    sizes: tuple[tuple[int, ...], ...]
+    dims: Mapping[str, int]
+    last: bool
+
+
 @dataclass
 class Problem:
     """Everything the mixed-integer program is made from.
@@ -77,6 +95,7 @@ class Problem:
     early         bytes of weights that are gathered before they are needed, if any are gathered
     in_flight     micro-batches whose activations are held at a time
     host          bytes a device of the host's memory that may be used; 0: none
+    divisible     runs of units that may be computed in pieces
     state         most bytes a device that the optimizer's state takes, and `travelling` those of what of it is on its
                   way, where some lies on the host
     resharding    (tensor, whether it is a weight, from, to) -> seconds, or None where it is impossible; as far as known
@@ -88,6 +107,7 @@ class Problem:
     calls: dict[str, int] = field(default_factory=dict)
     levels: dict[str, tuple[Level, ...]] = field(default_factory=dict)
     parameter_of: dict[tuple[str, str], int] = field(default_factory=dict)
+    divisible: list[Divisible] = field(default_factory=list)
     micro_batches: int = 1
     buffers: float = 0.0
     early: float = 0.0
@@ -224,6 +244,8 @@ class _Body:
         everything = KEEPS_ALL.keeps(self.units, block, fused)
         self.needed = everything.made | {name for _, name in everything.used | everything.moved}
         self.flows: dict[str, Flow] = {}
+        self.nodes = {node.name: node for node in block.nodes}
+        self.decisions: dict[int, int] = {}  # index of a unit -> its decision
 
     def build(self) -> None:
         for index, tensor in enumerate(self.block.inputs):
@@ -238,6 +260,25 @@ class _Body:
         for index, tensor in enumerate(self.block.outputs):
             self.flows[tensor].consumers.append((self._boundary("output", index, tensor), 0))
         self._close()
+        if len(self.levels) > 1 and any(level.in_pieces for level in self.levels):
+            self.problem.divisible.extend(map(self._divisible, runs(self.block)))
+
+    def _divisible(self, run: Run) -> Divisible:
+        decisions = tuple(self.decisions[index] for index in run.units)
+        options = [self.problem.decisions[decision].options for decision in decisions]
+        sizes = tuple(tuple(self._divided_by(run, option) for option in each) for each in options)
+        return Divisible(self.block.name, run.name, decisions, sizes, run.dims, run.last)
+
+    def _divided_by(self, run: Run, option: Option) -> int:
+        """The greatest number that divides the local size of the divided dimension of all tensors of a unit."""
+        sizes = []
+        for name, way in option.ways:
+            node = self.nodes[name]
+            for tensor, layout in zip((*node.inputs, *node.outputs), (*way.inputs, *way.outputs)):
+                if tensor in run.dims:
+                    local = local_shape(self.block.tensors[tensor].shape, layout, self.builder.mesh.sizes)
+                    sizes.append(local[run.dims[tensor]])
+        return gcd(*sizes)
 
     def _open(self, tensor: str, producer: Use) -> Flow:
         flow = Flow(tensor, self.block.name, self.block.tensors[tensor], producer, count=self.count)
@@ -280,6 +321,7 @@ class _Body:
         )
         count = 0 if is_alias(unit) else self.count
         decision = self.builder.decide(Decision("unit", self.block.name, unit.name, options, count, again, inside))
+        self.decisions[index] = decision
         for position, tensor in enumerate(unit.inputs):
             flow, use = self.flows[tensor], (decision, position)
             flow.consumers.append(use)

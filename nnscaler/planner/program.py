@@ -54,13 +54,13 @@ subject to    sum_o x_do = 1                                                    
               V_b >= B_b (1 - sum of n_bl over K_b), where B_b = sum_f b_fs x_do of what K_b keep of one call    (again)
               sum_d n_d m_do x_do + A (sum_f b_fs n_f / N_b k_fsl + sum_d i_do z_dol), where l keeps it on the device,
                        + U + sum_b V_b + a G + H <= M                                                          (memory)
-What the host does is stated in `nnscaler.planner.away`.
+What the host does is stated in `nnscaler.planner.away`, and what pieces do in `nnscaler.planner.pieces`.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -70,6 +70,7 @@ from nnscaler.placement import Placements, format_placements
 from nnscaler.plan import Key
 from nnscaler.planner.away import Away
 from nnscaler.planner.costs import NO_TIME, Seconds
+from nnscaler.planner.pieces import InPieces
 from nnscaler.planner.problem import Decision, Flow, Problem, Use
 from nnscaler.planner.statement import Account, Statement, Terms, Unit, minus
 from nnscaler.recompute import Level
@@ -79,13 +80,14 @@ from nnscaler.reshard import brings_together, reshard_steps, without_gradient
 @dataclass(frozen=True)
 class Solution:
     """Index of the chosen option of each decision, how many calls of each block have which level, indices of the flows
-    that backward gathers again where all-gathers made them, and how many parts (`away.PARTS` in all) of the optimizer's
-    state lie on the host."""
+    that backward gathers again where all-gathers made them, how many parts (`away.PARTS` in all) of the optimizer's
+    state lie on the host, and in how many pieces runs of a block are computed, where it is more than one."""
 
     chosen: list[int]
     levels: dict[str, dict[Level, int]]
     gathered_again: frozenset[int] = frozenset()
     state_away: int = 0
+    pieces: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
     def keeps_everything(self) -> bool:
         return all(level.everything for levels in self.levels.values() for level in levels)
@@ -135,6 +137,7 @@ class Program:
     gathered: dict[tuple[int, Placements, Placements], int] = field(default_factory=dict)
     full: int = 0  # the variable v
     away: Away | None = None
+    resharded: dict[int, list[int]] = field(default_factory=dict)  # flow -> the variables y
 
     def __post_init__(self) -> None:
         for block, levels in self.problem.levels.items():
@@ -146,6 +149,7 @@ class Program:
             self._flow(index)
         self._weigh()
         self._hide()
+        self.pieces = InPieces(self)
         self._work()
         for block in self.problem.levels:
             self._compute_again(block)
@@ -160,7 +164,10 @@ class Program:
         for block, counts in self.n.items():
             levels[block] = {level: round(values[n]) for level, n in counts.items() if round(values[n])}
         again = frozenset(index for (index, _, _), g in self.gathered.items() if values[g] > 0.5)
-        return Solution(chosen, levels, again, round(values[self.away.parts]) if self.away else 0)
+        pieces = {
+            run: count for run, counts in self.pieces.counts.items() for count, c in counts.items() if values[c] > 0.5
+        }
+        return Solution(chosen, levels, again, round(values[self.away.parts]) if self.away else 0, pieces)
 
     def choices(self, solution: Solution) -> dict[int, float]:
         """The variables that a solution decides about, with their values; 0 where they are not named."""
@@ -175,6 +182,7 @@ class Program:
             values[g] = float(index in solution.gathered_again and made and used)
         buffers = sum(d.count * option.buffers for d, option in zip(self.problem.decisions, options))
         values[self.full] = float(buffers > self.problem.buffers)
+        values.update({self.pieces.counts[run][count]: 1.0 for run, count in solution.pieces.items()})
         if self.away:
             values.update(self.away.choices(solution.levels, solution.state_away))
         return values
@@ -266,6 +274,7 @@ class Program:
                 if (source, target) not in resharded:
                     resharded[source, target] = self._reshard(flow, source, target)
                 self.statement.above(resharded[source, target], [(e, 1.0)])
+        self.resharded[index] = list(resharded.values())
         again = self._gather_again(index, made, resharded)
         for level in self.problem.levels[flow.block]:
             self._keep(index, level, set(map(storage, made)), again)
@@ -420,10 +429,14 @@ class Program:
         """working"""
         working = self.statement.least(Unit.BYTES)
         self._charge(Account.DEVICE, Key("working"), working, 1.0)
-        for decision, xs in zip(self.problem.decisions, self.x):
+        for index, (decision, xs) in enumerate(zip(self.problem.decisions, self.x)):
             held = [(x, option.transient) for x, option in zip(xs, decision.options) if option.transient]
             if held:
-                self.statement.above(working, held)
+                most = max(size for _, size in held)
+                in_pieces = [(c, -most * share) for c, share in self.pieces.working.get(index, ())]
+                self.statement.above(working, [*held, *in_pieces])
+        for held in self.pieces.held:
+            self.statement.above(working, held)
 
     def _compute_again(self, block: str) -> None:
         """The variable V_b, of a block of which some call may not keep everything."""
@@ -432,12 +445,14 @@ class Program:
             return
         terms: Terms = []
         most = 0.0
-        for flow in self.problem.flows:
+        for index, flow in enumerate(self.problem.flows):
             if flow.block == block and flow.needed:
                 layouts = self._layouts(flow.producer, "outputs")
                 sizes = {layout: self.problem.costs.local_bytes(flow.meta, layout) for layout in layouts}
                 most += max(sizes.values())
-                terms += [(x, sizes[layout]) for layout, xs in layouts.items() for x, _ in xs]
+                if index not in self.pieces.inside:
+                    terms += [(x, sizes[layout]) for layout, xs in layouts.items() for x, _ in xs]
+        terms += [(made, 1.0) for made in self.pieces.made.get(block, ())]
         again = self.statement.least(Unit.BYTES)
         self._charge(Account.DEVICE, Key("working", block, "backward"), again, 1.0)
         keeping = [(n, -most) for level, n in self.n.get(block, {}).items() if level.everything]

@@ -196,7 +196,7 @@ def _to_plan(
     """A solution by the names of the graph."""
     plan = Plan(graph, problem.costs.mesh, problem.costs.hardware.name, micro_batches=micro_batches)
     plan.seconds, plan.beside, plan.memory = evaluation.seconds, evaluation.beside, evaluation.memory
-    plan.levels = solution.levels
+    plan.levels, plan.pieces = solution.levels, dict(solution.pieces)
     plan.host, plan.copies = evaluation.host, evaluation.copies
     plan.weight_seconds = evaluation.weights
     for decision, index in zip(problem.decisions, solution.chosen):

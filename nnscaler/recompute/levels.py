@@ -30,6 +30,7 @@ class Level:
     everything  whether backward finds all that it needs, but for what a fusing compiler chooses to make again
     named       nodes that the user wants computed again: they are regions of their own, which keep their inputs alone
     on_host     whether what is kept lies in the host's memory rather than the device's
+    in_pieces   whether its regions keep their inputs alone, as those do that are computed in pieces
     """
 
     name: str
@@ -39,6 +40,7 @@ class Level:
     everything: bool = False
     named: frozenset[str] = frozenset()
     on_host: bool = False
+    in_pieces: bool = False
 
     def __repr__(self) -> str:
         return self.name
@@ -56,8 +58,11 @@ RECOMPUTES_ALL_BUT_ATTENTION = Level(
     "recomputes all but attention",
     lambda units, block, fused: keep_from(units, block, ("registered",)),
     recompute,
+    in_pieces=True,
 )
-RECOMPUTES_ALL = Level("recomputes all", lambda units, block, fused: keep_from(units, block, ()), call=recompute)
+RECOMPUTES_ALL = Level(
+    "recomputes all", lambda units, block, fused: keep_from(units, block, ()), call=recompute, in_pieces=True
+)
 
 
 def _on_host(level: Level) -> Level:

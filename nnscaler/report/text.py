@@ -83,9 +83,12 @@ def proven(predicted: Mapping[str, Any]) -> str:
 
 
 def recompute(values: Mapping[str, Any]) -> list[str]:
-    """A line a block that is called more than once: how many calls have which level."""
+    """A line a block that is called more than once: how many calls have which level, and what is done in pieces."""
+    pieces = {name: block["pieces"].items() for name, block in values["blocks"].items()}
     return [
-        f"{name}: " + ", ".join(f"{level['calls']} {what}" for what, level in block["levels"].items())
+        f"{name}: "
+        + ", ".join(f"{level['calls']} {what}" for what, level in block["levels"].items())
+        + "".join(f"; up to {last} in {count} pieces" for last, count in pieces[name])
         for name, block in values["costs"].items()
         if block["calls"] > 1
     ]

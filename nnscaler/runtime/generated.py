@@ -11,9 +11,10 @@ from torch import Tensor
 
 from nnscaler.operators import registered
 from nnscaler.recompute.wrappers import recompute
+from nnscaler.runtime.pieces import in_pieces
 from nnscaler.runtime.regions import region
 
-__all__ = ["operators", "recompute", "region", "scope"]
+__all__ = ["in_pieces", "operators", "recompute", "region", "scope"]
 
 
 def operators(*names: str) -> SimpleNamespace:

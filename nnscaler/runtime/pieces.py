@@ -26,44 +26,71 @@ def in_pieces(
     split   for each argument the dimension of which a piece gets its part; None: each piece gets the whole
     joined  for each result the dimension along which the pieces' are put together
     """
-    results = _Pieces.apply(function, count, tuple(split), tuple(joined), *args)
+    kept: list[Any] = []
+    results = _Pieces.apply(function, count, tuple(split), tuple(joined), kept, *_Kept.apply(kept, *args))
     return results if len(joined) > 1 else results[0]
+
+
+class _Kept(torch.autograd.Function):
+    """Keeps the arguments for backward, before anything is computed from them: where a checkpoint around all this
+    computes again until it has what was kept, it stops here."""
+
+    @staticmethod
+    def forward(ctx: Any, kept: list[Any], *args: Any) -> tuple[Any, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.others = [None if isinstance(arg, Tensor) else arg for arg in args]
+        ctx.save_for_backward(*(arg if isinstance(arg, Tensor) else None for arg in args))
+        kept.append(ctx)
+        return args
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        return (None, *gradients)
 
 
 class _Pieces(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, function: Any, count: int, split: tuple[int | None, ...], joined: tuple[int, ...], *args: Any
+        ctx: Any,
+        function: Any,
+        count: int,
+        split: tuple[int | None, ...],
+        joined: tuple[int, ...],
+        kept: list[Any],
+        *args: Any,
     ) -> tuple[Tensor, ...]:
-        ctx.function, ctx.count, ctx.split, ctx.joined = function, count, split, joined
-        ctx.others = [None if isinstance(arg, Tensor) else arg for arg in args]
-        ctx.save_for_backward(*(arg if isinstance(arg, Tensor) else None for arg in args))
+        ctx.function, ctx.count, ctx.split, ctx.joined, ctx.kept = function, count, split, joined, kept
         results: list[Tensor] = []
         for piece in range(count):
             made = _tuple(function(*_parts(args, split, count, piece)))
             results = results or [_whole(part, dim, count) for part, dim in zip(made, joined, strict=True)]
             for result, part, dim in zip(results, made, joined):
                 _part(result, dim, count, piece).copy_(part)
+            del made
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        args = [other if saved is None else saved for saved, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
-        wanted = [index for index, needed in enumerate(ctx.needs_input_grad[4:]) if needed]
+        (kept,) = ctx.kept
+        args = [other if saved is None else saved for saved, other in zip(kept.saved_tensors, kept.others, strict=True)]
+        wanted = [index for index, needed in enumerate(ctx.needs_input_grad[5:]) if needed]
         sums: list[Tensor | None] = [None] * len(args)
         for piece in range(ctx.count):
-            inputs = _parts(args, ctx.split, ctx.count, piece)
-            for index in wanted:
-                inputs[index] = inputs[index].detach().requires_grad_()
-            with torch.enable_grad():
-                made = _tuple(ctx.function(*inputs))
             given = [_part(gradient, dim, ctx.count, piece) for gradient, dim in zip(gradients, ctx.joined)]
-            pairs = [(part, gradient) for part, gradient in zip(made, given) if part.requires_grad]
-            outputs, output_gradients = zip(*pairs)
-            found = torch.autograd.grad(outputs, [inputs[index] for index in wanted], output_gradients)
-            for index, gradient in zip(wanted, found):
-                sums[index] = _add(sums[index], gradient, ctx.split[index], ctx.count, piece)
-        return (None, None, None, None, *sums)
+            found = _gradients(ctx.function, _parts(args, ctx.split, ctx.count, piece), wanted, given)
+            for index in reversed(wanted):
+                sums[index] = _add(sums[index], found.pop(), ctx.split[index], ctx.count, piece)
+        return (None, None, None, None, None, *sums)
+
+
+def _gradients(function: Any, inputs: list[Any], wanted: list[int], given: list[Tensor]) -> list[Tensor]:
+    """The gradients of some inputs, where those of the results are given."""
+    for index in wanted:
+        inputs[index] = inputs[index].detach().requires_grad_()
+    with torch.enable_grad():
+        made = _tuple(function(*inputs))
+    outputs, gradients = zip(*((part, one) for part, one in zip(made, given) if part.requires_grad))
+    return list(torch.autograd.grad(outputs, [inputs[index] for index in wanted], gradients))
 
 
 def _add(total: Tensor | None, gradient: Tensor, dim: int | None, count: int, piece: int) -> Tensor:
@@ -91,6 +118,8 @@ def _part(whole: Tensor, dim: int, count: int, piece: int) -> Tensor:
 
 
 def _whole(part: Tensor, dim: int, count: int) -> Tensor:
+    """An empty tensor for all pieces, whose dimensions lie in memory in the order in which those of a piece do."""
     shape = list(part.shape)
     shape[dim] *= count
-    return part.new_empty(shape)
+    order = sorted(range(part.dim()), key=part.stride, reverse=True)
+    return torch.empty_permuted(shape, order, dtype=part.dtype, device=part.device)

@@ -160,3 +160,14 @@ def test_one_process_without_torchrun(folder, reference):
     case = Case(1, 1, chunk_loss=True)
     run(1, train_all, [case], folder, init=False)
     compare(case, folder, reference)
+
+
+def test_regions_in_pieces(folder, reference):
+    again = (*EACH[:2], *AWAY[:2])  # the levels at which regions keep their inputs alone
+    layers = {"layers": 4, "pieces": 4, "levels": again}
+    cases = [Case(2, 2, **layers), Case(2, 2, compiled=True, chunk_loss=True, micro_batch=2, **layers)]
+    run(2, train_all, cases, folder, init=False)
+    for case in cases:
+        compare(case, folder, reference)
+        code = (folder / "code" / case.name / "gencode_stage0.py").read_text()
+        assert code.count("= in_pieces(llama_decoder_layer_region_") >= 2

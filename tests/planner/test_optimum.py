@@ -19,6 +19,7 @@ from nnscaler.planner import away
 from nnscaler.planner import problem as stating
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.evaluate import evaluate
+from nnscaler.planner.pieces import COUNTS
 from nnscaler.planner.problem import Problem, Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution, beside
 from nnscaler.planner.solve import least_memory, solve, stated
@@ -113,14 +114,21 @@ def gatherable(problem: Problem, chosen: tuple[int, ...]) -> list[int]:
     ]
 
 
+def piece_counts(problem: Problem) -> list[dict[tuple[str, str], int]]:
+    """Every way to compute runs in pieces."""
+    names = [(run.block, run.name) for run in problem.divisible]
+    ways = product((1, *COUNTS), repeat=len(names))
+    return [{name: count for name, count in zip(names, counts) if count > 1} for counts in ways]
+
+
 def everything(problem: Problem) -> Iterator[Solution]:
-    levels = level_counts(problem)
+    levels, pieces = level_counts(problem), piece_counts(problem)
     for chosen in product(*(range(len(decision.options)) for decision in problem.decisions)):
         flows = gatherable(problem, chosen)
         for again in chain.from_iterable(combinations(flows, count) for count in range(len(flows) + 1)):
-            for counts in levels:
+            for counts, divided in product(levels, pieces):
                 for parts in range(away.PARTS + 1) if problem.host else (0,):
-                    yield Solution(list(chosen), counts, frozenset(again), parts)
+                    yield Solution(list(chosen), counts, frozenset(again), parts, divided)
 
 
 def best(program: Program, memory: float) -> float | None:
@@ -142,6 +150,7 @@ def best(program: Program, memory: float) -> float | None:
 def test_the_program_finds_the_optimum(graph, sizes, fused, fraction, hardware):
     problem = build_problem(graph, CostModel(load_hardware(hardware), Mesh(sizes), fused), Recomputing(), 2)
     ways = prod(comb(problem.calls[b] + len(levels) - 1, len(levels) - 1) for b, levels in problem.levels.items())
+    ways *= len(piece_counts(problem))
     assume(prod(len(decision.options) for decision in problem.decisions) * ways <= MOST)
     program = Program(problem)
     free = evaluate(program, solve(program, memory=1e18, gap=0.0).solution)
@@ -153,6 +162,7 @@ def test_the_program_finds_the_optimum(graph, sizes, fused, fraction, hardware):
         assert solution is None
         return
     assert solution is not None
+    event(f"{len(solution.solution.pieces)} runs in pieces")
     found = evaluate(program, solution.solution)
     assert found.total_memory <= memory * (1 + 1e-5)
     assert found.total_seconds == pytest.approx(wanted, rel=1e-5)
@@ -176,6 +186,7 @@ def test_the_program_finds_the_optimum_with_host_memory(graph, devices, fused, f
         most = evaluate(plain, solve(plain, memory=1e18, gap=0.0).solution).total_memory
         problem = build_problem(graph, costs, Recomputing(), 2, host=there * most)
         ways = prod(comb(problem.calls[b] + len(levels) - 1, len(levels) - 1) for b, levels in problem.levels.items())
+        ways *= len(piece_counts(problem))
         assume(prod(len(decision.options) for decision in problem.decisions) * ways * 3 <= MOST // 2)
         problem.travelling = 0.01 * most  # as large a part as in a model
         program = Program(problem)
@@ -203,6 +214,8 @@ def holds(program: Program, solution: Solution, memory: float) -> float | None:
         is_source = options[flow.producer[0]].outputs[flow.producer[1]] == source
         is_target = target in [options[d].inputs[i] for d, i in flow.consumers]
         fixed[g] = float(index in solution.gathered_again and is_source and is_target)
+    for run, counts in program.pieces.counts.items():
+        fixed.update({c: float(solution.pieces.get(run) == count) for count, c in counts.items()})
     for variable, value in fixed.items():
         milp.row([(variable, 1.0)], value, value)
     answer = milp.solve(0.0)
@@ -224,15 +237,63 @@ def test_the_program_prices_any_solution_as_the_plain_sum_does(graph, sizes, fus
     problem = build_problem(graph, CostModel(load_hardware(hardware), Mesh(sizes), fused), Recomputing(), 2)
     problem.buffers *= random.choice([1.0, 0.4])  # they hold all gradients at a time, or not
     program = Program(problem)
-    levels = level_counts(problem)
+    levels, pieces = level_counts(problem), piece_counts(problem)
     for _ in range(6):
         chosen = tuple(random.randrange(len(decision.options)) for decision in problem.decisions)
         again = frozenset(index for index in gatherable(problem, chosen) if random.random() < 0.7)
-        solution = Solution(list(chosen), random.choice(levels), again)
+        solution = Solution(list(chosen), random.choice(levels), again, pieces=random.choice(pieces))
         evaluation = evaluate(program, solution)
         if evaluation is None:
             continue
         event(f"gathered {len(again)}")
+        event(f"{len(solution.pieces)} runs in pieces")
         exact = evaluation.total_memory
         assert holds(program, solution, exact * (1 + 1e-5)) == pytest.approx(evaluation.total_seconds, rel=1e-5)
         assert holds(program, solution, exact * (1 - 1e-4)) is None
+
+
+def stack_of_linear_layers() -> Graph:
+    """A block with three products and cheap operators between them, called twice."""
+    root, block = Block("model", "Model"), Block("layer", "Layer")
+    root.inputs.append(add_tensor(root, "x", (4096, 8), needs=False))
+    weight = add_tensor(root, "first", (8, 8))
+    root.parameters[weight] = weight
+    first = add_tensor(root, "y", (4096, 8))
+    root.nodes.append(Node("y", "aten.linear.default", (Ref("x"), Ref(weight)), {}, (first,)))
+    last = add_tensor(block, "h", (4096, 8))
+    block.inputs.append(last)
+    for index in range(3):
+        weight = add_tensor(block, f"w{index}", (8, 8))
+        block.parameters[weight] = weight
+        for op, more in (("silu", ()), ("linear", (Ref(weight),))):
+            name = add_tensor(block, f"{op}{index}", (4096, 8))
+            block.nodes.append(Node(name, f"aten.{op}.default", (Ref(last), *more), {}, (name,)))
+            last = name
+    block.outputs.append(last)
+    last = "y"
+    for index in range(2):
+        name = add_tensor(root, f"layer{index}", (4096, 8))
+        bound = {tensor: f"layers.{index}.{tensor}" for tensor in block.parameters}
+        root.nodes.append(Call(name, "call", (Ref(last),), {}, (name,), block="layer", parameters=bound))
+        last = name
+    root.nodes.append(Node("total", "aten.sum.default", (Ref(last),), {}, (add_tensor(root, "total", ()),)))
+    root.outputs.append("total")
+    graph = Graph(root, {"layer": block}, {}, {})
+    graph.parameters = {path: block.tensors[tensor] for block, tensor, path in graph.parameter_uses()}
+    return graph
+
+
+def test_what_fits_only_in_pieces_is_computed_so():
+    costs = CostModel(load_hardware("h100"), Mesh((1,)), True)
+    program = Program(build_problem(stack_of_linear_layers(), costs, Recomputing(), 2))
+    evaluations = [(one, evaluate(program, one)) for one in everything(program.problem)]
+    whole = min(e.total_memory for one, e in evaluations if e is not None and not one.pieces)
+    least = min(e.total_memory for _, e in evaluations if e is not None)
+    assert least < 0.8 * whole
+    for memory in (least, (least + whole) / 2, 0.999 * whole):
+        solution = solve(program, memory * (1 + 1e-6), gap=0.0).solution
+        found = evaluate(program, solution)
+        assert solution.pieces
+        assert found.total_memory <= memory * (1 + 1e-5)
+        fitting = [e.total_seconds for _, e in evaluations if e is not None and e.total_memory <= memory * (1 + 1e-6)]
+        assert found.total_seconds == pytest.approx(min(fitting), rel=1e-5)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nnscaler.recompute.wrappers import recompute
 from nnscaler.runtime.pieces import in_pieces
 
 ROWS, WIDTH, INNER = 24, 8, 40
@@ -64,3 +65,21 @@ def test_inner_tensors_are_as_large_as_a_piece() -> None:
     with Largest() as largest:
         gradients(in_pieces(mlp, 4, (1, None, None, None), (1, 1), *inputs), inputs)
     assert largest.size == 2 * ROWS * INNER // 4
+
+
+def test_a_checkpoint_around_it_computes_no_piece_in_vain() -> None:
+    calls = 0
+
+    def counted(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal calls
+        calls += 1
+        return mlp(*inputs)
+
+    def layer(x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        return in_pieces(counted, 4, (1, None, None, None), (1, 1), torch.tanh(x), *weights)
+
+    inputs = tensors(torch.float32)
+    wanted = gradients(mlp(torch.tanh(inputs[0]), *inputs[1:]), inputs)
+    for ours, right in zip(gradients(recompute(layer, *inputs), inputs), wanted):
+        assert (ours - right).norm() <= 1e-6 * right.norm()
+    assert calls == 8, "four pieces in forward, and four for their gradients"

@@ -1,0 +1,106 @@
+"""Which runs of operators can be computed piece by piece, one piece of a dimension after the other.
+
+A split is a split, over devices or over time: what the annotations allow to be divided over devices without
+communication can be computed in pieces. Then what is made on the way exists a piece at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+from nnscaler.annotation import Bound, Split
+from nnscaler.graph import Block, Node
+from nnscaler.operators import bind
+from nnscaler.placement import Placement, Replicate, Shard
+from nnscaler.units import Unit, divide, pure
+
+MOST_WAYS = 64  # that are looked at for one run
+
+
+@dataclass(frozen=True)
+class Run:
+    """Units of a block, all that is pure between its registered operators and calls, that can be computed in pieces.
+
+    units  by index; `inputs`: tensors from outside, `outputs`: those that others use, in order
+    dims   tensor -> the dimension of which a piece has its part; not named: each piece uses or makes all of it
+    last   whether nothing of the block is computed after it
+    """
+
+    name: str
+    units: tuple[int, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    dims: Mapping[str, int]
+    last: bool
+
+
+def runs(block: Block) -> list[Run]:
+    """The runs of a block, in the order in which it computes them."""
+    units = divide(block)
+    places = _places(units)
+    found = []
+    for place in sorted({place for unit, place in zip(units, places) if pure(unit)}):
+        members = [index for index, unit in enumerate(units) if pure(unit) and places[index] == place]
+        run = _run(block, units, members)
+        if run is not None:
+            found.append(run)
+    return found
+
+
+def _places(units: list[Unit]) -> list[int]:
+    """How many registered operators and calls come before each unit, at most."""
+    made_by = {name: index for index, unit in enumerate(units) for name in unit.outputs}
+    places: list[int] = []
+    for unit in units:
+        producers = [made_by[name] for name in unit.inputs if name in made_by]
+        places.append(max((places[index] + (not pure(units[index])) for index in producers), default=0))
+    return places
+
+
+def _run(block: Block, units: list[Unit], members: list[int]) -> Run | None:
+    """The run of some units; None where they cannot be computed in pieces, or use what other pure units make."""
+    inside = {name for index in members for name in units[index].outputs}
+    elsewhere = {name for index, unit in enumerate(units) if index not in members for name in unit.inputs}
+    inputs = dict.fromkeys(name for index in members for name in units[index].inputs if name not in inside)
+    outputs = [name for index in members for name in units[index].outputs if name in elsewhere or name in block.outputs]
+    others = {name for index, unit in enumerate(units) if pure(unit) and index not in members for name in unit.outputs}
+    if others & inputs.keys() or not all(block.tensors[name].requires_grad for name in outputs):
+        return None
+    nodes = sorted((node for index in members for node in units[index].nodes), key=block.nodes.index)
+    ways = [way for way in islice(_ways(block, nodes), MOST_WAYS) if outputs and all(name in way for name in outputs)]
+    if not ways:
+        return None
+    dims = max(ways, key=lambda way: min(block.tensors[name].shape[way[name]] for name in outputs))
+    last = not elsewhere & set(outputs) and max(members) == len(units) - 1
+    return Run(units[members[-1]].name, tuple(members), tuple(inputs), tuple(outputs), dims, last)
+
+
+def _ways(block: Block, nodes: list[Node]) -> Iterator[dict[str, int]]:
+    """All ways to divide some nodes, as the divided dimension of each divided tensor: parameters are whole, and no
+    node makes a term of a sum."""
+    bounds = [bind(node, block) for node in nodes]
+    whole: dict[str, Placement] = dict.fromkeys(block.parameters, Replicate())
+
+    def extend(index: int, known: dict[str, Placement]) -> Iterator[dict[str, int]]:
+        if index == len(nodes):
+            yield {name: place.dim for name, place in known.items() if isinstance(place, Shard)}
+            return
+        node = nodes[index]
+        for way in _splits(bounds[index]):
+            after = dict(known)
+            if all(after.setdefault(name, place) == place for name, place in zip(node.inputs, way.inputs)):
+                after.update(zip(node.outputs, way.outputs))
+                yield from extend(index + 1, after)
+
+    yield from extend(0, whole)
+
+
+def _splits(bound: Bound) -> Iterator[Split]:
+    """The ways to divide one operator: by name first."""
+    for way in reversed(bound.splits(1)):
+        places = (*way.inputs, *way.outputs)
+        if all(isinstance(place, (Shard, Replicate)) for place in places):
+            alike = [place if isinstance(place, Shard) else Replicate() for place in places]
+            yield Split(way.name, tuple(alike[: len(way.inputs)]), tuple(alike[len(way.inputs) :]))

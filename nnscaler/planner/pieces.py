@@ -1,0 +1,184 @@
+"""What is computed in pieces, as a part of the planning problem's program (see `nnscaler.planner.program`).
+
+Sets      r a run of units of block b that can be computed in pieces (see `nnscaler.pieces`); k a number of pieces
+          levels of which what is computed again may be so in pieces: those that keep the inputs of a run alone
+Data      N_b, t_do, x_do, z_dol, y_fps, b_fs, w_do   as there;  g_do bytes of what a piece uses whole of w_do
+          R_dl      how often d is run again at l more than where it is not in pieces
+          p_dok     seconds of one call for launching pieces, putting them together, and adding up weights' gradients
+Variables c_rk in {0,1}  r is computed in k pieces
+          A_r >= 0  seconds that pieces take
+          M_r >= 0  bytes of what is made inside one call of r and needed by its backward
+          P_r, Q_r >= 0  bytes held while a piece runs: its own; gradients of what goes into the run and comes out
+
+minimise      sum_r A_r, beside the rest
+subject to    sum_k c_rk <= 1;  sum_k c_rk + y_fps <= 1 for f inside r;  c_rk + x_do <= 1 if o does not divide  (whole)
+              sum of n_bl over the other levels <= N_b (1 - sum_k c_rk)                                        (levels)
+              A_r >= sum t_do R_dl z_dol + N_b sum_d p_dok x_do, if c_rk = 1                                     (time)
+              M_r >= sum of b_fs x_do of f inside r, if sum_k c_rk = 0;  a k-th of that, if c_rk = 1             (made)
+              P_r >= g_do + (w_do - g_do) / k, if c_rk = 1;  Q_r likewise                                     (working)
+M_r is a part of V_b, and P_r + Q_r takes the place of w_do in U.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nnscaler.plan import Key
+from nnscaler.planner.costs import GRADIENT_BYTES
+from nnscaler.planner.problem import Divisible, Flow, Use
+from nnscaler.planner.statement import Account, Terms, Unit
+
+if TYPE_CHECKING:
+    from nnscaler.planner.program import Program
+
+COUNTS = (4, 16)  # of pieces, beside one
+
+
+class InPieces:
+    """States it.
+
+    counts  run -> the variables c by number of pieces
+    inside  flows that are made and used inside a run, by index; `made` of a block, the variables M_r
+    working  decision -> terms that say whether it is in pieces; `held`, the pairs P_r, Q_r
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program, self.problem, self.statement = program, program.problem, program.statement
+        self.counts: dict[tuple[str, str], dict[int, int]] = {}
+        self.inside: set[int] = set()
+        self.made: dict[str, list[int]] = {}
+        self.working: dict[int, Terms] = {}
+        self.held: list[Terms] = []
+        for divisible in self.problem.divisible:
+            _Run(self, divisible)
+
+
+class _Run:
+    def __init__(self, all_: InPieces, run: Divisible) -> None:
+        self.all, self.run = all_, run
+        self.program, self.problem, self.statement = all_.program, all_.problem, all_.statement
+        flows = [(index, flow) for index, flow in enumerate(self.problem.flows) if flow.block == run.block]
+        within = {index: {d for d, _ in flow.consumers} <= set(run.decisions) for index, flow in flows}
+        self.inner = [i for i, flow in flows if flow.producer[0] in run.decisions and within[i]]
+        self.given = [flow for i, flow in flows if flow.producer[0] in run.decisions and not within[i]]
+        self.taken = [flow for _, flow in flows if flow.producer[0] not in run.decisions and self._uses(flow)]
+        counts = {count: self.statement.choice() for count in COUNTS}
+        self.counts = all_.counts[run.block, run.name] = counts
+        self._whole()
+        self._time()
+        self._made()
+        self._working()
+
+    def _uses(self, flow: Flow) -> list[Use]:
+        return [use for use in flow.consumers if use[0] in self.run.decisions]
+
+    def _any(self, amount: float = 1.0) -> Terms:
+        """`amount`, if the run is in pieces."""
+        return [(c, amount) for c in self.counts.values()]
+
+    def _where(self, variable: int, count: int, terms: Terms, most: float) -> None:
+        """variable >= terms, which are at most `most`, if the run is computed in so many pieces."""
+        self.statement.above(variable, [*terms, (self.counts[count], most)], -most)
+
+    def _bytes(self, use: Use, flow: Flow, side: str, times: float = 1.0) -> tuple[Terms, float]:
+        """Bytes of a flow as a decision makes or uses it, as a sum, and the most that it can be."""
+        options = self.problem.decisions[use[0]].options
+        sizes = [times * self.problem.costs.local_bytes(flow.meta, getattr(o, side)[use[1]]) for o in options]
+        return list(zip(self.program.x[use[0]], sizes)), max(sizes)
+
+    def _sum(self, parts: list[tuple[Terms, float]]) -> tuple[Terms, float]:
+        return [term for terms, _ in parts for term in terms], sum(most for _, most in parts)
+
+    def _whole(self) -> None:
+        """whole, and levels"""
+        self.statement.row(self._any(), upper=1.0)
+        for index in self.inner:
+            for y in self.program.resharded.get(index, ()):
+                self.statement.row([*self._any(), (y, 1.0)], upper=1.0)
+        for decision, sizes in zip(self.run.decisions, self.run.sizes):
+            for count, c in self.counts.items():
+                for x, size in zip(self.program.x[decision], sizes):
+                    if size % count:
+                        self.statement.row([(c, 1.0), (x, 1.0)], upper=1.0)
+        calls = float(self.problem.calls[self.run.block])
+        others = [(n, 1.0) for level, n in self.program.n[self.run.block].items() if not level.in_pieces]
+        self.statement.row([*others, *self._any(calls)], upper=calls)
+
+    def _time(self) -> None:
+        """time"""
+        costs, calls = self.problem.costs, float(self.problem.calls[self.run.block])
+        again, most_again, launches = self._again()
+        results = [self._bytes(flow.producer, flow, "outputs", 2 if self.run.last else 4) for flow in self.given]
+        taken = [flow for flow in self.taken if flow.meta.requires_grad]
+        gradients = [self._bytes(self._uses(f)[0], f, "inputs", 2) for f in taken if f.tensor in self.run.dims]
+        longer = self.statement.least(Unit.SECONDS)
+        self.statement.charge(Account.TIME, Key("again", self.run.block, self.run.name, "in pieces"), longer, 1.0)
+        for count in COUNTS:
+            added = [
+                self._bytes(self._uses(f)[0], f, "inputs", 1 + (2 * count - 1) * GRADIENT_BYTES / f.meta.dtype.itemsize)
+                for f in taken
+                if f.tensor not in self.run.dims
+            ]
+            moved, most = self._sum([*results, *gradients, *added])
+            each = calls / costs.hardware.memory_bandwidth
+            launching = 3 * calls * (count - 1) * launches * costs.hardware.launch
+            terms = [*again, *((x, each * size) for x, size in moved), (self.counts[count], launching)]
+            self._where(longer, count, terms, most_again + each * most + launching)
+
+    def _again(self) -> tuple[Terms, float, int]:
+        """(seconds in which units are run again beyond what their level has them run, the most of it, launches)"""
+        terms: Terms = []
+        most, launches = 0.0, 0
+        for index in self.run.decisions:
+            decision = self.problem.decisions[index]
+            if not decision.count:
+                continue
+            launches += 1 if self.problem.costs.fused else len(decision.options[0].ways)
+            for level in self.program.n[self.run.block]:
+                # Each piece is for its gradients; the whole, if its results are computed again for what comes after.
+                more = 1 + (level.call is not None and not self.run.last) - (level in decision.again)
+                if level.in_pieces and more:
+                    seconds = [more * option.seconds.forward for option in decision.options]
+                    terms += zip(self.program.z[index, level], seconds)
+                    most += self.problem.calls[self.run.block] * max(seconds)
+        return terms, most, launches
+
+    def _made(self) -> None:
+        """The variable M_r."""
+        flows = self.problem.flows
+        needed = [index for index in self.inner if flows[index].needed]
+        self.all.inside.update(needed)
+        terms, most = self._sum([self._bytes(flows[i].producer, flows[i], "outputs") for i in needed])
+        kept = [flow for flow in self.taken if not flow.needed and not flow.held]
+        more, most_more = self._sum([self._bytes(flow.producer, flow, "outputs") for flow in kept])
+        made = self.statement.least(Unit.BYTES)
+        self.all.made.setdefault(self.run.block, []).append(made)
+        self.statement.above(made, [*terms, *self._any(-most)])
+        for count in COUNTS:
+            self._where(made, count, [*((x, size / count) for x, size in terms), *more], most / count + most_more)
+
+    def _working(self) -> None:
+        """The variables P_r and Q_r."""
+        own, around = self.statement.least(Unit.BYTES), self.statement.least(Unit.BYTES)
+        self.all.held.append([(own, 1.0), (around, 1.0)])
+        taken = [flow for flow in self.taken if flow.meta.requires_grad]
+        parts = [self._bytes(flow.producer, flow, "outputs") for flow in self.given]
+        for flow in taken:
+            # What is whole gets a gradient of each piece, and their sum in fp32.
+            times = 1.0 if flow.tensor in self.run.dims else 1 + GRADIENT_BYTES / flow.meta.dtype.itemsize
+            parts.append(self._bytes(self._uses(flow)[0], flow, "inputs", times))
+        terms, most = self._sum(parts)
+        for count in COUNTS:
+            self._where(around, count, terms, most)
+        for index in self.run.decisions:
+            decision = self.problem.decisions[index]
+            self.all.working[index] = self._any()
+            whole = [0.0] * len(decision.options)
+            for flow in self.taken:
+                for use in self._uses(flow):
+                    if use[0] == index and flow.tensor not in self.run.dims:
+                        sizes = [size for _, size in self._bytes(use, flow, "inputs")[0]]
+                        whole = [sum(pair) for pair in zip(whole, sizes)]
+            for count in COUNTS:
+                held = [all_of + max(o.transient - all_of, 0.0) / count for o, all_of in zip(decision.options, whole)]
+                self._where(own, count, list(zip(self.program.x[index], held)), max(held))
