@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 from nnscaler.command import ArgumentParser, run
 from nnscaler.errors import UserError
 
-WIDTH, HEIGHT = 1000, 2060  # pixels
+WIDTH, HEIGHT = 1000, 2340  # pixels
 PLAN = (
     "--run_mode compile --explain --name picture --model_id meta-llama/Meta-Llama-3-8B-Instruct "
     "--set num_hidden_layers=4 --sequence_length 32768 --plan_ngpus 2 --hardware h100 --gpu_mem_constraint 22 "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import importlib.util
 import re
 import shlex
@@ -115,6 +116,12 @@ def test_every_flag_that_is_named_exists(page):
         assert flag.replace("_", "-") in spelled, f"{page.name} names {flag}"
 
 
+def exists(name: str) -> bool:
+    """Whether it is a module, or a name in one."""
+    module, _, last = name.rpartition(".")
+    return hasattr(importlib.import_module(module), last) or importlib.util.find_spec(name) is not None
+
+
 @names
 def test_every_file_and_module_that_is_named_exists(page):
     text = page.read_text()
@@ -131,8 +138,8 @@ def test_every_file_and_module_that_is_named_exists(page):
         if script is not None:
             at_hand = ROOT / (f"{script.replace('.', '/')}.py" if "-m" in words else script)
             assert at_hand.exists(), words
-    for module in re.findall(r"``(?:python -m )?(nnscaler(?:\.\w+)+)", text):
-        assert importlib.util.find_spec(module) is not None, f"{page.name} names {module}"
+    for name in re.findall(r"``(?:python -m )?(nnscaler(?:\.\w+)+)", text):
+        assert exists(name), f"{page.name} names {name}"
 
 
 def test_the_examples_of_annotations_are_true():
