@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 
 from nnscaler.annotation import Bound, Split
 from nnscaler.graph import Block, Node
@@ -16,7 +15,7 @@ from nnscaler.operators import bind
 from nnscaler.placement import Placement, Replicate, Shard
 from nnscaler.units import Unit, divide, pure
 
-MOST_WAYS = 64  # that are looked at for one run
+MOST_WAYS = 64  # that are looked at for one run, about
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def _run(block: Block, units: list[Unit], members: list[int]) -> Run | None:
     if others & inputs.keys() or not all(block.tensors[name].requires_grad for name in outputs):
         return None
     nodes = sorted((node for index in members for node in units[index].nodes), key=block.nodes.index)
-    ways = [way for way in islice(_ways(block, nodes), MOST_WAYS) if outputs and all(name in way for name in outputs)]
+    ways = [way for way in _ways(block, nodes) if outputs and all(name in way for name in outputs)]
     if not ways:
         return None
     dims = max(ways, key=lambda way: min(block.tensors[name].shape[way[name]] for name in outputs))
@@ -78,28 +77,29 @@ def _run(block: Block, units: list[Unit], members: list[int]) -> Run | None:
 
 
 def _ways(block: Block, nodes: list[Node]) -> Iterator[dict[str, int]]:
-    """All ways to divide some nodes, as the divided dimension of each divided tensor: parameters are whole, and no
-    node makes a term of a sum."""
+    """Ways to divide some nodes, as the divided dimension of each divided tensor: parameters are whole, and no node
+    makes a term of a sum. All of them, unless there are very many."""
     bounds = [bind(node, block) for node in nodes]
     whole: dict[str, Placement] = dict.fromkeys(block.parameters, Replicate())
-
-    def extend(index: int, known: dict[str, Placement]) -> Iterator[dict[str, int]]:
+    begun = [(0, whole)]  # (how many nodes are divided, how their tensors are)
+    for _ in range(MOST_WAYS * (len(nodes) + 1)):
+        if not begun:
+            return
+        index, known = begun.pop()
         if index == len(nodes):
             yield {name: place.dim for name, place in known.items() if isinstance(place, Shard)}
-            return
+            continue
         node = nodes[index]
         for way in _splits(bounds[index]):
             after = dict(known)
             if all(after.setdefault(name, place) == place for name, place in zip(node.inputs, way.inputs)):
                 after.update(zip(node.outputs, way.outputs))
-                yield from extend(index + 1, after)
-
-    yield from extend(0, whole)
+                begun.append((index + 1, after))
 
 
 def _splits(bound: Bound) -> Iterator[Split]:
-    """The ways to divide one operator: by name first."""
-    for way in reversed(bound.splits(1)):
+    """The ways to divide one operator."""
+    for way in bound.splits(1):
         places = (*way.inputs, *way.outputs)
         if all(isinstance(place, (Shard, Replicate)) for place in places):
             alike = [place if isinstance(place, Shard) else Replicate() for place in places]

@@ -42,7 +42,8 @@ def schedule(plan: Plan, block: Block) -> list[Step]:
     units = divide(block)
     made_by = {name: index for index, unit in enumerate(units) for name in unit.outputs}
     again = plan.recomputed.get(block.name, set())
-    in_pieces = {units[i].name: run for run in runs(block) if (block.name, run.name) in plan.pieces for i in run.units}
+    divided = [run for run in runs(block) if (block.name, run.name) in plan.pieces] if plan.pieces else []
+    in_pieces = {units[index].name: run for run in divided for index in run.units}
     place: list[int] = []  # step of each unit
     for unit in units:
         earliest = 0
