@@ -181,9 +181,17 @@ def _least(problem: Problem) -> tuple[dict[Key, float], str]:
     solution = least_memory(program)
     evaluation = evaluate(program, solution)
     assert evaluation is not None
-    options = [decision.options[chosen] for decision, chosen in zip(problem.decisions, solution.chosen)]
-    decision, _ = max(zip(problem.decisions, options), key=lambda one: one[1].transient)
-    return evaluation.memory, f"{decision.block}.{decision.name}"
+    divided = [run for run in problem.divisible if (run.block, run.name) in solution.pieces]
+    in_pieces = {decision for run in divided for decision in run.decisions}
+    held = {
+        f"{decision.block}.{decision.name}": decision.options[chosen].transient
+        for index, (decision, chosen) in enumerate(zip(problem.decisions, solution.chosen))
+        if index not in in_pieces
+    }
+    most = max(held, key=held.__getitem__)
+    if divided and held[most] < 0.999 * evaluation.memory[Key("working")]:
+        most = f"{divided[0].block} in pieces"
+    return evaluation.memory, most
 
 
 def _to_plan(
