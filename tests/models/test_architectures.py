@@ -15,6 +15,8 @@ REFUSED = {
     "gemma2": "option softcap", "gpt_oss": "option s_aux", "bert": "a mask that is not plainly causal",
     "t5": "not a causal language model", "mamba": "MambaForCausalLM has attention of its own",
 }  # fmt: skip
+# transformers 5.17 gives OPT's attention a mask of ones, of which only values say that it hides nothing.
+REFUSED_OR_SAME = {"opt": "a mask that is not plainly causal"}
 OWN_ATTENTION = {"stablelm", "gptj", "gpt_neo", "bloom", "falcon", "mpt", "rwkv"}
 
 
@@ -29,7 +31,8 @@ def test_loss_and_gradients_are_those_of_transformers(name, chunked):
     elif chunked and name in SAME_BUT_CHUNKED:
         assert f"({SAME_BUT_CHUNKED[name]}), which the chunked loss does not" in said
     else:
-        assert said.startswith("SAME"), said
+        refused = name in REFUSED_OR_SAME and REFUSED_OR_SAME[name] in said
+        assert said.startswith("SAME") or refused, said
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "mpt", "falcon", "bloom"])
@@ -63,7 +66,12 @@ def test_compiled(name, chunked, implementation, changes, tmp_path):
         ),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "window of 8 tokens"),
         ("llama", {"is_causal": False}, "not plainly causal"),
-        ("mixtral", {"output_router_logits": True}, r"adds a loss .*\(aux_loss\).*--set output_router_logits=false"),
+        # In transformers 5.17 that loss reads a value, which comes first.
+        (
+            "mixtral",
+            {"output_router_logits": True},
+            r"adds a loss .*\(aux_loss\).*--set output_router_logits=false|reads a tensor's value .*modeling_mixtral",
+        ),
         ("llama", {"hidden_act": "none"}, "cannot build a llama language model: KeyError"),
     ],
 )

@@ -155,11 +155,11 @@ def test_what_runs_adds_up_a_gathered_weights_gradient_in_fp32(monkeypatch):
     assert given[0].shape == shard.shape
 
 
-def attention_block(causal: bool) -> Block:
-    """Queries [2, 8, 128, 16], keys and values [2, 4, 128, 16]."""
+def attention_block(causal: bool, frozen: str = "") -> Block:
+    """Queries [2, 8, 128, 16], keys and values [2, 4, 128, 16]; `frozen` ones need no gradient."""
     block = Block("model", "Model")
     shapes = {"q": (2, 8, 128, 16), "k": (2, 4, 128, 16), "v": (2, 4, 128, 16), "o": (2, 128, 8, 16)}
-    block.tensors = {name: TensorMeta(shape, torch.bfloat16, True) for name, shape in shapes.items()}
+    block.tensors = {name: TensorMeta(shape, torch.bfloat16, name != frozen) for name, shape in shapes.items()}
     block.inputs = ["q", "k", "v"]
     args = tuple(Ref(name) for name in block.inputs)
     block.nodes = [Node("o", "attention", args, {"is_causal": causal}, ("o",))]
@@ -190,6 +190,19 @@ def test_attention_on_each_of_two_devices(machine, causal):
             assert option.seconds.backward == pytest.approx(
                 2.5 * arithmetic / share / OPERATIONS + exchanged, rel=1e-4
             ), split
+
+
+def test_only_gradients_that_there_are_are_exchanged(machine):
+    """Along the sequence half of the queries and of the results go to the other device; of their gradients likewise."""
+    costs = CostModel(replace(machine, memory_bandwidth=1e30), Mesh((2,)))
+    seconds = []
+    for frozen in ("", "q"):
+        block = attention_block(True, frozen)
+        options = unit_options(divide(block)[0], block, costs)
+        seconds.append(next(option.seconds for option in options if option.ways[0][1].split == "l"))
+    each = (2 * 8 * 128 * 16) * 2 / 2 / 2 / LINK
+    assert seconds[0].forward == seconds[1].forward
+    assert seconds[0].backward - seconds[1].backward == pytest.approx(each, rel=1e-4)
 
 
 def test_the_chunked_loss_by_hand(machine):

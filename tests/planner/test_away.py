@@ -1,0 +1,120 @@
+"""What the host takes and costs, against numbers worked out by hand.
+
+A block that is called three times has two operators: h = x @ w.T and silu(h), of [64, 256] in bf16; w is [256, 256].
+The machine does 1e9 operations a second and moves 1e12 bytes a second in memory. Two of the calls keep on the host what
+backward needs, and so does half of the optimizer's state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from nnscaler.compiler import Source
+from nnscaler.hardware import Hardware, load_hardware
+from nnscaler.hardware.spec import Host
+from nnscaler.mesh import Mesh
+from nnscaler.planner.away import PARTS
+from nnscaler.planner.costs import CostModel
+from nnscaler.planner.evaluate import Evaluation, evaluate
+from nnscaler.planner.problem import Recomputing, build_problem
+from nnscaler.planner.program import Program, Solution
+from nnscaler.recompute import KEEPS_ALL, ON_DEVICE, ON_HOST, RECOMPUTES_ALL, Level
+from nnscaler.trace import trace
+from tests import tiny
+
+ROWS, WIDTH, CALLS, AWAY, MICRO_BATCHES = 64, 256, 3, 2, 2
+OPERATIONS = 1e9  # a second
+LOST = 0.25  # seconds of computing for a second of copies
+TENSOR = 2 * ROWS * WIDTH  # bytes
+STATE = CALLS * WIDTH * WIDTH * 12  # bytes: an fp32 master weight and two moments
+PRODUCT = 2 * ROWS * WIDTH * WIDTH / OPERATIONS  # seconds
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.silu(self.linear(x))
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.layers = nn.ModuleList(Layer() for _ in range(CALLS))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x.sum()
+
+
+@pytest.fixture(scope="module")
+def graph():
+    inputs = {"x": torch.empty((ROWS, WIDTH), dtype=torch.bfloat16, device="meta")}
+    model, buffers = Source(Layers, inputs).build()
+    model.first.requires_grad_(False)
+    model.layers.requires_grad_(True)
+    return trace(model, inputs, buffers)
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory) -> Hardware:
+    return load_hardware(tiny.write_hardware(Path(tmp_path_factory.mktemp("machine")), memory_bandwidth=1e12))
+
+
+def with_two_away(graph, machine: Hardware, host: Host, here: Level, state: int = PARTS // 2) -> Evaluation:
+    there = dict(zip(ON_DEVICE, ON_HOST))[here]
+    costs = CostModel(replace(machine, host=host), Mesh((1,)))
+    problem = build_problem(graph, costs, Recomputing(), MICRO_BATCHES, host=host.memory)
+    chosen = [0] * len(problem.decisions)  # one device: options differ in when gradients are exchanged, with nobody
+    levels = {block: {levels[0]: problem.calls[block]} for block, levels in problem.levels.items()}
+    levels["layer"] = {there: AWAY, here: CALLS - AWAY}
+    found = evaluate(Program(problem), Solution(chosen, levels, state_away=state))
+    assert found is not None
+    return found
+
+
+def total(values: dict, category: str, name: str = "") -> float:
+    return sum(value for key, value in values.items() if key.category == category and name in ("", key.name))
+
+
+@pytest.mark.parametrize("here", [KEEPS_ALL, RECOMPUTES_ALL])
+def test_what_two_calls_keep(graph, machine, here):
+    """One way copies are slow, so that computation waits for them; the other way they are hidden, and slow it down."""
+    kept = AWAY * TENSOR * (2 if here is KEEPS_ALL else 1)  # x for the weight's gradient, h for silu's; or x
+    forward, backward = AWAY * PRODUCT, AWAY * PRODUCT * (2 if here is KEEPS_ALL else 3)  # again, then for x and for w
+    for sent, fetched in ((4 * forward, 0.5 * backward), (0.5 * forward, 4 * backward)):
+        host = Host(1e12, kept / sent, kept / fetched, 1e30, LOST)
+        found = with_two_away(graph, machine, host, here, state=0)
+        assert total(found.copies, "copies") == pytest.approx(sent + fetched)
+        for side, copies, computing in (("forward", sent, forward), ("backward", fetched, backward)):
+            longer = max(LOST * copies, copies - (1 - LOST) * computing)
+            assert total(found.seconds, "copies", side) == pytest.approx(longer, rel=0.01), side
+    assert sum(found.host.values()) == kept
+    assert total(found.memory, "saved") == kept / AWAY * (CALLS - AWAY)
+    assert total(found.memory, "working", "copies") == kept, "of two calls, one that is used and one that comes"
+
+
+def test_half_of_the_state(graph, machine):
+    all_forward = (CALLS + 1) * PRODUCT
+    for seconds in (3 * all_forward, 0.5 * all_forward):  # of copying it there, and back at the same time
+        host = Host(1e12, 1e30, 1e30, STATE / 2 / seconds, LOST)
+        found = with_two_away(graph, machine, host, KEEPS_ALL)
+        longer = max(LOST * seconds, seconds - (1 - LOST) * all_forward) / MICRO_BATCHES
+        assert total(found.seconds, "copies", "update") == pytest.approx(longer, rel=0.01), "once a step"
+    assert total(found.host, "state") == pytest.approx(STATE / 2)
+    assert total(found.memory, "state") == pytest.approx(-STATE / 2)
+    places = total(found.memory, "buffers", "state")
+    assert places == 3 * STATE, "for three buckets, of which this model fills one"
+    without = with_two_away(graph, machine, host, KEEPS_ALL, state=0)
+    assert not total(without.memory, "state")
+    assert not total(without.memory, "buffers", "state")
