@@ -26,7 +26,7 @@ from nnscaler.planner.solve import least_memory, solve, stated
 from nnscaler.planner.statement import Account
 from nnscaler.recompute import ON_DEVICE, ON_HOST, Level
 
-MOST = 8000  # solutions that are tried
+MOST = 4000  # solutions that are tried
 
 
 def add_tensor(block: Block, name: str, shape: tuple[int, ...], needs: bool = True) -> str:

@@ -122,8 +122,7 @@ def test_what_cannot_fit_is_refused_with_the_reason():
         find_plan(model, [Mesh((8,))], load_hardware("h100"), memory=16 * GIB, micro_batches=4, fused=True)
 
 
-@pytest.mark.parametrize("hardware", ["cpu", "h100"])
-@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize(("hardware", "layers"), [("cpu", 1), ("h100", 3)])
 def test_a_plan_stays_within_its_limit(hardware, layers):
     config = tiny.config(num_hidden_layers=layers)
     prepare_config(config, tiny.LENGTH, "auto")
