@@ -1,0 +1,31 @@
+"""A statement gives the values that follow from choices, refuses those that rows forbid, and prices the rest."""
+
+from __future__ import annotations
+
+import pytest
+
+from nnscaler.plan import Key
+from nnscaler.planner.statement import Account, Statement, Unit
+
+
+def test_values_and_prices_follow_from_choices():
+    statement = Statement()
+    a, b = statement.choice(3), statement.choice(3)
+    product = statement.product([(a, 2.0)], [(b, 1.0), (a, 1.0)], bound=100.0)
+    least = statement.least(Unit.SECONDS)
+    statement.above(least, [(product, 1.0)], -20.0)
+    statement.above(least, [(b, 0.5)])
+    statement.row([(a, 1.0), (b, 1.0)], lower=2.0, upper=5.0)
+    assert statement.values({a: 2.0, b: 3.0}) == [2.0, 3.0, 20.0, 1.5]
+    assert statement.values({a: 3.0, b: 2.0}) == [3.0, 2.0, 30.0, 10.0]
+    assert statement.values({a: 3.0, b: 3.0}) is None, "above the row's upper bound"
+    assert statement.values({a: 1.0}) is None, "below its lower one: b is 0"
+    key, other = Key("forward", "block", "one"), Key("forward", "block", "other")
+    for variable, amount, what in ((a, 2.0, key), (least, 1.0, key), (b, 5.0, other), (b, 0.0, key)):
+        statement.charge(Account.TIME, what, variable, amount)
+    statement.charge(Account.LAST, key, product, 1.0)
+    values = statement.values({a: 2.0, b: 3.0})
+    assert values is not None
+    shares = {Account.TIME: 1.0, Account.LAST: 0.25}
+    assert statement.prices(values, shares) == pytest.approx({key: 2 * 2 + 1.5 + 20 / 4, other: 15.0})
+    assert len(statement.terms(Account.TIME)) == 3, "what costs nothing is no charge"
