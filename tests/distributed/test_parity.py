@@ -133,8 +133,9 @@ def test_host_memory_changes_no_bit(folder, reference):
         Case(2, 2, layers=4, levels=levels, compiled=compiled)
         for levels, compiled in product((EACH, AWAY), (False, True))
     ]
-    run(2, train_all, [case for case in cases if case.levels == AWAY], folder, init=False)
-    for here, away in zip(cases, cases[2:]):  # `here` was trained by the test before
+    missing = [case for case in cases if not (folder / "checkpoints" / case.name).exists()]  # else of the test before
+    run(2, train_all, missing, folder, init=False)
+    for here, away in zip(cases, cases[2:]):
         compare(away, folder, reference)
         assert plan_of(away, folder)["state_on_host"]
         assert (folder / "code" / away.name / "gencode_stage0.py").read_text().count("axes.host.keeping(") == 4
