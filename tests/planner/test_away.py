@@ -118,3 +118,9 @@ def test_half_of_the_state(graph, machine):
     without = with_two_away(graph, machine, host, KEEPS_ALL, state=0)
     assert not total(without.memory, "state")
     assert not total(without.memory, "buffers", "state")
+
+
+def test_half_of_a_products_backward_is_for_its_weight(graph, machine):
+    host = Host(1e12, 1e30, 1e30, 1e30, LOST)
+    found = with_two_away(graph, machine, host, KEEPS_ALL, state=0)
+    assert found.weights == pytest.approx(CALLS * PRODUCT, rel=0.01)
