@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from nnscaler.recompute import level_of
 # Gradients that come with the strides of the outputs that they belong to are taken as they are. As torch 2.13 has it by
 # default; 2.11 copies those of attention's inputs, which are transposed.
 torch._functorch.config.guess_tangent_strides_as_outputs = True
+
+_numbers = itertools.count()
 
 
 def region(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -26,14 +30,24 @@ def region(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(keep: str, *args: Any) -> Any:
         way = level_of(keep).region
-        wrapped = function if way is None else functools.partial(way, function)
         if not _on_accelerator(args):
-            return wrapped(*args)
+            return function(*args) if way is None else way(function, *args)
         if way not in compiled:
+            wrapped = function if way is None else _bound(way, function)
             compiled[way] = torch.compile(wrapped, dynamic=False, fullgraph=True)
         return compiled[way](*args)
 
     return call
+
+
+def _bound(way: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """`way(function, *args)` as a function of its own: torch compiles only so many variants of what has equal code."""
+
+    def run(*args: Any) -> Any:
+        return way(function, *args)
+
+    code = run.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
+    return FunctionType(code, run.__globals__, closure=run.__closure__)
 
 
 def _on_accelerator(args: tuple[Any, ...]) -> bool:
