@@ -142,3 +142,11 @@ def test_tokens_are_conserved(texts: list[str], length: int, threads: int, size:
     assert sequences.ravel().tolist() == expected[: sequences.size]
     assert (counts.tokens, counts.tail) == (len(expected), len(expected) - sequences.size)
     assert (counts.documents, counts.empty_documents) == (sum(map(bool, texts)), texts.count(""))
+
+
+def test_a_document_in_pieces_begins_once_and_ends_once() -> None:
+    backend, texts = TOKENIZERS["llama3"], ["ab ", "cd ", "e"]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    pieces = [packing._Piece(text, text == texts[0], text == texts[-1]) for text in texts]
+    inner = [i for text in texts for i in backend.encode(text, add_special_tokens=False).ids]
+    assert packing._MarkedTokenizer(tokenizer).encode_pieces(pieces).tolist() == [0, *inner, 1]

@@ -118,3 +118,10 @@ def test_splits_are_named(tmp_path):
     datasets.DatasetDict({"train": one, "test": one}).save_to_disk(str(tmp_path))
     with pytest.raises(UserError, match="holds the splits train, test; give one"):
         PackedDataset.open(tmp_path)
+
+
+def test_every_epoch_has_an_order_of_its_own():
+    order = SampleOrder(20, seed=5)
+    epochs = [[order.row(20 * epoch + place) for place in range(20)] for epoch in range(2)]
+    assert [sorted(rows) for rows in epochs] == [list(range(20))] * 2
+    assert epochs[0] != epochs[1]
