@@ -118,12 +118,13 @@ class Source:
 
 
 def compile_model(source: Source, config: ComputeConfig, directory: Path, explain: bool = False) -> Path:
-    """Compiles into `directory`, replacing what another compile wrote there. It appears whole or not at all.
+    """Compiles into `directory`, replacing what another compile wrote there, and nothing else. What is compiled appears
+    whole or not at all.
 
     explain  also plan with more memory and more devices, for plan.json and plan.html to say what would help
 
-    Raises UserError where `directory` holds anything that no compile wrote, the model cannot be traced, an operator is
-    not known, or no plan fits.
+    Raises UserError where `directory` is no folder that a compile made, the model cannot be traced, an operator is not
+    known, or no plan fits.
     """
     check_replaceable(directory)
     started = time.perf_counter()
@@ -172,10 +173,7 @@ def compile_model(source: Source, config: ComputeConfig, directory: Path, explai
                 {name: tensor.contiguous() for name, tensor in graph.buffers.items()}, work / "buffers.safetensors"
             )
         (work / DONE).write_text(json.dumps(identity(source, model, config, graph.record or None), indent=1))
-        check_replaceable(directory)
-        if directory.exists():
-            shutil.rmtree(directory)
-        work.rename(directory)
+        put_in_place(work, directory)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     logger.info("compiled to %s in %.1f s", directory, time.perf_counter() - started)
@@ -183,11 +181,27 @@ def compile_model(source: Source, config: ComputeConfig, directory: Path, explai
 
 
 def check_replaceable(directory: Path) -> None:
-    """Raises UserError unless `directory` is absent, empty, or holds what a compile wrote and nothing else."""
+    """Raises UserError unless `directory` is absent, empty, or one that a compile made. What else lies in that, such as
+    checkpoints, stays."""
     if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
-        raise UserError(f"{directory} is not a folder that a compile made; remove it or choose another name")
+        raise UserError(f"{directory} is not a folder that a compile made; choose another name")
     names = sorted(path.name for path in directory.iterdir()) if directory.exists() else []
-    others = [name for name in names if not any(fnmatch(name, own) for own in OWN_FILES)]
-    if others or (names and DONE not in names):
-        found = f"holds '{others[0]}', which no compile wrote" if others else f"has no {DONE}"
-        raise UserError(f"{directory} {found}, and would be replaced; remove it or choose another name")
+    if names and DONE not in names:
+        raise UserError(
+            f"{directory} holds '{names[0]}' and no {DONE}: it is not a folder that a compile made; choose another name"
+        )
+
+
+def put_in_place(work: Path, directory: Path) -> None:
+    """Moves what was compiled into `work` to `directory`, in the place of what another compile wrote there."""
+    check_replaceable(directory)
+    if not directory.exists() or not any(directory.iterdir()):
+        work.rename(directory)  # over an empty folder
+        return
+    (directory / DONE).unlink()  # nothing complete is there until the end
+    for path in directory.iterdir():
+        if path.is_file() and any(fnmatch(path.name, own) for own in OWN_FILES):
+            path.unlink()
+    for path in sorted(work.iterdir(), key=lambda path: path.name == DONE):
+        path.rename(directory / path.name)
+    work.rmdir()

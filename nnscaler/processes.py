@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shutil
 import socket
 import tempfile
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from nnscaler.compiler import OWN_FILES, check_replaceable
+from nnscaler.compiler import OWN_FILES, put_in_place
 from nnscaler.errors import UserError
 from nnscaler.watch import Watch, is_leader
 
@@ -141,9 +140,7 @@ def share_folder(folder: Path, device: torch.device) -> None:
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         for name, content in files[0].items():
             (work / name).write_bytes(content)
-        check_replaceable(folder)
-        shutil.rmtree(folder, ignore_errors=True)
-        work.rename(folder)
+        put_in_place(work, folder)
         logger.info("took the compiled plan from rank 0")
     dist.barrier()
 

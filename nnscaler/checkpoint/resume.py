@@ -54,14 +54,14 @@ def find_resumable(path: Path) -> list[Path]:
     if path.is_file():
         MergedFile.open(path)
         return [path]
-    if WeightFiles.find(path) is not None:
-        return [path]
     if is_checkpoint(path):
         path = path.resolve()  # `last` or `best`
         older = complete_checkpoints(path.parent)
         found = [*older[: older.index(path)], path] if path in older else [path]
     else:
         found = complete_checkpoints(path)
+    if not found and (path / "config.json").exists() and WeightFiles.find(path) is not None:
+        return [path]
     if not found:
         raise UserError(f"'{path}' holds no complete checkpoint")
     return without_damaged(found[::-1])
