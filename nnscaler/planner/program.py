@@ -89,9 +89,6 @@ class Solution:
     state_away: int = 0
     pieces: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
-    def keeps_everything(self) -> bool:
-        return all(level.everything for levels in self.levels.values() for level in levels)
-
 
 def resharding(problem: Problem, flow: Flow, source: Placements, target: Placements) -> Seconds | None:
     """Seconds of bringing a flow from one layout to another; None where that is impossible."""

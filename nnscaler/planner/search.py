@@ -25,6 +25,8 @@ from nnscaler.profiler.operators import OperatorTimes
 logger = logging.getLogger(__name__)
 
 WORTH = 1e-3  # part of the step time that a mesh of more axes must save
+HOST_WORTH = 5e-3  # part of it that using the host's memory must save
+UNLIMITED = 1e18  # bytes
 NEAR = 2 * WORTH  # a plan is called the best where it is proven to be so near to it
 TOLERANCE = 1e-5  # of a solver, in the memory row
 SEARCH_SECONDS = 40.0
@@ -65,18 +67,18 @@ def find_plan(
     again = recomputing(graph, recompute_modules)
     started = time.perf_counter()
     costs = [CostModel(hardware, mesh, fused, times) for mesh in meshes]
-    problems = [
-        build_problem(graph, model, again, micro_batches, layouts, in_flight, bytes_there)
-        for bytes_there in sorted({0.0, host})
-        for model in costs
-    ]
+    programs = [Program(build_problem(graph, model, again, micro_batches, layouts, in_flight)) for model in costs]
     search = _Search(memory, time.process_time() + seconds)
-    for left, problem in enumerate(problems, 1 - len(problems)):
-        if problem.host and search.found is not None and search.found.solution.keeps_everything():
-            break  # there is memory for all on the device
-        search.on(Program(problem), -left)
+    for left, program in enumerate(programs, 1 - len(programs)):
+        search.on(program, -left)
+    for left, program in enumerate(programs if host else (), 1 - len(programs)):
+        if search.may_gain(program):
+            model = program.problem.costs
+            there = build_problem(graph, model, again, micro_batches, layouts, in_flight, host)
+            search.on(Program(there), -left)
     if search.found is None:
-        raise DoesNotFit(*_least(problems[-1]), memory)
+        last = build_problem(graph, costs[0], again, micro_batches, layouts, in_flight, host)
+        raise DoesNotFit(*_least(last), memory)
     found = search.found
     plan = _to_plan(graph, found.problem, found.solution, found.evaluation, micro_batches)
     plan.costs, plan.memory_limit, plan.bound = found.problem.costs, memory, search.bound * micro_batches
@@ -141,6 +143,17 @@ class _Search:
             if self.found is None:
                 self._take(program, least_memory(program))
                 logger.info("planning on %s: out of time; the plan that takes least memory is taken", mesh)
+
+    def may_gain(self, program: Program) -> bool:
+        """Whether a mesh with all the memory that it could want would be so much faster than the best so far that the
+        host is worth trying there. `program`: that of the device alone."""
+        if self.found is None:
+            return True
+        below = self.found.evaluation.total_seconds * (1 - HOST_WORTH)
+        try:
+            return solve(program, UNLIMITED, below=below, seconds=self.until - time.process_time()) is not None
+        except OutOfTime:
+            return False
 
     def _take(self, program: Program, solution: Solution) -> None:
         evaluation = evaluate(program, solution)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nnscaler.recompute import level_of
-from nnscaler.report.categories import EXPOSED, HIDDEN, MEMORY_BOUND, OPTIMIZER, RECOMPUTE
+from nnscaler.report.categories import COPIES, EXPOSED, HIDDEN, MEMORY_BOUND, OPTIMIZER, RECOMPUTE
 from nnscaler.report.spelling import gib, percent, seconds
 
 FULL = 0.99  # of the limit: above it a plan says so
@@ -17,7 +17,9 @@ def limits_of(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     predicted = values["predicted"]
     step, by_category = predicted["step_seconds"], predicted["seconds_by_category"]
     arithmetic = {
-        name: value for name, value in by_category.items() if name not in (MEMORY_BOUND, RECOMPUTE, EXPOSED, OPTIMIZER)
+        name: value
+        for name, value in by_category.items()
+        if name not in (MEMORY_BOUND, RECOMPUTE, EXPOSED, OPTIMIZER, COPIES)
     }
     hidden = predicted["hidden_seconds"][HIDDEN]
     exposed = by_category[EXPOSED]
@@ -50,8 +52,11 @@ def _memory(values: Mapping[str, Any]) -> tuple[float, str]:
     )
     again += sum(one["seconds"] for one in values["collectives"] if one["phase"] == "again")
     spent = f"{seconds(again)} of computing and gathering again to stay within it" if again else "nothing is done twice"
+    copies = values["predicted"]["seconds_by_category"].get(COPIES, 0.0)
+    if copies:
+        spent += f", {seconds(copies)} of copies to the host and back that nothing hides"
     full = f", {percent(used / limit)} of it" if used > FULL * limit else ""
-    return again, f"{gib(used)} of {gib(limit)} are used{full}; {spent}"
+    return again + copies, f"{gib(used)} of {gib(limit)} are used{full}; {spent}"
 
 
 def _and(names: Mapping[str, float]) -> str:

@@ -78,8 +78,9 @@ def _host(predicted: Values) -> list[Markup]:
     if not predicted.get("host_bytes"):
         return []
     parts, limit = predicted["host_bytes_by_category"], predicted["host_limit_bytes"]
-    text = f"{gib(predicted['host_bytes'])} a device of the {gib(limit)} that the plan may use. Copies there and back "
-    text += f"of {seconds(predicted['hidden_copies_seconds'])} a step are hidden behind computation."
+    text = f"{gib(predicted['host_bytes'])} a device of the {gib(limit)} that the plan may use."
+    if hidden := predicted["hidden_copies_seconds"]:
+        text += f" Copies there and back of {seconds(hidden)} a step are hidden behind computation."
     heading = tag("h2", "Memory of the host")
     return [tag("section", heading, bar(parts, limit, gib), tag("p", text, class_="faint"), legend(parts, limit, gib))]
 

@@ -39,9 +39,10 @@ def _host(predicted: Mapping[str, Any]) -> list[str]:
     if not predicted.get("host_bytes"):
         return []
     limit = predicted["host_limit_bytes"]
-    behind = f"copies of {seconds(predicted['hidden_copies_seconds'])} a step are hidden behind computation"
+    hidden = predicted["hidden_copies_seconds"]
+    behind = f"; copies of {seconds(hidden)} a step are hidden behind computation" if hidden else ""
     return [
-        f"host       {gib(predicted['host_bytes'])} of {gib(limit)} a device that the plan may use; {behind}",
+        f"host       {gib(predicted['host_bytes'])} of {gib(limit)} a device that the plan may use{behind}",
         *_listed("", predicted["host_bytes_by_category"], limit, gib),
     ]
 
