@@ -13,12 +13,12 @@ import pytest
 
 import ckpt_merger
 from nnscaler import UserError
+from nnscaler import command as command_line
 from nnscaler.checkpoint import export, merge
 from nnscaler.checkpoint.checksums import CHECKSUMS, Checksums, CorruptCheckpoint
 from nnscaler.checkpoint.folder import BEST, LAST, complete_checkpoints, latest_checkpoint
 from nnscaler.checkpoint.merge import MergedFile, merge_to_file
 from nnscaler.checkpoint.stored import Checkpoint
-from nnscaler.cli import args as command_line
 from nnscaler.cli.trainer import Trainer
 from tests import tiny
 from tests.checkpoint.jobs import assert_equal, final, job, losses, tensors, train
