@@ -28,7 +28,7 @@ OURS = [ROOT / "README.rst", ROOT / "benchmarks" / "README.rst", *sorted(set(ROO
 names = pytest.mark.parametrize("page", OURS, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 # Flags of other programs that the texts name, beside torchrun's.
-OTHERS = {"--index-url", "--version"}
+OTHERS = {"--index-url", "--version", "--shutdown-timeout"}  # of pip, of tools, of torchrun since torch 2.13
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -193,7 +193,7 @@ class StagePlanner:
             graph = stage.cut.graph
             costs = CostModel(self.hardware, self.mesh, self.fused, self.times)
             again = recomputing(graph, self._recomputed(graph))
-            self.problems[stage.like] = build_problem(graph, costs, again, stage.count, stage.layouts)
+            self.problems[stage.like] = build_problem(graph, costs, again, stage.count, stage.layouts, pieces=False)
         return self.problems[stage.like]
 
     def _plan(self, stage: _Stage, limit: float) -> Plan:
@@ -206,7 +206,7 @@ class StagePlanner:
         plan = find_plan(
             graph, [self.mesh], self.hardware, memory=limit - stage.buffers,
             recompute_modules=self._recomputed(graph), micro_batches=stage.count, fused=self.fused, times=self.times,
-            layouts=stage.layouts, in_flight=stage.held,
+            layouts=stage.layouts, in_flight=stage.held, pieces=False,
             seconds=max(self.until - time.process_time(), LEAST_SECONDS),
         )  # fmt: skip
         plan.memory[Key("buffers", "", "received")] = stage.buffers

@@ -143,6 +143,7 @@ def build_problem(
     layouts: Mapping[str, Placements] | None = None,
     in_flight: int = 1,
     host: float = 0.0,
+    pieces: bool = True,
 ) -> Problem:
     """States the problem of a graph.
 
@@ -150,6 +151,7 @@ def build_problem(
     layouts        of parameters, and of inputs and outputs of the graph, that somebody else has decided, by name
     in_flight      micro-batches whose activations are held at a time
     host           bytes a device of the host's memory that may be used; 0: none
+    pieces         whether runs of units may be computed in pieces
     """
     trained = [meta for meta in graph.parameters.values() if meta.requires_grad]
     elements = sum(meta.numel for meta in trained)
@@ -160,7 +162,10 @@ def build_problem(
     builder = _Builder(graph, problem, recomputing, layouts or {})
     builder.decide_parameters()
     for block in [*graph.blocks.values(), graph.root]:
-        _Body(builder, block).build()
+        body = _Body(builder, block)
+        body.build()
+        if pieces:
+            body.divide_runs()
     return builder.problem
 
 
@@ -260,6 +265,8 @@ class _Body:
         for index, tensor in enumerate(self.block.outputs):
             self.flows[tensor].consumers.append((self._boundary("output", index, tensor), 0))
         self._close()
+
+    def divide_runs(self) -> None:
         if len(self.levels) > 1 and any(level.in_pieces for level in self.levels):
             self.problem.divisible.extend(map(self._divisible, runs(self.block)))
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
+from typing import Any
 
 from nnscaler.errors import UserError
 from nnscaler.graph import Call, Graph
@@ -25,8 +26,9 @@ from nnscaler.profiler.operators import OperatorTimes
 logger = logging.getLogger(__name__)
 
 WORTH = 1e-3  # part of the step time that a mesh of more axes must save
-HOST_WORTH = 5e-3  # part of it that using the host's memory must save
+SPARING = 5e-3  # part of it that the host's memory, and pieces, must save
 UNLIMITED = 1e18  # bytes
+LEAST_SECONDS = 5.0  # of the search for the plan that takes least memory, where time is out
 NEAR = 2 * WORTH  # a plan is called the best where it is proven to be so near to it
 TOLERANCE = 1e-5  # of a solver, in the memory row
 SEARCH_SECONDS = 40.0
@@ -47,6 +49,7 @@ def find_plan(
     in_flight: int = 1,
     seconds: float = SEARCH_SECONDS,
     host: float = 0.0,
+    pieces: bool = True,
 ) -> Plan:
     """The plan of least predicted step time on one of the meshes, all of as many devices and replicas.
 
@@ -60,6 +63,9 @@ def find_plan(
     in_flight          micro-batches whose activations are held at a time
     seconds            of processor time, after which the best plan so far is taken
     host               bytes a device of the host's memory that the plan may use
+    pieces             whether runs of operators may be computed in pieces
+
+    What spares memory at a price, the host and pieces, is tried where the device's memory alone holds the plan back.
 
     Raises DoesNotFit where nothing fits, and UserError for unknown class names.
     """
@@ -67,18 +73,19 @@ def find_plan(
     again = recomputing(graph, recompute_modules)
     started = time.perf_counter()
     costs = [CostModel(hardware, mesh, fused, times) for mesh in meshes]
-    programs = [Program(build_problem(graph, model, again, micro_batches, layouts, in_flight)) for model in costs]
+
+    def problem(model: CostModel, *sparing: Any) -> Problem:
+        return build_problem(graph, model, again, micro_batches, layouts, in_flight, *sparing)
+
+    programs = [Program(problem(model, 0.0, False)) for model in costs]
     search = _Search(memory, time.process_time() + seconds)
     for left, program in enumerate(programs, 1 - len(programs)):
         search.on(program, -left)
-    for left, program in enumerate(programs if host else (), 1 - len(programs)):
+    for left, program in enumerate(programs if host or pieces else (), 1 - len(programs)):
         if search.may_gain(program):
-            model = program.problem.costs
-            there = build_problem(graph, model, again, micro_batches, layouts, in_flight, host)
-            search.on(Program(there), -left)
+            search.on(Program(problem(program.problem.costs, host, pieces)), -left)
     if search.found is None:
-        last = build_problem(graph, costs[0], again, micro_batches, layouts, in_flight, host)
-        raise DoesNotFit(*_least(last), memory)
+        raise DoesNotFit(*_least(problem(costs[0], host, pieces)), memory)
     found = search.found
     plan = _to_plan(graph, found.problem, found.solution, found.evaluation, micro_batches)
     plan.costs, plan.memory_limit, plan.bound = found.problem.costs, memory, search.bound * micro_batches
@@ -141,15 +148,17 @@ class _Search:
         except OutOfTime as stopped:
             self.bound = min(self.bound, stopped.bound)
             if self.found is None:
-                self._take(program, least_memory(program))
-                logger.info("planning on %s: out of time; the plan that takes least memory is taken", mesh)
+                least = least_memory(program, LEAST_SECONDS)
+                if least is not None:
+                    self._take(program, least)
+                    logger.info("planning on %s: out of time; the plan that takes least memory is taken", mesh)
 
     def may_gain(self, program: Program) -> bool:
-        """Whether a mesh with all the memory that it could want would be so much faster than the best so far that the
-        host is worth trying there. `program`: that of the device alone."""
+        """Whether a mesh with all the memory that it could want would be so much faster than the best so far that what
+        spares memory is worth trying there. `program`: that of the device alone."""
         if self.found is None:
             return True
-        below = self.found.evaluation.total_seconds * (1 - HOST_WORTH)
+        below = self.found.evaluation.total_seconds * (1 - SPARING)
         try:
             return solve(program, UNLIMITED, below=below, seconds=self.until - time.process_time()) is not None
         except OutOfTime:
@@ -192,6 +201,7 @@ def _least(problem: Problem) -> tuple[dict[Key, float], str]:
     """What the plan that needs least memory needs it for, and the operator that holds most while it runs."""
     program = Program(problem)
     solution = least_memory(program)
+    assert solution is not None, "it has all the time that it wants"
     evaluation = evaluate(program, solution)
     assert evaluation is not None
     divided = [run for run in problem.divisible if (run.block, run.name) in solution.pieces]

@@ -67,16 +67,15 @@ def _limit_host(milp: MixedIntegerProgram, program: Program) -> None:
         milp.row(terms, upper=program.problem.host, unit=Unit.BYTES)
 
 
-def least_memory(program: Program) -> Solution:
-    """The choice that takes least memory, whatever its time."""
+def least_memory(program: Program, seconds: float = inf) -> Solution | None:
+    """The choice that takes least memory, whatever its time; None where none was found in so many seconds."""
     milp = MixedIntegerProgram(_scale(program.problem, None))
     milp.add(program.statement)
     milp.minimise(program.statement.terms(Account.DEVICE), Unit.BYTES)
     _limit_host(milp, program)
-    answer = milp.solve(gap=1e-2)
+    answer = milp.solve(gap=1e-2, seconds=seconds)
     assert answer is not None, "without a limit there is always a plan"
-    assert answer.values is not None
-    return program.solution(answer.values)
+    return None if answer.values is None else program.solution(answer.values)
 
 
 def relaxed(problems: Sequence[Problem], memory: float) -> list[tuple[float, float]] | None:
