@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from nnscaler.runtime import gathering
 from nnscaler.runtime.host import HostMemory, _Copy
 
 WIDTH, ROWS, CALLS = 16, 8, 6
@@ -90,3 +91,14 @@ def test_the_device_holds_what_two_calls_keep_in_backward() -> None:
         weight.register_hook(look)
     model.gradients(host)
     assert most == 2 * 2
+
+
+def test_a_gathered_weight_is_known_by_its_memory_while_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathering._GatheredWeight, "apply", lambda parameter, gathers, steps: parameter * 1)
+    gathers = gathering.Gathers(lambda *gradient: None)
+    weight = gathers.weight(torch.ones(4))
+    assert gathers.holds(weight.view(2, 2))
+    assert not gathers.holds(torch.ones(4))
+    address = weight.untyped_storage().data_ptr()
+    del weight
+    assert address not in gathers._alive

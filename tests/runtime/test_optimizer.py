@@ -12,7 +12,7 @@ from nnscaler.mesh import Mesh
 from nnscaler.placement import SHARED
 from nnscaler.runtime.axes import Axes
 from nnscaler.runtime.buckets import make_buckets
-from nnscaler.runtime.optimizer import OptimizerConfig, ShardedOptimizer, decays
+from nnscaler.runtime.optimizer import OptimizerConfig, ShardedOptimizer, buckets_of, decays
 from nnscaler.shards import ParameterSpec
 
 SHAPES = {"matrix": (40, 30), "norm": (30,), "other": (3, 100), "bias": (300,)}
@@ -149,3 +149,11 @@ def test_state_on_the_host_gives_the_same_to_the_last_bit(dtype):
     for ours, theirs in zip(both[0][0].state, both[1][0].state, strict=True):
         for name in ours:
             assert torch.equal(ours[name], theirs[name])
+
+
+def test_the_state_of_the_buckets_that_forward_needs_last_goes_to_the_host():
+    optimizer, _ = optimizer_of(CONFIG, torch.bfloat16)
+    by_use = sorted(range(len(optimizer.buckets)), key=lambda index: optimizer.buckets[index].first)
+    assert buckets_of(optimizer.buckets, 0.0) == []
+    assert buckets_of(optimizer.buckets, 1.0) == by_use[-1:]
+    assert sorted(buckets_of(optimizer.buckets, 1e9)) == sorted(by_use)

@@ -83,3 +83,12 @@ def test_a_checkpoint_around_it_computes_no_piece_in_vain() -> None:
     for ours, right in zip(gradients(recompute(layer, *inputs), inputs), wanted):
         assert (ours - right).norm() <= 1e-6 * right.norm()
     assert calls == 8, "four pieces in forward, and four for their gradients"
+
+
+def test_more_terms_than_bf16_counts_are_added_up() -> None:
+    rows = 1000  # a sum in bf16 stays at 256, to which 1 adds nothing
+    x = torch.ones(rows, 1, dtype=torch.bfloat16)
+    weight = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    in_pieces(F.linear, rows, (0, None), (0,), x, weight).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.item() == rows
