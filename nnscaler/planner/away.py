@@ -27,7 +27,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nnscaler.plan import Key
-from nnscaler.planner.statement import Account, Terms, Unit, minus
+from nnscaler.planner.statement import Account, Terms, Unit
 from nnscaler.recompute import Level
 
 if TYPE_CHECKING:
@@ -122,9 +122,4 @@ class Away:
         self._longer("update", seconds, forward, 1 / self.problem.micro_batches)
 
     def _longer(self, side: str, copies: Terms, computing: Terms, part: float) -> None:
-        """Counts the seconds by which copies make computing longer, in a part of the micro-batches."""
-        lost = self.host.interference
-        longer = self.statement.least(Unit.SECONDS)
-        self.statement.charge(Account.TIME, Key("copies", "", side), longer, part)
-        self.statement.above(longer, [*copies, *minus([(z, (1 - lost) * seconds) for z, seconds in computing])])
-        self.statement.above(longer, [(variable, lost * seconds) for variable, seconds in copies])
+        self.statement.longer(Key("copies", "", side), copies, computing, self.host.interference, part)

@@ -413,14 +413,8 @@ class Program:
         self._longer("backward", last, computing["backward"], part)
 
     def _longer(self, side: str, exchange: Terms, computing: Terms, part: float) -> None:
-        """Counts the seconds by which exchange makes computing longer, in a part of the micro-batches."""
         lost = self.problem.costs.hardware.interference
-        longer = self.statement.least(Unit.SECONDS)
-        self._charge(Account.TIME, Key("exchange", "", side), longer, part)
-        hidden = [(variable, (1 - lost) * seconds) for variable, seconds in computing]
-        self.statement.above(longer, [*exchange, *minus(hidden)])
-        if lost:
-            self.statement.above(longer, [(variable, lost * seconds) for variable, seconds in exchange])
+        self.statement.longer(Key("exchange", "", side), exchange, computing, lost, part)
 
     def _work(self) -> None:
         """working"""

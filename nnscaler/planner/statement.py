@@ -106,6 +106,17 @@ class Statement:
         self.row([(variable, 1.0), *minus(terms)], number, unit=self.units[variable])
         self.limits[variable].append((terms, number))
 
+    def longer(self, key: Key, beside: Terms, computing: Terms, lost: float, part: float) -> None:
+        """Charges the seconds by which what runs beside makes computing longer, in a part of the micro-batches.
+
+        lost  seconds that computing loses for each second beside it
+        """
+        longer = self.least(Unit.SECONDS)
+        self.charge(Account.TIME, key, longer, part)
+        self.above(longer, [*beside, *minus([(variable, (1 - lost) * seconds) for variable, seconds in computing])])
+        if lost:
+            self.above(longer, [(variable, lost * seconds) for variable, seconds in beside])
+
     def row(self, terms: Terms, lower: float = -inf, upper: float = inf, unit: Unit = Unit.NUMBER) -> None:
         """lower <= sum <= upper. A variable may stand in several terms."""
         self.rows.append(Row(terms, lower, upper, unit))

@@ -201,12 +201,10 @@ class _State:
             self.master = there["master"]
             self.moments = {name: there[name] for name in names}
         self._master = here["master"]  # where they are updated
-        self._ranges = [part for part in _decay_ranges(bucket) if part.stop > part.start]
-        groups = [
-            {"params": [self._master[part]], "weight_decay": config.weight_decay if decayed else 0.0}
-            for part, decayed in zip(_decay_ranges(bucket), (True, False))
-            if part.stop > part.start
-        ]
+        decays_by = zip(_decay_ranges(bucket), (config.weight_decay, 0.0))
+        ranges = [(part, decay) for part, decay in decays_by if part.stop > part.start]
+        self._ranges = [part for part, _ in ranges]
+        groups = [{"params": [self._master[part]], "weight_decay": decay} for part, decay in ranges]
         self._adam = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
         for parameter, part in zip(self._parameters(), self._ranges, strict=True):
             self._adam.state[parameter] = {"step": torch.zeros((), device=parameter.device)}
