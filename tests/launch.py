@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from queue import Empty
 from typing import Any
 
@@ -24,9 +27,9 @@ def run(world: int, function: Callable[..., Any], *args: Any, init: bool = True,
     """
     queue = _context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
+        store = _agent_store()
         ranks = [
-            _context.Process(target=_rank, args=(rank, world, folder, port, init, queue, function, args))
+            _context.Process(target=_rank, args=(rank, world, folder, store.port, init, queue, function, args))
             for rank in range(world)
         ]
         for process in ranks:
@@ -43,6 +46,7 @@ def run(world: int, function: Callable[..., Any], *args: Any, init: bool = True,
             for process in ranks:
                 process.join(timeout=10 if len(results) == world else 0.1)
                 process.kill()
+            del store  # not before: the ranks meet in it
     return [results[rank] for rank in range(world)]
 
 
@@ -51,11 +55,24 @@ def start(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
 
     What they print is lost, so that killing them makes no noise.
     """
-    port = _free_port()
-    ranks = [_context.Process(target=_unattended, args=(rank, world, port, function, args)) for rank in range(world)]
+    store = _agent_store()
+    _kept.append(store)
+    ranks = [
+        _context.Process(target=_unattended, args=(rank, world, store.port, function, args)) for rank in range(world)
+    ]
     for process in ranks:
         process.start()
     return ranks
+
+
+_kept: list[Any] = []  # stores of processes that only their starter ends
+
+
+def _agent_store() -> Any:
+    """What torchrun's agent has for its workers to meet in, at a port that was never another's in between."""
+    import torch.distributed as dist
+
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def _unattended(rank: int, world: int, port: int, function: Callable[..., Any], args: Any) -> None:
@@ -72,7 +89,7 @@ def _prepare(rank: int, world: int, port: int) -> None:
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
     )  # fmt: skip
 
 
@@ -103,9 +120,11 @@ def _rank(
         queue.put((rank, None, traceback.format_exc()))
 
 
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port() -> int:
+    """A port for a program that cannot take any: none of those that the system gives out to others meanwhile."""
+    given_out = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(min(20_000, given_out // 2), given_out)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

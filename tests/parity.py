@@ -120,9 +120,8 @@ def arguments(case: Case, folder: Path) -> TrainerArgs:
 
 def train_all(cases: list[Case], folder: Path) -> None:
     """On every rank: trains each case, one after the other."""
-    port = int(os.environ["MASTER_PORT"])
     for index, case in enumerate(cases):
-        os.environ["MASTER_PORT"] = str(port + index)
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(index)  # where they meet, each time anew
         with _planned(case.levels, case.pieces), _compiled_regions() if case.compiled else nullcontext():
             Trainer(arguments(case, folder)).run()
 

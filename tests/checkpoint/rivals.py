@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from nnscaler.checkpoint.claim import CLAIM, Claim
 from nnscaler.checkpoint.folder import TrainerState, own_checkpoints
 from nnscaler.cli.log import METRICS
+from tests.launch import free_port
 
 ROOT = Path(__file__).parents[2]
 NAME, RANKS = "rival", 2
@@ -39,12 +39,10 @@ class Job:
             "plan_ngpus": 1, "grad_accumulation_steps": 1, "name": NAME, "max_train_steps": self.steps,
             "checkpoint_interval": self.interval, "lr_schedule": "constant", "seed": self.seed,
         }  # fmt: skip
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         command = [  # with torchrun's run id "none"
             sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={RANKS}", "--max-restarts=10000",
-            f"--master_port={port}", str(ROOT / "train.py"), *(f"--{name}={value}" for name, value in flags.items()),
+            f"--master_port={free_port()}", str(ROOT / "train.py"),
+            *(f"--{name}={value}" for name, value in flags.items()),
         ]  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         with (self.folder / f"seed{self.seed}.log").open("ab") as out:

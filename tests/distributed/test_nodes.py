@@ -20,7 +20,7 @@ from nnscaler.checkpoint.folder import latest_checkpoint
 from nnscaler.checkpoint.stored import Checkpoint
 from nnscaler.processes import join_processes
 from tests import tiny
-from tests.launch import run
+from tests.launch import free_port, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,9 +39,7 @@ def test_what_one_node_compiles_every_node_runs(tmp_path):
     tiny.write_dataset(tmp_path / "data")
     tiny.write_hardware(tmp_path)
     tiny.write_model(tmp_path / "model")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     flags = ["--model_id", str(tmp_path / "model"), "--dataset_path", str(tmp_path / "data"), "--plan_ngpus", "2"]
     flags += ["--hardware", str(tmp_path / "hardware.json"), "--max_train_steps", "3", "--precision", "fp32"]
     flags += ["--checkpoint_dir", str(tmp_path / "checkpoints"), "--learning_rate", "1e-3"]
@@ -64,17 +62,8 @@ def test_what_one_node_compiles_every_node_runs(tmp_path):
         assert torch.isfinite(checkpoint.read(name, shape)).all()
 
 
-def as_torchrun() -> dist.Store | None:
-    """The store that torchrun's agent on the first node has; workers are told so."""
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-    if os.environ["RANK"] != "0":
-        return None
-    return dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=True, wait_for_workers=False)
-
-
 def come_alone() -> str:
-    agent = as_torchrun()
-    if agent is None:
+    if os.environ["RANK"] != "0":
         return ""
     with pytest.raises(UserError) as error:
         join_processes(torch.device("cpu"), timedelta(seconds=2))
@@ -89,7 +78,6 @@ def test_a_rank_that_does_not_come_is_named():
 def fall_silent() -> list[str]:
     """Rank 2 stops after step 4, and rank 1 stays a step behind; says what rank 0 logs of it."""
     rank, lines = int(os.environ["RANK"]), []
-    agent = as_torchrun()
     signs._BEAT = 1.0  # of which a busy machine may keep two
     watch = join_processes(torch.device("cpu"))
     handler = logging.Handler()
@@ -103,7 +91,6 @@ def fall_silent() -> list[str]:
     if rank == 0:
         watch.explain()
     dist.barrier()
-    del agent
     return lines
 
 
