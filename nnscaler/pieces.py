@@ -19,7 +19,7 @@ MOST_WAYS = 64  # that are looked at for one run, about
 
 
 @dataclass(frozen=True)
-class Run:
+class Stretch:
     """Units of a block, all that is pure between its registered operators and calls, that can be computed in pieces.
 
     units  by index; `inputs`: tensors from outside, `outputs`: those that others use, in order
@@ -32,19 +32,19 @@ class Run:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     dims: Mapping[str, int]
-    last: bool
+    ends_block: bool
 
 
-def runs(block: Block) -> list[Run]:
+def stretches(block: Block) -> list[Stretch]:
     """The runs of a block, in the order in which it computes them."""
     units = divide(block)
     places = _places(units)
     found = []
     for place in sorted({place for unit, place in zip(units, places) if pure(unit)}):
         members = [index for index, unit in enumerate(units) if pure(unit) and places[index] == place]
-        run = _run(block, units, members)
-        if run is not None:
-            found.append(run)
+        stretch = _stretch(block, units, members)
+        if stretch is not None:
+            found.append(stretch)
     return found
 
 
@@ -58,7 +58,7 @@ def _places(units: list[Unit]) -> list[int]:
     return places
 
 
-def _run(block: Block, units: list[Unit], members: list[int]) -> Run | None:
+def _stretch(block: Block, units: list[Unit], members: list[int]) -> Stretch | None:
     """The run of some units; None where they cannot be computed in pieces, or use what other pure units make."""
     inside = {name for index in members for name in units[index].outputs}
     elsewhere = {name for index, unit in enumerate(units) if index not in members for name in unit.inputs}
@@ -72,8 +72,8 @@ def _run(block: Block, units: list[Unit], members: list[int]) -> Run | None:
     if not ways:
         return None
     dims = max(ways, key=lambda way: min(block.tensors[name].shape[way[name]] for name in outputs))
-    last = not elsewhere & set(outputs) and max(members) == len(units) - 1
-    return Run(units[members[-1]].name, tuple(members), tuple(inputs), tuple(outputs), dims, last)
+    ends_block = not elsewhere & set(outputs) and max(members) == len(units) - 1
+    return Stretch(units[members[-1]].name, tuple(members), tuple(inputs), tuple(outputs), dims, ends_block)
 
 
 def _ways(block: Block, nodes: list[Node]) -> Iterator[dict[str, int]]:

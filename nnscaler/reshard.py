@@ -1,6 +1,7 @@
-"""From how a tensor lies to how its user needs it: the collectives in between, forward and backward.
+"""How a tensor gets from the layout in which it is made to the layout in which it is used.
 
-The planner prices these steps and the code generator writes them, so that what is priced is what runs.
+A change of layout is a list of `Reshard`s, each along one mesh axis. The planner prices them and the code generator
+writes them, so that what is priced is what runs.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 from nnscaler.placement import PARTIAL, REPLICATE, SHARED, Placement, Placements, Replicate, Shard
 
-# (from, to) -> forward collective, backward collective. `move` is another dimension of the same tensor.
+# (placement before, placement after) -> what runs in forward, what runs in backward
 _COLLECTIVES = {
     ("P", "R"): ("all_reduce", "identity"),
     ("P", "R*"): ("all_reduce", "all_reduce"),
@@ -26,8 +27,11 @@ _COLLECTIVES = {
 
 
 @dataclass(frozen=True)
-class Step:
-    """One collective along mesh axis `axis`; `source` and `target` are the tensor's placements there."""
+class Reshard:
+    """A change of a tensor's placement along one mesh axis, from `source` to `target`.
+
+    `axis` is an index into `Mesh.sizes`.
+    """
 
     axis: int
     source: Placement
@@ -35,7 +39,10 @@ class Step:
 
     @property
     def collectives(self) -> tuple[str, str]:
-        """Names of what runs forward and backward."""
+        """Names of what runs in forward and in backward, such as ("all_gather", "reduce_scatter").
+
+        Not all of them communicate: "identity", "slice", "pad" and "divide" are local.
+        """
         return _COLLECTIVES[_kind(self.source), _kind(self.target)]
 
 
@@ -43,17 +50,21 @@ def _kind(placement: Placement) -> str:
     return "S" if isinstance(placement, Shard) else str(placement)
 
 
-def reshard_steps(source: Placements, target: Placements) -> list[Step] | None:
-    """The steps that turn `source` into `target`, in order; None where `target` has a partial sum that `source` lacks.
+def reshards(source: Placements, target: Placements) -> list[Reshard] | None:
+    """The changes that turn layout `source` into layout `target`, in the order in which they run.
 
-    A dimension sharded on several axes is nested, the earlier axis outermost: before an outer axis of it changes, the
-    inner ones are gathered, and sharded again afterwards.
+    None where it cannot be done: `target` is a partial sum on an axis where `source` is not.
+
+    Example: on a mesh of one axis, `reshards((Shard(1),), (REPLICATE,))` is one all-gather.
+
+    A dimension that is sharded on several axes is nested, with the earlier axis outermost. Before its outer axis
+    changes, the inner ones are gathered, and they are sharded again afterwards.
     """
     current = list(source)
-    steps: list[Step] = []
+    found: list[Reshard] = []
 
     def change(axis: int, placement: Placement) -> None:
-        steps.append(Step(axis, current[axis], placement))
+        found.append(Reshard(axis, current[axis], placement))
         current[axis] = placement
 
     for axis, wanted in enumerate(target):
@@ -67,14 +78,17 @@ def reshard_steps(source: Placements, target: Placements) -> list[Step] | None:
             if isinstance(placement, Shard) and placement.dim in dims:
                 change(inner, goal if isinstance(goal, Replicate) else REPLICATE)
         change(axis, wanted)
-    return steps
+    return found
 
 
-def brings_together(steps: Sequence[Step] | None) -> bool:
-    """Whether steps make a whole of shards whose gradients are sums: what is done with weights beside computation."""
-    return bool(steps) and all(step.collectives == ("all_gather", "reduce_scatter") for step in steps or ())
+def only_gathers(changes: Sequence[Reshard] | None) -> bool:
+    """Whether all changes are all-gathers whose gradients are reduce-scattered.
+
+    A weight that is stored in shards is brought to its user in this way, and so beside computation.
+    """
+    return bool(changes) and all(one.collectives == ("all_gather", "reduce_scatter") for one in changes or ())
 
 
 def without_gradient(placements: Placements) -> Placements:
-    """The same placements for a tensor that has no gradient."""
+    """The same layout for a tensor that has no gradient: whether a gradient is partial (R*) does not matter then."""
     return tuple(REPLICATE if placement == SHARED else placement for placement in placements)

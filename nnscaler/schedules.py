@@ -88,7 +88,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Work:
+class Compute:
     """Computation: F forward; B backward; I and W its parts, for the stage's input and for its weights."""
 
     kind: str
@@ -123,7 +123,7 @@ class Wait:
     transfers: tuple[Transfer, ...]
 
 
-Program = list[Work | Post | Wait]
+Action = Compute | Post | Wait  # of a rank in a step
 
 
 def torch_schedule(schedule: Schedule, stages: Sequence[Any], loss: Callable[..., Any]) -> Any:
@@ -136,7 +136,7 @@ def torch_schedule(schedule: Schedule, stages: Sequence[Any], loss: Callable[...
 
 
 @cache
-def programs(schedule: Schedule) -> list[Program]:
+def actions(schedule: Schedule) -> list[list[Action]]:
     """What each pipeline rank does in a step, in order."""
     if schedule.kind == "1f1b":
         return [list(_one_forward_one_backward(schedule, rank)) for rank in range(schedule.ranks)]
@@ -146,42 +146,42 @@ def programs(schedule: Schedule) -> list[Program]:
         )
         for stage in schedule.stages_of(0)
     ]
-    actions = torch_schedule(schedule, stages, lambda output, target: output).pipeline_order_with_comms
-    return [_program(schedule, rank, actions[rank]) for rank in range(schedule.ranks)]
+    order = torch_schedule(schedule, stages, lambda output, target: output).pipeline_order_with_comms
+    return [_as_run(schedule, rank, order[rank]) for rank in range(schedule.ranks)]
 
 
-def in_flight(program: Program, stage: int) -> int:
+def in_flight(own: Sequence[Action], stage: int) -> int:
     """The most micro-batches of a stage whose activations are held at a time: from forward to the end of backward."""
     most = now = 0
-    for step in program:
-        if isinstance(step, Work) and step.stage == stage:
-            now += {"F": 1, "B": -1, "I": 0, "W": -1}[step.kind]
+    for action in own:
+        if isinstance(action, Compute) and action.stage == stage:
+            now += {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind]
             most = max(most, now)
     return most
 
 
-def _program(schedule: Schedule, rank: int, actions: Sequence[Any]) -> Program:
+def _as_run(schedule: Schedule, rank: int, order: Sequence[Any]) -> list[Action]:
     """torch's run time of actions: sends and receives are posted where they stand, work waits for what it uses."""
-    program: Program = []
+    found: list[Action] = []
     sent: list[Transfer] = []
-    for action in (part for whole in actions for part in whole.sub_actions or (whole,)):
+    for action in (part for whole in order for part in whole.sub_actions or (whole,)):
         kind, stage, micro_batch = action.computation_type.value, action.stage_index, action.microbatch_index
         if kind in ("SEND_F", "SEND_B"):
             sent.append(Transfer(kind[-1], stage, micro_batch))
-            program.append(Post((sent[-1],)))
+            found.append(Post((sent[-1],)))
         elif kind in ("RECV_F", "RECV_B"):
             source = stage - 1 if kind == "RECV_F" else stage + 1
-            program.append(Post((Transfer(kind[-1], source, micro_batch),)))
+            found.append(Post((Transfer(kind[-1], source, micro_batch),)))
         elif kind in ("F", "B", "I", "W"):
             source = stage - 1 if kind == "F" else stage + 1
             if kind != "W" and 0 <= source < schedule.stages and schedule.rank_of(source) != rank:
-                program.append(Wait((Transfer("F" if kind == "F" else "B", source, micro_batch),)))
-            program.append(Work(kind, stage, micro_batch))
-    program.append(Wait(tuple(sent)))
-    return program
+                found.append(Wait((Transfer("F" if kind == "F" else "B", source, micro_batch),)))
+            found.append(Compute(kind, stage, micro_batch))
+    found.append(Wait(tuple(sent)))
+    return found
 
 
-def _one_forward_one_backward(schedule: Schedule, rank: int) -> Iterator[Work | Post | Wait]:
+def _one_forward_one_backward(schedule: Schedule, rank: int) -> Iterator[Action]:
     """torch's 1F1B: in the steady state a send is posted with the receive that follows, and both are waited for."""
     count, last = schedule.micro_batches, schedule.stages - 1
 
@@ -198,7 +198,7 @@ def _one_forward_one_backward(schedule: Schedule, rank: int) -> Iterator[Work | 
     sending: tuple[Transfer, ...] = ()
     for micro_batch in range(warmup):
         yield from exchange(transfer("F", rank - 1, micro_batch))
-        yield Work("F", rank, micro_batch)
+        yield Compute("F", rank, micro_batch)
         yield Wait(sending)
         sending = transfer("F", rank, micro_batch)
         if micro_batch < warmup - 1:
@@ -209,13 +209,13 @@ def _one_forward_one_backward(schedule: Schedule, rank: int) -> Iterator[Work | 
             yield from exchange(sending, transfer("B", rank + 1, micro_batch))
         else:
             yield from exchange(transfer("B", rank + 1, micro_batch))
-        yield Work("B", rank, micro_batch)
+        yield Compute("B", rank, micro_batch)
         if forward > count:
             yield Wait(sending)
         sending = transfer("B", rank, micro_batch)
         if forward < count:
             yield from exchange(sending, transfer("F", rank - 1, forward))
-            yield Work("F", rank, forward)
+            yield Compute("F", rank, forward)
             sending = transfer("F", rank, forward)
         else:
             yield Post(sending)

@@ -23,7 +23,7 @@ from nnscaler.compiler import ComputeConfig
 from nnscaler.data.training import PackedDataset
 from nnscaler.first_values import initial_parameters
 from nnscaler.models.causal_lm import WEIGHT_PREFIX, CausalLM, prepare_config
-from nnscaler.pieces import runs
+from nnscaler.pieces import stretches
 from nnscaler.plan import Key, Plan
 from nnscaler.recompute import level_of
 from nnscaler.runtime import regions
@@ -144,7 +144,7 @@ def _planned(levels: tuple[str, ...], pieces: int) -> Iterator[None]:
             plan.levels["llama_decoder_layer"] = {level_of(name): levels.count(name) for name in levels}
         if pieces:
             layer = plan.graph.blocks["llama_decoder_layer"]
-            plan.pieces = {(layer.name, run.name): pieces for run in runs(layer)}
+            plan.pieces = {(layer.name, one.name): pieces for one in stretches(layer)}
         if any(level.on_host for level in plan.levels["llama_decoder_layer"]):
             plan.host[Key("state")] = 1e9  # more than there is: all of the optimizer's state
         return plan

@@ -6,15 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 
-from nnscaler.codegen.schedule import Region, Step, makes, schedule, uses
+from nnscaler.codegen.segments import Region, Segment, makes, segments, uses
 from nnscaler.graph import Block, Node, Ref, TensorMeta, format_arguments, map_refs, short_dtype
 from nnscaler.operators import Operator, operator_of, spell
-from nnscaler.pieces import Run
+from nnscaler.pieces import Stretch
 from nnscaler.placement import Placement, Placements, Shard, format_placements, local_shape
 from nnscaler.plan import Plan
 from nnscaler.recompute import KEEPS_ALL, RECOMPUTES_ALL_BUT_ATTENTION
-from nnscaler.reshard import Step as Reshard
-from nnscaler.reshard import brings_together, reshard_steps
+from nnscaler.reshard import Reshard, only_gathers, reshards
 from nnscaler.units import Unit
 
 INDENT = "    "
@@ -30,7 +29,7 @@ class Body:
     made: dict[str, Placements] = field(default_factory=dict)  # tensor -> layout it is made in
     taken: set[str] = field(default_factory=set)
     functions: list[list[str]] = field(default_factory=list)
-    run: Run | None = None  # that is computed in pieces, while its region is written
+    stretch: Stretch | None = None  # the one that is computed in pieces, while its region is written
     needs_device: bool = False  # whether a region takes the variable `device`
 
     def write(self) -> list[list[str]]:
@@ -41,14 +40,14 @@ class Body:
             self._define(tensor, layout, tensor)
         for tensor, path in block.parameters.items():
             self._define(tensor, self._stored(tensor), f'w["{path}"]')
-        steps = schedule(self.plan, block)
+        parts = segments(self.plan, block)
         lines: list[str] = []
-        for index, step in enumerate(steps):
-            for region in step.regions:
+        for index, segment in enumerate(parts):
+            for region in segment.regions:
                 lines += self._region(region, index)
-            for unit in step.others:
+            for unit in segment.others:
                 lines += self._other(unit)
-            lines += self._release(steps[index + 1 :])
+            lines += self._release(parts[index + 1 :])
         results = [
             self._in_layout(tensor, layout, lines)
             for tensor, layout in zip(block.outputs, self.plan.outputs[block.name])
@@ -89,7 +88,7 @@ class Body:
     def _region(self, region: Region, index: int) -> list[str]:
         """A region's function, and the lines that call it. One operator (and views) gains nothing from being one."""
         computing = [node for unit in region.units for node in unit.nodes if not operator_of(node).alias]
-        if len(computing) < 2 and not region.again and region.run is None:
+        if len(computing) < 2 and not region.recomputed and region.stretch is None:
             return [line for unit in region.units for line in self._nodes(unit.nodes)]
         lines: list[str] = []
         inside = {name for unit in region.units for node in unit.nodes for name in node.outputs}
@@ -104,23 +103,25 @@ class Body:
         nodes = sorted((node for unit in region.units for node in unit.nodes), key=self.block.nodes.index)
         made = {name: unit for unit in region.units for name in unit.outputs if self._used_after(name, inside)}
         outputs = list(made)
-        self.run = region.run
-        name = f"{self._name()}_{'again' if region.again else 'region'}_{index}"
+        self.stretch = region.stretch
+        name = f"{self._name()}_{'again' if region.recomputed else 'region'}_{index}"
         self._region_function(name, parameters, given, nodes, outputs)
-        self.run = None
-        arguments = ", ".join([f'"{RECOMPUTES_ALL_BUT_ATTENTION}"' if region.again else self._keep(), *given])
+        self.stretch = None
+        arguments = ", ".join([f'"{RECOMPUTES_ALL_BUT_ATTENTION}"' if region.recomputed else self._keep(), *given])
         call = f"{name}({arguments})"
-        if region.run is not None:
-            call = self._in_pieces(region.run, name, given, outputs)
+        if region.stretch is not None:
+            call = self._in_pieces(region.stretch, name, given, outputs)
         for tensor, unit in made.items():
             self._define(tensor, makes(self.plan, self.block, unit, tensor), tensor)
         return [*lines, f"{', '.join(outputs)} = {call}"]
 
-    def _in_pieces(self, run: Run, name: str, given: dict[str, tuple[str, Placements]], outputs: Sequence[str]) -> str:
-        """The call of a run's region in pieces. Backward computes each again, so that a piece itself keeps all."""
-        count = self.plan.pieces[self.block.name, run.name]
-        split = tuple(run.dims.get(tensor) for tensor, _ in given.values())
-        joined = tuple(run.dims[tensor] for tensor in outputs)
+    def _in_pieces(
+        self, stretch: Stretch, name: str, given: dict[str, tuple[str, Placements]], outputs: Sequence[str]
+    ) -> str:
+        """The call that runs a stretch's region in pieces. Backward runs each piece again, so that itself keeps all."""
+        count = self.plan.pieces[self.block.name, stretch.name]
+        split = tuple(stretch.dims.get(tensor) for tensor, _ in given.values())
+        joined = tuple(stretch.dims[tensor] for tensor in outputs)
         arguments = ", ".join([name, str(count), str((None, *split)), str(joined), f'"{KEEPS_ALL}"', *given])
         return f"in_pieces({arguments})"
 
@@ -208,46 +209,46 @@ class Body:
     def _local_meta(self, tensor: str, layout: Placements) -> TensorMeta:
         meta = self.block.tensors[tensor]
         shape = list(local_shape(meta.shape, layout, self.plan.mesh.sizes))
-        if self.run is not None and tensor in self.run.dims:
-            shape[self.run.dims[tensor]] //= self.plan.pieces[self.block.name, self.run.name]
+        if self.stretch is not None and tensor in self.stretch.dims:
+            shape[self.stretch.dims[tensor]] //= self.plan.pieces[self.block.name, self.stretch.name]
         return replace(meta, shape=tuple(shape))
 
     def _in_layout(self, tensor: str, layout: Placements, lines: list[str]) -> str:
         """The expression of a tensor in a layout; adds the lines that reshard it the first time."""
         if (tensor, layout) not in self.names:
             source = self.made[tensor]
-            steps = reshard_steps(source, layout)
-            assert steps is not None, (tensor, source, layout)
-            steps = [step for step in steps if self._changes(step, tensor)]
+            found = reshards(source, layout)
+            assert found is not None, (tensor, source, layout)
+            changes = [one for one in found if self._does_something(one, tensor)]
             expression = self.names[tensor, source]
-            if steps and self._is_gathered_weight(tensor, steps):
+            if changes and self._is_gathered_weight(tensor, changes):
                 variable = self._fresh(f"{tensor}_{_tag(layout)}")
-                shards = "".join(f", ({self._axis(step.axis)}, {_dim(step.source)})" for step in steps)
+                shards = "".join(f", ({self._axis(one.axis)}, {_dim(one.source)})" for one in changes)
                 again = ", again=True" if (self.block.name, tensor) in self.plan.gathered_again else ""
                 lines.append(f"{variable} = axes.gathers.weight({expression}{shards}{again})")
                 expression = variable
-            elif steps:
+            elif changes:
                 variable = self._fresh(f"{tensor}_{_tag(layout)}")
-                for step in steps:
-                    lines.append(f"{variable} = {self._collective(expression, step, tensor)}")
+                for one in changes:
+                    lines.append(f"{variable} = {self._collective(expression, one, tensor)}")
                     expression = variable
             self.names[tensor, layout] = expression
         return self.names[tensor, layout]
 
-    def _is_gathered_weight(self, tensor: str, steps: list[Reshard]) -> bool:
-        """Whether a parameter is brought together from shards, whose gradients are sums."""
-        return tensor in self.block.parameters and brings_together(steps)
+    def _is_gathered_weight(self, tensor: str, changes: list[Reshard]) -> bool:
+        """Whether a tensor is a parameter that is gathered from shards, with its gradient reduce-scattered."""
+        return tensor in self.block.parameters and only_gathers(changes)
 
-    def _changes(self, step: Reshard, tensor: str) -> bool:
-        """Whether a step does anything: one that only concerns gradients does not where there are none."""
-        forward, backward = step.collectives
-        if self.plan.mesh.sizes[step.axis] == 1:
+    def _does_something(self, reshard: Reshard, tensor: str) -> bool:
+        """Whether a reshard does anything: one that only concerns gradients does not where there are none."""
+        forward, backward = reshard.collectives
+        if self.plan.mesh.sizes[reshard.axis] == 1:
             return False
         return forward != "identity" or (self.block.tensors[tensor].requires_grad and backward != "identity")
 
-    def _collective(self, x: str, step: Reshard, tensor: str) -> str:
-        forward, backward = step.collectives
-        axis = self._axis(step.axis)
+    def _collective(self, x: str, reshard: Reshard, tensor: str) -> str:
+        forward, backward = reshard.collectives
+        axis = self._axis(reshard.axis)
         if not self.block.tensors[tensor].requires_grad:
             backward = _WITHOUT_GRADIENT.get(backward, backward)
         if forward == "identity":
@@ -255,8 +256,8 @@ class Body:
         if forward == "all_reduce":
             return f'collectives.all_reduce({x}, {axis}, backward="{backward}")'
         if forward == "all_to_all":
-            return f"collectives.all_to_all({x}, {axis}, source={_dim(step.source)}, target={_dim(step.target)})"
-        dim = _dim(step.source if isinstance(step.source, Shard) else step.target)
+            return f"collectives.all_to_all({x}, {axis}, source={_dim(reshard.source)}, target={_dim(reshard.target)})"
+        dim = _dim(reshard.source if isinstance(reshard.source, Shard) else reshard.target)
         if forward == "reduce_scatter":
             return f"collectives.reduce_scatter({x}, {axis}, dim={dim})"
         function = "slice_" if forward == "slice" else forward
@@ -270,11 +271,11 @@ class Body:
         self.taken.add(candidate)
         return candidate
 
-    def _release(self, following: list[Step]) -> list[str]:
-        """`del` of the variables whose tensors nobody uses in later steps, so that their memory is free."""
+    def _release(self, following: list[Segment]) -> list[str]:
+        """`del` of the variables whose tensors no later segment uses, so that their memory is free."""
         needed = set(self.block.outputs)
-        for step in following:
-            for unit in [*step.others, *(unit for region in step.regions for unit in region.units)]:
+        for segment in following:
+            for unit in [*segment.others, *(unit for region in segment.regions for unit in region.units)]:
                 needed.update(unit.inputs)
         dead = []
         for (tensor, layout), name in list(self.names.items()):

@@ -1,6 +1,6 @@
 """Devices and the links between them: what the planner knows of a machine that need not be here."""
 
-from nnscaler.hardware.communication import Estimate, Link
+from nnscaler.hardware.communication import Link, Timing
 from nnscaler.hardware.spec import Hardware, detect_hardware, find_hardware, hardware_names, load_hardware
 
-__all__ = ["Estimate", "Hardware", "Link", "detect_hardware", "find_hardware", "hardware_names", "load_hardware"]
+__all__ = ["Hardware", "Link", "Timing", "detect_hardware", "find_hardware", "hardware_names", "load_hardware"]

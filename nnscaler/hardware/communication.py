@@ -28,7 +28,7 @@ COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 Curve = tuple[tuple[int, float], ...]
 
 
-class Estimate(NamedTuple):
+class Timing(NamedTuple):
     """Seconds, and what says so: this machine, the bundled profile of its kind, or arithmetic over data-sheet rates."""
 
     seconds: float

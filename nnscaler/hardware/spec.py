@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnscaler.errors import UserError
-from nnscaler.hardware.communication import NO_TIMES, CommunicationTimes, Estimate, Group, Link, Network
+from nnscaler.hardware.communication import NO_TIMES, CommunicationTimes, Group, Link, Network, Timing
 from nnscaler.hardware.local import is_kind, measured_on, measured_on_kind
 
 if TYPE_CHECKING:  # who only asks for names need not wait for torch
@@ -34,7 +34,7 @@ class Host:
     memory: float
     to_host: float
     to_device: float
-    together: float
+    both_ways: float
     interference: float = 0.0
 
 
@@ -85,7 +85,7 @@ class Hardware:
 
     def collective_seconds(
         self, collective: str, size: float, group_size: int, spans_nodes: bool, per_node: int = 1
-    ) -> Estimate:
+    ) -> Timing:
         """How long a collective of `size` bytes over `group_size` devices takes, and what says so.
 
         collective   one of `nnscaler.hardware.communication.COLLECTIVES`
@@ -94,14 +94,14 @@ class Hardware:
         per_node     how many it has on each node, where it spans nodes
         """
         if group_size == 1:
-            return Estimate(0.0, "roofline")
+            return Timing(0.0, "roofline")
         group = Group(group_size, per_node if spans_nodes else group_size)
         network = Network(self.intra, self.inter)
         if (seconds := self.measured.seconds(collective, size, group, network)) is not None:
-            return Estimate(seconds, "measured")
+            return Timing(seconds, "measured")
         if (seconds := self.profile.seconds(collective, size, group, network)) is not None:
-            return Estimate(seconds, "profile")
-        return Estimate(network.latency(group) + size * network.seconds_per_byte(collective, group), "roofline")
+            return Timing(seconds, "profile")
+        return Timing(network.latency(group) + size * network.seconds_per_byte(collective, group), "roofline")
 
     def identity(self) -> str:
         """A short text that differs where anything differs that costs depend on, what was measured here included."""

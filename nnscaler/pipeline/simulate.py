@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from nnscaler.schedules import Post, Program, Schedule, Transfer, Wait, Work
+from nnscaler.schedules import Action, Compute, Post, Schedule, Transfer
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Span:
     """Work of a rank from `start` to `end`, in seconds from the step's beginning."""
 
     rank: int
-    work: Work
+    work: Compute
     start: float
     end: float
 
@@ -53,20 +53,20 @@ class Timeline:
 
 
 def simulate(
-    schedule: Schedule, programs: Sequence[Program], stages: Sequence[StageSeconds], transfers: Sequence[float]
+    schedule: Schedule, actions: Sequence[Sequence[Action]], stages: Sequence[StageSeconds], transfers: Sequence[float]
 ) -> Timeline:
-    """Plays `programs(schedule)`.
+    """Plays the actions of each rank, see `nnscaler.schedules.actions`.
 
     stages     seconds of each stage
     transfers  seconds from stage s to s + 1, and of the gradient back, for each s but the last
     """
-    return _Player(schedule, programs, stages, transfers).play()
+    return _Player(schedule, actions, stages, transfers).play()
 
 
 @dataclass
 class _Player:
     schedule: Schedule
-    programs: Sequence[Program]
+    actions: Sequence[Sequence[Action]]
     stages: Sequence[StageSeconds]
     transfers: Sequence[float]
     clocks: list[float] = field(default_factory=list)
@@ -76,30 +76,30 @@ class _Player:
     timeline: Timeline = field(default_factory=Timeline)
 
     def play(self) -> Timeline:
-        self.clocks = [0.0] * len(self.programs)
-        places = [0] * len(self.programs)
+        self.clocks = [0.0] * len(self.actions)
+        places = [0] * len(self.actions)
         waiting = True
         while waiting:
             before = list(places)
-            for rank, program in enumerate(self.programs):
-                while places[rank] < len(program) and self._do(rank, program[places[rank]]):
+            for rank, own in enumerate(self.actions):
+                while places[rank] < len(own) and self._do(rank, own[places[rank]]):
                     places[rank] += 1
-            waiting = any(place < len(program) for place, program in zip(places, self.programs))
+            waiting = any(place < len(own) for place, own in zip(places, self.actions))
             assert places != before or not waiting, f"every rank of {self.schedule} waits for another"
         self.timeline.seconds = max(self.clocks)
         return self.timeline
 
-    def _do(self, rank: int, step: Work | Post | Wait) -> bool:
-        """Whether a rank could take its next step."""
-        if isinstance(step, Work):
+    def _do(self, rank: int, action: Action) -> bool:
+        """Whether a rank could do its next action."""
+        if isinstance(action, Compute):
             start = self.clocks[rank]
-            self.clocks[rank] += self.stages[step.stage].of(step.kind)
-            self.timeline.spans.append(Span(rank, step, start, self.clocks[rank]))
-        elif isinstance(step, Post):
-            for transfer in step.transfers:
+            self.clocks[rank] += self.stages[action.stage].of(action.kind)
+            self.timeline.spans.append(Span(rank, action, start, self.clocks[rank]))
+        elif isinstance(action, Post):
+            for transfer in action.transfers:
                 self._post(transfer, self.clocks[rank])
-        elif all(transfer in self.done for transfer in step.transfers):
-            self.clocks[rank] = max([self.clocks[rank], *(self.done[transfer] for transfer in step.transfers)])
+        elif all(transfer in self.done for transfer in action.transfers):
+            self.clocks[rank] = max([self.clocks[rank], *(self.done[transfer] for transfer in action.transfers)])
         else:
             return False
         return True

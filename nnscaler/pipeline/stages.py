@@ -29,7 +29,7 @@ from nnscaler.planner.problem import Problem, build_problem
 from nnscaler.planner.search import recomputing
 from nnscaler.planner.solve import relaxed
 from nnscaler.profiler.operators import OperatorTimes
-from nnscaler.schedules import Schedule, in_flight, programs
+from nnscaler.schedules import Schedule, actions, in_flight
 
 LEAST_SECONDS = 1.0  # for each stage, though time is out
 
@@ -143,7 +143,7 @@ class StagePlanner:
     def _assemble(self, candidate: Candidate, stages: Sequence[_Stage], plans: Sequence[Plan]) -> PipelinePlan:
         schedule = candidate.schedule
         timeline = simulate(
-            schedule, programs(schedule), _with_first([self._seconds(plan) for plan in plans]),
+            schedule, actions(schedule), _with_first([self._seconds(plan) for plan in plans]),
             self._transfers(candidate),
         )  # fmt: skip
         crossing = [{name: stage.cut.graph.root.tensors[name] for name in stage.cut.sent} for stage in stages[:-1]]
@@ -167,7 +167,7 @@ class StagePlanner:
             # All stages that have a parameter store it alike, so that their gradients can be added as they lie.
             layouts |= {name: (SHARED,) * len(self.mesh.sizes) for name in shared if name in stage.graph.parameters}
             size = sum(self._local_bytes(stage, name, candidate.layout) for name in _crossing(stage))
-            held = in_flight(programs(schedule)[schedule.rank_of(index)], index)
+            held = in_flight(actions(schedule)[schedule.rank_of(index)], index)
             like = (_likeness(stage.graph), tuple(layouts.values()), schedule.micro_batches)
             found.append(_Stage(stage, like, schedule.micro_batches, held, schedule.micro_batches * size, layouts))
         return found
@@ -258,7 +258,7 @@ class StagePlanner:
     def _simulate(self, candidate: Candidate, stages: Sequence[StageSeconds]) -> float:
         """Seconds of a step."""
         schedule = candidate.schedule
-        return simulate(schedule, programs(schedule), _with_first(stages), self._transfers(candidate)).seconds
+        return simulate(schedule, actions(schedule), _with_first(stages), self._transfers(candidate)).seconds
 
     def _transfers(self, candidate: Candidate) -> list[float]:
         """Seconds from each stage to the next, each device to the one in its place."""

@@ -1,4 +1,4 @@
-"""From a graph to the best plan that fits."""
+"""The planner: from a graph to the fastest plan that fits into memory."""
 
 from nnscaler.planner.refusal import NothingFits
 from nnscaler.planner.search import SEARCH_SECONDS, find_plan

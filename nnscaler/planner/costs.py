@@ -1,9 +1,10 @@
-"""Seconds that units, collectives and the optimizer take on given hardware, and the bytes that they hold.
+"""What work costs on given hardware: seconds of units, collectives and the optimizer, and bytes that they hold.
 
-Products and registered operators: arithmetic over the rate the device reaches, or bytes over its bandwidth, whichever
-is longer. Cheap operators move bytes: a fused cluster those that enter and leave it, an unfused one those of each
-operator.
-Times are for one device; all devices work on equal shards.
+A product, or a registered operator, takes the longer of two times: its arithmetic at the rate that the device reaches,
+and its bytes at the device's memory bandwidth (the roofline model). A cheap operator only moves bytes. A fused cluster
+of cheap operators moves those that enter and leave it; one that is not fused moves those of each operator.
+
+All devices do the same work on equal shards, so times are those of one device.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from dataclasses import dataclass, field
 from math import prod
 
 from nnscaler.graph import Block, Node, TensorMeta
-from nnscaler.hardware import Estimate, Hardware
+from nnscaler.hardware import Hardware, Timing
 from nnscaler.mesh import Mesh
 from nnscaler.operators import operator_of
 from nnscaler.placement import Placements, Shard, local_shape
 from nnscaler.profiler.operators import OperatorTimes
-from nnscaler.reshard import Step
+from nnscaler.reshard import Reshard
 from nnscaler.sizes import BUCKET_ELEMENTS, MOST_IN_FLIGHT, STATES_AHEAD
 from nnscaler.units import Unit, needed_by, node_kind, saved_by
 
@@ -28,7 +29,7 @@ GRADIENT_BYTES = 4  # gradients are accumulated, and exchanged, in fp32
 STRIDED = 3  # a copy that reorders a tensor takes so many times as long as one that does not (measured on H200)
 
 STORED = "parameters"  # of the bytes that a parameter takes, those of itself
-LOCAL = ("slice", "pad", "divide")  # steps of resharding that no other device takes part in
+LOCAL = ("slice", "pad", "divide")  # local: no other device takes part in these
 
 
 def master_bytes(meta: TensorMeta) -> int:
@@ -38,14 +39,17 @@ def master_bytes(meta: TensorMeta) -> int:
 
 @dataclass(frozen=True)
 class Local:
-    """A node on one device.
+    """A node as one device runs it.
 
-    sizes       local size of each annotated name
-    inputs      its local inputs
-    bytes       local bytes of its inputs and outputs
-    axis        the mesh axis over which its function exchanges tensors itself; None: it does not
-    together    then: the size of each annotated name of all that is done on the axis, of which each device does as much
-    travelling  and: which inputs and outputs are exchanged
+    sizes        local size of each annotated name
+    inputs       shapes and types of its local inputs
+    bytes        local bytes of each input, then of each output
+    axis         the mesh axis over which the node's own function communicates; None: it does not
+
+    Where there is such an axis:
+
+    group_sizes  size of each annotated name over all devices of the axis together; each device does an equal part
+    exchanged    for each input and output, whether the function exchanges it
     """
 
     node: Node
@@ -53,13 +57,13 @@ class Local:
     inputs: list[TensorMeta]
     bytes: list[int]
     axis: int | None = None
-    together: dict[str, int] = field(default_factory=dict)
-    travelling: Sequence[bool] = ()
+    group_sizes: dict[str, int] = field(default_factory=dict)
+    exchanged: Sequence[bool] = ()
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Time of one micro-batch's forward and backward."""
+    """Seconds of the forward and of the backward of one micro-batch."""
 
     forward: float = 0.0
     backward: float = 0.0
@@ -73,10 +77,10 @@ NO_TIME = Seconds()
 
 @dataclass(frozen=True)
 class CostModel:
-    """Prices work on a mesh of one kind of hardware.
+    """Prices work on a mesh of devices of one kind.
 
-    fused  clusters of cheap operators run as one kernel
-    times  measured times of operators, which come before what the hardware's rates say
+    fused  whether a cluster of cheap operators runs as one kernel, as `torch.compile` makes it
+    times  measured times of operators, which are taken instead of the roofline; None: there are none
     """
 
     hardware: Hardware
@@ -85,7 +89,7 @@ class CostModel:
     times: OperatorTimes | None = None
 
     def local_bytes(self, meta: TensorMeta, placements: Placements) -> int:
-        """Bytes of one device's part of a tensor."""
+        """Bytes of one device's part of a tensor that lies so."""
         size = meta.dtype.itemsize
         for length in local_shape(meta.shape, placements, self.mesh.sizes):
             size *= length
@@ -94,9 +98,10 @@ class CostModel:
     def unit(
         self, unit: Unit, block: Block, layouts: Mapping[str, Placements], nodes: Sequence[Local]
     ) -> tuple[Seconds, float, float]:
-        """(time, bytes held while it runs, bytes that backward keeps of inner tensors) of a unit laid out so.
+        """The cost of a unit with these layouts: (time, transient bytes, inner bytes).
 
-        While it runs means in backward: the gradients of what goes in and comes out.
+        The transient bytes are held while backward of the unit runs: the gradients of its inputs and outputs. The inner
+        bytes are those of inner tensors that backward keeps.
         """
         if unit.kind == "cheap" and self.fused:
             return self._cluster(unit, block, layouts)
@@ -118,8 +123,11 @@ class CostModel:
         return seconds, transient, inside
 
     def _cluster(self, unit: Unit, block: Block, layouts: Mapping[str, Placements]) -> tuple[Seconds, float, float]:
-        """A fused cluster: forward reads its inputs and writes its outputs; backward reads the inputs that matter and
-        the outputs' gradients, and writes the inputs' gradients."""
+        """The cost of a fused cluster.
+
+        Forward reads its inputs and writes its outputs. Backward reads the tensors that it needs and the gradients of
+        the outputs, and writes the gradients of the inputs.
+        """
         if all(operator_of(node).alias for node in unit.nodes):
             return NO_TIME, 0.0, 0.0
         size = {name: self.local_bytes(block.tensors[name], layouts[name]) for name in (*unit.inputs, *unit.outputs)}
@@ -134,11 +142,11 @@ class CostModel:
         return Seconds(forward, backward), float(read + written), 0.0
 
     def _node(self, local: Local, block: Block) -> Seconds:
-        """Time of a node on its own."""
+        """Seconds of one node."""
         node, operator = local.node, operator_of(local.node)
         flops = operator.flops(local.sizes, node)
         if local.axis is not None:
-            flops = operator.flops(local.together, node) / self.mesh.sizes[local.axis]
+            flops = operator.flops(local.group_sizes, node) / self.mesh.sizes[local.axis]
         if (measured := self._measured(local, flops)) is not None:
             return measured
         metas = [block.tensors[name] for name in (*node.inputs, *node.outputs)]
@@ -155,8 +163,11 @@ class CostModel:
         return Seconds(forward, self._roofline(ratio * flops / rate, written + read))
 
     def _measured(self, local: Local, flops: float) -> Seconds | None:
-        """Measured time of a node with `flops` operations, which for one that exchanges parts are not those of the
-        call on its local inputs."""
+        """Measured seconds of a node that does `flops` operations; None where it was not measured.
+
+        What was timed is a call on the local inputs. Where the node's function communicates, the device does another
+        number of operations than that call, and the time is scaled to it.
+        """
         if self.times is None or node_kind(local.node) == "cheap":
             return None
         found = self.times.seconds(local.node, local.inputs)
@@ -167,17 +178,17 @@ class CostModel:
         return Seconds(found[0] * share, found[1] * share)
 
     def node_origin(self, node: Node, inputs: Sequence[TensorMeta]) -> str:
-        """What says how long a node on these local inputs takes: `measured` or `roofline`."""
+        """Where the seconds of a node on these local inputs come from: "measured" or "roofline"."""
         if self.times is None or node_kind(node) == "cheap" or self.times.seconds(node, inputs) is None:
             return "roofline"
         return "measured"
 
     def _exchange(self, local: Local, block: Block) -> Seconds:
-        """Time in which an operator's function sends parts of its inputs and outputs around itself."""
+        """Seconds in which a node's own function exchanges its inputs and outputs with other devices."""
         if local.axis is None:
             return NO_TIME
         names = (*local.node.inputs, *local.node.outputs)
-        moved = [(name, size) for name, size, travels in zip(names, local.bytes, local.travelling) if travels]
+        moved = [(name, size) for name, size, exchanged in zip(names, local.bytes, local.exchanged) if exchanged]
         forward = sum(self.collective("all_to_all", size, local.axis).seconds for _, size in moved)
         backward = sum(
             self.collective("all_to_all", size, local.axis).seconds
@@ -189,62 +200,67 @@ class CostModel:
     def _roofline(self, arithmetic: float, moved: float) -> float:
         return self.hardware.launch + max(arithmetic, moved / self.hardware.memory_bandwidth)
 
-    def steps(self, meta: TensorMeta, source: Placements, steps: Sequence[Step]) -> Seconds:
-        """Time of the collectives that reshard a tensor; backward's only where it has a gradient."""
-        return sum((seconds for _, _, seconds in self.each_step(meta, source, steps)), NO_TIME)
+    def resharding(self, meta: TensorMeta, source: Placements, reshards: Sequence[Reshard]) -> Seconds:
+        """Seconds of changing a tensor's layout, in forward and in backward (0 where it has no gradient)."""
+        return sum((seconds for _, _, seconds in self.each_reshard(meta, source, reshards)), NO_TIME)
 
-    def each_step(
-        self, meta: TensorMeta, source: Placements, steps: Sequence[Step]
-    ) -> Iterator[tuple[Step, int, Seconds]]:
-        """(step, bytes of the larger of a device's input and output, time) of each step of `steps`."""
+    def each_reshard(
+        self, meta: TensorMeta, source: Placements, reshards: Sequence[Reshard]
+    ) -> Iterator[tuple[Reshard, int, Seconds]]:
+        """(reshard, bytes of the larger of a device's input and output, seconds) of each of `reshards`."""
         current = list(source)
-        for step in steps:
+        for reshard in reshards:
             before = self.local_bytes(meta, tuple(current))
-            current[step.axis] = step.target
+            current[reshard.axis] = reshard.target
             part = max(before, self.local_bytes(meta, tuple(current)))
-            forward, backward = (self._moving(name, step, meta, part) for name in step.collectives)
-            yield step, part, Seconds(forward, backward if meta.requires_grad else 0.0)
+            forward, backward = (self._moving(name, reshard, meta, part) for name in reshard.collectives)
+            yield reshard, part, Seconds(forward, backward if meta.requires_grad else 0.0)
 
-    def _moving(self, name: str, step: Step, meta: TensorMeta, size: float) -> float:
-        """Time of one collective, and of the copies that put slices one after the other for it, or back in place."""
-        dims = {place.dim for place in (step.source, step.target) if isinstance(place, Shard)}
+    def _moving(self, name: str, reshard: Reshard, meta: TensorMeta, size: float) -> float:
+        """Seconds of one collective, and of the copies that bring slices into order before and after it."""
+        dims = {place.dim for place in (reshard.source, reshard.target) if isinstance(place, Shard)}
         copies = 1 if name == "all_reduce" else 0
         if name in ("all_gather", "reduce_scatter", "all_to_all"):
             copies = sum(prod(meta.shape[:dim]) > 1 for dim in dims)  # else the slices lie so already
-        moved = 2 * STRIDED * copies * size if self.mesh.sizes[step.axis] > 1 else 0.0
-        return self.collective(name, size, step.axis).seconds + moved / self.hardware.memory_bandwidth
+        moved = 2 * STRIDED * copies * size if self.mesh.sizes[reshard.axis] > 1 else 0.0
+        return self.collective(name, size, reshard.axis).seconds + moved / self.hardware.memory_bandwidth
 
-    def collective(self, name: str, size: float, axis: int) -> Estimate:
+    def collective(self, name: str, size: float, axis: int) -> Timing:
         """Time of a collective over one mesh axis. `size`: bytes of the larger of a device's input and output."""
         devices = self.mesh.sizes[axis]
         if devices == 1 or name == "identity":
-            return Estimate(0.0, "roofline")
+            return Timing(0.0, "roofline")
         if name in LOCAL:
             seconds = self.hardware.launch + 2 * size / devices / self.hardware.memory_bandwidth
-            return Estimate(seconds, "roofline")
+            return Timing(seconds, "roofline")
         spans = self.mesh.spans_nodes(axis, self.hardware.devices_per_node)
         per_node = max(1, self.hardware.devices_per_node // self.mesh.stride(axis)) if spans else devices
         return self.hardware.collective_seconds(name, size, devices, spans, min(per_node, devices))
 
     def owners(self, placements: Placements) -> int:
-        """How many ranks hold the same shard of a parameter: they exchange its gradient and share its optimizer."""
+        """How many ranks hold the same shard of a parameter. They exchange its gradient, and share its optimizer
+        state."""
         held = self.mesh.replicas
         for placement, size in zip(placements, self.mesh.sizes, strict=True):
             held *= 1 if isinstance(placement, Shard) else size
         return held
 
     def gradient_exchange(self, meta: TensorMeta, placements: Placements) -> float:
-        """Seconds that a trained parameter's gradient travels once, beside backward's computation."""
+        """Seconds of exchanging a parameter's gradient once. This runs beside backward's computation."""
         elements = self.local_bytes(meta, placements) / meta.dtype.itemsize
         return self.among_owners("reduce_scatter", elements * GRADIENT_BYTES, placements).seconds
 
     def weight_exchange(self, meta: TensorMeta, placements: Placements) -> float:
-        """Seconds in which the owners of a parameter's parts give each other what they updated."""
+        """Seconds in which the owners of a parameter send each other the parts that they updated."""
         return self.among_owners("all_gather", self.local_bytes(meta, placements), placements).seconds
 
     def update(self, meta: TensorMeta, placements: Placements, micro_batches: int, exchanged_once: bool) -> float:
-        """Seconds of a parameter's update and exchange after a step, spread over its micro-batches, and of copying its
-        gradient to the buffers and adding it up in each of them."""
+        """Seconds of a parameter's update, as a part of one micro-batch's time.
+
+        Once a step, the owners update their parts and send them to each other; these seconds are divided by
+        `micro_batches`. In each micro-batch, the gradient is copied to a buffer, and added to that of the micro-batches
+        before.
+        """
         elements = self.local_bytes(meta, placements) / meta.dtype.itemsize
         owned = elements / self.owners(placements)
         # The gradient is read for its norm, scaled, and read again.
@@ -256,45 +272,56 @@ class CostModel:
         once = self.weight_exchange(meta, placements) + update
         return once / micro_batches + copied / self.hardware.memory_bandwidth
 
-    def among_owners(self, name: str, size: float, placements: Placements) -> Estimate:
-        """Time of a collective over all ranks that hold the same shard. Parameters are exchanged many at a time: of
-        the latency each has as large a part as it has of a bucket."""
+    def among_owners(self, name: str, size: float, placements: Placements) -> Timing:
+        """Time of a collective over all ranks that hold the same shard of a parameter, on `size` bytes.
+
+        Parameters are exchanged a bucket at a time. So the time is that of a whole bucket, times the share that `size`
+        has of it.
+        """
         owners = self.owners(placements)
         if owners == 1:
-            return Estimate(0.0, "roofline")
+            return Timing(0.0, "roofline")
         spans = self.mesh.runtime_ngpus > self.hardware.devices_per_node
         bucket = BUCKET_ELEMENTS * GRADIENT_BYTES
         per_node = min(owners, self.hardware.devices_per_node)
-        estimate = self.hardware.collective_seconds(name, bucket, owners, spans, per_node)
-        return estimate._replace(seconds=estimate.seconds * size / bucket)
+        timing = self.hardware.collective_seconds(name, bucket, owners, spans, per_node)
+        return timing._replace(seconds=timing.seconds * size / bucket)
 
-    def exchange_memory(self, meta: TensorMeta, placements: Placements) -> float:
-        """Bytes of the buffers in which a parameter's gradient is exchanged, and of what comes back."""
+    def exchange_buffer(self, meta: TensorMeta, placements: Placements) -> float:
+        """Bytes of the buffer in which a parameter's gradient is exchanged, and of the part that comes back."""
         elements = self.local_bytes(meta, placements) / meta.dtype.itemsize
         return GRADIENT_BYTES * elements * (1 + 1 / self.owners(placements))
 
-    def buffer_memory(self, elements: int) -> float:
-        """Most bytes of the buffers in which gradients of a model of so many elements are exchanged: those in flight
-        and two that are being filled, and of those in flight what comes back."""
+    def exchange_buffers(self, elements: int) -> float:
+        """Most bytes that the buffers for exchanging gradients take, in a model with `elements` trained elements.
+
+        These are the buckets whose exchange is under way, with the parts that come back, and two that are being filled.
+        """
         bucket = min(BUCKET_ELEMENTS, elements) * GRADIENT_BYTES
         buckets = -(-elements // BUCKET_ELEMENTS)
         received = min(MOST_IN_FLIGHT, buckets) / self.mesh.runtime_ngpus
         return bucket * (min(MOST_IN_FLIGHT + 2, buckets) + received)
 
     def state_memory(self, trained: Sequence[TensorMeta]) -> float:
-        """Bytes that master weights and moments of trained parameters take: all ranks own equal parts of them."""
+        """Bytes a device of master weights and moments. All ranks own equal parts of them."""
         return sum(meta.numel * (master_bytes(meta) + MOMENT_BYTES) for meta in trained) / self.mesh.runtime_ngpus
 
-    def travelling_memory(self, elements: int) -> float:
-        """Most bytes of the places that optimizer state from the host has on the device while it is updated."""
+    def staging_memory(self, elements: int) -> float:
+        """Bytes on the device for optimizer state that lies on the host, while it is updated there.
+
+        `elements`: the number of trained elements of the model
+        """
         bucket = min(BUCKET_ELEMENTS, elements) * (MASTER_BYTES + MOMENT_BYTES)
         return (STATES_AHEAD + 1) * bucket / self.mesh.replicas
 
     def parameter_memory(
         self, meta: TensorMeta, placements: Placements, exchanged_once: bool = False
     ) -> dict[str, float]:
-        """Bytes that a parameter takes all the time: itself, and the owned part of gradient, master and moments; of the
-        gradient all, if it is exchanged once a step."""
+        """Bytes a device that a parameter takes all the time, by what they are.
+
+        These are the parameter itself, and the owned part of its gradient, master weight and moments. A gradient that
+        is exchanged once a step is held whole.
+        """
         stored = self.local_bytes(meta, placements)
         if not meta.requires_grad:
             return {STORED: stored}

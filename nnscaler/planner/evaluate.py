@@ -11,14 +11,16 @@ from nnscaler.planner.statement import Account
 
 @dataclass
 class Evaluation:
-    """Seconds a micro-batch and bytes a device.
+    """The seconds of a micro-batch, and the bytes of a device.
 
-    beside  seconds of what runs beside computation: gathering weights, and the exchange of each parameter's gradient
-            (once a step, or in each micro-batch). By how much forward and backward take longer for all of it is among
-            the seconds, as `exchange`
-    weights  of the seconds, those in which backward makes gradients of weights
-    host     bytes a device of the host's memory; copies: seconds of copying to it and back, beside computation. By how
-             much that takes longer for them is among the seconds, as `copies`
+    seconds  what one micro-batch takes. The key `exchange` is the time by which forward and backward take longer
+             because of what is exchanged beside them; `copies` likewise, because of copies to the host and back.
+    memory   bytes of a device
+    beside   seconds of what is exchanged beside computation: weights that are gathered, and gradients. An exchange that
+             happens once a step counts with its part of a micro-batch.
+    weights  the seconds, among `seconds`, in which backward makes gradients of weights
+    host     bytes of the host's memory, for each device
+    copies   seconds of copies to the host and back, beside computation
     """
 
     seconds: dict[Key, float]
@@ -38,7 +40,7 @@ class Evaluation:
 
 
 def evaluate(program: Program, solution: Solution) -> Evaluation | None:
-    """The cost of a solution; None where a tensor cannot be resharded as needed."""
+    """The cost of a solution. None where it needs a tensor in a layout that resharding cannot give."""
     values = program.statement.values(program.choices(solution))
     if values is None:
         return None

@@ -1,4 +1,4 @@
-"""A mixed-integer program of one statement or of several, solved by HiGHS."""
+"""A mixed-integer program, made of one statement or several, and solved by HiGHS (https://highs.dev)."""
 
 from __future__ import annotations
 
@@ -11,63 +11,65 @@ from typing import Any
 import highspy
 import numpy as np
 
-from nnscaler.planner.statement import Statement, Terms, Unit
+from nnscaler.planner.statement import Quantity, Statement, Terms
 
 
 @dataclass
 class MixedIntegerProgram:
     """minimise cost . v   subject to   lower <= A v <= upper,   0 <= v <= bound,   v integer where asked.
 
-    scale  what counts as one second and one byte: HiGHS's tolerances are absolute
+    scale  how many seconds, and how many bytes, count as one: the tolerances of HiGHS are absolute
     """
 
-    scale: Mapping[Unit, float]
+    scale: Mapping[Quantity, float]
     cost: list[float] = field(default_factory=list)
     bound: list[float] = field(default_factory=list)
     integer: list[bool] = field(default_factory=list)
-    units: list[Unit] = field(default_factory=list)
+    quantities: list[Quantity] = field(default_factory=list)
     lower: list[float] = field(default_factory=list)
     upper: list[float] = field(default_factory=list)
     starts: list[int] = field(default_factory=lambda: [0])
     columns: list[int] = field(default_factory=list)
     factors: list[float] = field(default_factory=list)
-    objective: Unit = Unit.NUMBER  # what is minimised
+    objective: Quantity = Quantity.NUMBER  # what is minimised
 
     def add(self, statement: Statement) -> int:
-        """Adds the variables and rows of a statement. Returns how many variables were there before: by so much the
-        statement's are shifted."""
+        """Adds the variables and rows of a statement.
+
+        Returns how many variables there were before. Variable i of the statement is variable i plus this number here.
+        """
         shift = len(self.cost)
         self.cost += [0.0] * len(statement.bounds)
         self.bound += statement.bounds
         self.integer += statement.integer
-        self.units += statement.units
+        self.quantities += statement.quantities
         for row in statement.rows:
-            self.row([(variable + shift, factor) for variable, factor in row.terms], row.lower, row.upper, row.unit)
+            self.row([(variable + shift, factor) for variable, factor in row.terms], row.lower, row.upper, row.quantity)
         return shift
 
-    def row(self, terms: Terms, lower: float = -inf, upper: float = inf, unit: Unit = Unit.NUMBER) -> None:
-        """Adds lower <= sum <= upper. A variable may stand in several terms."""
-        together = self._scaled(terms, unit)
+    def row(self, terms: Terms, lower: float = -inf, upper: float = inf, quantity: Quantity = Quantity.NUMBER) -> None:
+        """Adds lower <= sum <= upper. A variable may occur in several terms."""
+        together = self._scaled(terms, quantity)
         self.columns.extend(together)
         self.factors.extend(together.values())
         self.starts.append(len(self.columns))
-        self.lower.append(lower / self.scale[unit])
-        self.upper.append(upper / self.scale[unit])
+        self.lower.append(lower / self.scale[quantity])
+        self.upper.append(upper / self.scale[quantity])
 
-    def minimise(self, terms: Terms, unit: Unit) -> None:
-        """Makes a sum what is minimised."""
-        self.objective = unit
+    def minimise(self, terms: Terms, quantity: Quantity) -> None:
+        """Makes this sum the objective."""
+        self.objective = quantity
         self.cost = [0.0] * len(self.cost)
-        for variable, factor in self._scaled(terms, unit).items():
+        for variable, factor in self._scaled(terms, quantity).items():
             self.cost[variable] = factor
 
-    def _scaled(self, terms: Terms, unit: Unit) -> dict[int, float]:
-        """Variable -> its factor in a sum that counts `unit`."""
+    def _scaled(self, terms: Terms, quantity: Quantity) -> dict[int, float]:
+        """Variable -> its factor, in a sum that measures `quantity`."""
         together: dict[int, float] = {}
-        one = self.scale[unit]
+        one = self.scale[quantity]
         for variable, factor in terms:
-            own = self.units[variable]
-            scaled = factor if own is unit else factor * self.scale[own] / one
+            own = self.quantities[variable]
+            scaled = factor if own is quantity else factor * self.scale[own] / one
             together[variable] = together.get(variable, 0.0) + scaled
         return together
 
@@ -79,12 +81,14 @@ class MixedIntegerProgram:
         heuristics: bool = True,
         watch: Callable[[float, float], None] | None = None,
     ) -> Answer | None:
-        """An optimum within the relative `gap`, or the best found in `seconds`; None where there is no solution.
+        """An optimum within the relative `gap`, or the best that was found in `seconds`; None where there is no
+        solution.
 
-        seconds     of processor time: what is found does not hang on what else the machine does
-        relaxed     no variable needs to be an integer: the optimum is no higher, and soon found
-        heuristics  whether to look for good solutions before the search: where few are expected, that takes long
-        watch       hears of the objective of the best solution so far (inf: none) and of its lower bound
+        seconds     of processor time, so that the result does not depend on what else the machine does
+        relaxed     no variable needs to be a whole number. The optimum is then no higher, and soon found.
+        heuristics  whether to look for good solutions before the search proper. Where few are expected, that takes
+                    long.
+        watch       called during the search with (objective of the best solution so far, or inf; its lower bound)
         """
         model = highspy.HighsLp()
         model.num_col_, model.num_row_ = len(self.cost), len(self.lower)
@@ -128,7 +132,7 @@ class MixedIntegerProgram:
         feasible = found.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
         values = np.array(solver.getSolution().col_value) if optimal or feasible else None
         if values is not None:
-            values = values * [self.scale[unit] for unit in self.units]
+            values = values * [self.scale[quantity] for quantity in self.quantities]
         whole = any(self.integer) and not relaxed
         bound = found.mip_dual_bound if whole else found.objective_function_value if optimal else 0.0
         return Answer(values, max(bound, 0.0) * one, stopped)
@@ -136,8 +140,12 @@ class MixedIntegerProgram:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a solver found: values of the variables, None where it was stopped before it found any; no solution has an
-    objective below `bound`."""
+    """What the solver found.
+
+    values   of the variables; None where it was stopped before it found any
+    bound    no solution has an objective below this
+    stopped  whether time was out before the gap was reached
+    """
 
     values: np.ndarray | None
     bound: float
@@ -145,6 +153,6 @@ class Answer:
 
 
 def _rounded(numbers: list[float]) -> np.ndarray:
-    """With nine digits: the plan shall not hang on the order in which costs were added up."""
+    """The numbers with nine digits, so that the plan does not depend on the order in which costs were added up."""
     mantissas, exponents = np.frexp(numbers)
     return np.ldexp(np.round(mantissas * 2**30) / 2**30, exponents)

@@ -1,4 +1,4 @@
-"""Every way to lay a unit on the mesh, and what it costs."""
+"""The options of a unit: every way to lay its tensors on the mesh, and what each costs."""
 
 from __future__ import annotations
 
@@ -19,18 +19,22 @@ from nnscaler.units import Unit
 
 @dataclass(frozen=True)
 class Option:
-    """One way to decide: layouts of inputs and outputs, and what it costs in one place and micro-batch.
+    """One way to decide: the layouts of inputs and outputs, and their costs in one place and one micro-batch.
 
-    inside     bytes that backward keeps of inner tensors: of a cluster that is not fused, of an operator that exchanges
-    transient  bytes held while it runs
-    memory     bytes held all the time, by what they are
-    ways       node name -> how it runs
+    inputs, outputs  a layout for each tensor of the unit, in order
+    seconds          of forward and of backward. Of a parameter: of its update (as `forward`), and of exchanging its
+                     gradient in each micro-batch, which runs beside backward (as `backward`)
+    memory           bytes that are held all the time, by what they are
+    transient        bytes that are held while it runs
+    inner_bytes      bytes of inner tensors that backward keeps: those of a cluster that is not fused, or of an
+                     operator whose function communicates
+    ways             (node name, how it runs) of each node of the unit
 
-    Of a parameter, `seconds` are those of its update, and of exchanging its gradient beside backward.
+    Of parameters only:
 
-    exchanged_once  the gradient is exchanged in the last micro-batch of a step; else in each, if others hold it too
-    last            seconds of the former, beside that micro-batch's backward
-    buffers         bytes that the latter takes, up to the problem's
+    exchanged_once    True: the gradient is exchanged once a step, in its last micro-batch. False: in each micro-batch.
+    last_exchange     seconds of that one exchange, which runs beside the last micro-batch's backward
+    exchange_buffers  bytes of the buffers for exchanging the gradient in each micro-batch
     """
 
     inputs: tuple[Placements, ...]
@@ -38,11 +42,11 @@ class Option:
     seconds: Seconds = NO_TIME
     memory: Mapping[str, float] = field(default_factory=dict)
     transient: float = 0.0
-    inside: float = 0.0
+    inner_bytes: float = 0.0
     ways: tuple[tuple[str, NodePlan], ...] = ()
     exchanged_once: bool = False
-    last: float = 0.0
-    buffers: float = 0.0
+    last_exchange: float = 0.0
+    exchange_buffers: float = 0.0
 
     @property
     def held(self) -> float:
@@ -54,7 +58,7 @@ Assignment = tuple[Split, ...]  # for one mesh axis: how each node of the unit i
 
 
 def unit_options(unit: Unit, block: Block, costs: CostModel) -> list[Option]:
-    """All options of a unit; those that come to the same layouts of inputs and outputs appear once."""
+    """All options of a unit. Of those that lead to the same layouts of inputs and outputs, the first is taken."""
     bounds = [bind(node, block) for node in unit.nodes]
     splits = list(_assignments(unit, block, bounds))
     whole = [assignment for assignment in splits if all(split.name is None for split in assignment)]
@@ -67,7 +71,7 @@ def unit_options(unit: Unit, block: Block, costs: CostModel) -> list[Option]:
 
 
 def _assignments(unit: Unit, block: Block, bounds: Sequence[Bound]) -> Iterator[Assignment]:
-    """Splits of all nodes on one axis under which no tensor inside the unit needs resharding."""
+    """The ways to split all nodes of a unit on one axis such that no tensor inside it needs resharding."""
 
     def extend(index: int, layouts: dict[str, Placement], chosen: Assignment) -> Iterator[Assignment]:
         if index == len(unit.nodes):
@@ -93,7 +97,7 @@ def _seen(place: Placement, meta: TensorMeta) -> Placement:
 def _option(
     unit: Unit, block: Block, bounds: Sequence[Bound], chosen: tuple[Assignment, ...], costs: CostModel
 ) -> Option | None:
-    """The option of one assignment an axis; None where a size does not divide."""
+    """The option of one assignment for each mesh axis. None where a size does not divide by the devices."""
     layouts: dict[str, Placements] = {}
     ways: list[tuple[str, NodePlan]] = []
     locals_: list[Local] = []
@@ -112,31 +116,31 @@ def _option(
         inputs, outputs = ([layouts[name] for name in names] for names in (node.inputs, node.outputs))
         ways.append((node.name, NodePlan(",".join(s.name or "-" for s in splits), tuple(inputs), tuple(outputs))))
         local = [costs.local_bytes(block.tensors[name], layouts[name]) for name in (*node.inputs, *node.outputs)]
-        travelling = [
+        exchanged = [
             isinstance(place, Shard) for axis in along for place in (*splits[axis].inputs, *splits[axis].outputs)
         ]
         metas = [
             replace(block.tensors[name], shape=local_shape(block.tensors[name].shape, layouts[name], costs.mesh.sizes))
             for name in node.inputs
         ]
-        together = {
+        group_sizes = {
             name: size * costs.mesh.sizes[along[0]] if along and name == splits[along[0]].name else size
             for name, size in sizes.items()
         }
-        locals_.append(Local(node, sizes, metas, local, along[0] if along else None, together, travelling))
-    seconds, transient, inside = costs.unit(unit, block, layouts, locals_)
+        locals_.append(Local(node, sizes, metas, local, along[0] if along else None, group_sizes, exchanged))
+    seconds, transient, inner = costs.unit(unit, block, layouts, locals_)
     return Option(
         tuple(layouts[name] for name in unit.inputs),
         tuple(layouts[name] for name in unit.outputs),
         seconds,
         transient=transient,
-        inside=inside,
+        inner_bytes=inner,
         ways=tuple(ways),
     )
 
 
 def local_sizes(bound: Bound, splits: Sequence[Split], mesh: Mesh) -> dict[str, int] | None:
-    """Size of each annotated name on one device; None where one does not divide."""
+    """The size of each annotated name on one device. None where one does not divide by the devices."""
     sizes = dict(bound.sizes)
     for split, devices in zip(splits, mesh.sizes, strict=True):
         if split.name is not None:
@@ -147,14 +151,17 @@ def local_sizes(bound: Bound, splits: Sequence[Split], mesh: Mesh) -> dict[str, 
 
 
 def layouts_of(shape: Sequence[int], mesh: Mesh, whole: Placement) -> list[Placements]:
-    """All ways to lay a tensor on the mesh: on each axis `whole` or sharded along a dimension that divides; on an axis
-    of one device, whole."""
+    """All ways to lay a tensor of this shape on the mesh.
+
+    On each axis it is either `whole` (R or R*), or sharded along a dimension that divides. On an axis of one device it
+    is whole.
+    """
     per_axis = [[whole, *(Shard(dim) for dim in range(len(shape)) if devices > 1)] for devices in mesh.sizes]
     return [layout for layout in product(*per_axis) if divides(shape, layout, mesh)]
 
 
 def divides(shape: Sequence[int], layout: Placements, mesh: Mesh) -> bool:
-    """Whether every sharded dimension is a multiple of the devices that it is sharded over."""
+    """Whether every sharded dimension is a multiple of the number of devices that it is sharded over."""
     left = list(shape)
     for placement, size in zip(layout, mesh.sizes, strict=True):
         if isinstance(placement, Shard):

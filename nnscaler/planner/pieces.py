@@ -1,14 +1,14 @@
 """What is computed in pieces, as a part of the planning problem's program (see `nnscaler.planner.program`).
 
-Sets      r a run of units of block b that can be computed in pieces (see `nnscaler.pieces`); k a number of pieces
-          levels of which what is computed again may be so in pieces: those that keep the inputs of a run alone
-Data      N_b, t_do, x_do, z_dol, y_fps, b_fs, w_do   as there;  g_do bytes of what a piece uses whole of w_do
-          R_dl      how often d is run again at l more than where it is not in pieces
-          p_dok     seconds of one call for launching pieces, putting them together, and adding up weights' gradients
+Sets      r a stretch of units of block b that can be computed in pieces (see `nnscaler.pieces`); k a number of pieces
+          Levels with `in_pieces` keep only the inputs of a stretch: these alone allow pieces.
+Data      N_b, t_do, x_do, z_dol, y_fps, b_fs, w_do   as there;  g_do the bytes, of w_do, that a piece uses whole
+          R_dl      how often d runs at level l in pieces, less how often it runs at l when not in pieces
+          p_dok     seconds of one call for launching pieces, joining them, and adding up weights' gradients
 Variables c_rk in {0,1}  r is computed in k pieces
           A_r >= 0  seconds that pieces take
           M_r >= 0  bytes of what is made inside one call of r and needed by its backward
-          P_r, Q_r >= 0  bytes held while a piece runs: its own; gradients of what goes into the run and comes out
+          P_r, Q_r >= 0  bytes held while a piece runs: its own; gradients of the inputs and outputs of the stretch
 
 minimise      sum_r A_r, beside the rest
 subject to    sum_k c_rk <= 1;  sum_k c_rk + y_fps <= 1 for f inside r;  c_rk + x_do <= 1 if o does not divide  (whole)
@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING
 
 from nnscaler.plan import Key
 from nnscaler.planner.costs import GRADIENT_BYTES
-from nnscaler.planner.problem import Divisible, Flow, Use
-from nnscaler.planner.statement import Account, Terms, Unit
+from nnscaler.planner.problem import Divisible, Flow, Port
+from nnscaler.planner.statement import Account, Quantity, Terms
 
 if TYPE_CHECKING:
     from nnscaler.planner.program import Program
@@ -35,11 +35,13 @@ COUNTS = (4, 16)  # of pieces, beside one
 
 
 class InPieces:
-    """States it.
+    """Adds the variables, rows and charges above to a program.
 
-    counts  run -> the variables c by number of pieces
-    inside  flows that are made and used inside a run, by index; `made` of a block, the variables M_r
-    working  decision -> terms that say whether it is in pieces; `held`, the pairs P_r, Q_r
+    counts   (block, name of a stretch) -> number of pieces -> the variable c
+    inside   indices of the flows that are both made and used inside a stretch
+    made     block -> the variables M_r of its stretches
+    working  index of a decision -> a sum that is 1 where it is in pieces
+    held     the sums P_r + Q_r, one for each stretch
     """
 
     def __init__(self, program: Program) -> None:
@@ -50,74 +52,80 @@ class InPieces:
         self.working: dict[int, Terms] = {}
         self.held: list[Terms] = []
         for divisible in self.problem.divisible:
-            _Run(self, divisible)
+            _Stretch(self, divisible)
 
 
-class _Run:
-    def __init__(self, all_: InPieces, run: Divisible) -> None:
-        self.all, self.run = all_, run
+class _Stretch:
+    def __init__(self, all_: InPieces, stretch: Divisible) -> None:
+        self.all, self.stretch = all_, stretch
         self.program, self.problem, self.statement = all_.program, all_.problem, all_.statement
-        flows = [(index, flow) for index, flow in enumerate(self.problem.flows) if flow.block == run.block]
-        within = {index: {d for d, _ in flow.consumers} <= set(run.decisions) for index, flow in flows}
-        self.inner = [i for i, flow in flows if flow.producer[0] in run.decisions and within[i]]
-        self.given = [flow for i, flow in flows if flow.producer[0] in run.decisions and not within[i]]
-        self.taken = [flow for _, flow in flows if flow.producer[0] not in run.decisions and self._uses(flow)]
+        flows = [(index, flow) for index, flow in enumerate(self.problem.flows) if flow.block == stretch.block]
+        within = {index: {d for d, _ in flow.consumers} <= set(stretch.decisions) for index, flow in flows}
+        self.inner = [i for i, flow in flows if flow.producer[0] in stretch.decisions and within[i]]
+        self.given = [flow for i, flow in flows if flow.producer[0] in stretch.decisions and not within[i]]
+        self.taken = [flow for _, flow in flows if flow.producer[0] not in stretch.decisions and self._uses(flow)]
         counts = {count: self.statement.choice() for count in COUNTS}
-        self.counts = all_.counts[run.block, run.name] = counts
+        self.counts = all_.counts[stretch.block, stretch.name] = counts
         self._whole()
         self._time()
         self._made()
         self._working()
 
-    def _uses(self, flow: Flow) -> list[Use]:
-        return [use for use in flow.consumers if use[0] in self.run.decisions]
+    def _uses(self, flow: Flow) -> list[Port]:
+        return [use for use in flow.consumers if use[0] in self.stretch.decisions]
 
     def _any(self, amount: float = 1.0) -> Terms:
         """`amount`, if the run is in pieces."""
         return [(c, amount) for c in self.counts.values()]
 
     def _where(self, variable: int, count: int, terms: Terms, most: float) -> None:
-        """variable >= terms, which are at most `most`, if the run is computed in so many pieces."""
+        """States variable >= terms for the case that the stretch is in `count` pieces. `most`: the largest value of
+        terms."""
         self.statement.above(variable, [*terms, (self.counts[count], most)], -most)
 
-    def _bytes(self, use: Use, flow: Flow, side: str, times: float = 1.0) -> tuple[Terms, float]:
-        """Bytes of a flow as a decision makes or uses it, as a sum, and the most that it can be."""
+    def _bytes(self, use: Port, flow: Flow, side: str, times: float = 1.0) -> tuple[Terms, float]:
+        """Bytes of a flow as a decision makes or uses it: a sum over the decision's options, and its largest value."""
         options = self.problem.decisions[use[0]].options
         sizes = [times * self.problem.costs.local_bytes(flow.meta, getattr(o, side)[use[1]]) for o in options]
         return list(zip(self.program.x[use[0]], sizes)), max(sizes)
 
     def _sum(self, parts: list[tuple[Terms, float]]) -> tuple[Terms, float]:
+        """The sum of several sums, and its largest value."""
         return [term for terms, _ in parts for term in terms], sum(most for _, most in parts)
 
     def _whole(self) -> None:
-        """whole, and levels"""
+        """The rows (whole) and (levels)."""
         self.statement.row(self._any(), upper=1.0)
         for index in self.inner:
             for y in self.program.resharded.get(index, ()):
                 self.statement.row([*self._any(), (y, 1.0)], upper=1.0)
-        for decision, sizes in zip(self.run.decisions, self.run.sizes):
+        for decision, sizes in zip(self.stretch.decisions, self.stretch.sizes):
             for count, c in self.counts.items():
                 for x, size in zip(self.program.x[decision], sizes):
                     if size % count:
                         self.statement.row([(c, 1.0), (x, 1.0)], upper=1.0)
-        calls = float(self.problem.calls[self.run.block])
-        others = [(n, 1.0) for level, n in self.program.n[self.run.block].items() if not level.in_pieces]
+        calls = float(self.problem.calls[self.stretch.block])
+        others = [(n, 1.0) for level, n in self.program.n[self.stretch.block].items() if not level.in_pieces]
         self.statement.row([*others, *self._any(calls)], upper=calls)
 
     def _time(self) -> None:
-        """time"""
-        costs, calls = self.problem.costs, float(self.problem.calls[self.run.block])
+        """The row (time)."""
+        costs, calls = self.problem.costs, float(self.problem.calls[self.stretch.block])
         again, most_again, launches = self._again()
-        results = [self._bytes(flow.producer, flow, "outputs", 2 if self.run.last else 4) for flow in self.given]
+        results = [
+            self._bytes(flow.producer, flow, "outputs", 2 if self.stretch.ends_block else 4) for flow in self.given
+        ]
         taken = [flow for flow in self.taken if flow.meta.requires_grad]
-        gradients = [self._bytes(self._uses(f)[0], f, "inputs", 2) for f in taken if f.tensor in self.run.dims]
-        longer = self.statement.least(Unit.SECONDS)
-        self.statement.charge(Account.TIME, Key("again", self.run.block, self.run.name, "in pieces"), longer, 1.0)
+        gradients = [self._bytes(self._uses(f)[0], f, "inputs", 2) for f in taken if f.tensor in self.stretch.dims]
+        longer = self.statement.least(Quantity.SECONDS)
+        self.statement.charge(
+            Account.TIME, Key("again", self.stretch.block, self.stretch.name, "in pieces"), longer, 1.0
+        )
         for count in COUNTS:
             added = [
                 self._bytes(self._uses(f)[0], f, "inputs", 1 + (2 * count - 1) * GRADIENT_BYTES / f.meta.dtype.itemsize)
                 for f in taken
-                if f.tensor not in self.run.dims
+                if f.tensor not in self.stretch.dims
             ]
             moved, most = self._sum([*results, *gradients, *added])
             each = calls / costs.hardware.memory_bandwidth
@@ -126,21 +134,22 @@ class _Run:
             self._where(longer, count, terms, most_again + each * most + launching)
 
     def _again(self) -> tuple[Terms, float, int]:
-        """(seconds in which units are run again beyond what their level has them run, the most of it, launches)"""
+        """(seconds in which pieces run units more often than the level does, the most of them, kernel launches a
+        piece)."""
         terms: Terms = []
         most, launches = 0.0, 0
-        for index in self.run.decisions:
+        for index in self.stretch.decisions:
             decision = self.problem.decisions[index]
             if not decision.count:
                 continue
             launches += 1 if self.problem.costs.fused else len(decision.options[0].ways)
-            for level in self.program.n[self.run.block]:
+            for level in self.program.n[self.stretch.block]:
                 # Each piece is for its gradients; the whole, if its results are computed again for what comes after.
-                more = 1 + (level.call is not None and not self.run.last) - (level in decision.again)
+                more = 1 + (level.call is not None and not self.stretch.ends_block) - (level in decision.recomputed_at)
                 if level.in_pieces and more:
                     seconds = [more * option.seconds.forward for option in decision.options]
                     terms += zip(self.program.z[index, level], seconds)
-                    most += self.problem.calls[self.run.block] * max(seconds)
+                    most += self.problem.calls[self.stretch.block] * max(seconds)
         return terms, most, launches
 
     def _made(self) -> None:
@@ -149,34 +158,34 @@ class _Run:
         needed = [index for index in self.inner if flows[index].needed]
         self.all.inside.update(needed)
         terms, most = self._sum([self._bytes(flows[i].producer, flows[i], "outputs") for i in needed])
-        kept = [flow for flow in self.taken if not flow.needed and not flow.held]
+        kept = [flow for flow in self.taken if not flow.needed and not flow.is_parameter]
         more, most_more = self._sum([self._bytes(flow.producer, flow, "outputs") for flow in kept])
-        made = self.statement.least(Unit.BYTES)
-        self.all.made.setdefault(self.run.block, []).append(made)
+        made = self.statement.least(Quantity.BYTES)
+        self.all.made.setdefault(self.stretch.block, []).append(made)
         self.statement.above(made, [*terms, *self._any(-most)])
         for count in COUNTS:
             self._where(made, count, [*((x, size / count) for x, size in terms), *more], most / count + most_more)
 
     def _working(self) -> None:
         """The variables P_r and Q_r."""
-        own, around = self.statement.least(Unit.BYTES), self.statement.least(Unit.BYTES)
+        own, around = self.statement.least(Quantity.BYTES), self.statement.least(Quantity.BYTES)
         self.all.held.append([(own, 1.0), (around, 1.0)])
         taken = [flow for flow in self.taken if flow.meta.requires_grad]
         parts = [self._bytes(flow.producer, flow, "outputs") for flow in self.given]
         for flow in taken:
             # What is whole gets a gradient of each piece, and their sum in fp32.
-            times = 1.0 if flow.tensor in self.run.dims else 1 + GRADIENT_BYTES / flow.meta.dtype.itemsize
+            times = 1.0 if flow.tensor in self.stretch.dims else 1 + GRADIENT_BYTES / flow.meta.dtype.itemsize
             parts.append(self._bytes(self._uses(flow)[0], flow, "inputs", times))
         terms, most = self._sum(parts)
         for count in COUNTS:
             self._where(around, count, terms, most)
-        for index in self.run.decisions:
+        for index in self.stretch.decisions:
             decision = self.problem.decisions[index]
             self.all.working[index] = self._any()
             whole = [0.0] * len(decision.options)
             for flow in self.taken:
                 for use in self._uses(flow):
-                    if use[0] == index and flow.tensor not in self.run.dims:
+                    if use[0] == index and flow.tensor not in self.stretch.dims:
                         sizes = [size for _, size in self._bytes(use, flow, "inputs")[0]]
                         whole = [sum(pair) for pair in zip(whole, sizes)]
             for count in COUNTS:

@@ -1,9 +1,9 @@
-"""The planning problem of a graph on a mesh: decisions, and the tensors that flow between them.
+"""The planning problem of a graph on a mesh: what is to be decided, and the tensors that flow between the decisions.
 
-A `Decision` is one choice among options: how a unit is laid out, how a parameter is stored, how a block's input or
-output lies. A `Flow` is a tensor on its way from the decision that makes it to those that use it; where the layouts
-differ it is resharded, once for each layout that is needed. Decisions inside a block are shared by all its calls, of
-which each recompute level has a number.
+A `Decision` is one choice among options: how a unit is laid out, how a parameter is stored, or how an input or output
+of a block lies. A `Flow` is a tensor on its way from the decision that makes it to those that use it. Where their
+layouts differ, it is resharded, once for each layout that is needed. All calls of a block share the decisions inside
+it; they may differ in their recompute level, and a plan says how many calls have which.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from math import gcd
 
 from nnscaler.graph import Block, Call, Graph, TensorMeta
 from nnscaler.mesh import Mesh
-from nnscaler.pieces import Run, runs
+from nnscaler.pieces import Stretch, stretches
 from nnscaler.placement import REPLICATE, SHARED, Placements, local_shape
 from nnscaler.planner.costs import CostModel, Seconds
 from nnscaler.planner.options import Option, is_alias, layouts_of, unit_options
@@ -22,15 +22,18 @@ from nnscaler.recompute import KEEPS_ALL, ON_DEVICE, ON_HOST, RECOMPUTES_ALL, Le
 from nnscaler.sizes import PREFETCH_BYTES
 from nnscaler.units import Unit, divide
 
-Use = tuple[int, int]  # (decision, index of its input or output)
+Port = tuple[int, int]  # (index of a decision, which of its inputs or outputs)
 
 
 @dataclass(frozen=True)
 class Decision:
     """A choice among `options`, made once for all `count` places it stands for.
 
-    again   levels that run it again
-    inside  levels that keep its inner tensors
+    kind           "unit", "parameter", "input" or "output"
+    block, name    whose: a unit, parameter, input or output of this block
+    count          how often it occurs in a micro-batch: once for each call of the block
+    recomputed_at  levels at which backward runs it again
+    inner_kept_at  levels at which its inner tensors are kept
     """
 
     kind: str  # unit, parameter, input, output
@@ -38,41 +41,46 @@ class Decision:
     name: str
     options: tuple[Option, ...]
     count: int = 1
-    again: frozenset[Level] = frozenset()
-    inside: frozenset[Level] = frozenset()
+    recomputed_at: frozenset[Level] = frozenset()
+    inner_kept_at: frozenset[Level] = frozenset()
 
 
 @dataclass
 class Flow:
-    """A tensor from `producer` to its `consumers`, `count` times in a micro-batch.
+    """A tensor that `producer` makes and `consumers` use, `count` times in a micro-batch.
 
-    made, used, moved  level -> what it keeps of the tensor for backward: the layout in which it is made; the layouts in
-                       which the listed consumers use it; those layouts where the tensor was resharded for them
-    held               a parameter: kept anyway in the layout in which it is stored
-    needed             backward of its block reads it, whether kept or computed again
-    again              levels at which resharding is done again in backward
+    What backward needs of it depends on the level, and on the layouts that are chosen (see `Keeping`):
+
+    as_made             levels that keep it in the layout in which it is made
+    as_used             level -> consumers; it is kept in the layout in which each of them uses it
+    as_resharded        level -> consumers; likewise, but only where it was resharded for them
+    is_parameter        it is a parameter, which is kept anyway in the layout in which it is stored
+    needed              backward of its block reads it, whether it is kept or computed again
+    resharded_again_at  levels at which backward reshards it again
     """
 
     tensor: str
     block: str
     meta: TensorMeta
-    producer: Use
-    consumers: list[Use] = field(default_factory=list)
+    producer: Port
+    consumers: list[Port] = field(default_factory=list)
     count: int = 1
-    made: set[Level] = field(default_factory=set)
-    used: dict[Level, list[Use]] = field(default_factory=dict)
-    moved: dict[Level, list[Use]] = field(default_factory=dict)
-    held: bool = False
+    as_made: set[Level] = field(default_factory=set)
+    as_used: dict[Level, list[Port]] = field(default_factory=dict)
+    as_resharded: dict[Level, list[Port]] = field(default_factory=dict)
+    is_parameter: bool = False
     needed: bool = False
-    again: frozenset[Level] = frozenset()
+    resharded_again_at: frozenset[Level] = frozenset()
 
 
 @dataclass(frozen=True)
 class Divisible:
-    """A run of units of a block that may be computed in pieces (see `nnscaler.pieces`).
+    """A stretch of units of a block that may be computed in pieces (see `nnscaler.pieces`).
 
-    decisions  those of its units; `sizes`: for each of their options, what divides the divided dimension of all tensors
-    dims, last  as of the run
+    decisions         those of its units
+    sizes             for each option of each decision, a number that the number of pieces must divide: the greatest
+                      common divisor of the divided dimension's local sizes
+    dims, ends_block  those of the stretch
     """
 
     block: str
@@ -80,25 +88,25 @@ class Divisible:
     decisions: tuple[int, ...]
     sizes: tuple[tuple[int, ...], ...]
     dims: Mapping[str, int]
-    last: bool
+    ends_block: bool
 
 
 @dataclass
 class Problem:
-    """Everything the mixed-integer program is made from.
+    """Everything that the mixed-integer program is made from.
 
-    calls         block -> how often it runs in a micro-batch
-    levels        block -> recompute levels that its calls may have
-    parameter_of  (block, tensor) -> decision
-    micro_batches  of a step
-    buffers       most bytes that exchanging gradients in each micro-batch takes
-    early         bytes of weights that are gathered before they are needed, if any are gathered
-    in_flight     micro-batches whose activations are held at a time
-    host          bytes a device of the host's memory that may be used; 0: none
-    divisible     runs of units that may be computed in pieces
-    state         most bytes a device that the optimizer's state takes, and `travelling` those of what of it is on its
-                  way, where some lies on the host
-    resharding    (tensor, whether it is a weight, from, to) -> seconds, or None where it is impossible; as far as known
+    calls             block -> how often it runs in a micro-batch
+    levels            block -> the recompute levels that its calls may have
+    parameter_of      (block, tensor) -> index of the decision about the parameter
+    divisible         stretches of units that may be computed in pieces
+    micro_batches     how many a step has
+    exchange_buffers  most bytes that the buffers for exchanging gradients in each micro-batch take
+    gathered_early    bytes of weights that are gathered before they are needed, if any are gathered
+    in_flight         micro-batches whose activations are held at a time: 1, or more in a stage of a pipeline
+    host              bytes of the host's memory that the plan may use for each device; 0: none
+    optimizer_state   bytes a device of master weights and moments
+    staging           where some of these lie on the host: bytes on the device for those that are being updated
+    resharding        (tensor, whether it is a parameter, from, to) -> seconds, None where it is impossible; a cache
     """
 
     costs: CostModel
@@ -109,18 +117,22 @@ class Problem:
     parameter_of: dict[tuple[str, str], int] = field(default_factory=dict)
     divisible: list[Divisible] = field(default_factory=list)
     micro_batches: int = 1
-    buffers: float = 0.0
-    early: float = 0.0
+    exchange_buffers: float = 0.0
+    gathered_early: float = 0.0
     in_flight: int = 1
     host: float = 0.0
-    state: float = 0.0
-    travelling: float = 0.0
+    optimizer_state: float = 0.0
+    staging: float = 0.0
     resharding: dict[tuple[TensorMeta, bool, Placements, Placements], Seconds | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Recomputing:
-    """What the user wants recomputed: nothing said (`free`), or names of nodes by block, and nothing else."""
+    """What the user wants recomputed.
+
+    free   True: the user said nothing, and the planner chooses a level for each call
+    nodes  else: block -> the names of its nodes that backward computes again, and no others
+    """
 
     free: bool = True
     nodes: Mapping[str, frozenset[str]] = field(default_factory=dict)
@@ -145,27 +157,27 @@ def build_problem(
     host: float = 0.0,
     pieces: bool = True,
 ) -> Problem:
-    """States the problem of a graph.
+    """States the planning problem of a graph.
 
-    micro_batches  how many a step has; the optimizer's time is spread over them
-    layouts        of parameters, and of inputs and outputs of the graph, that somebody else has decided, by name
+    micro_batches  how many a step has; the time of the optimizer's update is spread over them
+    layouts        name of a parameter, or of an input or output of the graph -> its layout, where that is given
     in_flight      micro-batches whose activations are held at a time
-    host           bytes a device of the host's memory that may be used; 0: none
-    pieces         whether runs of units may be computed in pieces
+    host           bytes of the host's memory that the plan may use for each device; 0: none
+    pieces         whether stretches of units may be computed in pieces
     """
     trained = [meta for meta in graph.parameters.values() if meta.requires_grad]
     elements = sum(meta.numel for meta in trained)
-    buffers = costs.buffer_memory(elements)
-    problem = Problem(costs, micro_batches=micro_batches, buffers=buffers, in_flight=in_flight, host=host)
-    problem.state, problem.travelling = costs.state_memory(trained), costs.travelling_memory(elements)
-    problem.early = min(PREFETCH_BYTES, sum(meta.nbytes for meta in trained))
+    buffers = costs.exchange_buffers(elements)
+    problem = Problem(costs, micro_batches=micro_batches, exchange_buffers=buffers, in_flight=in_flight, host=host)
+    problem.optimizer_state, problem.staging = costs.state_memory(trained), costs.staging_memory(elements)
+    problem.gathered_early = min(PREFETCH_BYTES, sum(meta.nbytes for meta in trained))
     builder = _Builder(graph, problem, recomputing, layouts or {})
     builder.decide_parameters()
     for block in [*graph.blocks.values(), graph.root]:
         body = _Body(builder, block)
         body.build()
         if pieces:
-            body.divide_runs()
+            body.divide_stretches()
     return builder.problem
 
 
@@ -212,7 +224,8 @@ class _Builder:
         return layouts_of(meta.shape, self.mesh, SHARED)
 
     def _parameter_options(self, meta: TensorMeta, layout: Placements) -> Iterator[Option]:
-        """How a parameter stored so can be trained: with its gradient exchanged in each micro-batch, or once a step."""
+        """The ways to train a parameter that is stored so: exchange its gradient in each micro-batch, or once a
+        step."""
         costs, micro_batches = self.problem.costs, self.problem.micro_batches
         if not meta.requires_grad:
             yield Option((), (layout,), memory=costs.parameter_memory(meta, layout))
@@ -225,8 +238,8 @@ class _Builder:
                 (layout,),
                 seconds,
                 costs.parameter_memory(meta, layout, once),
-                last=exchange if once else 0.0,
-                buffers=0.0 if once else costs.exchange_memory(meta, layout),
+                last_exchange=exchange if once else 0.0,
+                exchange_buffers=0.0 if once else costs.exchange_buffer(meta, layout),
                 exchanged_once=once and not alone,
             )
 
@@ -247,7 +260,7 @@ class _Body:
         self.kept_at = {level: level.keeps(self.units, block, fused) for level in self.levels}
         self.problem.calls[block.name], self.problem.levels[block.name] = self.count, self.levels
         everything = KEEPS_ALL.keeps(self.units, block, fused)
-        self.needed = everything.made | {name for _, name in everything.used | everything.moved}
+        self.needed = everything.as_made | {name for _, name in everything.as_used | everything.as_resharded}
         self.flows: dict[str, Flow] = {}
         self.nodes = {node.name: node for node in block.nodes}
         self.decisions: dict[int, int] = {}  # index of a unit -> its decision
@@ -256,7 +269,7 @@ class _Body:
         for index, tensor in enumerate(self.block.inputs):
             self._open(tensor, (self._boundary("input", index, tensor), 0)).count = self._distinct_arguments(index)
         for tensor in self.block.parameters:
-            self._open(tensor, (self.problem.parameter_of[self.block.name, tensor], 0)).held = True
+            self._open(tensor, (self.problem.parameter_of[self.block.name, tensor], 0)).is_parameter = True
         for index, unit in enumerate(self.units):
             if unit.kind == "call":
                 self._call(unit)
@@ -266,37 +279,37 @@ class _Body:
             self.flows[tensor].consumers.append((self._boundary("output", index, tensor), 0))
         self._close()
 
-    def divide_runs(self) -> None:
+    def divide_stretches(self) -> None:
         if len(self.levels) > 1 and any(level.in_pieces for level in self.levels):
-            self.problem.divisible.extend(map(self._divisible, runs(self.block)))
+            self.problem.divisible.extend(map(self._divisible, stretches(self.block)))
 
-    def _divisible(self, run: Run) -> Divisible:
-        decisions = tuple(self.decisions[index] for index in run.units)
+    def _divisible(self, stretch: Stretch) -> Divisible:
+        decisions = tuple(self.decisions[index] for index in stretch.units)
         options = [self.problem.decisions[decision].options for decision in decisions]
-        sizes = tuple(tuple(self._divided_by(run, option) for option in each) for each in options)
-        return Divisible(self.block.name, run.name, decisions, sizes, run.dims, run.last)
+        sizes = tuple(tuple(self._divided_by(stretch, option) for option in each) for each in options)
+        return Divisible(self.block.name, stretch.name, decisions, sizes, stretch.dims, stretch.ends_block)
 
-    def _divided_by(self, run: Run, option: Option) -> int:
-        """The greatest number that divides the local size of the divided dimension of all tensors of a unit."""
+    def _divided_by(self, stretch: Stretch, option: Option) -> int:
+        """The greatest number that divides the local size of every tensor of a unit along its divided dimension."""
         sizes = []
         for name, way in option.ways:
             node = self.nodes[name]
             for tensor, layout in zip((*node.inputs, *node.outputs), (*way.inputs, *way.outputs)):
-                if tensor in run.dims:
+                if tensor in stretch.dims:
                     local = local_shape(self.block.tensors[tensor].shape, layout, self.builder.mesh.sizes)
-                    sizes.append(local[run.dims[tensor]])
+                    sizes.append(local[stretch.dims[tensor]])
         return gcd(*sizes)
 
-    def _open(self, tensor: str, producer: Use) -> Flow:
+    def _open(self, tensor: str, producer: Port) -> Flow:
         flow = Flow(tensor, self.block.name, self.block.tensors[tensor], producer, count=self.count)
-        flow.made = {level for level, kept in self.kept_at.items() if tensor in kept.made}
-        flow.again = frozenset(level for level, kept in self.kept_at.items() if kept.reshard)
+        flow.as_made = {level for level, kept in self.kept_at.items() if tensor in kept.as_made}
+        flow.resharded_again_at = frozenset(level for level, kept in self.kept_at.items() if kept.reshards_again)
         flow.needed = tensor in self.needed and tensor not in self.block.parameters
         self.flows[tensor] = flow
         return flow
 
     def _boundary(self, side: str, index: int, tensor: str) -> int:
-        """The decision how the block's callers and its body agree to lay one of its inputs or outputs."""
+        """Makes the decision on how one input or output of the block lies, for its callers and its body alike."""
         mesh = self.builder.mesh
         shape = self.block.tensors[tensor].shape
         whole = (REPLICATE,) * len(mesh.sizes)
@@ -320,28 +333,30 @@ class _Body:
 
     def _unit(self, index: int, unit: Unit) -> None:
         options = tuple(unit_options(unit, self.block, self.problem.costs))
-        again = frozenset(level for level, kept in self.kept_at.items() if index in kept.again)
-        inside = frozenset(
+        recomputed_at = frozenset(level for level, kept in self.kept_at.items() if index in kept.recomputed)
+        inner_kept_at = frozenset(
             level
             for level, kept in self.kept_at.items()
-            if index not in kept.again and (kept.inside or unit.kind == "registered")
+            if index not in kept.recomputed and (kept.keeps_inner or unit.kind == "registered")
         )
         count = 0 if is_alias(unit) else self.count
-        decision = self.builder.decide(Decision("unit", self.block.name, unit.name, options, count, again, inside))
+        decision = self.builder.decide(
+            Decision("unit", self.block.name, unit.name, options, count, recomputed_at, inner_kept_at)
+        )
         self.decisions[index] = decision
         for position, tensor in enumerate(unit.inputs):
             flow, use = self.flows[tensor], (decision, position)
             flow.consumers.append(use)
             for level, kept in self.kept_at.items():
-                if (index, tensor) in kept.used:
-                    flow.used.setdefault(level, []).append(use)
-                if (index, tensor) in kept.moved:
-                    flow.moved.setdefault(level, []).append(use)
+                if (index, tensor) in kept.as_used:
+                    flow.as_used.setdefault(level, []).append(use)
+                if (index, tensor) in kept.as_resharded:
+                    flow.as_resharded.setdefault(level, []).append(use)
         for position, tensor in enumerate(unit.outputs):
             self._open(tensor, (decision, position))
 
     def _close(self) -> None:
-        """Adds the flows; equal ones (the chain through repeated blocks) become one with a count."""
+        """Adds the flows to the problem. Equal ones, as between repeated blocks, become one with a higher count."""
         merged: dict[object, Flow] = {}
         for flow in self.flows.values():
             flow.consumers = list(dict.fromkeys(flow.consumers))

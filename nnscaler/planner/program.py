@@ -54,7 +54,7 @@ subject to    sum_o x_do = 1                                                    
               V_b >= B_b (1 - sum of n_bl over K_b), where B_b = sum_f b_fs x_do of what K_b keep of one call    (again)
               sum_d n_d m_do x_do + A (sum_f b_fs n_f / N_b k_fsl + sum_d i_do z_dol), where l keeps it on the device,
                        + U + sum_b V_b + a G + H <= M                                                          (memory)
-What the host does is stated in `nnscaler.planner.away`, and what pieces do in `nnscaler.planner.pieces`.
+What the host does is stated in `nnscaler.planner.on_host`, and what pieces do in `nnscaler.planner.pieces`.
 """
 
 from __future__ import annotations
@@ -68,50 +68,50 @@ import torch
 
 from nnscaler.placement import Placements, format_placements
 from nnscaler.plan import Key
-from nnscaler.planner.away import Away
 from nnscaler.planner.costs import NO_TIME, Seconds
+from nnscaler.planner.on_host import OnHost
 from nnscaler.planner.pieces import InPieces
-from nnscaler.planner.problem import Decision, Flow, Problem, Use
-from nnscaler.planner.statement import Account, Statement, Terms, Unit, minus
+from nnscaler.planner.problem import Decision, Flow, Port, Problem
+from nnscaler.planner.statement import Account, Quantity, Statement, Terms, minus
 from nnscaler.recompute import Level
-from nnscaler.reshard import brings_together, reshard_steps, without_gradient
+from nnscaler.reshard import only_gathers, reshards, without_gradient
 
 
 @dataclass(frozen=True)
 class Solution:
     """Index of the chosen option of each decision, how many calls of each block have which level, indices of the flows
-    that backward gathers again where all-gathers made them, how many parts (`away.PARTS` in all) of the optimizer's
+    that backward gathers again where all-gathers made them, how many parts (`on_host.PARTS` in all) of the optimizer's
     state lie on the host, and in how many pieces runs of a block are computed, where it is more than one."""
 
     chosen: list[int]
     levels: dict[str, dict[Level, int]]
     gathered_again: frozenset[int] = frozenset()
-    state_away: int = 0
+    state_on_host: int = 0
     pieces: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
 
 def resharding(problem: Problem, flow: Flow, source: Placements, target: Placements) -> Seconds | None:
     """Seconds of bringing a flow from one layout to another; None where that is impossible."""
-    key = flow.meta, flow.held, source, target
+    key = flow.meta, flow.is_parameter, source, target
     if key not in problem.resharding:
         problem.resharding[key] = _resharding(problem, flow, source, target)
     return problem.resharding[key]
 
 
 def _resharding(problem: Problem, flow: Flow, source: Placements, target: Placements) -> Seconds | None:
-    steps = reshard_steps(source, target)
-    if steps is None:
+    needed = reshards(source, target)
+    if needed is None:
         return None
-    seconds = problem.costs.steps(flow.meta, source, steps)
+    seconds = problem.costs.resharding(flow.meta, source, needed)
     if not beside(flow, source, target):
         return seconds
     exact = replace(flow.meta, dtype=torch.promote_types(flow.meta.dtype, torch.float32))  # gradients are added in fp32
-    return Seconds(seconds.forward, problem.costs.steps(exact, source, steps).backward)
+    return Seconds(seconds.forward, problem.costs.resharding(exact, source, needed).backward)
 
 
 def beside(flow: Flow, source: Placements, target: Placements) -> bool:
     """Whether a flow is brought from one layout to another beside computation: a weight that is gathered."""
-    return flow.held and brings_together(reshard_steps(source, target))
+    return flow.is_parameter and only_gathers(reshards(source, target))
 
 
 def storage(layout: Placements) -> Placements:
@@ -133,7 +133,7 @@ class Program:
     in_call: dict[tuple[int, Placements, Level], int] = field(default_factory=dict)  # of one call, whether it is kept
     gathered: dict[tuple[int, Placements, Placements], int] = field(default_factory=dict)
     full: int = 0  # the variable v
-    away: Away | None = None
+    on_host: OnHost | None = None
     resharded: dict[int, list[int]] = field(default_factory=dict)  # flow -> the variables y
 
     def __post_init__(self) -> None:
@@ -152,7 +152,7 @@ class Program:
             self._compute_again(block)
         self._gather_early()
         self._buffer()
-        self.away = Away(self) if self.problem.host else None
+        self.on_host = OnHost(self) if self.problem.host else None
 
     def solution(self, values: np.ndarray) -> Solution:
         """What the variables' values mean."""
@@ -164,7 +164,7 @@ class Program:
         pieces = {
             run: count for run, counts in self.pieces.counts.items() for count, c in counts.items() if values[c] > 0.5
         }
-        return Solution(chosen, levels, again, round(values[self.away.parts]) if self.away else 0, pieces)
+        return Solution(chosen, levels, again, round(values[self.on_host.parts]) if self.on_host else 0, pieces)
 
     def choices(self, solution: Solution) -> dict[int, float]:
         """The variables that a solution decides about, with their values; 0 where they are not named."""
@@ -177,11 +177,11 @@ class Program:
             made = options[flow.producer[0]].outputs[flow.producer[1]] == source
             used = target in (options[decision].inputs[place] for decision, place in flow.consumers)
             values[g] = float(index in solution.gathered_again and made and used)
-        buffers = sum(d.count * option.buffers for d, option in zip(self.problem.decisions, options))
-        values[self.full] = float(buffers > self.problem.buffers)
+        buffers = sum(d.count * option.exchange_buffers for d, option in zip(self.problem.decisions, options))
+        values[self.full] = float(buffers > self.problem.exchange_buffers)
         values.update({self.pieces.counts[run][count]: 1.0 for run, count in solution.pieces.items()})
-        if self.away:
-            values.update(self.away.choices(solution.levels, solution.state_away))
+        if self.on_host:
+            values.update(self.on_host.choices(solution.levels, solution.state_on_host))
         return values
 
     def _charge(self, account: Account, key: Key, variable: int, amount: float) -> None:
@@ -210,10 +210,10 @@ class Program:
             for level in self.problem.levels[decision.block]:
                 # Calls at a level are counted by z; where there is one level, all are, by x.
                 calls, each = (by_level[level][option], 1) if by_level else (x, decision.count)
-                if level in decision.again:
+                if level in decision.recomputed_at:
                     self._charge(Account.TIME, Key("again", *place, level.name), calls, each * forward)
-                if level in decision.inside:
-                    held = each * self.problem.in_flight * settings.inside
+                if level in decision.inner_kept_at:
+                    held = each * self.problem.in_flight * settings.inner_bytes
                     self._charge(Account.DEVICE, Key("inside", *place, level.name), calls, held)
 
     def _parameter(self, decision: Decision, xs: list[int]) -> None:
@@ -222,7 +222,7 @@ class Program:
         for option, x in zip(decision.options, xs):
             self._charge(Account.TIME, Key("update", *place), x, decision.count * option.seconds.forward)
             self._charge(Account.BACKWARD, Key("exchange", *place), x, decision.count * option.seconds.backward)
-            self._charge(Account.LAST, Key("exchange", *place), x, decision.count * option.last)
+            self._charge(Account.LAST, Key("exchange", *place), x, decision.count * option.last_exchange)
             for what, size in option.memory.items():
                 self._charge(Account.DEVICE, Key("parameter", *place, what), x, decision.count * size)
 
@@ -239,7 +239,9 @@ class Program:
             self.statement.row([*((zs[option], 1.0) for zs in by_level.values()), (x, -calls)], 0.0, 0.0)
         return by_level
 
-    def _calls(self, block: str, use: Use, level: Level | None, fits: Callable[[Placements], bool], side: str) -> Terms:
+    def _calls(
+        self, block: str, use: Port, level: Level | None, fits: Callable[[Placements], bool], side: str
+    ) -> Terms:
         """Calls of `block` at `level` in which a decision makes or uses a tensor in a layout that fits; without a
         level, whether one would."""
         index, position = use
@@ -251,7 +253,7 @@ class Program:
             return [(self.z[index, level][option], 1.0) for option in matching]
         return [(self.x[index][option], float(self.problem.calls[block])) for option in matching]
 
-    def _layouts(self, use: Use, side: str) -> dict[Placements, Terms]:
+    def _layouts(self, use: Port, side: str) -> dict[Placements, Terms]:
         """Layout -> the options of a decision that make (side `outputs`) or use (`inputs`) a tensor in it."""
         decision, index = use
         found: dict[Placements, Terms] = {}
@@ -286,7 +288,7 @@ class Program:
         self._charge(forward, Key("reshard", *place), y, flow.count * seconds.forward)
         self._charge(backward, Key("reshard backward", *place), y, flow.count * seconds.backward)
         calls = float(self.problem.calls[flow.block])
-        for level in (level for level in self.problem.levels[flow.block] if level in flow.again):
+        for level in (level for level in self.problem.levels[flow.block] if level in flow.resharded_again_at):
             key = Key("reshard again", *place)
             if flow.block not in self.n:
                 self._charge(backward, key, y, flow.count * seconds.forward)
@@ -315,7 +317,7 @@ class Program:
         """keeping, for one flow and level"""
         for layout, calls in self._keeping(index, level, made, again):
             self.statement.above(self._kept(index, layout, level), calls)
-        if self.is_away(self.problem.flows[index], level):
+        if self.keeps_on_host(self.problem.flows[index], level):
             for layout, calls in self._keeping(index, level, made, again, of_one_call=True):
                 if (index, layout, level) not in self.in_call:
                     self.in_call[index, layout, level] = self.statement.least(bound=1.0)
@@ -332,28 +334,28 @@ class Program:
         """The layouts in which a level may keep a flow, each with a number of calls that do; or whether one would."""
         flow = self.problem.flows[index]
 
-        def calls(use: Use, fits: Callable[[Placements], bool], side: str) -> Terms:
+        def calls(use: Port, fits: Callable[[Placements], bool], side: str) -> Terms:
             return self._calls(flow.block, use, None if of_one_call else level, fits, side)
 
         def making(layout: Placements) -> Terms:
             return calls(flow.producer, lambda made: storage(made) == layout, "outputs")
 
-        if level in flow.made and not flow.held:
+        if level in flow.as_made and not flow.is_parameter:
             for layout in made:
                 yield layout, making(layout)
-        for use in [*flow.used.get(level, ()), *flow.moved.get(level, ())]:
+        for use in [*flow.as_used.get(level, ()), *flow.as_resharded.get(level, ())]:
             options = self.problem.decisions[use[0]].options
             for used in dict.fromkeys(option.inputs[use[1]] for option in options):
                 terms = calls(use, used.__eq__, "inputs")
-                if flow.held or use in flow.moved.get(level, ()):
+                if flow.is_parameter or use in flow.as_resharded.get(level, ()):
                     terms = terms + minus(making(storage(used)))
                 share = 1 / self.problem.calls[flow.block] if of_one_call else 1.0
                 yield storage(used), terms + [(g, share * factor) for g, factor in again.get(used, [])]
 
-    def is_away(self, flow: Flow, level: Level) -> bool:
+    def keeps_on_host(self, flow: Flow, level: Level) -> bool:
         """Whether a level keeps a flow on the host, if it keeps it: not weights, and not what all calls get."""
         shared = flow.count < self.problem.calls[flow.block]
-        return level.on_host and not flow.held and not shared
+        return level.on_host and not flow.is_parameter and not shared
 
     def _gather_again(
         self, index: int, made: dict[Placements, Terms], resharded: dict[tuple[Placements, Placements], int]
@@ -361,7 +363,7 @@ class Program:
         """gathering: target -> minus N_b sum_p g_fps"""
         flow = self.problem.flows[index]
         terms: dict[Placements, Terms] = {}
-        if not (flow.used or flow.moved):
+        if not (flow.as_used or flow.as_resharded):
             return terms
         for source, target in resharded:
             if beside(flow, source, target):
@@ -381,7 +383,7 @@ class Program:
             flow, calls = self.problem.flows[index], self.problem.calls[self.problem.flows[index].block]
             variable = self.statement.least(bound=float(calls))
             size = flow.count / calls * self.problem.in_flight * self.problem.costs.local_bytes(flow.meta, layout)
-            where = Account.HOST if self.is_away(flow, level) else Account.DEVICE
+            where = Account.HOST if self.keeps_on_host(flow, level) else Account.DEVICE
             self._charge(where, Key("saved", flow.block, flow.tensor, level.name), variable, size)
             self.kept[index, layout, level] = variable
         return self.kept[index, layout, level]
@@ -394,7 +396,7 @@ class Program:
                 needing[index].append(flow)
         for index, flows in needing.items():
             decision = self.problem.decisions[index]
-            share = sum(flow.held for flow in flows) / len(flows)
+            share = sum(flow.is_parameter for flow in flows) / len(flows)
             for option, x in zip(decision.options, self.x[index]) if decision.kind == "unit" else ():
                 seconds = share * decision.count * option.seconds.backward
                 self._charge(Account.WEIGHTS, Key("backward", decision.block, decision.name), x, seconds)
@@ -418,7 +420,7 @@ class Program:
 
     def _work(self) -> None:
         """working"""
-        working = self.statement.least(Unit.BYTES)
+        working = self.statement.least(Quantity.BYTES)
         self._charge(Account.DEVICE, Key("working"), working, 1.0)
         for index, (decision, xs) in enumerate(zip(self.problem.decisions, self.x)):
             held = [(x, option.transient) for x, option in zip(xs, decision.options) if option.transient]
@@ -444,7 +446,7 @@ class Program:
                 if index not in self.pieces.inside:
                     terms += [(x, sizes[layout]) for layout, xs in layouts.items() for x, _ in xs]
         terms += [(made, 1.0) for made in self.pieces.made.get(block, ())]
-        again = self.statement.least(Unit.BYTES)
+        again = self.statement.least(Quantity.BYTES)
         self._charge(Account.DEVICE, Key("working", block, "backward"), again, 1.0)
         keeping = [(n, -most) for level, n in self.n.get(block, {}).items() if level.everything]
         self.statement.above(again, [*terms, *keeping])
@@ -456,20 +458,20 @@ class Program:
             early = self.statement.least(bound=1.0)
             for gather in gathers:
                 self.statement.above(early, [(gather.variable, 1.0)])
-            self._charge(Account.DEVICE, Key("buffers", "", "gathered early"), early, self.problem.early)
+            self._charge(Account.DEVICE, Key("buffers", "", "gathered early"), early, self.problem.gathered_early)
 
     def _buffer(self) -> None:
         """buffers"""
         size = [
-            (x, decision.count * option.buffers)
+            (x, decision.count * option.exchange_buffers)
             for decision, xs in zip(self.problem.decisions, self.x)
             for x, option in zip(xs, decision.options)
-            if option.buffers
+            if option.exchange_buffers
         ]
-        every, most = sum(each for _, each in size), self.problem.buffers
-        held, full = self.statement.least(Unit.BYTES), self.statement.choice()
+        every, most = sum(each for _, each in size), self.problem.exchange_buffers
+        held, full = self.statement.least(Quantity.BYTES), self.statement.choice()
         self.full = full
         self._charge(Account.DEVICE, Key("buffers"), held, 1.0)
         self.statement.above(held, [(full, most)])
         self.statement.above(held, [*size, (full, -every)])
-        self.statement.row([*size, (full, -every)], upper=most, unit=Unit.BYTES)
+        self.statement.row([*size, (full, -every)], upper=most, quantity=Quantity.BYTES)

@@ -1,4 +1,4 @@
-"""Why nothing fits, in one line."""
+"""Why no plan fits, said in one line."""
 
 from __future__ import annotations
 
@@ -9,13 +9,21 @@ from nnscaler.plan import GIB, Key
 
 
 class NothingFits(UserError):  # noqa: N818
-    """No plan fits into a device's memory. `needed`: bytes of the plan that needs least, where it is known."""
+    """No plan fits into a device's memory.
+
+    needed  bytes a device of the plan that needs least; None: not known
+    """
 
     needed: float | None = None
 
 
 class DoesNotFit(NothingFits):
-    """No plan without a pipeline fits: by what its memory is for."""
+    """No plan without a pipeline fits. The message says what the memory is needed for.
+
+    memory  of the plan that needs least: bytes a device, by what they are for
+    peak    the operator that holds most while it runs
+    limit   bytes a device that may be used
+    """
 
     def __init__(self, memory: Mapping[Key, float], peak: str, limit: float) -> None:
         self.needed = sum(memory.values())
@@ -29,7 +37,7 @@ class DoesNotFit(NothingFits):
 
 
 def by_category(memory: Mapping[Key, float], peak: str) -> dict[str, float]:
-    """What the bytes of a plan are for, largest first."""
+    """What the bytes of a plan are for, in words, largest first."""
     totals: dict[str, float] = {}
     for key, size in memory.items():
         what = {

@@ -1,4 +1,4 @@
-"""graph + mesh + hardware -> the best plan that fits."""
+"""The search for the best plan: for each mesh a program is stated and solved, and the fastest solution is taken."""
 
 from __future__ import annotations
 
@@ -51,23 +51,24 @@ def find_plan(
     host: float = 0.0,
     pieces: bool = True,
 ) -> Plan:
-    """The plan of least predicted step time on one of the meshes, all of as many devices and replicas.
+    """The plan of least predicted step time on one of the meshes, which all have as many devices and as many copies.
 
-    memory             bytes a device that the plan may use; 90 % of the hardware's by default
-    recompute_modules  class names: what modules of these classes compute, and nothing else, is computed again in
-                       backward; None: the planner chooses
-    micro_batches      gradient accumulation steps of an optimizer step
-    fused              whether blocks will be compiled, so that cheap operators run as one kernel
+    memory             bytes a device that the plan may use; default: 90 % of the hardware's
+    recompute_modules  names of classes: what their modules compute, and nothing else, is computed again in backward;
+                       None: the planner chooses
+    micro_batches      how many a step has (gradient accumulation)
+    fused              whether regions will be compiled, so that a cluster of cheap operators runs as one kernel
     times              measured times of operators, where the hardware is present
-    layouts            of parameters, and of inputs and outputs of the graph, where they are given, by name
+    layouts            name of a parameter, or of an input or output of the graph -> its layout, where that is given
     in_flight          micro-batches whose activations are held at a time
     seconds            of processor time, after which the best plan so far is taken
-    host               bytes a device of the host's memory that the plan may use
-    pieces             whether runs of operators may be computed in pieces
+    host               bytes of the host's memory that the plan may use for each device
+    pieces             whether stretches of operators may be computed in pieces
 
-    What spares memory at a price, the host and pieces, is tried where the device's memory alone holds the plan back.
+    The host's memory, and pieces, save memory at a price. So they are tried only where more memory would make the plan
+    faster, or where no plan fits.
 
-    Raises DoesNotFit where nothing fits, and UserError for unknown class names.
+    Raises DoesNotFit where no plan fits, and UserError for an unknown class name.
     """
     memory = 0.9 * hardware.memory if memory is None else memory
     again = recomputing(graph, recompute_modules)
@@ -108,10 +109,11 @@ class _Found:
 
 @dataclass
 class _Search:
-    """The search over meshes, one after the other, until a time by `time.process_time`.
+    """The search over meshes, one after the other, until `time.process_time()` is `until`.
 
-    found  the best so far
-    bound  seconds of a micro-batch that no plan on the meshes so far is below
+    found  the best plan so far
+    bound  seconds of a micro-batch; no plan on the meshes tried so far takes less
+    told   when the log last said how far the search is
     """
 
     memory: float
@@ -121,7 +123,7 @@ class _Search:
     told: float = field(default_factory=time.perf_counter)
 
     def on(self, program: Program, left: int) -> None:
-        """Searches one mesh, with `left` more to come: they share half of the time that is left."""
+        """Searches one mesh; `left` more are to come, which get half of the time that is left."""
         mesh = program.problem.costs.mesh
         below = None if self.found is None else self.found.evaluation.total_seconds * (1 - WORTH)
         seconds = max(self.until - time.process_time(), 0.1) / (2 if left else 1)
@@ -154,8 +156,11 @@ class _Search:
                     logger.info("planning on %s: out of time; the plan that takes least memory is taken", mesh)
 
     def may_gain(self, program: Program) -> bool:
-        """Whether a mesh with all the memory that it could want would be so much faster than the best so far that what
-        spares memory is worth trying there. `program`: that of the device alone."""
+        """Whether it is worth trying what saves memory at a price on this mesh.
+
+        It is where the mesh, with unlimited memory, would be faster than the best plan so far by the part SPARING.
+        `program`: the one that uses the device's memory alone
+        """
         if self.found is None:
             return True
         below = self.found.evaluation.total_seconds * (1 - SPARING)
@@ -172,12 +177,15 @@ class _Search:
 
 
 def recomputing(graph: Graph, modules: Sequence[str] | None) -> Recomputing:
-    """What `recompute_modules` of `find_plan` means for a graph."""
+    """What the argument `recompute_modules` of `find_plan` means for this graph."""
     return Recomputing() if modules is None else Recomputing(False, nodes_to_recompute(graph, modules))
 
 
 def nodes_to_recompute(graph: Graph, modules: Sequence[str]) -> dict[str, frozenset[str]]:
-    """Block -> names of its nodes that were called inside a module of one of the classes."""
+    """Block -> the names of its nodes that were called inside a module of one of the classes.
+
+    Raises UserError for a class that the model does not have, and for one whose modules contain whole blocks.
+    """
     found: dict[str, frozenset[str]] = {}
     known = {kind for block in graph.all_blocks() for node in block.nodes for kind in node.module_types}
     for module in modules:
@@ -198,14 +206,14 @@ def nodes_to_recompute(graph: Graph, modules: Sequence[str]) -> dict[str, frozen
 
 
 def _least(problem: Problem) -> tuple[dict[Key, float], str]:
-    """What the plan that needs least memory needs it for, and the operator that holds most while it runs."""
+    """Of the plan that needs least memory: what the bytes are for, and the operator that holds most while it runs."""
     program = Program(problem)
     solution = least_memory(program)
     assert solution is not None, "it has all the time that it wants"
     evaluation = evaluate(program, solution)
     assert evaluation is not None
-    divided = [run for run in problem.divisible if (run.block, run.name) in solution.pieces]
-    in_pieces = {decision for run in divided for decision in run.decisions}
+    divided = [one for one in problem.divisible if (one.block, one.name) in solution.pieces]
+    in_pieces = {decision for one in divided for decision in one.decisions}
     held = {
         f"{decision.block}.{decision.name}": decision.options[chosen].transient
         for index, (decision, chosen) in enumerate(zip(problem.decisions, solution.chosen))
@@ -224,7 +232,7 @@ def _to_plan(
     evaluation: Evaluation,
     micro_batches: int,
 ) -> Plan:
-    """A solution by the names of the graph."""
+    """The plan that a solution means, by the names of the graph."""
     plan = Plan(graph, problem.costs.mesh, problem.costs.hardware.name, micro_batches=micro_batches)
     plan.seconds, plan.beside, plan.memory = evaluation.seconds, evaluation.beside, evaluation.memory
     plan.levels, plan.pieces = solution.levels, dict(solution.pieces)

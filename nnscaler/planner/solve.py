@@ -1,4 +1,6 @@
-"""Solving programs: the best solution within memory, a bound for several problems together, the least memory."""
+"""Solving programs: the fastest solution within memory, the solution of least memory, and a lower bound for several
+problems that share one memory.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,14 @@ from math import inf
 from nnscaler.planner.milp import MixedIntegerProgram
 from nnscaler.planner.problem import Problem
 from nnscaler.planner.program import Program, Solution
-from nnscaler.planner.statement import Account, Unit
+from nnscaler.planner.statement import Account, Quantity
 
 
 class OutOfTime(Exception):  # noqa: N818
-    """The solver was stopped before it had found anything but a `bound`: seconds that no solution is below."""
+    """Time was out before the solver found a solution.
+
+    bound  seconds of a micro-batch; no solution takes less
+    """
 
     def __init__(self, bound: float) -> None:
         self.bound = bound
@@ -21,7 +26,7 @@ class OutOfTime(Exception):  # noqa: N818
 
 @dataclass(frozen=True)
 class Solved:
-    """A solution, and the seconds of a micro-batch that no other is below."""
+    """A solution, and a bound: no solution takes fewer seconds of a micro-batch than that."""
 
     solution: Solution
     bound: float
@@ -35,15 +40,18 @@ def solve(
     seconds: float = inf,
     watch: Callable[[float, float], None] | None = None,
 ) -> Solved | None:
-    """The choice of least time within `memory` bytes a device; None where nothing fits, or takes less than `below`
-    seconds of a micro-batch.
+    """The solution of least time within `memory` bytes a device. None where there is none, or none below `below`.
 
-    seconds  after which the best that was found is taken; raises OutOfTime where nothing was
-    watch    hears of the best seconds of a micro-batch so far (inf: none), and of the bound
+    gap      a solution within this relative distance of the best is good enough
+    below    only solutions of less than so many seconds of a micro-batch count
+    seconds  of processor time, after which the best solution so far is taken
+    watch    called during the search with (seconds of a micro-batch of the best so far, or inf; the bound)
+
+    Raises OutOfTime where no solution was found in time.
     """
     milp = stated(program, memory)
     if below is not None:
-        milp.row(program.statement.terms(Account.TIME), upper=below, unit=Unit.SECONDS)
+        milp.row(program.statement.terms(Account.TIME), upper=below, quantity=Quantity.SECONDS)
     answer = milp.solve(gap, seconds=seconds, heuristics=below is None, watch=watch)
     if answer is None:
         return None
@@ -53,25 +61,25 @@ def solve(
 
 
 def stated(program: Program, memory: float) -> MixedIntegerProgram:
-    """The program of the least time within `memory` bytes a device."""
+    """The mixed-integer program: least time within `memory` bytes a device."""
     milp = MixedIntegerProgram(_scale(program.problem, memory))
     milp.add(program.statement)
-    milp.minimise(program.statement.terms(Account.TIME), Unit.SECONDS)
-    milp.row(program.statement.terms(Account.DEVICE), upper=memory, unit=Unit.BYTES)
+    milp.minimise(program.statement.terms(Account.TIME), Quantity.SECONDS)
+    milp.row(program.statement.terms(Account.DEVICE), upper=memory, quantity=Quantity.BYTES)
     _limit_host(milp, program)
     return milp
 
 
 def _limit_host(milp: MixedIntegerProgram, program: Program) -> None:
     if terms := program.statement.terms(Account.HOST):
-        milp.row(terms, upper=program.problem.host, unit=Unit.BYTES)
+        milp.row(terms, upper=program.problem.host, quantity=Quantity.BYTES)
 
 
 def least_memory(program: Program, seconds: float = inf) -> Solution | None:
-    """The choice that takes least memory, whatever its time; None where none was found in so many seconds."""
+    """The solution of least memory, whatever its time. None where none was found in so many seconds."""
     milp = MixedIntegerProgram(_scale(program.problem, None))
     milp.add(program.statement)
-    milp.minimise(program.statement.terms(Account.DEVICE), Unit.BYTES)
+    milp.minimise(program.statement.terms(Account.DEVICE), Quantity.BYTES)
     _limit_host(milp, program)
     answer = milp.solve(gap=1e-2, seconds=seconds)
     assert answer is not None, "without a limit there is always a plan"
@@ -79,18 +87,21 @@ def least_memory(program: Program, seconds: float = inf) -> Solution | None:
 
 
 def relaxed(problems: Sequence[Problem], memory: float) -> list[tuple[float, float]] | None:
-    """(seconds of a micro-batch, bytes) of each problem, where all together have `memory` bytes a device and a choice
-    may be made in parts: no whole choices take less time in all. None where nothing fits."""
+    """[(seconds of a micro-batch, bytes)] of each problem, where all of them together have `memory` bytes a device.
+
+    A choice may be made in parts here (half of one option, half of another). So no real solution takes less time in
+    all. None where nothing fits.
+    """
     scales = [_scale(problem, memory) for problem in problems]
-    milp = MixedIntegerProgram({unit: max(scale[unit] for scale in scales) for unit in Unit})
+    milp = MixedIntegerProgram({quantity: max(scale[quantity] for scale in scales) for quantity in Quantity})
     times, sizes = [], []
     for problem in problems:
         statement = Program(problem).statement
         shift = milp.add(statement)
         times.append([(variable + shift, seconds) for variable, seconds in statement.terms(Account.TIME)])
         sizes.append([(variable + shift, size) for variable, size in statement.terms(Account.DEVICE)])
-    milp.minimise([term for terms in times for term in terms], Unit.SECONDS)
-    milp.row([term for terms in sizes for term in terms], upper=memory, unit=Unit.BYTES)
+    milp.minimise([term for terms in times for term in terms], Quantity.SECONDS)
+    milp.row([term for terms in sizes for term in terms], upper=memory, quantity=Quantity.BYTES)
     answer = milp.solve(gap=1e-4, relaxed=True)
     if answer is None:
         return None
@@ -100,10 +111,10 @@ def relaxed(problems: Sequence[Problem], memory: float) -> list[tuple[float, flo
     return list(zip(*totals))
 
 
-def _scale(problem: Problem, memory: float | None) -> dict[Unit, float]:
-    """What counts as one, so that numbers are neither large nor small."""
+def _scale(problem: Problem, memory: float | None) -> dict[Quantity, float]:
+    """How much of each quantity counts as one, so that the solver's numbers are neither large nor small."""
     decisions = problem.decisions
     fastest = sum(d.count * min(o.seconds.forward + o.seconds.backward for o in d.options) for d in decisions)
     largest = sum(max(d.count * (option.held + option.transient) for option in d.options) for d in decisions)
     byte = largest if memory is None else min(memory, 100 * largest)
-    return {Unit.NUMBER: 1.0, Unit.SECONDS: fastest / 1000 or 1.0, Unit.BYTES: byte / 1000 or 1.0}
+    return {Quantity.NUMBER: 1.0, Quantity.SECONDS: fastest / 1000 or 1.0, Quantity.BYTES: byte / 1000 or 1.0}

@@ -1,11 +1,18 @@
-"""A program in the words of its problem: variables, what they follow from, and what is charged for them.
+"""A program, stated in the words of its problem: variables, rows that limit them, and what is charged for them.
 
-Everything that costs time or memory is stated once, as a `Charge`: what it is for, a variable, and how much one of it
-costs. The mixed-integer program takes its objective and rows from the charges, and a solution is priced by adding the
-same charges up.
+Everything that costs time or memory is stated once, as a `Charge`: what it is for, a variable, and what one of that
+variable costs. The mixed-integer program takes its objective and its memory limits from the charges. A solution is
+priced by adding up the same charges. So the two cannot differ.
 
-A variable is a `choice`, which a solution gives; a `product` of sums of choices; or the `least` number that some sums
-allow. So the values of the choices give those of all others, whether a solver or somebody else has made the choices.
+There are three kinds of variable. A `choice` is given by a solution. A `product` is the product of two sums of choices.
+A `least` variable is the least number that is not below some sums. So the values of the choices give those of all
+others, whether a solver or a test has made the choices.
+
+    statement = Statement()
+    a, b = statement.choice(), statement.choice()
+    statement.row([(a, 1.0), (b, 1.0)], lower=1.0, upper=1.0)                     # one of the two
+    statement.charge(Account.TIME, Key("forward", "layer", "linear"), a, 0.02)    # a takes 20 ms
+    statement.charge(Account.DEVICE, Key("saved", "layer", "linear"), b, 2**20)   # b takes a MiB
 """
 
 from __future__ import annotations
@@ -18,11 +25,11 @@ from operator import itemgetter
 
 from nnscaler.plan import Key
 
-Terms = list[tuple[int, float]]  # (variable, factor): a sum
+Terms = list[tuple[int, float]]  # [(variable, factor)]: the sum of variable * factor
 
 
-class Unit(Enum):
-    """What a variable or a row counts: solvers want numbers of about one, so each is scaled."""
+class Quantity(Enum):
+    """What a variable or a row measures. A solver works best with numbers near one, so each is scaled."""
 
     NUMBER = "number"
     SECONDS = "seconds"
@@ -30,13 +37,17 @@ class Unit(Enum):
 
 
 class Account(Enum):
-    """What a charge is taken from.
+    """What a charge is for: time or memory, and where.
 
     TIME      seconds of a micro-batch
-    FORWARD   seconds of exchange beside forward; BACKWARD likewise; LAST, beside that of a step's last micro-batch
-    WEIGHTS   of TIME, the seconds in which backward makes gradients of weights
-    SENT      seconds of copies to the host beside forward; FETCHED, of copies back beside backward
-    DEVICE    bytes of a device's memory; HOST, of the host's, a device
+    FORWARD   seconds of exchange that runs beside forward
+    BACKWARD  seconds of exchange that runs beside backward
+    LAST      seconds of exchange that runs beside the backward of a step's last micro-batch only
+    WEIGHTS   the seconds, among those of TIME, in which backward makes gradients of weights
+    SENT      seconds of copies to the host, which run beside forward
+    FETCHED   seconds of copies back from the host, which run beside backward
+    DEVICE    bytes of a device's memory
+    HOST      bytes of the host's memory, for each device
     """
 
     TIME = "time"
@@ -52,7 +63,7 @@ class Account(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """`amount` for each of a variable, and what for."""
+    """One unit of `variable` costs `amount`; `key` says what for."""
 
     key: Key
     variable: int
@@ -61,77 +72,84 @@ class Charge:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """lower <= sum <= upper"""
+    """lower <= sum of the terms <= upper. `quantity`: what the sum measures."""
 
     terms: Terms
     lower: float
     upper: float
-    unit: Unit
+    quantity: Quantity
 
 
 @dataclass
 class Statement:
-    """Variables, rows and charges, in the order in which they were stated.
+    """Variables, rows and charges, in the order in which they were stated. A variable is its index.
 
+    bounds, integer, quantities  of each variable: its largest value, whether it is a whole number, what it measures
     products  variable -> the two sums that it is the product of
-    limits    variable -> (sum, number): it is the least that is none of the sums plus their numbers below
+    limits    variable -> [(sum, number)]: it is the least value >= 0 that is >= sum + number for each of these
     """
 
     bounds: list[float] = field(default_factory=list)
     integer: list[bool] = field(default_factory=list)
-    units: list[Unit] = field(default_factory=list)
+    quantities: list[Quantity] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     products: dict[int, tuple[Terms, Terms]] = field(default_factory=dict)
     limits: dict[int, list[tuple[Terms, float]]] = field(default_factory=dict)
     accounts: dict[Account, list[Charge]] = field(default_factory=lambda: {account: [] for account in Account})
 
     def choice(self, bound: float = 1.0) -> int:
-        """A whole number up to `bound` that a solution gives."""
-        return self._variable(bound, Unit.NUMBER, integer=True)
+        """Makes a variable that a solution gives: a whole number from 0 to `bound`."""
+        return self._variable(bound, Quantity.NUMBER, integer=True)
 
     def product(self, a: Terms, b: Terms, bound: float = 1.0) -> int:
-        """The product of two sums of choices. Rows must make it so where the choices are whole."""
-        variable = self._variable(bound, Unit.NUMBER)
+        """Makes a variable for the product of two sums of choices. The caller's rows must force it to be that."""
+        variable = self._variable(bound, Quantity.NUMBER)
         self.products[variable] = (a, b)
         return variable
 
-    def least(self, unit: Unit = Unit.NUMBER, bound: float = inf) -> int:
-        """The least number, at least 0, that is above everything that `above` says of it."""
-        variable = self._variable(bound, unit)
+    def least(self, quantity: Quantity = Quantity.NUMBER, bound: float = inf) -> int:
+        """Makes a variable for the least number >= 0 that satisfies everything that `above` states of it."""
+        variable = self._variable(bound, quantity)
         self.limits[variable] = []
         return variable
 
     def above(self, variable: int, terms: Terms, number: float = 0.0) -> None:
         """variable >= sum + number"""
-        self.row([(variable, 1.0), *minus(terms)], number, unit=self.units[variable])
+        self.row([(variable, 1.0), *minus(terms)], number, quantity=self.quantities[variable])
         self.limits[variable].append((terms, number))
 
     def longer(self, key: Key, beside: Terms, computing: Terms, lost: float, part: float) -> None:
-        """Charges the seconds by which what runs beside makes computing longer, in a part of the micro-batches.
+        """Charges the seconds by which what runs beside computation makes the computation longer.
 
-        lost  seconds that computing loses for each second beside it
+        beside     seconds of what runs beside, as a sum
+        computing  seconds of the computation, as a sum
+        lost       seconds that computation loses for each second of what runs beside it, 0 to 1
+        part       of the micro-batches in which this happens, 0 to 1
+
+        With `lost` = 0 that is max(0, beside - computing): what the computation does not hide.
         """
-        longer = self.least(Unit.SECONDS)
+        longer = self.least(Quantity.SECONDS)
         self.charge(Account.TIME, key, longer, part)
         self.above(longer, [*beside, *minus([(variable, (1 - lost) * seconds) for variable, seconds in computing])])
         if lost:
             self.above(longer, [(variable, lost * seconds) for variable, seconds in beside])
 
-    def row(self, terms: Terms, lower: float = -inf, upper: float = inf, unit: Unit = Unit.NUMBER) -> None:
-        """lower <= sum <= upper. A variable may stand in several terms."""
-        self.rows.append(Row(terms, lower, upper, unit))
+    def row(self, terms: Terms, lower: float = -inf, upper: float = inf, quantity: Quantity = Quantity.NUMBER) -> None:
+        """States lower <= sum <= upper. A variable may occur in several terms."""
+        self.rows.append(Row(terms, lower, upper, quantity))
 
     def charge(self, account: Account, key: Key, variable: int, amount: float) -> None:
+        """States that one of `variable` costs `amount` (seconds or bytes) of an account, for `key`."""
         if amount:
             self.accounts[account].append(Charge(key, variable, amount))
 
     def terms(self, *accounts: Account) -> Terms:
-        """All that is charged to some accounts, as a sum."""
+        """All that is charged to some accounts, as one sum."""
         return [(charge.variable, charge.amount) for account in accounts for charge in self.accounts[account]]
 
     def values(self, choices: Mapping[int, float]) -> list[float] | None:
-        """The values of all variables where choices have those of `choices`, and 0 where not named; None where a row
-        does not hold."""
+        """The values of all variables, given those of the choices (0 where not named). None where a row does not
+        hold."""
         values = [0.0] * len(self.bounds)
 
         def total(terms: Terms) -> float:
@@ -154,7 +172,11 @@ class Statement:
         return values
 
     def prices(self, values: list[float], shares: Mapping[Account, float]) -> dict[Key, float]:
-        """What is charged to some accounts, each with its share, by what it is for; in the order of the variables."""
+        """The total of some accounts, by what it is for, in the order of the variables.
+
+        values  of all variables
+        shares  account -> the factor with which its charges count
+        """
         totals: dict[Key, float] = {}
         charges = [(one.variable, one, share) for account, share in shares.items() for one in self.accounts[account]]
         for variable, charge, share in sorted(charges, key=itemgetter(0)):
@@ -162,12 +184,13 @@ class Statement:
                 totals[charge.key] = totals.get(charge.key, 0.0) + share * charge.amount * value
         return totals
 
-    def _variable(self, bound: float, unit: Unit, integer: bool = False) -> int:
+    def _variable(self, bound: float, quantity: Quantity, integer: bool = False) -> int:
         self.bounds.append(bound)
         self.integer.append(integer)
-        self.units.append(unit)
+        self.quantities.append(quantity)
         return len(self.bounds) - 1
 
 
 def minus(terms: Terms) -> Terms:
+    """The sum with all factors negated."""
     return [(variable, -factor) for variable, factor in terms]

@@ -1,11 +1,13 @@
-"""What can be kept of a block for backward, and what must then be computed again.
+"""What is kept of a call of a block for backward, and what backward must then compute again.
 
-keep_all    what each operator saves; nothing is computed again
-keep_cut    what operators of some kinds save, and the least from which cheap operators give the rest, as a fusing
-            compiler does
-keep_from   the block's inputs, and what operators of some kinds save and collectives bring for them; the rest is
-            computed again
-part_again  another keeping, but for some units, which are computed again from their inputs
+A recompute level (see `nnscaler.recompute.levels`) chooses by one of these functions:
+
+keep_all    everything that some operator's backward reads. Nothing is computed again.
+keep_cut    everything that the backward of units of some kinds reads; for the rest, the least bytes from which cheap
+            operators can compute it again. A fusing compiler such as `torch.compile` chooses in the same way.
+keep_from   the block's inputs; what the backward of units of some kinds reads; and, where there are such units, what
+            collectives bring to a unit. The rest is computed again.
+part_again  what another function keeps, except that some units are computed again from their inputs
 """
 
 from __future__ import annotations
@@ -16,45 +18,51 @@ from dataclasses import dataclass, replace
 from nnscaler.graph import Block
 from nnscaler.units import Unit, needed_by
 
-Use = tuple[int, str]  # (index of a unit, tensor that it uses)
+Use = tuple[int, str]  # (index of a unit, name of a tensor that it uses)
 
 
 @dataclass(frozen=True)
 class Keeping:
-    """What is kept of a call, and what is computed again, whatever the layouts.
+    """What is kept of a call of a block, and what is computed again. It does not depend on how tensors are laid out.
 
-    made    tensors kept in the layout in which they are made
-    used    uses whose tensor is kept in the layout in which it is used
-    moved   uses whose tensor is kept in that layout where it had to be resharded for it
-    again   units that are computed again
-    reshard whether resharding is done again too
-    inside  whether unfused clusters keep their inner tensors
+    A tensor may lie in several layouts: the one in which it is made, and one for each unit that needs it in another
+    layout. So this says not only which tensors are kept, but also in which layout:
+
+    as_made         tensors that are kept in the layout in which they are made
+    as_used         (unit, tensor): the tensor is kept in the layout in which this unit uses it
+    as_resharded    (unit, tensor): likewise, but only where the tensor had to be resharded for this unit
+    recomputed      indices of the units that backward computes again
+    reshards_again  whether backward also reshards tensors again
+    keeps_inner     whether clusters of cheap operators that are not fused keep their inner tensors
+
+    Example: unit 0 is `h = a * b`, unit 1 is `y = linear(h, w)`. To keep all is `as_used={(0, "a"), (0, "b"), (1, "h"),
+    (1, "w")}`. To recompute all is `as_made={"a", "b"}` and `recomputed={0}`: nobody's backward reads `y`.
     """
 
-    made: frozenset[str] = frozenset()
-    used: frozenset[Use] = frozenset()
-    moved: frozenset[Use] = frozenset()
-    again: frozenset[int] = frozenset()
-    reshard: bool = False
-    inside: bool = False
+    as_made: frozenset[str] = frozenset()
+    as_used: frozenset[Use] = frozenset()
+    as_resharded: frozenset[Use] = frozenset()
+    recomputed: frozenset[int] = frozenset()
+    reshards_again: bool = False
+    keeps_inner: bool = False
 
 
 def part_again(parts: Iterable[int], units: list[Unit], base: Keeping) -> Keeping:
-    """`base` but for some units, by index, which are computed again from their inputs."""
+    """What `base` keeps, except that the units with indices `parts` are computed again from their inputs."""
     again = set(parts)
     made_inside = {name for index in again for name in units[index].outputs}
     inputs = {name for index in again for name in units[index].inputs} - made_inside
     return replace(
         base,
-        made=frozenset((base.made - made_inside) | inputs),
-        used=frozenset(use for use in base.used if use[0] not in again),
-        moved=frozenset(use for use in base.moved if use[0] not in again),
-        again=base.again | again,
+        as_made=frozenset((base.as_made - made_inside) | inputs),
+        as_used=frozenset(use for use in base.as_used if use[0] not in again),
+        as_resharded=frozenset(use for use in base.as_resharded if use[0] not in again),
+        recomputed=base.recomputed | again,
     )
 
 
 def _needed(units: list[Unit], block: Block) -> list[tuple[int, str, bool]]:
-    """(unit, tensor, whether the tensor is its input) of everything that some backward reads."""
+    """(index of a unit, tensor, whether it is the unit's input) of every tensor that some unit's backward reads."""
     return [
         (index, name, name in unit.inputs)
         for index, unit in enumerate(units)
@@ -64,25 +72,29 @@ def _needed(units: list[Unit], block: Block) -> list[tuple[int, str, bool]]:
 
 
 def keep_all(units: list[Unit], block: Block) -> Keeping:
+    """Everything that some operator's backward reads."""
     needed = _needed(units, block)
     return Keeping(
-        made=frozenset(name for _, name, is_input in needed if not is_input),
-        used=frozenset((index, name) for index, name, is_input in needed if is_input),
-        inside=True,
+        as_made=frozenset(name for _, name, is_input in needed if not is_input),
+        as_used=frozenset((index, name) for index, name, is_input in needed if is_input),
+        keeps_inner=True,
     )
 
 
 def keep_cut(units: list[Unit], block: Block, as_used: Collection[str]) -> Keeping:
-    """The least bytes from which cheap units give what is needed: a minimum cut between what exists and what is.
+    """What backward reads, kept in the fewest bytes: a minimum cut.
 
-    as_used  kinds of units whose inputs are kept as they are used, rather than computed again
+    as_used  kinds of units (see `nnscaler.units.Unit`) whose inputs are kept rather than computed again
+
+    The cut is in a network from "exists" (results of units that are not cheap) to "needed" (what backward reads), along
+    cheap operators. What it cuts is kept; what lies behind it is computed again.
     """
     needed = _needed(units, block)
     made_by = {name: index for index, unit in enumerate(units) for name in unit.outputs}
     used = {(index, name) for index, name, is_input in needed if is_input and units[index].kind in as_used}
     wanted = {name for index, name, _ in needed if (index, name) not in used}
     if not wanted:
-        return Keeping(used=frozenset(used))
+        return Keeping(as_used=frozenset(used))
     kept_anyway = {name for _, name in used}
     cheap = {
         name: node
@@ -111,16 +123,16 @@ def keep_cut(units: list[Unit], block: Block, as_used: Collection[str]) -> Keepi
     # Of equal cuts networkx gives the one nearest to what is needed: a sum, say, after its collective.
     _, (reached, _) = networkx.minimum_cut(network, "exists", "needed")
     cut = {name for name in block.tensors if (name, "in") in reached and (name, "out") not in reached}
-    again, uses = _again(wanted, cut, units)
+    recomputed, uses = _computed_again(wanted, cut, units)
     kept = cut - set(block.parameters) - kept_anyway
-    moved = {(index, name) for index, name, is_input in needed if is_input} | uses
-    return Keeping(frozenset(kept), frozenset(used), frozenset(moved - used), frozenset(again))
+    resharded = {(index, name) for index, name, is_input in needed if is_input} | uses
+    return Keeping(frozenset(kept), frozenset(used), frozenset(resharded - used), frozenset(recomputed))
 
 
-def _again(wanted: set[str], kept: set[str], units: list[Unit]) -> tuple[set[int], set[Use]]:
-    """Units that run again, in part or whole, to give `wanted` from `kept`; and what they use from outside."""
+def _computed_again(wanted: set[str], kept: set[str], units: list[Unit]) -> tuple[set[int], set[Use]]:
+    """Units of which some node runs again, to give `wanted` from `kept`; and what these use from outside themselves."""
     made_by = {name: (index, node) for index, unit in enumerate(units) for node in unit.nodes for name in node.outputs}
-    again: set[int] = set()
+    recomputed: set[int] = set()
     uses: set[Use] = set()
     seen = set(kept)
     stack = list(wanted)
@@ -130,25 +142,27 @@ def _again(wanted: set[str], kept: set[str], units: list[Unit]) -> tuple[set[int
             continue
         seen.add(name)
         index, node = made_by[name]
-        again.add(index)
+        recomputed.add(index)
         uses.update((index, source) for source in node.inputs if source in units[index].inputs)
         stack += node.inputs
-    return again, uses
+    return recomputed, uses
 
 
 def keep_from(units: list[Unit], block: Block, as_used: Collection[str]) -> Keeping:
-    """The block's inputs, and what units of the kinds `as_used` made and save; where there are such, also what
-    collectives bring, which otherwise are done again."""
+    """The block's inputs, and what the backward of units of the kinds `as_used` reads.
+
+    Where there are such units, what collectives bring to a unit is kept too. Otherwise backward communicates again.
+    """
     needed = _needed(units, block)
     inputs, parameters = set(block.inputs), set(block.parameters)
     if not as_used:
-        again, _ = _again({name for _, name, _ in needed}, inputs | parameters, units)
-        return Keeping(made=frozenset(inputs), again=frozenset(again), reshard=True)
+        recomputed, _ = _computed_again({name for _, name, _ in needed}, inputs | parameters, units)
+        return Keeping(as_made=frozenset(inputs), recomputed=frozenset(recomputed), reshards_again=True)
     made = {name for unit in units if unit.kind in as_used for name in unit.outputs}
     used = {(index, name) for index, name, is_input in needed if is_input and units[index].kind in as_used}
     kept = inputs | made
     wanted = {name for index, name, _ in needed if (index, name) not in used}
-    again, uses = _again(wanted, kept | parameters, units)
-    moved = {(index, name) for index, name, is_input in needed if is_input} | uses
+    recomputed, uses = _computed_again(wanted, kept | parameters, units)
+    resharded = {(index, name) for index, name, is_input in needed if is_input} | uses
     kept &= wanted | {name for _, name in uses}
-    return Keeping(frozenset(kept), frozenset(used), frozenset(moved - used), frozenset(again))
+    return Keeping(frozenset(kept), frozenset(used), frozenset(resharded - used), frozenset(recomputed))

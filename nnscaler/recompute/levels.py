@@ -1,7 +1,14 @@
-"""The recompute levels: what each keeps of a call of a block for backward, and how the call runs so.
+"""The recompute levels: how much of a call of a block is kept for backward, and how the call runs so that this happens.
 
-A level is one entry of LEVELS. The planner asks it what it keeps (see `keeping`), the code generator and the run time
-by what its regions and the whole call are wrapped in (see `wrappers`), and reports by its name.
+Each level is one entry of LEVELS. Four of them keep on the device; four keep the same on the host:
+
+keeps all                      nothing is computed again
+keeps products                 the results of matrix products and of registered operators such as attention
+recomputes all but attention   the block's inputs, and what registered operators need
+recomputes all                 the block's inputs
+
+The planner asks a level what it keeps (see `nnscaler.recompute.keeping`). Generated code and the run time ask it what
+wraps a region, or the whole call (see `nnscaler.recompute.wrappers`). Reports ask its name.
 """
 
 from __future__ import annotations
@@ -16,21 +23,23 @@ from nnscaler.recompute.keeping import Keeping, keep_all, keep_cut, keep_from, p
 from nnscaler.recompute.wrappers import keeping_products, recompute
 from nnscaler.units import Unit
 
-Wrapper = Callable[..., Any]  # (function, *args) -> function(*args), kept and computed again in some way
+Wrapper = Callable[..., Any]  # wrapper(function, *args) gives function(*args), and decides what is kept for backward
 
 
 @dataclass(frozen=True, eq=False)
 class Level:
     """One way to divide what backward needs into what is kept and what is computed again.
 
-    name        as plans, pages and generated code have it
-    keeps       (units of a block, block, whether cheap operators are fused) -> what is kept of a call
-    region      how a region of computation runs, so that it keeps that; None: as it is
-    call        how the whole call runs; None: as it is
-    everything  whether backward finds all that it needs, but for what a fusing compiler chooses to make again
-    named       nodes that the user wants computed again: they are regions of their own, which keep their inputs alone
-    on_host     whether what is kept lies in the host's memory rather than the device's
-    in_pieces   whether its regions keep their inputs alone, as those do that are computed in pieces
+    name        what plans, reports and generated code call it
+    keeps       function of (units of a block, the block, whether cheap operators are fused): what is kept of a call
+    region      what runs a region of a call so that just this is kept, called as `region(function, *args)`; None: the
+                region runs as it is
+    call        the same for the whole call
+    everything  whether all that backward needs is kept, except what a fusing compiler chooses to make again
+    named       names of the nodes that the user asked to recompute. They become regions of their own, which keep
+                only their inputs.
+    on_host     whether what is kept lies in the host's memory rather than in the device's
+    in_pieces   whether regions keep only their inputs, as a region must that is computed in pieces
     """
 
     name: str
@@ -75,12 +84,12 @@ LEVELS = (*ON_DEVICE, *ON_HOST)
 
 
 def rank(level: Level) -> int:
-    """A number that is higher the less a level keeps on the device; below all others where nodes are named."""
+    """A number that is higher the less a level keeps on the device. A level with named nodes has the lowest."""
     return -1 if level.named else LEVELS.index(level)
 
 
 def recomputes(nodes: Iterable[str]) -> Level:
-    """The level that keeps all but what some nodes compute, by their names."""
+    """The level that keeps everything except what the nodes of these names compute."""
     named = frozenset(nodes)
 
     def keeps(units: list[Unit], block: Block, fused: bool) -> Keeping:
@@ -94,7 +103,7 @@ _BY_NAME = {level.name: level for level in (*LEVELS, recomputes(()))}
 
 
 def level_of(name: str) -> Level:
-    """The level of a name in generated code or in a plan.json. Raises UserError where there is none."""
+    """The level of this name, as generated code or a plan.json has it. Raises UserError where there is none."""
     if name not in _BY_NAME:
         raise UserError(f"recompute level '{name}' is not one of {', '.join(_BY_NAME)}; compile again")
     return _BY_NAME[name]

@@ -1,4 +1,4 @@
-"""How a part of a block runs so that backward computes some of it again rather than keep it."""
+"""Running a function so that backward computes some of it again, rather than keep it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ _PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.
 
 
 def recompute(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, keeping only `args` for backward, which runs `function` again."""
+    """`function(*args)`, of which only `args` are kept. Backward runs `function` again."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def keeping_products(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, keeping `args` and the results of products for backward, which runs the rest again."""
+    """`function(*args)`, of which `args` and the results of matrix products (mm, addmm, bmm) are kept.
+
+    Backward runs the rest again.
+    """
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if op in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE

@@ -12,7 +12,7 @@ from nnscaler.placement import Placements, parse_placement
 from nnscaler.plan import Key, Plan
 from nnscaler.planner.costs import GRADIENT_BYTES, LOCAL, CostModel
 from nnscaler.report.parameters import ParameterGroup
-from nnscaler.reshard import reshard_steps
+from nnscaler.reshard import reshards
 
 _PHASES = {"reshard": "forward", "reshard backward": "backward", "reshard again": "again"}
 
@@ -78,31 +78,31 @@ def _steps(plan: Plan, costs: CostModel, key: Key, seconds: float, hidden: float
         return
     source, target = (_placements(text) for text in key.detail.split(" -> "))
     meta = _meta(plan, key.block, key.name)
-    steps = reshard_steps(source, target)
-    assert steps is not None, key
+    needed = reshards(source, target)
+    assert needed is not None, key
     is_backward = phase == "backward"
     if is_backward and key in plan.beside:  # a weight's gradients are added in fp32
         meta = replace(meta, dtype=torch.promote_types(meta.dtype, torch.float32))
     priced = [
-        (step, size, time.backward if is_backward else time.forward)
-        for step, size, time in costs.each_step(meta, source, steps)
+        (reshard, size, time.backward if is_backward else time.forward)
+        for reshard, size, time in costs.each_reshard(meta, source, needed)
     ]
     calls = seconds / sum(time for _, _, time in priced)
-    for step, size, time in priced:
+    for reshard, size, time in priced:
         if time:
-            name = step.collectives[is_backward]
+            name = reshard.collectives[is_backward]
             yield Transfer(
                 block=key.block,
                 what=key.name,
                 phase=phase,
                 collective=name,
                 move=key.detail,
-                devices=plan.mesh.sizes[step.axis],
+                devices=plan.mesh.sizes[reshard.axis],
                 size=size,
                 calls=calls * plan.micro_batches,
                 seconds=calls * time * plan.micro_batches,
                 hidden=hidden * calls * time * plan.micro_batches,
-                origin=costs.collective(name, size, step.axis).origin,
+                origin=costs.collective(name, size, reshard.axis).origin,
             )
 
 

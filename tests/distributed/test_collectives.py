@@ -7,7 +7,7 @@ import torch.distributed as dist
 from nnscaler.mesh import Mesh
 from nnscaler.operators.attention import attention
 from nnscaler.placement import PARTIAL, REPLICATE, SHARED, Shard
-from nnscaler.reshard import reshard_steps
+from nnscaler.reshard import reshards
 from nnscaler.runtime import collectives
 from nnscaler.runtime.attention import attention_along_l
 from nnscaler.runtime.axes import Axes
@@ -77,7 +77,7 @@ def check_all_pairs(sizes: tuple[int, ...]) -> int:
         layouts = [(*layout, place) for layout in layouts for place in PLACES]
     for source in layouts:
         for target in layouts:
-            steps = reshard_steps(source, target)
+            steps = reshards(source, target)
             if steps is None:
                 continue
             try:

@@ -13,7 +13,7 @@ from nnscaler.errors import UserError
 from nnscaler.models.causal_lm import CausalLM, prepare_config
 from nnscaler.report import compare, explain, read_plan
 from nnscaler.report.spelling import seconds
-from nnscaler.schedules import Schedule, Work, programs
+from nnscaler.schedules import Compute, Schedule, actions
 from tests import tiny
 
 STAGES, RANKS, COUNT = 4, 2, 4
@@ -42,9 +42,9 @@ def test_values_hold_schedule_and_stages(compiled):
     done = [(rank, kind, stage, index) for rank, kind, stage, index, _, _ in pipeline["timeline"]]
     wanted = [
         (rank, step.kind, step.stage, step.micro_batch)
-        for rank, program in enumerate(programs(schedule))
+        for rank, program in enumerate(actions(schedule))
         for step in program
-        if isinstance(step, Work)
+        if isinstance(step, Compute)
     ]
     assert sorted(done) == sorted(wanted), "the timeline is that of the schedule"
     end = max(span[5] for span in pipeline["timeline"])

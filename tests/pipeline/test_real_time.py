@@ -11,7 +11,7 @@ from torch import nn
 
 from nnscaler.pipeline.simulate import StageSeconds, simulate
 from nnscaler.runtime.pipeline import PeerStage
-from nnscaler.schedules import Schedule, programs, torch_schedule
+from nnscaler.schedules import Schedule, actions, torch_schedule
 from tests.launch import run
 
 pytestmark = pytest.mark.quiet
@@ -93,5 +93,5 @@ def test_simulated_and_measured_steps_take_equally_long(ranks):
     measured = run(ranks, measure, SCHEDULES[ranks])[0]
     for schedule, seconds in zip(SCHEDULES[ranks], measured):
         transfers = [0.0] * (schedule.stages - 1)
-        predicted = simulate(schedule, programs(schedule), stage_seconds(schedule), transfers).seconds
+        predicted = simulate(schedule, actions(schedule), stage_seconds(schedule), transfers).seconds
         assert seconds == pytest.approx(predicted, rel=0.05), schedule

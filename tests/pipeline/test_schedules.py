@@ -8,7 +8,7 @@ import pytest
 
 from nnscaler import UserError
 from nnscaler.pipeline.simulate import StageSeconds, simulate
-from nnscaler.schedules import KINDS, Post, Schedule, Transfer, Wait, Work, in_flight, programs
+from nnscaler.schedules import KINDS, Compute, Post, Schedule, Transfer, Wait, actions, in_flight
 
 ALL = [
     Schedule(kind, ranks, ranks * per_rank, micro_batches)
@@ -20,9 +20,9 @@ ALL = [
 
 @pytest.mark.parametrize("schedule", ALL, ids=str)
 def test_every_micro_batch_goes_forward_and_backward_once_in_every_stage(schedule):
-    found = programs(schedule)
+    found = actions(schedule)
     for rank, program in enumerate(found):
-        work = [step for step in program if isinstance(step, Work)]
+        work = [step for step in program if isinstance(step, Compute)]
         assert len(set(work)) == len(work)
         for stage, micro_batch in product(schedule.stages_of(rank), range(schedule.micro_batches)):
             kinds = [step.kind for step in work if (step.stage, step.micro_batch) == (stage, micro_batch)]
@@ -40,7 +40,7 @@ def seconds(schedule: Schedule, transfer: float = 0.0) -> float:
     """Of a step in which a rank's forward takes 1 s, and backward 2 s, half of it for the weights."""
     part = schedule.ranks / schedule.stages
     stages = [StageSeconds(part, 2 * part, part, part)] * schedule.stages
-    return simulate(schedule, programs(schedule), stages, [transfer] * (schedule.stages - 1)).seconds
+    return simulate(schedule, actions(schedule), stages, [transfer] * (schedule.stages - 1)).seconds
 
 
 @pytest.mark.parametrize(("ranks", "micro_batches"), product((2, 4, 8), (8, 16, 64)))
@@ -62,7 +62,7 @@ def test_one_slow_transfer_is_waited_for():
     # F0 ends at 1 s, is there at 11 s, and its backward ends there at 14 s. Only then does stage 1 take F1, ready since
     # 2 s: it arrives at 24 s, as the gradient of 0 does, and that of 1 after another 3 s and 10 s.
     stages = [StageSeconds(1, 2, 1, 1)] * 2
-    spans = simulate(schedule, programs(schedule), stages, [10.0]).spans
+    spans = simulate(schedule, actions(schedule), stages, [10.0]).spans
     begin = {(span.rank, span.work.kind, span.work.micro_batch): span.start for span in spans}
     assert begin[0, "F", 1] == 1
     assert begin[1, "F", 0] == 11
@@ -76,8 +76,8 @@ def test_two_transfers_of_one_direction_go_one_after_the_other():
     """Stage 0 computes both micro-batches at once; stage 1 has posted what it receives from the beginning."""
     schedule = Schedule("1f1b", 2, 2, 2)
     there, back = [Transfer("F", 0, 0), Transfer("F", 0, 1)], Transfer("B", 1, 0)
-    sends = [step for i, one in enumerate(there) for step in (Work("F", 0, i), Post((one,)))]
-    receives = [Post((*there, back)), Wait((there[0],)), Work("F", 1, 0), Wait((there[1],)), Work("F", 1, 1)]
+    sends = [step for i, one in enumerate(there) for step in (Compute("F", 0, i), Post((one,)))]
+    receives = [Post((*there, back)), Wait((there[0],)), Compute("F", 1, 0), Wait((there[1],)), Compute("F", 1, 1)]
     found = simulate(schedule, [[Post((back,)), *sends], receives], [StageSeconds(1, 2, 1, 1)] * 2, [10.0])
     # The first is on its way from 1 s to 11 s. The second, ready at 2 s, arrives at 21 s.
     assert [span.start for span in found.spans if span.rank == 1] == [11, 21]
@@ -87,13 +87,13 @@ def test_two_transfers_of_one_direction_go_one_after_the_other():
 def test_the_slowest_stage_sets_the_pace():
     schedule = Schedule("1f1b", 2, 2, 10)
     fast, slow = StageSeconds(1, 2, 1, 1), StageSeconds(2, 4, 2, 2)
-    assert simulate(schedule, programs(schedule), [fast, slow], [0.0]).seconds == pytest.approx(10 * 6 + 1 + 2)
+    assert simulate(schedule, actions(schedule), [fast, slow], [0.0]).seconds == pytest.approx(10 * 6 + 1 + 2)
 
 
 def test_activations_in_flight():
-    first, *_, last = programs(Schedule("1f1b", 4, 4, 8))
+    first, *_, last = actions(Schedule("1f1b", 4, 4, 8))
     assert (in_flight(first, 0), in_flight(last, 3)) == (4, 1)
-    zero_bubble = programs(Schedule("zb-v", 4, 8, 8))
+    zero_bubble = actions(Schedule("zb-v", 4, 8, 8))
     assert [in_flight(zero_bubble[0], stage) for stage in (0, 7)] == [8, 1]
 
 

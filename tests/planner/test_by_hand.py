@@ -126,13 +126,13 @@ def test_tokens_a_second_are_those_of_a_device(graph, machine):
 def test_a_gathered_weight_comes_back_in_fp32(machine):
     """16 bf16 rows a device: forward gathers 2 bytes an element, backward adds up 4."""
     meta = TensorMeta((32, 8), torch.bfloat16, True)
-    flow = Flow("w", "model", meta, (0, 0), held=True)
+    flow = Flow("w", "model", meta, (0, 0), is_parameter=True)
     problem = SimpleNamespace(costs=CostModel(machine, Mesh((2,))), resharding={})
     seconds = resharding(problem, flow, (Shard(0),), (SHARED,))
     assert seconds is not None
     assert seconds.forward == pytest.approx(32 * 8 * 2 / 2 / LINK)
     assert seconds.backward == pytest.approx(32 * 8 * 4 / 2 / LINK)
-    assert resharding(problem, replace(flow, held=False), (Shard(0),), (REPLICATE,)).forward == seconds.forward
+    assert resharding(problem, replace(flow, is_parameter=False), (Shard(0),), (REPLICATE,)).forward == seconds.forward
 
 
 def test_what_runs_adds_up_a_gathered_weights_gradient_in_fp32(monkeypatch):

@@ -50,7 +50,7 @@ def test_a_level_keeps_what_it_says(level):
     for name in block.inputs:  # as of a layer in a stack
         assert block.tensors[name].shape == (8, 16)
     keeping = level.keeps(divide(block), block, True)
-    names = keeping.made | {name for _, name in keeping.used}
+    names = keeping.as_made | {name for _, name in keeping.as_used}
     said = sorted(tuple(block.tensors[name].shape) for name in names - set(block.parameters))
     model = Gated()
     wrapper = level.region or level.call

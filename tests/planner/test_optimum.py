@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from nnscaler.graph import Block, Call, Graph, Node, Ref, TensorMeta
 from nnscaler.hardware import load_hardware
 from nnscaler.mesh import Mesh
-from nnscaler.planner import away
+from nnscaler.planner import on_host
 from nnscaler.planner import problem as stating
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.evaluate import evaluate
@@ -109,14 +109,14 @@ def gatherable(problem: Problem, chosen: tuple[int, ...]) -> list[int]:
     return [
         index
         for index, flow in enumerate(problem.flows)
-        if (flow.used or flow.moved)
+        if (flow.as_used or flow.as_resharded)
         and any(beside(flow, layout(flow.producer, "outputs"), layout(use, "inputs")) for use in flow.consumers)
     ]
 
 
 def piece_counts(problem: Problem) -> list[dict[tuple[str, str], int]]:
     """Every way to compute runs in pieces."""
-    names = [(run.block, run.name) for run in problem.divisible]
+    names = [(one.block, one.name) for one in problem.divisible]
     ways = product((1, *COUNTS), repeat=len(names))
     return [{name: count for name, count in zip(names, counts) if count > 1} for counts in ways]
 
@@ -127,7 +127,7 @@ def everything(problem: Problem) -> Iterator[Solution]:
         flows = gatherable(problem, chosen)
         for again in chain.from_iterable(combinations(flows, count) for count in range(len(flows) + 1)):
             for counts, divided in product(levels, pieces):
-                for parts in range(away.PARTS + 1) if problem.host else (0,):
+                for parts in range(on_host.PARTS + 1) if problem.host else (0,):
                     yield Solution(list(chosen), counts, frozenset(again), parts, divided)
 
 
@@ -176,10 +176,10 @@ def test_the_program_finds_the_optimum(graph, sizes, fused, fraction, hardware):
 )  # fmt: skip
 def test_the_program_finds_the_optimum_with_host_memory(graph, devices, fused, fraction, there, rate):
     hardware = load_hardware("h100")
-    hardware = replace(hardware, host=replace(hardware.host, to_host=rate, to_device=0.8 * rate, together=0.6 * rate))
+    hardware = replace(hardware, host=replace(hardware.host, to_host=rate, to_device=0.8 * rate, both_ways=0.6 * rate))
     costs = CostModel(hardware, Mesh((devices,)), fused)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(away, "PARTS", 2)
+        patch.setattr(on_host, "PARTS", 2)
         patch.setattr(stating, "ON_DEVICE", ON_DEVICE[::3])  # the most and the least, or there are too many ways
         patch.setattr(stating, "ON_HOST", ON_HOST[::3])
         plain = Program(build_problem(graph, costs, Recomputing(), 2))
@@ -188,7 +188,7 @@ def test_the_program_finds_the_optimum_with_host_memory(graph, devices, fused, f
         ways = prod(comb(problem.calls[b] + len(levels) - 1, len(levels) - 1) for b, levels in problem.levels.items())
         ways *= len(piece_counts(problem))
         assume(prod(len(decision.options) for decision in problem.decisions) * ways * 3 <= MOST // 2)
-        problem.travelling = 0.01 * most  # as large a part as in a model
+        problem.staging = 0.01 * most  # as large a part as in a model
         program = Program(problem)
         least = evaluate(program, least_memory(program)).total_memory
         memory = least * 1.001 + fraction * max(0.0, most - least)
@@ -235,7 +235,7 @@ def holds(program: Program, solution: Solution, memory: float) -> float | None:
 )
 def test_the_program_prices_any_solution_as_the_plain_sum_does(graph, sizes, fused, random, hardware):
     problem = build_problem(graph, CostModel(load_hardware(hardware), Mesh(sizes), fused), Recomputing(), 2)
-    problem.buffers *= random.choice([1.0, 0.4])  # they hold all gradients at a time, or not
+    problem.exchange_buffers *= random.choice([1.0, 0.4])  # they hold all gradients at a time, or not
     program = Program(problem)
     levels, pieces = level_counts(problem), piece_counts(problem)
     for _ in range(6):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from nnscaler import register_op
 from nnscaler.compiler import Source
-from nnscaler.pieces import Run, runs
+from nnscaler.pieces import Stretch, stretches
 from nnscaler.trace import trace
 
 
@@ -37,25 +37,25 @@ class Mixing(Gated):
         return torch.tanh(mixes_rows(super().forward(x)))
 
 
-def runs_of(model: type[nn.Module]) -> list[Run]:
+def stretches_of(model: type[nn.Module]) -> list[Stretch]:
     inputs = {"x": torch.empty((2, 64, 16), device="meta", requires_grad=True)}
     built, buffers = Source(model, inputs, torch.float32).build()
-    return runs(trace(built, inputs, buffers).root)
+    return stretches(trace(built, inputs, buffers).root)
 
 
 def test_rows_of_an_mlp_are_divided_and_its_weights_are_not():
-    (run,) = runs_of(Gated)
-    assert run.last
+    (run,) = stretches_of(Gated)
+    assert run.ends_block
     assert {run.dims[name] for name in ("x", *run.outputs)} == {1}, "of sequences and rows, there are more rows"
     assert set(run.inputs) - set(run.dims) == {name for name in run.inputs if "weight" in name or "bias" in name}
 
 
 def test_what_must_not_be_divided_is_not():
-    assert not runs_of(Summed), "each element of a cumulative sum hangs on all before, and a sum is of all pieces"
+    assert not stretches_of(Summed), "each element of a cumulative sum hangs on all before, and a sum is of all pieces"
 
 
 def test_registered_operators_are_between_runs():
-    first, second = runs_of(Mixing)
-    assert not first.last
-    assert second.last
+    first, second = stretches_of(Mixing)
+    assert not first.ends_block
+    assert second.ends_block
     assert not set(first.units) & set(second.units)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from nnscaler.plan import Key
-from nnscaler.planner.statement import Account, Statement, Unit
+from nnscaler.planner.statement import Account, Quantity, Statement
 
 
 def test_values_and_prices_follow_from_choices():
     statement = Statement()
     a, b = statement.choice(3), statement.choice(3)
     product = statement.product([(a, 2.0)], [(b, 1.0), (a, 1.0)], bound=100.0)
-    least = statement.least(Unit.SECONDS)
+    least = statement.least(Quantity.SECONDS)
     statement.above(least, [(product, 1.0)], -20.0)
     statement.above(least, [(b, 0.5)])
     statement.row([(a, 1.0), (b, 1.0)], lower=2.0, upper=5.0)

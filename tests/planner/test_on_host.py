@@ -18,9 +18,9 @@ from nnscaler.compiler import Source
 from nnscaler.hardware import Hardware, load_hardware
 from nnscaler.hardware.spec import Host
 from nnscaler.mesh import Mesh
-from nnscaler.planner.away import PARTS
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.evaluate import Evaluation, evaluate
+from nnscaler.planner.on_host import PARTS
 from nnscaler.planner.problem import Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution
 from nnscaler.recompute import KEEPS_ALL, ON_DEVICE, ON_HOST, RECOMPUTES_ALL, Level
@@ -71,14 +71,14 @@ def machine(tmp_path_factory) -> Hardware:
     return load_hardware(tiny.write_hardware(Path(tmp_path_factory.mktemp("machine")), memory_bandwidth=1e12))
 
 
-def with_two_away(graph, machine: Hardware, host: Host, here: Level, state: int = PARTS // 2) -> Evaluation:
+def with_two_on_host(graph, machine: Hardware, host: Host, here: Level, state: int = PARTS // 2) -> Evaluation:
     there = dict(zip(ON_DEVICE, ON_HOST))[here]
     costs = CostModel(replace(machine, host=host), Mesh((1,)))
     problem = build_problem(graph, costs, Recomputing(), MICRO_BATCHES, host=host.memory)
     chosen = [0] * len(problem.decisions)  # one device: options differ in when gradients are exchanged, with nobody
     levels = {block: {levels[0]: problem.calls[block]} for block, levels in problem.levels.items()}
     levels["layer"] = {there: AWAY, here: CALLS - AWAY}
-    found = evaluate(Program(problem), Solution(chosen, levels, state_away=state))
+    found = evaluate(Program(problem), Solution(chosen, levels, state_on_host=state))
     assert found is not None
     return found
 
@@ -94,7 +94,7 @@ def test_what_two_calls_keep(graph, machine, here):
     forward, backward = AWAY * PRODUCT, AWAY * PRODUCT * (2 if here is KEEPS_ALL else 3)  # again, then for x and for w
     for sent, fetched in ((4 * forward, 0.5 * backward), (0.5 * forward, 4 * backward)):
         host = Host(1e12, kept / sent, kept / fetched, 1e30, LOST)
-        found = with_two_away(graph, machine, host, here, state=0)
+        found = with_two_on_host(graph, machine, host, here, state=0)
         assert total(found.copies, "copies") == pytest.approx(sent + fetched)
         for side, copies, computing in (("forward", sent, forward), ("backward", fetched, backward)):
             longer = max(LOST * copies, copies - (1 - LOST) * computing)
@@ -108,19 +108,19 @@ def test_half_of_the_state(graph, machine):
     all_forward = (CALLS + 1) * PRODUCT
     for seconds in (3 * all_forward, 0.5 * all_forward):  # of copying it there, and back at the same time
         host = Host(1e12, 1e30, 1e30, STATE / 2 / seconds, LOST)
-        found = with_two_away(graph, machine, host, KEEPS_ALL)
+        found = with_two_on_host(graph, machine, host, KEEPS_ALL)
         longer = max(LOST * seconds, seconds - (1 - LOST) * all_forward) / MICRO_BATCHES
         assert total(found.seconds, "copies", "update") == pytest.approx(longer, rel=0.01), "once a step"
     assert total(found.host, "state") == pytest.approx(STATE / 2)
     assert total(found.memory, "state") == pytest.approx(-STATE / 2)
     places = total(found.memory, "buffers", "state")
     assert places == 3 * STATE, "for three buckets, of which this model fills one"
-    without = with_two_away(graph, machine, host, KEEPS_ALL, state=0)
+    without = with_two_on_host(graph, machine, host, KEEPS_ALL, state=0)
     assert not total(without.memory, "state")
     assert not total(without.memory, "buffers", "state")
 
 
 def test_half_of_a_products_backward_is_for_its_weight(graph, machine):
     host = Host(1e12, 1e30, 1e30, 1e30, LOST)
-    found = with_two_away(graph, machine, host, KEEPS_ALL, state=0)
+    found = with_two_on_host(graph, machine, host, KEEPS_ALL, state=0)
     assert found.weights == pytest.approx(CALLS * PRODUCT, rel=0.01)

@@ -1,20 +1,22 @@
 """What lies on the host, as a part of the planning problem's program (see `nnscaler.planner.program`).
 
-Sets      l a level that keeps on the host; f a flow that is away then; s a layout of it
-Data      w, r, wr       bytes/s to the host, from it, and each way at once; c seconds that computation loses for each
-                         second of copies beside it;  W bytes of the host's memory
-          S              bytes of the optimizer's state, in P equal parts;  T bytes of those that are being updated
+Sets      l a level that keeps on the host; f a flow that is kept there at l; s a layout of it
+Data      w, r, wr       bytes/s to the host, back from it, and each way when both go at once
+          c              seconds that computation loses for each second of copies beside it
+          W              bytes of the host's memory
+          S              bytes of the optimizer's state, in P equal parts;  T bytes on the device for those being
+                         updated
 Variables k_fsl          calls at level l that keep f in layout s, as there
-          j_fsl >= 0     whether one call would
+          j_fsl >= 0     the same of one call: whether it would keep f in s
           u_bl in {0,1}  some call of block b has level l
           D_b >= 0       bytes on the device of what is on its way to the host or back
-          h integer      parts of the optimizer's state on the host;  v in {0,1}: some
+          h integer      parts of the optimizer's state on the host;  v in {0,1}: there are some
           O_bl, I_bl >= 0  seconds by which copies to the host, and back, make forward and backward longer
           X >= 0         seconds by which the optimizer's state makes a step longer
 
 minimise      sum_bl (O_bl + I_bl) + X / m, beside the rest
 subject to    n_bl <= N_b u_bl;  h <= P v                                                                         (some)
-              D_b >= 2 sum_f b_fs j_fsl, if u_bl = 1: two calls' at a time                                  (on its way)
+              D_b >= 2 sum_f b_fs j_fsl, if u_bl = 1: what two calls keep                                   (on its way)
               O_bl >= c C, O_bl >= C - (1 - c) F, where C = sum_f b_fs k_fsl / w n_f / N_b, and F = the time of forward
                    of these calls: a call's copies run beside the next one; I_bl with r and backward           (hiding)
               X >= c Y, X >= Y - (1 - c) sum_d n_d t_do x_do, where Y = h S / P / wr: the update of a bucket, and the
@@ -27,7 +29,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nnscaler.plan import Key
-from nnscaler.planner.statement import Account, Terms, Unit
+from nnscaler.planner.statement import Account, Quantity, Terms
 from nnscaler.recompute import Level
 
 if TYPE_CHECKING:
@@ -36,8 +38,12 @@ if TYPE_CHECKING:
 PARTS = 64  # of the optimizer's state
 
 
-class Away:
-    """States it. `parts` is the variable h."""
+class OnHost:
+    """Adds the variables, rows and charges above to a program.
+
+    used   (block, level) -> the variable u
+    parts  the variable h; some: the variable v
+    """
 
     def __init__(self, program: Program) -> None:
         assert program.problem.costs.hardware.host is not None
@@ -49,28 +55,28 @@ class Away:
                 self._use(block, level)
         self._copy()
         for block in dict.fromkeys(block for block, _ in self.used):
-            self._travel(block)
+            self._on_its_way(block)
         self.parts = self.statement.choice(PARTS)
         self.some = self.statement.choice()
         self._state()
 
     def choices(self, levels: dict[str, dict[Level, int]], parts: int) -> dict[int, float]:
-        """The variables that follow from a solution's levels and parts of the state, with their values."""
+        """The variables that follow from a solution's levels and parts of the state on the host, with their values."""
         used = {u: float(levels[block].get(level, 0) > 0) for (block, level), u in self.used.items()}
         return {**used, self.parts: float(parts), self.some: float(parts > 0)}
 
     def _use(self, block: str, level: Level) -> None:
-        """some, of a level"""
+        """The row (some), for the calls of a level."""
         calls = float(self.problem.calls[block])
         self.used[block, level] = self.statement.choice()
         self.statement.row([(self.program.n[block][level], 1.0), (self.used[block, level], -calls)], upper=0.0)
 
     def _copy(self) -> None:
-        """hiding, of what calls keep"""
+        """The rows (hiding), for what calls keep."""
         sent: dict[tuple[str, Level], tuple[Terms, Terms]] = {use: ([], []) for use in self.used}
         for (index, layout, level), k in self.program.kept.items():
             flow = self.problem.flows[index]
-            if self.program.is_away(flow, level):
+            if self.program.keeps_on_host(flow, level):
                 share = flow.count / self.problem.calls[flow.block]
                 size = share * self.problem.costs.local_bytes(flow.meta, layout)
                 key = Key("copies", flow.block, flow.tensor, level.name)
@@ -82,7 +88,7 @@ class Away:
         for (index, level), zs in self.program.z.items():
             decision = self.problem.decisions[index]
             for z, option in zip(zs, decision.options) if level.on_host else ():
-                again = option.seconds.forward if level in decision.again else 0.0
+                again = option.seconds.forward if level in decision.recomputed_at else 0.0
                 forward, backward = computed[decision.block, level]
                 forward.append((z, option.seconds.forward))
                 backward.append((z, option.seconds.backward + again))
@@ -90,9 +96,9 @@ class Away:
             for side, copies, computing in zip(("forward", "backward"), sent[use], computed[use]):
                 self._longer(side, copies, computing, 1.0)
 
-    def _travel(self, block: str) -> None:
+    def _on_its_way(self, block: str) -> None:
         """The variable D_b."""
-        on_its_way = self.statement.least(Unit.BYTES)
+        on_its_way = self.statement.least(Quantity.BYTES)
         self.statement.charge(Account.DEVICE, Key("working", block, "copies"), on_its_way, 1.0)
         for level in (level for where, level in self.used if where == block):
             terms: Terms = []
@@ -109,16 +115,16 @@ class Away:
     def _state(self) -> None:
         """The variable X, and the memory of the optimizer's state."""
         self.statement.row([(self.parts, 1.0), (self.some, -float(PARTS))], upper=0.0)
-        part = self.problem.state / PARTS
+        part = self.problem.optimizer_state / PARTS
         self.statement.charge(Account.DEVICE, Key("state", "", "on the host"), self.parts, -part)
         self.statement.charge(Account.HOST, Key("state"), self.parts, part)
-        self.statement.charge(Account.DEVICE, Key("buffers", "", "state"), self.some, self.problem.travelling)
+        self.statement.charge(Account.DEVICE, Key("buffers", "", "state"), self.some, self.problem.staging)
         forward = [
             (charge.variable, charge.amount)
             for charge in self.statement.accounts[Account.TIME]
             if charge.key.category == "forward"
         ]
-        seconds = [(self.parts, part / self.host.together)]
+        seconds = [(self.parts, part / self.host.both_ways)]
         self._longer("update", seconds, forward, 1 / self.problem.micro_batches)
 
     def _longer(self, side: str, copies: Terms, computing: Terms, part: float) -> None:
