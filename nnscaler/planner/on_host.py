@@ -74,9 +74,9 @@ class OnHost:
     def _copy(self) -> None:
         """The rows (hiding), for what calls keep."""
         sent: dict[tuple[str, Level], tuple[Terms, Terms]] = {use: ([], []) for use in self.used}
-        for (index, layout, level), k in self.program.kept.items():
+        for (index, layout, level), k in self.program.flows.kept.items():
             flow = self.problem.flows[index]
-            if self.program.keeps_on_host(flow, level):
+            if self.program.flows.keeps_on_host(flow, level):
                 share = flow.count / self.problem.calls[flow.block]
                 size = share * self.problem.costs.local_bytes(flow.meta, layout)
                 key = Key("copies", flow.block, flow.tensor, level.name)
@@ -103,7 +103,7 @@ class OnHost:
         for level in (level for where, level in self.used if where == block):
             terms: Terms = []
             most = 0.0
-            for (index, layout, at), j in self.program.in_call.items():
+            for (index, layout, at), j in self.program.flows.in_call.items():
                 flow = self.problem.flows[index]
                 if at is level and flow.block == block:
                     size = 2 * flow.count / self.problem.calls[block]

@@ -97,7 +97,7 @@ class _Stretch:
         """The rows (whole) and (levels)."""
         self.statement.row(self._any(), upper=1.0)
         for index in self.inner:
-            for y in self.program.resharded.get(index, ()):
+            for y in self.program.flows.resharded.get(index, ()):
                 self.statement.row([*self._any(), (y, 1.0)], upper=1.0)
         for decision, sizes in zip(self.stretch.decisions, self.stretch.sizes):
             for count, c in self.counts.items():

@@ -23,9 +23,10 @@ from nnscaler.placement import REPLICATE, SHARED, Shard
 from nnscaler.planner import find_plan
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.evaluate import Evaluation, evaluate
+from nnscaler.planner.flows import resharding
 from nnscaler.planner.options import unit_options
 from nnscaler.planner.problem import Flow, Recomputing, build_problem
-from nnscaler.planner.program import Program, Solution, resharding
+from nnscaler.planner.program import Program, Solution
 from nnscaler.recompute import KEEPS_ALL
 from nnscaler.report.values import Work, plan_report
 from nnscaler.runtime import gathering

@@ -19,9 +19,10 @@ from nnscaler.planner import on_host
 from nnscaler.planner import problem as stating
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.evaluate import evaluate
+from nnscaler.planner.flows import beside
 from nnscaler.planner.pieces import COUNTS
 from nnscaler.planner.problem import Problem, Recomputing, build_problem
-from nnscaler.planner.program import Program, Solution, beside
+from nnscaler.planner.program import Program, Solution
 from nnscaler.planner.solve import least_memory, solve, stated
 from nnscaler.planner.statement import Account
 from nnscaler.recompute import ON_DEVICE, ON_HOST, Level
@@ -208,7 +209,7 @@ def holds(program: Program, solution: Solution, memory: float) -> float | None:
     fixed = {xs[chosen]: 1.0 for xs, chosen in zip(program.x, solution.chosen)}
     for block, counts in program.n.items():
         fixed.update({n: float(solution.levels[block].get(level, 0)) for level, n in counts.items()})
-    for (index, source, target), g in program.gathered.items():
+    for (index, source, target), g in program.flows.gathered.items():
         flow = problem.flows[index]
         options = {d: problem.decisions[d].options[solution.chosen[d]] for d, _ in [flow.producer, *flow.consumers]}
         is_source = options[flow.producer[0]].outputs[flow.producer[1]] == source

@@ -1,0 +1,227 @@
+"""How tensors get from the decisions that make them to those that use them: a part of the planning problem's program.
+
+The rows (making), (using), (resharding), (again), (keeping) and (gathering) of `nnscaler.planner.program` stand here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from nnscaler.placement import Placements, format_placements
+from nnscaler.plan import Key
+from nnscaler.planner.costs import NO_TIME, Seconds
+from nnscaler.planner.problem import Flow, Port, Problem
+from nnscaler.planner.statement import Account, Terms, minus
+from nnscaler.recompute import Level
+from nnscaler.reshard import only_gathers, reshards, without_gradient
+
+if TYPE_CHECKING:
+    from nnscaler.planner.program import Program
+
+
+def resharding(problem: Problem, flow: Flow, source: Placements, target: Placements) -> Seconds | None:
+    """Seconds of bringing a flow from one layout to another. None where that is impossible."""
+    key = flow.meta, flow.is_parameter, source, target
+    if key not in problem.resharding:
+        problem.resharding[key] = _resharding(problem, flow, source, target)
+    return problem.resharding[key]
+
+
+def _resharding(problem: Problem, flow: Flow, source: Placements, target: Placements) -> Seconds | None:
+    needed = reshards(source, target)
+    if needed is None:
+        return None
+    seconds = problem.costs.resharding(flow.meta, source, needed)
+    if not beside(flow, source, target):
+        return seconds
+    exact = replace(flow.meta, dtype=torch.promote_types(flow.meta.dtype, torch.float32))  # gradients are added in fp32
+    return Seconds(seconds.forward, problem.costs.resharding(exact, source, needed).backward)
+
+
+def beside(flow: Flow, source: Placements, target: Placements) -> bool:
+    """Whether a flow is brought to another layout beside computation: it is a weight that is gathered."""
+    return flow.is_parameter and only_gathers(reshards(source, target))
+
+
+def storage(layout: Placements) -> Placements:
+    """The layout as far as memory is concerned: whether a gradient is partial does not matter."""
+    return without_gradient(layout)
+
+
+class Flows:
+    """Adds the variables, rows and charges of all flows to a program.
+
+    resharded  index of a flow -> its variables y
+    kept       (index of a flow, layout, level) -> the variable k
+    in_call    (index of a flow, layout, level) -> the variable j: whether one call would keep it so, on the host
+    gathered   (index of a flow, from, to) -> the variable g: backward gathers it again
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program, self.problem, self.statement = program, program.problem, program.statement
+        self.resharded: dict[int, list[int]] = {}
+        self.kept: dict[tuple[int, Placements, Level], int] = {}
+        self.in_call: dict[tuple[int, Placements, Level], int] = {}
+        self.gathered: dict[tuple[int, Placements, Placements], int] = {}
+        for index in range(len(self.problem.flows)):
+            self._flow(index)
+
+    def _calls(
+        self, block: str, port: Port, level: Level | None, fits: Callable[[Placements], bool], side: str
+    ) -> Terms:
+        """How many calls of `block` at `level` make or use a tensor in a layout that fits, as a sum.
+
+        port   the decision that makes the tensor (`side` "outputs") or uses it ("inputs"), and its place there
+        level  None: of one call, whether it would
+        """
+        index, position = port
+        decision = self.problem.decisions[index]
+        matching = [o for o, option in enumerate(decision.options) if fits(getattr(option, side)[position])]
+        if level is None:
+            return [(self.program.x[index][option], 1.0) for option in matching]
+        if decision.block == block and (index, level) in self.program.z:
+            return [(self.program.z[index, level][option], 1.0) for option in matching]
+        return [(self.program.x[index][option], float(self.problem.calls[block])) for option in matching]
+
+    def layouts(self, port: Port, side: str) -> dict[Placements, Terms]:
+        """Layout -> the sum that is 1 where a decision makes (`side` "outputs") or uses ("inputs") a tensor in it."""
+        decision, index = port
+        found: dict[Placements, Terms] = {}
+        for option, x in zip(self.problem.decisions[decision].options, self.program.x[decision]):
+            found.setdefault(getattr(option, side)[index], []).append((x, 1.0))
+        return found
+
+    def _flow(self, index: int) -> None:
+        """All rows of one flow."""
+        flow = self.problem.flows[index]
+        made = self.layouts(flow.producer, "outputs")
+        resharded: dict[tuple[Placements, Placements], int] = {}
+        for consumer in flow.consumers:
+            for (source, target), e in self._pairs(flow, made, self.layouts(consumer, "inputs")).items():
+                if source == target:
+                    continue
+                if (source, target) not in resharded:
+                    resharded[source, target] = self._reshard(flow, source, target)
+                self.statement.above(resharded[source, target], [(e, 1.0)])
+        self.resharded[index] = list(resharded.values())
+        again = self._gather_again(index, made, resharded)
+        for level in self.problem.levels[flow.block]:
+            self._keep(index, level, set(map(storage, made)), again)
+
+    def _reshard(self, flow: Flow, source: Placements, target: Placements) -> int:
+        """Makes the variable y_fps and its charges, and the rows (again)."""
+        seconds = resharding(self.problem, flow, source, target) or NO_TIME
+        place = (flow.block, flow.tensor, f"{format_placements(source)} -> {format_placements(target)}")
+        hidden = beside(flow, source, target)
+        forward, backward = (Account.FORWARD, Account.BACKWARD) if hidden else (Account.TIME, Account.TIME)
+        y = self.statement.least(bound=1.0)
+        self.statement.charge(forward, Key("reshard", *place), y, flow.count * seconds.forward)
+        self.statement.charge(backward, Key("reshard backward", *place), y, flow.count * seconds.backward)
+        calls = float(self.problem.calls[flow.block])
+        for level in (level for level in self.problem.levels[flow.block] if level in flow.resharded_again_at):
+            key = Key("reshard again", *place)
+            if flow.block not in self.program.n:
+                self.statement.charge(backward, key, y, flow.count * seconds.forward)
+            elif seconds.forward:
+                repeated = self.statement.least(bound=calls)
+                self.statement.charge(backward, key, repeated, flow.count / calls * seconds.forward)
+                self.statement.above(repeated, [(self.program.n[flow.block][level], 1.0), (y, calls)], -calls)
+        return y
+
+    def _pairs(
+        self, flow: Flow, made: dict[Placements, Terms], used: dict[Placements, Terms]
+    ) -> dict[tuple[Placements, Placements], int]:
+        """(from, to) -> the variable e of one consumer; and the rows (making) and (using)."""
+        pairs = {
+            (source, target): self.statement.product(made[source], used[target])
+            for source in made
+            for target in used
+            if source == target or resharding(self.problem, flow, source, target) is not None
+        }
+        for source, xs in made.items():
+            self.statement.row([(e, 1.0) for (p, _), e in pairs.items() if p == source] + minus(xs), 0.0, 0.0)
+        for target, xs in used.items():
+            self.statement.row([(e, 1.0) for (_, s), e in pairs.items() if s == target] + minus(xs), 0.0, 0.0)
+        return pairs
+
+    def _keep(self, index: int, level: Level, made: set[Placements], again: dict[Placements, Terms]) -> None:
+        """The rows (keeping) of one flow at one level."""
+        for layout, calls in self._keeping(index, level, made, again):
+            self.statement.above(self._kept(index, layout, level), calls)
+        if self.keeps_on_host(self.problem.flows[index], level):
+            for layout, calls in self._keeping(index, level, made, again, of_one_call=True):
+                if (index, layout, level) not in self.in_call:
+                    self.in_call[index, layout, level] = self.statement.least(bound=1.0)
+                self.statement.above(self.in_call[index, layout, level], calls)
+
+    def _keeping(
+        self,
+        index: int,
+        level: Level,
+        made: set[Placements],
+        again: dict[Placements, Terms],
+        of_one_call: bool = False,
+    ) -> Iterator[tuple[Placements, Terms]]:
+        """(layout, how many calls keep the flow in it, as a sum), for each reason to keep it at this level.
+
+        of_one_call  instead, whether one call would
+        """
+        flow = self.problem.flows[index]
+
+        def calls(port: Port, fits: Callable[[Placements], bool], side: str) -> Terms:
+            return self._calls(flow.block, port, None if of_one_call else level, fits, side)
+
+        def making(layout: Placements) -> Terms:
+            return calls(flow.producer, lambda made: storage(made) == layout, "outputs")
+
+        if level in flow.as_made and not flow.is_parameter:
+            for layout in made:
+                yield layout, making(layout)
+        for use in [*flow.as_used.get(level, ()), *flow.as_resharded.get(level, ())]:
+            options = self.problem.decisions[use[0]].options
+            for used in dict.fromkeys(option.inputs[use[1]] for option in options):
+                terms = calls(use, used.__eq__, "inputs")
+                if flow.is_parameter or use in flow.as_resharded.get(level, ()):
+                    terms = terms + minus(making(storage(used)))
+                share = 1 / self.problem.calls[flow.block] if of_one_call else 1.0
+                yield storage(used), terms + [(g, share * factor) for g, factor in again.get(used, [])]
+
+    def keeps_on_host(self, flow: Flow, level: Level) -> bool:
+        """Whether a level keeps a flow on the host, if it keeps it: not parameters, nor what several calls share."""
+        shared = flow.count < self.problem.calls[flow.block]
+        return level.on_host and not flow.is_parameter and not shared
+
+    def _gather_again(
+        self, index: int, made: dict[Placements, Terms], resharded: dict[tuple[Placements, Placements], int]
+    ) -> dict[Placements, Terms]:
+        """The rows (gathering), for one flow: target layout -> the sum -N_b sum_p g_fps."""
+        flow = self.problem.flows[index]
+        terms: dict[Placements, Terms] = {}
+        if not (flow.as_used or flow.as_resharded):
+            return terms
+        for source, target in resharded:
+            if beside(flow, source, target):
+                seconds = resharding(self.problem, flow, source, target) or NO_TIME
+                move = f"{format_placements(source)} -> {format_placements(target)}"
+                g = self.statement.choice()
+                key = Key("reshard again", flow.block, flow.tensor, move)
+                self.statement.charge(Account.BACKWARD, key, g, flow.count * seconds.forward)
+                self.statement.row([(g, 1.0), *minus(made[source])], upper=0.0)
+                terms.setdefault(target, []).append((g, -float(self.problem.calls[flow.block])))
+                self.gathered[index, source, target] = g
+        return terms
+
+    def _kept(self, index: int, layout: Placements, level: Level) -> int:
+        """The variable k_fsl; it is made, with its charges, when it is first asked for."""
+        if (index, layout, level) not in self.kept:
+            flow, calls = self.problem.flows[index], self.problem.calls[self.problem.flows[index].block]
+            variable = self.statement.least(bound=float(calls))
+            size = flow.count / calls * self.problem.in_flight * self.problem.costs.local_bytes(flow.meta, layout)
+            where = Account.HOST if self.keeps_on_host(flow, level) else Account.DEVICE
+            self.statement.charge(where, Key("saved", flow.block, flow.tensor, level.name), variable, size)
+            self.kept[index, layout, level] = variable
+        return self.kept[index, layout, level]
