@@ -1,7 +1,8 @@
-"""Which runs of operators can be computed piece by piece, one piece of a dimension after the other.
+"""Which stretches of a block can be computed in pieces: for one piece of a dimension after the other.
 
-A split is a split, over devices or over time: what the annotations allow to be divided over devices without
-communication can be computed in pieces. Then what is made on the way exists a piece at a time.
+A dimension may be split over devices, or over time. Where annotations allow operators to be split over devices without
+communication, the same operators can be computed in pieces. What they make in between then exists only a piece at a
+time. An example is the MLP of a decoder layer, on a sixteenth of the tokens at a time.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ from nnscaler.operators import bind
 from nnscaler.placement import Placement, Replicate, Shard
 from nnscaler.units import Unit, divide, pure
 
-MOST_WAYS = 64  # that are looked at for one run, about
+MOST_WAYS = 64  # about so many are looked at for one stretch
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Units of a block, all that is pure between its registered operators and calls, that can be computed in pieces.
+    """Units of a block that can be computed in pieces: all that is pure between two registered operators or calls.
 
-    units  by index; `inputs`: tensors from outside, `outputs`: those that others use, in order
-    dims   tensor -> the dimension of which a piece has its part; not named: each piece uses or makes all of it
-    last   whether nothing of the block is computed after it
+    name        that of its last unit
+    units       their indices among the block's units
+    inputs      tensors that come from outside, in order
+    outputs     tensors that others use, in order
+    dims        tensor -> the dimension that is divided; a tensor that is not named is used or made whole by each piece
+    ends_block  whether nothing of the block is computed after it
     """
 
     name: str
@@ -36,7 +40,7 @@ class Stretch:
 
 
 def stretches(block: Block) -> list[Stretch]:
-    """The runs of a block, in the order in which it computes them."""
+    """The stretches of a block, in the order in which they run."""
     units = divide(block)
     places = _places(units)
     found = []
@@ -49,7 +53,7 @@ def stretches(block: Block) -> list[Stretch]:
 
 
 def _places(units: list[Unit]) -> list[int]:
-    """How many registered operators and calls come before each unit, at most."""
+    """For each unit, the largest number of registered operators and calls on a way to it."""
     made_by = {name: index for index, unit in enumerate(units) for name in unit.outputs}
     places: list[int] = []
     for unit in units:
@@ -59,7 +63,7 @@ def _places(units: list[Unit]) -> list[int]:
 
 
 def _stretch(block: Block, units: list[Unit], members: list[int]) -> Stretch | None:
-    """The run of some units; None where they cannot be computed in pieces, or use what other pure units make."""
+    """The stretch of some units. None where it cannot be computed in pieces, or needs what other pure units make."""
     inside = {name for index in members for name in units[index].outputs}
     elsewhere = {name for index, unit in enumerate(units) if index not in members for name in unit.inputs}
     inputs = dict.fromkeys(name for index in members for name in units[index].inputs if name not in inside)
@@ -77,8 +81,10 @@ def _stretch(block: Block, units: list[Unit], members: list[int]) -> Stretch | N
 
 
 def _ways(block: Block, nodes: list[Node]) -> Iterator[dict[str, int]]:
-    """Ways to divide some nodes, as the divided dimension of each divided tensor: parameters are whole, and no node
-    makes a term of a sum. All of them, unless there are very many."""
+    """Ways to divide some nodes, each as the divided dimension of each divided tensor.
+
+    Parameters are whole, and no node makes a term of a sum. All ways are found, unless there are very many.
+    """
     bounds = [bind(node, block) for node in nodes]
     whole: dict[str, Placement] = dict.fromkeys(block.parameters, Replicate())
     begun = [(0, whole)]  # (how many nodes are divided, how their tensors are)
@@ -98,7 +104,7 @@ def _ways(block: Block, nodes: list[Node]) -> Iterator[dict[str, int]]:
 
 
 def _splits(bound: Bound) -> Iterator[Split]:
-    """The ways to divide one operator."""
+    """The ways to divide one operator, with no partial sums."""
     for way in bound.splits(1):
         places = (*way.inputs, *way.outputs)
         if all(isinstance(place, (Shard, Replicate)) for place in places):

@@ -1,8 +1,9 @@
 """Pipeline schedules of `torch.distributed.pipelining`, as lists of what each rank does in order.
 
-`torch_schedule` makes the schedule object that runs; `programs` reads from the same object, made for stages that are
-not there, what every rank will do. Nothing about a schedule is known twice: only how torch's two run times interleave
-their sends, receives and waits is stated here, because it says so nowhere but in its code.
+`torch_schedule` makes torch's own object, which runs a step. `actions` reads from the same object what every rank will
+do; for this, the object is made for stages that do not exist. So nothing about a schedule is stated twice. The one
+exception is when torch's two run times start sends and receives and wait for them, because torch says this only in its
+code.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from nnscaler.errors import UserError
 
 @dataclass(frozen=True)
 class Kind:
-    """A schedule by name.
+    """A kind of schedule.
 
     torch_name       its class in `torch.distributed.pipelining`
-    stages_per_rank  numbers of stages that a rank may have
+    stages_per_rank  how many stages a rank may have
     v_shaped         rank r of p has stages r and 2 p - 1 - r, rather than r, p + r, 2 p + r, ...
-    splits           backward is done in two parts, for a stage's input and for its weights
+    splits           backward is done in two parts: the gradient of a stage's input, and those of its weights
     """
 
     torch_name: str
@@ -42,9 +43,10 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Schedule:
-    """A schedule for `stages` stages on `ranks` pipeline ranks and `micro_batches` a step.
+    """The schedule of a step with `micro_batches`, for `stages` stages on `ranks` pipeline ranks.
 
-    Raises UserError for what torch cannot run.
+    kind  a key of KINDS
+    Raises UserError for a combination that torch cannot run.
     """
 
     kind: str
@@ -89,7 +91,10 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Compute:
-    """Computation: F forward; B backward; I and W its parts, for the stage's input and for its weights."""
+    """A rank computes a micro-batch in a stage.
+
+    kind  "F": forward; "B": backward; "I" and "W": the parts of backward for the stage's input and for its weights
+    """
 
     kind: str
     stage: int
@@ -98,7 +103,10 @@ class Compute:
 
 @dataclass(frozen=True)
 class Transfer:
-    """A micro-batch's activations from `stage` to the next (F), or their gradient to the stage before (B)."""
+    """What crosses between two stages for a micro-batch.
+
+    kind  "F": the activations of `stage`, sent to the next stage; "B": their gradient, sent to the stage before
+    """
 
     kind: str
     stage: int
@@ -106,28 +114,34 @@ class Transfer:
 
     @property
     def target(self) -> int:
+        """The stage that receives it."""
         return self.stage + 1 if self.kind == "F" else self.stage - 1
 
 
 @dataclass(frozen=True)
 class Post:
-    """A rank starts its side of transfers."""
+    """A rank starts its side of some transfers, and goes on."""
 
     transfers: tuple[Transfer, ...]
 
 
 @dataclass(frozen=True)
 class Wait:
-    """A rank waits until transfers are done."""
+    """A rank waits until some transfers are done."""
 
     transfers: tuple[Transfer, ...]
 
 
-Action = Compute | Post | Wait  # of a rank in a step
+Action = Compute | Post | Wait
 
 
 def torch_schedule(schedule: Schedule, stages: Sequence[Any], loss: Callable[..., Any]) -> Any:
-    """The torch schedule over this rank's stages. Losses are summed, not averaged, over micro-batches."""
+    """Torch's schedule over this rank's stages.
+
+    stages  `torch.distributed.pipelining.PipelineStage`s of this rank
+    loss    called as `loss(output, target)` with what the last stage gives
+    Losses, and so gradients, are summed over micro-batches, not averaged.
+    """
     import torch.distributed.pipelining.schedules as torch_schedules  # takes more than a second, and few need it
 
     make = getattr(torch_schedules, KINDS[schedule.kind].torch_name)
@@ -137,7 +151,7 @@ def torch_schedule(schedule: Schedule, stages: Sequence[Any], loss: Callable[...
 
 @cache
 def actions(schedule: Schedule) -> list[list[Action]]:
-    """What each pipeline rank does in a step, in order."""
+    """What each pipeline rank does in a step: a list for each rank, in the order in which it acts."""
     if schedule.kind == "1f1b":
         return [list(_one_forward_one_backward(schedule, rank)) for rank in range(schedule.ranks)]
     stages = [
@@ -151,7 +165,10 @@ def actions(schedule: Schedule) -> list[list[Action]]:
 
 
 def in_flight(own: Sequence[Action], stage: int) -> int:
-    """The most micro-batches of a stage whose activations are held at a time: from forward to the end of backward."""
+    """The most micro-batches of a stage whose activations a rank holds at a time.
+
+    They are held from the forward of a micro-batch to the end of its backward. `own`: the actions of the stage's rank
+    """
     most = now = 0
     for action in own:
         if isinstance(action, Compute) and action.stage == stage:
@@ -161,7 +178,8 @@ def in_flight(own: Sequence[Action], stage: int) -> int:
 
 
 def _as_run(schedule: Schedule, rank: int, order: Sequence[Any]) -> list[Action]:
-    """torch's run time of actions: sends and receives are posted where they stand, work waits for what it uses."""
+    """The actions of a rank, as torch runs its `order`: it starts transfers where they stand, and waits just before
+    use."""
     found: list[Action] = []
     sent: list[Transfer] = []
     for action in (part for whole in order for part in whole.sub_actions or (whole,)):
@@ -182,7 +200,10 @@ def _as_run(schedule: Schedule, rank: int, order: Sequence[Any]) -> list[Action]
 
 
 def _one_forward_one_backward(schedule: Schedule, rank: int) -> Iterator[Action]:
-    """torch's 1F1B: in the steady state a send is posted with the receive that follows, and both are waited for."""
+    """The actions of a rank as torch runs 1F1B.
+
+    In the steady state torch starts a send together with the receive that follows, and waits for both.
+    """
     count, last = schedule.micro_batches, schedule.stages - 1
 
     def transfer(kind: str, source: int, micro_batch: int) -> tuple[Transfer, ...]:

@@ -1,4 +1,4 @@
-"""From a plan to Python source."""
+"""The code generator: from a plan to Python source that a person can read."""
 
 from nnscaler.codegen.source import generate
 

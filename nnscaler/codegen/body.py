@@ -1,4 +1,4 @@
-"""Writing one block as Python functions: one a region, and one that runs them with what comes between."""
+"""Writing one block as Python functions: one for each region, and one that runs them with what comes between."""
 
 from __future__ import annotations
 
@@ -21,19 +21,28 @@ INDENT = "    "
 
 @dataclass
 class Body:
-    """The statements of one block. Each tensor is a Python variable, and one more for each layout it is brought to."""
+    """Writes the statements of one block. A tensor becomes a Python variable, and another one for each layout it is
+    brought to.
+
+    names         (tensor, layout) -> the Python expression of the tensor in this layout
+    made          tensor -> the layout in which it is made
+    taken         names of variables that are in use
+    functions     the lines of the regions' functions, as far as they are written
+    stretch       the stretch that is computed in pieces, while its region is written
+    needs_device  whether a region has a parameter `device`
+    """
 
     plan: Plan
     block: Block
-    names: dict[tuple[str, Placements], str] = field(default_factory=dict)  # (tensor, layout) -> Python expression
-    made: dict[str, Placements] = field(default_factory=dict)  # tensor -> layout it is made in
+    names: dict[tuple[str, Placements], str] = field(default_factory=dict)
+    made: dict[str, Placements] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
     functions: list[list[str]] = field(default_factory=list)
-    stretch: Stretch | None = None  # the one that is computed in pieces, while its region is written
-    needs_device: bool = False  # whether a region takes the variable `device`
+    stretch: Stretch | None = None
+    needs_device: bool = False
 
     def write(self) -> list[list[str]]:
-        """The lines of each function, the block's own last."""
+        """The lines of each function, with the block's own function last."""
         block = self.block
         self.taken = {*block.tensors, "w", "axes", "keep", "ops", "device", "torch", "F", "collectives"}
         for tensor, layout in zip(block.inputs, self.plan.inputs[block.name]):
@@ -64,7 +73,7 @@ class Body:
         return ["w", "axes", "keep"]
 
     def _signature(self) -> list[str]:
-        """Comments with each input's own shape, and the global one where it differs."""
+        """Comments on the inputs: the shape on this device, and the whole shape where that differs."""
         return [
             f"# {tensor}: {self._describe(self.block.tensors[tensor], layout)}"
             for tensor, layout in zip(self.block.inputs, self.plan.inputs[self.block.name])
@@ -86,7 +95,7 @@ class Body:
         self.names[tensor, layout] = expression
 
     def _region(self, region: Region, index: int) -> list[str]:
-        """A region's function, and the lines that call it. One operator (and views) gains nothing from being one."""
+        """The lines that call a region; its function is added to `functions`. A single operator is written in place."""
         computing = [node for unit in region.units for node in unit.nodes if not operator_of(node).alias]
         if len(computing) < 2 and not region.recomputed and region.stretch is None:
             return [line for unit in region.units for line in self._nodes(unit.nodes)]
@@ -129,7 +138,7 @@ class Body:
         return "keep"
 
     def _parameter_names(self, given: dict[str, tuple[str, Placements]]) -> list[str]:
-        """A name for each argument of a region: a variable keeps its own, a parameter gets the tensor's."""
+        """A name for each argument of a region's function: variables keep theirs, parameters get their tensor's."""
         return [expression if expression.isidentifier() else tensor for expression, (tensor, _) in given.items()]
 
     def _used_after(self, tensor: str, inside: set[str]) -> bool:
@@ -163,21 +172,21 @@ class Body:
         self.names, self.made = outer_names, outer_made
 
     def _other(self, unit: Unit) -> list[str]:
-        """A registered operator and the views of its results."""
+        """The lines of a registered operator, and of the views of its results."""
         return [
             f"# {unit.main.module or self.block.module_type}  {unit.main.source}".rstrip(),
             *self._nodes(unit.nodes),
         ]
 
     def _nodes(self, nodes: Iterable[Node]) -> list[str]:
-        """The statements of some nodes, and what reshards their inputs."""
+        """The statements of some nodes, with those that reshard their inputs."""
         lines: list[str] = []
         for node in nodes:
             lines += self._node(node, lines)
         return lines
 
     def _node(self, node: Node, before: list[str]) -> list[str]:
-        """The statement of a node; what reshards its inputs is added to `before`."""
+        """The statement of a node. Those that reshard its inputs are added to `before`."""
         plan = self.plan.nodes[self.block.name, node.name]
         operator = operator_of(node)
         inputs = [Ref(self._in_layout(name, layout, before)) for name, layout in zip(node.inputs, plan.inputs)]
@@ -203,7 +212,7 @@ class Body:
         return f"ops.{name}({format_arguments(args, kwargs)})"
 
     def _axis(self, axis: int) -> str:
-        """The group of devices along a mesh axis."""
+        """The expression of the group of devices along a mesh axis."""
         return f"axes.{self.plan.mesh.names[axis]}"
 
     def _local_meta(self, tensor: str, layout: Placements) -> TensorMeta:
@@ -214,7 +223,7 @@ class Body:
         return replace(meta, shape=tuple(shape))
 
     def _in_layout(self, tensor: str, layout: Placements, lines: list[str]) -> str:
-        """The expression of a tensor in a layout; adds the lines that reshard it the first time."""
+        """The expression of a tensor in a layout. The first time, the lines that reshard it are added to `lines`."""
         if (tensor, layout) not in self.names:
             source = self.made[tensor]
             found = reshards(source, layout)
@@ -272,7 +281,7 @@ class Body:
         return candidate
 
     def _release(self, following: list[Segment]) -> list[str]:
-        """`del` of the variables whose tensors no later segment uses, so that their memory is free."""
+        """A `del` of the variables that no later segment uses, so that their memory is free."""
         needed = set(self.block.outputs)
         for segment in following:
             for unit in [*segment.others, *(unit for region in segment.regions for unit in region.units)]:
@@ -292,13 +301,13 @@ _WITHOUT_GRADIENT = {"all_reduce": "identity", "reduce_scatter": "slice", "pad":
 
 
 def _function(lines: Sequence[str]) -> list[str]:
-    """A function's lines: its head (decorator and `def`) as it is, the rest indented."""
+    """The lines of a function: its decorator and `def` line as they are, the rest indented."""
     start = next(index for index, line in enumerate(lines) if line.startswith("def ")) + 1
     return [*lines[:start], *(INDENT + line for line in lines[start:])]
 
 
 def _tag(layout: Placements) -> str:
-    """A suffix that tells a tensor's layouts apart: `s1`, `whole`."""
+    """A suffix that tells the layouts of a tensor apart, such as `s1` or `whole`."""
     return "_".join(f"s{place.dim}" if isinstance(place, Shard) else "whole" for place in layout) or "whole"
 
 

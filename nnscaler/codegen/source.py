@@ -1,4 +1,4 @@
-"""Plan -> Python source of a pipeline stage."""
+"""From a plan to the Python source of one pipeline stage; a plan without a pipeline is one stage."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from nnscaler.units import Unit
 
 
 def generate(plan: Plan, facts: Iterable[tuple[str, str]] = ()) -> str:
-    """The source of a module with a function a block and its regions, and `forward(w, axes, <inputs>)`.
+    """The source of a module that has a function for each block and region, and `forward(w, axes, <inputs>)`.
 
-    facts  (what, text): what its head says of it
+    facts  (what, text), ...: the lines at the head of the module's docstring
     """
     graph = plan.graph
     functions = [lines for block in graph.blocks.values() for lines in Body(plan, block).write()]
@@ -70,7 +70,7 @@ _AXES = (
 
 
 def _fact(what: str, text: str) -> list[str]:
-    """Lines of a docstring: any text is only text there."""
+    """The lines of a docstring with one fact. Whatever is in the text, it stays text there."""
     plain = text.replace("\\", "\\\\").replace('"""', "'''")
     return textwrap.wrap(
         plain, 119, initial_indent=f"{what:<10} ", subsequent_indent=" " * 11, break_long_words=False,
@@ -79,7 +79,7 @@ def _fact(what: str, text: str) -> list[str]:
 
 
 class _RootBody(Body):
-    """The root block: `forward`, with a loop where the same block is called again and again."""
+    """Writes the root block: `forward`, with a loop where the same block is called again and again."""
 
     def _name(self) -> str:
         return "forward"
@@ -107,7 +107,8 @@ class _RootBody(Body):
 
     @cached_property
     def _chains(self) -> list[list[Call]]:
-        """The calls in runs that a loop can write: one result, passed on as it is in one place."""
+        """The calls of blocks, in chains that a loop can write: each call has one result, which only the next call
+        takes."""
         chains: list[list[Call]] = []
         for node in self.block.nodes:
             if isinstance(node, Call):
@@ -132,7 +133,7 @@ class _RootBody(Body):
         return self.plan.outputs[before.block][0] == self.plan.inputs[call.block][differs[0]]
 
     def _chain(self, chain: list[Call]) -> list[str]:
-        """The lines that call a chain: a loop for each recompute level."""
+        """The lines that call a chain: one loop for each recompute level."""
         first, last = chain[0], chain[-1]
         lines: list[str] = []
         wanted = self.plan.inputs[first.block]
@@ -156,13 +157,16 @@ class _RootBody(Body):
         return lines
 
     def _shared(self, call: Call, arguments: list[str]) -> str:
-        """Those of a call's arguments that all calls of its block get."""
+        """Those of a call's arguments that several calls of its block get."""
         calls = self.plan.graph.calls(call.block)
         alike = [len({other.inputs[index] for other in calls}) < len(calls) for index in range(len(call.inputs))]
         return ", ".join(argument for argument, shared in zip(arguments, alike) if shared)
 
     def _by_level(self, chain: list[Call]) -> list[tuple[Level, list[Call]]]:
-        """The calls of each level. Those that keep least come first: backward reaches them last, with memory free."""
+        """(level, its calls), in the order in which they run.
+
+        Calls that keep least come first: backward reaches them last, when it has freed the memory of the others.
+        """
         calls = self.plan.graph.calls(chain[0].block)
         counts = self.plan.levels[chain[0].block]
         levels = [level for level in sorted(counts, key=rank, reverse=True) for _ in range(counts[level])]
@@ -174,12 +178,13 @@ class _RootBody(Body):
 
 
 def _carried(chain: list[Call]) -> int:
-    """Index of the argument that each call takes from the call before."""
+    """The index of the argument that each call of a chain takes from the call before it."""
     return next(i for i, (a, b) in enumerate(zip(chain[0].inputs, chain[1].inputs)) if a != b)
 
 
 def _loop(calls: list[Call]) -> tuple[str, str]:
-    """The `for` line over the calls' module paths (none for one call), and the prefix of parameters' names inside."""
+    """The `for` line over the calls' module paths, empty for one call; and the prefix of parameters' names inside
+    it."""
     if len(calls) == 1:
         return "", f'"{calls[0].module}."'
     stems = [call.module.rsplit(".", 1) for call in calls]

@@ -1,4 +1,4 @@
-"""Devices and the links between them: what the planner knows of a machine that need not be here."""
+"""Devices, and the links between them: what the planner knows of a machine, which need not be present."""
 
 from nnscaler.hardware.communication import Link, Timing
 from nnscaler.hardware.spec import Hardware, detect_hardware, find_hardware, hardware_names, load_hardware

@@ -1,15 +1,15 @@
-"""How long a collective takes: tables of bytes and seconds, and the arithmetic where there is no table.
+"""How long a collective takes: from tables of bytes and seconds, or by arithmetic where there is no table.
 
 Bytes are those of the larger of the two buffers that one device holds, its input and its output:
 
     all_reduce       the tensor, which every device holds whole
-    all_gather       the output: all shards together
-    reduce_scatter   the input: all shards together
-    all_to_all       the input, which is as large as the output: this device's shard, whole along another dimension
-                     afterwards. Over all devices of the group that is `size` times as much.
+    all_gather       the output: all shards, one after the other
+    reduce_scatter   the input: all shards, one after the other
+    all_to_all       the input, which is as large as the output: this device's shard. It is whole along another
+                     dimension afterwards. Over all devices of the group that is `size` times as much.
 
-This is what `CostModel.collective` calls `whole`. Seconds are those of the slowest device, with all groups of the same
-kind on the machine at work at once, as the groups along one axis of a mesh are.
+Seconds are those of the slowest device, while all groups of the same kind on the machine are at work, as the groups
+along one axis of a mesh are.
 """
 
 from __future__ import annotations
@@ -24,19 +24,22 @@ from typing import Any, Literal, NamedTuple
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 
-# Bytes rise and seconds do not fall.
-Curve = tuple[tuple[int, float], ...]
+Curve = tuple[tuple[int, float], ...]  # ((bytes, seconds), ...); bytes rise, and seconds do not fall
 
 
 class Timing(NamedTuple):
-    """Seconds, and what says so: this machine, the bundled profile of its kind, or arithmetic over data-sheet rates."""
+    """Seconds, and where they come from.
+
+    origin  "measured": on this machine; "profile": the bundled profile of this kind of device; "roofline": arithmetic
+            over the rates of a data sheet
+    """
 
     seconds: float
     origin: Literal["measured", "profile", "roofline"]
 
 
 class Group(NamedTuple):
-    """`size` devices that communicate, `per_node` of them on each node."""
+    """A group of `size` devices that communicate, `per_node` of them on each node."""
 
     size: int
     per_node: int
@@ -48,9 +51,9 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Link:
-    """What one device sends over a link in a collective.
+    """A link between devices, as a collective uses it.
 
-    bandwidth  bytes/s that a device sends, and receives, once messages are large
+    bandwidth  bytes/s that a device sends, and at once receives, when messages are large
     latency    seconds that a collective takes however small it is
     """
 
@@ -60,7 +63,11 @@ class Link:
 
 @dataclass(frozen=True)
 class Network:
-    """The links between devices of one node, and between a device and those of other nodes."""
+    """The links of a cluster.
+
+    intra  between devices of one node
+    inter  between a device and those of other nodes
+    """
 
     intra: Link
     inter: Link
@@ -69,10 +76,11 @@ class Network:
         return (self.inter if group.spans_nodes else self.intra).latency
 
     def seconds_per_byte(self, collective: str, group: Group) -> float:
-        """How long a byte of a large message takes.
+        """Seconds that a byte of a large message takes.
 
-        In a ring every device passes on all shards but one. Through a node's border run as many rings as it has devices
-        in the group, each with its part of the message. In an all-to-all every device sends the others their pieces.
+        In a ring, every device passes on all shards but one. Across the border of a node run as many rings as it has
+        devices in the group, each with its part of the message. In an all-to-all, every device sends each other its
+        piece.
         """
         size, per_node = group
         if collective == "all_to_all":
@@ -85,16 +93,20 @@ class Network:
 
 @dataclass(frozen=True)
 class CommunicationTimes:
-    """(collective, group) -> (bytes, seconds), from small messages to large. `source` says where they come from."""
+    """Tables of collectives' times.
+
+    curves  (collective, group) -> ((bytes, seconds), ...), from small messages to large
+    source  where they come from, for people
+    """
 
     curves: Mapping[tuple[str, Group], Curve] = field(default_factory=dict)
     source: str = ""
 
     def seconds(self, collective: str, size: float, group: Group, network: Network) -> float | None:
-        """Seconds of a collective of `size` bytes; None without a table for it inside a node, or across nodes.
+        """Seconds of a collective of `size` bytes. None where no table is of its kind (inside a node, or across nodes).
 
-        A group that has no table takes that of the group most like it: the time of the smallest message grows with the
-        depth of a tree over the devices, the rest as `network` says of large messages.
+        A group without a table takes that of the group most like it. Of this, the time of the smallest message grows
+        with the depth of a tree over the devices, and the rest as `network` says of large messages.
         """
         alike = [at for name, at in self.curves if name == collective and at.spans_nodes == group.spans_nodes]
         if not alike:
@@ -107,7 +119,7 @@ class CommunicationTimes:
         return floor * depth + (interpolate(curve, size) - floor) * rate
 
     def dumps(self) -> str:
-        """JSON, a table a line."""
+        """As JSON, with each table on a line."""
         tables = [
             json.dumps(
                 {"collective": name, "group_size": group.size, "per_node": group.per_node, "bytes_seconds": curve}
@@ -118,7 +130,7 @@ class CommunicationTimes:
 
     @staticmethod
     def from_json(values: Any) -> CommunicationTimes:
-        """From the parsed text of `dumps`. Raises ValueError, TypeError or KeyError for what is no such table."""
+        """From what `dumps` wrote, parsed. Raises ValueError, TypeError or KeyError for anything else."""
         curves = {}
         for table in values["tables"]:
             group = Group(table["group_size"], table["per_node"])
@@ -134,9 +146,10 @@ NO_TIMES = CommunicationTimes()
 
 
 def interpolate(curve: Curve, size: float) -> float:
-    """Seconds of a message of `size` bytes: on the line between its neighbours in the table.
+    """Seconds of a message of `size` bytes, on the line between its neighbours in the table.
 
-    A smaller message takes as long as the smallest: that is latency. A larger one goes at the largest's bytes/s.
+    A smaller message than any takes as long as the smallest: that is latency. A larger one runs at the largest one's
+    rate.
     """
     at = bisect_left(curve, size, key=lambda point: point[0])
     if at == 0:
@@ -150,7 +163,7 @@ def interpolate(curve: Curve, size: float) -> float:
 
 
 def without_noise(points: Iterable[tuple[int, float]]) -> Curve:
-    """Measured points as a curve: no message takes longer than a larger one, as only a disturbance can make it."""
+    """Measured points as a curve. No message takes longer than a larger one: that can only be a disturbance."""
     curve: list[tuple[int, float]] = []
     least = math.inf
     for size, seconds in sorted(points, reverse=True):

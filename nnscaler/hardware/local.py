@@ -1,4 +1,4 @@
-"""What was measured on this machine, kept in ~/.cache/nnscaler or the folder that the variable NNSCALER_CACHE names.
+"""What was measured on this machine, as files in ~/.cache/nnscaler, or in the folder that NNSCALER_CACHE names.
 
 communication/<device name>.json    written by `nnscaler.profiler.benchmark_comm`
 operators/<device name>.json        written by `nnscaler.profiler.operators` while a plan is made
@@ -20,33 +20,35 @@ logger = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """Where measurements are kept; it need not exist."""
+    """The folder of measurements; it need not exist."""
     return Path(os.environ.get("NNSCALER_CACHE") or Path.home() / ".cache" / "nnscaler")
 
 
 def communication_path(device: str) -> Path:
-    """The file of the communication times of `device`, by the name that the device gives itself."""
+    """The file of communication times of a device. `device`: the name that it gives itself"""
     return cache_folder() / "communication" / f"{_file_name(device)}.json"
 
 
 def operators_path(device: str) -> Path:
-    """The file of the operator times of `device`."""
+    """The file of operator times of a device."""
     return cache_folder() / "operators" / f"{_file_name(device)}.json"
 
 
 def measured_on(device: str) -> CommunicationTimes:
-    """What was measured on devices of that name here; without tables where nothing was, or the file is bad."""
+    """What was measured here on devices of this name. Without tables where nothing was, or the file is bad."""
     return _read(communication_path(device))
 
 
 def is_kind(kind: str, device: str) -> bool:
-    """Whether a device's name says that it is of a kind: "NVIDIA H100 80GB HBM3" is "h100"; "NVIDIA RTX A1000" is not
-    "a100", and "NVIDIA GH200" not "h200"."""
+    """Whether a device's name says that it is of a kind.
+
+    "NVIDIA H100 80GB HBM3" is "h100". "NVIDIA RTX A1000" is not "a100", and "NVIDIA GH200" is not "h200".
+    """
     return re.search(rf"(?<![a-z0-9]){re.escape(kind.lower())}(?![0-9])", device.lower()) is not None
 
 
 def measured_on_kind(kind: str) -> CommunicationTimes:
-    """What was measured last on a device of a kind, as `is_kind` understands it."""
+    """What was measured last on a device of this kind (see `is_kind`)."""
     files = [path for path in communication_path("").parent.glob("*.json") if is_kind(kind, path.stem)]
     return _read(max(files, key=lambda path: (path.stat().st_mtime, path))) if files else NO_TIMES
 

@@ -1,4 +1,4 @@
-"""Specifications of devices and links: bundled as JSON, and joined by what was measured on this machine."""
+"""What the planner knows of devices and links: bundled JSON files, with what was measured on this machine."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ _SPECS = Path(__file__).parent / "specs"
 
 @dataclass(frozen=True)
 class Host:
-    """The memory of a node's processors, as far as one device has it to itself, and the way there.
+    """The memory of a node's host, as far as one device has it to itself, and the way there.
 
-    memory        bytes a device
-    to_host       bytes/s that a device copies there, and to_device back; together: each way at once
+    memory        bytes for each device
+    to_host       bytes/s at which a device copies to the host
+    to_device     bytes/s at which it copies back
+    both_ways     bytes/s each way, when both go at once
     interference  seconds that computation loses for each second of such copies beside it
     """
 
@@ -40,21 +42,22 @@ class Host:
 
 @dataclass(frozen=True)
 class Hardware:
-    """One kind of device in nodes of `devices_per_node`.
+    """One kind of device, in nodes of `devices_per_node`.
 
-    memory            bytes of device memory
-    memory_bandwidth  bytes/s that pointwise kernels reach, reads and writes together
-    flops             dtype name -> peak dense FLOP/s by the data sheet
-    efficiency        operator name -> fraction of the peak that is reached; `default` for those not named
+    memory            bytes of a device's memory
+    memory_bandwidth  bytes/s that pointwise kernels reach, reads and writes counted together
+    flops             name of a type, such as "bfloat16" -> peak dense FLOP/s by the data sheet
+    efficiency        name of an operator, such as "aten.mm.default" -> the fraction of the peak that it reaches;
+                      "default": for all others
     launch            seconds that an operator takes however small it is
     interference      seconds that computation loses for each second of communication beside it
-    intra, inter      the links between devices of a node, and of different nodes
-    host              memory beside the devices' own that a plan may use; None: there is none, as for a CPU
-    source            where the figures come from
-    borrowed          whether rates are those of another kind of device, for want of figures of this one
+    intra, inter      the links between devices of one node, and of different nodes
+    host              the host's memory, which a plan may use too; None: there is none beside the device's, as for a CPU
+    source            where these figures come from, for people
+    borrowed          whether the rates are those of another kind of device, because none of this kind are known
     remark            what a user should know of the choice of these figures; empty: nothing
-    profile           how long collectives take on this kind of hardware
-    measured          how long they took on this machine
+    profile           bundled times of collectives on this kind of hardware
+    measured          times of collectives on this machine
     """
 
     name: str
@@ -75,21 +78,21 @@ class Hardware:
     measured: CommunicationTimes = NO_TIMES
 
     def peak(self, dtype: torch.dtype) -> float | None:
-        """FLOP/s of a device on `dtype` by its data sheet; None where that is not known."""
+        """Peak FLOP/s of a device on this type, by its data sheet. None where that is not known."""
         return None if self.borrowed else self.flops.get(str(dtype).removeprefix("torch."))
 
     def flops_per_second(self, operator: str, dtype: torch.dtype) -> float:
-        """FLOP/s that `operator` reaches on `dtype`; a type without a figure runs as float32."""
+        """FLOP/s that an operator reaches on this type. A type without a figure counts as float32."""
         peak = self.flops.get(str(dtype).removeprefix("torch."), self.flops["float32"])
         return peak * self.efficiency.get(operator, self.efficiency["default"])
 
     def collective_seconds(
         self, collective: str, size: float, group_size: int, spans_nodes: bool, per_node: int = 1
     ) -> Timing:
-        """How long a collective of `size` bytes over `group_size` devices takes, and what says so.
+        """Time of a collective over `group_size` devices.
 
         collective   one of `nnscaler.hardware.communication.COLLECTIVES`
-        size         bytes of the larger of one device's input and output (see that module)
+        size         bytes of the larger of one device's input and output; see that module
         spans_nodes  whether the group has devices of more than one node
         per_node     how many it has on each node, where it spans nodes
         """
@@ -104,19 +107,23 @@ class Hardware:
         return Timing(network.latency(group) + size * network.seconds_per_byte(collective, group), "roofline")
 
     def identity(self) -> str:
-        """A short text that differs where anything differs that costs depend on, what was measured here included."""
+        """A short text that differs where anything differs that costs depend on, measurements on this machine
+        included."""
         return f"{self.name} {hashlib.sha256(repr(replace(self, remark='')).encode()).hexdigest()[:16]}"
 
 
 def hardware_names() -> list[str]:
+    """The names of the bundled specifications."""
     return sorted(path.stem for path in _SPECS.glob("*.json"))
 
 
 def find_hardware(name: str | None, devices_per_node: int | None = None) -> Hardware:
-    """The hardware to plan for: the named one or this computer's, in nodes as they are.
+    """The hardware to plan for: the named one, or this computer's; and how many devices its nodes have.
 
-    Where torchrun started processes on several nodes, a node has as many devices as processes; without, as many as this
-    computer or the named hardware says. `devices_per_node` goes before either.
+    name              see `load_hardware`; None: this computer's
+    devices_per_node  devices in a node; None: as many as torchrun started processes on each node, where it started
+                      several nodes; else as many as this computer has, or as the named hardware says
+
     Raises UserError where there is no such hardware.
     """
     hardware = load_hardware(name) if name is not None else detect_hardware()
@@ -127,10 +134,10 @@ def find_hardware(name: str | None, devices_per_node: int | None = None) -> Hard
 
 
 def load_hardware(name: str) -> Hardware:
-    """The bundled specification of `name` (case does not matter), or the one in a JSON file of that path.
+    """The bundled specification of this name (case does not matter), or that in a JSON file.
 
-    A bundled one comes with what was measured on a device of its name on this machine; a file is taken as it is.
-    Raises UserError for what is neither, and for a file whose fields are not those of `Hardware`.
+    A bundled one comes with what was measured on this machine on a device of that kind. A file is taken as it is.
+    Raises UserError for an unknown name, and for a file whose fields are not those of `Hardware`.
     """
     if name.endswith(".json") and Path(name).exists():
         return _read(Path(name))
@@ -140,14 +147,14 @@ def load_hardware(name: str) -> Hardware:
 
 
 def device_name() -> str:
-    """What this process's device calls itself."""
+    """The name that this process's device gives itself."""
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def host_memory() -> int:
-    """Bytes of this computer's memory, or what a container may use of it."""
+    """Bytes of this computer's memory, or of what a container may use of it."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
@@ -158,10 +165,10 @@ def host_memory() -> int:
 
 
 def detect_hardware() -> Hardware:
-    """The specification of this machine's accelerator, or of its CPU, with what was measured on it.
+    """The specification of this machine's GPUs, or of its CPU, with what was measured on it.
 
-    Memory, and the number of devices, are what the machine says; a device of a kind that is not bundled takes the rates
-    of the bundled kind that is most like it, which `remark` says.
+    Memory and the number of devices are those of the machine. A device of a kind that is not bundled takes the rates of
+    the bundled kind that is most like it; `remark` says so.
     """
     import torch
 
@@ -195,7 +202,8 @@ def detect_hardware() -> Hardware:
 
 
 def _flops_in_fp32(cpu: Hardware) -> dict[str, float]:
-    """The rates in types that this CPU is slow in: products are computed in fp32 then (`nnscaler.kernels.products`)."""
+    """The rates of types in which this CPU is slow. Such products are computed in fp32
+    (`nnscaler.kernels.products`)."""
     import torch
 
     from nnscaler.kernels.products import are_slow
@@ -205,7 +213,7 @@ def _flops_in_fp32(cpu: Hardware) -> dict[str, float]:
 
 
 def _most_alike() -> str:
-    """The bundled kind whose rates an unknown GPU takes: by maker, and by generation."""
+    """The bundled kind whose rates an unknown GPU takes, by maker and generation."""
     import torch
 
     if torch.version.hip:

@@ -1,1 +1,1 @@
-"""Pipeline parallelism: cutting a graph into stages, simulating schedules, and searching for the best of both."""
+"""Pipelines: cutting a graph into stages, simulating schedules, and searching for the best of both."""

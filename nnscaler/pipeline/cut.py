@@ -1,9 +1,9 @@
-"""Graph -> graphs of pipeline stages: the root block is cut where calls of pivot classes begin.
+"""Cutting a graph into the graphs of pipeline stages: stages begin where blocks of certain classes are called.
 
-What is made in one stage and used in a later one crosses: it is an output of its stage, and an input and output of each
-stage on the way, because a stage talks to its neighbours only. The model's own inputs are given to every stage. What
-follows from them and from buffers alone, without a gradient (positions, masks), is computed in each stage that uses it.
-A parameter that several stages use is a parameter of each of them.
+A tensor that is made in one stage and used in a later one *crosses*. It is an output of its stage, and both an input
+and an output of every stage on the way, because a stage only talks to its neighbours. The model's own inputs are given
+to every stage. What follows from them and from buffers alone, and needs no gradient (positions, masks), is computed
+anew in each stage that uses it. A parameter that several stages use is a parameter of each of them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,13 @@ from nnscaler.graph import Block, Call, Graph, Node
 
 @dataclass(frozen=True)
 class StageGraph:
-    """What one stage computes: inputs of `graph` are those `received` from the stage before, then the model's own that
-    it uses; outputs are those `sent` to the stage after, or the model's own in the last stage."""
+    """What one stage computes.
+
+    graph     its inputs are those in `received`, then those of the model's own inputs that it uses; its outputs are
+              those in `sent`, or the model's own outputs in the last stage
+    received  names of the tensors that come from the stage before
+    sent      names of the tensors that go to the stage after
+    """
 
     graph: Graph
     received: tuple[str, ...]
@@ -27,10 +32,11 @@ class StageGraph:
 
 
 def pivots(graph: Graph, classes: Sequence[str] = ()) -> list[int]:
-    """Indices of the root block's nodes at which stages may begin.
+    """Indices of the root block's nodes at which a stage may begin.
 
-    classes  names of module classes; none: the class of the block that is called most often
-    Raises UserError for a class that the graph does not call as a block.
+    classes  names of module classes; empty: the class of the block that is called most often
+
+    Raises UserError for a class whose modules the graph does not call as blocks.
     """
     calls = [(index, node) for index, node in enumerate(graph.root.nodes) if isinstance(node, Call)]
     kinds = {block.name: block.module_type for block in graph.blocks.values()}
@@ -45,7 +51,7 @@ def pivots(graph: Graph, classes: Sequence[str] = ()) -> list[int]:
 
 
 def cut(graph: Graph, begins: Sequence[int]) -> list[StageGraph]:
-    """The stages that begin at the first node and at each index of `begins`, which rise."""
+    """The stages that begin at the first node and at each index in `begins`; these must rise."""
     root = graph.root
     assert all(a < b for a, b in pairwise([0, *begins, len(root.nodes)])), begins
     copied = _copied(graph)
@@ -68,7 +74,7 @@ def cut(graph: Graph, begins: Sequence[int]) -> list[StageGraph]:
 
 
 def shared_parameters(stages: Sequence[Graph]) -> dict[str, list[int]]:
-    """Trained parameters of more than one stage -> those stages."""
+    """Trained parameters that several stages use -> the indices of those stages."""
     found: dict[str, list[int]] = {}
     for index, graph in enumerate(stages):
         for name, meta in graph.parameters.items():
@@ -78,7 +84,7 @@ def shared_parameters(stages: Sequence[Graph]) -> dict[str, list[int]]:
 
 
 def _copied(graph: Graph) -> list[Node]:
-    """Nodes without gradient that follow from the model's inputs and buffers alone."""
+    """Nodes that need no gradient, and follow from the model's inputs and buffers alone: each stage has its own."""
     root = graph.root
     known = {*root.inputs, *(name for name in root.parameters if not root.tensors[name].requires_grad)}
     found = []

@@ -1,4 +1,4 @@
-"""The plan of a pipeline: a plan a stage, the schedule that runs them, and what a simulated step looks like."""
+"""The plan of a pipeline: a plan for each stage, the schedule that runs them, and a simulated step."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from nnscaler.schedules import Schedule
 
 @dataclass
 class PipelinePlan:
-    """Stages and their schedule.
+    """The plans of all stages, and their schedule.
 
     stages        the plan of each stage, all on meshes of equal sizes
-    crossing      for each stage but the last, the tensors that it sends to the next: name -> meta
-    shared        trained parameters of several stages -> those stages
-    splits        for each stage, whether it runs backward in two parts where the schedule says so, or both at once
+    crossing      for each stage but the last, the tensors that it sends to the next: name -> shape and type
+    shared        trained parameters that several stages use -> the indices of those stages
+    splits        for each stage, whether it can run backward in two parts; if not, the first part does everything
     in_flight     for each stage, the most micro-batches whose activations it holds at a time
-    timeline      a simulated step, without the optimizer's part
+    timeline      a simulated step, without the optimizer's update
     memory_limit  bytes a device that the stages of a rank may use together
     """
 
@@ -35,39 +35,39 @@ class PipelinePlan:
 
     @property
     def update_seconds(self) -> float:
-        """Predicted time of the optimizer's part of a step, on the rank where it takes longest."""
+        """Predicted seconds of a step's optimizer update, on the rank where it takes longest."""
         each = [update_seconds(stage) * stage.micro_batches for stage in self.stages]
         return max(sum(each[i] for i in self.schedule.stages_of(rank)) for rank in range(self.schedule.ranks))
 
     @property
     def step_seconds(self) -> float:
-        """Predicted time of an optimizer step."""
+        """Predicted seconds of an optimizer step."""
         return self.timeline.seconds + self.update_seconds
 
     @property
     def mesh(self) -> Mesh:
-        """All devices: those of a stage, on each pipeline rank."""
+        """The mesh of all devices: that of a stage, on each pipeline rank."""
         return replace(self.stages[0].mesh, pipeline=self.schedule.ranks)
 
     @property
     def micro_batches(self) -> int:
-        """Of a step."""
+        """How many micro-batches a step has."""
         return self.schedule.micro_batches
 
     @property
     def memory_bytes(self) -> float:
-        """Predicted peak of memory a device, on the rank where it is highest."""
+        """Predicted peak of memory, in bytes a device, on the rank where it is highest."""
         ranks = range(self.schedule.ranks)
         return max(sum(self.stages[i].memory_bytes for i in self.schedule.stages_of(rank)) for rank in ranks)
 
 
 def update_seconds(stage: Plan) -> float:
-    """Predicted time of the optimizer's part of a stage, spread over micro-batches."""
+    """Predicted seconds of a stage's optimizer update, as a part of one micro-batch's time."""
     return sum(seconds for key, seconds in stage.seconds.items() if key.category == "update")
 
 
 def forward_seconds(stage: Plan) -> float:
-    """Predicted time of a micro-batch's forward."""
+    """Predicted seconds of a micro-batch's forward."""
     return sum(
         seconds
         for key, seconds in stage.seconds.items()

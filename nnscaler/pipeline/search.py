@@ -1,8 +1,9 @@
-"""graph + devices + hardware -> the best pipeline, or the plan without one where that is better.
+"""The search for the best pipeline, or for the plan without one where that is faster.
 
-Every schedule that the devices allow is estimated (see `stages`): how what crosses lies is chosen once for each number
-of pipeline ranks, and cut points, at first at equal numbers of pivots a stage, move towards equal times as long as that
-helps. Then those that may be faster than the best that has been found are planned, the most promising first.
+Every schedule that the devices allow is estimated first (see `nnscaler.pipeline.stages`). At first, all stages have the
+same number of pivots; then cut points move towards stages of equal time, as long as that makes the step faster. The
+layout of what crosses is chosen once for each number of pipeline ranks. Finally, those schedules are planned whose
+estimate is faster than the best plan so far, the most promising first.
 """
 
 from __future__ import annotations
@@ -35,7 +36,12 @@ _BALANCING_ROUNDS = 3
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the user fixes: classes at whose modules stages may begin, the schedule, the number of stages."""
+    """What the user has decided.
+
+    pivots    classes at whose modules stages may begin; empty: see `nnscaler.pipeline.cut.pivots`
+    schedule  the kind of schedule; None: any
+    stages    the number of stages; None: any
+    """
 
     pivots: tuple[str, ...] = ()
     schedule: str | None = None
@@ -56,12 +62,13 @@ def find_pipeline(
     seconds: float = SEARCH_SECONDS,
     host: float = 0.0,
 ) -> Plan | PipelinePlan:
-    """The plan of least predicted step time over the devices of `meshes`; other arguments as for `find_plan`.
+    """The plan of least predicted step time, with or without a pipeline.
 
-    The devices of a pipeline rank are one mesh axis; the meshes given are those tried without a pipeline. Stages of a
-    pipeline keep nothing on the host.
+    meshes  those that are tried without a pipeline; with one, the devices of a pipeline rank are one mesh axis
+    wanted  what the user has decided
+    others  as for `nnscaler.planner.find_plan`; stages of a pipeline keep nothing on the host
 
-    Raises UserError where nothing fits, and for what cannot be done as wanted.
+    Raises UserError where nothing fits, and where there is no pipeline as the user wants it.
     """
     memory = 0.9 * hardware.memory if memory is None else memory
     until = time.process_time() + seconds
@@ -115,9 +122,10 @@ def find_pipeline(
 
 
 def candidates(wanted: Wanted, devices: int, places: int, micro_batches: int) -> list[Schedule | None]:
-    """Schedules to try on `devices` devices for a graph with `places` at which stages may begin; None: no pipeline.
+    """The schedules to try on so many devices; None among them: no pipeline.
 
-    Raises UserError where none is as wanted, with the reason.
+    places  how many places there are at which a stage may begin
+    Raises UserError, with the reason, where no schedule is as the user wants it.
     """
     kinds = [wanted.schedule] if wanted.schedule is not None else list(KINDS)
     found: list[Schedule | None] = [None] if wanted.schedule is None and wanted.stages in (None, 1) else []
@@ -147,7 +155,7 @@ def candidates(wanted: Wanted, devices: int, places: int, micro_batches: int) ->
 
 
 def estimated(planner: StagePlanner, schedule: Schedule) -> Estimate:
-    """The estimate of a schedule with the best cut points. Raises UserError where it does not fit."""
+    """The estimate of a schedule with its best cut points. Raises UserError where it does not fit."""
     counts = even(len(planner.begins), schedule.stages)
     if planner.layout is None:
         planner.layout = _best_layout(planner, schedule, counts)
@@ -165,7 +173,7 @@ def estimated(planner: StagePlanner, schedule: Schedule) -> Estimate:
 
 
 def _best_layout(planner: StagePlanner, schedule: Schedule, counts: tuple[int, ...]) -> Placements:
-    """The best layout of what crosses between stages."""
+    """The layout of what crosses between stages with which the estimated step is fastest."""
     whole = (REPLICATE,) * len(planner.mesh.sizes)
     if planner.mesh.plan_ngpus == 1:
         return whole
@@ -185,8 +193,10 @@ def _best_layout(planner: StagePlanner, schedule: Schedule, counts: tuple[int, .
 
 
 def planned(planner: StagePlanner, estimate: Estimate, below: float) -> PipelinePlan | None:
-    """The plan of an estimate, with cut points moved on by its stages' times; None where it does not take less than
-    `below` seconds a step. Raises UserError where it does not fit."""
+    """The plan of an estimated candidate. Its cut points may still move, by the times of the planned stages.
+
+    None where its step does not take less than `below` seconds. Raises UserError where it does not fit.
+    """
     plan = None
     for _ in range(_BALANCING_ROUNDS):
         found = planner.plan(estimate, below) if estimate.step_seconds < below else None
@@ -204,16 +214,18 @@ def planned(planner: StagePlanner, estimate: Estimate, below: float) -> Pipeline
 
 
 def even(places: int, stages: int) -> tuple[int, ...]:
-    """So many places for each stage that they differ by one at most; the last have fewer, as they have the loss."""
+    """How many of `places` each stage gets: numbers that differ by one at most. The last stages get fewer, as they
+    have the loss."""
     return tuple(places // stages + (stage < places % stages) for stage in range(stages))
 
 
 def balanced(counts: Sequence[int], seconds: Sequence[float]) -> tuple[int, ...]:
-    """As many places in all, but so that the slowest stage is as fast as it can be.
+    """The same number of places in all, divided so that the slowest stage is as fast as possible.
 
-    seconds  of a micro-batch in each stage with `counts`. What a stage takes is supposed to be linear in its places, at
-             the rate of the stages in the middle (or, of two stages, as if the difference between them did not depend
-             on their places)
+    seconds  of a micro-batch in each stage, with `counts` places
+
+    A stage's time is taken to be linear in its places, at the rate of the fastest stage in the middle. With two stages,
+    the difference between them is taken not to depend on their places.
     """
     inner = range(1, len(counts) - 1) or range(len(counts))
     rate = min(seconds[i] / counts[i] for i in inner)
@@ -227,7 +239,7 @@ def balanced(counts: Sequence[int], seconds: Sequence[float]) -> tuple[int, ...]
 
 @contextmanager
 def quiet(*rooms: str) -> Iterator[None]:
-    """Without the lines that these parts of the package write about everything that is tried."""
+    """Inside, these parts of the package log only warnings: they would write a line about everything that is tried."""
     loggers = [logging.getLogger(f"nnscaler.{room}") for room in rooms]
     before = [one.level for one in loggers]
     for one in loggers:

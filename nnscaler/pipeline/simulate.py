@@ -1,8 +1,8 @@
-"""How long a step of a schedule takes, by playing what each rank does against the clock.
+"""How long a step of a schedule takes: what each rank does is played against a clock.
 
-A rank does one thing after another. A transfer begins when both sides have posted it and what went before it on the
-same way, from one rank to another, is through; it takes its seconds beside computation. A rank that waits for a
-transfer goes on when it is done.
+A rank does one thing after the other. A transfer begins when both of its sides have started it, and when the transfer
+before it between the same two ranks, in the same direction, is done. It runs beside computation. A rank that waits
+for a transfer goes on when that is done.
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ from nnscaler.schedules import Action, Compute, Post, Schedule, Transfer
 
 @dataclass(frozen=True)
 class StageSeconds:
-    """Seconds of a micro-batch in one stage. backward: whole; inputs, weights: of its parts where it is split."""
+    """Seconds of a micro-batch in one stage.
+
+    forward   its forward
+    backward  its whole backward, where that is not split
+    inputs    where it is split: the part for the gradient of the stage's input
+    weights   where it is split: the part for the gradients of the stage's weights
+    """
 
     forward: float
     backward: float
@@ -23,16 +29,18 @@ class StageSeconds:
     weights: float
 
     def of_first(self) -> StageSeconds:
-        """The same in the first stage, of whose split backward torch leaves everything to the second part."""
+        """The same for the first stage. Its input needs no gradient, so torch leaves all of a split backward to the
+        second part."""
         return replace(self, inputs=0.0, weights=self.inputs + self.weights)
 
     def of(self, kind: str) -> float:
+        """Seconds of a `Compute` of this kind."""
         return {"F": self.forward, "B": self.backward, "I": self.inputs, "W": self.weights}[kind]
 
 
 @dataclass(frozen=True)
 class Span:
-    """Work of a rank from `start` to `end`, in seconds from the step's beginning."""
+    """A rank computes `work` from `start` to `end`, in seconds from the step's beginning."""
 
     rank: int
     work: Compute
@@ -42,7 +50,11 @@ class Span:
 
 @dataclass
 class Timeline:
-    """A simulated step: what ran when, and the seconds until the last rank was through."""
+    """A simulated step.
+
+    spans    what the ranks compute, and when
+    seconds  when the last rank is done, from the step's beginning
+    """
 
     spans: list[Span] = field(default_factory=list)
     seconds: float = 0.0
@@ -55,10 +67,11 @@ class Timeline:
 def simulate(
     schedule: Schedule, actions: Sequence[Sequence[Action]], stages: Sequence[StageSeconds], transfers: Sequence[float]
 ) -> Timeline:
-    """Plays the actions of each rank, see `nnscaler.schedules.actions`.
+    """Plays a step, and says when what ran.
 
+    actions    what each rank does, see `nnscaler.schedules.actions`
     stages     seconds of each stage
-    transfers  seconds from stage s to s + 1, and of the gradient back, for each s but the last
+    transfers  for each stage but the last, seconds of a transfer to the next stage, and as many of its gradient back
     """
     return _Player(schedule, actions, stages, transfers).play()
 

@@ -1,10 +1,12 @@
-"""Planning the stages of one candidate: a schedule, cut points, and a layout for what crosses between stages.
+"""Planning the stages of one candidate: a schedule, cut points, and a layout of what crosses between stages.
 
-A candidate is estimated first: the stages' programs, all of a rank's together within its memory, are solved without
-asking for whole choices, which takes hundredths of a second a stage, and the schedule is simulated with the times that
-come out. No plan of the candidate is faster, but for how a stage's time is divided between forward and backward. Then
-stage after stage is planned in whole choices, in the memory that the estimate gave it, until the simulated step takes
-longer than the best that is known, or all are planned.
+A candidate is *estimated* first. For each rank, the programs of its stages are solved together, within the rank's
+memory, where a choice may be made in parts. That takes hundredths of a second a stage. The schedule is simulated with
+the times that come out. No plan of the candidate is faster than that, except for how a stage's time is divided between
+forward and backward.
+
+Then the candidate is *planned*, stage after stage, with whole choices, each in the memory that the estimate gave it.
+This ends early when the simulated step takes longer than the best plan that is known.
 """
 
 from __future__ import annotations
@@ -36,7 +38,11 @@ LEAST_SECONDS = 1.0  # for each stage, though time is out
 
 @dataclass(frozen=True)
 class Candidate:
-    """counts: pivots of each stage; layout: of what crosses, where its shape allows, else it crosses whole."""
+    """A pipeline that may be planned.
+
+    counts  how many pivots each stage has
+    layout  of what crosses between stages, where its shape allows this layout; else it crosses whole
+    """
 
     schedule: Schedule
     counts: tuple[int, ...]
@@ -45,7 +51,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A candidate without its plans. seconds: of a micro-batch in each stage; bytes: of each stage on a device."""
+    """What a candidate would take at least, without its plans.
+
+    seconds       of a micro-batch in each stage
+    bytes         of each stage, on a device
+    step_seconds  of the simulated step
+    """
 
     candidate: Candidate
     seconds: tuple[float, ...]
@@ -57,34 +68,35 @@ class Estimate:
 class _Stage:
     """A stage to be planned.
 
-    like     equal for stages whose plans differ only in names
-    count    micro-batches of a step; held: those whose activations it holds at a time
-    buffers  bytes of what torch receives into: it has a buffer for each micro-batch
-    layouts  of what crosses, and of parameters that other stages have too
+    like            equal for stages whose plans differ only in names
+    count           micro-batches of a step
+    held            micro-batches whose activations it holds at a time
+    receive_buffers bytes into which torch receives from other stages: it has a buffer for each micro-batch
+    layouts         name -> layout, of what crosses and of parameters that other stages use too
     """
 
     cut: StageGraph
     like: object
     count: int
     held: int
-    buffers: int
+    receive_buffers: int
     layouts: Mapping[str, Placements]
 
 
 @dataclass
 class StagePlanner:
-    """Plans stages on meshes of one pipeline rank's devices.
+    """Plans stages on the devices of one pipeline rank, and remembers what it has planned.
 
     mesh       of a pipeline rank
-    begins     nodes of the root block at which stages may begin
+    begins     indices of the root block's nodes at which stages may begin
     memory     bytes a device that the stages of a rank may use together
-    until      when the search shall end, by `time.process_time`
-    layout     of what crosses, where it has been chosen
-    cuts       by numbers of `begins`
-    stages     by candidate
-    problems   by a stage's likeness
-    estimated  by the likeness of a rank's stages, and what they hold: seconds and bytes of each
-    planned    likewise of a stage: plans, each with the memory that it was to fit into
+    until      when the search is to end, by `time.process_time`
+    layout     of what crosses, once it has been chosen
+    cuts       counts of pivots -> the stages' graphs
+    stages     candidate -> its stages
+    problems   `_Stage.like` -> the planning problem
+    estimated  (`like`, `held`) of each stage of a rank -> seconds and bytes of each
+    planned    (`like`, `held`) of a stage -> [(bytes that a plan was to fit into, the plan)]
     """
 
     graph: Graph
@@ -104,13 +116,13 @@ class StagePlanner:
     planned: dict[object, list[tuple[float, Plan]]] = field(default_factory=dict)
 
     def cut(self, counts: tuple[int, ...]) -> list[StageGraph]:
-        """The stages with so many of `begins` each."""
+        """The stages' graphs, where each stage has so many of `begins`."""
         if counts not in self.cuts:
             self.cuts[counts] = cut(self.graph, [self.begins[sum(counts[:index])] for index in range(1, len(counts))])
         return self.cuts[counts]
 
     def estimate(self, candidate: Candidate) -> Estimate:
-        """Raises UserError where the stages of a rank do not fit into its memory."""
+        """The estimate of a candidate. Raises UserError where the stages of a rank do not fit into its memory."""
         schedule, stages = candidate.schedule, self._stages(candidate)
         found = [(0.0, 0.0)] * schedule.stages
         for rank in range(schedule.ranks):
@@ -122,7 +134,7 @@ class StagePlanner:
         return Estimate(candidate, seconds, sizes, step)
 
     def plan(self, estimate: Estimate, below: float = float("inf")) -> PipelinePlan | None:
-        """The plan of a candidate, None where it takes `below` seconds a step or more.
+        """The plan of an estimated candidate. None where its step takes `below` seconds or more.
 
         Raises UserError where a stage does not fit into the memory that the estimate gave it.
         """
@@ -173,11 +185,11 @@ class StagePlanner:
         return found
 
     def _estimate(self, stages: Sequence[_Stage]) -> list[tuple[float, float]]:
-        """Seconds of a micro-batch and bytes of the stages of a rank."""
+        """(seconds of a micro-batch, bytes) of each of a rank's stages."""
         key = tuple((stage.like, stage.held) for stage in stages)
         if key not in self.estimated:
             problems = [replace(self._problem(stage), in_flight=stage.held) for stage in stages]
-            buffers = [stage.buffers for stage in stages]
+            buffers = [stage.receive_buffers for stage in stages]
             found = relaxed(problems, self.memory - sum(buffers))
             self.estimated[key] = found and [(each, size + more) for (each, size), more in zip(found, buffers)]
         figures = self.estimated[key]
@@ -197,25 +209,25 @@ class StagePlanner:
         return self.problems[stage.like]
 
     def _plan(self, stage: _Stage, limit: float) -> Plan:
-        """The plan of a stage within `limit`. One that was found for more memory is as fast, if it fits."""
+        """The plan of a stage within `limit` bytes. A plan that was found for more memory is taken, if it fits."""
         known = self.planned.setdefault((stage.like, stage.held), [])
         for allowed, plan in known:
             if allowed >= limit >= plan.memory_bytes:
                 return plan
         graph = stage.cut.graph
         plan = find_plan(
-            graph, [self.mesh], self.hardware, memory=limit - stage.buffers,
+            graph, [self.mesh], self.hardware, memory=limit - stage.receive_buffers,
             recompute_modules=self._recomputed(graph), micro_batches=stage.count, fused=self.fused, times=self.times,
             layouts=stage.layouts, in_flight=stage.held, pieces=False,
             seconds=max(self.until - time.process_time(), LEAST_SECONDS),
         )  # fmt: skip
-        plan.memory[Key("buffers", "", "received")] = stage.buffers
+        plan.memory[Key("buffers", "", "received")] = stage.receive_buffers
         plan.memory_limit = limit
         known.append((limit, plan))
         return plan
 
     def _recomputed(self, stage: Graph) -> list[str] | None:
-        """Those of `recompute_modules` that a stage has."""
+        """Those classes of `recompute_modules` that this stage has."""
         if self.recompute_modules is None:
             return None
         there = {kind for block in stage.all_blocks() for node in block.nodes for kind in node.module_types}
@@ -232,9 +244,10 @@ class StagePlanner:
         return meta.dtype.itemsize * prod(local_shape(meta.shape, self._fitting(meta.shape, layout), self.mesh.sizes))
 
     def _seconds(self, plan: Plan, update: bool = False) -> StageSeconds:
-        """A stage's part of the schedule; the update of its parameters comes after it, or counts as backward.
+        """A stage's seconds in the schedule.
 
-        Where backward is split, each part computes again what it needs of what was not kept.
+        update  whether the optimizer's update counts as a part of backward; else it comes after the schedule
+        Where backward is split, each of its parts computes again what it needs and was not kept.
         """
         again = sum(seconds for key, seconds in plan.seconds.items() if key.category in ("again", "reshard again"))
         forward = forward_seconds(plan)
@@ -245,13 +258,15 @@ class StagePlanner:
         return StageSeconds(forward, backward, backward - weights, weights + again)
 
     def _guess(self, seconds: float) -> StageSeconds:
-        """A stage's part of the schedule where only the whole is known: two products in backward for one in forward."""
+        """A stage's seconds in the schedule, where only their sum is known: backward takes twice as long as forward."""
         third = seconds / 3
         return StageSeconds(third, 2 * third, *((2 * third, 0.0) if self.fused else (third, third)))
 
     def _splits(self, plan: Plan) -> bool:
-        """Whether a stage can run backward in two parts: compiled regions, and weights that are gathered, make both
-        gradients at once."""
+        """Whether a stage can run backward in two parts.
+
+        Compiled regions make both kinds of gradient at once, and so do weights that are gathered.
+        """
         gathers = Key("buffers", "", "gathered early") in plan.memory
         return not self.fused and not gathers
 
@@ -261,7 +276,7 @@ class StagePlanner:
         return simulate(schedule, actions(schedule), _with_first(stages), self._transfers(candidate)).seconds
 
     def _transfers(self, candidate: Candidate) -> list[float]:
-        """Seconds from each stage to the next, each device to the one in its place."""
+        """Seconds of a transfer from each stage to the next, where each device sends to the one in its place."""
         schedule, each = candidate.schedule, self.mesh.runtime_ngpus
         seconds = []
         for index, stage in enumerate(self.cut(candidate.counts)[:-1]):
@@ -282,7 +297,7 @@ def _crossing(stage: StageGraph) -> tuple[str, ...]:
 
 
 def _likeness(graph: Graph) -> object:
-    """Equal for graphs that differ only in the names of the root block's tensors and of parameters."""
+    """Equal for graphs that differ only in the names of tensors of the root block, and of parameters."""
     place = {name: index for index, name in enumerate(_names(graph))}
     nodes = tuple(
         (node.op, node.block if isinstance(node, Call) else "", tuple(place[name] for name in node.inputs))
@@ -295,7 +310,7 @@ def _likeness(graph: Graph) -> object:
 
 
 def _names(graph: Graph) -> list[str]:
-    """The root block's tensors and nodes, in an order that graphs which are alike share."""
+    """Names of the root block's tensors, in an order that graphs which are alike share."""
     root = graph.root
     return list(
         dict.fromkeys([*root.inputs, *root.parameters, *(name for node in root.nodes for name in node.outputs)])
@@ -303,7 +318,7 @@ def _names(graph: Graph) -> list[str]:
 
 
 def _renamed(plan: Plan, graph: Graph) -> Plan:
-    """The plan of a graph that is like the one it was made for."""
+    """A plan that was made for another graph that is like this one, with the names of this one."""
     if plan.graph is graph:
         return plan
     root = graph.root.name

@@ -1,6 +1,6 @@
-"""What a plan costs and why: plan.json's figures, plan.html, the short version, what would help, and comparing two.
+"""What a plan costs and why: the figures in plan.json, plan.html, the short version, what would help, and comparisons.
 
-`plan_report` turns a plan into plain values, which go into plan.json; all else reads those.
+`plan_report` turns a plan into plain values, which go into plan.json. Everything else here reads only those.
 
     python -m nnscaler.report .nnscaler/llama                     # the short version of a compiled plan
     python -m nnscaler.report .nnscaler/llama .nnscaler/other     # what differs between two

@@ -1,4 +1,4 @@
-"""What a plan was made for, said alike on plan.html, in plan.json and at the head of generated code.
+"""What a plan was made for, said in the same words on plan.html, in plan.json and at the head of generated code.
 
 Equal inputs give equal words: nothing here depends on the time, the computer or the folder.
 """
@@ -14,39 +14,41 @@ from nnscaler.report.spelling import devices, gib, seconds, step
 
 Values = Mapping[str, Any]
 
-SCHEMA = 2  # of plan.json: another number where names in it mean something else
+SCHEMA = 2  # of plan.json; it changes when names in the file change their meaning
 UNITS = {
-    "*_seconds, seconds": "seconds of an optimizer step on a device: all calls and micro-batches",
+    "*_seconds, seconds": "seconds of an optimizer step on a device, for all calls and micro-batches",
     "seconds in pipeline.stages": "seconds of one micro-batch",
     "seconds in pipeline.timeline": "seconds from the beginning of a step",
-    "predicted.step_seconds in stages": "seconds in which a stage works in a step, without waiting for others",
+    "predicted.step_seconds in stages": "seconds in which a stage computes in a step, without waiting for others",
     "*_bytes, bytes, size": "bytes of a device",
-    "tokens_per_second_per_gpu": "tokens that are trained on, a second and device",
-    "mfu_causal": "operations over the device's peak by its data sheet, attention halved by causality",
+    "tokens_per_second_per_gpu": "tokens trained on in a second, for each device",
+    "mfu_causal": "model FLOPs utilisation: operations over what the device could do at its data sheet's peak, with "
+    "attention halved because it is causal",
     "mfu": "the same by the document's formula, which counts attention in full",
     "share, gap": "part of a step's time, from 0 to 1",
-    "layout": "for each axis in mesh.names: S(d) sliced along dimension d, R whole, R* whole with a part of its "
-    "gradient, P a part of a sum",
+    "layout": "for each axis in mesh.names: S(d) sharded along dimension d, R whole, R* whole with a term of its "
+    "gradient, P a term of a sum",
 }  # fmt: skip
 
 
 def headed(values: Values, about: Values) -> dict[str, Any]:
-    """The values of a plan.json, with what it is and what it was made for before them."""
+    """The values of a plan.json, headed by the schema, the units, and what the plan was made for."""
     return {"schema": SCHEMA, "units": UNITS, "about": dict(about), **values}
 
 
 def model_of(values: Values) -> str:
-    """What people call the model."""
+    """The name by which people know the model."""
     return str(values.get("about", {}).get("model") or values["model"])
 
 
 def plan_title(values: Values) -> str:
-    """`Meta-Llama-3-8B on 2 copies x 8 devices of H200`"""
+    """A title, such as `Meta-Llama-3-8B on 2 copies x 8 devices of H200`."""
     return f"{model_of(values)} on {devices(values)} of {values['hardware']}"
 
 
 def work_of(values: Values) -> str:
-    """`4 micro-batches of 1 sequence of 8,192 tokens, in bf16`, as far as it is known"""
+    """What a copy does in a step, such as `4 micro-batches of 1 sequence of 8,192 tokens, in bf16`, as far as it is
+    known."""
     about = values.get("about", {})
     batches = _several(values["micro_batches"], "micro-batch", "micro-batches")
     sequences = ""
@@ -57,12 +59,12 @@ def work_of(values: Values) -> str:
 
 
 def versions_of(values: Values) -> str:
-    """`torch 2.11.0, transformers 5.0.0`"""
+    """Versions, such as `torch 2.11.0, transformers 5.0.0`."""
     return ", ".join(f"{name} {version}" for name, version in values.get("about", {}).get("versions", {}).items())
 
 
 def facts(values: Values, remark: str) -> Markup:
-    """The paragraph of plan.html on what the plan is for."""
+    """The paragraph of plan.html that says what the plan is for. `remark`: a sentence at its end"""
     first = f"Each copy trains {work_of(values)}, a step."
     if "stage" in values:
         first = f"Stage {values['stage']['index']} of a pipeline. {first}"
@@ -76,7 +78,10 @@ def facts(values: Values, remark: str) -> Markup:
 
 
 def code_facts(values: Values, stage: int | None = None) -> Iterator[tuple[str, str]]:
-    """What the head of generated code says: (what, text). `stage`: of a pipeline, the one whose code it is."""
+    """The facts at the head of generated code, as (what, text).
+
+    stage  the index of the stage whose code it is; None: the plan has no pipeline
+    """
     predicted = values["predicted"]
     yield "model", model_of(values) + ("" if model_of(values) == values["model"] else f" as {values['model']}")
     yield "step", f"{work_of(values)}, a copy"

@@ -1,4 +1,5 @@
-"""The section of plan.html on one block: its recompute levels, operators and collectives in order, and parameters."""
+"""The section of plan.html on one block: its recompute levels, its operators and collectives in order, its
+parameters."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ _HEAD = ["operator", "split", "layouts in → out", ">forward", ">backward", ">a
 
 
 def block_section(name: str, block: Values, values: Values) -> Markup:
-    """A heading, then what `nnscaler.report.blocks.block_costs` says of the block."""
+    """A heading, then what `nnscaler.report.blocks.block_costs` says of the block. `values`: those of plan.json"""
     calls = f"called {block['calls']} times" if block["calls"] > 1 else "called once"
     return tag(
         "section", tag("h3", name, tag("small", f" {calls}")), *_levels(block), _operators(name, block, values),
@@ -23,7 +24,7 @@ def block_section(name: str, block: Values, values: Values) -> Markup:
 
 
 def _levels(block: Values) -> list[Markup]:
-    """How many calls have which recompute level."""
+    """A bar of how many calls have which recompute level."""
     if block["calls"] < 2:
         return []
     counts = {level: one["calls"] for level, one in block["levels"].items()}
@@ -35,7 +36,7 @@ def _calls(count: float) -> str:
 
 
 def _operators(name: str, block: Values, values: Values) -> Markup:
-    """A row an operator, and below it one for each way in which its results are brought to other layouts."""
+    """A row for each operator, and below it one for each layout that its results are brought to."""
     step = values["predicted"]["step_seconds"]
     paint = colours(values["predicted"]["seconds_by_category"])
     moves = _moves(name, values)
@@ -74,20 +75,21 @@ def _operators(name: str, block: Values, values: Values) -> Markup:
 
 
 def _operators_of(unit: Values) -> str:
-    """The operators that a unit is made of, without where they are from."""
+    """The names of the operators in a unit, without `aten.` and overloads."""
     names = [name.removeprefix("aten.").partition(".")[0] for name in unit["operators"]]
     shown = list(dict.fromkeys(names))
     return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "")
 
 
 def _times(time: Values, step: float) -> list[object]:
-    """Cells: forward, backward, again, and the share of the step."""
+    """Cells for forward, backward, again (what backward repeats), and the share of the step."""
     three = [time[phase] for phase in ("forward", "backward", "again")]
     return [*(or_blank(value, seconds) for value in three), percent(sum(three) / step)]
 
 
 def _moves(name: str, values: Values) -> dict[str, dict[tuple[str, str], tuple[str, dict[str, float]]]]:
-    """Tensor -> (tensor, layouts) -> the collectives that bring it there, and their seconds by phase."""
+    """Tensor -> (tensor, layouts) -> the collectives that bring it from one to the other, and their seconds by
+    phase."""
     found: dict[str, dict[tuple[str, str], tuple[str, dict[str, float]]]] = {}
     for one in values["collectives"]:
         if one["block"] != name or not one["move"]:
@@ -120,7 +122,7 @@ def _parameters(block: Values) -> list[Markup]:
 
 
 def _exchanged(parameter: Values) -> str:
-    """When the ranks that hold the same shard add up its gradient."""
+    """When the ranks that hold the same shard of a parameter add up its gradient."""
     if not parameter["trained"] or parameter["owners"] == 1:
         return ""
     return "once a step" if parameter["exchanged_once"] else "each micro-batch"

@@ -1,4 +1,4 @@
-"""What each block's operators, tensors and levels cost, in the order in which they run."""
+"""What the operators, tensors and levels of each block cost, in the order in which they run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ from nnscaler.units import Unit, divide
 
 
 def block_costs(plan: Plan, block: Block, parameters: list[ParameterGroup]) -> dict[str, Any]:
-    """Plain values. Seconds are those of a step and all calls, bytes those of a device and all calls.
+    """The costs of one block, as plain values. Seconds and bytes are those of a device, for all calls; seconds, of a
+    step.
 
-    levels             recompute level -> calls at it, what they compute again, what they keep
-    given_saved_bytes  tensor -> bytes kept of what the block is given: inputs, gathered parameters, results of calls
-    units              what is laid out as one, in order; `calls_block` stands where another block is called
+    calls              how often the block runs in a micro-batch
+    levels             recompute level -> calls that have it, seconds of what they compute again, bytes that they keep
+    given_saved_bytes  tensor -> bytes that backward keeps of what the block does not compute itself: its inputs,
+                       gathered parameters, results of calls
+    units              the units in order; `calls_block` stands where another block is called
+    parameters         the block's parameters, see `ParameterGroup`
     """
     saved: dict[str, float] = {}
     for key, size in plan.memory.items():
@@ -87,7 +91,7 @@ def _made(unit: Unit) -> set[str]:
 
 
 def _levels(plan: Plan, block: Block) -> dict[str, dict[str, float]]:
-    """Recompute level -> calls at it, seconds a step that they compute again, bytes that they keep."""
+    """Recompute level -> calls that have it, seconds of a step that they compute again, bytes that they keep."""
     found: dict[str, dict[str, float]] = {}
     for level, calls in plan.levels[block.name].items():
         found[level.name] = {

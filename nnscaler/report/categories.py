@@ -1,4 +1,4 @@
-"""What predicted seconds and bytes are for, in the words of a report. The sums are those of the plan."""
+"""The categories of a report: what predicted seconds and bytes are for. Their sums are those of the plan."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STATE = ("master weights", "moments")  # of a parameter's memory, the optimizer'
 
 
 def category_of(unit: Unit) -> str:
-    """What a unit's time is for: products of matrices, memory traffic, or the name of the operator that it is."""
+    """What a unit's time is for: products of matrices, memory traffic, or the name of its registered operator."""
     if unit.kind == "cheap":
         return MEMORY_BOUND
     operator = operator_of(unit.main)
@@ -34,23 +34,24 @@ def category_of(unit: Unit) -> str:
 
 
 def costs_of(plan: Plan) -> CostModel:
-    """What the plan was priced with."""
+    """The cost model that the plan was priced with."""
     assert plan.costs is not None, "only a plan that the planner made has costs"
     return plan.costs
 
 
 def unit_categories(block: Block) -> dict[str, str]:
-    """Unit -> its category, for what a block computes itself."""
+    """Name of a unit -> its category, for what a block computes itself."""
     return {unit.name: category_of(unit) for unit in divide(block) if unit.kind != "call"}
 
 
 def seconds_by_category(
     plan: Plan, transfers: list[Transfer], parameters: list[ParameterGroup]
 ) -> tuple[dict[str, float], float]:
-    """(category -> seconds of a step, in order; seconds of communication that computation hides).
+    """({category: seconds of a step}, in order; seconds of communication that computation hides).
 
-    What is computed again is `recompute`, what is communicated again `communication`. Resharding that no other device
-    takes part in is memory traffic. What an operator's function exchanges itself is the operator's.
+    What is computed again counts as `recompute`. What is communicated again counts as communication. Resharding in
+    which no other device takes part counts as memory traffic. What an operator's own function exchanges counts as that
+    operator.
     """
     unit_of = {(block.name, name): what for block in plan.graph.all_blocks() for name, what in _items(block)}
     own: dict[str, float] = {}
@@ -76,7 +77,7 @@ def _items(block: Block) -> list[tuple[str, str]]:
 
 
 def bytes_by_category(plan: Plan, parameters: list[ParameterGroup]) -> dict[str, float]:
-    """Category -> bytes a device, in order: parameters and what training adds to them, then activations."""
+    """Category -> bytes of a device, in order: parameters and what training adds to them, then activations."""
     totals: dict[str, float] = {}
     for group in parameters:
         for what, size in group.memory.items():
@@ -94,7 +95,7 @@ def bytes_by_category(plan: Plan, parameters: list[ParameterGroup]) -> dict[str,
 
 
 def host_bytes_by_category(plan: Plan) -> dict[str, float]:
-    """Category -> bytes of the host, a device."""
+    """Category -> bytes of the host's memory, for each device."""
     totals: dict[str, float] = {}
     for key, size in plan.host.items():
         what = "optimizer state" if key.category == "state" else saved_at(key)
@@ -103,5 +104,5 @@ def host_bytes_by_category(plan: Plan) -> dict[str, float]:
 
 
 def saved_at(key: Key) -> str:
-    """The category of an activation that backward needs: by the recompute level of the call that keeps it."""
+    """The category of an activation that is kept for backward, by the recompute level of the calls that keep it."""
     return f"activations, {key.detail}"

@@ -1,4 +1,4 @@
-"""Headline figures, and stacked bars with legends, of divs and inline styles alone."""
+"""Headline figures, and stacked bars with legends, made of plain HTML and inline styles."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _OTHERS = ("#7b57b2", "#b06fb5", "#57a55a", "#9ac26b", "#c98f6b", "#5e6f8f")  # 
 
 
 def colours(names: Mapping[str, float]) -> dict[str, str]:
-    """A colour for each category; those without one of their own take the next of the others."""
+    """A colour for each category. Those that have none of their own take the next free one."""
     free = iter(_OTHERS * (1 + len(names) // len(_OTHERS)))
     return {name: _COLOURS.get(name) or next(free) for name in names}
 
 
 def bar(parts: Mapping[str, float], whole: float, write: Callable[[float], str]) -> Markup:
-    """A bar of `parts`, as long as their share of `whole`."""
+    """A bar of `parts`, each as long as its share of `whole`. `write`: how a value is written"""
     paint = colours(parts)
     return tag(
         "div",
@@ -50,7 +50,7 @@ def bar(parts: Mapping[str, float], whole: float, write: Callable[[float], str])
 
 
 def legend(parts: Mapping[str, float], whole: float, write: Callable[[float], str]) -> Markup:
-    """Colour, name, value and share of each part."""
+    """The colour, name, value and share of `whole` of each part."""
     paint = colours(parts)
     return tag(
         "ul",
@@ -70,16 +70,17 @@ def legend(parts: Mapping[str, float], whole: float, write: Callable[[float], st
 
 
 def swatch(colour: str) -> Markup:
+    """A small square of a colour."""
     return tag("i", "", style=f"background:{colour}")
 
 
 def mark(at: float, text: str) -> Markup:
-    """A line across the bar above at a fraction of its length."""
+    """A line across the bar above it, at a fraction of its length."""
     return tag("div", tag("span", text), class_="mark", style=f"left:{100 * at:.3f}%")
 
 
 def headline(predicted: Mapping[str, Any], memory: str, time: str = "step") -> Markup:
-    """The figures that matter most, as cards. `memory`, `time`: what they are called."""
+    """The most important figures, as cards. `memory` and `time` are the names of two of them."""
     cards = [(time, seconds(predicted["step_seconds"])), (memory, gib(predicted["memory_bytes"]))]
     if "mfu" in predicted:
         cards = [(CAUSAL_MFU, percent(predicted["mfu_causal"])), *cards, (FULL_MFU, percent(predicted["mfu"]))]

@@ -1,4 +1,4 @@
-"""The simulated step of a pipeline for chrome://tracing and https://ui.perfetto.dev: a row a rank."""
+"""The simulated step of a pipeline for chrome://tracing and https://ui.perfetto.dev, with a row for each rank."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MICROSECONDS = 1e6
 
 
 def chrome_trace(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Trace events in the format that both read, by the values of a pipeline's plan.json. Times are microseconds."""
+    """Trace events in the format that both programs read, from the values of a pipeline's plan.json."""
     return {"displayTimeUnit": "ms", "traceEvents": list(_events(values))}
 
 

@@ -1,4 +1,4 @@
-"""What differs between two plans: totals by category, recompute levels, and placements."""
+"""What differs between two plans: totals by category, recompute levels and placements."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from nnscaler.report.spelling import devices, gib, seconds, three_digits
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    """Text on two plans, by the values of their plan.json: figures side by side, then what is laid out differently."""
+    """A text on two plans: their figures side by side, then what they lay out differently.
+
+    a, b  the values of their plan.json. Raises UserError where one is a pipeline.
+    """
     if "pipeline" in a or "pipeline" in b:
         raise UserError("plans with a pipeline cannot be compared; nnscaler.report explains each by itself")
     lines = [
@@ -80,7 +83,7 @@ def _parameters(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _differing(what: str, a: Mapping[str, str], b: Mapping[str, str]) -> list[str]:
-    """A line for each name whose values differ; one line where none does."""
+    """A line for each name whose values differ; or one line that says that none does."""
     differing = [name for name in dict.fromkeys([*a, *b]) if a.get(name) != b.get(name)]
     if not differing:
         return [f"{what}: no difference"]

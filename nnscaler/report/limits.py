@@ -13,7 +13,8 @@ FULL = 0.99  # of the limit: above it a plan says so
 
 
 def limits_of(values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """[{limit, share of the step, text}], largest share first. `values`: `predicted` and `costs` of a report."""
+    """[{limit, share of the step, text}], with the largest share first. `values`: `predicted` and `costs` of a
+    report"""
     predicted = values["predicted"]
     step, by_category = predicted["step_seconds"], predicted["seconds_by_category"]
     arithmetic = {
@@ -41,8 +42,10 @@ def limits_of(values: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _memory(values: Mapping[str, Any]) -> tuple[float, str]:
-    """Seconds that are spent to hold less, and how full memory is. What is computed again where everything is kept is
-    the fusing compiler's choice, not for want of memory."""
+    """(seconds of a step that are spent to hold less memory, a text on how full it is).
+
+    What is computed again at a level that keeps everything is the fusing compiler's choice, and is not counted.
+    """
     used, limit = (values["predicted"][name] for name in ("memory_bytes", "memory_limit_bytes"))
     again = sum(
         level["again_seconds"]
@@ -60,6 +63,6 @@ def _memory(values: Mapping[str, Any]) -> tuple[float, str]:
 
 
 def _and(names: Mapping[str, float]) -> str:
-    """`a, b and c`"""
+    """The names, as `a, b and c`."""
     words = sorted(names, key=lambda name: -names[name])
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]])) or "nothing"

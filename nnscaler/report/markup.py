@@ -1,4 +1,4 @@
-"""HTML, built so that it is well-formed: every text is escaped, every element closed."""
+"""HTML that is well-formed by construction: every text is escaped, and every element is closed."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ from html import escape
 
 
 class Markup(str):
-    """Text that is markup already."""
+    """Text that is HTML already, and is not escaped again."""
 
 
 def tag(name: str, *children: object, **attributes: object) -> Markup:
-    """An element. Children that are not `Markup` are escaped; a trailing underscore of an attribute falls away."""
+    """An element. Children that are not `Markup` are escaped. An attribute like `class_` is written without the
+    underscore."""
     inside = "".join(child if isinstance(child, Markup) else escape(str(child)) for child in children)
     given = "".join(f' {key.rstrip("_")}="{escape(str(value))}"' for key, value in attributes.items())
     return Markup(f"<{name}{given}>{inside}</{name}>")
 
 
 def table(head: list[str], rows: list[list[object]], kinds: list[str] | None = None) -> Markup:
-    """A table whose columns after the first are aligned right where the heading begins with `>`. `kinds`: class of each
-    row."""
+    """A table. Columns whose heading begins with `>` are aligned to the right.
+
+    kinds  the CSS class of each row
+    """
     right = ["right" if name.startswith(">") else "" for name in head]
     cells = [
         tag("tr", *(tag("td", value, class_=side) for value, side in zip(row, right, strict=True)), class_=kind)

@@ -1,4 +1,4 @@
-"""Where predicted seconds come from, and what to measure so that more of them are known."""
+"""Where predicted seconds come from, and what should be measured so that more of them are known."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ MEASURE_COMMUNICATION = "torchrun --nproc_per_node=<devices> -m nnscaler.profile
 
 
 def origins_of(values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """[{what, origin, seconds, share}], largest first: what of the step rests on which kind of figure.
+    """[{what, origin, seconds, share}], largest first: which parts of the step rest on which kind of figure.
 
-    Seconds are those of the devices' work, hidden ones included; `share` is of the step's time.
+    origin   "measured", "profile" or "roofline" (see `nnscaler.hardware.Timing`)
+    seconds  of a device's work in a step, including what is hidden behind other work
+    share    seconds over the step's time
     """
     totals: dict[tuple[str, str], float] = {}
     for what, origin, seconds in _each(values):
@@ -38,7 +40,7 @@ def _each(values: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
 
 
 def measuring(values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """[{change, text}]: the largest part of computation, and of communication, that was not measured here."""
+    """[{change, text}]: what to measure next, of computation and of communication."""
     collectives = {one["collective"] for one in values["collectives"]}
     unmeasured = [one for one in values["origins"] if one["origin"] != "measured" and one["share"] >= 0.01]
     advice = []

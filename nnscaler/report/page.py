@@ -1,4 +1,4 @@
-"""plan.html: one file to read a plan in a browser, without scripts and without a network."""
+"""plan.html: a plan in one file, for a browser. It needs no scripts and no network."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Values = Mapping[str, Any]
 
 
 def plan_page(values: Values) -> str:
-    """The page of a plan, by the values of its plan.json."""
+    """The HTML of a plan. `values`: those of its plan.json"""
     style = Markup(Path(__file__).with_name("style.css").read_text())
     name = plan_title(values)
     sections = pipeline_sections(values, name) if "pipeline" in values else _sections(values, name)

@@ -1,4 +1,4 @@
-"""What parameters cost: those of all calls of a block that are stored alike are one group."""
+"""What parameters cost. The same parameter of all calls of a block is stored in the same way, and is one group."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ class ParameterGroup:
     """The same parameter of all calls of a block.
 
     count           how many there are
-    layout          in which each is stored
-    owners          ranks that hold the same shard: they share its optimizer state
-    exchanged_once  whether its gradient is exchanged once a step, not in each micro-batch
-    elements        of one device's shard of one of them
-    memory          category -> bytes a device, of all of them
-    update_seconds  a step, of all of them, on one device
+    layout          how each of them is stored
+    owners          how many ranks hold the same shard of it; they share its optimizer state
+    exchanged_once  whether its gradient is exchanged once a step, rather than in each micro-batch
+    elements        elements of one device's shard of one of them
+    trained         whether it is trained
+    memory          category -> bytes of a device, for all of them
+    update_seconds  seconds of a step on one device, for all of them
     """
 
     block: str
@@ -35,7 +36,7 @@ class ParameterGroup:
 
 
 def parameter_groups(plan: Plan, costs: CostModel) -> list[ParameterGroup]:
-    """Every parameter that the plan holds memory for."""
+    """The groups of all parameters of a plan."""
     paths = {(block.name, tensor): path for block, tensor, path in plan.graph.parameter_uses()}
     blocks = {block.name: block for block in plan.graph.all_blocks()}
     groups = []

@@ -1,9 +1,10 @@
 """What a pipeline costs and why: the values of its plan.json, and its page.
 
-pipeline   the schedule; what crosses between stages; shared parameters; of each rank, the share of a step in which it
-           computes; and the simulated step: [rank, kind of work, stage, micro-batch, begin, end in seconds] each
 predicted  headline figures of a step; memory is that of the rank that needs most
-stages     the report of each stage (see `values`), as of a model of its own
+pipeline   the schedule; what crosses between stages; parameters of several stages; for each rank, the share of the step
+           in which it computes; and the simulated step, as a list of [rank, kind of work, stage, micro-batch, begin,
+           end] with times in seconds
+stages     the report of each stage, as if it were a model of its own; see `nnscaler.report.values`
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Values = Mapping[str, Any]
 
 
 def pipeline_report(plan: PipelinePlan, work: Work | None = None, replan: Replan | None = None) -> dict[str, Any]:
-    """The plan and its costs as plain values, floats with six digits. `work` and `replan`: as of `plan_report`."""
+    """The plan and its costs as plain values, floats with six digits. `work` and `replan`: see `plan_report`"""
     first, schedule, step = plan.stages[0], plan.schedule, plan.step_seconds
     devices = schedule.ranks * first.mesh.plan_ngpus
     values: dict[str, Any] = {
@@ -118,11 +119,11 @@ def pipeline_sections(values: Values, name: str) -> Iterator[Markup]:
 
 
 def of_stage(values: Values, index: int) -> dict[str, Any]:
-    """The values for the page of a stage."""
+    """The values for the page of one stage."""
     stage = {"index": index, "of_step_seconds": values["predicted"]["step_seconds"]}
     return {**values["stages"][index], "about": values["about"], "stage": stage}
 
 
 def stage_page(index: int) -> str:
-    """The file with the page of a stage."""
+    """The name of the file with the page of one stage."""
     return f"plan_stage{index}.html"

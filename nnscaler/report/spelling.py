@@ -16,7 +16,7 @@ LEGEND = {
 
 
 def seconds(value: float) -> str:
-    """`9.64 s`, `12.3 ms`, `45 µs`"""
+    """Seconds, such as `9.64 s`, `12.3 ms` or `45 µs`."""
     for factor, unit in ((1.0, "s"), (1e-3, "ms")):
         if value >= factor:
             return f"{three_digits(value / factor)} {unit}"
@@ -24,12 +24,12 @@ def seconds(value: float) -> str:
 
 
 def or_blank(value: float, write: Callable[[float], str]) -> str:
-    """Nothing for zero, in the cells of a table."""
+    """The value as `write` writes it; nothing for zero, in the cells of a table."""
     return write(value) if value else ""
 
 
 def gib(size: float) -> str:
-    """`29.1 GiB`, `512 MiB`, `4 B`"""
+    """Bytes, such as `29.1 GiB`, `512 MiB` or `4 B`."""
     if size >= GIB:
         return f"{three_digits(size / GIB)} GiB"
     for factor, unit in ((2.0**20, "MiB"), (2.0**10, "KiB")):
@@ -39,17 +39,18 @@ def gib(size: float) -> str:
 
 
 def percent(share: float, digits: int = 1) -> str:
-    """`48.1 %`"""
+    """A share, such as `48.1 %`."""
     return f"{100 * share:.{digits}f} %"
 
 
 def three_digits(value: float) -> str:
-    """`9.64`, `12.3`, `1234`, without an exponent."""
+    """A number, such as `9.64`, `12.3` or `1234`, without an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def devices(values: Mapping[str, Any]) -> str:
-    """`2 copies x 8 devices`, `1 copy x 4 pipeline ranks x 2 outer x 4 inner devices`, by the values of a plan.json"""
+    """The devices of a plan, such as `2 copies x 8 devices` or `1 copy x 4 pipeline ranks x 2 outer x 4 inner
+    devices`."""
     copies = values["mesh"]["replicas"]
     parts = ["1 copy" if copies == 1 else f"{copies} copies"]
     if "pipeline" in values:

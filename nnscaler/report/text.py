@@ -12,7 +12,7 @@ from nnscaler.schedules import Schedule
 
 
 def explain(values: Mapping[str, Any]) -> str:
-    """About 25 lines on a plan; of a pipeline, some and one a stage. `values`: those of plan.json."""
+    """About 25 lines on a plan; for a pipeline, a few and one for each stage. `values`: those of plan.json"""
     if "pipeline" in values:
         return _explain_pipeline(values)
     predicted = values["predicted"]
@@ -77,14 +77,14 @@ def _stage_lines(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def proven(predicted: Mapping[str, Any]) -> str:
-    """How near to the best the plan is proven to be."""
+    """How near to the best the plan is proven to be, as a clause."""
     if predicted["gap"] > 0.5:
         return "stopped before anything was proven"
     return f"no plan on these devices is more than {percent(predicted['gap'], 2)} faster"
 
 
 def recompute(values: Mapping[str, Any]) -> list[str]:
-    """A line a block that is called more than once: how many calls have which level, and what is done in pieces."""
+    """A line for each block that is called several times: its calls by level, and what is computed in pieces."""
     pieces = {name: block["pieces"].items() for name, block in values["blocks"].items()}
     return [
         f"{name}: "
@@ -96,7 +96,7 @@ def recompute(values: Mapping[str, Any]) -> list[str]:
 
 
 def transfer(one: Mapping[str, Any]) -> str:
-    """A collective in a line."""
+    """A collective, in one line."""
     hidden = f", {percent(one['hidden'] / one['seconds'])} of it hidden" if one["hidden"] else ""
     what = f"{one['collective']} of {one['block']}.{one['what']} ({one['phase']}) over {one['devices']}"
     size = f"{one['calls']:.0f} x {gib(one['size'])}"
@@ -104,14 +104,15 @@ def transfer(one: Mapping[str, Any]) -> str:
 
 
 def largest(values: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The collective that takes longest, and, where computation hides it, the longest that it does not hide."""
+    """The collective that takes longest; and the one that takes longest among those that computation does not hide
+    whole."""
     first = [one for one in values["collectives"] if not one["local"]][:1]
     exposed = [one for one in values["collectives"] if not one["local"] and one["hidden"] < one["seconds"]][:1]
     return first if first == exposed else [*first, *exposed]
 
 
 def main_limits(values: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The limits that matter: memory always, others from a hundredth of the step."""
+    """The limits that matter: memory always, and others from 1 % of the step."""
     return [one for one in values["limits"] if one["share"] >= 0.01 or one["limit"] == "memory"]
 
 
@@ -121,5 +122,5 @@ def _listed(label: str, parts: Mapping[str, float], whole: float, write: Any) ->
 
 
 def _named(label: str, lines: list[str]) -> list[str]:
-    """The lines behind a label that stands before the first."""
+    """The lines, with a label before the first of them."""
     return [f"{'' if index else label:<10} {line}" for index, line in enumerate(lines)]

@@ -1,4 +1,4 @@
-"""The simulated step of a pipeline as a picture: a row a rank, a rectangle for each micro-batch's work in a stage."""
+"""The simulated step of a pipeline as a picture: a row for each rank, a rectangle for each micro-batch in a stage."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MARKS = 4  # into which the step is divided below the rows
 
 
 def timeline(values: Mapping[str, Any]) -> Iterator[Markup]:
-    """The picture and its legend, by the values of a pipeline's plan.json."""
+    """The picture and its legend, from the values of a pipeline's plan.json."""
     pipeline, end = values["pipeline"], values["predicted"]["step_seconds"]
     ranks, spans = pipeline["schedule"]["ranks"], list(drawn(pipeline))
     scale = (_WIDTH - _LEFT - _RIGHT) / end
@@ -47,7 +47,10 @@ def timeline(values: Mapping[str, Any]) -> Iterator[Markup]:
 
 
 def drawn(pipeline: Mapping[str, Any]) -> Iterator[list[Any]]:
-    """The work that takes time. Where a stage does not split backward, its first part is all of it."""
+    """[rank, kind, stage, micro-batch, begin, end] of what takes time; times in seconds.
+
+    Where a stage does not split its backward, the first part ("I") is all of it, and is drawn as "B".
+    """
     for rank, kind, stage, micro_batch, start, end in pipeline["timeline"]:
         if end > start:
             whole = kind == "I" and not pipeline["splits"][stage]
@@ -55,7 +58,7 @@ def drawn(pipeline: Mapping[str, Any]) -> Iterator[list[Any]]:
 
 
 def _rectangle(span: list[Any], scale: float, paleness: float) -> Markup:
-    """`paleness`: 0 for a rank's first stage, towards 1 for its last."""
+    """One rectangle. `paleness`: 0 for a rank's first stage, rising towards 1 for its last"""
     rank, kind, stage, micro_batch, start, end = span
     text = f"{KINDS[kind][0]}, stage {stage}, micro-batch {micro_batch}: {seconds(end - start)} from {seconds(start)}"
     gap = min(0.5, 0.2 * (end - start) * scale)
@@ -67,7 +70,7 @@ def _rectangle(span: list[Any], scale: float, paleness: float) -> Markup:
 
 
 def _update(start: float, end: float, scale: float, ranks: int) -> Markup:
-    """The optimizer's part, on all ranks at once."""
+    """The optimizer's update, on all ranks at once."""
     left, width = _LEFT + start * scale, max((end - start) * scale, 1.0)
     below = (ranks - 1) * _ROW + _BAR
     path = f"M{left:.2f} 0h{width:.2f}v{below}h{-width:.2f}z"
@@ -75,7 +78,7 @@ def _update(start: float, end: float, scale: float, ranks: int) -> Markup:
 
 
 def _marks(end: float, scale: float, top: int) -> Iterator[Markup]:
-    """Times below the rows, the last of them the step's end."""
+    """Times below the rows; the last is the step's end."""
     for index in range(_MARKS + 1):
         x = _LEFT + index * end / _MARKS * scale
         yield tag("path", d=f"M{x:.2f} 0v{top + 4}", class_="time")

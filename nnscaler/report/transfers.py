@@ -1,4 +1,4 @@
-"""Every transfer between layouts that a plan makes: which collective, how many bytes, how long, and what says so."""
+"""Every collective that a plan runs: how many bytes it moves, how long it takes, and where that figure comes from."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ _PHASES = {"reshard": "forward", "reshard backward": "backward", "reshard again"
 
 @dataclass(frozen=True)
 class Transfer:
-    """One collective, or a local step of resharding, as often as a step runs it.
+    """One collective, or a local part of resharding, with its totals of a step.
 
-    what        the tensor, or the gradients or weights of a block
-    phase       forward, backward, again (a second time in backward), or update (after backward)
-    move        the layouts, where it is a tensor that moves between two
-    devices     in the group
-    size        bytes of the larger of a device's input and output, once
-    calls       a step
-    seconds     a step, of which computation hides `hidden`
-    origin      measured, profile or roofline
+    what        the tensor; or "gradients" or "weights" of the block
+    phase       "forward"; "backward"; "again": a second time in backward; "update": after backward
+    move        the layouts, such as "S(1) -> R", where a tensor is resharded
+    devices     how many take part
+    size        bytes of the larger of a device's input and output, of one run
+    calls       how often it runs in a step
+    seconds     of all these runs
+    hidden      those of the seconds that computation hides
+    origin      "measured", "profile" or "roofline" (see `nnscaler.hardware.Timing`)
     """
 
     block: str
@@ -50,7 +51,7 @@ class Transfer:
 
 
 def all_transfers(plan: Plan, costs: CostModel, parameters: list[ParameterGroup]) -> list[Transfer]:
-    """Those of activations and gathered weights in the order of the plan, then gradients and updated weights."""
+    """The transfers of activations and gathered weights in the plan's order, then of gradients and updated weights."""
     moved = [
         transfer
         for seconds, hidden in ((plan.seconds, _nothing), (plan.beside, lambda key: _hidden(plan, key)))
@@ -65,14 +66,14 @@ def _nothing(key: Key) -> float:
 
 
 def _hidden(plan: Plan, key: Key) -> float:
-    """The part that computation hides of what runs beside it, as `key` does."""
+    """The fraction that computation hides of what runs beside it, on the side (forward, backward) of `key`."""
     side = "forward" if key.category == "reshard" else "backward"
     total = sum(v for other, v in plan.beside.items() if (other.category == "reshard") == (side == "forward"))
     return 1 - plan.seconds.get(Key("exchange", "", side), 0.0) / total if total else 0.0
 
 
 def _steps(plan: Plan, costs: CostModel, key: Key, seconds: float, hidden: float) -> Iterator[Transfer]:
-    """The steps that one entry of the plan's seconds is for, each with its part of them."""
+    """The collectives that one entry of the plan's seconds stands for, each with its share of them."""
     phase = _PHASES.get(key.category)
     if phase is None:
         return
@@ -107,7 +108,7 @@ def _steps(plan: Plan, costs: CostModel, key: Key, seconds: float, hidden: float
 
 
 def _gradients(plan: Plan, costs: CostModel, parameters: list[ParameterGroup]) -> Iterator[Transfer]:
-    """The gradients of each block, summed over those who hold the same shards, beside backward."""
+    """The exchange of each block's gradients among the owners of the same shards, beside backward."""
     hidden = _hidden(plan, Key("exchange"))
     for group in _exchanged(parameters):
         first = group[0]
@@ -130,7 +131,7 @@ def _gradients(plan: Plan, costs: CostModel, parameters: list[ParameterGroup]) -
 
 
 def _weights(costs: CostModel, parameters: list[ParameterGroup], plan: Plan) -> Iterator[Transfer]:
-    """The weights of each block, gathered from those who updated a part each, once a step."""
+    """The exchange of each block's updated weights among the owners of the same shards, once a step."""
     for group in _exchanged(parameters):
         first = group[0]
         metas = [(one, _meta(plan, one.block, one.tensor)) for one in group]
@@ -150,7 +151,7 @@ def _weights(costs: CostModel, parameters: list[ParameterGroup], plan: Plan) -> 
 
 
 def _exchanged(parameters: list[ParameterGroup]) -> list[list[ParameterGroup]]:
-    """The groups whose gradients travel, those of one block, as many owners and as many times together."""
+    """The parameters whose gradients are exchanged, grouped by block, number of owners, and how often."""
     together: dict[tuple[str, int, bool], list[ParameterGroup]] = {}
     for group in parameters:
         if group.trained and group.owners > 1:

@@ -1,17 +1,19 @@
-"""A plan's costs as plain values, which plan.json holds beside the plan itself; the other reports read nothing else.
+"""A plan's costs as plain values. plan.json holds them beside the plan itself, and all other reports read only these.
 
 schema, units, about: what the file is, and what the plan was made for; see `nnscaler.report.about`
 
-predicted     headline figures, and what they are made of; `gap`: the part of its time by which the plan may be slower
-              than the best on the meshes that were tried, as far as was proven
-limits        what the step's time and the device's memory go into, most important first
-advice        what would help: by measuring, and, where it was asked for, by planning again (see `would_help`)
-origins       share of the step by what says how long it takes: measured, profile (bundled), roofline (arithmetic)
+predicted     headline figures, and their parts. `gap`: the largest part of its time that the plan may lose to the best
+              plan on the meshes that were tried, as far as that is proven
+limits        what the step's time and the device's memory go into, the most important first
+advice        what would help: measuring; and, where it was asked for, more memory or devices (`would_help`)
+origins       the share of the step that rests on each kind of figure: measured, profile (bundled), roofline
+              (arithmetic)
 sources       where the hardware's figures come from
-collectives   every collective, and local step of resharding, longest first
-costs         block -> its operators, levels and parameters
+collectives   every collective, and local part of resharding, the longest first
+costs         block -> its operators, levels and parameters; see `nnscaler.report.blocks.block_costs`
 
-Seconds are those of an optimizer step, bytes those of a device. Equal inputs give equal values: no time, no place.
+Seconds are those of an optimizer step, and bytes those of a device. Equal inputs give equal values: nothing depends on
+the time or the place.
 """
 
 from __future__ import annotations
@@ -45,9 +47,9 @@ PLAN = "plan.json"
 class Work:
     """What a micro-batch is, for figures of speed.
 
-    tokens  that it has
-    flops   forward and backward operations of it: attention counted in full, and halved by causality
-    peak    FLOP/s of a device by its data sheet; None: not known, so that there is no MFU
+    tokens  how many it has
+    flops   its forward and backward operations: with attention counted in full, and with attention halved by causality
+    peak    FLOP/s of a device by its data sheet; None: not known, so there is no MFU
     """
 
     tokens: int
@@ -56,10 +58,10 @@ class Work:
 
 
 def plan_report(plan: Plan, work: Work | None = None, replan: Replan | None = None) -> dict[str, Any]:
-    """The plan and its costs as plain values, floats with six digits.
+    """The plan and its costs as plain values, with floats of six digits.
 
-    work    for tokens a second and MFU; None: without
-    replan  plans the same model with a changed configuration, to say what would help; None: that is not asked
+    work    what a micro-batch is, for tokens a second and MFU; None: without these
+    replan  plans the same model with a changed configuration, to find what would help; None: this is not asked
     """
     costs = costs_of(plan)
     parameters = parameter_groups(plan, costs)
@@ -94,7 +96,7 @@ def plan_report(plan: Plan, work: Work | None = None, replan: Replan | None = No
 
 
 def _host(plan: Plan) -> dict[str, Any]:
-    """What lies in the host's memory, and the seconds of copying there and back that computation hides."""
+    """What lies in the host's memory, and the seconds of a step's copies that computation hides."""
     kept = (Key("copies", "", side) for side in ("forward", "backward"))  # those of the optimizer's state are exposed
     exposed = sum(plan.seconds.get(key, 0.0) for key in kept)
     return {
@@ -106,8 +108,10 @@ def _host(plan: Plan) -> dict[str, Any]:
 
 
 def speed_of(device_seconds: float, work: Work | None) -> dict[str, float]:
-    """Tokens a second and device, and the fraction of the peak: operations of a micro-batch over what its devices
-    could do in its time. `device_seconds`: a micro-batch's time, times its devices."""
+    """Tokens a second for each device, and MFU: a micro-batch's operations over what its devices could do in its time.
+
+    device_seconds  a micro-batch's time, times the devices of a copy
+    """
     if work is None:
         return {}
     speed = {"tokens_per_second_per_gpu": work.tokens / device_seconds}
@@ -118,7 +122,7 @@ def speed_of(device_seconds: float, work: Work | None) -> dict[str, float]:
 
 
 def rounded(value: Any) -> Any:
-    """The value with six digits of each float in it."""
+    """The value, in which each float has six digits."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
@@ -127,7 +131,8 @@ def rounded(value: Any) -> Any:
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """The values in a compiled directory, or in a plan.json. Raises UserError for what is neither."""
+    """The values of the plan.json in a compiled directory, or of a plan.json itself. Raises UserError for anything
+    else."""
     file = path / PLAN if path.is_dir() else path
     try:
         values: dict[str, Any] = json.loads(file.read_text())

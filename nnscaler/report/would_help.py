@@ -1,4 +1,4 @@
-"""What would help: the same model planned again with more memory, or more devices."""
+"""What would help: the same model is planned again, with more memory or more devices."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Replan = Callable[[Change], AnyPlan]
 
 
 def would_help(plan: AnyPlan, replan: Replan) -> list[dict[str, Any]]:
-    """[{change, step_seconds, devices, speed, text}]; each change is planned, none is guessed.
+    """[{change, step_seconds, devices, speed, text}]. Each change has really been planned.
 
     replan  plans the same graph with a changed configuration
-    speed   samples a second, relative to the plan's
+    speed   samples a second, relative to this plan's
     """
     advice = []
     for change, what in _changes(plan):
