@@ -1,1 +1,1 @@
-"""What generated code and the trainer run on."""
+"""The run time: what generated code imports, and what trains it."""

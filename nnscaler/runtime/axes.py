@@ -1,4 +1,4 @@
-"""Process groups of a mesh."""
+"""The process groups of a mesh."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Axis:
-    """The group of ranks along one mesh axis through this rank, and this rank's place in it."""
+    """The group of ranks along one mesh axis through this rank.
+
+    size   how many ranks it has
+    rank   this rank's place in it
+    group  the process group; None: the axis has one device
+    """
 
     size: int
     rank: int
@@ -30,11 +35,17 @@ class Axis:
 
 
 class Axes:
-    """The groups of `mesh` that this process belongs to. Every rank builds them in the same order.
+    """The groups of `mesh` that this process belongs to. Every rank builds them, in the same order.
 
-    gathers  how weights stored in shards are gathered over them, for generated code
-    host     where it keeps what backward needs beside the device's memory
-    devices  the group of all devices of a copy, of a mesh of one axis; of two, `inner` and `outer`: see `Mesh.names`
+    devices        of a mesh of one axis, the group of all devices of a copy
+    inner, outer   of a mesh of two axes, the groups along each; see `Mesh.names`
+    pipeline       the group of pipeline ranks
+    gathers        gathers weights that are stored in shards, for generated code
+    host           keeps what backward needs in the host's memory, for generated code
+    replica        which copy of the model this rank is of
+    place          this rank's place on each mesh axis
+
+    Raises UserError where another number of processes runs than the mesh has devices.
     """
 
     gathers: Gathers
@@ -76,12 +87,12 @@ class Axes:
         return iter(self._axes)
 
     def owners(self, layout: Placements) -> Axis:
-        """The ranks that hold the same shard of a parameter stored in `layout`."""
+        """The ranks that hold the same shard of a parameter that is stored so."""
         replicated = [self.mesh.names[axis] for axis, place in enumerate(layout) if not isinstance(place, Shard)]
         return self._axis(["replica", *replicated])
 
     def _axis(self, names: list[str]) -> Axis:
-        """The group over several mesh dimensions together, ranks counting the last one fastest."""
+        """The group over several mesh dimensions taken as one, where the last dimension's ranks are neighbours."""
         names = [name for name in names if self._sizes[self._names.index(name)] > 1]
         key = tuple(names)
         if not names:

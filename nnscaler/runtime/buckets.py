@@ -1,4 +1,9 @@
-"""Parameters in flat buffers, whose gradients are reduced and whose optimizer state is sharded together (ZeRO-1)."""
+"""Parameters in flat buffers, cut into buckets. A bucket is the unit in which gradients are exchanged and state is
+sharded.
+
+All parameters with the same owners (the ranks that hold the same shards) lie one after the other in one flat buffer.
+Each owner has an equal slice of every bucket, which it updates: the optimizer's state is sharded (ZeRO-1).
+"""
 
 from __future__ import annotations
 
@@ -23,9 +28,12 @@ _ALIGNMENT = 64  # elements; keeps every parameter's first byte where kernels li
 
 @dataclass(frozen=True)
 class Slot:
-    """A parameter's place in a bucket: the local shard's box in the whole tensor, and where its elements begin and end.
+    """Where a parameter lies in a bucket.
 
-    A bucket is cut anywhere: `start` is below 0 where the parameter begins in the bucket before.
+    name   of the parameter
+    box    the part of the whole tensor that this rank holds
+    start  where its elements begin in the bucket; below 0 where it begins in the bucket before, for a bucket may be cut
+           anywhere
     """
 
     name: str
@@ -38,14 +46,17 @@ class Slot:
         return self.start + prod(self.box.sizes)
 
     def within(self, size: int) -> tuple[slice, slice]:
-        """The elements that a bucket of `size` has of the parameter: in the bucket, and in the parameter."""
+        """The elements of the parameter that a bucket of `size` has: (in the bucket, in the parameter)."""
         start, stop = max(self.start, 0), min(self.stop, size)
         return slice(start, stop), slice(start - self.start, stop - self.start)
 
 
 @dataclass(frozen=True)
 class OwnedPart:
-    """A box of a whole parameter that this rank owns, as a range of its bucket's owned elements."""
+    """A box of a whole parameter that this rank owns.
+
+    start, stop  its range among the owned elements of its bucket
+    """
 
     name: str
     spec: ParameterSpec
@@ -55,16 +66,18 @@ class OwnedPart:
 
 
 class Bucket:
-    """A range of the buffer in which parameters of equal owners and type lie one after the other.
+    """A range of a flat buffer of parameters.
 
-    flat      [n] the parameters, on every owner
-    owned     [n / owners] the slice of `flat` that this rank updates
-    gradient  [n / owners] fp32: of the last whole step, the sum over owners and micro-batches of that slice's gradient
-    summed    [n] fp32: the sum over micro-batches of the gradient of `flat`; `gradient` is a slice of it, to which the
-              other owners' are added in the end; None: the gradient is exchanged in each micro-batch
-    first     place of its first parameter among the model's
+    flat      [n]: the parameters, on every owner
+    owned     [n / owners]: the slice of `flat` that this rank updates
+    gradient  [n / owners], fp32: the gradient of `owned`, summed over owners and micro-batches of the last whole step
+    summed    [n], fp32: the gradient of `flat`, summed over micro-batches, where it is exchanged once a step.
+              `gradient` is a slice of it, to which the other owners' are added at the end of the step. None: the
+              gradient is exchanged in each micro-batch.
+    first     the place of its first parameter among all parameters of the model
     is_copy   whether another pipeline stage has the same parameters, and counts them as its own
-    An update may still be under way when the next forward has begun: what reads `flat` calls `wait` first.
+
+    An update may still be under way when the next forward begins: whatever reads `flat` must call `wait` first.
     """
 
     def __init__(self, flat: Tensor, slots: list[Slot], owners: Axis, first: int = 0) -> None:
@@ -82,12 +95,12 @@ class Bucket:
 
     @property
     def owned_range(self) -> range:
-        """Elements of `flat` that `owned` is."""
+        """The range of `flat` that `owned` is."""
         size = self.owned.numel()
         return range(self.owners.rank * size, (self.owners.rank + 1) * size)
 
     def owned_parts(self) -> Iterator[OwnedPart]:
-        """What this rank owns of each parameter. Over all ranks they cover every parameter exactly once."""
+        """What this rank owns of each parameter. All ranks together cover every parameter exactly once."""
         owned = self.owned_range
         for slot in self.slots:
             start, stop = max(slot.start, owned.start), min(slot.stop, owned.stop)
@@ -97,7 +110,7 @@ class Bucket:
                 yield OwnedPart(slot.name, slot.spec, whole, begin, begin + prod(box.sizes))
 
     def without(self, names: set[str]) -> list[slice]:
-        """The ranges of `flat` that none of the parameters called so lies in."""
+        """The ranges of `flat` in which none of these parameters lies."""
         at, ranges = 0, []
         for slot in self.slots:
             if slot.name in names:
@@ -108,14 +121,14 @@ class Bucket:
         return [part for part in ranges if part.start < part.stop]
 
     def publish(self) -> None:
-        """Starts sending every owner's slice of `flat`, as it is after what is computed now, to all owners."""
+        """Starts sending every owner's slice of `flat` to all owners, after what is computed now."""
         if self.owners.group is not None:
             self._updated = all_gather_single(self.flat, self.owned, group=self.owners.group, async_op=True)
         elif self.device.type == "cuda":
             self._updated = torch.cuda.current_stream(self.device).record_event()
 
     def wait(self) -> None:
-        """What is computed next comes after the bucket's update."""
+        """Makes what is computed next come after the bucket's update."""
         if self._updated is not None:
             self._updated.wait()
             self._updated = None
@@ -128,10 +141,11 @@ def make_buckets(
     elements: int = BUCKET_ELEMENTS,
     alone: Collection[str] = (),
 ) -> tuple[list[Bucket], dict[str, nn.Parameter]]:
-    """Lays trained parameters into buffers, cut into buckets of about `elements`; and the parameters as views of them.
+    """Lays the trained parameters into flat buffers: (buckets, name -> the parameter as a view of its buffer).
 
-    Parameters come in the order given, but those with weight decay first, so that the two kinds are ranges. Each of
-    `alone` gets buckets of its own.
+    decays    name -> whether weight decay applies; such parameters come first, so that both kinds are ranges
+    elements  how many a bucket has, about
+    alone     names of parameters that get buckets of their own
     """
     groups: dict[object, tuple[Axis, list[str]]] = {}
     for name in sorted((name for name, spec in specs.items() if spec.trained), key=lambda name: not decays[name]):
@@ -165,11 +179,10 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 class GradientReducer:
-    """Sums gradients over owners and micro-batches while backward goes on.
+    """Sums gradients over owners and micro-batches, while backward goes on.
 
-    A bucket is sent when its last gradient has arrived: in each micro-batch, or where it is `summed`, in the last of
-    a step. How many gradients a summed bucket gets in a micro-batch, the first one shows; until then, it is sent at the
-    end of the step.
+    A bucket is exchanged once its last gradient has arrived: in each micro-batch, or, where it is `summed`, in the last
+    one of a step. How many gradients a summed bucket gets is learned in the first micro-batch.
     """
 
     def __init__(self, buckets: Iterable[Bucket], parameters: Mapping[str, nn.Parameter], micro_batches: int) -> None:
@@ -193,7 +206,7 @@ class GradientReducer:
             parameter.register_post_accumulate_grad_hook(self._take_own)
 
     def take_gradients(self) -> None:
-        """Takes the gradients that were set without a hook being called, as torch's split backward does."""
+        """Takes the gradients that were set without a hook being called, as in torch's split backward."""
         for parameter in self._parameters:
             self._take_own(parameter)
 
@@ -203,7 +216,7 @@ class GradientReducer:
             self._take(parameter, gradient)
 
     def defer(self, parameter: Tensor, work: dist.Work | None, gradient: Tensor) -> None:
-        """A gradient that will have arrived when `work` is complete."""
+        """Takes a gradient that is complete once `work` is."""
         self._deferred.append((parameter, work, gradient))
         if len(self._deferred) > MOST_DEFERRED:
             self._take_deferred()
@@ -215,8 +228,11 @@ class GradientReducer:
         self._take(parameter, gradient)
 
     def _take(self, parameter: Tensor, gradient: Tensor) -> None:
-        """A gradient that has arrived goes to its buckets. A tied weight's comes in two parts: from where the weight is
-        gathered, and from where it is used as stored."""
+        """Adds a gradient that has arrived to its buckets.
+
+        That of a tied weight comes in two parts: from where the weight is gathered, and from where it is used as it is
+        stored.
+        """
         gradient = gradient.reshape(-1)
         for index, slot in self._pieces[id(parameter)]:
             bucket = self._buckets[index]
@@ -267,7 +283,7 @@ class GradientReducer:
             )
 
     def end_micro_batch(self) -> None:
-        """Sends the buckets of which some parameter had no gradient in this micro-batch."""
+        """Exchanges the buckets that got no gradient for some parameter in this micro-batch."""
         while self._deferred:
             self._take_deferred()
         for index in sorted(self._buffers):

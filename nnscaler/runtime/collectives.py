@@ -1,8 +1,9 @@
-"""The collectives that generated code calls: each is a function of a tensor with the right backward.
+"""The collectives that generated code calls. Each is a function of a tensor, with the backward that belongs to it.
 
-`axis` is the mesh axis (group) that takes part, `dim` a tensor dimension. Shards are equal and contiguous, in the order
-of the ranks on the axis. `backward` names the collective of the gradient where more than one is possible: it depends on
-whether each device's gradient of the whole tensor is whole or a term of a sum.
+`axis` is the mesh axis whose devices take part, and `dim` a dimension of the tensor. Shards are equal, contiguous, and
+in the order of the ranks on the axis. Placements are written as in `nnscaler.placement`: S(dim), R, R*, P. Where more
+than one gradient is possible, `backward` names what backward does. It depends on whether a device has the whole
+gradient of a whole tensor (R), or a term of it (R*).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.red
 
 
 def all_reduce(x: Tensor, axis: Axis, backward: str) -> Tensor:
-    """P -> R (`backward="identity"`) or R* (`"all_reduce"`): the sum of the devices' terms."""
+    """P -> R (`backward="identity"`) or P -> R* (`"all_reduce"`): the sum of the devices' terms."""
     return _Collective.apply(x, axis, _sum, _FUNCTIONS[backward], (), ())
 
 
@@ -31,12 +32,12 @@ def share(x: Tensor, axis: Axis) -> Tensor:
 
 
 def divide(x: Tensor, axis: Axis) -> Tensor:
-    """R* -> R: the same tensor; every device has the whole gradient, and gives its part of the sum."""
+    """R* -> R: the same tensor; every device has the whole gradient, and divides it by their number."""
     return _Collective.apply(x, axis, _identity, _divided, (), ())
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int, backward: str) -> Tensor:
-    """S(dim) -> R (`backward="slice"`) or R* (`"reduce_scatter"`): the whole tensor."""
+    """S(dim) -> R (`backward="slice"`) or S(dim) -> R* (`"reduce_scatter"`): the whole tensor."""
     return _Collective.apply(x, axis, _gathered, _FUNCTIONS[backward], (dim,), (dim,))
 
 
@@ -46,19 +47,20 @@ def reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
 
 
 def slice_(x: Tensor, axis: Axis, dim: int, backward: str) -> Tensor:
-    """R (`backward="all_gather"`) or R* (`"pad"`) -> S(dim): this device's slice."""
+    """R -> S(dim) (`backward="all_gather"`) or R* -> S(dim) (`"pad"`): this device's slice."""
     return _Collective.apply(x, axis, _sliced, _FUNCTIONS[backward], (dim,), (dim,))
 
 
 def all_to_all(x: Tensor, axis: Axis, source: int, target: int) -> Tensor:
-    """S(source) -> S(target): whole along `source`, this device's slice along `target`."""
+    """S(source) -> S(target): whole along `source`, and this device's slice along `target`."""
     return _Collective.apply(x, axis, _exchanged, _exchanged, (source, target), (target, source))
 
 
 def balance(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    """The i-th and the i-th last of 2n equal pieces along `dim`, of which each of the n devices has two in order.
+    """This device's two pieces, when work grows along `dim` and all devices are to have the same amount of it.
 
-    For work that grows along the sequence: each device gets as much of it. `x` must have an even length along `dim`.
+    The tensor consists of 2n equal pieces along `dim`, of which each of the n devices holds two in order. Device i gets
+    the i-th and the i-th last. `x` must have an even length along `dim`.
     """
     return _Collective.apply(x, axis, _balanced, _unbalanced, (dim,), (dim,))
 
@@ -69,7 +71,7 @@ def unbalance(x: Tensor, axis: Axis, dim: int) -> Tensor:
 
 
 class _Collective(torch.autograd.Function):
-    """Runs one function forward and another backward, each over the axis."""
+    """Runs one function in forward and another in backward, each over the axis."""
 
     @staticmethod
     def forward(
@@ -100,21 +102,21 @@ def _divided(x: Tensor, axis: Axis) -> Tensor:
 
 
 def start_gather(x: Tensor, axis: Axis) -> tuple[Tensor, dist.Work | None]:
-    """Begins to bring the devices' shards together: [n, *shape], complete once the work is."""
+    """Starts gathering all shards: ([n, *shape], work); the tensor is complete once the work is."""
     x = x.contiguous()
     result = x.new_empty((axis.size, *x.shape))
     return result, all_gather_single(result.flatten(0, 1) if x.dim() else result, x, group=axis.group, async_op=True)
 
 
 def finish_gather(shards: Tensor, work: dist.Work | None, dim: int) -> Tensor:
-    """The whole tensor of which the shards along `dim` were gathered."""
+    """The whole tensor, from its shards along `dim` that were gathered."""
     if work is not None:
         work.wait()
     return _merge(shards, dim)
 
 
 def start_reduce_scatter(x: Tensor, axis: Axis, dim: int) -> tuple[Tensor, dist.Work | None]:
-    """Begins to add up the devices' terms: this device's slice of the sum, complete once the work is."""
+    """Starts adding up the devices' terms: (this device's slice of the sum, work); complete once the work is."""
     parts = _divide(x, axis.size, dim)
     result = torch.empty_like(parts[0])
     return result, reduce_scatter_single(result, parts.flatten(0, 1), group=axis.group, async_op=True)
@@ -178,7 +180,7 @@ def _exchange_pieces(x: Tensor, axis: Axis, dim: int, targets: list[int], source
 
 
 def _divide(x: Tensor, count: int, dim: int) -> Tensor:
-    """[count, *slice]: the equal slices of `x` along `dim`, contiguous."""
+    """[count, *slice]: the equal slices of `x` along `dim`, contiguous in memory."""
     return x.unflatten(dim, (count, x.shape[dim] // count)).movedim(dim, 0).contiguous()
 
 

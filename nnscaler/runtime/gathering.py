@@ -1,7 +1,8 @@
-"""Weights that are stored in shards and gathered while they are used (ZeRO-3).
+"""Weights that are stored in shards, and gathered for use (ZeRO-3).
 
-A block's weights are gathered just before they are used. After the first micro-batch the order of the gathers is known,
-and the next ones are started early, beside the computation. Gradients go back to the shards beside backward, in fp32.
+The weights of a block are gathered just before the block uses them. After the first micro-batch the order of the
+gathers is known. From then on, the next ones are started early, and run beside the computation. Gradients are
+reduce-scattered to the shards beside backward, in fp32.
 """
 
 from __future__ import annotations
@@ -20,38 +21,44 @@ from nnscaler.runtime.axes import Axis
 from nnscaler.runtime.collectives import finish_gather, start_gather, start_reduce_scatter
 from nnscaler.sizes import PREFETCH_BYTES
 
-Step = tuple[Axis, int]  # the mesh axis over which a tensor is sharded, and along which dimension
-Defer = Callable[[Tensor, dist.Work | None, Tensor], None]  # (parameter, pending exchange, its result)
-Wait = Callable[[Tensor], None]  # what is computed next comes after the update of a parameter
+ShardedAlong = tuple[Axis, int]  # the mesh axis over which a tensor is sharded, and its sharded dimension
+Defer = Callable[[Tensor, dist.Work | None, Tensor], None]  # defer(parameter, the exchange's work, its result)
+Wait = Callable[[Tensor], None]  # wait(parameter): what is computed next comes after its update
 
 
 @dataclass(eq=False)
 class _Gather:
-    """How a weight is gathered from its shard, and the first step's result where it has been started."""
+    """How a weight is gathered from its shard.
+
+    shard      this device's shard
+    shardings  (axis, dimension), ..., in the order in which they are gathered
+    wait       makes what is computed next come after the update of a parameter
+    started    the result of the first gather, and its work, once it has been started
+    """
 
     shard: Tensor
-    steps: Sequence[Step]
+    shardings: Sequence[ShardedAlong]
     wait: Wait
     started: tuple[Tensor, dist.Work | None] | None = None
 
     @property
     def bytes(self) -> int:
         size = self.shard.nbytes
-        for axis, _ in self.steps:
+        for axis, _ in self.shardings:
             size *= axis.size
         return size
 
     def start(self) -> None:
         self.wait(self.shard)
-        self.started = start_gather(self.shard.detach(), self.steps[0][0])
+        self.started = start_gather(self.shard.detach(), self.shardings[0][0])
 
     def finish(self) -> Tensor:
         if self.started is None:
             self.start()
         assert self.started is not None
-        whole = finish_gather(*self.started, self.steps[0][1])
+        whole = finish_gather(*self.started, self.shardings[0][1])
         self.started = None
-        for axis, dim in self.steps[1:]:
+        for axis, dim in self.shardings[1:]:
             whole = finish_gather(*start_gather(whole, axis), dim)
         return whole
 
@@ -59,13 +66,13 @@ class _Gather:
 class Gathers:
     """The gathers of one model, in the order in which a micro-batch needs them.
 
-    defer  takes the gradients of shards, whose exchange may still be under way
-    wait   waits for the update of a shard
+    defer  takes the gradient of a shard, whose exchange may still be under way
+    wait   makes what is computed next come after the update of a shard
     """
 
     def __init__(self, defer: Defer, wait: Wait = lambda parameter: None) -> None:
         self.defer, self.wait = defer, wait
-        self._order: list[tuple[Tensor, Sequence[Step]]] = []  # what was gathered in the last micro-batch
+        self._order: list[tuple[Tensor, Sequence[ShardedAlong]]] = []  # what was gathered in the last micro-batch
         self._next = 0  # place in the order of the next one that is needed
         self._early: deque[_Gather] = deque()  # those started from there on
         # address -> gathered weight that lies there, and how backward gathers it again, if it does
@@ -73,17 +80,20 @@ class Gathers:
         self._again: weakref.WeakKeyDictionary[_Gather, weakref.ref[Tensor]] = weakref.WeakKeyDictionary()
 
     def begin(self) -> None:
-        """A micro-batch begins."""
+        """To be called when a micro-batch begins."""
         self._forget(self._next)
         self._next = 0
 
-    def weight(self, parameter: Tensor, *steps: Step, again: bool = False) -> Tensor:
-        """The whole weight of which `parameter` is this device's shard. `again`: backward gathers it once more rather
-        than keep it."""
-        whole = _GatheredWeight.apply(parameter, self, steps)
+    def weight(self, parameter: Tensor, *shardings: ShardedAlong, again: bool = False) -> Tensor:
+        """The whole weight of which `parameter` is this device's shard.
+
+        shardings  (axis, dimension), ..., over which the weight is sharded, in the order in which it is gathered
+        again      whether backward gathers it once more, rather than keep it
+        """
+        whole = _GatheredWeight.apply(parameter, self, shardings)
         address = whole.untyped_storage().data_ptr()
         forget = lambda _: self._alive.pop(address, None)  # noqa: E731
-        gather = _Gather(parameter, steps, self.wait) if again else None
+        gather = _Gather(parameter, shardings, self.wait) if again else None
         self._alive[address] = (gather, weakref.ref(whole, forget))
         return whole
 
@@ -91,15 +101,15 @@ class Gathers:
         """Whether a tensor lies in the memory of a gathered weight."""
         return tensor.untyped_storage().data_ptr() in self._alive
 
-    def take(self, parameter: Tensor, steps: Sequence[Step]) -> Tensor:
-        """Gathers a weight, or waits for it where that was started early; then starts the next ones."""
+    def take(self, parameter: Tensor, shardings: Sequence[ShardedAlong]) -> Tensor:
+        """Gathers a weight, or waits for it where its gather was started early. Then starts the next ones."""
         at = self._next
         self._next += 1
         if at < len(self._order) and self._order[at][0] is not parameter:
             self._forget(at)  # the order is another one than last time
         if at == len(self._order):
-            self._order.append((parameter, steps))
-        whole = (self._early.popleft() if self._early else _Gather(parameter, steps, self.wait)).finish()
+            self._order.append((parameter, shardings))
+        whole = (self._early.popleft() if self._early else _Gather(parameter, shardings, self.wait)).finish()
         while (following := self._next + len(self._early)) < len(self._order):
             gather = _Gather(*self._order[following], self.wait)
             if sum(early.bytes for early in self._early) + gather.bytes > PREFETCH_BYTES:
@@ -109,44 +119,46 @@ class Gathers:
         return whole
 
     def _forget(self, place: int) -> None:
-        """The order from `place` on is not what was expected."""
+        """Forgets the order from `place` on: it is not what was expected."""
         del self._order[place:]
         while self._early:
             self._early.popleft().finish()
 
     def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
-        """Inside, what autograd keeps of a weight to be gathered again is how to do that."""
+        """Inside, autograd keeps of a weight with `again` only how to gather it."""
         return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
 
     def pack(self, tensor: Tensor) -> Any:
+        """What autograd keeps of a tensor: the tensor, or how to gather the weight in whose memory it lies."""
         gather, whole = self._alive.get(tensor.untyped_storage().data_ptr(), (None, None))
         if gather is None or whole is None or whole() is None:
             return tensor
         return gather, tensor.size(), tensor.stride(), tensor.storage_offset()
 
     def unpack(self, packed: Any) -> Tensor:
+        """The tensor of which `pack` gave this."""
         if isinstance(packed, Tensor):
             return packed
         gather, size, stride, offset = packed
         known = self._again.get(gather)
         whole = None if known is None else known()
         if whole is None:
-            whole = self.take(gather.shard, gather.steps)
+            whole = self.take(gather.shard, gather.shardings)
             self._again[gather] = weakref.ref(whole)
         return whole.as_strided(size, stride, offset)
 
 
 class _GatheredWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, gathers: Gathers, steps: Sequence[Step]) -> Tensor:
-        ctx.parameter, ctx.gathers, ctx.steps = parameter, gathers, steps
-        return gathers.take(parameter, steps)
+    def forward(ctx: Any, parameter: Tensor, gathers: Gathers, shardings: Sequence[ShardedAlong]) -> Tensor:
+        ctx.parameter, ctx.gathers, ctx.shardings = parameter, gathers, shardings
+        return gathers.take(parameter, shardings)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         work = None
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        for axis, dim in reversed(ctx.steps):
+        for axis, dim in reversed(ctx.shardings):
             if work is not None:
                 work.wait()
             gradient, work = start_reduce_scatter(gradient, axis, dim)

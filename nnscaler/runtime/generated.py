@@ -1,4 +1,4 @@
-"""Names that generated code imports."""
+"""The names that generated code imports."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ __all__ = ["in_pieces", "operators", "recompute", "region", "scope"]
 
 
 def operators(*names: str) -> SimpleNamespace:
-    """The registered functions of these names as attributes `name`, and `name_along_dimension` for special splits."""
+    """Registered functions as attributes.
+
+    Each has the operator's name; a function for a split with communication is called `<name>_along_<dimension>`.
+    """
     found = SimpleNamespace()
     for name in names:
         operator = registered(name)
@@ -34,7 +37,7 @@ def _imported(name: str) -> Any:
 
 
 class scope:  # noqa: N801  reads as a function in generated code
-    """The parameters below a module path, by their names below it."""
+    """The parameters below a module path, by the rest of their names."""
 
     def __init__(self, parameters: Mapping[str, Tensor], prefix: str) -> None:
         self._parameters, self._prefix = parameters, prefix

@@ -1,8 +1,10 @@
-"""Host memory as a second place for what backward needs.
+"""The host's memory as a second place for what backward needs, and for the optimizer's state.
 
-What a call of a block keeps for backward is sent to page-locked host memory while forward goes on, and brought back
-while backward does, one call ahead of its use. Copies run on streams of their own, one each way, so that they hide
-behind computation. On the device there is never more than what two calls keep.
+What a call of a block keeps for backward is copied to page-locked host memory while forward goes on. It comes back
+while backward goes on, one call before it is needed. Copies run on streams of their own, one for each direction, so
+that they hide behind computation. The device never holds more than what two calls keep.
+
+The optimizer's state comes to the device for its update, bucket by bucket, and goes back.
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ Unpack = Callable[[Any], Tensor]
 
 
 class HostMemory:
-    """Where the blocks of one model keep what backward needs, in the order in which forward runs them.
+    """Keeps what the blocks of one model need for backward, in the order in which forward runs them.
 
     device        whose tensors are kept
-    is_weight     whether a tensor lies in a weight's memory: that stays where it is
-    pack, unpack  what else is done with saved tensors: where `pack` gives another object than the tensor, that is kept
-                  in its place
+    is_weight     tells whether a tensor lies in a weight's memory; such a tensor stays where it is
+    pack, unpack  what else is done with tensors that autograd saves: where `pack` gives another object than the tensor,
+                  that object is kept in the tensor's place, and `unpack` gives the tensor back
     """
 
     def __init__(
@@ -39,21 +41,21 @@ class HostMemory:
     ) -> None:
         self._is_weight, self._pack, self._unpack = is_weight, pack, unpack
         self._small = SMALL if device.type == "cuda" else 0
-        self.buffers = Buffers(device)
-        self._last: _Kept | None = None  # by the call before, in the micro-batch whose forward runs
-        self._used: _Kept | None = None  # what backward uses now
+        self.pool = HostPool(device)
+        self._previous: _Kept | None = None  # what the call before keeps, while forward runs
+        self._in_use: _Kept | None = None  # what the call keeps whose backward runs
 
     def clear(self) -> None:
-        """A micro-batch begins, or its backward is done."""
-        self._last = self._used = None
+        """To be called when a micro-batch begins, and when its backward is done."""
+        self._previous = self._in_use = None
 
     @contextmanager
     def keeping(self, *shared: Tensor) -> Iterator[None]:
-        """Inside, one call of a block: what it keeps for backward goes to the host.
+        """Inside, one call of a block runs; what it keeps for backward goes to the host.
 
-        shared  tensors that all calls get, which stay on the device
+        shared  tensors that all calls of the block get; these stay on the device
         """
-        kept = _Kept(self.buffers, self._last)
+        kept = _Kept(self.pool, self._previous)
         stay = {tensor.untyped_storage().data_ptr() for tensor in shared}
 
         def keep(tensor: Tensor) -> Any:
@@ -64,9 +66,9 @@ class HostMemory:
 
         with torch.autograd.graph.saved_tensors_hooks(keep, self._give):
             yield
-        if self._last is not None:
-            self._last.let_go()
-        self._last = kept
+        if self._previous is not None:
+            self._previous.let_go()
+        self._previous = kept
 
     def _give(self, packed: Any) -> Tensor:
         if isinstance(packed, _Sent):
@@ -74,17 +76,23 @@ class HostMemory:
         return packed if self._unpack is None else self._unpack(packed)
 
     def _take(self, sent: _Sent) -> Tensor:
-        if self._used is not sent.kept:
+        if self._in_use is not sent.kept:
             # Nothing but what backward still needs holds on to what was kept: as that goes, so do the copies.
-            self._used, self._last = sent.kept, None
+            self._in_use, self._previous = sent.kept, None
             sent.kept.fetch()
             if sent.kept.previous is not None:
                 sent.kept.previous.fetch()
         return sent.take()
 
 
-class Buffers:
-    """Page-locked host memory, taken once and used again, and the streams that copy to it and from it."""
+class HostPool:
+    """Page-locked host memory, and the streams that copy to it and back.
+
+    Memory is taken from the machine once, and reused for buffers of equal size.
+
+    device  the device that copies
+    bytes   how much has been taken from the machine so far
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -102,11 +110,11 @@ class Buffers:
         return _Buffer(_page_locked(size) if self._on_accelerator else torch.zeros(size, dtype=torch.uint8))
 
     def give_back(self, buffer: _Buffer) -> None:
-        """Nobody uses a buffer any more, though it may still be read from."""
+        """Makes a buffer free for others. It may still be read from: `write` waits for that."""
         self._free[buffer.bytes.numel()].append(buffer)
 
     def write(self, buffer: _Buffer, source: Tensor) -> None:
-        """Copies bytes of the device to a buffer, after what is computed now, beside what is computed next."""
+        """Copies bytes of the device to a buffer: after what is computed now, and beside what is computed next."""
         if not self._on_accelerator:
             buffer.bytes.copy_(source)
             return
@@ -118,7 +126,7 @@ class Buffers:
             buffer.written = self._out.record_event()
 
     def read(self, buffer: _Buffer, target: Tensor, after: torch.cuda.Event | None = None) -> None:
-        """Copies a buffer to bytes of the device, after the event, beside what is computed next."""
+        """Copies a buffer to bytes of the device: after the event, and beside what is computed next."""
         if not self._on_accelerator:
             target.copy_(buffer.bytes)
             return
@@ -131,13 +139,13 @@ class Buffers:
             buffer.read = self._back.record_event()
 
     def wait(self, event: torch.cuda.Event | None, stream: torch.cuda.Stream | None = None) -> None:
-        """What is computed next (or runs next on `stream`) comes after `event`."""
+        """Makes what is computed next, or what runs next on `stream`, come after the event."""
         if event is not None:
             (stream or torch.cuda.current_stream(self.device)).wait_event(event)
 
 
 class _Buffer:
-    """Host bytes, and the events after they were last written and last read."""
+    """Bytes of the host, and the events that follow their last writing and their last reading."""
 
     def __init__(self, memory: Tensor) -> None:
         self.bytes = memory
@@ -145,41 +153,49 @@ class _Buffer:
         self.read: torch.cuda.Event | None = None
 
 
-class Place:
-    """Memory on the device for tensors of up to `size` fp32 elements, which others take their turn in."""
+class StagingArea:
+    """Memory on the device that tensors from the host take turns in.
+
+    tensors      the memory, each of `size` fp32 elements
+    copied_away  for each of them, the event after which its last tensor is on the host again
+    """
 
     def __init__(self, size: int, tensors: int, device: torch.device) -> None:
         self.tensors = [torch.empty(size, dtype=torch.float32, device=device) for _ in range(tensors)]
-        self.left: list[torch.cuda.Event | None] = [None] * tensors  # events after the last of them was copied away
+        self.copied_away: list[torch.cuda.Event | None] = [None] * tensors
 
 
-class Traveller:
-    """fp32 tensors that lie on the host (`there`), and come to a place on the device (`here`) to be worked on."""
+class StagedTensors:
+    """fp32 tensors that lie on the host, and come to a staging area on the device to be worked on.
 
-    def __init__(self, buffers: Buffers, place: Place, size: int, tensors: int) -> None:
-        self._buffers, self._place = buffers, place
-        self._taken = [buffers.take(4 * size) for _ in range(tensors)]
+    there  the tensors on the host
+    here   the tensors on the device, valid between `wait_for_fetch` and `send_back`
+    """
+
+    def __init__(self, pool: HostPool, area: StagingArea, size: int, tensors: int) -> None:
+        self._pool, self._area = pool, area
+        self._taken = [pool.take(4 * size) for _ in range(tensors)]
         self.there = [buffer.bytes.view(torch.float32) for buffer in self._taken]
-        self.here = [tensor[:size] for tensor in place.tensors[:tensors]]
+        self.here = [tensor[:size] for tensor in area.tensors[:tensors]]
 
-    def bring(self) -> None:
+    def fetch(self) -> None:
         """Starts copying to the device."""
-        for buffer, tensor, left in zip(self._taken, self.here, self._place.left):
-            self._buffers.read(buffer, tensor.view(torch.uint8), after=left)
+        for buffer, tensor, copied_away in zip(self._taken, self.here, self._area.copied_away):
+            self._pool.read(buffer, tensor.view(torch.uint8), after=copied_away)
 
-    def arrive(self) -> None:
-        """What is computed next finds the tensors `here`."""
+    def wait_for_fetch(self) -> None:
+        """Makes what is computed next come after the tensors are `here`."""
         for buffer in self._taken:
-            self._buffers.wait(buffer.read)
+            self._pool.wait(buffer.read)
 
-    def leave(self) -> None:
-        """Starts copying back to the host what is computed now."""
+    def send_back(self) -> None:
+        """Starts copying the tensors back to the host, after what is computed now."""
         for index, (buffer, tensor) in enumerate(zip(self._taken, self.here)):
-            self._buffers.write(buffer, tensor.view(torch.uint8))
-            self._place.left[index] = buffer.written
+            self._pool.write(buffer, tensor.view(torch.uint8))
+            self._area.copied_away[index] = buffer.written
 
-    def settle(self) -> None:
-        """Waits until the tensors are `there`."""
+    def wait_for_host(self) -> None:
+        """Waits, in this process, until the tensors are `there`."""
         for buffer in self._taken:
             if buffer.written is not None:
                 buffer.written.synchronize()
@@ -188,29 +204,29 @@ class Traveller:
 class _Kept:
     """What one call of a block keeps on the host.
 
-    previous  what the call before it keeps, which backward needs next
+    previous  what the call before it keeps; backward needs that next
     """
 
-    def __init__(self, buffers: Buffers, previous: _Kept | None) -> None:
-        self.buffers, self.previous = buffers, previous
+    def __init__(self, pool: HostPool, previous: _Kept | None) -> None:
+        self.pool, self.previous = pool, previous
         self._copies: dict[tuple[int, int], _Copy] = {}  # (address, bytes) on the device -> copy
         self._here: list[Tensor] = []  # what may still be copied from
 
     def send(self, tensor: Tensor) -> _Sent:
-        """Sends a tensor; what lies in the same memory as one that was sent is not sent again."""
+        """Sends a tensor to the host. Memory that has been sent already is not sent again."""
         if not _is_dense(tensor):
             tensor = tensor.contiguous()
         key = tensor.data_ptr(), tensor.nbytes
         if key not in self._copies:
-            self._copies[key] = _Copy(self.buffers, _bytes_of(tensor))
+            self._copies[key] = _Copy(self.pool, _bytes_of(tensor))
             self._here.append(tensor)
         return _Sent(self, self._copies[key], tensor)
 
     def let_go(self) -> None:
-        """Frees the device's memory for what is computed after the copies."""
+        """Frees the memory on the device, once the copies to the host are done."""
         if self._here:
             for copy in self._copies.values():
-                self.buffers.wait(copy.buffer.written)
+                self.pool.wait(copy.buffer.written)
             self._here.clear()
 
     def fetch(self) -> None:
@@ -221,35 +237,35 @@ class _Kept:
 
 
 class _Copy:
-    """Bytes of the device that are on the host, and on the device again once they are fetched."""
+    """Bytes of the device that are on the host; once they are fetched, they are on the device again."""
 
-    def __init__(self, buffers: Buffers, source: Tensor) -> None:
-        self.buffers = buffers
-        self.buffer = buffers.take(source.numel())
-        buffers.write(self.buffer, source)
+    def __init__(self, pool: HostPool, source: Tensor) -> None:
+        self.pool = pool
+        self.buffer = pool.take(source.numel())
+        pool.write(self.buffer, source)
         self.fetched: Tensor | None = None
 
     def fetch(self) -> None:
         if self.fetched is None:
-            self.fetched = torch.empty(self.buffer.bytes.numel(), dtype=torch.uint8, device=self.buffers.device)
-            self.buffers.read(self.buffer, self.fetched)
+            self.fetched = torch.empty(self.buffer.bytes.numel(), dtype=torch.uint8, device=self.pool.device)
+            self.pool.read(self.buffer, self.fetched)
 
     def __del__(self) -> None:
-        self.buffers.give_back(self.buffer)
+        self.pool.give_back(self.buffer)
 
 
 class _Sent:
-    """A tensor that was sent: which bytes it has, and how they are to be seen."""
+    """A tensor that was sent: in which copy its bytes are, and how they are to be seen."""
 
     def __init__(self, kept: _Kept, copy: _Copy, tensor: Tensor) -> None:
         self.kept, self._copy = kept, copy
         self._view = tensor.dtype, tensor.size(), tensor.stride()
 
     def take(self) -> Tensor:
-        """The tensor, for what is computed next."""
+        """The tensor, ready for what is computed next."""
         dtype, size, stride = self._view
         assert self._copy.fetched is not None
-        self.kept.buffers.wait(self._copy.buffer.read)
+        self.kept.pool.wait(self._copy.buffer.read)
         return self._copy.fetched.view(dtype).as_strided(size, stride)
 
 

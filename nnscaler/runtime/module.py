@@ -1,4 +1,4 @@
-"""The model as a rank runs it: generated code over this rank's shards."""
+"""A compiled model as a rank runs it: generated code, with this rank's shards of the parameters."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ReadPart = Callable[[str, Box], Tensor]
 
 
 class Weights(dict[str, Tensor]):
-    """A model's weights on this device by name. Reading one that is still being updated waits for that."""
+    """A model's weights on this device, by name. Reading one waits for its update."""
 
     def __init__(self, buckets: Iterable[Bucket], parameters: Mapping[str, Tensor]) -> None:
         super().__init__(parameters)
@@ -53,17 +53,23 @@ class Weights(dict[str, Tensor]):
         return tensor.untyped_storage().data_ptr() in self._memory
 
     def wait(self, weight: Tensor) -> None:
-        """What is computed next comes after the update of a weight."""
+        """Makes what is computed next come after the update of this weight."""
         for bucket in self._buckets.get(id(weight), ()):
             bucket.wait()
 
 
 class ParallelModule(nn.Module):
-    """Loads a compiled plan and runs it.
+    """Loads a compiled plan, and runs it.
 
-    `forward(**inputs)` takes the whole inputs of the traced model on every rank of a replica and returns its whole
-    outputs. Parameters and their gradients live in `buckets`; `backward()` on the output, `reducer.end_micro_batch()`
-    after it and `reducer.finish()` at the end of a step fill `Bucket.gradient`; `accumulate` does all of it.
+    `forward(**inputs)` takes the whole inputs of the traced model, on every rank of a copy, and returns its whole
+    outputs. `accumulate` runs forward and backward of a step's micro-batches, and fills `Bucket.gradient`. To do this
+    by hand: call `backward()` on the output, then `reducer.end_micro_batch()`, and at the end of the step
+    `reducer.finish()`.
+
+    specs       name of a parameter or buffer -> its shape, type and layout
+    tied        another name of a parameter -> its name in `specs`
+    buckets     what trained parameters and their gradients lie in
+    gives_loss  whether this rank gets the loss
     """
 
     gives_loss = True
@@ -77,8 +83,11 @@ class ParallelModule(nn.Module):
     def of_stage(
         cls, directory: Path, plan: dict[str, Any], stage: int, axes: Axes, shared: Collection[str]
     ) -> ParallelModule:
-        """One stage of a pipeline: `plan` is its part of plan.json, `shared` the parameters that other stages have
-        too, which get buckets of their own."""
+        """One stage of a pipeline.
+
+        plan    its part of plan.json
+        shared  parameters that other stages use too; these get buckets of their own
+        """
         module = cls.__new__(cls)
         module._load(directory, plan, copy(axes), stage, shared)  # each stage gathers its own weights
         return module
@@ -108,7 +117,7 @@ class ParallelModule(nn.Module):
         self._code = _load_source(directory / f"gencode_stage{stage}.py")
 
     def _load_fixed(self, directory: Path) -> None:
-        """Buffers, and parameters that are not trained: whole on every device."""
+        """Loads buffers, and makes room for parameters that are not trained; both are whole on every device."""
         path = directory / "buffers.safetensors"
         values = load_file(path) if path.exists() else {}
         for name, spec in self.specs.items():
@@ -130,8 +139,10 @@ class ParallelModule(nn.Module):
             return self._code.forward(self._weights, self.axes, *(inputs[name] for name in self.input_names))
 
     def accumulate(self, micro_batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
-        """Forward and backward of a step's micro-batches, as many as were planned for: fills `Bucket.gradient`; gives
-        the sum of their losses. Raises UserError where forward gives anything but a loss."""
+        """Runs forward and backward of a step's micro-batches, and fills `Bucket.gradient`.
+
+        Returns the sum of their losses, fp64. Raises UserError where forward gives anything but a loss.
+        """
         total = torch.zeros((), dtype=torch.float64, device=self.axes.device)
         for inputs in micro_batches:
             loss = self(**inputs)
@@ -146,9 +157,10 @@ class ParallelModule(nn.Module):
         return total
 
     def hold_unused(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes the model's tensors that forward does not use, on the CPU, to be loaded and saved like the others.
+        """Takes tensors of the model that its forward does not use, on the CPU, so that they are loaded and saved like
+        others.
 
-        tensors  full name -> value, or a tensor on the meta device for one that has none yet
+        tensors  full name -> value; or a tensor on the meta device, where the value is still to be loaded
         """
         for name, tensor in tensors.items():
             everywhere = tuple(Replicate() for _ in self.axes.mesh.sizes)
@@ -158,19 +170,19 @@ class ParallelModule(nn.Module):
             self._weights[name] = torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor
 
     def tensors_called(self, name: str) -> list[Tensor]:
-        """This rank's shard of a parameter, or a buffer; none where the rank does not have it."""
+        """This rank's shard of a parameter, or a buffer; nothing where the rank does not have it."""
         return [self._weights[name]] if name in self.specs else []
 
     def _is_weight(self, tensor: Tensor) -> bool:
         return self._weights.hold(tensor) or self.gathers.holds(tensor)
 
     def parameters_to_load(self) -> dict[str, ParameterSpec]:
-        """Every parameter that has no value yet: trained and frozen ones, not buffers."""
+        """The parameters that have no value yet, trained and frozen ones. Buffers have theirs."""
         return {name: spec for name, spec in self.specs.items() if name not in self.buffer_names}
 
     @torch.no_grad()
     def load(self, read: ReadPart) -> None:
-        """Fills this rank's shards: `read(name, box)` gives a part of a whole parameter, of any float type."""
+        """Fills this rank's shards. `read(name, box)` gives this part of a whole parameter, in any float type."""
         for name, spec in self.parameters_to_load().items():
             self.load_one(name, read(name, spec.box(self.axes.mesh, self.axes.place)))
 

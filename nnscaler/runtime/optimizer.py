@@ -1,9 +1,9 @@
-"""AdamW on the fp32 master weights of the elements that this rank owns, bucket by bucket, beside the next forward.
+"""AdamW on the fp32 master weights of the elements that this rank owns: bucket by bucket, beside the next forward.
 
-Buckets are updated, and what came of it is sent to their other owners, in the order in which forward needs them.
-Forward waits for each bucket that it uses (`Bucket.wait`), not for the whole update, which has a stream of its own.
-Masters and moments of some buckets may lie on the host: they come to the device for their update, a few buckets ahead,
-and go back.
+Buckets are updated in the order in which forward needs them, and each is then sent to its other owners. The update has
+a stream of its own. Forward waits only for the buckets that it uses (`Bucket.wait`), not for the whole update.
+The master weights and moments of some buckets may lie on the host. They come to the device for their update, a few
+buckets ahead, and go back.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ from torch import Tensor
 
 from nnscaler.config import OptimizerConfig
 from nnscaler.runtime.buckets import Bucket
-from nnscaler.runtime.host import Buffers, Place, Traveller
+from nnscaler.runtime.host import HostPool, StagedTensors, StagingArea
 from nnscaler.sizes import STATES_AHEAD
 
 
 def decays(shape: tuple[int, ...]) -> bool:
-    """Whether weight decay applies to a parameter: not to norms and biases."""
+    """Whether weight decay applies to a parameter of this shape: not to norms and biases, which have one dimension."""
     return len(shape) > 1
 
 
 def buckets_of(buckets: list[Bucket], size: float) -> list[int]:
-    """Indices of the buckets whose state lies on the host, where that shall have at least `size` bytes: those that
-    forward needs last, and so waits for least."""
+    """Indices of the buckets whose state lies on the host, when that is to be at least `size` bytes.
+
+    They are those that forward needs last: it then waits for them least.
+    """
     found = []
     for index in sorted(range(len(buckets)), key=lambda index: -buckets[index].first):
         if size <= 0:
@@ -41,12 +43,13 @@ def buckets_of(buckets: list[Bucket], size: float) -> list[int]:
 
 
 class ShardedOptimizer:
-    """Clips, updates and publishes the parameters of all buckets.
+    """Clips the gradients of all buckets, updates the parameters, and sends them to their other owners.
 
-    The state of a bucket has one fp32 element for each owned one: `master` (the parameter itself where it is fp32),
-    `exp_avg` and `exp_avg_sq`.
+    The state of a bucket has fp32 elements, one for each owned element: `master` (which is the parameter itself where
+    that is in fp32), `exp_avg` and `exp_avg_sq`.
 
-    on_host  indices of the buckets whose state lies on the host
+    plan_ngpus  devices of one copy of the model; each of them counts the same labels
+    on_host     indices of the buckets whose state lies on the host
     """
 
     STATE = ("exp_avg", "exp_avg_sq")
@@ -60,9 +63,9 @@ class ShardedOptimizer:
         self._counted = torch.tensor(counted, dtype=torch.float64, device=self.device)
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._order = sorted(range(len(buckets)), key=lambda index: buckets[index].first)
-        away = [index for index in self._order if index in on_host]
-        self._travellers = _travellers(buckets, away, len(self.STATE) + 1)
-        self._states = [_State(bucket, config, self._travellers.get(i)) for i, bucket in enumerate(buckets)]
+        ordered = [index for index in self._order if index in on_host]
+        self._staged = _staged_tensors(buckets, ordered, len(self.STATE) + 1)
+        self._states = [_State(bucket, config, self._staged.get(i)) for i, bucket in enumerate(buckets)]
 
     @property
     def masters(self) -> list[Tensor]:
@@ -75,34 +78,34 @@ class ShardedOptimizer:
         return [state.moments for state in self._states]
 
     def load_masters(self) -> None:
-        """Takes the current parameters as masters."""
+        """Sets the master weights to the current parameters."""
         for bucket, master in zip(self.buckets, self.masters):
             if master is not bucket.owned:
                 master.copy_(bucket.owned)
 
     @property
     def steps(self) -> int:
-        """Updates so far. Waits for the device."""
+        """How many updates there have been. Waits for the device."""
         self.settle()
         return self._states[0].steps
 
     def set_steps(self, steps: int) -> None:
-        """Continues after `steps` updates (the moments must be loaded too)."""
+        """Continues as after `steps` updates. The moments must be loaded too."""
         for state in self._states:
             state.set_steps(steps)
 
     @torch.no_grad()
     def step(self, labels: float, lr: float, loss: Tensor | None = None) -> Tensor:
-        """One update from the accumulated gradients of summed losses, taken as the mean over all labels.
+        """One update, from the gradients of summed losses, which are taken as the mean over all labels.
 
-        labels  number of labels in this rank's micro-batches
-        loss    the sum of their losses, 0 where another rank has it; None: whether it is finite does not matter
+        labels  how many labels this rank's micro-batches have
+        loss    the sum of their losses, or 0 where another rank has it; None: whether it is finite does not matter
 
-        Where a rank's loss or the gradient's norm is not finite, as that of elements is whose squares are not, nothing
-        changes: no weight, no moment, no count of updates. All ranks decide alike.
+        If the loss or the norm of the gradient is not finite on any rank, nothing changes: no weight, no moment, and
+        not the number of updates. All ranks decide alike. The norm is also infinite where the square of an element is.
 
-        Returns the norm of the mean's whole gradient before clipping, which is not finite where nothing has changed. It
-        is on the device, and nothing waits for the device.
+        Returns the norm of the whole mean gradient before clipping; it is not finite where nothing has changed. It is a
+        tensor on the device, and nothing waits for the device.
         """
         gradients = [bucket.gradient for bucket in self.buckets]
         squares = (torch.stack(torch._foreach_norm(gradients)).double().square() * self._counted).sum()
@@ -122,53 +125,55 @@ class ShardedOptimizer:
         torch._foreach_mul_(gradients, scale)
         found_infinite = (~finite).float()
         with self._beside():
-            coming = deque(self._travellers[index] for index in self._order if index in self._travellers)
+            coming = deque(self._staged[index] for index in self._order if index in self._staged)
             for _ in range(min(STATES_AHEAD, len(coming))):
-                coming.popleft().bring()
+                coming.popleft().fetch()
             for index in self._order:
-                traveller = self._travellers.get(index)
-                if traveller is not None:
-                    traveller.arrive()
+                staged = self._staged.get(index)
+                if staged is not None:
+                    staged.wait_for_fetch()
                     if coming:
-                        coming.popleft().bring()
+                        coming.popleft().fetch()
                 self._states[index].update(gradients[index], lr, found_infinite)
-                if traveller is not None:
-                    traveller.leave()
+                if staged is not None:
+                    staged.send_back()
                 self._states[index].publish()
         return norm
 
     @torch.no_grad()
     def publish_masters(self) -> None:
-        """Makes every rank's parameters those of the masters."""
+        """Sets every rank's parameters to the master weights."""
         for bucket, master in zip(self.buckets, self.masters):
             if master is not bucket.owned:
                 bucket.owned.copy_(master)
             bucket.publish()
 
     def settle(self) -> None:
-        """What is computed next, on the current stream, comes after the last update of masters and moments; where they
-        lie on the host, this process waits for it."""
+        """Makes what is computed next, on the current stream, come after the last update of masters and moments.
+
+        Where these lie on the host, this process waits for them.
+        """
         if self._stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
-        for traveller in self._travellers.values():
-            traveller.settle()
+        for staged in self._staged.values():
+            staged.wait_for_host()
 
     @torch.no_grad()
     def is_finite(self) -> bool:
-        """Whether all that this rank owns, masters and moments, is finite. Waits for the device."""
+        """Whether all master weights and moments that this rank owns are finite. Waits for the device."""
         self.settle()
         tensors = [*self.masters, *(tensor for state in self.state for tensor in state.values())]
         return bool(torch.stack([tensor.isfinite().all().to(self.device) for tensor in tensors]).all())
 
     def finish(self) -> None:
-        """Waits until the last update, and the exchange of what it gave, is done."""
+        """Waits until the last update, and the sending of its results, is done."""
         self.settle()
         for bucket in self.buckets:
             bucket.wait()
 
     @contextmanager
     def _beside(self) -> Iterator[None]:
-        """Inside, what is computed comes after what was before, beside what comes after."""
+        """Inside, computation comes after all before it, and runs beside all after it."""
         if self._stream is None:
             yield
             return
@@ -178,22 +183,22 @@ class ShardedOptimizer:
 
 
 class _State:
-    """Master and moments of one bucket, and what updates them.
+    """The master weights and moments of one bucket, and what updates them.
 
-    traveller  takes them from the host and back; None: they lie on the device
+    staged  brings them from the host and back; None: they lie on the device
     """
 
-    def __init__(self, bucket: Bucket, config: OptimizerConfig, traveller: Traveller | None) -> None:
+    def __init__(self, bucket: Bucket, config: OptimizerConfig, staged: StagedTensors | None) -> None:
         self.bucket = bucket
         names = ShardedOptimizer.STATE
         is_master = bucket.owned.dtype == torch.float32
-        if traveller is None:
+        if staged is None:
             self.master = bucket.owned if is_master else bucket.owned.to(torch.float32)
             self.moments = {name: torch.zeros_like(self.master) for name in names}
             here = {"master": self.master, **self.moments}
         else:
-            there = dict(zip([*names, "master"], traveller.there))
-            here = dict(zip([*names, "master"], traveller.here))
+            there = dict(zip([*names, "master"], staged.there))
+            here = dict(zip([*names, "master"], staged.here))
             if is_master:
                 there["master"] = here["master"] = bucket.owned
             else:
@@ -230,30 +235,33 @@ class _State:
         self._adam.step()
 
     def publish(self) -> None:
-        """Makes every owner's parameters those of the master that was just updated."""
+        """Sets every owner's parameters to the master weights that have just been updated."""
         if self._master is not self.bucket.owned:
             self.bucket.owned.copy_(self._master)
         self.bucket.publish()
 
 
-def _travellers(buckets: list[Bucket], away: list[int], tensors: int) -> dict[int, Traveller]:
-    """What takes the state of each bucket that is `away` to the device and back, in this order: there are places for a
-    few at a time."""
-    if not away:
+def _staged_tensors(buckets: list[Bucket], on_host: list[int], tensors: int) -> dict[int, StagedTensors]:
+    """Index of a bucket -> its state, for the buckets whose state lies on the host.
+
+    on_host  their indices, in the order of the update: a few of them take turns in as many staging areas
+    tensors  how many tensors the state has
+    """
+    if not on_host:
         return {}
-    buffers = Buffers(buckets[0].device)
-    largest = max(buckets[index].owned.numel() for index in away)
-    places = [Place(largest, tensors, buckets[0].device) for _ in range(STATES_AHEAD + 1)]
+    pool = HostPool(buckets[0].device)
+    largest = max(buckets[index].owned.numel() for index in on_host)
+    areas = [StagingArea(largest, tensors, buckets[0].device) for _ in range(STATES_AHEAD + 1)]
     found = {}
-    for count, index in enumerate(away):
+    for count, index in enumerate(on_host):
         bucket = buckets[index]
         wanted = tensors - (bucket.owned.dtype == torch.float32)
-        found[index] = Traveller(buffers, places[count % len(places)], bucket.owned.numel(), wanted)
+        found[index] = StagedTensors(pool, areas[count % len(areas)], bucket.owned.numel(), wanted)
     return found
 
 
 def _decay_ranges(bucket: Bucket) -> tuple[slice, slice]:
-    """The owned elements with weight decay, and those without."""
+    """The range of owned elements with weight decay, and the range of those without."""
     owned = bucket.owned_range
     boundary = max((slot.stop for slot in bucket.slots if decays(slot.spec.shape)), default=0)
     cut = min(max(boundary - owned.start, 0), len(owned))

@@ -1,8 +1,7 @@
-"""Computing a function piece by piece along a dimension, so that what it makes on the way exists a piece at a time.
+"""Computing a function piece by piece along a dimension, so that what it makes inside exists only a piece at a time.
 
-A split is a split, over devices or over time: what may be divided over devices without communication may be computed in
-pieces, one after the other. Backward computes each piece again. A tensor that all pieces use whole, such as a weight,
-gets the sum of their gradients, added up in fp32.
+Backward computes each piece again. A tensor that all pieces use whole, such as a weight, gets the sum of their
+gradients, which is added up in fp32.
 """
 
 from __future__ import annotations
@@ -21,10 +20,12 @@ def in_pieces(
     joined: Sequence[int],
     *args: Any,
 ) -> Any:
-    """`function(*args)`, one of `count` pieces at a time.
+    """`function(*args)`, computed in `count` pieces, one after the other.
 
-    split   for each argument the dimension of which a piece gets its part; None: each piece gets the whole
-    joined  for each result the dimension along which the pieces' are put together
+    split   for each argument, the dimension along which it is divided; None: each piece gets the whole
+    joined  for each result, the dimension along which the pieces' results are joined
+
+    Example: `in_pieces(torch.mm, 4, (0, None), (0,), x, w)` is `torch.mm(x, w)`, a quarter of the rows at a time.
     """
     kept: list[Any] = []
     results = _Pieces.apply(function, count, tuple(split), tuple(joined), kept, *_Kept.apply(kept, *args))
@@ -32,8 +33,10 @@ def in_pieces(
 
 
 class _Kept(torch.autograd.Function):
-    """Keeps the arguments for backward, before anything is computed from them: where a checkpoint around all this
-    computes again until it has what was kept, it stops here."""
+    """Keeps the arguments for backward, before anything is computed from them.
+
+    A checkpoint around all this computes again only until it has what was kept: so it stops here.
+    """
 
     @staticmethod
     def forward(ctx: Any, kept: list[Any], *args: Any) -> tuple[Any, ...]:
@@ -84,7 +87,7 @@ class _Pieces(torch.autograd.Function):
 
 
 def _gradients(function: Any, inputs: list[Any], wanted: list[int], given: list[Tensor]) -> list[Tensor]:
-    """The gradients of some inputs, where those of the results are given."""
+    """The gradients of some inputs, where `given` are those of the results."""
     for index in wanted:
         inputs[index] = inputs[index].detach().requires_grad_()
     with torch.enable_grad():
@@ -94,7 +97,7 @@ def _gradients(function: Any, inputs: list[Any], wanted: list[int], given: list[
 
 
 def _add(total: Tensor | None, gradient: Tensor, dim: int | None, count: int, piece: int) -> Tensor:
-    """The gradient of a whole argument, with that of one more piece in it."""
+    """The gradient of a whole argument, after that of one more piece has been added."""
     if dim is not None:
         total = _whole(gradient, dim, count) if total is None else total
         _part(total, dim, count, piece).copy_(gradient)
@@ -118,7 +121,7 @@ def _part(whole: Tensor, dim: int, count: int, piece: int) -> Tensor:
 
 
 def _whole(part: Tensor, dim: int, count: int) -> Tensor:
-    """An empty tensor for all pieces, whose dimensions lie in memory in the order in which those of a piece do."""
+    """An empty tensor with room for all pieces. Its dimensions lie in memory in the same order as those of a piece."""
     shape = list(part.shape)
     shape[dim] *= count
     order = sorted(range(part.dim()), key=part.stride, reverse=True)

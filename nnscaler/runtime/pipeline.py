@@ -1,7 +1,7 @@
-"""A model whose stages lie on the ranks of a pipeline, run by `torch.distributed.pipelining`.
+"""A model whose stages lie on the ranks of a pipeline; `torch.distributed.pipelining` runs it.
 
-Each stage is a `ParallelModule` with its own buckets; a rank has one stage or more. Every rank of a replica reads the
-same micro-batches, and each stage takes from them what it uses; only what crosses between stages is sent.
+Each stage is a `ParallelModule` with its own buckets, and a rank has one stage or several. Every rank of a copy reads
+the same micro-batches, and each stage takes from them what it uses. Only what crosses between stages is sent.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from nnscaler.shards import Box, ParameterSpec
 
 
 def load_module(directory: Path, device: torch.device) -> TrainedModule:
-    """The compiled model of a directory, as this rank runs it."""
+    """The compiled model in a directory, as this rank runs it."""
     plan = json.loads((directory / "plan.json").read_text())
     return PipelineModule(directory, plan, device) if "pipeline" in plan else ParallelModule(directory, device)
 
 
 class PipelineModule:
-    """This rank's stages, and the schedule that runs them. Its interface is that of `ParallelModule`."""
+    """This rank's stages, and the schedule that runs them. It is used like a `ParallelModule`."""
 
     def __init__(self, directory: Path, plan: dict[str, Any], device: torch.device) -> None:
         pipeline, mesh = plan["pipeline"], plan["stages"][0]["mesh"]
@@ -63,14 +63,14 @@ class PipelineModule:
         )
 
     def _torch_stage(self, index: int, crossing: list[list[dict[str, Any]]], splits: bool) -> _Stage:
-        """`crossing`: for each stage the tensors that it sends to the next."""
+        """Torch's object for one stage. `crossing`: for each stage, the tensors that it sends to the next"""
         received = _examples(crossing[index - 1]) if index else ()
         sent = _examples(crossing[index]) if index < self.schedule.stages - 1 else (torch.empty((), device="meta"),)
         names = [tensor["name"] for tensor in crossing[index - 1]] if index else []
         return _Stage(self.stages[index], names, index, self.schedule.stages, received, sent, self.axes, splits)
 
     def _share(self, shared: Mapping[str, list[int]]) -> Iterator[_SharedParameter]:
-        """The shared parameters that this rank has. Every rank makes all groups."""
+        """The parameters of this rank that several stages use. Every rank makes all groups, in the same order."""
         groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
         for name, users in shared.items():
             ranks = tuple(sorted({self.schedule.rank_of(stage) for stage in users}))
@@ -84,9 +84,9 @@ class PipelineModule:
                 yield _SharedParameter(same, groups[ranks])
 
     def accumulate(self, micro_batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
-        """Runs the schedule over a step's micro-batches: fills `Bucket.gradient`.
+        """Runs the schedule over a step's micro-batches, and fills `Bucket.gradient`.
 
-        Returns the sum of their losses where `gives_loss`, else 0.
+        Returns the sum of their losses, fp64, where `gives_loss`; else 0.
         """
         batches = list(micro_batches)
         inputs = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
@@ -103,7 +103,7 @@ class PipelineModule:
         return total
 
     def hold_unused(self, tensors: Mapping[str, Tensor]) -> None:
-        """As `ParallelModule.hold_unused`: in the first of this rank's stages."""
+        """As `ParallelModule.hold_unused`. The first of this rank's stages takes them."""
         first = next(iter(self.stages.values()))
         first.hold_unused(tensors)
         self.specs.update({name: first.specs[name] for name in tensors})
@@ -113,11 +113,11 @@ class PipelineModule:
         return [tensor for stage in self.stages.values() for tensor in stage.tensors_called(name)]
 
     def parameters_to_load(self) -> dict[str, ParameterSpec]:
-        """Every parameter of this rank's stages that has no value yet."""
+        """The parameters of this rank's stages that have no value yet."""
         return {name: spec for stage in self.stages.values() for name, spec in stage.parameters_to_load().items()}
 
     def load(self, read: ReadPart) -> None:
-        """Fills this rank's shards: `read(name, box)` gives a part of a whole parameter, of any float type."""
+        """Fills this rank's shards. `read(name, box)` gives this part of a whole parameter, in any float type."""
         for stage in self.stages.values():
             stage.load(read)
 
@@ -136,17 +136,19 @@ TrainedModule: TypeAlias = ParallelModule | PipelineModule
 
 
 class PeerStage(PipelineStage):
-    """A torch stage that connects to other ranks alone. Where the next stage is on its own rank, torch 2.11 connects to
-    that too, and gloo cannot."""
+    """A torch stage that connects to other ranks only.
+
+    Torch 2.11 also connects to the next stage where that is on the same rank, which gloo cannot do.
+    """
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
 
 class _Stage(PeerStage):
-    """A torch stage that hands gradients to the stage's reducer.
+    """A torch stage that hands its gradients to the stage's reducer.
 
-    Where it does not split backward, the part for the inputs does all, and the part for the weights nothing.
+    Where it does not split its backward, the part for the inputs does everything, and the part for the weights nothing.
     """
 
     def __init__(
@@ -188,7 +190,7 @@ def _nothing() -> None:
 
 
 class _StageModule(nn.Module):
-    """A stage as torch calls it: what it received by place, the model's inputs by name."""
+    """A stage as torch calls it: what it received comes by place, the model's inputs by name."""
 
     def __init__(self, module: ParallelModule, received: list[str]) -> None:
         super().__init__()
@@ -203,7 +205,11 @@ class _StageModule(nn.Module):
 
 @dataclass(frozen=True)
 class _SharedParameter:
-    """A part of a parameter of several stages: its bucket in each of this rank's stages, and the group of all ranks."""
+    """A part of a parameter that several stages use.
+
+    buckets  it lies in, one for each of this rank's stages that use it
+    group    of all ranks whose stages use it; None: only this rank
+    """
 
     buckets: tuple[Bucket, ...]
     group: dist.ProcessGroup | None
@@ -224,7 +230,7 @@ def _buckets_of(stage: ParallelModule, name: str) -> list[Bucket]:
 
 
 def _group_across(axes: Axes, pipeline_ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
-    """The group of the devices on these pipeline ranks that stand where this one does on the other axes."""
+    """The group of those devices on these pipeline ranks that have this device's place on the other axes."""
     if len(pipeline_ranks) == 1:
         return None
     each = axes.mesh.runtime_ngpus // axes.mesh.pipeline
@@ -238,7 +244,7 @@ def _group_across(axes: Axes, pipeline_ranks: tuple[int, ...]) -> dist.ProcessGr
 
 
 def _examples(tensors: list[dict[str, Any]]) -> tuple[Tensor, ...]:
-    """Tensors without values, of the shapes, types and need of gradients that plan.json says."""
+    """Tensors without values, of the shapes, types and need for gradients that plan.json says."""
     return tuple(
         torch.empty(tensor["shape"], dtype=getattr(torch, tensor["dtype"]), device="meta").requires_grad_(
             tensor["gradient"]

@@ -1,4 +1,4 @@
-"""Regions of generated code: computation without communication, compiled on accelerators, recomputed as planned."""
+"""Regions of generated code: computation without communication, compiled on GPUs, and recomputed as planned."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _numbers = itertools.count()
 
 
 def region(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A region as `call(keep, *args)`, where `keep` is the name of a recompute level.
+    """Makes a region `call(keep, *args)`, where `keep` is the name of a recompute level.
 
-    On an accelerator it is compiled, once for each way in which levels run it.
+    On a GPU it is compiled, once for each way in which levels run it.
     """
     compiled: dict[Callable[..., Any] | None, Callable[..., Any]] = {}
 
@@ -41,7 +41,7 @@ def region(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _bound(way: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """`way(function, *args)` as a function of its own: torch compiles only so many variants of what has equal code."""
+    """`way(function, *args)` as a function with code of its own: torch compiles few variants of one code object."""
 
     def run(*args: Any) -> Any:
         return way(function, *args)

@@ -70,7 +70,7 @@ def test_gradients_are_equal_to_the_last_bit_and_buffers_are_used_again(call: Ca
     taken = []
     for _ in range(3):
         assert all(map(torch.equal, model.gradients(host), wanted))
-        taken.append(host.buffers.bytes)
+        taken.append(host.pool.bytes)
     # Of `block` its input and tanh's result are kept; recomputed, its input alone; with holes, what is between them.
     each = {block: SIZE * 2, recomputed: SIZE, with_holes: SIZE + SIZE // 2}[call]
     assert taken == [each * CALLS] * 3
