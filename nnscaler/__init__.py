@@ -1,4 +1,4 @@
-"""Trains large models over many devices: traces, plans, generates code, and runs it."""
+"""Trains large models on many devices: traces a model, plans how to divide it, generates code, and runs that."""
 
 from typing import TYPE_CHECKING
 

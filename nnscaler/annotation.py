@@ -1,19 +1,21 @@
-"""The dimension-annotation language: which dimensions of an operator's tensors belong together, and may be split.
+"""The language of annotations: which dimensions of an operator's tensors belong together, and which may be split.
 
     b l d^, n^ d^, b l -> b l
 
-Tensors are separated by commas, inputs and outputs by `->`. Each dimension of a tensor is one of
+Tensors are separated by commas, and `->` stands between inputs and outputs. Each dimension of a tensor is one of
 
-    name       an identifier; the same name is the same size everywhere. It may be split over devices.
-    name^      never split (writing `^` once freezes the name everywhere)
-    name+      may be split although no output has it: each device then computes a term of a sum
-    (a b)      a dimension made of several, the first the outermost; only the outermost can be split
-    12         a dimension of exactly this size, never split
-    *          any number of dimensions, the same in each tensor that has a `*`; `*^` freezes them
+    name       an identifier; the same name has the same size everywhere. It may be split over devices.
+    name^      is never split; one `^` holds for the name wherever it occurs
+    name+      may be split although some output lacks it: each device then computes a term of a sum
+    (a b)      is made of several names, the first the outermost; only the outermost can be split
+    12         has exactly this size, and is never split
+    *          any number of dimensions, the same in each tensor that has a `*`; `*^` is never split
 
-A tensor without dimensions is `()`. A tensor that is `?` is never split: each device gets all of it. Splitting a name
-over devices means: tensors that have it are sharded along that dimension, inputs that lack it are whole on each device,
-outputs that lack it (allowed for `name+` only) are partial sums.
+A tensor without dimensions is `()`. A tensor that is `?` is never split: each device gets all of it.
+
+To split a name over devices means: tensors that have the name are sharded along that dimension; inputs without it are
+whole on each device; outputs without it (allowed for `name+` only) are partial sums. In the example, splitting `b`
+shards the first input, the third, and the output; the second input, a weight, is whole on each device.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ _TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_]\w*)|(?P<number>\d+)|(?P<mark>->|[
 
 @dataclass(frozen=True)
 class Dim:
-    """One dimension of a tensor: the product of its names, the first the outermost. A fixed size has no names."""
+    """One dimension of a tensor: the product of its names, the first the outermost; or a fixed size, without names."""
 
     names: tuple[str, ...]
     size: int | None = None
@@ -51,7 +53,11 @@ Tensor = tuple[Dim, ...] | None  # None is `?`
 
 @dataclass(frozen=True)
 class Split:
-    """One way to run an operator over the devices of a mesh axis: split along `name`, or not at all (`None`)."""
+    """One way to run an operator on the devices of a mesh axis.
+
+    name             the annotated name that is split; None: nothing is
+    inputs, outputs  the placement of each tensor that follows
+    """
 
     name: str | None
     inputs: tuple[Placement, ...]
@@ -60,7 +66,11 @@ class Split:
 
 @dataclass(frozen=True)
 class Annotation:
-    """A parsed annotation; `bind` matches it to shapes."""
+    """A parsed annotation; `bind` matches it to shapes.
+
+    frozen  names that are never split (`^`)
+    summed  names that may be split although an output lacks them (`+`)
+    """
 
     text: str
     inputs: tuple[Tensor, ...]
@@ -70,14 +80,16 @@ class Annotation:
 
     @staticmethod
     def parse(text: str) -> Annotation:
-        """Parses `text`. A syntax error is a `UserError` that gives the position."""
+        """Parses `text`. Raises UserError, with the position, for a syntax error."""
         return _parse(text)
 
     def bind(self, input_shapes: Sequence[Shape | None], output_shapes: Sequence[Shape]) -> Bound:
         """Matches the annotation to concrete shapes.
 
-        `input_shapes` has one shape a tensor input in argument order (None: the argument is absent). Raises `UserError`
-        naming the tensor and dimension where a shape does not fit.
+        input_shapes   a shape for each tensor input, in the order of the arguments; None: the argument is absent
+        output_shapes  a shape for each output
+
+        Raises UserError, with the tensor and the dimension, where a shape does not fit.
         """
         if len(input_shapes) != len(self.inputs) or len(output_shapes) != len(self.outputs):
             raise UserError(
@@ -128,7 +140,7 @@ class Annotation:
         return (*tensor[:at], *(Dim((name,)) for name in _star_names(stars)), *tensor[at + 1 :])
 
     def _solve(self, dims: list[tuple[Dim, int, str]], sizes: dict[str, int]) -> None:
-        """Finds the size of each name; a group gives the size of its one unknown name."""
+        """Finds the size of each name. A group `(a b)` gives the size of its one unknown name."""
         pending = dims
         while pending:
             later = []
@@ -163,7 +175,11 @@ def _star_names(count: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Bound:
-    """An annotation matched to the shapes of one operator call."""
+    """An annotation that is matched to the shapes of one operator call.
+
+    sizes   name -> its size
+    frozen  names that are never split, those behind a `*` included
+    """
 
     annotation: Annotation
     inputs: tuple[Tensor, ...]
@@ -172,7 +188,8 @@ class Bound:
     frozen: frozenset[str]
 
     def split(self, name: str | None) -> Split | None:
-        """The placements when `name` is split over an axis (None: nothing is); None if it cannot be."""
+        """The way to run the operator with `name` split over an axis (None: nothing is). None where it cannot be
+        split."""
         if name is None:
             return Split(None, (REPLICATE,) * len(self.inputs), (REPLICATE,) * len(self.outputs))
         if name in self.frozen or self.sizes[name] == 1:
@@ -186,13 +203,18 @@ class Bound:
         return Split(name, tuple(inputs), tuple(outputs))  # type: ignore[arg-type]
 
     def splits(self, devices: int) -> list[Split]:
-        """All ways to run the operator over an axis of `devices`: not split first, then by name in order of writing."""
+        """All ways to run the operator on an axis of `devices` devices.
+
+        The first splits nothing. The others split one name each, in the order in which names are written, if its size
+        is a multiple of `devices`. With `devices` = 1, every name that may be split is there.
+        """
         ways = [self.split(None)]
         ways += [self.split(name) for name, size in self.sizes.items() if size % devices == 0]
         return [way for way in ways if way is not None]
 
     def _place(self, tensor: Tensor, name: str, absent: Placement) -> Placement | None:
-        """Shard(dim) where `name` is outermost in dimension `dim`, `absent` without it, None where it is further in."""
+        """Shard(dim) where `name` is outermost in dimension `dim`; `absent` where no dimension has it; None where it
+        is further in."""
         for dim, parts in enumerate(tensor or ()):
             if name in parts.names:
                 outer = parts.names[: parts.names.index(name)]

@@ -1,6 +1,6 @@
-"""Command-line conventions shared by every script: flag spelling, help format, one-line errors, logging.
+"""What all commands share: how flags are spelled, what help looks like, errors in one line, and logging.
 
-Nothing here needs torch, so that help, and what is wrong with a flag, come at once.
+Nothing here imports torch, so that help, and what is wrong with a flag, come at once.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from nnscaler.errors import UserError
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """`argparse` with defaults shown in the help, both `--long_name` and `--long-name` accepted for each flag, values
-    that may be negative however they are spelled, and the nearest known flag named where one is unknown."""
+    """`argparse` with some conventions.
+
+    Help shows defaults. Each flag may be written `--long_name` or `--long-name`. A value may be a negative number, in
+    any notation. An unknown flag is an error that names the nearest known one.
+    """
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", _HelpFormatter)
@@ -37,7 +40,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def _as_declared(self, arg: str) -> str:
-        """The declared spelling of a flag given with hyphens for underscores or the reverse."""
+        """The declared spelling of a flag that is written with hyphens for underscores, or the reverse."""
         if not arg.startswith("--"):
             return arg
         flag, equals, value = arg.partition("=")
@@ -66,14 +69,14 @@ def _spelling(flag: str) -> str:
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
-    """A message for a name that is none of those that are known, with the nearest of them."""
+    """A message about an unknown name, with the nearest of the known ones. `what`: what it is the name of"""
     near = difflib.get_close_matches(_spelling(name), list(known), n=1, cutoff=0.6)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"there is no {what} {name}{hint}"
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a command: logs to stderr, and turns a `UserError` into one line on stderr and exit status 2."""
+    """Runs a command: logs to stderr, and turns a UserError into one line on stderr and exit status 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         main()
@@ -85,10 +88,10 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _tell(line: str) -> None:
-    """Writes a line to stderr; where torchrun started several processes here that say the same, the first of them does.
+    """Writes a line to stderr. Where several processes that torchrun started here say the same, only the first of them
+    does.
 
-    torchrun gives each process a folder of its own, side by side, where one says that it has told. What torchrun itself
-    then reports of processes that failed has no place for a line of ours that would not come twice.
+    torchrun gives each process its own folder, side by side. A process leaves a mark there when it has written a line.
     """
     folder = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if folder is not None:

@@ -1,11 +1,11 @@
-"""Compiling: model -> graph -> plan -> generated code, as files in one directory.
+"""Compiling: model -> graph -> plan -> generated code. The result is one directory with these files:
 
 graph.txt            the traced model
-plan.json            the plan with all its costs, and what the runtime needs to know of parameters
-plan.html            the same, to read; of a pipeline there is a plan_stage0.html, ..., too
-trace.json           of a pipeline, the simulated step for chrome://tracing and https://ui.perfetto.dev
-gencode_stage0.py    what each rank runs; of a pipeline, one such file a stage
-buffers.safetensors  values of the model's buffers
+plan.json            the plan with all its costs, and what the run time needs to know of parameters
+plan.html            the same, for people; a pipeline also has plan_stage0.html, ...
+trace.json           of a pipeline: the simulated step, for chrome://tracing and https://ui.perfetto.dev
+gencode_stage0.py    what each rank runs; a pipeline has one such file for each stage
+buffers.safetensors  the values of the model's buffers
 compiled.json        what all of this was compiled for
 """
 
@@ -57,18 +57,19 @@ __all__ = ["ComputeConfig", "Source", "compile_model", "differences", "identity"
 
 @dataclass(frozen=True)
 class Source:
-    """What is compiled.
+    """What is compiled: a model, and examples of its inputs.
 
-    make    builds the model
-    inputs  examples of its forward's arguments by name; values matter only to a trace strategy that executes the model
-    dtype   of the parameters in computation
-    seed    of the weights with which such a strategy executes it
-    tokens  of a micro-batch, and `flops` the forward and backward operations that they take (attention counted in full,
-            and halved by causality), for figures of speed; None: without
-    name    of the model, as people call it; empty: that of its class
-    length  tokens of a sequence, where inputs are sequences of tokens
-    command that compiles the same, for people
-    instead what may be compiled in its place where it does not fit: flag -> a model that needs less memory
+    make     builds the model
+    inputs   name of an argument of its forward -> an example. Values matter only to a trace strategy that executes.
+    dtype    of the parameters in computation
+    seed     of the weights with which such a strategy executes the model
+    tokens   of a micro-batch, for figures of speed
+    flops    forward and backward operations of a micro-batch: with attention in full, and halved because it is causal;
+             None: no figures of speed
+    name     of the model, for people; empty: that of its class
+    length   tokens of a sequence, where inputs are sequences of tokens; else 0
+    command  that compiles the same, for people
+    instead  flag -> a model that needs less memory, to be suggested where this one does not fit
     """
 
     make: Callable[[], nn.Module]
@@ -83,7 +84,10 @@ class Source:
     instead: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
 
     def shortened(self, parts: int) -> Source | None:
-        """The same with one of so many parts of each sequence; None where inputs are not sequences of one length."""
+        """The same with sequences that are cut to 1 / `parts` of their length.
+
+        None where the inputs are not sequences of one length, or the length does not divide.
+        """
         lengths = {tensor.shape[1] if tensor.dim() == 2 else 0 for tensor in self.inputs.values()}
         if len(lengths) != 1 or 0 in lengths or lengths.pop() % parts:
             return None
@@ -91,7 +95,7 @@ class Source:
         return replace(self, inputs=inputs, length=self.length // parts, tokens=self.tokens // parts)
 
     def build(self) -> tuple[nn.Module, dict[str, Tensor]]:
-        """The model on the meta device, and its buffers' values."""
+        """The model on the meta device (without values), and name -> value of its buffers."""
         model, buffers = build_on_meta(self.make)
         for parameter in model.parameters():
             if parameter.dtype.is_floating_point:
@@ -99,7 +103,7 @@ class Source:
         return model, buffers
 
     def about(self) -> dict[str, Any]:
-        """What a plan of it was made for, in plain values: without times and places."""
+        """What a plan is made for, as plain values. They do not depend on the time or the place."""
         precision = {"bfloat16": "bf16", "float32": "fp32"}
         dtype = str(self.dtype).removeprefix("torch.")
         facts: dict[str, Any] = {"model": self.name, "command": self.command}
@@ -113,18 +117,18 @@ class Source:
         }
 
     def work(self, hardware: Hardware) -> Work | None:
-        """What a micro-batch is, where that is known."""
+        """What a micro-batch is, for figures of speed; None where that is not known."""
         return Work(self.tokens, self.flops, hardware.peak(self.dtype)) if self.flops else None
 
 
 def compile_model(source: Source, config: ComputeConfig, directory: Path, explain: bool = False) -> Path:
-    """Compiles into `directory`, replacing what another compile wrote there, and nothing else. What is compiled appears
-    whole or not at all.
+    """Compiles into a directory, and returns it. The result appears whole or not at all.
 
-    explain  also plan with more memory and more devices, for plan.json and plan.html to say what would help
+    directory  may hold what another compile wrote, which is replaced; other files, such as checkpoints, stay
+    explain    also plan with more memory and with more devices, so that plan.json and plan.html say what would help
 
-    Raises UserError where `directory` is no folder that a compile made, the model cannot be traced, an operator is not
-    known, or no plan fits.
+    Raises UserError where `directory` is not a folder that a compile made, the model cannot be traced, an operator is
+    not known, or no plan fits.
     """
     check_replaceable(directory)
     started = time.perf_counter()
@@ -181,8 +185,7 @@ def compile_model(source: Source, config: ComputeConfig, directory: Path, explai
 
 
 def check_replaceable(directory: Path) -> None:
-    """Raises UserError unless `directory` is absent, empty, or one that a compile made. What else lies in that, such as
-    checkpoints, stays."""
+    """Raises UserError unless a directory is absent, empty, or one that a compile made."""
     if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
         raise UserError(f"{directory} is not a folder that a compile made; choose another name")
     names = sorted(path.name for path in directory.iterdir()) if directory.exists() else []
@@ -193,7 +196,7 @@ def check_replaceable(directory: Path) -> None:
 
 
 def put_in_place(work: Path, directory: Path) -> None:
-    """Moves what was compiled into `work` to `directory`, in the place of what another compile wrote there."""
+    """Moves the files in `work` to `directory`, where they replace what another compile wrote."""
     check_replaceable(directory)
     if not directory.exists() or not any(directory.iterdir()):
         work.rename(directory)  # over an empty folder

@@ -1,6 +1,6 @@
-"""What to compile for, and how the optimizer updates: configurations that the engine itself reads.
+"""Configurations that the engine itself reads: what to compile for, and how the optimizer updates.
 
-They need no torch, so that a command can answer from them at once.
+They import no torch, so that a command can print its help, or refuse a flag, at once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MOST_DEVICES = 2**20
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """What to compile for. Raises UserError for what is not allowed, or does not go together."""
+    """What to compile for. Raises UserError for a value that is not allowed, or that does not go with another."""
 
     plan_ngpus: int = whole(1, "devices that one copy of the model is split over", least=1, most=MOST_DEVICES)
     runtime_ngpus: int = whole(
@@ -92,20 +92,20 @@ class ComputeConfig:
                 raise UserError(f"{name} is '{shown}', but explore_pipeline is not given; it is allowed only with that")
 
     def meshes(self, hardware: Hardware) -> list[Mesh]:
-        """The meshes to try."""
+        """The meshes that the planner tries."""
         from nnscaler.mesh import meshes
 
         return meshes(self.plan_ngpus, self.runtime_ngpus // self.plan_ngpus, hardware.devices_per_node)
 
     def host_bytes(self, hardware: Hardware) -> float:
-        """Bytes of the host's memory that the plan may use for each device."""
+        """Bytes of the host's memory that a plan may use for each device."""
         if self.offload == "off" or hardware.host is None:
             return 0.0
         given = self.host_mem_constraint
         return 0.8 * hardware.host.memory if given is None else given * 2**30
 
     def find_hardware(self) -> Hardware:
-        """The hardware to plan for. Raises UserError where its name or file is none."""
+        """The hardware to plan for. Raises UserError where there is none of this name."""
         from nnscaler.hardware import find_hardware
 
         hardware = find_hardware(self.hardware, self.devices_per_node)
@@ -119,7 +119,7 @@ class ComputeConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW; weight decay is decoupled, and applies to parameters of two or more dimensions."""
+    """AdamW. Weight decay is decoupled, and applies only to parameters of two or more dimensions."""
 
     lr: float = number(3e-4, "peak learning rate of AdamW", flag="learning_rate", least=0)
     betas: tuple[float, float] = (0.9, 0.95)

@@ -1,4 +1,4 @@
-"""Directories that are either complete or not there."""
+"""Directories that are either complete or absent, and names that they may have."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 
 
 def check_writable(folder: Path, name: str) -> None:
-    """Raises a `UserError` that calls it `name` where `folder` neither is a folder to write into nor can be made.
+    """Raises UserError, which calls the folder `name`, unless it can be written into, or made.
 
-    It tries: permissions do not tell of a file system that is read-only, nor of who may write everywhere.
+    It tries this out: permissions do not show a read-only file system, nor who may write anywhere.
     """
     there = folder.absolute()
     while not there.exists() and there != there.parent:
@@ -37,8 +37,7 @@ MOST_IN_A_NAME = 200  # bytes: file systems allow 255, and names get endings suc
 
 
 def check_name(name: str, called: str = "name") -> None:
-    """Raises UserError, which calls it `called`, unless `name` is one that a folder below another can have: names are
-    names, not paths."""
+    """Raises UserError, which calls it `called`, unless this is a name that a folder inside another one can have."""
     if not re.fullmatch(r"\w[\w.+=@-]*", name):
         raise UserError(
             f"{called} is {name!r}; it names folders: letters, digits and any of _ . + = @ - are allowed, after a "
@@ -50,7 +49,7 @@ def check_name(name: str, called: str = "name") -> None:
 
 
 def check_new(path: Path) -> None:
-    """Raises a `UserError` if `path` is anything but absent or an empty directory that this process is not in."""
+    """Raises UserError unless a path is absent, or an empty directory that this process is not in."""
     if path.absolute() == Path.cwd():
         raise UserError(f"{path} is the folder that this command runs in: choose another path")
     if path.is_dir() and not any(path.iterdir()):
@@ -61,10 +60,10 @@ def check_new(path: Path) -> None:
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """Yields a temporary sibling of `path` to write into, and renames it to `path` when the block ends well.
+    """Yields a temporary sibling of `path` to write into, and renames it to `path` at the end of the block.
 
-    When the block raises, the sibling is removed. When the process is killed, a directory named
-    `<path>.partial-<process id>` stays behind, and `path` does not exist.
+    If the block raises, the sibling is removed. If the process is killed, a directory `<path>.partial-<process id>`
+    stays behind, and `path` does not exist.
 
     Raises:
         UserError: `path` is in use, or cannot be written (permissions, a full disk).
@@ -84,9 +83,9 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def alone_in(directory: Path) -> Iterator[None]:
-    """Waits until no other process is within such a block for the directory, which need not exist.
+    """Inside the block, no other process is in such a block for the same directory; it waits for that.
 
-    Where the file system has no locks there is nothing to wait for.
+    The directory need not exist. On a file system without locks, it does not wait.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(directory.parent / f".{directory.name}.lock", os.O_RDWR | os.O_CREAT, 0o666)

@@ -1,4 +1,4 @@
-"""First values of parameters, from a seed."""
+"""The first values of parameters, made from a seed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from nnscaler.errors import UserError
 
 
 def initial_parameters(model: nn.Module, seed: int, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """(name, fp32 value) of every parameter of a model on the meta device, one module's at a time.
+    """(name, value in fp32) of every parameter of a model on the meta device, one module after the other.
 
-    A module's parameters depend on `seed` and the module's path alone: not on the plan, nor on other modules. They are
-    what `_init_weights` of the Hugging Face model around it makes, called for the module and for those around it; what
-    it leaves alone, and all of other models, is what the module's own `reset_parameters` makes. Tied parameters come
-    once, under their first name. Raises UserError for a parameter that neither gives a value.
+    The values depend on the seed and the module's path only: not on the plan, nor on other modules. They are what the
+    `_init_weights` of the surrounding Hugging Face models makes of them. For what that leaves untouched, and for other
+    models, the module's own `reset_parameters` makes them. Tied parameters come once, under their first name.
+
+    Raises UserError for a parameter that neither gives a value.
     """
     seen: set[int] = set()
     for path, module in model.named_modules():
@@ -52,7 +53,7 @@ def initial_parameters(model: nn.Module, seed: int, device: torch.device) -> Ite
 
 
 def _initialise(model: nn.Module, path: str, module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Gives a module's own parameters, which are `values`, their first values."""
+    """Gives the parameters of one module, which are `values`, their first values."""
     parts = path.split(".") if path else []
     around = [model.get_submodule(".".join(parts[:length])) for length in range(len(parts), -1, -1)]
     owner = next((index for index, part in enumerate(around) if hasattr(part, "_init_weights")), None)

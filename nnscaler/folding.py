@@ -1,4 +1,4 @@
-"""Texts that count up, folded into a loop.
+"""Folds texts that differ only by numbers that count up into a loop, for people to read.
 
 a_1 = f(a_0)
 a_2 = f(a_1)                        for i in 1..3:
@@ -11,14 +11,17 @@ import re
 from collections.abc import Iterator, Sequence
 from textwrap import indent
 
-FEWEST = 3  # rounds that are worth a loop
-LONGEST = 8  # texts of one round, such as layers of two kinds that take turns
+FEWEST = 3  # rounds that make a loop
+LONGEST = 8  # texts in one round
 
-Template = list[str | tuple[int, int]]  # what stays, and of each number its first value and by how much a round adds
+Template = list[str | tuple[int, int]]  # pieces of text that stay, and numbers: (first value, step from round to round)
 
 
 def folded(texts: Sequence[str]) -> Iterator[str]:
-    """The texts, those in rounds that differ only by numbers that count up evenly as one loop."""
+    """The texts, in order, where those that repeat with evenly rising numbers become one loop.
+
+    A round of the loop may consist of several texts, such as layers of two kinds that take turns.
+    """
     at = 0
     while at < len(texts):
         rounds, period = max((_rounds(texts, at, period), -period) for period in range(1, LONGEST + 1))
@@ -32,7 +35,7 @@ def folded(texts: Sequence[str]) -> Iterator[str]:
 
 
 def _rounds(texts: Sequence[str], at: int, period: int) -> int:
-    """How many rounds of `period` texts begin at `at`."""
+    """How many rounds of `period` texts begin at index `at`."""
     first = texts[at : at + period]
     second = texts[at + period : at + 2 * period]
     if len(second) < period:
@@ -48,7 +51,7 @@ def _rounds(texts: Sequence[str], at: int, period: int) -> int:
 
 
 def _template(first: str, second: str) -> Template:
-    """What the first text becomes in the second, if numbers are all that differs; else something that is neither."""
+    """The first text, with the numbers marked that differ in the second; empty where more than numbers differs."""
     pieces, others = re.split(r"(\d+)", first), re.split(r"(\d+)", second)
     if pieces[::2] != others[::2]:
         return []
@@ -77,6 +80,6 @@ def _loop(templates: list[Template], rounds: int) -> str:
 
 
 def _counted(at_zero: int, step: int) -> str:
-    """`{i}`, `{i-1}`, `{2i+1}`"""
+    """A number of the loop as text: `{i}`, `{i-1}` or `{2i+1}`."""
     counter = "i" if step == 1 else f"{step}i"
     return f"{{{counter}{at_zero:+d}}}" if at_zero else f"{{{counter}}}"

@@ -1,8 +1,9 @@
-"""The traced model: plain dataclasses, printable. Printed, calls of equal layers one after the other are a loop.
+"""The traced model, as plain dataclasses that can be printed.
 
-A `Graph` is a root `Block` and the repeated blocks it calls. A block is a straight line of `Node`s over named tensors;
-it takes inputs and parameters and gives outputs, and never reads anything else. A `Call` runs a block with its own
-parameters, so that a model of any depth has one block a distinct layer.
+A `Graph` has a root `Block`, and the repeated blocks that it calls. A block is a straight line of `Node`s over named
+tensors: it takes inputs and parameters, gives outputs, and reads nothing else. A `Call` is a node that runs a block
+with its own parameters. So a model of any depth has one block for each distinct layer. When printed, calls of equal
+layers one after the other are a loop.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from nnscaler.folding import folded
 
 @dataclass(frozen=True)
 class TensorMeta:
-    """Global shape and type of a tensor, and whether training needs its gradient."""
+    """The whole shape of a tensor, its type, and whether training needs its gradient."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -40,7 +41,7 @@ class TensorMeta:
 
 @dataclass(frozen=True)
 class Ref:
-    """A tensor of the block, by name, as an argument of a node."""
+    """A tensor of the block, by its name, as an argument of a node."""
 
     name: str
 
@@ -50,11 +51,16 @@ class Ref:
 
 @dataclass
 class Node:
-    """One operator call. `args` and `kwargs` hold constants, `Ref`s, and lists or tuples of these.
+    """One call of an operator.
 
-    `op` is an ATen overload (`aten.linear.default`) or the name of a registered operator. `module` is the path of the
-    module that called it below the block's own, `module_types` the class names from the block's module inwards,
-    `source` the line of user code.
+    op             an ATen overload such as `aten.linear.default`, or the name of a registered operator
+    args, kwargs   constants, `Ref`s, and lists or tuples of these
+    outputs        names of the tensors that it makes
+    returns_tuple  whether the operator returns a tuple of them
+    module         path, below the block's own module, of the module that called the operator
+    module_types   class names from the block's own module inwards to that one
+    source         the line of the user's code
+    no_grad        whether it was called under `torch.no_grad`
     """
 
     name: str
@@ -66,31 +72,44 @@ class Node:
     module: str = ""
     module_types: tuple[str, ...] = ()
     source: str = ""
-    no_grad: bool = False  # called under torch.no_grad
+    no_grad: bool = False
 
     @property
     def inputs(self) -> list[str]:
-        """Names of the tensor arguments, in order, a name twice where it is passed twice."""
+        """Names of the tensor arguments, in order; a tensor that is passed twice is there twice."""
         return list(refs((self.args, self.kwargs)))
 
 
 @dataclass
 class Call(Node):
-    """A node that runs a block: `args` are the block's inputs, `parameters` binds the block's parameter tensors."""
+    """A node that runs a block. Its `args` are the block's inputs.
+
+    block       the name of the block
+    parameters  name of a tensor in the block -> full name of the parameter that this call uses for it
+    """
 
     block: str = ""
-    parameters: dict[str, str] = field(default_factory=dict)  # tensor name in the block -> parameter's full name
+    parameters: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
 class Block:
-    """A function of named tensors. `tensors` has the meta of every tensor in it: inputs, parameters, results."""
+    """A function of named tensors.
+
+    name         by which calls name it
+    module_type  the class of the module that it is
+    tensors      name -> shape and type of every tensor in it: inputs, parameters, results
+    inputs       names of the tensors that it takes
+    parameters   name of a tensor -> name, below the module, of the parameter or buffer that it is
+    nodes        in the order in which they run
+    outputs      names of the tensors that it gives
+    """
 
     name: str
     module_type: str
     tensors: dict[str, TensorMeta] = field(default_factory=dict)
     inputs: list[str] = field(default_factory=list)
-    parameters: dict[str, str] = field(default_factory=dict)  # tensor name -> parameter or buffer name below the module
+    parameters: dict[str, str] = field(default_factory=dict)
     nodes: list[Node] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
 
@@ -118,30 +137,38 @@ class Block:
 
 @dataclass
 class Graph:
-    """A model's forward pass. `parameters` has every parameter and buffer by full name; tied ones appear once.
+    """A model's forward pass.
 
-    `record` is equal for models that would be traced to an equal graph; empty where the model was executed.
+    root        the block that is the whole model
+    blocks      name -> block that the root calls
+    parameters  full name -> shape and type of every parameter and buffer; tied ones are there once
+    buffers     full name -> value of the tensors that are not trained
+    tied        another name of a parameter -> its name in `parameters`
+    record      equal for models that would be traced to an equal graph; empty where the model was executed
     """
 
     root: Block
     blocks: dict[str, Block]
     parameters: dict[str, TensorMeta]
-    buffers: dict[str, torch.Tensor]  # values, by full name; not trained
-    tied: dict[str, str] = field(default_factory=dict)  # other name of a parameter -> its name in `parameters`
+    buffers: dict[str, torch.Tensor]
+    tied: dict[str, str] = field(default_factory=dict)
     record: str = ""
 
     def all_blocks(self) -> list[Block]:
+        """The root, and the blocks that it calls."""
         return [self.root, *self.blocks.values()]
 
     def calls(self, block: str) -> list[Call]:
+        """The calls of the block of this name, in order."""
         return [node for node in self.root.nodes if isinstance(node, Call) and node.block == block]
 
     def count(self, block: Block) -> int:
-        """How many times a block runs in one forward pass."""
+        """How often a block runs in one forward pass."""
         return 1 if block is self.root else len(self.calls(block.name))
 
     def parameter_uses(self) -> Iterator[tuple[Block, str, str]]:
-        """(block, tensor name in it, parameter's full name) of every use of a parameter by a block call."""
+        """(block, name of a tensor in it, full name of the parameter), for every use of a parameter by a call of a
+        block."""
         for name, path in self.root.parameters.items():
             yield self.root, name, path
         for block in self.blocks.values():
@@ -154,7 +181,7 @@ class Graph:
 
 
 def map_refs(value: Any, function: Any) -> Any:
-    """`value` with each `Ref` in it, however nested, replaced by `function(ref)`."""
+    """`value`, in which each `Ref`, however nested, is replaced by `function(ref)`."""
     if isinstance(value, Ref):
         return function(value)
     if isinstance(value, (list, tuple)):
@@ -191,10 +218,11 @@ def format_argument(value: Any) -> str:
 
 
 def format_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-    """A call's arguments as Python source, without the parentheses."""
+    """The arguments of a call as Python source, without the parentheses."""
     given = [format_argument(arg) for arg in args]
     return ", ".join([*given, *(f"{key}={format_argument(arg)}" for key, arg in kwargs.items())])
 
 
 def short_dtype(dtype: torch.dtype) -> str:
+    """A type in short, such as `bf16`, `f32` or `i64`."""
     return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "f").replace("int", "i")

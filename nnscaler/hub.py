@@ -1,4 +1,4 @@
-"""The Hugging Face hub, with a short patience: its own clients retry for minutes where there is no network."""
+"""The Hugging Face hub, with little patience: its own clients retry for minutes where there is no network."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ logging.getLogger("httpx2").setLevel(logging.WARNING)
 
 @functools.cache
 def reachable() -> bool:
-    """Whether the hub answers within `PATIENCE` seconds. Asked once a process; always False under HF_HUB_OFFLINE."""
+    """Whether the hub answers within PATIENCE seconds. It is asked once in a process, and never under
+    HF_HUB_OFFLINE."""
     if constants.HF_HUB_OFFLINE:
         return False
     answers = []
@@ -40,10 +41,10 @@ def reachable() -> bool:
 
 
 def load_tokenizer(path_or_name: str) -> Any:
-    """The `transformers` tokenizer of a local directory, or of a model on the hub or in its local cache.
+    """The `transformers` tokenizer in a directory, or of a model on the hub or in the local cache.
 
     Raises:
-        UserError: there is no tokenizer to load there.
+        UserError: there is no tokenizer to load.
     """
     from transformers import AutoTokenizer
 
@@ -62,5 +63,5 @@ def load_tokenizer(path_or_name: str) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, cut to its first line."""
+    """The first line of an exception's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

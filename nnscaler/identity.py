@@ -27,11 +27,11 @@ UNKNOWN = "known only when it is executed"
 
 
 def identity(source: Source, model: nn.Module, config: ComputeConfig, record: str | None = None) -> dict[str, Any]:
-    """Everything that a compiled directory depends on, as plain values: equal identities compile to the same files.
+    """Everything that a compiled directory depends on, as plain values. Equal identities compile to equal files.
 
-    record  of a run of the model, see `observed`, where that is known already. It holds what any attribute, code,
-            closure or environment variable makes the model compute. Of a strategy that executes the model there is
-            none: it is compiled again each time.
+    record  that of a run of the model (see `nnscaler.trace.observed`), where it is known already. It holds whatever an
+            attribute, code, closure or environment variable makes the model compute. A strategy that executes the
+            model has none; then the model is compiled again each time.
     """
     executes = find_strategy(config.trace_strategy).executes
     if record is None:
@@ -56,7 +56,8 @@ def identity(source: Source, model: nn.Module, config: ComputeConfig, record: st
 
 
 def differences(directory: Path, wanted: Mapping[str, Any]) -> list[str] | None:
-    """What a compiled directory was compiled differently for; None where there is nothing complete."""
+    """What a compiled directory was compiled for that differs from `wanted`, in lines. None where nothing complete is
+    there."""
     try:
         found: dict[str, Any] = json.loads((directory / DONE).read_text())
     except (OSError, ValueError):
@@ -70,7 +71,8 @@ def differences(directory: Path, wanted: Mapping[str, Any]) -> list[str] | None:
 
 
 def _sources(model: nn.Module) -> dict[str, str]:
-    """Digests of the files that define the model's classes and what they inherit from, and registered operators."""
+    """Name of a module -> digest of its file, for all modules that define the model's classes or registered
+    operators."""
     names = {kind.__module__ for part in model.modules() for kind in type(part).__mro__}
     names.update(operator.function.__module__ for operator in all_registered() if operator.function is not None)
     outside = {"builtins", "abc", "typing", "collections"}
@@ -83,7 +85,7 @@ def _sources(model: nn.Module) -> dict[str, str]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of what a trace and generated code depend on."""
+    """Library -> version, for the libraries on which a trace and generated code depend."""
     return {"torch": torch.__version__.split("+")[0], "transformers": _version("transformers")}
 
 
@@ -96,7 +98,7 @@ def _version(package: str) -> str | None:
 
 
 def _content(value: Any) -> str:
-    """A fact about an operator, the same in each process: of a function, its code and what it was made with."""
+    """A fact about an operator as text, the same in each process: of a function, its code and what it was made with."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return repr(value)
     if isinstance(value, Mapping):
@@ -129,7 +131,7 @@ def _digest(content: str | bytes) -> str:
 
 
 def _package_digest() -> str:
-    """Digest of this package's own source: another version of the compiler may plan and write differently."""
+    """A digest of this package's own source: another version of the compiler may plan and write otherwise."""
     root = Path(__file__).parent
     files = sorted(path for kind in ("*.py", "*.json") for path in root.rglob(kind))
     return _digest("\n".join(f"{path.relative_to(root)}\n{path.read_text()}" for path in files))

@@ -1,5 +1,8 @@
-"""Imports that cost little: of a package's names, when they are first asked for, so that what needs no torch waits for
-none; and of large libraries, without the garbage collector."""
+"""Imports that cost little.
+
+A package's names are imported when they are first asked for, so that what needs no torch does not wait for it. Large
+libraries are imported without the garbage collector.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from typing import Any
 
 
 def lazily(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
-    """The `__getattr__` of a package whose public names come from these modules: name -> module."""
+    """The `__getattr__` of a package. `modules`: public name -> the module that has it"""
 
     def find(name: str) -> Any:
         if name not in modules:
@@ -23,8 +26,11 @@ def lazily(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Inside, what is made stays for the process's life, such as modules: the garbage collector looks for none there,
-    now or later. torch and transformers make a million objects, among which it spends a quarter of their import."""
+    """Inside, the garbage collector does not run; and what is made inside is never looked at by it.
+
+    torch and transformers make a million objects when they are imported, and all stay. Looking for garbage among them
+    takes a quarter of the time.
+    """
     gc.disable()
     try:
         yield

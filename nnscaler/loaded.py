@@ -1,4 +1,4 @@
-"""A compiled model as one process runs it: found or compiled, loaded, and given its first weights."""
+"""A compiled model as one process runs it: it is found or compiled, loaded, and given its first weights."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def compiled(
 ) -> Iterator[None]:
     """Inside, `folder` holds on every node what `source` compiles to, and no other run changes it. Collective.
 
-    Rank 0 compiles, unless the folder holds just that already; nodes that do not share it get its files.
+    Rank 0 compiles, unless the folder holds just that already. Nodes that do not share the folder get its files.
 
-    judge  of the model on the meta device, on rank 0; raises UserError where it does not suit
-    Raises UserError, on every rank, as `compile_model` does.
+    judge  called on rank 0 with the model on the meta device; raises UserError where the model does not suit
+    Raises UserError on every rank where `compile_model` or `judge` does.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     with alone_in(folder) if rank == 0 else nullcontext():
@@ -61,17 +61,19 @@ def _compile_if_needed(source: Source, config: ComputeConfig, folder: Path, judg
 
 
 def predicted_step_seconds(folder: Path) -> float:
-    """How long a step of what is compiled in a folder is predicted to take."""
+    """Predicted seconds of a step, of what is compiled in a folder."""
     return float(json.loads((folder / "plan.json").read_text())["predicted"]["step_seconds"])
 
 
 class LoadedModel:
-    """What is compiled in a folder, with its optimizer. Its parameters have no values yet.
+    """A compiled model with its optimizer. Its parameters have no values yet.
 
-    model   what it was compiled from, on the meta device
+    folder  what a compile made
+    source  what was compiled
+    model   the original model, on the meta device
     module  this rank's share of it
-    fixed   of the model, what training leaves as it is
-    names   of everything that the model's own files hold: parameters and persistent buffers, tied ones once
+    fixed   the tensors of the model that training leaves as they are, as far as this rank has them
+    names   of everything that the model's own files hold: parameters and persistent buffers; tied ones once
     """
 
     def __init__(self, folder: Path, source: Source, config: OptimizerConfig, device: torch.device) -> None:
@@ -90,7 +92,7 @@ class LoadedModel:
         self.names = [name for name in self.module.specs if name in {*trained, *fixed}]
 
     def initialise(self, seed: int) -> None:
-        """Gives parameters their first values, the same whatever the plan."""
+        """Gives parameters their first values, which depend on the seed and not on the plan."""
         logger.info("weights are initialised from seed %d", seed)
         wanted = self.module.parameters_to_load()
         for name, value in initial_parameters(self.model, seed, self.module.axes.device):

@@ -1,4 +1,4 @@
-"""The device mesh: pipeline ranks, replicas of the plan, and the axes that the plan splits work over."""
+"""The device mesh: pipeline ranks, copies of the model, and the axes over which a plan splits the work of one copy."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Mesh:
-    """`replicas` copies of a plan over axes of `sizes` devices each; ranks count the last axis fastest.
+    """The devices of a plan, arranged in a grid.
 
-    Each replica trains on its own samples. `axis` below is an index into `sizes`. A plan with a pipeline has so many
-    devices on each of `pipeline` ranks, and pipeline ranks count slowest: what is said least often goes between nodes.
+    sizes     devices along each axis over which a copy of the model is split; called `axis` below is an index into this
+    replicas  copies of the model; each trains on its own samples
+    pipeline  pipeline ranks; each has the devices above
+
+    Global ranks count the last axis fastest, then the axes before it, then copies, then pipeline ranks. So neighbours
+    on the last axis, which exchange most, are in the same node; and pipeline ranks, which exchange least, are far
+    apart.
+
+    Example: `Mesh((2, 4), replicas=2)` has 16 devices. Rank 13 is of copy 1, at place (1, 1).
     """
 
     sizes: tuple[int, ...]
@@ -21,25 +28,28 @@ class Mesh:
 
     @property
     def plan_ngpus(self) -> int:
-        """Devices of one copy of the model."""
+        """Devices of one copy of the model, on all its pipeline ranks."""
         return self.pipeline * prod(self.sizes)
 
     @property
     def runtime_ngpus(self) -> int:
+        """All devices."""
         return self.replicas * self.plan_ngpus
 
     @property
     def axes(self) -> range:
+        """Indices of the axes."""
         return range(len(self.sizes))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the axes: the devices of a copy are one group, or `inner` groups of neighbours and `outer` ones across."""
+        """Names of the axes: `devices` for one axis; for two, `inner` groups of neighbours and `outer` groups across
+        these."""
         known = {1: ("devices",), 2: ("outer", "inner")}
         return known.get(len(self.sizes)) or tuple(f"axis{axis}" for axis in self.axes)
 
     def coordinates(self, rank: int) -> tuple[int, tuple[int, ...]]:
-        """(replica, place on each axis) of a rank."""
+        """(copy, place on each axis) of a global rank."""
         rank %= self.replicas * prod(self.sizes)
         place = []
         for size in reversed(self.sizes):
@@ -48,19 +58,19 @@ class Mesh:
         return rank, tuple(reversed(place))
 
     def pipeline_rank(self, rank: int) -> int:
-        """Place of a rank in the pipeline."""
+        """The pipeline rank of a global rank."""
         return rank // (self.replicas * prod(self.sizes))
 
     def stride(self, axis: int) -> int:
-        """Distance in ranks between neighbours on `axis`."""
+        """The distance, in global ranks, between neighbours on an axis."""
         return prod(self.sizes[axis + 1 :])
 
     def spans_nodes(self, axis: int, devices_per_node: int) -> bool:
-        """Whether a group along `axis` has devices of more than one node."""
+        """Whether a group along an axis has devices of more than one node."""
         return self.stride(axis) * self.sizes[axis] > devices_per_node
 
     def to_json(self) -> dict[str, Any]:
-        """As plan.json has it: the axes, and how many copies of them there are."""
+        """As plan.json has it: sizes and names of the axes, and the number of copies."""
         return {"sizes": list(self.sizes), "names": list(self.names), "replicas": self.replicas}
 
     def __str__(self) -> str:
@@ -70,7 +80,7 @@ class Mesh:
 
 
 def meshes(plan_ngpus: int, replicas: int, devices_per_node: int) -> list[Mesh]:
-    """Every mesh of one and two axes, of which the second stays inside a node."""
+    """The meshes to try: one axis; and two axes, of which the second stays inside a node."""
     inner = [size for size in range(2, min(plan_ngpus, devices_per_node + 1)) if plan_ngpus % size == 0]
     fitting = [size for size in inner if plan_ngpus <= devices_per_node or devices_per_node % size == 0]
     return [Mesh((plan_ngpus,), replicas), *(Mesh((plan_ngpus // size, size), replicas) for size in fitting)]

@@ -1,4 +1,4 @@
-"""Fields of configurations: what each is for, its default, and what it may be, said once.
+"""Fields of configurations: what each is for, its default, and what it may be, all stated once.
 
     @dataclass(frozen=True)
     class Walk:
@@ -7,8 +7,8 @@
         def __post_init__(self) -> None:
             check(self)
 
-`Walk(0)` raises UserError("steps is 0; it must be at least 1"), and `nnscaler.cli.flags` makes of the same field the
-flag `--steps`, its help and its check. Neither needs more than Python's own library.
+`Walk(0)` raises UserError("steps is 0; it must be at least 1"). From the same field, `nnscaler.cli.flags` makes the
+flag `--steps` with its help and its check. Only Python's own library is needed.
 """
 
 from __future__ import annotations
@@ -34,15 +34,17 @@ _SWITCH = {"true": True, "false": False}
 class Option:
     """What a field may be.
 
-    kind     int, float, bool, str, Path; tuple: names; dict: names with values
-    help     what it is for, as a user reads it
-    flag     what the command line calls it, where that is not the field's name; "-" and "_" are the same there
-    default  of the field; REQUIRED: there is none
-    optional whether the value may be None, as it may where that is the default
-    least, above, most    bounds of a number: value >= least, value > above, value <= most
-    choices  the only values that are allowed, or a function that lists them
-    judge    called with a value and its name; raises UserError for one that is not allowed
-    shown    what stands for the value in a command's help
+    kind      int, float, bool, str, Path; tuple: names; dict: names with values
+    help      what it is for, for users
+    flag      what the command line calls it, where that is not the field's name; "-" and "_" are the same there
+    default   of the field; REQUIRED: there is none
+    optional  whether the value may be None; it may in any case where that is the default
+    least     the smallest number that is allowed
+    above     the number must be larger than this
+    most      the largest number that is allowed
+    choices   the only values that are allowed, or a function that lists them
+    judge     called with (value, name); raises UserError where the value is not allowed
+    shown     what stands for the value in a command's help
     """
 
     kind: type
@@ -58,10 +60,11 @@ class Option:
     shown: str | None = None
 
     def key(self, name: str) -> str:
-        """By what a command knows the value of the field `name`."""
+        """The name by which a command's values hold the field `name`."""
         return (self.flag or name).replace("-", "_")
 
     def allowed(self) -> Sequence[str] | None:
+        """The only values that are allowed; None: any."""
         return self.choices() if callable(self.choices) else self.choices
 
     def check(self, name: str, value: Any) -> None:
@@ -103,7 +106,7 @@ class Option:
         return " and ".join(f"{words} {bound:,}" for words, bound in bounds if bound is not None)
 
     def read(self, name: str, text: str) -> Any:
-        """The value that a text spells. Raises UserError, which calls it `name`, where that is none that is allowed."""
+        """The value that a text spells. Raises UserError, which calls it `name`, for a text that is not allowed."""
         value: Any = text
         if self.kind is tuple:
             value = tuple(part.strip() for part in text.split(","))
@@ -143,17 +146,17 @@ def number(default: Any, help: str, **rules: Any) -> Any:
 
 
 def text(default: Any, help: str, **rules: Any) -> Any:
-    """A text; it may be empty only where that is the default."""
+    """A text. It may be empty only where that is the default."""
     return _field(str, default, help, rules)
 
 
 def path(default: Any, help: str, **rules: Any) -> Any:
-    """A path, as text or `Path`."""
+    """A path, given as text or as `Path`."""
     return _field(Path, default, help, rules)
 
 
 def switch(help: str, **rules: Any) -> Any:
-    """True or false; false unless given."""
+    """True or false; false by default."""
     return _field(bool, False, help, rules)
 
 
@@ -163,7 +166,7 @@ def names(default: Any, help: str, **rules: Any) -> Any:
 
 
 def assignments(help: str, **rules: Any) -> Any:
-    """Texts by name; on the command line FIELD=VALUE, as often as wanted."""
+    """Name -> text; on the command line, FIELD=VALUE as often as wanted."""
     return dataclasses.field(default_factory=dict, metadata={Option: Option(dict, help, default={}, **rules)})
 
 
@@ -173,7 +176,7 @@ def _field(kind: type, default: Any, help: str, rules: Mapping[str, Any]) -> Any
 
 
 def options_of(cls: type) -> dict[str, Option]:
-    """The fields of a dataclass that were made here, by name."""
+    """Name -> option, for the fields of a dataclass that were made by the functions above."""
     return {field.name: field.metadata[Option] for field in dataclasses.fields(cls) if Option in field.metadata}
 
 
@@ -184,7 +187,7 @@ def check(configuration: Any) -> None:
 
 
 def spelled(value: Any) -> str:
-    """A value out of a YAML or JSON file as a command line spells it."""
+    """A value from a YAML or JSON file, as a command line spells it."""
     if isinstance(value, list):
         return ",".join(map(spelled, value))
     if isinstance(value, bool | dict):

@@ -5,9 +5,9 @@
         loss = model.step([batch(step, model.copy)])
         model.optimizer.step()
 
-The script runs in one process, or in each of those that torchrun starts. `net`'s forward returns its loss. A plan
-splits each of `copies` copies of the model over `plan_ngpus` devices; all processes of a copy give the same
-micro-batches, and each copy its own.
+The script runs in one process, or in each of those that torchrun starts. `net`'s forward returns its loss. There are
+`copies` copies of the model, and a plan splits each of them over `plan_ngpus` devices. All processes of a copy pass the
+same micro-batches; each copy has its own.
 """
 
 from __future__ import annotations
@@ -52,20 +52,22 @@ def parallelize(
 ) -> ParallelizedModel:
     """Plans, compiles and loads a module for the processes that run. Collective.
 
-    module_or_factory  a module, whose weights are taken from rank 0, where they are not on the meta device; or a
-                       function without arguments that makes one, which then takes no memory: its weights come from
-                       `seed`. Its forward returns the loss, a tensor without dimensions. It is left as it is.
+    module_or_factory  a module, which is left as it is; its weights are taken from rank 0. Or a function without
+                       arguments that makes one; it then takes no memory, and its weights come from `seed`, as do
+                       those of a module on the meta device. Its forward returns the loss, a tensor without
+                       dimensions.
     example_inputs     a micro-batch: forward's arguments, by name or in order. Every micro-batch has these shapes and
                        types; values matter only where `compute_config.trace_strategy` executes the model.
     compute_config     how to split; by default over all processes, with one micro-batch a step
     optimizer          AdamW's settings
-    dtype              of the parameters in computation, where it is not that of the module's own. The optimizer
-                       updates in fp32 in any case.
-    folder             for the plan and the generated code, which are used again where nothing that they depend on has
-                       changed; by default `.nnscaler/` and the name of the module's class
+    dtype              of the parameters in computation; default: the module's own. The optimizer updates in fp32 in
+                       any case.
+    seed               of the weights, where a function makes the module
+    folder             for the plan and the generated code. They are used again if nothing that they depend on has
+                       changed. Default: `.nnscaler/<name of the module's class>`
 
-    Raises UserError where the module cannot be compiled, no plan fits, or other than `compute_config.runtime_ngpus`
-    processes run.
+    Raises UserError where the module cannot be compiled, no plan fits, or another number of processes runs than
+    `compute_config.runtime_ngpus`.
     """
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
     config = compute_config or ComputeConfig(world, world)
@@ -92,8 +94,9 @@ def parallelize(
 class ParallelizedModel:
     """This process's share of a model, and of its training.
 
-    copies, copy  how many copies of the model train, each on its own samples, and which of them this process is of
-    optimizer     updates it
+    copies     how many copies of the model train, each on its own samples
+    copy       the copy that this process belongs to, counted from 0
+    optimizer  updates the model
     """
 
     def __init__(self, loaded: LoadedModel, micro_batches: int, inputs: Mapping[str, Tensor], lr: float) -> None:

@@ -1,7 +1,7 @@
-"""How a tensor lies on one axis of the device mesh, in DTensor's words.
+"""How a tensor lies on the device mesh, in the words of PyTorch's DTensor.
 
-A tensor on a mesh of k axes has one placement an axis. Where the same dimension is sharded on several axes, the
-earlier axis is the outer one: device (i, j) of an m x n mesh holds slice i * n + j.
+A tensor has one placement for each mesh axis. Where one dimension is sharded on several axes, the earlier axis is the
+outer one: device (i, j) of an m x n mesh holds slice i * n + j.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shard:
-    """Each device of the axis holds one equal, contiguous slice of tensor dimension `dim`."""
+    """Each device of the axis holds one slice of tensor dimension `dim`; slices are equal and contiguous. Written
+    S(dim)."""
 
     dim: int
 
@@ -22,10 +23,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class Replicate:
-    """Each device of the axis holds the whole tensor.
+    """Each device of the axis holds the whole tensor. Written R, or R* with `partial_grad`.
 
-    Its gradient is whole on each device too, unless `partial_grad`: then each device makes a term of the gradient,
-    because each uses the tensor for a part of the work. `str` writes that as R*.
+    partial_grad  False: each device also has the whole gradient. True: each device has a term of the gradient, because
+                  each uses the tensor for a part of the work; the gradient is the sum of these terms.
     """
 
     partial_grad: bool = False
@@ -36,14 +37,14 @@ class Replicate:
 
 @dataclass(frozen=True)
 class Partial:
-    """Each device of the axis holds a term; the tensor is their sum."""
+    """Each device of the axis holds a term of a sum, which is the tensor. Written P."""
 
     def __str__(self) -> str:
         return "P"
 
 
 Placement = Shard | Replicate | Partial
-Placements = tuple[Placement, ...]
+Placements = tuple[Placement, ...]  # a layout: one placement for each mesh axis
 
 REPLICATE = Replicate()
 SHARED = Replicate(partial_grad=True)
@@ -51,7 +52,7 @@ PARTIAL = Partial()
 
 
 def parse_placement(text: str) -> Placement:
-    """The placement that `str` wrote: `S(1)`, `R`, `R*` or `P`."""
+    """The placement of a text: `S(1)`, `R`, `R*` or `P`. Raises ValueError for any other."""
     plain: dict[str, Placement] = {"R": REPLICATE, "R*": SHARED, "P": PARTIAL}
     match = re.fullmatch(r"S\((\d+)\)", text)
     if match is None and text not in plain:
@@ -60,11 +61,12 @@ def parse_placement(text: str) -> Placement:
 
 
 def format_placements(placements: Placements) -> str:
+    """A layout as text, such as `S(1),R`."""
     return ",".join(str(placement) for placement in placements)
 
 
 def local_shape(shape: tuple[int, ...], placements: Placements, axis_sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of one device's part of a tensor of global `shape`. Every sharded dimension must divide evenly."""
+    """The shape of one device's part of a tensor of whole shape `shape`. Sharded dimensions must divide evenly."""
     local = list(shape)
     for placement, size in zip(placements, axis_sizes, strict=True):
         if isinstance(placement, Shard):

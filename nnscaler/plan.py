@@ -1,4 +1,4 @@
-"""The plan: everything the code generator needs to know, and the figures that explain it."""
+"""The plan: everything that the code generator needs to know, and the figures that explain it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ GIB = 2.0**30
 class Key(NamedTuple):
     """What seconds or bytes are for.
 
-    category  of seconds: forward, backward, again (computed again), reshard, reshard backward, reshard again, update,
-              exchange, copies (to the host and back); of bytes: parameter, saved, inside (a unit's inner tensors),
-              working, buffers, state (of the optimizer, that lies elsewhere)
-    name      a unit, tensor or parameter of the block
-    detail    the recompute level, the layouts between which a tensor is brought, or what of a parameter it is
+    category  of seconds: "forward", "backward", "again" (recomputed in backward), "reshard", "reshard backward",
+              "reshard again" (resharded again in backward), "update", "exchange" (communication that is not hidden),
+              "copies" (to the host and back, not hidden); of bytes: "parameter", "saved" (kept for backward), "inside"
+              (kept of a unit's inner tensors), "working" (held while an operator runs), "buffers" (of communication),
+              "state" (of the optimizer, on the host)
+    block     the name of the block
+    name      the name of a unit, tensor or parameter in the block
+    detail    the recompute level; the layouts between which a tensor is resharded; or what of a parameter it is
     """
 
     category: str
@@ -35,7 +38,11 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class NodePlan:
-    """How one node runs: the annotated name split on each axis (`-`: none), and the layouts that follow."""
+    """How one node runs.
+
+    split            for each mesh axis, the annotated name that is split, or `-` for none; such as `b,-`
+    inputs, outputs  the layout of each tensor
+    """
 
     split: str
     inputs: tuple[Placements, ...]
@@ -44,24 +51,32 @@ class NodePlan:
 
 @dataclass
 class Plan:
-    """A graph laid over a mesh.
+    """A graph laid over a mesh, and what that is predicted to cost.
 
-    nodes       (block, node name) -> how it runs
-    inputs      block -> layouts of its inputs, as callers pass them; outputs likewise
-    parameters  full name -> layout in which it is stored
-    exchanged_once  full names of those whose gradient is exchanged once a step, not in each micro-batch
-    levels      block -> how many of its calls have which recompute level
-    recomputed  block -> nodes that the user wants computed again, alone
-    pieces      (block, name of a run of its units, see `nnscaler.pieces`) -> how many it is computed in, if several
-    gathered_again  (block, tensor) that backward gathers again rather than keep
-    seconds     predicted time of one micro-batch; memory likewise, in bytes a device
-    beside      seconds of what is exchanged beside computation; by how much that takes longer for it is in seconds
-    costs       what the seconds and bytes were made with; None: nobody did
-    weight_seconds  of the seconds, those in which backward makes gradients of weights
-    memory_limit  bytes a device that the plan was to fit into
-    bound       seconds that no plan of a step on the meshes that were tried is below
-    host        bytes a device of the host's memory, of which it was to use no more than `host_limit`
-    copies      seconds of copying there and back, beside computation
+    What the code generator needs:
+
+    nodes           (block, name of a node) -> how it runs
+    inputs          block -> the layouts of its inputs, in which its callers pass them
+    outputs         block -> the layouts of its outputs
+    parameters      full name -> the layout in which it is stored
+    exchanged_once  full names of parameters whose gradient is exchanged once a step, rather than in each micro-batch
+    levels          block -> recompute level -> how many of its calls have it
+    recomputed      block -> names of the nodes that the user wants recomputed
+    pieces          (block, name of a stretch) -> in how many pieces it is computed; see `nnscaler.pieces`
+    gathered_again  (block, tensor): weights that backward gathers again rather than keep
+    micro_batches   how many a step has
+
+    Figures:
+
+    seconds         predicted seconds of one micro-batch, by what they are for
+    memory          predicted bytes of a device
+    beside          seconds of what is exchanged beside computation; the time that this adds is in `seconds`
+    costs           the cost model that gave them; None: no planner made this plan
+    memory_limit    bytes a device that the plan was to fit into
+    bound           seconds of a step; no plan on the meshes that were tried takes less
+    weight_seconds  the seconds, among `seconds`, in which backward makes gradients of weights
+    host            bytes of the host's memory, for each device; `host_limit`: how many it was to use at most
+    copies          seconds of copies to the host and back, beside computation
     """
 
     graph: Graph
@@ -90,31 +105,31 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """Predicted time of an optimizer step."""
+        """Predicted seconds of an optimizer step."""
         return sum(self.seconds.values()) * self.micro_batches
 
     @property
     def gap(self) -> float:
-        """By how much of its time the plan may be slower than the best, at most: what was not searched or proven."""
+        """The largest part of its time, 0 to 1, that a better plan could save, as far as is proven."""
         return max(0.0, 1 - self.bound / self.step_seconds) if self.step_seconds else 0.0
 
     @property
     def memory_bytes(self) -> float:
-        """Predicted peak of memory a device."""
+        """Predicted peak of memory, in bytes a device."""
         return sum(self.memory.values())
 
     @property
     def host_bytes(self) -> float:
-        """Predicted memory of the host, a device."""
+        """Predicted bytes of the host's memory, for each device."""
         return sum(self.host.values())
 
     @property
     def state_on_host(self) -> float:
-        """Bytes of the optimizer's state, a device, that lie on the host."""
+        """Bytes of the optimizer's state that lie on the host, for each device."""
         return sum(size for key, size in self.host.items() if key.category == "state")
 
     def to_json(self) -> dict[str, Any]:
-        """How everything lies and runs, as plain values, without the graph; `nnscaler.report` adds what it costs."""
+        """How everything lies and runs, as plain values; `nnscaler.report` adds what it costs."""
         return {
             "model": self.graph.root.module_type,
             "mesh": self.mesh.to_json(),

@@ -1,4 +1,4 @@
-"""Planning as a configuration asks for it; and where nothing fits, the nearest changes with which something does."""
+"""Planning as a configuration asks for it; and, where nothing fits, the nearest changes with which a plan does fit."""
 
 from __future__ import annotations
 
@@ -52,7 +52,10 @@ def plan_for(
 
 
 def what_fits(source: Source, graph: Graph, config: ComputeConfig, hardware: Hardware, refusal: NothingFits) -> str:
-    """The nearest changes with which a plan fits, in a line. Each is planned, for as long as TRYING_SECONDS allow."""
+    """The nearest changes with which a plan fits, in one line.
+
+    Each of them is really planned, as long as TRYING_SECONDS allow.
+    """
     until = time.process_time() + TRYING_SECONDS
     logger.info("no plan fits; looking for the nearest changes with which one does")
     quick = replace(config, search_seconds=min(EACH_SECONDS, config.search_seconds))
@@ -75,7 +78,7 @@ def what_fits(source: Source, graph: Graph, config: ComputeConfig, hardware: Har
 def _changes(
     source: Source, graph: Graph, config: ComputeConfig, hardware: Hardware, needed: float | None
 ) -> Iterator[tuple[str, str, Planning]]:
-    """(kind, change, how to plan with it), the nearest of each kind first."""
+    """(kind, text of the change, how to plan with it); the nearest of each kind comes first."""
 
     def with_config(**changes: Any) -> Planning:
         return lambda: plan_for(graph, replace(config, **changes), hardware, None)

@@ -1,4 +1,4 @@
-"""The processes of a run: how they find each other, what rank 0 finds out for all, and files that every node needs."""
+"""The processes of a run: how they meet, what rank 0 finds out for all of them, and files that every node needs."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ STEPS = 6  # of a predicted length, in which a collective may wait: half of them
 def join_processes(device: torch.device, timeout: timedelta = TIMEOUT) -> Watch:
     """Sets up the default process group: NCCL on GPUs, gloo on CPUs.
 
-    torchrun's processes meet in a store that outlives them. After a restart it still holds the addresses of those that
-    were killed, and who reads one waits for a dead process; so each restart uses names of its own there.
+    The processes of torchrun meet in a store that outlives them. After a restart, it still holds the addresses of those
+    that were killed, and a process that reads one would wait for ever. So each restart uses its own names there.
 
-    Raises UserError that names the ranks that are not there within `timeout`.
+    Raises UserError that names the ranks that did not come within `timeout`.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
@@ -58,9 +58,9 @@ def join_processes(device: torch.device, timeout: timedelta = TIMEOUT) -> Watch:
 
 
 def own_device() -> torch.device:
-    """The GPU of this process, which becomes its current one; the CPU where there is none.
+    """The GPU of this process, which becomes its current one; or the CPU, where there is no GPU.
 
-    Raises UserError where torchrun started more processes here than there are GPUs.
+    Raises UserError where torchrun started more processes on this node than it has GPUs.
     """
     # Near a device's limit fixed segments break up; read when the first tensor is made there.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -87,7 +87,7 @@ def check_world(runtime_ngpus: int) -> None:
 
 
 def wait_for_steps_of(seconds: float, watch: Watch | None = None) -> None:
-    """Lets every collective of the groups made so far, and the watch, wait as long as steps of that length ask for."""
+    """Lets collectives, and the watch, wait long enough for steps of so many seconds."""
     timeout = max(TIMEOUT, timedelta(seconds=STEPS * seconds))
     if watch is not None:
         watch.patience = timeout.total_seconds() / 2
@@ -98,8 +98,8 @@ def wait_for_steps_of(seconds: float, watch: Watch | None = None) -> None:
 def from_rank_0(function: Callable[[], T], device: torch.device) -> T:
     """What `function()` gives on rank 0, on every rank. Collective.
 
-    Where it raises UserError, every rank raises it: a process that only exited would have torchrun end the others, rank
-    0 perhaps before it has told why.
+    Where it raises UserError, every rank raises it. If only rank 0 ended, torchrun would end the others, perhaps before
+    rank 0 has said why.
     """
     outcome: list[Any] = [None, None]
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -116,7 +116,7 @@ def from_rank_0(function: Callable[[], T], device: torch.device) -> T:
 
 
 def from_all(value: T) -> list[T]:
-    """Every rank's value, on every rank. Collective."""
+    """Every rank's value, in the order of ranks, on every rank. Collective."""
     values = [value]
     if dist.is_initialized():
         values *= dist.get_world_size()
@@ -125,7 +125,7 @@ def from_all(value: T) -> list[T]:
 
 
 def share_folder(folder: Path, device: torch.device) -> None:
-    """Gives the files of rank 0's folder to every node that does not have them. Collective."""
+    """Gives the files in rank 0's folder to every node that does not have them. Collective."""
     wanted = [_digest(folder) if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(wanted, src=0, device=device)
     lacks = is_leader() and _digest(folder) != wanted[0]

@@ -1,4 +1,4 @@
-"""What part of a parameter a rank holds, as boxes of the whole tensor."""
+"""Which part of a parameter a rank holds, as boxes of the whole tensor."""
 
 from __future__ import annotations
 
@@ -15,25 +15,30 @@ from nnscaler.placement import Placements, Shard, local_shape, parse_placement
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangular part of a tensor: where it begins in each dimension, and how long it is there."""
+    """A rectangular part of a tensor: where it begins in each dimension, and its size there."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
 
     @property
     def slices(self) -> tuple[slice, ...]:
+        """The box as an index: `tensor[box.slices]`."""
         return tuple(slice(offset, offset + size) for offset, size in zip(self.offsets, self.sizes))
 
     def shifted(self, offsets: tuple[int, ...]) -> Box:
+        """The same box, further on by so many places in each dimension."""
         return Box(tuple(a + b for a, b in zip(self.offsets, offsets)), self.sizes)
 
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """A parameter of the whole model and the layout in which each rank holds it.
+    """A parameter of the whole model, and how each rank holds it.
 
-    exchanged_once  its gradient is summed whole over a step's micro-batches, and exchanged after the last of them; else
-                    it is exchanged in each, and a rank sums what it owns
+    shape           of the whole parameter
+    layout          in which it is stored
+    trained         whether it is trained
+    exchanged_once  True: its gradient is summed whole over the micro-batches of a step, and exchanged after the last.
+                    False: it is exchanged in each micro-batch, and a rank sums the part that it owns.
     """
 
     shape: tuple[int, ...]
@@ -44,13 +49,13 @@ class ParameterSpec:
 
     @staticmethod
     def from_json(fields: Mapping[str, Any]) -> ParameterSpec:
-        """From a parameter's entry in `plan.json`."""
+        """From the entry of a parameter in plan.json."""
         layout = tuple(parse_placement(text) for text in fields["layout"].split(","))
         dtype = getattr(torch, fields["dtype"])
         return ParameterSpec(tuple(fields["shape"]), dtype, layout, fields["trained"], fields["exchanged_once"])
 
     def box(self, mesh: Mesh, place: tuple[int, ...]) -> Box:
-        """The part that the device at `place` on the mesh axes holds."""
+        """The part that the device at this place on the mesh axes holds."""
         sizes = local_shape(self.shape, self.layout, mesh.sizes)
         offsets = [0] * len(self.shape)
         left = list(self.shape)
@@ -62,9 +67,10 @@ class ParameterSpec:
 
 
 def flat_range_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int, Box]]:
-    """Covers elements [start, stop) of a contiguous tensor of `shape` with boxes, in order.
+    """Covers the elements [start, stop) of a contiguous tensor with boxes, in order.
 
-    Yields (flat index of the box's first element, box). A range that cuts rows needs at most 2 * rank - 1 boxes.
+    Yields (index of the box's first element in the flat tensor, box). At most 2 * rank - 1 boxes are needed, where the
+    range cuts rows.
     """
     if start >= stop:
         return

@@ -1,7 +1,9 @@
-"""Dividing a block into the units that the planner decides about.
+"""Units: the parts of a block that the planner decides about.
 
-A unit is one product (an operator with arithmetic to speak of), one registered operator, or a cluster of cheap
-operators that run as one fused kernel and therefore in one layout. Views belong to the unit whose result they look at.
+A unit is one *product* (an operator with considerable arithmetic); or one *registered* operator; or a cluster of
+*cheap* operators that run as one fused kernel, and so in one layout; or a *call* of another block. Views belong to the
+unit whose result they look at. Example: the MLP of a Llama layer has three products and, between them, a cluster of
+`silu` and `*`.
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ from nnscaler.operators.registry import no_flops
 
 @dataclass
 class Unit:
-    """Nodes that are decided about together, in order of execution.
+    """Nodes that are decided about as one.
 
-    kind     product, registered, cheap, or call
-    inputs   tensors from outside, in order of first use; `outputs` those that others use
-    depth    products and registered operators on the longest way here from the block's inputs
+    kind     "product", "registered", "cheap" or "call"
+    nodes    in the order in which they run
+    depth    how many products and registered operators lie on the longest way to it from the block's inputs
+    inputs   names of the tensors that come from outside, in the order of first use
+    outputs  names of the tensors that others use
     """
 
     kind: str
@@ -31,16 +35,17 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """The name of the last result: what the unit is there for."""
+        """The name of its last result."""
         return self.nodes[-1].name
 
     @property
     def main(self) -> Node:
-        """The node that costs: of a product or registered operator, that one."""
+        """The node that costs most: the first, which in a product or registered operator is that operator."""
         return self.nodes[0]
 
 
 def node_kind(node: Node) -> str:
+    """The kind of unit that a node makes: see `Unit`."""
     if isinstance(node, Call):
         return "call"
     operator = operator_of(node)
@@ -66,7 +71,7 @@ def divide(block: Block) -> list[Unit]:
 
 
 def pure(unit: Unit) -> bool:
-    """Whether a unit is computation alone: it can be compiled together with others."""
+    """Whether a unit is computation alone, so that it can be compiled together with others."""
     return unit.kind in ("product", "cheap")
 
 
@@ -79,7 +84,7 @@ def saved_by(node: Node, block: Block) -> list[str]:
 
 
 def needed_by(unit: Unit, block: Block) -> list[str]:
-    """The unit's inputs and outputs that its backward reads, or from which it computes inner tensors of a cluster."""
+    """The unit's inputs and outputs that its backward reads, or from which it makes inner tensors again."""
     made_by = {name: node for node in unit.nodes for name in node.outputs}
     needed: dict[str, None] = {}
 
@@ -99,7 +104,7 @@ def needed_by(unit: Unit, block: Block) -> list[str]:
 
 
 def _depths(block: Block, made_by: dict[str, Node]) -> dict[str, int]:
-    """Node name -> units that are not cheap on the longest way from the inputs, itself included."""
+    """Name of a node -> how many units that are not cheap lie on the longest way to it, itself included."""
     depths: dict[str, int] = {}
     for node in block.nodes:
         before = max((depths[made_by[name].name] for name in node.inputs if name in made_by), default=0)
@@ -108,7 +113,7 @@ def _depths(block: Block, made_by: dict[str, Node]) -> dict[str, int]:
 
 
 def _clusters(block: Block, made_by: dict[str, Node], depths: dict[str, int]) -> list[list[Node]]:
-    """Nodes put together: cheap neighbours of equal depth, and views with what they look at.
+    """The nodes of each unit: cheap neighbours of equal depth, and views with what they look at.
 
     Equal depth keeps a product from lying between two parts of a cluster.
     """
@@ -146,7 +151,8 @@ def _is_view(node: Node) -> bool:
 
 
 def _in_order(units: list[Unit]) -> list[Unit]:
-    """Sorted so that each comes after those whose results it uses; otherwise as the nodes stand in the block."""
+    """The units in an order in which each comes after those whose results it uses; else as their nodes stand in the
+    block."""
     made_by = {name: unit for unit in units for name in unit.outputs}
     done: list[Unit] = []
 

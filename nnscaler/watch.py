@@ -1,4 +1,4 @@
-"""Signs of life of a run's processes, so that a run that hangs can say whom it waits for."""
+"""Signs of life of a run's processes: so that a run that hangs can say which ranks it waits for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ _BEAT = 2.0  # seconds between signs of life
 
 
 class Watch:
-    """Signs of life: a thread gives this rank's, and says whose are missing where a step takes over `patience`."""
+    """Gives this rank's signs of life, from a thread; and logs whose are missing when a step takes longer than
+    `patience`.
+
+    store     in which the ranks leave their signs of life
+    patience  seconds without a step, after which the first rank of each node looks for the missing ones
+    """
 
     def __init__(self, store: dist.Store, rank: int, world: int, patience: timedelta) -> None:
         self.store, self._rank, self._world, self.patience = store, rank, world, patience.total_seconds()
@@ -25,11 +30,12 @@ class Watch:
         self._thread.start()
 
     def reached(self, step: int) -> None:
-        """This rank has done optimizer step `step`."""
+        """To be called when this rank has done optimizer step `step`."""
         self.store.set(f"step/{self._rank}", str(step))
         self._waited = 0.0
 
     def close(self) -> None:
+        """Ends the thread."""
         self._stop.set()
         self._thread.join()
 
@@ -68,5 +74,5 @@ class Watch:
 
 
 def is_leader() -> bool:
-    """Whether this process is the first on its node."""
+    """Whether this process is the first one on its node."""
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
