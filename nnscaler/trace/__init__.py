@@ -1,4 +1,4 @@
-"""A model and example inputs -> Graph, by `torch.export` on fake tensors."""
+"""Tracing: from a model and example inputs to a `Graph`, by `torch.export` on fake tensors (shapes without memory)."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""From an exported program (ATen operators before autograd) to a `Block`."""
+"""From an exported program, which consists of ATen operators before autograd, to a `Block`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ _VALUE_READS = {"aten.item.default", "aten._local_scalar_dense.default", "aten.n
 
 @dataclass(frozen=True)
 class CallTarget:
-    """The block that calls of a leaf run, and which of the leaf's tensors are its inputs."""
+    """What the calls of a leaf (see `nnscaler.trace.leaf`) become.
+
+    block   the name of the block that they run
+    inputs  indices of the leaf's tensors that are the block's inputs
+    """
 
     block: str
     inputs: list[int]
@@ -34,11 +38,13 @@ class CallTarget:
 
 @dataclass
 class Converter:
-    """Converts one exported program, whose module paths begin with `prefix` (with its dot).
+    """Converts one exported program.
 
-    `targets` has, for each leaf of a repeated module, the block it was traced to. `constants` collects the tensors that
-    the program holds besides parameters and buffers; one made in forward is named after its value. `input_names`
-    replaces export's names of the inputs.
+    prefix       with which the program's module paths begin, with its dot
+    targets      leaf of a repeated module -> the block that it was traced to
+    constants    collects the tensors that the program holds besides parameters and buffers, by path; one that is made
+                 in forward is named after its value
+    input_names  names for the inputs, in place of those that export gives
     """
 
     program: ExportedProgram
@@ -87,7 +93,7 @@ class Converter:
         return block
 
     def _constant(self, path: str, value: Tensor) -> str:
-        """Keeps a constant, and gives its path."""
+        """Adds a constant to `constants`, and returns its path."""
         if path.startswith("lifted_tensor_") and _has_values(value):
             path = f"constant_{digest(value)[:8]}"
         self.constants[path] = value.detach()
@@ -152,7 +158,7 @@ class Converter:
         return refs if isinstance(value, (list, tuple)) else refs[0]
 
     def _made(self, node: fx.Node, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Node, bool]:
-        """The node without its surroundings, and whether its operator returns a tuple."""
+        """The node by itself, without outputs or module; and whether its operator returns a tuple."""
         if op != "nnscaler.leaf.default":
             return Node(node.name, op, args, kwargs, ()), isinstance(node.meta["val"], (list, tuple))
         token, tensors = args
@@ -169,7 +175,10 @@ class Converter:
 
     @staticmethod
     def _region(node: fx.Node, module: fx.GraphModule) -> tuple[fx.GraphModule, Any, bool | None] | None:
-        """(body, arguments, gradients enabled; None: as outside) of a region that export wraps in an operator."""
+        """(body, arguments, whether gradients are enabled) of a region that export wraps in an operator.
+
+        The last is None where it is as outside.
+        """
         op = str(node.target)
         if op == "wrap_with_set_grad_enabled":
             enabled, body, *arguments = node.args
@@ -189,7 +198,7 @@ def _has_values(tensor: Tensor) -> bool:
 
 
 def digest(tensor: Tensor) -> str:
-    """Equal for tensors of equal values, shapes and types."""
+    """A text that is equal for tensors of equal values, shapes and types."""
     with _disable_current_modes(), torch.no_grad():
         content = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return hashlib.sha1(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + content).hexdigest()
@@ -200,7 +209,7 @@ def _meta(value: Tensor) -> TensorMeta:
 
 
 def _identity(op: str, args: Any, result: Any, block: Block) -> Ref | None:
-    """The input of an operator that changes nothing."""
+    """The input of a node, where the node does not change it; else None."""
     if not (args and isinstance(args[0], Ref) and isinstance(result, Tensor)):
         return None
     if block.tensors[args[0].name].dtype != result.dtype or block.tensors[args[0].name].shape != tuple(result.shape):
@@ -231,14 +240,14 @@ def _identifier(text: str) -> str:
 
 
 def _source(node: fx.Node) -> str:
-    """`file.py:line` of the innermost frame of the model's own code; what torch.fx has generated is no file."""
+    """`file.py:line` of the innermost frame of the model's own code. What torch.fx has generated is no file."""
     frames = re.findall(r'File "((?!<eval_with_key>)[^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     own = [frame for frame in frames if is_own_code(frame[0])] or frames
     return line_of(*own[-1]) if own else ""
 
 
 def _module_stack(node: fx.Node, prefix: str) -> tuple[str, tuple[str, ...]]:
-    """Path of the calling module below the traced one, and the class names from the traced module inwards."""
+    """Path of the calling module below the traced one; and the class names from the traced module inwards."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     root = prefix.rstrip(".")
     inside = [(path, kind) for path, kind in stack if not root or path == root or path.startswith(prefix)]
@@ -262,7 +271,7 @@ def _drop_unused(block: Block) -> None:
 
 
 def _name_after_modules(block: Block) -> None:
-    """Gives the last result of each module call the module's own name: `q_proj` says more than `linear`."""
+    """Names the last result of each module call after the module: `q_proj` says more than `linear`."""
     taken = {*block.inputs, *block.parameters}
     renamed: dict[str, str] = {}
     for node, following in zip(block.nodes, [*block.nodes[1:], None]):
@@ -284,7 +293,7 @@ def _name_after_modules(block: Block) -> None:
 
 
 def _role(module: str) -> str:
-    """The last name of a module path; of a list's member, the list's name and its index."""
+    """The last name of a module path; for a member of a list, the list's name and its index."""
     *_, before, last = ("", *module.split("."))
     return f"{before}_{last}" if last.isdigit() else last
 

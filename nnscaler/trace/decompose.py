@@ -1,5 +1,7 @@
-"""An exported program as one of operators that the tables have: without writes in place, and without operators that
-torch composes of others."""
+"""Rewriting an exported program so that it consists of operators that have an entry.
+
+Operators that torch composes of others become these others, and writes in place become new tensors.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,10 @@ _ROUNDS = 4  # an operator may be composed of others that are composed in turn
 
 
 def decompose(program: ExportedProgram) -> ExportedProgram:
-    """The same program where operators without an entry are what torch composes them of, and nothing is written to.
+    """The same program, in which operators without an entry are what torch composes them of, and nothing is written in
+    place.
 
-    An operator that is made of no others stays, and is refused where it is met.
+    An operator that is not composed of others stays. It is refused later, by its name.
     """
     for _ in range(_ROUNDS):
         targets = {node.target for module in _graphs(program.graph_module) for node in module.graph.nodes}
@@ -42,9 +45,11 @@ def _is_mutable(target: Any) -> bool:
 
 
 def _compositions(operators: list[OpOverload]) -> dict[OpOverload, Callable[..., Any]]:
-    """For those without an entry that torch writes, and their gradients, by calling others: how it does. An operator
-    with a derivative of its own is left, for what torch knows to compose it of has another at some points; so are
-    random numbers, to be refused by their own name."""
+    """For each operator without an entry that torch computes by calling others: the function that does so.
+
+    An operator with a derivative of its own is left out: what torch would compose it of has another derivative at some
+    points. So are random numbers, which are refused by their own name.
+    """
     return {
         operator: _get_decomp_for_cia(operator)
         for operator in operators
@@ -56,7 +61,10 @@ def _compositions(operators: list[OpOverload]) -> dict[OpOverload, Callable[...,
 
 
 def _detach_results_without_gradient(module: fx.GraphModule) -> None:
-    """Detaches what is computed under `torch.no_grad`: that region does not survive decomposition, its results do."""
+    """Detaches what is computed under `torch.no_grad`.
+
+    Decomposition removes such a region, and would let gradients through.
+    """
     for node in list(module.graph.nodes):
         if str(node.target) == "wrap_with_set_grad_enabled" and not node.args[0]:
             for user in list(node.users):  # each takes one of its results

@@ -1,6 +1,6 @@
-"""Executing a model before it is traced, so that values which its Python reads, and the paths they choose, are known.
+"""Executing a model before it is traced, for models whose Python reads values of tensors, and decides by them.
 
-Its weights are those that training starts from without a checkpoint; it computes no gradients.
+The weights are those from which training starts without a checkpoint. No gradients are computed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,12 @@ GB = 1e9
 
 @dataclass
 class Execution(Observation):
-    """An observation of real values. `reads` has those that the model's Python read, in a scope a call of a module."""
+    """An observation of a run with real values.
+
+    device   where the model runs
+    offload  see `nnscaler.trace.strategies.Strategy`
+    reads    the values that the model's Python read, by calls of modules
+    """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     offload: bool = False
@@ -56,15 +61,18 @@ def execute(
     offload: bool,
     seed: int,
 ) -> Execution:
-    """Runs copies of `model`, which is on the meta device, on `device`, and returns what it learns.
+    """Runs copies of a model, and returns what was observed.
 
+    model     on the meta device
     paths     of the modules that may repeat
-    inputs    tensors with values, by parameter name of `forward`
-    buffers   the values of the model's buffers
-    offload   see `Strategy`
-    seed      of the weights, see `initial_parameters`
+    inputs    name of an argument of `forward` -> a tensor with values
+    buffers   name -> value of the model's buffers
+    device    where it runs
+    offload   see `nnscaler.trace.strategies.Strategy`
+    seed      of the weights, see `nnscaler.first_values.initial_parameters`
 
-    Raises UserError where an input has no values, a module cannot be initialised, or memory is too small for weights.
+    Raises UserError where an input has no values, a module cannot be initialised, or memory is too small for the
+    weights.
     """
     for name, tensor in inputs.items():
         if tensor.is_meta:
@@ -92,7 +100,7 @@ def execute(
 
 
 def _fill(model: nn.Module, buffers: Mapping[str, Tensor], seed: int, device: torch.device) -> None:
-    """Gives parameters their first values, and buffers theirs; a buffer without a value gets zeros."""
+    """Gives parameters their first values, and buffers theirs. A buffer without a value gets zeros."""
     names = dict(model.named_parameters())
     real: dict[int, nn.Parameter] = {}
     for name, value in initial_parameters(model, seed, device):

@@ -1,4 +1,4 @@
-"""Tensors that have a shape and a type, and neither memory nor, but for constants, values."""
+"""Fake tensors: they have a shape and a type but no memory, and, except for constants, no values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def fake_mode() -> FakeTensorMode:
-    """Inside, operators give fake tensors; real ones that they meet are constants."""
+    """Inside, operators give fake tensors. Real tensors that they meet are constants."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
@@ -24,8 +24,10 @@ def fake(mode: FakeTensorMode, like: Any, requires_grad: bool = False) -> Tensor
 
 @contextmanager
 def fake_weights(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
-    """Inside, the parameters and buffers of `model` are fake, tied ones the same. Whatever its forward makes of the
-    modules' attributes is undone afterwards."""
+    """Inside, the parameters and buffers of a model are fake; tied ones are the same object.
+
+    Whatever its forward does to attributes of modules is undone afterwards.
+    """
     before = Attributes(model)
     known: dict[int, Tensor] = {}
 
@@ -62,13 +64,13 @@ def as_if_exporting() -> Iterator[None]:
 
 
 class Attributes:
-    """The attributes of all modules of a model, as they were at one time."""
+    """The attributes of all modules of a model, as they were when this was made."""
 
     def __init__(self, model: nn.Module) -> None:
         self._of = {path: (module, _copied(module)) for path, module in model.named_modules()}
 
     def changed(self) -> list[str]:
-        """Names of what was set to something else since."""
+        """Names of the attributes that were set to something else since."""
         names = []
         for path, (module, before) in self._of.items():
             now = _copied(module)

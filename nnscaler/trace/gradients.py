@@ -1,4 +1,4 @@
-"""Which tensors of a graph need a gradient, and blocks that are called both ways."""
+"""Which tensors of a graph need a gradient. Where calls of a block differ in this, the block becomes several."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _STOP = {f"aten.{name}.default" for name in ("detach", "zeros_like", "ones_like"
 
 
 def mark_gradients(graph: Graph) -> None:
-    """Sets `requires_grad` of every tensor from those of the parameters.
+    """Sets `requires_grad` of every tensor, as follows from the parameters.
 
-    A block whose calls differ in which parameters are trained, or in which results need a gradient (frozen layers below
-    trained ones, and above), becomes one block for each kind of call. An input of a block needs a gradient where it
-    does in any of its calls. Blocks are named in the order of their first calls.
+    The calls of a block may differ in which parameters are trained, or in which results need a gradient: frozen layers
+    below trained ones, for example. Then there is one block for each kind of call. An input of a block needs a gradient
+    where it does in any of its calls. Blocks are named in the order of their first calls.
     """
     root = graph.root
     needed = {name: graph.parameters[path].requires_grad for name, path in root.parameters.items()}
@@ -56,7 +56,7 @@ def _trained(graph: Graph) -> set[str]:
 
 
 def _reached(graph: Graph) -> set[str]:
-    """The parameters that the outputs' gradients reach: the others are as good as frozen, as they are to PyTorch."""
+    """The parameters that the outputs' gradients reach. All others are as good as frozen, as in PyTorch."""
     reached: dict[str, set[str]] = {block.name: set() for block in graph.all_blocks()}
     paths: set[str] = set()
     _follow_back(graph.root, set(graph.root.outputs), graph, reached)
@@ -87,7 +87,7 @@ def _follow_back(block: Block, begin: set[str], graph: Graph, reached: dict[str,
 
 
 def _inside(block: Block, trained: Mapping[str, bool], inputs: Sequence[bool]) -> dict[str, bool]:
-    """Which tensors of a block need a gradient."""
+    """Name of a tensor in a block -> whether it needs a gradient."""
     needed = {**trained, **dict(zip(block.inputs, inputs, strict=True))}
     _follow(block, block.nodes, needed)
     return needed
@@ -106,7 +106,7 @@ def _mark(block: Block, needed: Mapping[str, bool]) -> None:
 
 
 def _name(module_type: str, counts: dict[str, int]) -> str:
-    """`decoder_layer` of a `DecoderLayer`, then `decoder_layer_2`."""
+    """A name for a block: `decoder_layer` for the class `DecoderLayer`, then `decoder_layer_2`."""
     base = "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in module_type).lstrip("_")
     counts[base] = counts.get(base, 0) + 1
     return base if counts[base] == 1 else f"{base}_{counts[base]}"

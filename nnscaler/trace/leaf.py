@@ -1,6 +1,7 @@
-"""Calls that tracing must not look into: registered operators, and repeated modules that are traced on their own.
+"""Leaves: calls that tracing must not look into. They are registered operators, and repeated modules, which are traced
+on their own.
 
-Such a call is recorded as one node `nnscaler::leaf(token, tensors)`. The token names a `Leaf` of the running session,
+Such a call is recorded as one node `nnscaler::leaf(token, tensors)`. The token names a `Leaf` of the current session,
 which keeps everything about the call that is not a tensor.
 """
 
@@ -24,25 +25,30 @@ if TYPE_CHECKING:
 
 @dataclass
 class Structure:
-    """A nest of values with its tensors taken out, and back."""
+    """A nested value, such as (args, kwargs), with its tensors taken out.
+
+    spec       how it is nested
+    constants  what is in it; a marker where a tensor was
+    """
 
     spec: pytree.TreeSpec
     constants: list[Any]  # `_TENSOR` where a tensor stood
 
     @staticmethod
     def take(value: Any) -> tuple[Structure, list[Tensor]]:
+        """Takes a nested value apart: (how it is nested, its tensors in order)."""
         flat, spec = pytree.tree_flatten(value)
         tensors = [item for item in flat if isinstance(item, Tensor)]
         return Structure(spec, [_TENSOR if isinstance(item, Tensor) else item for item in flat]), tensors
 
     def holds(self, tensors: Sequence[Tensor], nest: Any) -> bool:
-        """Whether a nest that `put` built of these tensors is still what it was then."""
+        """Whether a nest that `put` built of these tensors has not been changed since."""
         other, found = Structure.take(nest)
         before, now = [*self.constants, *tensors], [*other.constants, *found]
         return self.spec == other.spec and len(before) == len(now) and all(a is b for a, b in zip(before, now))
 
     def tensor_names(self, positional: Sequence[str]) -> list[str]:
-        """A name for each tensor of an (args, kwargs) nest: its parameter's, with the place inside it."""
+        """A name for each tensor of an (args, kwargs) nest: that of the argument, with the place inside it."""
         paths, _ = pytree.tree_flatten_with_path(self.put([_TENSOR] * len(self.constants)))
         names = []
         for path, value in paths:
@@ -58,11 +64,12 @@ class Structure:
 
     @property
     def is_flat(self) -> bool:
-        """Whether the value is a tensor, or a list or tuple of nothing but tensors."""
+        """Whether the value is a tensor, or a list or tuple of tensors only."""
         nest = [self.spec] if self.is_tensor else self.spec.children()
         return all(item is _TENSOR for item in self.constants) and all(child.is_leaf() for child in nest)
 
     def put(self, tensors: Sequence[Any]) -> Any:
+        """Builds the nested value again, with these tensors in it."""
         rest = iter(tensors)
         return pytree.tree_unflatten([next(rest) if item is _TENSOR else item for item in self.constants], self.spec)
 
@@ -80,10 +87,12 @@ class EmptyTensor(NamedTuple):
 class Leaf:
     """Calls that are the same: of one registered operator, or of modules that trace to the same graph.
 
-    arguments  how the first call's are built from tensors; `given` has their shapes and types
-    result     how the results are built from the tensors, whose shapes and types are `results`
-    operator   that is called; None: `module`
-    call       number of the first call among those of modules
+    arguments  how the first call's arguments are built from tensors
+    given      shapes and types of these tensors
+    result     how the results are built from tensors
+    results    shapes and types of these tensors
+    operator   the operator that is called; None: `module` is called
+    call       the number of the first call, among calls of modules
     """
 
     arguments: Structure
@@ -96,16 +105,16 @@ class Leaf:
 
 
 def call_key(key: Any, arguments: Structure, tensors: Sequence[Tensor]) -> Any:
-    """Equal for calls with equal `key`, constants and tensor types."""
+    """Equal for calls with equal `key`, equal constants, and equal shapes and types of tensors."""
     types = tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors)
     return key, str(arguments.spec), repr(arguments.constants), types
 
 
 @dataclass
 class Session:
-    """The leaves met while one model is traced, after it was observed.
+    """The leaves of one model while it is traced, after it was observed.
 
-    reuse  calls of modules with equal keys are one leaf; otherwise each is a leaf of its own
+    reuse  True: calls of modules with equal keys are one leaf; False: each call is a leaf of its own
     """
 
     observation: Observation
@@ -115,7 +124,8 @@ class Session:
     calls: int = 0
 
     def call_module(self, path: str, module: nn.Module, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Records a call of a module that may repeat."""
+        """Records a call of a module that may repeat, and gives its results. Raises UserError where the call has
+        changed."""
         _, tensors = Structure.take((args, kwargs))
         index, self.calls = self.calls, self.calls + 1
         known = self.observation.calls[index : index + 1]
@@ -152,7 +162,7 @@ _session: Session | None = None
 
 @contextmanager
 def recording(observation: Observation, reuse: bool) -> Iterator[Session]:
-    """A session to which every registered operator called inside reports."""
+    """Inside, every call of a registered operator becomes a leaf of the session that this yields."""
     global _session
     assert _session is None, "tracing is not reentrant"
     _session = Session(observation, reuse)
@@ -165,7 +175,7 @@ def recording(observation: Observation, reuse: bool) -> Iterator[Session]:
 
 @contextmanager
 def operators_call(take: LeafTracer | None) -> Iterator[None]:
-    """Inside, `take` gets the calls of registered operators; None: they call themselves."""
+    """Inside, `take` is called in place of registered operators. None: they run themselves."""
     token = leaf_tracer.set(take)
     try:
         yield

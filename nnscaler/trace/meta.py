@@ -19,7 +19,10 @@ _FILLS = {"normal_", "uniform_", "zero_", "zeros_", "ones_", "fill_", "constant_
 
 
 class _ValuelessOnMeta(TorchFunctionMode):
-    """Puts uninitialised and random tensors on the meta device; computed ones (rotary frequencies, masks) stay real."""
+    """Puts tensors without values, and with random ones, on the meta device.
+
+    Computed tensors, such as rotary frequencies and masks, stay real.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -35,8 +38,8 @@ class _ValuelessOnMeta(TorchFunctionMode):
 def build_on_meta(make: Callable[[], nn.Module]) -> tuple[nn.Module, dict[str, Tensor]]:
     """Calls `make` so that no weight takes memory or time.
 
-    Returns the model, all of it on the meta device, and the values of its buffers by name. A buffer that `make` leaves
-    uninitialised has no value and is left out.
+    Returns the model, all of it on the meta device, and name -> value of its buffers. A buffer that `make` leaves
+    uninitialised has no value, and is left out.
     """
     with _ValuelessOnMeta():
         model = make()

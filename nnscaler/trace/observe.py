@@ -1,8 +1,11 @@
-"""Running a model once before it is traced, to know which of its layers are the same.
+"""Running a model once before it is traced, to learn which of its layers are the same.
 
-Every strategy begins with it: on fake tensors, or, where Python needs values, on real ones (see `execute`). Each call
-of a module that may repeat gets a record of its own. From these follow which calls are traced as one; which modules are
-no function of their arguments and so are traced as part of the whole; and that a second run would give the same again.
+Every strategy begins with this: on fake tensors, or, where Python needs values, on real ones
+(`nnscaler.trace.execute`). Each call of a module that may repeat gets a record of its own. The records tell
+
+* which calls can be traced as one;
+* which modules depend on more than their arguments, and so are traced as a part of the whole;
+* whether a second run would give the same again.
 """
 
 from __future__ import annotations
@@ -29,10 +32,12 @@ ROOT = "root"
 
 @dataclass
 class ModuleCall:
-    """One call of a module: what it computed, and the nests and types of its arguments and results.
+    """One call of a module.
 
-    key      equal for calls that trace to the same graph
-    outline  see `Record`
+    path       of the module
+    key        equal for calls that trace to the same graph
+    outline    see `nnscaler.trace.recorder.Record`
+    arguments  how its arguments are nested; `given`: the shapes and types of the tensors in them
     """
 
     path: str
@@ -46,11 +51,11 @@ class ModuleCall:
 
 @dataclass
 class Observation:
-    """What one run of a model tells its tracing. It takes the calls of the modules and registered operators.
+    """What one run of a model tells. While the model runs, it takes the calls of modules and registered operators.
 
-    calls     of the modules that may repeat, in order
-    results   of each distinct call of a registered operator: its results' nest, and their shapes and types
-    entwined  paths of modules that are no function of their arguments and their own tensors, with the reason
+    calls     calls of the modules that may repeat, in order
+    results   for each distinct call of a registered operator: how its results are nested, and their shapes and types
+    entwined  path of a module that depends on more than its arguments and its own tensors -> why
     whole     the record of everything else
     """
 
@@ -63,12 +68,12 @@ class Observation:
 
     @property
     def key(self) -> str:
-        """Equal for models that trace to the same graph."""
+        """A text that is equal for models that trace to the same graph."""
         assert self.whole is not None
         return str(self.whole.ops.hexdigest())
 
     def run(self, model: nn.Module, paths: Sequence[str], inputs: Mapping[str, Tensor]) -> None:
-        """Runs `model`, whose modules at `paths` may repeat."""
+        """Runs `model`. The modules at `paths` may repeat."""
 
         def whole(path: str, module: nn.Module, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             with self.recorder, self.recorder.record(module, kwargs) as self.whole, self.scope(ROOT):
@@ -117,7 +122,7 @@ class Observation:
             return nest.put(results)
 
     def call_operator(self, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Writes down the call of a registered operator, whose body is its own business."""
+        """Records the call of a registered operator, but not what it does inside."""
         with operators_call(None), torch._C.DisableTorchFunction():
             arguments, tensors = Structure.take((args, kwargs))
             key = call_key(operator.name, arguments, tensors)
@@ -130,8 +135,11 @@ class Observation:
             return value
 
     def compute(self, operator: Operator, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A registered operator's results. All its tensors are arguments, so that plain meta tensors do; they are
-        several times as fast as fake ones, which counts where it loops over a long sequence."""
+        """The results of a registered operator.
+
+        All its tensors are arguments, so it can run on meta tensors. They are several times as fast as fake ones, which
+        matters where it loops over a long sequence.
+        """
         assert operator.function is not None
         if key not in self.results:
             arguments, tensors = Structure.take((args, kwargs))
@@ -148,12 +156,12 @@ class Observation:
         return nest.put([torch.empty(one.shape, dtype=one.dtype, device="cpu") for one in shapes])
 
     def scope(self, name: str) -> AbstractContextManager[Any]:
-        """Around one call of a module, or of the whole model."""
+        """A context for one call of a module, or of the whole model."""
         return nullcontext()
 
 
 def observe(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, Tensor], mode: FakeTensorMode) -> Observation:
-    """Runs a model, all of whose tensors are fake, and leaves it as it was.
+    """Runs a model whose tensors are all fake, and leaves it as it was.
 
     paths  of the modules that may repeat
 
@@ -182,6 +190,6 @@ def _run(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, Tensor], m
 
 
 def _another(tensor: Tensor) -> Tensor:
-    """The same tensor as another object, so that it is seen who uses which."""
+    """The same tensor as another object, so that one sees who uses which."""
     other = tensor.detach()
     return other.requires_grad_().clone() if tensor.requires_grad else other  # no leaf: those cannot be written into

@@ -1,4 +1,4 @@
-"""Executing on a device with tensors that live on the CPU: an operator at a time."""
+"""Executing a model on a device, one operator at a time, with tensors that stay on the CPU."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 
 def run_on(device: torch.device, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`function(*args, **kwargs)` on copies of the tensors on `device`; results come back to the CPU.
+    """`function(*args, **kwargs)` on copies of the tensors on `device`. Results come back to the CPU.
 
-    What it writes into an argument is written into the original, and an argument that it returns is the original.
+    What it writes into an argument is written into the original. An argument that it returns is the original.
     """
     originals: dict[int, tuple[Tensor, Tensor, int]] = {}  # by id of the copy
 
@@ -39,7 +39,7 @@ def run_on(device: torch.device, function: Callable[..., Any], args: tuple[Any, 
 
 
 def _written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]:
-    """Ids of the arguments that an ATen operator writes: below autograd, it does not count their versions up."""
+    """Ids of the arguments that an ATen operator writes. Below autograd, their version numbers do not show this."""
     if not isinstance(function, torch._ops.OpOverload):
         return set()
     values = {argument.name: value for argument, value in zip(function._schema.arguments, args)} | kwargs
@@ -50,7 +50,7 @@ def _written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> se
 
 
 class Offload(TorchDispatchMode):
-    """Runs each ATen operator on `device`. Views, and what only makes tensors, need no device and run on the CPU."""
+    """Runs each ATen operator on `device`. Views, and what only makes tensors, run on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Offload(TorchDispatchMode):
 
 
 class OffloadAttention(TorchFunctionMode):
-    """Runs attention on `device` as a whole: ATen would have chosen the CPU's kernel before `Offload` sees it."""
+    """Runs attention on `device` as a whole. Otherwise ATen would choose the CPU's kernel before `Offload` sees it."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()

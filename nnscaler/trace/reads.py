@@ -1,7 +1,8 @@
 """Values that a model's Python reads from tensors: `.item()`, `if x.sum() > 0`, `range(count)`.
 
-They are taken down where the model is executed, and given again where it is traced under fake tensors, which have none.
-A read is known again by its place: the lines of the model's own code that lead to it, and how often they have before.
+They are recorded where the model is executed, and given again where it is traced with fake tensors, which have no
+values. A read is recognised by its place: the lines of the model's own code that lead to it, and how often they did so
+before.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ Place = tuple[Any, ...]
 
 @dataclass
 class ValueReads:
-    """The values read in one execution. A `scope` is the call of a module that is also traced on its own."""
+    """The values that were read in one execution, by scope. A scope is the call of a module that is traced on its
+    own."""
 
     values: defaultdict[Place, list[Any]] = field(default_factory=lambda: defaultdict(list))
     first: str = ""  # line of the first read
@@ -41,7 +43,7 @@ class ValueReads:
         return sum(map(len, self.values.values()))
 
     def record(self, scope: str) -> TorchFunctionMode:
-        """Inside, reads get their tensor's value, which is taken down."""
+        """Inside, reads get their tensor's value, and it is recorded."""
         return _Record(self, scope)
 
     def replay(self, scope: str) -> TorchFunctionMode:

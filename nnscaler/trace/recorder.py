@@ -1,8 +1,8 @@
-"""Writing down what a model computes while it runs: each call of torch, with its arguments.
+"""Recording what a model computes while it runs: each call of torch, with its arguments.
 
-Modules whose records are equal trace to the same graph, whatever the cause that could have made them differ: an
-attribute, the code of `forward` or of what it calls, a hook, a closure, an environment variable. Nothing is compared
-but what the model did.
+Modules with equal records trace to the same graph. It does not matter what could have made them differ: an attribute,
+the code of `forward` or of what it calls, a hook, a closure, an environment variable. Only what the model did is
+compared.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _IN_BACKWARD = {"register_hook", "register_post_accumulate_grad_hook", "backward
 
 
 class Outline(TorchFunctionMode):
-    """A digest of what is called inside, with nothing but types and shapes of tensors.
+    """A digest of the calls of torch, with only the types and shapes of tensors.
 
-    It is the same for a plain run and for one under `torch.export`, which runs a model with tensors of its own.
+    It is the same for a plain run and for one under `torch.export`, which uses tensors of its own.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Outline(TorchFunctionMode):
         self._outline.update(f"{text}\n".encode())
 
     def line(self) -> str:
-        """`file.py:line` of the model's own code that is running."""
+        """`file.py:line` of the line of the model's own code that is running."""
         frame: FrameType | None = sys._getframe(1)
         inside = False
         while frame is not None:
@@ -84,13 +84,14 @@ class Outline(TorchFunctionMode):
         return name
 
     def matters(self, name: str, result: Any) -> bool:
-        """Whether a call is written down: what gives a number or a shape shows in the calls that it leads to."""
+        """Whether a call is recorded. One that gives a number or a shape is not: it shows in the calls that follow
+        from it."""
         if name == "nnscaler.leaf":
             return False
         return next(_tensors(result), None) is not None or name.rsplit(".", 1)[-1] in _SETTERS
 
     def check(self, name: str, tensors: Any) -> None:
-        """Raises UserError for what reaches into backward, which an exported program does not hold."""
+        """Raises UserError for a call that reaches into backward, which an exported program cannot hold."""
         short = name.rsplit(".", 1)[-1]
         if short in _IN_BACKWARD:
             raise UserError(f"{short} at {self.line()}: what runs in backward alone is not traced; remove it")
@@ -111,12 +112,12 @@ class Outline(TorchFunctionMode):
 
 @dataclass(eq=False)
 class Record:
-    """The calls of one run of a module, in which arguments that are tensors stand by name.
+    """The calls of one run of a module. In them, tensors have names.
 
-    own       names of the tensors that it was given and of those that it holds, by id
-    ops       digest of the calls
-    outline   digest of the same as `Outline` makes it
-    outside   why it is not a function of its arguments and its own tensors; empty: it is
+    own      id of a tensor that the module was given, or holds -> its name
+    ops      digest of the calls
+    outline  digest of the same calls, as `Outline` makes it
+    outside  why the module depends on more than its arguments and its own tensors; empty: it does not
     """
 
     own: dict[int, str]
@@ -127,7 +128,7 @@ class Record:
 
 
 class Recorder(Outline):
-    """Writes what is called into the innermost record that is open."""
+    """Records calls in the innermost record that is open."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -140,7 +141,7 @@ class Recorder(Outline):
 
     @contextmanager
     def record(self, module: nn.Module, given: Mapping[str, Tensor]) -> Iterator[Record]:
-        """Inside, calls go to a record of their own. `given` are the tensors that the module is called with."""
+        """Inside, calls go to a new record. `given`: the tensors with which the module is called"""
         own = {id(tensor): name for name, tensor in given.items()}
         for named in (module.named_buffers(), module.named_parameters()):
             own.update({id(tensor): name for name, tensor in named})
@@ -152,7 +153,7 @@ class Recorder(Outline):
             self._records.pop()
 
     def write(self, text: str, tensors: tuple[Any, ...] = ()) -> None:
-        """Adds a line to the open record, in which `tensors` stand by name."""
+        """Adds a line to the open record. `tensors` are written by their names."""
         record = self._records[-1]
         record.ops.update(f"{text} {self._text(tensors, record)}\n".encode())
 
@@ -160,7 +161,7 @@ class Recorder(Outline):
         self._records[-1].outline.update(f"{text}\n".encode())
 
     def results(self, results: Any) -> None:
-        """Names tensors that what was written last made."""
+        """Names the tensors that the last call made."""
         record = self._records[-1]
         for tensor in _tensors(results):
             if id(tensor) in record.own or self._home.get(tensor, (None,))[0] is record:
@@ -171,7 +172,7 @@ class Recorder(Outline):
             record.ops.update(_type(tensor).encode())
 
     def close(self, results: Any) -> None:
-        """Writes down what the module of the open record returns."""
+        """Records what the module of the open record returns."""
         tensors = tuple(_tensors(results))
         self.check("", tensors)
         self.write(f"return {[_type(tensor) for tensor in tensors]}", tensors)
@@ -218,7 +219,7 @@ class Recorder(Outline):
         return _constant(value)
 
     def _name(self, tensor: Tensor, record: Record) -> str:
-        """A tensor's name in a record. What comes from elsewhere is a constant, or ties the record to its origin."""
+        """A tensor's name in a record. One that comes from elsewhere is a constant, or ties the record to where it is from."""
         own = record.own.get(id(tensor))
         if own is not None:
             return own

@@ -1,4 +1,4 @@
-"""The modules of a model that may repeat, and taking their calls."""
+"""Finding the modules of a model that may repeat, and intercepting their calls."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ TakesCalls = Callable[[str, nn.Module, Callable[..., Any], Any, Any], Any]
 
 
 def find_repeated(model: nn.Module) -> list[str]:
-    """Paths of the modules that stand with a similar one in the same list, outermost lists only.
+    """Paths of the modules that are in one list with a similar module. Of nested lists, the outermost counts.
 
-    Similar modules have the same classes, parameters and buffers all the way down. What they compute may differ.
+    Similar modules have the same classes, parameters and buffers, down to the last module inside. They may still
+    compute different things.
     """
     found: list[str] = []
     _search(model, "", found)
@@ -25,7 +26,7 @@ def find_repeated(model: nn.Module) -> list[str]:
 
 @contextmanager
 def intercepted(model: nn.Module, paths: Sequence[str], take: TakesCalls) -> Iterator[None]:
-    """Inside, `take` gets the calls of the modules at `paths`, with their hooks."""
+    """Inside, `take` is called in place of the modules at `paths`, hooks included."""
     modules = {id(module): (path, module) for path in paths for module in [model.get_submodule(path)]}
     before = {key: vars(module).get("_compiled_call_impl") for key, (_, module) in modules.items()}
     for path, module in modules.values():

@@ -1,4 +1,4 @@
-"""Lines of the model's own code, as opposed to those of torch and of this package."""
+"""Which lines are the model's own code, rather than torch's or this package's."""
 
 from __future__ import annotations
 

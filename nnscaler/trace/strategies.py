@@ -11,10 +11,11 @@ from nnscaler.errors import UserError
 class Strategy:
     """One way to trace.
 
-    summary  what it does, for a user
-    reuse    each distinct repeated module is traced once; otherwise each is, and equal ones are merged afterwards
+    summary  what it does, for users
+    reuse    True: each distinct repeated module is traced once. False: each one is, and equal ones are merged
+             afterwards.
     device   where the model is executed before it is traced, so that the values it reads are known; None: nowhere
-    offload  whether weights and activations stay on the CPU, and only each operator runs on `device`
+    offload  whether weights and activations stay on the CPU, and only one operator at a time runs on `device`
     """
 
     summary: str
@@ -24,6 +25,7 @@ class Strategy:
 
     @property
     def executes(self) -> bool:
+        """Whether the model is executed with real values."""
         return self.device is not None
 
 
@@ -41,7 +43,8 @@ STRATEGIES = {
 
 
 def find_strategy(name: str) -> Strategy:
-    """The strategy of a name. Raises UserError where there is none, or this machine has not the device it needs."""
+    """The strategy of this name. Raises UserError where there is none, or the machine lacks the device that it
+    needs."""
     if name not in STRATEGIES:
         raise UserError(f"trace strategy is '{name}'; allowed are {', '.join(STRATEGIES)}")
     strategy = STRATEGIES[name]

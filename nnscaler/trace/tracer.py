@@ -1,4 +1,4 @@
-"""model + example inputs -> Graph, by `torch.export` under fake tensors."""
+"""Tracing a model's forward with `torch.export`, on fake tensors."""
 
 from __future__ import annotations
 
@@ -37,12 +37,13 @@ def trace(
     strategy: str = "reuse_cache",
     seed: int = 0,
 ) -> Graph:
-    """Traces `model`'s forward.
+    """The graph of a model's forward.
 
     model           on the meta device; no weight is needed
-    example_inputs  tensors by parameter name of `forward`; only shapes and types matter, unless the model is executed
-    buffers         values of the model's buffers by name, kept in the graph
-    strategy        one of `STRATEGIES`
+    example_inputs  name of an argument of `forward` -> an example; only shapes and types matter, unless the strategy
+                    executes
+    buffers         name -> value of the model's buffers, which the graph keeps
+    strategy        one of `nnscaler.trace.STRATEGIES`
     seed            of the weights, where the model is executed
 
     Raises UserError where the model does something that cannot be compiled, or cannot be executed here.
@@ -71,7 +72,7 @@ def trace(
 
 
 def observed(model: nn.Module, example_inputs: Mapping[str, Tensor]) -> str:
-    """The `record` of the graph to which strategies that do not execute the model would trace it."""
+    """The `record` that a graph of the model would have, under strategies that do not execute it."""
     mode = fake_mode()
     with fake_weights(model, mode), _values_are_not_read():
         inputs = {name: fake(mode, tensor) for name, tensor in example_inputs.items()}
@@ -80,7 +81,7 @@ def observed(model: nn.Module, example_inputs: Mapping[str, Tensor]) -> str:
 
 @dataclass
 class _Exporter:
-    """Exports what was observed before, and sees that it still does the same."""
+    """Exports what was observed before, and checks that it still does the same."""
 
     mode: FakeTensorMode
     observation: Observation
@@ -107,14 +108,14 @@ class _Exporter:
         return _export(_Flat(leaf, run), tuple(fake(self.mode, given) for given in leaf.given), {})
 
     def _reads(self, scope: str) -> AbstractContextManager[Any]:
-        """Inside, Python reads the values of tensors that it read in an execution."""
+        """Inside, Python's reads of tensors get the values that they got in the execution."""
         if isinstance(self.observation, Execution):
             return self.observation.reads.replay(scope)
         return nullcontext()
 
     @contextmanager
     def _watched(self, name: str, outline: str) -> Iterator[None]:
-        """Inside, what ran before runs again, to the same effect."""
+        """Inside, what ran before runs again. Raises UserError where it does something else."""
         with Outline() as seen:
             yield
         if seen.digest != outline and not isinstance(self.observation, Execution):
@@ -148,7 +149,7 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 @contextmanager
 def _values_are_not_read() -> Iterator[None]:
-    """Turns an error of a read that fake tensors cannot answer into one that says where it is."""
+    """Inside, a read that fake tensors cannot answer is a UserError that says where the read is."""
     try:
         yield
     except (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -163,7 +164,7 @@ def _values_are_not_read() -> Iterator[None]:
 def _merge_equal(
     session: Session, traced: dict[str, ExportedProgram]
 ) -> tuple[dict[str, Block], dict[str, CallTarget], dict[str, dict[str, Tensor]]]:
-    """The distinct blocks by number, what a call of each leaf becomes, and the constants of each block."""
+    """The distinct blocks by number; what a call of each leaf becomes; and the constants of each block."""
     blocks: dict[str, Block] = {}
     constants: dict[str, dict[str, Tensor]] = {}
     same: dict[str, str] = {}
@@ -195,8 +196,11 @@ def _assemble(
     constants: Mapping[str, Mapping[str, Tensor]],
     buffers: Mapping[str, Tensor],
 ) -> Graph:
-    """Binds each call to its module's parameters and its block's constants, ties equal ones, finds what needs a
-    gradient."""
+    """Puts the graph together from its blocks.
+
+    Each call is bound to its module's parameters and its block's constants; equal constants are tied; and tensors that
+    need a gradient are marked.
+    """
     canonical: dict[int, str] = {}
     names: dict[str, str] = {}
     metas: dict[str, TensorMeta] = {}
