@@ -1,4 +1,4 @@
-"""What the compiler knows of operators: importing this package fills the table."""
+"""What the compiler knows about operators. Importing this package fills the table of them."""
 
 from nnscaler.operators import attention, convolution, index, loss, matmul, pointwise, reduce, view
 from nnscaler.operators.registry import Operator, arguments, bind, operator_of, register_op, registered, spell

@@ -1,4 +1,4 @@
-"""Writing annotations for given shapes."""
+"""Writing annotations for tensors of given shapes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ Names = Sequence[str]
 
 
 def dim_names(shape: Sequence[int]) -> list[str]:
-    """A name for each dimension: d0, d1, ..."""
+    """A name for each of so many dimensions: d0, d1, ..."""
     return [f"d{i}" for i in range(len(shape))]
 
 
 def write(inputs: Iterable[Names], outputs: Iterable[Names]) -> str:
-    """The annotation of tensors given as lists of dimension texts."""
+    """The text of an annotation. Each tensor is given as a list of the texts of its dimensions."""
     return f"{_tensors(inputs)} -> {_tensors(outputs)}"
 
 

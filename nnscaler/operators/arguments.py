@@ -1,4 +1,4 @@
-"""The arguments of an operator call by name, whether they were written by place, by keyword, or not at all."""
+"""The arguments of an operator's call by name, whether they were given by place, by keyword, or not at all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REQUIRED = inspect.Parameter.empty
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of an operator. `default` is `REQUIRED` where a call must give it."""
+    """One parameter of an operator. `default`: REQUIRED where every call must give it"""
 
     name: str
     default: Any = REQUIRED
@@ -25,7 +25,7 @@ class Parameter:
 
 
 def overload(op: str) -> torch._ops.OpOverload:
-    """The ATen overload of a name like `aten.linear.default`. Raises UserError where torch has none."""
+    """The ATen overload of a name such as `aten.linear.default`. Raises UserError where torch has none."""
     found: Any = torch.ops
     try:
         for part in op.split("."):
@@ -49,7 +49,8 @@ def parameters(op: str) -> tuple[Parameter, ...]:
 
 
 def by_name(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Every argument of an ATen call by its name in the schema, in its order, with the defaults of those not given.
+    """Every argument of an ATen call, by name and in the order of the schema. Those that are not given have their
+    defaults.
 
     Raises UserError where the call does not fit the schema.
     """

@@ -13,9 +13,10 @@ from nnscaler.operators.spelling import Call
 
 
 def convolution(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-    """input [n, c, l...], weight [o, c / groups, k...], bias [o] -> [n, o, m...]; the places l stay whole.
+    """input [n, c, l...], weight [o, c / groups, k...], bias [o] -> [n, o, m...]
 
-    Channels may be split where each is convolved on its own; of several groups, only the batch.
+    The places `l` stay whole. Channels may be split where each is convolved by itself. With several groups, only the
+    batch may be split.
     """
     groups = arguments(node)["groups"]
     spatial = range(len(inputs[1]) - 2)
@@ -33,12 +34,14 @@ def _each_alone(inputs: Sequence[Shape], groups: int) -> bool:
 
 
 def convolution_flops(sizes: dict[str, int], node: Node) -> float:
-    """One multiply and one add for each result, channel within a group and place of the kernel."""
+    """One multiplication and one addition for each combination of result, channel within a group, and place of the
+    kernel."""
     return 2.0 * prod(size for name, size in sizes.items() if not name.startswith("l"))
 
 
 def convolution_text(call: Call) -> str:
-    """On a device that has part of channels that are each on their own, there are as many groups as channels."""
+    """A device with a part of the channels, each of which is convolved by itself, has as many groups as it has
+    channels."""
     channels = call.shape[-1 - int(call.op[4])]  # of conv1d, the last but one
     call.arguments["groups"] = min(call.arguments["groups"], channels)
     return call.fill("F.{op}(*)")

@@ -1,4 +1,4 @@
-"""Operators that look elements up or put them somewhere, and those that make tensors from nothing."""
+"""Operators that look up elements, or write them to places; and operators that make tensors from nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nnscaler.operators.spelling import Call
 
 
 def embedding(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-    """Gradients that are scaled by how often a token occurs need all tokens."""
+    """Rows of a table. With gradients that are scaled by how often a token occurs, the tokens stay whole."""
     mark = "^" if arguments(node)["scale_grad_by_freq"] else ""
     tokens = [f"{name}{mark}" for name in dim_names(inputs[1])]
     return write([["n^", "h"], tokens], [[*tokens, "h"]])
@@ -31,7 +31,7 @@ def one_hot(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> st
 
 
 def gather(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-    """Takes from each row of `dim`; other dimensions may be split where the index covers all of them."""
+    """Takes from each row along `dim`. Another dimension may be split where the index covers all of it."""
     dim = arguments(node)["dim"] % max(len(inputs[0]), 1)
     same = [a == b for a, b in zip(*inputs)]
     source = [f"d{k}" if ok and k != dim else f"s{k}^" for k, ok in enumerate(same)]
@@ -40,7 +40,7 @@ def gather(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str
 
 
 def scatter(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-    """Puts into each row of `dim`; other dimensions may be split where index and source cover all of them."""
+    """Writes into each row along `dim`. Another dimension may be split where index and source cover all of it."""
     dim = arguments(node)["dim"] % max(len(inputs[0]), 1)
     same = [k != dim and len(set(column)) == 1 for k, column in enumerate(zip(*inputs))]
     sides = ("s", "i", "v")[: len(inputs)]
@@ -58,9 +58,10 @@ def index_select(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) 
 
 
 def index(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-    """`x[:, rows, columns]`: dimensions that are looked up stay whole, those of the tensors that say where do not.
+    """`x[:, rows, columns]`: dimensions that are looked up stay whole; those of the tensors that say where may be
+    split.
 
-    These come where the first looked-up dimension was, or in front if others lie in between.
+    The latter stand where the first looked-up dimension was, or in front if other dimensions lie in between.
     """
     names = dim_names(inputs[0])
     given = arguments(node)["indices"]
@@ -79,7 +80,8 @@ def index(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
 
 
 def index_put(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-    """`x[:, rows] = values`: dimensions that are looked up stay whole, and so do the tensors that say where."""
+    """`x[:, rows] = values`: dimensions that are looked up stay whole, and so do those of the tensors that say
+    where."""
     names = dim_names(inputs[0])
     given = arguments(node)
     looked_up = [dim for dim, item in enumerate(given["indices"]) if item is not None]
@@ -103,13 +105,13 @@ def index_text(call: Call) -> str:
 
 
 def constant(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-    """A new tensor, the same on each device."""
+    """A new tensor, which is the same on each device."""
     made = write([], [[f"{name}^" for name in dim_names(shape)] for shape in outputs])
     return ", ".join("?" for _ in inputs) + made
 
 
 def made(template: str) -> Callable[[Call], str]:
-    """A new tensor on the model's device; its type is written where it is not the one that torch takes by itself."""
+    """The text of a new tensor on the model's device. Its type is written where torch would choose another."""
 
     def text(call: Call) -> str:
         given = call.value("dtype")

@@ -1,4 +1,4 @@
-"""Losses of each element and its target, one by one, summed or averaged."""
+"""Losses of each element and its target, which are given one by one, summed, or averaged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nnscaler.operators.spelling import Call
 
 
 def elementwise(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-    """A sum is one of devices' terms. A mean is taken of the whole."""
+    """A sum may be split: devices compute terms of it. A mean stays whole."""
     mode = REDUCTIONS[arguments(node)["reduction"]]
     names = [name + {"none": "", "mean": "^", "sum": "+"}[mode] for name in dim_names(inputs[0])]
     return write([names] * len(inputs), [names if mode == "none" else []])

@@ -28,7 +28,8 @@ def bmm(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
 
 
 def added(product: str, result: str) -> Annotate:
-    """A product that is added to a tensor, which is broadcast to it: as with a bias, k stays whole."""
+    """A product to which a tensor is added, such as a bias, after it is broadcast. The summed dimension `k` stays
+    whole."""
 
     def annotate(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
         names = result.split()
@@ -51,14 +52,18 @@ def matmul(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str
 
 
 def _batch(shape: Shape, batch: Shape) -> list[str]:
-    """Names of the dimensions before the last two of `shape`, aligned from the right with the result's `batch`."""
+    """Names for all but the last two dimensions of `shape`, aligned from the right with `batch`, those of the
+    result."""
     own = shape[:-2]
     aligned = list(enumerate(batch))[len(batch) - len(own) :]
     return [f"b{i}" if size == whole else "1" for size, (i, whole) in zip(own, aligned)]
 
 
 def einsum(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-    """The equation is an annotation already, but for `...` and a result that is left out: letters that occur once."""
+    """An einsum. Its equation is nearly an annotation.
+
+    `...` is written out; and where the result is left out, it has the letters that occur once.
+    """
     source, arrow, target = arguments(node)["equation"].replace(" ", "").partition("->")
     terms = source.split(",")
     if not arrow:

@@ -1,4 +1,4 @@
-"""Operators that compute each output element from the input elements at the same place, with broadcasting."""
+"""Operators that compute each element of the output from the input elements at the same place, with broadcasting."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nnscaler.operators.spelling import FUNCTION, Call, infix
 
 
 def broadcast(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-    """Dimensions aligned from the right; one of size 1 that is broadcast stays whole."""
+    """Dimensions are aligned from the right. One of size 1 that is broadcast stays whole."""
     names = dim_names(outputs[0])
     tensors = []
     for shape in inputs:
@@ -22,13 +22,13 @@ def broadcast(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> 
 
 
 def like_the_first(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-    """Of the second tensor, only the type matters."""
+    """The result is like the first tensor; only the type of the second matters."""
     names = dim_names(outputs[0])
     return f"{' '.join(names) or '()'}, ? -> {' '.join(names) or '()'}"
 
 
 def identity(call: Call) -> str:
-    """Its input, whatever the other arguments say."""
+    """The input itself, whatever the other arguments say."""
     call.unwritten.clear()
     return call["input"]
 
@@ -39,14 +39,14 @@ def drops(node: Node) -> bool:
 
 
 def cast(call: Call) -> str:
-    """A tensor in another type. All tensors are on one device, so that nothing else moves."""
+    """A tensor in another type. All tensors are on one device, so nothing else can change."""
     for name in ("dtype", "other"):
         call.unwritten.discard(name)
     return f"{call['self']}.to({call.dtype})"
 
 
 def copied(call: Call) -> str:
-    """The second tensor, in the first's shape and type: a functional `copy_`."""
+    """The second tensor, in the shape and type of the first: `copy_` without writing in place."""
     call.unwritten.discard("self")
     return f"{call['src']}.expand({', '.join(map(str, call.shape)) or '()'}).to({call.dtype})"
 

@@ -1,4 +1,4 @@
-"""Operators that combine the elements of some dimensions: sums, means, softmax, norms, losses, scans."""
+"""Operators that combine the elements along some dimensions: sums, means, softmax, norms, losses, scans."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nnscaler.operators.spelling import FUNCTION, Call
 
 
 def dims_of(node: Node, rank: int) -> set[int]:
-    """The dimensions that argument `dim` names; without it, all."""
+    """The dimensions that the argument `dim` names; all of them where it is not given."""
     given = arguments(node).get("dim")
     if given is None or given == [] or rank == 0:
         return set(range(rank))
@@ -27,7 +27,10 @@ def dims_of(node: Node, rank: int) -> set[int]:
 
 
 def reduction(mark: str) -> Annotate:
-    """Reduces the dimensions of argument `dim` (all without it); `mark` is + where devices may reduce their parts."""
+    """A reduction over the dimensions that the argument `dim` names, or over all.
+
+    mark  "+" where devices may each reduce a part and the result is a sum of these; else "^"
+    """
 
     def annotate(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
         names = dim_names(inputs[0])
@@ -43,7 +46,8 @@ def reduction(mark: str) -> Annotate:
 
 
 def along_dim(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-    """The same dimensions in and out; that of argument `dim` stays whole, and may have a size in each of its own."""
+    """The same dimensions in and out. The one that `dim` names stays whole, and may have another size in each
+    tensor."""
     names = dim_names(inputs[0])
     whole = dims_of(node, len(names))
 
@@ -54,7 +58,7 @@ def along_dim(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> 
 
 
 def normalization(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-    """`layer_norm` and `rms_norm`: the last dimensions, those of the weight, stay whole."""
+    """`layer_norm` and `rms_norm`: the last dimensions, which the weight has, stay whole."""
     names = dim_names(inputs[0])
     keep = len(names) - len(arguments(node)["normalized_shape"])
     whole = [f"{name}^" for name in names[keep:]]
@@ -70,7 +74,8 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 def cross_entropy(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-    """`cross_entropy_loss(self [n, c, ...], target [n, ...])`; or the target has probabilities, in the same shape."""
+    """`cross_entropy_loss(self [n, c, ...], target [n, ...])`; or the target has the shape of `self`, with
+    probabilities."""
     mode = REDUCTIONS[arguments(node)["reduction"]]
     batch = ["n", *(f"d{i}" for i in range(2, len(inputs[0])))] if len(inputs[0]) > 1 else []
     if mode != "none":

@@ -1,8 +1,8 @@
-"""What the compiler knows about an operator, and the table of all of them.
+"""What the compiler knows about an operator, and the table of all operators.
 
-An `Operator` is one entry: its annotation, its Python text, and a few facts that these cannot say: arithmetic, what
-backward needs saved, whether it draws random numbers, its other ways. The planner and the code generator read nothing
-else: no operator is named there.
+An `Operator` is one entry of the table: its annotation, its Python text, and a few facts that these cannot say, such as
+its arithmetic, what backward needs saved, and whether it draws random numbers. The planner and the code generator read
+only the entry; they name no operator.
 """
 
 from __future__ import annotations
@@ -23,38 +23,45 @@ from nnscaler.graph import Block, Node, Ref, TensorMeta, format_argument, map_re
 from nnscaler.operators.arguments import by_name, overload
 from nnscaler.operators.spelling import METHOD, Call, Text, write
 
-Annotate = Callable[[Node, Sequence[Shape], Sequence[Shape]], str]
-Flops = Callable[[dict[str, int], Node], float]
-Workspace = Callable[[dict[str, int], Node, Sequence[TensorMeta]], float]
-Saves = Callable[[Node, Sequence[TensorMeta], Sequence[TensorMeta]], list[str]]
+Annotate = Callable[[Node, Sequence[Shape], Sequence[Shape]], str]  # (node, input shapes, output shapes) -> annotation
+Flops = Callable[[dict[str, int], Node], float]  # (local size of each annotated name, node) -> operations
+Workspace = Callable[[dict[str, int], Node, Sequence[TensorMeta]], float]  # (the same, local inputs) -> bytes
+Saves = Callable[[Node, Sequence[TensorMeta], Sequence[TensorMeta]], list[str]]  # (node, inputs, outputs) -> tensors
 
 
 def save_nothing(node: Node, inputs: Sequence[TensorMeta], outputs: Sequence[TensorMeta]) -> list[str]:
+    """Backward reads no tensor, as for a sum."""
     return []
 
 
 def save_inputs(node: Node, inputs: Sequence[TensorMeta], outputs: Sequence[TensorMeta]) -> list[str]:
+    """Backward reads all inputs."""
     return node.inputs
 
 
 def save_outputs(node: Node, inputs: Sequence[TensorMeta], outputs: Sequence[TensorMeta]) -> list[str]:
+    """Backward reads all outputs, as for a sigmoid."""
     return list(node.outputs)
 
 
 def save_both(node: Node, inputs: Sequence[TensorMeta], outputs: Sequence[TensorMeta]) -> list[str]:
+    """Backward reads all inputs and outputs."""
     return [*node.inputs, *node.outputs]
 
 
 def save_cofactors(node: Node, inputs: Sequence[TensorMeta], outputs: Sequence[TensorMeta]) -> list[str]:
-    """For a product of any number of inputs: one is needed where another has a gradient."""
+    """For a product of any number of inputs: each input is saved where another one has a gradient."""
     return [
         name for i, name in enumerate(node.inputs) if any(meta.requires_grad for j, meta in enumerate(inputs) if j != i)
     ]
 
 
 def backward_reads(**reads: str) -> Saves:
-    """For each argument, the arguments that its gradient is computed from: `backward_reads(self="other", other="self")`
-    of a product. `result` is the operator's result, `result1` its second."""
+    """A `saves` function that names, for each argument, the arguments from which its gradient is computed.
+
+    `result` stands for the operator's result, `result1` for its second one. For a product:
+    `backward_reads(self="other", other="self")`.
+    """
 
     def saves(node: Node, inputs: Sequence[TensorMeta], outputs: Sequence[TensorMeta]) -> list[str]:
         given = arguments(node)
@@ -83,7 +90,7 @@ def no_flops(sizes: dict[str, int], node: Node) -> float:
 
 
 def contraction_flops(sizes: dict[str, int], node: Node) -> float:
-    """One multiply and one add for each combination of all named dimensions."""
+    """One multiplication and one addition for each combination of all annotated dimensions."""
     return 2.0 * prod(sizes.values())
 
 
@@ -120,7 +127,7 @@ class Operator:
     along: Mapping[str, Callable[..., Any] | str] = field(default_factory=dict)
 
     def backward_ratio(self, node: Node, inputs: Sequence[TensorMeta]) -> float:
-        """Operations of a call's backward as a multiple of its forward's."""
+        """The operations of a call's backward, as a multiple of its forward's."""
         if self.backward is not None:
             return self.backward
         factors = set(refs([arguments(node)[name] for name in self.factors])) if self.factors else set(node.inputs)
@@ -143,7 +150,8 @@ def names() -> list[str]:
 
 
 def operator_of(node: Node) -> Operator:
-    """The node's operator; a `UserError` that says where it was called and how to register it if there is none."""
+    """The operator of a node. Raises UserError where there is none, with the line of the call and how to register
+    it."""
     operator = _operators.get(node.op)
     if operator is None:
         if node.op.startswith("aten.") and torch.Tag.nondeterministic_seeded in overload(node.op).tags:
@@ -156,7 +164,7 @@ def operator_of(node: Node) -> Operator:
 
 
 def arguments(node: Node) -> dict[str, Any]:
-    """Every argument of a call by its parameter's name, with the defaults of those that are not given."""
+    """Every argument of a call, by the name of its parameter. Those that are not given have their defaults."""
     function = operator_of(node).function
     if function is None:
         return by_name(node.op, node.args, node.kwargs)
@@ -169,7 +177,7 @@ _signature = functools.cache(inspect.signature)
 
 
 def bind(node: Node, block: Block) -> Bound:
-    """The node's annotation matched to its shapes in `block`.
+    """The annotation of a node, matched to its shapes in `block`.
 
     Raises UserError, with the line of the model, for a call that the compiler does not support.
     """
@@ -199,10 +207,12 @@ def _draws_random_numbers(node: Node) -> UserError:
 
 
 def spell(node: Node, inputs: Sequence[Ref], outputs: Sequence[TensorMeta]) -> str:
-    """The Python expression of an ATen call. `inputs` carry the names of its tensors, in order, and `outputs` are the
-    device's own shapes of the results.
+    """The Python expression of an ATen call.
 
-    Raises UserError for an argument that its text does not know.
+    inputs   the tensor arguments, in order, with the names to write
+    outputs  shapes and types of the results on this device
+
+    Raises UserError for an argument that the operator's text does not say.
     """
     names = iter(inputs)
     args, kwargs = map_refs((node.args, node.kwargs), lambda ref: next(names))
@@ -290,12 +300,12 @@ def registered(name: str) -> Operator:
 
 
 def all_registered() -> list[Operator]:
-    """The registered operators, by name."""
+    """All operators that were registered with `register_op`, in the order of their names."""
     return [operator for _, operator in sorted(_operators.items()) if operator.function is not None]
 
 
 def family(names: str, annotate: Annotate, text: Text = METHOD, *, saves: Saves = save_inputs, **facts: Any) -> None:
-    """Adds one operator for each of the space-separated ATen overload names."""
+    """Adds one operator for each of the ATen overloads that are named in `names`, with spaces between them."""
     base = Operator("", annotate, text, saves=saves, **facts)
     for name in names.split():
         add(replace(base, name=f"aten.{name}"))

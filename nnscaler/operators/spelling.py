@@ -1,12 +1,13 @@
-"""How an operator call is written in Python: `F.linear(x, w)` rather than `torch.ops.aten.linear.default(x, w)`.
+"""How a call of an operator is written in Python: `F.linear(x, w)` rather than `torch.ops.aten.linear.default(x, w)`.
 
-An entry's text is a template, or a function of a `Call` where a template does not do. In a template
+The text of an operator's entry is a template; or a function of a `Call`, where a template cannot say it. In a template,
 
-    {name}   is an argument, by its name in ATen's schema; {op} the operator's own name
-    *        the arguments that are not written elsewhere and not their defaults: by place while there is no gap
+    {name}   is an argument, by its name in ATen's schema; {op} is the operator's own name
+    *        the arguments that are not written elsewhere and do not have their default values: by place as long as
+             none is left out before them, then by keyword
     **       the same, all by keyword
 
-An argument that has another value than its default and is not written is refused: nothing is dropped in silence.
+An argument that is not written, and does not have its default value, is refused: nothing is dropped in silence.
 """
 
 from __future__ import annotations
@@ -43,8 +44,10 @@ WHOLE_SIZE = 2**63 - 1  # the end of a slice that runs to the end
 
 
 class Call:
-    """One call that is being written. `call[name]` is an argument's text, `value(name)` the argument; both count as
-    writing it. Tensor arguments are `Ref`s that carry the names to write.
+    """A call that is being written.
+
+    `call[name]` is the text of an argument, and `value(name)` the argument itself; both count it as written. Tensor
+    arguments are `Ref`s with the names to write.
 
     results  shapes and types of what this device computes
     """
@@ -69,7 +72,7 @@ class Call:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """This device's shape of the first result."""
+        """The shape of the first result on this device."""
         return self.results[0].shape
 
     @property
@@ -77,14 +80,14 @@ class Call:
         return self.results[0].dtype
 
     def without_effect(self) -> None:
-        """Counts arguments as written whose values do not change the results."""
+        """Counts arguments as written, because their values do not change the results."""
         for name in list(self.unwritten):
             values = _WITHOUT_EFFECT.get(name, ())
             if values is None or self.arguments[name] in values:
                 self.unwritten.discard(name)
 
     def rest(self, by_place: bool) -> str:
-        """The arguments that are not written yet."""
+        """The arguments that have not been written yet."""
         self.without_effect()
         texts = []
         for parameter in parameters(self.node.op):
@@ -113,7 +116,7 @@ Text = str | Callable[[Call], str]
 
 
 def write(text: Text, call: Call) -> str:
-    """The call as its operator's entry writes it. Raises UserError for an argument that the text does not know."""
+    """A call as its operator's entry writes it. Raises UserError for an argument that the text does not say."""
     written = call.fill(text) if isinstance(text, str) else text(call)
     call.without_effect()
     if call.unwritten:
@@ -135,7 +138,7 @@ def _is_number(value: Any) -> bool:
 
 
 def infix(sign: str, swapped: bool = False) -> Callable[[Call], str]:
-    """`a + b`, or a call where `alpha` scales the second operand."""
+    """Text such as `a + b`; or a call of the function, where `alpha` scales the second operand."""
 
     def text(call: Call) -> str:
         if "alpha" in call.unwritten:
@@ -147,7 +150,7 @@ def infix(sign: str, swapped: bool = False) -> Callable[[Call], str]:
 
 
 def sizes(method: str) -> Callable[[Call], str]:
-    """A method that takes the result's sizes, which on a device are those of its part: `x.reshape(2, 3)`."""
+    """A method that takes the sizes of the result, such as `x.reshape(2, 3)`: on a device, those of its own part."""
 
     def text(call: Call) -> str:
         source = call["self"]

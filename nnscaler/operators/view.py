@@ -1,4 +1,4 @@
-"""Operators that move or rename elements without computing: views, permutations, slices, concatenation."""
+"""Operators that rearrange or rename elements and compute nothing: views, permutations, slices, concatenation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nnscaler.operators.spelling import FUNCTION, METHOD, WHOLE_SIZE, Call, Text
 
 
 def regroup(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-    """A reshape: both shapes written over their common factors, `(a b) c -> a (b c)`."""
+    """A reshape: both shapes are written by their common factors, such as `(a b) c -> a (b c)`."""
     source, target = inputs[0], outputs[0]
     atoms = _common_factors(source, target)
     if atoms is None:
@@ -23,7 +23,7 @@ def regroup(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> st
 
 
 def _common_factors(source: Shape, target: Shape) -> list[int] | None:
-    """Sizes whose running products, from the right, pass through those of both shapes; None if there are none."""
+    """Sizes whose running products, from the right, include those of both shapes. None where there are none."""
     if 0 in source:
         return None
     cuts = set()
@@ -93,7 +93,7 @@ def squeeze(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> st
 
 
 def select(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-    """One place of a dimension (`select`), or each in an output of its own (`unbind`)."""
+    """One place of a dimension (`select`), or each place in an output of its own (`unbind`)."""
     names = dim_names(inputs[0])
     dim = arguments(node)["dim"] % len(names)
     rest = [*names[:dim], *names[dim + 1 :]]
@@ -107,7 +107,8 @@ def stack(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
 
 
 def pad(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-    """A dimension that is padded stays whole. `pad` has two numbers a dimension, the last dimension first."""
+    """Padding: a dimension that is padded stays whole. `pad` has two numbers for each dimension, the last dimension
+    first."""
     names = dim_names(inputs[0])
     given = arguments(node)["pad"]
     padded = {len(names) - 1 - i // 2 for i, count in enumerate(given) if count}
@@ -120,7 +121,7 @@ def saves_padded(node: Node, inputs: Sequence[TensorMeta], outputs: Sequence[Ten
 
 
 def select_scatter(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-    """`self` with one place of a dimension from `src`."""
+    """`self`, in which one place of a dimension is `src`."""
     names = dim_names(inputs[0])
     dim = arguments(node)["dim"] % len(names)
     whole = [*names[:dim], f"{names[dim]}^", *names[dim + 1 :]]
@@ -128,7 +129,7 @@ def select_scatter(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]
 
 
 def repeat(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-    """A dimension that is new or repeated more than once stays whole."""
+    """A dimension that is new, or repeated more than once, stays whole."""
     times = arguments(node)["repeats"]
     new = len(times) - len(inputs[0])
     names = dim_names(inputs[0])
@@ -147,7 +148,7 @@ def repeat_interleave(node: Node, inputs: Sequence[Shape], outputs: Sequence[Sha
 
 
 def along_dims(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-    """The same dimensions in and out; those of argument `dims` stay whole, without any of them all."""
+    """The same dimensions in and out. Those that the argument `dims` names stay whole; all, where it is not given."""
     names = dim_names(inputs[0])
     given = arguments(node)["dims"]
     whole = {dim % len(names) for dim in given} if given else set(range(len(names)))
@@ -176,7 +177,7 @@ def slice_text(call: Call) -> str:
 
 
 def views(names: str, annotate: Annotate, text: Text = METHOD) -> None:
-    """Operators that look at the elements of their input in another way, without a copy."""
+    """Adds operators that show the elements of their input in another way, without a copy."""
     family(names, annotate, text, saves=save_nothing, alias=True)
 
 

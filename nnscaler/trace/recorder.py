@@ -219,7 +219,8 @@ class Recorder(Outline):
         return _constant(value)
 
     def _name(self, tensor: Tensor, record: Record) -> str:
-        """A tensor's name in a record. One that comes from elsewhere is a constant, or ties the record to where it is from."""
+        """A tensor's name in a record. One that comes from elsewhere is a constant, or ties the record to where it is
+        from."""
         own = record.own.get(id(tensor))
         if own is not None:
             return own
