@@ -1,1 +1,1 @@
-"""Checkpoints: sharded saves, resuming on any mesh, merging, export."""
+"""Checkpoints: saving in shards, resuming on any mesh, merging into one file, exporting for transformers."""

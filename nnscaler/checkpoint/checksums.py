@@ -1,11 +1,11 @@
-"""Checksums of a checkpoint's files, so that damage is found when it is read, and named.
+"""Checksums of a checkpoint's files, so that damage is found when a file is read, and is named.
 
 The file `checksums` has a line for each piece of each file, with tabs between its fields:
 
     CRC-32 (hexadecimal)    begin (bytes)    length (bytes)    file    tensor (empty where the piece is the whole file)
 
-and a last line with the CRC-32 of all lines before it. The pieces cover every byte of every file of the checkpoint, so
-that whatever byte is changed or missing, some checksum or length is wrong.
+The last line has the CRC-32 of all lines before it. The pieces cover every byte of every file of the checkpoint: so if
+any byte is changed or missing, some checksum or length is wrong.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Checksums:
 
     @staticmethod
     def read(folder: Path) -> Checksums:
-        """Raises CorruptCheckpoint where the list itself is missing or damaged."""
+        """The list of a folder. Raises CorruptCheckpoint where the list itself is missing or damaged."""
         try:
             lines = (folder / CHECKSUMS).read_bytes().splitlines(keepends=True)
         except OSError as error:
@@ -95,7 +95,8 @@ class Checksums:
         return data
 
     def damages(self, shards: bool) -> Iterator[str]:
-        """What is wrong with the files, one line a piece; of the shards only the length, unless `shards`."""
+        """What is wrong with the files, a line for each piece. Of shards, only the length is checked, unless
+        `shards`."""
         for name, size in self.sizes().items():
             path = self.folder / name
             if not path.is_file():
@@ -110,8 +111,8 @@ class Checksums:
                 yield f"checkpoint '{self.folder}' is damaged: {piece.label} has changed"
 
     def check(self) -> None:
-        """Raises CorruptCheckpoint naming the first file that is missing, of another length or, but for shards,
-        changed."""
+        """Raises CorruptCheckpoint that names the first file which is missing, has another length, or (shards apart)
+        has changed."""
         damage = next(self.damages(shards=False), None)
         if damage is not None:
             raise CorruptCheckpoint(damage)
@@ -122,7 +123,7 @@ def _last_line(text: bytes) -> bytes:
 
 
 def file_crc(path: Path, begin: int = 0, length: int | None = None) -> int:
-    """CRC-32 of a range of a file (None: to its end), read in small steps."""
+    """The CRC-32 of a range of a file, read in small steps. `length` None: to the end of the file"""
     crc, left = 0, path.stat().st_size - begin if length is None else length
     with path.open("rb") as file:
         file.seek(begin)
@@ -132,5 +133,5 @@ def file_crc(path: Path, begin: int = 0, length: int | None = None) -> int:
 
 
 def whole_file(folder: Path, path: Path) -> Piece:
-    """The piece that a file is as a whole."""
+    """A file as one piece."""
     return Piece(file_crc(path), 0, path.stat().st_size, path.relative_to(folder).as_posix())

@@ -1,23 +1,24 @@
-"""Whose a folder of checkpoints is.
+"""Which run owns a folder of checkpoints.
 
-A run is a folder with an owner, who lives or is dead. The owner writes `claim.json` there and holds a lock
-(`.claim.lock`) as long as it runs.
+A run has a folder, and is alive or dead. It writes `claim.json` there, and holds a lock (`.claim.lock`) as long as it
+runs.
 
-It lives while its lock is held, or while the process runs that would start it again (torchrun's agent; without
-torchrun, itself). A process that cannot be seen, since it is on another machine or in another container, lives where
-the claim is younger than LIFELESS by the file system's clock: the owner renews it every BEAT. So a run that is dead by
-any means, a machine's restart included, is seen to be.
+A run is alive while its lock is held, or while the process is there that would start it again (torchrun's agent;
+without torchrun, the run itself). A process on another machine, or in another container, cannot be seen. Then the run
+is alive if its claim is younger than LIFELESS seconds by the file system's clock: a run renews its claim every BEAT
+seconds. So a run that has died in any way, even with its machine, is recognised as dead.
 
 A run continues only itself:
 
-* restarted by torchrun, in the folder whose claim names a job that its own workers are of. A job has a name on each of
-  its nodes (`owner.job`); one in common is enough, so that nodes may be replaced;
-* told to resume from a checkpoint in the folder of its own name, in that folder, unless the owner lives;
-* else it is a new run in a folder that has no checkpoints and no living owner, and where it has logs, these are its
-  own: `name`, or `name-2`, ... It only reads where it was told to resume from.
+* When torchrun restarts it, it continues in the folder whose claim names its own job. A job has a name on each of its
+  nodes (see `nnscaler.checkpoint.owner.job`). One name in common is enough, so that nodes may be replaced.
+* When it is told to resume from a checkpoint in the folder of its own name, it continues in that folder, unless another
+  run there is alive.
+* Otherwise it is a new run. It takes a folder `name`, or `name-2`, ..., that has no checkpoints, no other run's logs,
+  and no run that is alive. From elsewhere it only reads.
 
-It removes only checkpoints that it saved itself (`folder.remove_old`), and saves nothing more when its folder has
-become another run's.
+It removes only checkpoints that it saved itself (`nnscaler.checkpoint.folder.remove_old`), and saves nothing more once
+its folder has become another run's.
 """
 
 from __future__ import annotations
@@ -49,11 +50,11 @@ _PREDECESSOR = 60.0  # seconds that processes of this run, which torchrun has en
 class Claim:
     """What `claim.json` says.
 
-    run       a name that no other run has, kept when the run is continued
-    folder    the folder's name; a copy of the folder has another, and is not the run
-    jobs      of the owner, on each node (`owner.job`)
-    keeper    the process that lives as long as the run
-    since     seconds since the epoch
+    run       a name that no other run has; it is kept when the run is continued
+    folder    the name of the folder; a copy of the folder has another name, and is not this run
+    jobs      names of the job that runs it, on each node (see `nnscaler.checkpoint.owner.job`)
+    keeper    the process that is there as long as the run
+    since     when it was claimed, in seconds since the epoch
     released  whether the run has ended
     """
 
@@ -66,7 +67,7 @@ class Claim:
 
     @staticmethod
     def read(folder: Path) -> Claim | None:
-        """None where there is none, or it is a copy of another folder's."""
+        """The claim of a folder. None where there is none, or it is a copy of another folder's."""
         try:
             fields = json.loads((folder / CLAIM).read_text())
             claim = Claim(**{**fields, "keeper": Process(**fields["keeper"])})
@@ -83,7 +84,7 @@ class Claim:
         return not set(jobs).isdisjoint(self.jobs)
 
     def lives(self, folder: Path) -> bool:
-        """Whether its owner lives, as far as the lock does not tell. May watch for LIFELESS seconds."""
+        """Whether the run is alive, apart from what its lock says. This may take LIFELESS seconds."""
         if self.released:
             return False
         seen = self.keeper.lives
@@ -91,7 +92,7 @@ class Claim:
 
 
 def _is_renewed(folder: Path) -> bool:
-    """Whether someone renews the claim: it is younger than LIFELESS, and is still after that time."""
+    """Whether the claim is renewed: it is younger than LIFELESS seconds, and gets younger while one looks."""
     first = (folder / CLAIM).stat().st_mtime
     while (age := _now(folder) - (folder / CLAIM).stat().st_mtime) < LIFELESS:
         if (folder / CLAIM).stat().st_mtime != first:
@@ -101,7 +102,7 @@ def _is_renewed(folder: Path) -> bool:
 
 
 def _now(folder: Path) -> float:
-    """By the clock that gives the folder's files their times."""
+    """The time, by the clock that the file system gives files their times with."""
     probe = folder / ".claim.now"
     probe.write_bytes(b"")
     now = probe.stat().st_mtime
@@ -110,7 +111,7 @@ def _now(folder: Path) -> float:
 
 
 class Holding:
-    """A folder that this process has claimed for its run, until `release`. On rank 0 only."""
+    """A folder that this process has claimed for its run, until `release`. Only rank 0 has one."""
 
     def __init__(self, folder: Path, claim: Claim, lock: int | None) -> None:
         self.folder, self.claim, self._lock = folder, claim, lock
@@ -127,7 +128,7 @@ class Holding:
 
     @property
     def is_mine(self) -> bool:
-        """Whether nobody has taken the folder since, thinking that this run was dead."""
+        """Whether no other run has taken the folder since, because it held this run for dead."""
         now = Claim.read(self.folder)
         return now is not None and (now.run, now.since) == (self.claim.run, self.claim.since)
 
@@ -137,7 +138,7 @@ class Holding:
             raise UserError(f"'{self.folder}' is no longer this run's: another one has claimed it")
 
     def release(self) -> None:
-        """To be called when the run ends, well or not."""
+        """Gives the folder free. To be called when the run ends, in whatever way."""
         self._stop.set()
         self._thread.join()
         try:
@@ -151,14 +152,14 @@ class Holding:
 
 
 def find_own(directory: Path, jobs: Collection[str]) -> tuple[Path, float] | None:
-    """The run folder that this job claimed before it was restarted, and when; None: it was not restarted."""
+    """(the folder that this job claimed before torchrun restarted it, when it did). None: it was not restarted."""
     claims = [(path.parent, Claim.read(path.parent)) for path in directory.glob(f"*/{CLAIM}")]
     own = [(folder, claim.since) for folder, claim in claims if claim is not None and claim.is_of(jobs)]
     return max(own, key=lambda found: found[1], default=None)
 
 
 def saved_since(folder: Path, since: float) -> list[Path]:
-    """A run's own checkpoints, the newest first."""
+    """The checkpoints that a run saved since then, the newest first."""
     return [path for path in reversed(own_checkpoints(folder)) if saved_at(path) >= since]
 
 
@@ -166,14 +167,15 @@ def claim(
     directory: Path, name: str, loaded: Path | None, own: Path | None, jobs: Collection[str],
     is_free: Callable[[str], bool] = lambda folder_name: True,
 ) -> Holding:  # fmt: skip
-    """Makes a folder this run's, by the rule above, and clears what a killed run left half written there.
+    """Claims a folder for this run, by the rule above, and removes what a killed run left half written there.
 
-    directory, name  of the runs' folders, and of the run
-    loaded           the checkpoint that training continues from, if it does
-    own              the folder that the run has claimed already, before it was restarted
-    jobs             the names of this run's job, on each node
-    is_free          whether a new run may take a folder name, as far as its logs go
-    Raises UserError where it cannot be written.
+    directory  in which runs have their folders
+    name       of the run
+    loaded     the checkpoint that training continues from; None: it begins anew
+    own        the folder that the run claimed before it was restarted; None: it was not
+    jobs       names of this run's job, on each node
+    is_free    whether no other run has logs under a folder's name
+    Raises UserError where the folder cannot be written.
     """
     if own is not None:
         return _take_own(own, jobs)
@@ -195,7 +197,7 @@ def claim(
 
 
 def _is_run_of(checkpoint: Path, directory: Path, name: str) -> bool:
-    """Whether a checkpoint is of the run called `name` in `directory`, whose folder may have a number behind."""
+    """Whether a checkpoint was saved by the run `name` in `directory`, whose folder may have a number at its end."""
     folder = checkpoint.parent
     return (
         is_checkpoint(checkpoint)
@@ -221,7 +223,7 @@ def _take_own(folder: Path, jobs: Collection[str]) -> Holding:
 
 
 def _take(folder: Path, jobs: Collection[str], may: Callable[[Path], bool]) -> Holding | None:
-    """Claims a folder; None where its owner lives, or it is not what `may` asks for."""
+    """Claims a folder. None where another run there is alive, or `may` says no to the folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder / _LOCK)
@@ -244,7 +246,7 @@ def _take(folder: Path, jobs: Collection[str], may: Callable[[Path], bool]) -> H
 
 
 def _lock(path: Path) -> int | None:
-    """A handle that holds the file's lock, if this file system has locks; None where another has it."""
+    """A handle that holds the lock of a file, where the file system has locks. None where another process holds it."""
     for mode in (os.O_RDONLY, os.O_RDWR):  # NFS locks only what is open for writing, which keeps a disk from unmounting
         lock = os.open(path, mode | os.O_CREAT, 0o666)
         try:
@@ -262,7 +264,7 @@ def _lock(path: Path) -> int | None:
 
 
 def _claimable(folder: Path, jobs: Collection[str]) -> Claim | None:
-    """The claim to go on with, when the folder's owner is dead or this job; None when another lives."""
+    """The claim to continue with: the folder is this job's, or its run is dead. None where another run is alive."""
     there = Claim.read(folder)
     if there is not None and there.is_of(jobs):
         return there

@@ -11,7 +11,7 @@ _SAVE, _STOP = 0, 1
 
 
 class Due:
-    """Asked in every step, before its update.
+    """Decides, in every step and before its update, whether to save after it and whether to stop.
 
     steps    optimizer steps between saves; 0: not by steps
     minutes  minutes between saves, by rank 0's clock; 0: not by time
@@ -25,7 +25,7 @@ class Due:
         self._postponed = False
 
     def after(self, step: int, stop: bool = False) -> tuple[bool, bool]:
-        """(whether to save after this step, whether any rank was told to `stop`). Collective."""
+        """(whether to save after this step, whether some rank was told to `stop`). Collective."""
         by_time = self._keeps_time and self._seconds > 0 and time.monotonic() - self._saved_at >= self._seconds
         wishes = torch.tensor([by_time, stop], dtype=torch.int32)
         if self._group is not None:
@@ -36,11 +36,11 @@ class Due:
         return save, bool(wishes[_STOP])
 
     def postpone(self) -> None:
-        """The save that was due is due after the next step. Called on every rank or none."""
+        """The save that is due happens after the next step instead. To be called on every rank, or on none."""
         self._postponed = True
 
     def all(self, here: bool) -> bool:
-        """Whether something holds on every rank. Collective."""
+        """Whether this holds on every rank. Collective."""
         answer = torch.tensor(int(here), dtype=torch.int32)
         if self._group is not None:
             dist.all_reduce(answer, dist.ReduceOp.MIN, group=self._group)

@@ -1,4 +1,4 @@
-"""Sharded checkpoint -> a directory that transformers loads; a tensor at a time, so that memory stays small."""
+"""From a sharded checkpoint to a directory that transformers loads. Memory holds one tensor at a time."""
 
 from __future__ import annotations
 

@@ -30,23 +30,23 @@ LAST, BEST = "last", "best"
 
 @dataclass(frozen=True)
 class TrainerState:
-    """Where training stands.
+    """The state of training at a checkpoint.
 
     step         optimizer steps taken
-    consumed     samples consumed, from which the data's order goes on
-    seed         of the data's order
-    samples      of the dataset, which the data's order depends on too
+    consumed     samples consumed; the order of the data continues after these
+    seed         of the order of the data
+    samples      in the dataset; the order of the data depends on this too
     schedule     of the learning rate: peak, kind, warm-up, total steps, ...
-    loss         mean training loss a label, as last reported; None: not reported yet, or not finite
+    loss         mean training loss of a label, as last reported; None: not reported yet, or not finite
     run, model   names, for people
-    processes    that trained
+    processes    how many trained
     parameters   name -> {shape, dtype} of every parameter and persistent buffer; dtype is the type of computation
-    tied         other names of tied parameters
+    tied         another name of a parameter -> its name in `parameters`
     prefix       what stands before the Hugging Face model's names in `parameters`
     saved_at     seconds since the epoch
     updates      optimizer steps that changed the weights; None: all
-    owner        the run that saved it (`claim.Claim.run`), by a name that no other run has
-    keep         newest checkpoints that the run was to keep; 0: all, so that this one is never removed
+    owner        a name of the run that saved it, which no other run has (`Claim.run`)
+    keep         how many of its newest checkpoints the run was to keep; 0: all, so this one is never removed
     """
 
     step: int
@@ -71,7 +71,7 @@ class TrainerState:
 
     @staticmethod
     def read(folder: Path) -> TrainerState:
-        """Raises CorruptCheckpoint where the folder is not a complete checkpoint."""
+        """The state in a folder. Raises CorruptCheckpoint where the folder is not a complete checkpoint."""
         try:
             check_complete(folder)
             return TrainerState(**json.loads((folder / TRAINER).read_text()))
@@ -89,7 +89,7 @@ def working_folder(run: Path, step: int) -> Path:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is meant as a checkpoint; it may be damaged."""
+    """Whether a folder is a checkpoint, complete or damaged."""
     return folder.is_dir() and not folder.name.startswith(".") and any(
         (folder / name).exists() for name in (TRAINER, CHECKSUMS)
     )  # fmt: skip
@@ -127,7 +127,7 @@ def _in_order(candidates: Iterable[Path]) -> list[Path]:
 
 
 def _field(folder: Path, name: str) -> Any:
-    """What a checkpoint's trainer.json says; None where it is damaged or does not say."""
+    """A field of a checkpoint's trainer.json. None where that is damaged or has no such field."""
     try:
         return json.loads((folder / TRAINER).read_text()).get(name)
     except (OSError, ValueError, AttributeError):
@@ -135,7 +135,7 @@ def _field(folder: Path, name: str) -> Any:
 
 
 def saved_at(folder: Path) -> float:
-    """When a checkpoint was saved, in seconds since the epoch; for a damaged one, when its folder was last changed."""
+    """When a checkpoint was saved, in seconds since the epoch. For a damaged one: when its folder was last changed."""
     found = _field(folder, "saved_at")
     if isinstance(found, (int, float)):
         return float(found)
@@ -146,7 +146,7 @@ def saved_at(folder: Path) -> float:
 
 
 def run_name(folder: Path) -> str | None:
-    """What the run that saved a checkpoint was called: its folder may have a number behind that."""
+    """The name of the run that saved a checkpoint; its folder may have a number behind that name."""
     return _field(folder, "model")
 
 
@@ -161,9 +161,11 @@ def latest_checkpoint(directory: Path) -> Path:
 
 
 def publish(work: Path, state: TrainerState) -> Path:
-    """Gives a written checkpoint its name, in one step, and points `last`, and `best` if it is, to it.
+    """Gives a checkpoint that is written its name, in one step. Points `last` to it, and `best` if it has the lowest
+    loss.
 
-    The name is that of the step; where an earlier one of the run has it, with a number behind. Returns the checkpoint.
+    The name is that of the step, with a number behind it where the run has an earlier checkpoint of this name. Returns
+    the checkpoint.
     """
     _sync(work)
     run, number = work.parent, 1
@@ -220,7 +222,7 @@ def remove_old(run: Path, keep: int, owner: str) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Removes a folder, which loses its name first."""
+    """Removes a folder, which first loses its name."""
     leaving = folder.with_name(f".{folder.name.lstrip('.')}.removing")
     folder.rename(leaving)
     shutil.rmtree(leaving, ignore_errors=True)

@@ -1,10 +1,10 @@
-"""Sharded checkpoint -> one file, which training continues from; a tensor at a time, so that memory stays small.
+"""From a sharded checkpoint to one file, from which training can continue. Memory holds one tensor at a time.
 
-The file is `torch.save`'s: {"model": {name: tensor}, "optimizer": {"exp_avg": {name: tensor}, ...}, "trainer": ...,
-"checksums": int64 [tensors + 1]}. The tensors of the model and the optimizer are whole, and in fp32; frozen
-parameters and buffers are in the type in which training has them. The checksums are the CRC-32 of each tensor's bytes,
-in the order of the names (`model.<name>`, `exp_avg.<name>`, ...), and then that of all other bytes of the file but the
-checksums' own.
+The file is made by `torch.save`: {"model": {name: tensor}, "optimizer": {"exp_avg": {name: tensor}, ...}, "trainer":
+..., "checksums": int64 [tensors + 1]}. The tensors of the model and the optimizer are whole, and in fp32; frozen
+parameters and buffers have the type that they have in training. The checksums are the CRC-32 of each tensor's bytes, in
+the order of the names (`model.<name>`, `exp_avg.<name>`, ...), and then that of all other bytes of the file except the
+checksums.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def write_tensor(file: BinaryIO, tensor: Tensor, dtype: torch.dtype, bar: Any) -
 
 
 def forget_cached(path: Path) -> None:
-    """Makes the next reading of a file, whose content is on disk, come from there."""
+    """Lets the next reading of a file, whose content is on disk, come from the disk."""
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -118,7 +118,7 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the tensors of a merged file are, in bytes, and what else it holds."""
+    """Where the tensors of a merged file are, in bytes; and the state of training that it holds."""
 
     places: dict[str, _Place]
     trainer: dict[str, Any]

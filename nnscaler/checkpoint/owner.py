@@ -1,4 +1,5 @@
-"""Processes by names that are never given twice, and what the workers of a torchrun job share over its restarts."""
+"""Processes, by names that no other process ever has; and what the workers of a torchrun job share over its
+restarts."""
 
 from __future__ import annotations
 
@@ -14,10 +15,12 @@ _WORKER = "TORCHELASTIC_ERROR_FILE"  # each worker's own: <the job's own folder>
 class Process:
     """A process, on any machine and in any container.
 
-    boot       the system's start, another after each
+    host       the name of its machine
+    boot       names the start of the system; it is another after each restart
     namespace  in which `pid` counts: each container has its own
     started    in clock ticks since `boot`, so that a later process with an equal `pid` is another one
-    All are empty where the system does not tell.
+
+    `boot`, `namespace` and `started` are empty where the system does not tell.
     """
 
     host: str
@@ -33,7 +36,7 @@ class Process:
 
     @property
     def lives(self) -> bool | None:
-        """None: it is on a machine or in a container that this process does not see into."""
+        """Whether it is there. None: it is on a machine, or in a container, that this process cannot see."""
         if not self.boot or (self.boot, self.namespace) != _here():
             return None
         status = _status(self.pid)
@@ -58,15 +61,16 @@ def _status(pid: int) -> tuple[str, str] | None:
 
 
 def keeper() -> Process:
-    """The process whose end is the end of this run: torchrun's agent, which starts workers again, or this one."""
+    """The process that is there as long as this run: torchrun's agent, which restarts workers; or this process."""
     return Process.of(_agent() if _under_torchrun() else os.getpid())
 
 
 def job() -> str | None:
-    """What this process shares with the other workers of its node, before and after a restart, and with no other job.
+    """A name that the workers of one torchrun job on this node share, before and after a restart, and no other job has.
 
-    That is torchrun's agent, and the folder of the job's own that it makes: an agent may run one job after another.
-    torchrun's run id says nothing: by default it is the word "none". None: nothing starts this process again.
+    It is made of torchrun's agent and the folder that the agent makes for the job: one agent may run several jobs, one
+    after the other. (torchrun's run id is "none" by default, and says nothing.) None: nothing would restart this
+    process.
     """
     if not _under_torchrun():
         return None
@@ -79,7 +83,7 @@ def _under_torchrun() -> bool:
 
 
 def _agent() -> int:
-    """The nearest process above that is not a worker itself, as a script around this command is."""
+    """The nearest process above this one that is not a worker itself, as a script around this command would be."""
     mine = f"{_WORKER}={os.environ.get(_WORKER, '')}".encode()
     pid = os.getppid()
     while pid > 1:

@@ -1,7 +1,7 @@
-"""The states of the random number generators, as tensors that a checkpoint holds one set of a rank of.
+"""The states of the random number generators, as tensors. A checkpoint has those of every rank.
 
-A rank that was there when the checkpoint was made continues its own streams. One that was not, because there are more
-processes now, begins streams of its own, from the seed, the step and its rank.
+A rank that was there when the checkpoint was made continues its own streams. If there are more processes now, the new
+ranks begin streams of their own, from the seed, the step, and their rank.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Continuing from a checkpoint, a merged file, or a Hugging Face model."""
+"""Continuing training from a checkpoint, a merged file, or a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 
 
 def where_to_begin(directory: Path, resume_path: Path | None, jobs: Collection[str]) -> tuple[list[Path], Path | None]:
-    """(what to load, the best first; this run's folder where torchrun restarted it). Nothing to load: begin anew.
+    """(what to load, the best first; this run's folder, if torchrun restarted it). Nothing to load means: begin anew.
 
-    directory    of the runs' folders
+    directory    in which runs have their folders
     resume_path  as the user gave it
-    jobs         the names of this run's job, on each node
+    jobs         names of this run's job, on each node
     Raises UserError as `find_resumable` does.
     """
     own = find_own(directory, jobs)
@@ -44,10 +44,12 @@ def where_to_begin(directory: Path, resume_path: Path | None, jobs: Collection[s
 
 
 def find_resumable(path: Path) -> list[Path]:
-    """What a resume path means, the best first: itself, or the complete checkpoints below a folder, the newest first.
+    """What a resume path means: files or folders to load, the best first.
 
-    After a checkpoint come those of the same run that were made before it: what to fall back to if it is damaged.
-    Raises UserError for what does not exist or is something else.
+    A file or checkpoint is itself; a folder stands for the complete checkpoints below it, the newest first. Behind a
+    checkpoint come those that the same run saved before it, to fall back to if it is damaged.
+
+    Raises UserError for a path that does not exist, or is something else.
     """
     if not path.exists():
         raise UserError(f"resume_path is '{path}', which does not exist")
@@ -68,9 +70,10 @@ def find_resumable(path: Path) -> list[Path]:
 
 
 def without_damaged(checkpoints: list[Path]) -> list[Path]:
-    """Those whose files are all there, and unchanged but for the shards, which are checked when they are read.
+    """Those checkpoints whose files are all there and unchanged. Shards are only checked for their length: the rest is
+    checked when they are read.
 
-    Raises UserError where there is none.
+    Raises UserError where none is left.
     """
     usable, damages = [], []
     for checkpoint in checkpoints:
@@ -97,13 +100,13 @@ def resume(
     fixed: list[Part],
     load_weights: Callable[[Path], None],
 ) -> tuple[Path, TrainerState | None]:
-    """Loads parameters, buffers, optimizer and progress on any mesh. Collective.
+    """Loads parameters, buffers, optimizer and progress, on any mesh. Collective.
 
-    paths         what `find_resumable` gave: the first is loaded, or where it is damaged the next
-    fixed         of the model, what training leaves as it is
+    paths         what `find_resumable` gave: the first is loaded; where it is damaged, the next
+    fixed         the tensors of the model that training leaves as they are
     load_weights  loads the parameters of a Hugging Face model
-    Returns what was loaded, and where training stood then; None for a Hugging Face model, which has weights only.
-    Raises CorruptCheckpoint where all are damaged, UserError where one does not fit the model.
+    Returns what was loaded, and the state of training then; None for a Hugging Face model, which has only weights.
+    Raises CorruptCheckpoint where all are damaged, and UserError where one does not fit the model.
     """
     damages = []
     for path in paths:

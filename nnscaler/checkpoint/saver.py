@@ -1,8 +1,8 @@
-"""Saves in the background while training goes on.
+"""Saving in the background, while training goes on.
 
-A save copies what this rank owns to the CPU, which is all that training may wait for, and a thread writes the copy. On
-a GPU the copy runs beside the next forward and backward pass; only the update of the weights waits for it. The ranks'
-threads agree through a process group of their own, on the CPU, so that training's collectives are not in their way.
+A save copies what this rank owns to the CPU; training waits for nothing more. A thread then writes the copy. On a GPU
+the copy runs beside the next forward and backward, and only the update of the weights waits for it. The threads of all
+ranks agree through a process group of their own, on the CPU, so that they do not disturb training's collectives.
 """
 
 from __future__ import annotations
@@ -42,11 +42,12 @@ _CRASH_SECONDS = 60  # that a save under way is given when training fails
 class Saver:
     """Writes checkpoints into a run's folder. `start` and `finish` are collective.
 
-    fixed        of the model, what training leaves as it is; saved with each checkpoint, so that it is complete
+    fixed        the tensors of the model that training leaves as they are; they are saved in each checkpoint
     save_assets  writes into a folder what makes an exported model complete; None: nothing
-    check        raises where the folder is no longer the run's; called on rank 0 before a checkpoint gets its name
-    A save that fails leaves training, and the checkpoints before it, as they are: a line is logged. The last one of a
-    run (`finish`) raises UserError instead.
+    check        raises where the folder is no longer this run's; called on rank 0 before a checkpoint gets its name
+
+    A save that fails changes neither training nor the checkpoints before it: a line is logged. If it is the last one of
+    a run, `finish` raises UserError instead.
     """
 
     def __init__(
@@ -73,9 +74,9 @@ class Saver:
             self._thread.join(_CRASH_SECONDS)  # what training did before it failed may still be saved
 
     def start(self, state: TrainerState, random: dict[str, Any]) -> None:
-        """Begins to save what the last update left; waits first where an earlier save is still being written.
+        """Begins to save what the last update left. If an earlier save is still being written, it waits for that.
 
-        random  the states of this rank's random number generators then, as `random_states` gives them
+        random  the states of this rank's random number generators at that time, from `random_states`
         """
         if self._thread is not None and self._thread.is_alive():
             logger.warning("the checkpoint before that of step %d is still being written: waiting", state.step)
@@ -87,7 +88,7 @@ class Saver:
         self._thread.start()
 
     def is_finite(self) -> bool:
-        """Whether what the last update left on this rank is finite: nothing else is worth a save."""
+        """Whether what the last update left on this rank is finite; nothing else is worth saving."""
         if self._device.type == "cpu":
             return self._optimizer.is_finite()
         with torch.cuda.stream(self._stream_after_update()):
@@ -101,7 +102,7 @@ class Saver:
         return stream
 
     def before_update(self) -> None:
-        """To be called before the weights change: the device waits until they are copied."""
+        """To be called before the weights change: makes the device wait until they are copied."""
         if self._copied is not None:
             torch.cuda.current_stream(self._device).wait_event(self._copied)
         if self._thread is not None and not self._thread.is_alive():
@@ -147,7 +148,7 @@ class Saver:
         return self._staged
 
     def predict_seconds(self) -> None:
-        """Says at once where a save will take longer than torchrun waits, as far as the disk's speed tells."""
+        """Warns at once if a save will take longer than torchrun waits, by the measured speed of the disk."""
         size = sum(part.tensor.nbytes for part in self._owned) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         size += sum(part.tensor.nbytes for part in self._fixed)
         if self._told_limit or size < LARGE:
@@ -187,7 +188,8 @@ class Saver:
                 shutil.rmtree(work, ignore_errors=True)
 
     def _complete(self, work: Path, state: TrainerState, shards: list[Piece]) -> None:
-        """On rank 0, when every rank has written: the other files, their checksums, the name."""
+        """On rank 0, when every rank has written its shard: writes the other files and checksums, and gives the
+        name."""
         state.write(work)
         for name, content in self._model_assets().items():
             path = work / folders.ASSETS / name

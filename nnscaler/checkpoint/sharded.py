@@ -1,6 +1,6 @@
-"""Saving and loading what each rank has, through torch.distributed.checkpoint.
+"""Saving and loading what each rank has, with torch.distributed.checkpoint.
 
-A part is a box of a whole tensor, and is written once, so that any other division into boxes can be read.
+A part is a box of a whole tensor. Each box is written once, and can be read in any other division into boxes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,12 @@ PIECE_ELEMENTS = 2**24  # at most in a piece of a tensor that is written and rea
 
 @dataclass(frozen=True)
 class Part:
-    """A box of the whole tensor `name` of `shape`, and this rank's memory for it."""
+    """A box of a whole tensor, with this rank's memory for it.
+
+    name, shape  of the whole tensor
+    box          the part of it
+    tensor       this rank's memory for that part
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -60,7 +65,7 @@ class Part:
 
 
 def whole(name: str, tensor: Tensor) -> Part:
-    """A tensor that one rank has to itself."""
+    """A tensor that one rank has to itself, as a part."""
     shape = tuple(tensor.shape)
     return Part(name, shape, Box((0,) * len(shape), shape), tensor)
 
@@ -77,9 +82,9 @@ def owned_state(optimizer: ShardedOptimizer) -> list[Part]:
 
 
 def fixed_state(module: TrainedModule, names: Iterable[str]) -> list[Part]:
-    """The tensors of the model that training leaves as they are (`model.<name>`), those of them that this rank has.
+    """Those tensors of the model that training leaves as they are (`model.<name>`), as far as this rank has them.
 
-    A rank has them whole, as others do; what several ranks want to save is written by one of them.
+    Each rank has them whole. Where several ranks want to save one, one of them writes it.
     """
     return [whole(f"model.{name}", tensor) for name in names for tensor in module.tensors_called(name)]
 
@@ -87,10 +92,11 @@ def fixed_state(module: TrainedModule, names: Iterable[str]) -> list[Part]:
 def save_parts(
     folder: Path, parts: list[Part], complete: Callable[[list[Piece]], None], group: dist.ProcessGroup | None = None
 ) -> None:
-    """Writes all ranks' parts into a folder; then rank 0 calls `complete` with the pieces written. Collective.
+    """Writes all ranks' parts into a folder. Then rank 0 calls `complete` with the pieces that were written.
+    Collective.
 
-    group  for the ranks' agreement, with CPU tensors; None: the default one
-    Raises, on every rank, the first error of any: OSError where the folder cannot be written.
+    group  in which the ranks agree, with CPU tensors; None: the default one
+    Raises, on every rank, the first error of any rank; OSError where the folder cannot be written.
     """
     with _first_error(), _quiet():
         pieces = [piece for part in parts for piece in part.pieces()]
@@ -101,9 +107,9 @@ def save_parts(
 
 
 def load_parts(folder: Path, parts: list[Part]) -> None:
-    """Fills all ranks' parts from a folder, whatever the division in which it was written. Collective.
+    """Fills all ranks' parts from a folder, in whatever division it was written. Collective.
 
-    Raises, on every rank, CorruptCheckpoint where any finds damage, UserError where a tensor does not fit.
+    Raises, on every rank, CorruptCheckpoint where any rank finds damage, and UserError where a tensor does not fit.
     """
     with _first_error(), _quiet():
         reader = CheckedReader(folder)
@@ -114,7 +120,7 @@ def load_parts(folder: Path, parts: list[Part]) -> None:
 
 @contextmanager
 def _first_error() -> Iterator[None]:
-    """Raises the lowest rank's error for what torch.distributed.checkpoint collects from all ranks."""
+    """Inside, raises the error of the lowest rank where torch.distributed.checkpoint collects errors of all ranks."""
     try:
         yield
     except dcp.CheckpointException as failure:
@@ -124,7 +130,7 @@ def _first_error() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warning that there is one process only, which is no mistake here."""
+    """Inside, there is no warning that only one process runs, which is no mistake here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

@@ -1,8 +1,8 @@
-"""torch.distributed.checkpoint's files, with a checksum for every piece of every tensor.
+"""The files of torch.distributed.checkpoint, with a checksum for every piece of every tensor.
 
-Whoever can write a checkpoint can write its checksums too, so that these show damage, not who wrote it. Nothing that is
-loaded can run code: the index, a pickle, may name only what an index consists of, and tensors are read by torch's own
-loader for weights.
+Who can write a checkpoint can also write its checksums: so these show damage, not who wrote it. But nothing that is
+loaded can run code. The index, which is a pickle, may name only what an index consists of; and tensors are read by
+torch's own loader for weights.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(valu
 
 @dataclass(frozen=True)
 class _CheckedResult(WriteResult):
-    """What a rank tells of a piece that it wrote."""
+    """What a rank reports of a piece that it wrote."""
 
     crc: int
 
 
 class CheckedWriter(dcp.FileSystemWriter):
-    """Writes one file a rank into a folder. When all have, rank 0 calls `complete` with the files' pieces.
+    """Writes one file for each rank into a folder. When all are written, rank 0 calls `complete` with their pieces.
 
-    An error in `complete`, as in any rank's writing, is one of the whole save, on all ranks.
+    An error in `complete`, like one in any rank's writing, makes the whole save fail, on all ranks.
     """
 
     def __init__(self, folder: Path, complete: Callable[[list[Piece]], None]) -> None:
@@ -85,7 +85,8 @@ class CheckedWriter(dcp.FileSystemWriter):
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The system's error behind one that torch.save raises because of it, when it closes what it could not write."""
+    """The system's error behind one of torch.save, which raises its own when it closes a file that it could not
+    write."""
     behind: BaseException | None = error
     while behind is not None and not isinstance(behind, OSError):
         behind = behind.__cause__ or behind.__context__
@@ -93,7 +94,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Knows only the names that an index of tensors consists of. Raises UnpicklingError for any other."""
+    """Loads only the names that an index of tensors consists of. Raises UnpicklingError for any other."""
 
     def find_class(self, module: str, name: str) -> Any:
         known = {(kind.__module__, kind.__name__): kind for kind in _INDEX_TYPES}

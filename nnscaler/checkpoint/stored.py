@@ -1,4 +1,4 @@
-"""A checkpoint seen from outside training: what it holds, and its whole tensors one by one."""
+"""A checkpoint as seen from outside training: what it holds, and its whole tensors, one by one."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from nnscaler.shards import Box
 class Checkpoint:
     """A complete sharded checkpoint.
 
-    entries   tensor -> its shape, type and pieces; of trained parameters `model.<name>`, `exp_avg.<name>`, ... in fp32,
-              of frozen ones and persistent buffers `model.<name>` in the type that training has them in, and of random
-              number generators `random.<generator>.<rank>`
+    entries  name of a tensor -> its shape, type and pieces. Trained parameters are `model.<name>`, `exp_avg.<name>`,
+             ..., in fp32; frozen ones and persistent buffers are `model.<name>`, in the type that training has them in;
+             states of random number generators are `random.<generator>.<rank>`
     """
 
     folder: Path
@@ -36,7 +36,7 @@ class Checkpoint:
 
     @staticmethod
     def open(folder: Path) -> Checkpoint:
-        """Raises CorruptCheckpoint where it is incomplete or damaged; shards are checked when they are read."""
+        """Raises CorruptCheckpoint where it is incomplete or damaged; shards are only checked when they are read."""
         state = TrainerState.read(folder)
         reader = CheckedReader(folder)
         metadata = reader.read_metadata()
@@ -46,7 +46,7 @@ class Checkpoint:
         return Checkpoint(folder, state, entries, reader, metadata.storage_data)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Kind and name of a tensor (`model.<name>`, `exp_avg.<name>`, ...) -> its shape."""
+        """Name of a tensor with its kind (`model.<name>`, `exp_avg.<name>`, ...) -> its shape."""
         return {name: tuple(e.size) for name, e in self.entries.items() if not name.startswith(RANDOM)}
 
     def random_states(self, rank: int) -> dict[str, tuple[torch.Size, torch.dtype]]:

@@ -1,13 +1,13 @@
-"""SIGTERM saves at once the state after the last whole step, whatever the step under way is doing.
+"""On SIGTERM, the state after the last whole step is saved at once, whatever the current step is doing.
 
 torchrun ends its processes 30 s after SIGTERM, and a step may take minutes. But weights and moments change only in the
-update at a step's end. Between two updates a thread can therefore save what the last one left, beside the computation,
-and the step under way is given up when it comes to its own update.
+update at the end of a step. Between two updates, a thread can save what the last one left, beside the computation. The
+current step is given up when it comes to its own update.
 
-All ranks must save after the same step. The thread of each, told by its own signal or by another rank's through the
-store, says after which step its rank is, or that it is just updating; where all say the same, they begin to save, and
-else they ask again. Meanwhile no update can begin: it needs `updating`, which the thread holds. The thread itself
-never waits for that lock, so that no rank waits for one that waits for it.
+All ranks must save after the same step. The thread of each rank is told by its own signal, or by another rank through
+the store. It then says after which step its rank is, or that it is just updating. Where all ranks say the same step,
+they begin to save; otherwise they ask again. Meanwhile no update can begin: it needs the lock `updating`, which the
+thread holds. The thread itself never waits for that lock, so no rank waits for one that waits for it.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _BUSY, _LEAVING = -1, -2  # answers that are no step
 
 
 class Termination:
-    """A context within which SIGTERM does not end the process.
+    """A context in which SIGTERM does not end the process.
 
-    store   of the ranks; None: there is one
-    name    another in each start of the processes, since the store may outlive them
-    step    after which step the rank is, or None where that must not be saved
+    store   of the ranks; None: there is one rank
+    name    another one at each start of the processes, since the store may outlive them
+    step    gives the step after which the rank is, or None where that state must not be saved
     save    begins to save what the last update left; called on all ranks after the same step
     """
 
@@ -78,7 +78,7 @@ class Termination:
         os.close(self._signals)
 
     def leave(self) -> None:
-        """There are no more updates: from now on the rank saves by itself. To be called while holding `updating`."""
+        """From now on there are no updates, and the rank saves by itself. To be called while `updating` is held."""
         self._leaving = True
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
@@ -100,14 +100,14 @@ class Termination:
             logger.error("cannot save what the last step left: %s", error)
 
     def _is_told(self) -> bool:
-        """Whether some rank has had the signal; looks for _POLL seconds, or until this one has."""
+        """Whether some rank has got the signal. Looks for _POLL seconds, or until this rank has."""
         readable, _, _ = select.select([self._signals], [], [], _POLL)
         if readable and signal.SIGTERM in os.read(self._signals, 64):
             return True
         return self.told or (self._store is not None and self._store.check([f"terminate/{self._name}"]))
 
     def _ask(self, count: int) -> bool:
-        """Asks all ranks once; whether that was the last time."""
+        """Asks all ranks once. Returns whether no further question is needed."""
         free = self.updating.acquire(blocking=False)
         try:
             step = self._step() if free else None

@@ -1,4 +1,4 @@
-"""Parts of tensors, which ranks own, as whole tensors, and back."""
+"""Parts of tensors, which ranks own, as whole tensors; and back."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from nnscaler.processes import from_all
 
 
 def gather_whole(parts: Sequence[Part]) -> dict[str, Tensor]:
-    """All ranks' parts as whole tensors by name, on the CPU of rank 0; nothing on the others. Collective.
+    """All ranks' parts as whole tensors, by name, on the CPU of rank 0; nothing on other ranks. Collective.
 
-    One tensor is sent at a time; of a part that several ranks have, one copy.
+    One tensor is sent at a time. A part that several ranks have is sent by one of them.
     """
     senders: dict[tuple[str, tuple[int, ...]], int] = {}
     for rank, keys in enumerate(from_all([part.key for part in parts])):
@@ -50,7 +50,7 @@ def _to_rank_0(value: Any) -> list[Any]:
 
 @torch.no_grad()
 def scatter_whole(parts: Sequence[Part], tensors: Mapping[str, Tensor]) -> None:
-    """Fills this rank's parts from whole tensors by name. Raises UserError where one is missing or of another shape."""
+    """Fills this rank's parts from whole tensors. Raises UserError where one is missing, or has another shape."""
     for part in parts:
         if part.name not in tensors:
             raise UserError(f"the state has no '{part.name}'")
