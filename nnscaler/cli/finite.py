@@ -1,4 +1,5 @@
-"""Steps whose loss or gradient is not finite: they change nothing, are named, and end training where they go on."""
+"""Steps whose loss or gradient is not finite. They change nothing and are named in the log; many in a row end
+training."""
 
 from __future__ import annotations
 
@@ -17,11 +18,12 @@ MOST = 10  # steps in a row
 
 
 class FiniteSteps:
-    """Told the gradient's norm of every step, which is not finite where the optimizer has changed nothing.
+    """Is told the gradient's norm of every step. Where it is not finite, the optimizer has changed nothing.
 
-    On a GPU a norm is looked at one step late, so that nothing waits for the step that the device has just been given.
+    On a GPU, a norm is looked at one step late, so that nothing waits for the step that the device has just begun.
 
-    skipped  steps before the first that changed nothing
+    skipped    how many steps have changed nothing
+    in_a_row   how many of them were the last ones
     """
 
     def __init__(self, skipped: int) -> None:
@@ -30,7 +32,7 @@ class FiniteSteps:
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
     def after(self, step: int, norm: Tensor) -> None:
-        """Raises as `settle` does."""
+        """Takes the norm of a step. Raises as `settle` does."""
         copied = None
         if norm.is_cuda:
             norm, copied = norm.to("cpu", non_blocking=True), torch.cuda.Event()

@@ -1,11 +1,11 @@
-"""Flags of a command out of the fields of its configurations, whose help, defaults and checks are said there.
+"""A command's flags, made from the fields of its configurations, where their help, defaults and checks are stated.
 
     flags = parse("Walks.", {"the walk": Walk}, {"steps": 20})
     walk = flags.make(Walk)
 
-A file of flags in YAML or JSON, given as --config, stands for flags that the command line does not give. Our own few
-lines rather than tyro, jsonargparse or HfArgumentParser: each of these imports half a second or more, or torch, and
-spells its errors over several lines; what is left to do beside `argparse` is little.
+A file in YAML or JSON, given as --config, stands for flags that the command line does not give. These few lines take
+the place of tyro, jsonargparse or HfArgumentParser: each of those takes half a second or more to import, or imports
+torch, and writes its errors on several lines.
 """
 
 from __future__ import annotations
@@ -27,26 +27,30 @@ _SHOWN = {int: "N", float: "X", str: "NAME", Path: "PATH", tuple: "NAME,...", di
 
 
 def keys_of(cls: type) -> list[str]:
-    """By what a command knows the fields of a configuration."""
+    """The names by which a command's values hold the fields of a configuration."""
     return [option.key(name) for name, option in options_of(cls).items()]
 
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """The values of a command's flags, by flag, with "_" for "-"; and what is said of each."""
+    """The values of a command's flags.
+
+    values   flag, with "_" for "-" -> value
+    options  flag -> what it may be
+    """
 
     values: Mapping[str, Any]
     options: Mapping[str, Option]
 
     def make(self, cls: type[T], **others: Any) -> T:
-        """The configuration that they describe; `others` are its fields that no flag gives, or that go before one."""
+        """The configuration that the flags describe. `others`: fields that no flag gives, or that override one"""
         fields = {name: self.values[option.key(name)] for name, option in options_of(cls).items()}
         return cls(**{**fields, **others})
 
     def spelled(self, keys: Sequence[str], **others: Any) -> str:
-        """Some flags as on a command line, without those that have their default values.
+        """Some flags, as on a command line, without those that have their default values.
 
-        others  values that go before those that were given
+        others  values that override those that were given
         """
         words = []
         for key in keys:
@@ -67,12 +71,13 @@ class Flags:
 
 
 def parse(description: str, groups: Mapping[str, type], defaults: Mapping[str, Any] | None = None) -> Flags:
-    """Reads a command's flags from `sys.argv` and from the file that --config names.
+    """Reads a command's flags from `sys.argv`, and from the file that --config names.
 
-    groups    title -> dataclass, some of whose fields were made by `nnscaler.options`
-    defaults  by flag, where a command has others than the fields
+    groups    title in the help -> dataclass, some of whose fields were made by `nnscaler.options`
+    defaults  flag -> default, where the command's is not that of the field
 
-    Prints the help and exits where it is asked for. Raises UserError that names the flag, its value and what it may be.
+    Prints the help and exits, where that is asked for. Raises UserError that names the flag, its value, and what is
+    allowed.
     """
     options = _with_defaults(_by_flag(groups), defaults or {})
     parser = _parser(description, groups, options)
@@ -141,7 +146,7 @@ def _read(option: Option, name: str, text: str | Sequence[str]) -> Any:
 
 
 def _of_file(path: Path, options: Mapping[str, Option]) -> dict[str, tuple[str, Any]]:
-    """Flag -> its name in messages, and its value spelled as on a command line, of the flags that a file gives."""
+    """Flag -> (its name in messages, its value as on a command line), for the flags that a file gives."""
     import yaml  # takes a moment, and reads JSON too
 
     try:
@@ -172,7 +177,7 @@ def _of_file(path: Path, options: Mapping[str, Option]) -> dict[str, tuple[str, 
 
 
 def _assignments(value: Any) -> list[str]:
-    """FIELD=VALUE of each field that a file gives as a mapping, or as such texts themselves."""
+    """FIELD=VALUE for each field that a file gives as a mapping, or as such texts."""
     if isinstance(value, dict):
         return [f"{field}={spelled(one)}" for field, one in value.items()]
     return [str(one) for one in (value if isinstance(value, list) else [value])]

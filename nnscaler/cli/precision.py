@@ -1,4 +1,4 @@
-"""The precision of a run that does not ask for one: what its device does well."""
+"""The precision of a run that does not ask for one: what its device is fast in."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ logger = logging.getLogger(__name__)
 
 
 def with_precision(args: TrainerArgs) -> TrainerArgs:
-    """`args` with a precision: the one asked for, or with "auto" bf16 for a plan for other hardware, else what this
-    device is fast in. A choice is logged."""
+    """The same arguments, with a precision that is not "auto". A choice is logged.
+
+    It is the one that is asked for. "auto" becomes bf16 in a plan for other hardware, and otherwise what this device is
+    fast in.
+    """
     if args.precision != "auto":
         return args
     if args.run_mode == "compile" and args.compute.hardware is not None:

@@ -1,1 +1,1 @@
-"""Text in, packed token sequences out: `sources` finds and reads documents, `pack` tokenises and cuts them."""
+"""From text to packed token sequences: `sources` finds and reads documents, `pack` tokenises and cuts them."""

@@ -1,7 +1,7 @@
-"""Cuts a long document into pieces whose tokens, one piece after the other, are the tokens of the whole.
+"""Cutting a long document into pieces, such that the tokens of the pieces, one after the other, are those of the whole.
 
-A tokenizer needs a hundred bytes of memory a token, so a book or a dump in one document has to go through it in pieces;
-and pieces can go through it side by side.
+A tokenizer needs a hundred bytes of memory for each token. So a document that is a whole book, or a dump, goes through
+it in pieces. Several pieces can go through it at the same time.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ TokenIds = list[int]
 
 
 def cut_into_pieces(blocks: Iterable[str], encode: Callable[[str], TokenIds]) -> Iterator[str]:
-    """Yields the text of one document in pieces that can be tokenised one by one, none of them empty.
+    """Yields the text of one document in pieces that can be tokenised one by one; none of them is empty.
 
     Args:
         blocks: the text of the document, in blocks of any length.
-        encode: the ids of a text, without special tokens.
+        encode: gives the ids of a text, without special tokens.
     """
     text = ""
     for block in blocks:
@@ -56,7 +56,7 @@ def cut_into_pieces(blocks: Iterable[str], encode: Callable[[str], TokenIds]) ->
 
 
 def _safe_cut(text: str, encode: Callable[[str], TokenIds]) -> tuple[int, int] | None:
-    """Where one piece stops and the next resumes, near the end of `text`, such that their ids are those of the text."""
+    """Where, near the end of `text`, one piece ends and the next begins, such that their ids are those of the text."""
     end = len(text) - CONTEXT
     for place, left_out in PLACES_TO_CUT:
         stops = [match.start() for match in place.finditer(text, max(CONTEXT, end - SEARCHED), end)]

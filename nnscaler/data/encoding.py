@@ -1,4 +1,4 @@
-"""Bytes to text: which encoding a file has, and how many characters could not be read."""
+"""From bytes to text: which encoding a file has, and how many characters could not be read."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ _MOST_CONTROL = 0.05  # of the bytes of a text; of random ones it is a tenth
 
 
 class Replaced:
-    """Counts the characters that no encoding reads: `REPLACE` is the name of an error handler of Python's codecs, which
-    are one table for the whole process, so that this is one count too."""
+    """Counts the characters that no encoding reads. `REPLACE` is the name of an error handler for Python's codecs.
+
+    Python has one table of such handlers for the whole process; so this is one count, too.
+    """
 
     count = 0
 
@@ -42,7 +44,7 @@ codecs.register_error(REPLACE, Replaced.handle)
 
 
 def check_encoding(name: str) -> None:
-    """Raises UserError where Python knows no text encoding of that name."""
+    """Raises UserError where Python has no text encoding of this name."""
     try:
         io.TextIOWrapper(io.BytesIO(), encoding=name)
     except (LookupError, ValueError) as error:
@@ -50,21 +52,21 @@ def check_encoding(name: str) -> None:
 
 
 def open_text(file: IO[bytes], path: Path, encoding: str | None, newline: str = "") -> io.TextIOWrapper:
-    """The text of an open file: in the encoding asked for, in that of its first bytes, or else in UTF-8.
+    """The text of an open file: in the encoding that is asked for, else in that of its first bytes, else in UTF-8.
 
-    Raises UserError for what is no text.
+    Raises UserError for a file that is not text.
     """
     return io.TextIOWrapper(file, encoding or _encoding(file, path), errors=REPLACE, newline=newline)
 
 
 def check_not_a_pointer(file: IO[bytes], path: Path) -> None:
-    """Raises UserError where a file only says where Git LFS would get its content."""
+    """Raises UserError where a file only says where Git LFS has its content."""
     if _head(file).startswith(LFS_POINTER):
         raise UserError(f"{path} is a pointer of Git LFS, not the file itself; get it with: git lfs pull")
 
 
 def _head(file: IO[bytes]) -> bytes:
-    """The first bytes, some thousands where there are as many, which stay to be read."""
+    """The first bytes of a file, some thousands at most; they can still be read."""
     return file.peek(1 << 13)  # type: ignore[attr-defined]
 
 

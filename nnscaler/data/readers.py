@@ -1,4 +1,4 @@
-"""How each type of file is read: from bytes to documents, one at a time, never the whole file in memory."""
+"""How each type of file is read: from bytes to documents, one at a time, and never the whole file at once."""
 
 from __future__ import annotations
 
@@ -39,15 +39,16 @@ def read_documents(path: Path, file: IO[bytes], column: str | None, encoding: st
     """Yields the documents of one open file.
 
     Args:
-        path: what the file is called: its suffix, one of `READERS` or that and `.gz`, says how to read it.
+        path: the name of the file. Its suffix, one of `READERS` or that and `.gz`, says how to read it.
         file: the open file, at its beginning.
-        column: the column of a row that holds its text, in JSON also one within another ("data.text"); None picks
-            `text`, or else the only column of strings.
-        encoding: how bytes are to be read as text; None: as the first bytes say, or else as UTF-8.
+        column: the column of a row that holds its text; in JSON also one within another ("data.text"). None: `text`, or
+            else the only column of strings.
+        encoding: how bytes are read as text; None: as the first bytes say, or else as UTF-8.
 
     Raises:
-        UserError: the file is damaged (with the line, where the format has lines), or has no such text column. What
-            the file system and the libraries raise is left to `reading`.
+        UserError: the file is damaged (with the line, where the format has lines), or has no such text column. Errors
+        of
+            the file system and of libraries are left to `reading`.
     """
     content = _uncompressed(path, file)
     check_not_a_pointer(content, path)
@@ -56,7 +57,7 @@ def read_documents(path: Path, file: IO[bytes], column: str | None, encoding: st
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns what goes wrong while a file is read into a `UserError` that names the file."""
+    """Inside, whatever goes wrong while a file is read becomes a UserError that names the file."""
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -67,7 +68,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def kind(path: Path) -> str:
-    """The suffix that says how to read a file, that of compression left out."""
+    """The suffix that says how to read a file, without that of compression."""
     return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
 
 
@@ -76,7 +77,7 @@ def _uncompressed(path: Path, file: IO[bytes]) -> IO[bytes]:
 
 
 def _line_of_damage(path: Path) -> int:
-    """The line (from 1) where a gzip file stops being readable."""
+    """The line, counted from 1, from which a gzip file cannot be read."""
     line = 1
     try:
         with gzip.open(path) as file:
@@ -169,8 +170,10 @@ def _read_csv(file: IO[bytes], path: Path, column: str | None, encoding: str | N
 
 
 def _delimiter(path: Path, first: list[str]) -> str:
-    """The sign between the fields: one that divides all rows that are there into as many as the header, two at least;
-    or else the one that divides the header into most. (`csv.Sniffer` takes the signs of prose for it.)"""
+    """The sign between fields: one that divides all rows into as many fields as the header has, which are two at least.
+
+    Where there is none, the one that divides the header into most. (`csv.Sniffer` takes the signs of prose for it.)
+    """
     if kind(path) == ".tsv":
         return "\t"
     complete = first if len(first) < LINES_SEEN else first[:-1]  # the last row may go on
@@ -221,7 +224,7 @@ READERS = {
 
 
 def _row_text(row: Any, column: str | None, place: str) -> tuple[str, str]:
-    """The text column of a decoded JSON row (chosen now if `column` is None) and its text."""
+    """The text column of a decoded JSON row, and its text. `column` None: it is chosen now"""
     if not isinstance(row, dict):
         raise UserError(f"{place}: a row must be a JSON object, not {type(row).__name__}")
     if column is None or (column not in row and not _inner(row, column)):
@@ -241,7 +244,7 @@ def _row_text(row: Any, column: str | None, place: str) -> tuple[str, str]:
 
 
 def _inner(row: dict[str, Any], column: str) -> Any:
-    """The value of a column within another, such as "data.text"; None where there is none."""
+    """The value of a column within another, such as "data.text". None where there is none."""
     value: Any = row
     for name in column.split("."):
         value = value.get(name) if isinstance(value, dict) else None

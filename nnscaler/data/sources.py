@@ -30,12 +30,12 @@ class Corpus:
     """The documents of some files, in the order of the files.
 
     Args:
-        files: paths with one of the suffixes of `READERS`, or that and `.gz`.
+        files: paths, each with one of the suffixes of `READERS`, or that and `.gz`.
         text_column, encoding: see `read_documents`.
 
     Attributes:
-        replaced: file -> characters that could not be read, and stand as U+FFFD, of the files read so far.
-        silent: files read so far in which there was no document.
+        replaced: file -> how many characters could not be read and became U+FFFD, in the files read so far.
+        silent: files read so far that had no document.
     """
 
     def __init__(self, files: list[Path], text_column: str | None = None, encoding: str | None = None) -> None:
@@ -49,14 +49,15 @@ class Corpus:
 
     @property
     def position(self) -> int:
-        """Bytes of the files read so far by `documents`."""
+        """How many bytes of the files `documents` has read so far."""
         return self._finished + (self._file.tell() if self._file is not None else 0)
 
     def documents(self) -> Iterator[Document]:
-        """Yields each document; one that is an iterator is to be used up before the next one is asked for.
+        """Yields each document. Where a document is an iterator, it must be used up before the next one is asked for.
 
-        A .txt or .md file is one document; a row of a .jsonl, .json, .csv, .tsv or .parquet file is one. Text is taken
-        as it is, but for what cannot be read and lone surrogates, which become U+FFFD. A row without text is "".
+        A .txt or .md file is one document; so is a row of a .jsonl, .json, .csv, .tsv or .parquet file. Text is taken
+        as it is, except that characters that cannot be read, and lone surrogates, become U+FFFD. A row without text is
+        "".
 
         Raises:
             UserError: a file cannot be read, is damaged (with its line), or has no such text column.
@@ -85,16 +86,16 @@ def _size(path: Path) -> int:
 def find_corpus(
     path_or_name: str, text_column: str | None = None, split: str | None = None, encoding: str | None = None
 ) -> Corpus:
-    """The corpus in a local file, in a local folder (recursively, in the order of the paths), or on the hub.
+    """The corpus in a local file, in a local folder (with all folders inside, in the order of paths), or on the hub.
 
     Args:
         path_or_name: a path; or `owner/dataset`, or `owner/dataset:config`, on the hub.
         text_column, encoding: see `read_documents`.
-        split: on the hub, the split to take (None: train). In a folder, takes only the files in a subfolder of that
-            name, or whose own name begins with it (None: all files).
+        split: on the hub, the split to take (None: train). In a folder, only files are taken that are in a subfolder of
+            this name, or whose own name begins with it (None: all files).
 
     Raises:
-        UserError: nothing there, no file of a known type, or no such split.
+        UserError: there is nothing, no file of a known type, or no such split.
     """
     path = Path(path_or_name).expanduser()
     if os.path.isdir(path):
@@ -127,8 +128,10 @@ def _folder_files(folder: Path, split: str | None) -> list[Path]:
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """The files of a folder and its subfolders, but for hidden ones. Each folder and file is read once, by its own path
-    rather than by a link's, whatever links lead to it, round in circles too."""
+    """The files of a folder and its subfolders, except hidden ones.
+
+    Each folder and file is read once, by its own path rather than by that of a link, even where links lead in circles.
+    """
     seen: set[tuple[int, int]] = set()
     folders, links, links_to_files = deque([folder]), deque[Path](), []
     while folders or links:
@@ -162,7 +165,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _is_new(path: Path, seen: set[tuple[int, int]]) -> bool:
-    """Whether what a path leads to was not seen yet; it is from now on."""
+    """Whether what a path leads to has not been seen yet; from now on it has."""
     if _identity(path) in seen:
         return False
     seen.add(_identity(path))
@@ -177,7 +180,7 @@ def _say_left_out(folder: Path, what: str, names: Counter[str]) -> None:
 
 
 def _hub_files(name: str, split: str) -> list[Path]:
-    """Local copies of the Parquet files that the hub made of a dataset, whatever the dataset itself is stored as."""
+    """Local copies of the Parquet files that the hub made of a dataset, in whatever format the dataset itself is."""
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -200,7 +203,7 @@ def _hub_files(name: str, split: str) -> list[Path]:
 
 
 def _choose_parquet(repo: str, stored: list[str], config: str, split: str) -> list[str]:
-    """The files of one config and split among paths `<config>/<split>/<number>.parquet`."""
+    """The files of one config and split, among paths `<config>/<split>/<number>.parquet`."""
     folders = {path.rpartition("/")[0] for path in stored if path.endswith(".parquet")}
     configs = sorted({folder.partition("/")[0] for folder in folders})
     if not config and ("default" in configs or len(configs) == 1):

@@ -1,4 +1,4 @@
-"""Adding up gradients in fp32, scaling and rounding them."""
+"""Gradients: adding them up in fp32, scaling them, and rounding them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def scale_gradient(gradient: Tensor, factor: Tensor) -> None:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
-    """Adds left [m, k] @ right [k, n] to a total [m, n] in their type or in fp32, to which it is not rounded before.
+    """Adds left [m, k] @ right [k, n] to a total [m, n], which is in their type or in fp32. The product is not rounded
+    before.
 
     first  the total has no value yet
     """
@@ -54,7 +55,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None
 
 
 def rounded_in_place(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A contiguous total times a number [], in `dtype`, which is not wider. It lies in the total's memory."""
+    """A contiguous total times a number [], in `dtype`, which is no wider; the result lies in the total's memory."""
     if total.dtype == dtype:
         scale_gradient(total, factor)
         return total

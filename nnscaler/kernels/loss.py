@@ -32,7 +32,7 @@ def softmax_loss(
 def _plain(
     logits: Tensor, labels: Tensor, padding_idx: int, gradient: Tensor | None, wanted: bool
 ) -> tuple[Tensor, Tensor]:
-    """On a CPU a few rows at a time: as many as stay in its cache over the passes."""
+    """On a CPU: some rows at a time, as many as stay in its cache from pass to pass."""
     losses = torch.empty(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
     rows = max(1, _CACHED // max(1, logits.shape[1]) if logits.device.type == "cpu" else len(logits))
     for start in range(0, len(logits), rows):
@@ -55,8 +55,10 @@ def _plain(
 def _on_gpu(
     logits: Tensor, labels: Tensor, padding_idx: int, gradient: Tensor | None, wanted: bool
 ) -> tuple[Tensor, Tensor]:
-    """One program a row, which it reads twice: for maximum and sum together, and backwards for the gradient, while much
-    of the row is still in the cache."""
+    """On a GPU: one program a row, which reads the row twice.
+
+    It reads forwards for maximum and sum, and backwards for the gradient, while much of the row is still in the cache.
+    """
     rows, words = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     _kernel()[(rows,)](

@@ -1,7 +1,7 @@
 """Matrix products in 16 bits on CPUs that have no instructions for them.
 
-PyTorch multiplies such numbers one by one there, which takes a hundred times as long as in fp32. Here it multiplies in
-fp32 what is read in 16 bits, and rounds the result to them.
+There, PyTorch multiplies such numbers one by one, which takes a hundred times as long as in fp32. Here it converts the
+numbers that it reads to fp32, multiplies these, and rounds the result to 16 bits.
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ _PRODUCTS = (
 
 
 def are_slow(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether PyTorch's own products of this type take many times as long as in fp32 on this device."""
+    """Whether PyTorch's own products of this type take many times as long on this device as those in fp32."""
     return device.type == "cpu" and dtype in _slow_types()
 
 
 @functools.cache
 def _slow_types() -> frozenset[torch.dtype]:
-    """What oneDNN cannot do on this CPU, as its variable ONEDNN_MAX_CPU_ISA limits it. Without it nothing is fast."""
+    """The types that oneDNN cannot multiply on this CPU, as ONEDNN_MAX_CPU_ISA limits it; without oneDNN, all 16-bit
+    types."""
     asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     return frozenset(dtype for dtype, name in asked.items() if not getattr(torch.ops.mkldnn, name, bool)())
 
 
 @functools.cache
 def widen_slow_products() -> None:
-    """Makes this process compute products of types that are slow on its CPU in fp32, by PyTorch's kernels for that."""
+    """Makes this process compute products in types that are slow on its CPU in fp32, with PyTorch's fp32 kernels."""
     if _slow_types():
         logger.info("products in 16 bits are computed in fp32: this CPU has no instructions for them")
     with warnings.catch_warnings():
@@ -54,7 +55,7 @@ def _library() -> torch.library.Library:
 
 
 def _widened(name: str) -> Callable[..., Any]:
-    """The operator aten::`name` on a CPU, which for types that are slow there computes in fp32."""
+    """The operator aten::`name` on a CPU, which computes in fp32 for types that are slow there."""
     kernel = torch.library.get_kernel(f"aten::{name}", "CPU")
     compute: Any = getattr(torch.ops.aten, name.removesuffix(".out").removesuffix("_"))
 

@@ -27,15 +27,15 @@ SIZES = (
 
 
 def changed_config(config: PretrainedConfig, changes: dict[str, str]) -> PretrainedConfig:
-    """A copy of a configuration with other values for some of its fields.
+    """A copy of a configuration, with other values for some fields.
 
     Args:
         config: a `transformers` configuration.
-        changes: for names of fields, values as text, such as `{"hidden_size": "512"}`. A list with an entry a layer is
-            cut to the new number of layers, and a head dimension that follows from other sizes goes on following.
+        changes: name of a field -> value as text, such as `{"hidden_size": "512"}`. A list with an entry for each layer
+            is cut to the new number of layers. A head dimension that follows from other sizes is computed again.
 
     Raises:
-        UserError: an unknown field, a value of the wrong type, or sizes that do not fit together.
+        UserError: an unknown field, a value of the wrong type, or sizes that do not fit each other.
     """
     fields = {name: value for name, value in config.to_dict().items() if name not in FIXED}
     for name, text in changes.items():
@@ -57,7 +57,7 @@ def changed_config(config: PretrainedConfig, changes: dict[str, str]) -> Pretrai
 
 
 def _value(name: str, text: str, current: Any) -> Any:
-    """The value that a text spells, of the type of the current value (of any type if that is None)."""
+    """The value of a text, in the type of the current value; in any type, if that is None."""
     if isinstance(current, str):
         return text
     try:
@@ -74,7 +74,7 @@ def _value(name: str, text: str, current: Any) -> Any:
 
 
 def _cut_lists(config: PretrainedConfig, changes: dict[str, str], fields: dict[str, Any]) -> None:
-    """Cuts the lists that have an entry a layer to the new number of layers."""
+    """Cuts the lists that have an entry for each layer to the new number of layers."""
     for name, value in config.to_dict().items():
         if isinstance(value, list) and len(value) == config.num_hidden_layers and name not in changes:
             fields[name] = value[: _size(config, fields, "num_hidden_layers")]
@@ -91,7 +91,7 @@ def _check_sizes(config: PretrainedConfig, fields: dict[str, Any]) -> None:
 
 
 def _derive_head_dim(config: PretrainedConfig, changes: dict[str, str], fields: dict[str, Any]) -> None:
-    """Where the heads share out the hidden size, has them go on doing so."""
+    """Computes the head dimension again, where it is the hidden size divided by the heads."""
     before = config.to_dict()
     head_dim = before.get("head_dim")
     old_hidden, old_heads = (_size(config, before, name) for name in ("hidden_size", "num_attention_heads"))
@@ -107,5 +107,5 @@ def _derive_head_dim(config: PretrainedConfig, changes: dict[str, str], fields: 
 
 
 def _size(config: PretrainedConfig, fields: dict[str, Any], name: str) -> Any:
-    """A field by its usual name, which some classes spell differently."""
+    """A field, by its usual name; some classes spell it in another way."""
     return fields.get(config.attribute_map.get(name, name))

@@ -1,7 +1,8 @@
-"""config.json and tokenizer_config.json as every reader understands them: transformers 5 and 4, vLLM, llama.cpp.
+"""config.json and tokenizer_config.json in a form that every reader understands: transformers 5 and 4, vLLM, llama.cpp.
 
-transformers 5 has renamed fields (`rope_parameters`, `dtype`), and leaves out those that have its own default values.
-What reads older names takes its own defaults for them without a word, so that both are written, and every value.
+transformers 5 has renamed fields (`rope_parameters`, `dtype`), and leaves out those that have its own default values. A
+program that reads older names takes its own defaults instead, and says nothing. So both names are written, and every
+value.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _OLDER_NAMES = {"gpt_neox": {"rotary_pct": "partial_rotary_factor", "rotary_emb_
 
 
 def write_config(config: PretrainedConfig, path: Path) -> None:
-    """Writes config.json: all fields, RoPE and type by their names of transformers 5 and 4."""
+    """Writes config.json: all fields, with RoPE and type under their names in transformers 5 and in transformers 4."""
     fields = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
     fields["torch_dtype"] = fields["dtype"]
     rope: dict[str, Any] = dict(fields.get("rope_parameters") or {})
@@ -34,7 +35,7 @@ def write_config(config: PretrainedConfig, path: Path) -> None:
 
 
 def _older_rope(rope: dict[str, Any], nested: bool) -> dict[str, Any]:
-    """The fields of transformers 4 for `rope_parameters`: rope_theta and, of what is scaled, rope_scaling."""
+    """The fields of transformers 4 for `rope_parameters`: rope_theta and, where RoPE is scaled, rope_scaling."""
     older: dict[str, Any] = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
     scaling = {name: value for name, value in rope.items() if name not in older}
     if nested or scaling.get("rope_type", "default") == "default":
@@ -44,7 +45,7 @@ def _older_rope(rope: dict[str, Any], nested: bool) -> dict[str, Any]:
 
 
 def write_older_tokenizer(folder: Path) -> None:
-    """Has transformers 4 read a tokenizer that transformers 5 wrote, and find the chat template."""
+    """Makes transformers 4 read a tokenizer that transformers 5 wrote, and find its chat template."""
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return

@@ -1,4 +1,4 @@
-"""Files of a model: its weights, and what else makes an exported directory complete."""
+"""The files of a model: its weights, and what else makes an exported directory complete."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json", *OTHER_FORMATS)
 
 
 def find_weights(model_id: str) -> Path | None:
-    """The directory with a model's safetensors; None for a local directory that has none, whose model starts anew.
+    """The directory with a model's safetensors. None for a local directory that has none: its model starts anew.
 
-    Weights on the hub are downloaded. Raises UserError where they cannot be, or are not whole.
+    Weights on the hub are downloaded. Raises UserError where they cannot be, or are not complete.
     """
     directory = Path(model_id)
     if directory.is_dir():
@@ -50,12 +50,12 @@ def find_weights(model_id: str) -> Path | None:
 
 
 class AssetWriter:
-    """Writes what makes an exported model complete into a folder: all but its weights.
+    """Writes what makes an exported model complete into a folder: everything but its weights.
 
     That is config.json, for weights of `dtype`, and what else the model's own directory has: tokenizer, chat template,
-    generation_config.json, licence. A model without a tokenizer gets the one that the dataset was prepared with.
+    generation_config.json, licence. A model without a tokenizer gets the one with which the dataset was prepared.
 
-    sequence_length  that is trained, which config.json says; None: as the configuration has it
+    sequence_length  the length of training, for config.json; None: as the configuration says
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class AssetWriter:
                     logger.warning("%s has %d MB: checkpoints are without it", path, path.stat().st_size // 10**6)
 
     def _directory(self) -> Path | None:
-        """Where the model's own files are; None where the hub cannot be reached and has not been."""
+        """Where the model's own files are. None where they are on the hub, which cannot be reached."""
         if Path(self._sources[0]).is_dir():
             return Path(self._sources[0])
         from huggingface_hub import snapshot_download

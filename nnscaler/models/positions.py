@@ -1,4 +1,4 @@
-"""How long a sequence a model knows positions for."""
+"""For how long a sequence a model has positions."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _FOLLOW_LENGTH = {"dynamic", "longrope"}
 
 
 def check_positions(config: PretrainedConfig, sequence_length: int) -> None:
-    """Warns of sequences that are longer than those the model was made for.
+    """Warns of sequences that are longer than those for which the model was made.
 
-    Raises UserError where it has no positions beyond, because each has a row in a table.
+    Raises UserError where the model cannot have more positions, because each is a row of a table.
     """
     rope = _rope(config)
     known = _known_positions(config)
@@ -37,7 +37,7 @@ def check_positions(config: PretrainedConfig, sequence_length: int) -> None:
 
 
 def set_trained_length(config: PretrainedConfig, sequence_length: int) -> None:
-    """Has a configuration say that it was trained at a length, where that changes nothing but what it says."""
+    """Writes the length of training into a configuration, where it changes nothing that the model computes."""
     rope = _rope(config)
     known = _known_positions(config)
     if known is not None and rope and rope.get("rope_type", "default") not in _FOLLOW_LENGTH:
@@ -52,7 +52,7 @@ def _known_positions(config: PretrainedConfig) -> int | None:
 
 
 def _rope(config: PretrainedConfig) -> dict[str, Any]:
-    """RoPE's parameters, or those of one kind of layers where kinds have their own; empty: no RoPE."""
+    """The parameters of RoPE, or those of one kind of layers where kinds have their own. Empty: no RoPE."""
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [value for value in rope.values() if isinstance(value, dict)]
     return dict(kinds[0] if kinds else rope)

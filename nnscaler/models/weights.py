@@ -1,4 +1,4 @@
-"""Weights of a Hugging Face model: what its files hold beside what it needs, and each rank's own slices of them."""
+"""Weights of a Hugging Face model: checking that its files fit the model, and reading each rank's own slices."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def how_to_convert(model_id: str | Path) -> str:
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor is, and what: `dtype` as safetensors spells it."""
+    """Where a tensor lies in a file, and what it is. `dtype`: as safetensors spells it"""
 
     file: Path
     shape: tuple[int, ...]
@@ -42,17 +42,18 @@ class Stored:
 
 
 class WeightFiles:
-    """The tensors of a model directory: `model.safetensors`, or shards with their index, as transformers reads them."""
+    """The tensors of a model directory: in `model.safetensors`, or in shards with an index, as transformers reads
+    them."""
 
     def __init__(self, tensors: Mapping[str, Stored]) -> None:
         self.tensors = dict(tensors)
 
     @staticmethod
     def find(directory: Path) -> WeightFiles | None:
-        """What a directory holds; None where it holds no weights at all.
+        """The tensors of a directory. None where it has no weights at all.
 
-        Raises UserError where files are missing, cut short or damaged, or of another format: what such a directory is
-        meant to hold must not be made up.
+        Raises UserError where files are missing, cut short, damaged, or of another format: weights that a directory is
+        meant to have must not be made up.
         """
         single, index = directory / SINGLE, directory / INDEX
         if single.exists():
@@ -74,13 +75,14 @@ class WeightFiles:
         return None
 
     def read(self, name: str, box: Box) -> Tensor:
-        """The part of a tensor, on the CPU, in the type of the file. Only that part is read."""
+        """A part of a tensor, on the CPU, in the type of the file. Only that part is read."""
         with safe_open(self.tensors[name].file, "pt") as file:
             part = file.get_slice(name)
             return part[box.slices] if box.slices else file.get_tensor(name)
 
     def name_of(self, parameter: str, others: Iterable[str] = ()) -> str | None:
-        """The name that the files have for a parameter: its own, or one of `others` that are tied to it; None: none.
+        """The name that the files have for a parameter: its own, or one of `others`, which are tied to it. None: they
+        lack it.
 
         Files of a model that was saved without its last projection lack the first part of all names.
         """
@@ -125,11 +127,11 @@ def _some(names: list[str]) -> str:
 
 
 def check_weights(directory: Path, model: nn.Module, prefix: str) -> None:
-    """Holds a model (on the meta device) against the files of a directory.
+    """Compares a model, which is on the meta device, with the files of a directory.
 
-    prefix  what stands before the files' names in the model's own
-    Raises UserError for parameters that the files lack, and for other shapes and types. Warns of tensors that the model
-    has no place for, and of buffers that keep their first values.
+    prefix  what stands before the files' names in the model's own names
+    Raises UserError for parameters that the files lack, and for other shapes and types. Warns of tensors for which the
+    model has no place, and of buffers that keep their first values.
     """
     files = _files(directory)
     tied = _tied(model)
@@ -155,9 +157,10 @@ def check_weights(directory: Path, model: nn.Module, prefix: str) -> None:
 
 
 def load_weights(directory: Path, module: TrainedModule, model: nn.Module, prefix: str) -> None:
-    """Each rank reads its own slices of the files, and all of the model's persistent buffers.
+    """Reads this rank's slices of the parameters, and all persistent buffers, from the files.
 
     model   what `module` was compiled from, on the meta device
+    prefix  what stands before the files' names in the model's own names
     Raises UserError for parameters that the files lack, and for other shapes and types.
     """
     files = _files(directory)
@@ -182,13 +185,17 @@ def load_weights(directory: Path, module: TrainedModule, model: nn.Module, prefi
 
 
 def fixed_tensors(model: nn.Module, trained: Collection[str]) -> dict[str, Tensor]:
-    """What a model's files hold beside its `trained` parameters: frozen ones and persistent buffers, tied ones once."""
+    """Name -> tensor of what a model's files hold besides its `trained` parameters: frozen parameters and persistent
+    buffers.
+
+    Tied ones are there once.
+    """
     tensors = {**dict(model.named_parameters()), **persistent_buffers(model)}
     return {name: tensors[name] for name in _tied(model) if name not in trained and tensors[name].numel()}
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers by name that a model's files hold, once each."""
+    """Name -> buffer, for the buffers that a model's files hold; each is there once."""
     found = {}
     for path, part in model.named_modules():
         for name, buffer in part.named_buffers(recurse=False):
@@ -205,7 +212,7 @@ def _files(directory: Path) -> WeightFiles:
 
 
 def _tied(model: nn.Module) -> dict[str, list[str]]:
-    """Each parameter and persistent buffer of a model -> other names of the same."""
+    """Name of each parameter and persistent buffer of a model -> the other names of the same tensor."""
     first: dict[int, str] = {}
     tied: dict[str, list[str]] = {}
     for name, parameter in [*model.named_parameters(remove_duplicate=False), *persistent_buffers(model).items()]:
