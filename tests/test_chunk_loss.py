@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from nnscaler.graph import Node, Ref, TensorMeta
-from nnscaler.kernels import add_product, gradient, rounded_in_place
+from nnscaler.kernels import add_product, gradient, rounded_in_place, softmax_loss
 from nnscaler.operators.registry import find
 from tests import tiny
 
@@ -166,6 +166,20 @@ def test_a_huge_activation_at_a_padded_position_does_no_harm():
         hidden[0, 2] = 1e30
     losses = chunk_linear_cross_entropy(hidden, weight, labels, PADDING, 4)
     assert losses.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_logits_that_are_no_numbers_at_a_padded_position_do_no_harm(value):
+    logits, labels = torch.randn(4, 7), torch.tensor([1, PADDING, 6, PADDING])
+    right = torch.stack([logits[0], logits[2]]).requires_grad_()
+    wanted = F.cross_entropy(right, labels[::2], reduction="none")
+    (exact,) = torch.autograd.grad(wanted.sum(), right)
+    logits[1] = logits[3, 2] = value
+    losses, found = softmax_loss(logits, labels, PADDING, None, wanted=True)
+    assert losses[1::2].eq(0).all()
+    assert found[1::2].eq(0).all()
+    torch.testing.assert_close(losses[::2], wanted.detach())
+    torch.testing.assert_close(found[::2], exact)
 
 
 def test_only_what_needs_a_gradient_gets_one():

@@ -65,6 +65,13 @@ def test_nodes_may_be_replaced_but_not_all(tmp_path):
     assert find_own(tmp_path, ["c", "d"]) is not None
 
 
+def test_of_several_folders_of_a_job_the_last_that_it_claimed_is_its_own(tmp_path):
+    for name in ("m", "a", "z", "b"):
+        held = claim(tmp_path, name, None, None, ["a"])
+        killed(held)
+        assert find_own(tmp_path, ["a"]) == (tmp_path / name, held.claim.since)
+
+
 def test_the_agent_is_found_above_a_script_and_a_nested_torchrun(tmp_path, monkeypatch):
     """Its environment is not the worker's, whatever other job's it has."""
     code = "from nnscaler.checkpoint.owner import keeper; print(keeper().pid)"

@@ -274,11 +274,13 @@ def samples(a: int, b: int, c: int, d: int) -> dict[str, list[tuple]]:
         "index.Tensor": [
             (x, [index(a, d)]), (x, [None, index(b, d, 2)]), (x, [index(a, d, 1), index(b, 2)]),
             (x, [index(a, d), None, index(c, d)]), (real(a), [index(a, b, c)]), (x, [None, index(b, d), index(c, 1)]),
+            (real(a, b, c, d), [None, index(b, 2), None, index(d, 2)]),
         ],
         "index_put.default": [
             (x, [None, index(b, d)], real(a, d, c), True), (x, [index(a, d)], real(b, c), True),
             (x, [torch.arange(2), torch.arange(2)], real(2, c)), (x, [None, None, torch.arange(2)], real(2)),
             (x, [torch.arange(2), None, torch.arange(2)], real(2, b), False), (x, [torch.arange(a)], real()),
+            (real(a, b, c, d), [None, torch.arange(2), None, torch.arange(2)], real(2, a, c)),
         ],
         "scatter.src": [(x, 1, permuted(b, a, c), real(a, b, c)), (x, -1, index(c, a, b, 1), real(a, b, 1))],
         "scatter.value": [(x, 1, index(b, a, 1, c), 2.0), (x, 0, index(a, a, b, c), -1)],
