@@ -87,6 +87,7 @@ def main() -> None:
     print(f"documents  {packing.documents:,}{empty}")
     print(f"tokens     {packing.tokens:,} with bos and eos, {packing.tokens / packing.seconds:,.0f} tokens/s")
     print(f"sequences  {packing.sequences:,} of {packing.sequence_length:,} tokens")
+    print(f"continued  {packing.continued:,} sequences begin within a document")
     print(f"tail       {packing.tail:,} tokens left out")
     if corpus.replaced:
         count = packing.replaced_characters

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from nnscaler.data.cut import PIECE, TokenIds, cut_into_pieces
-from nnscaler.data.files import COLUMN, DATA_FILE, PROVENANCE
+from nnscaler.data.files import COLUMN, DATA_FILE, DOCUMENT_STARTS, PROVENANCE
 from nnscaler.data.readers import Document
 from nnscaler.data.sources import Corpus
 from nnscaler.directory import new_directory
@@ -37,14 +37,16 @@ Item = TypeVar("Item")
 
 @dataclass
 class Packing:
-    """What became of a corpus. `tokens` counts bos and eos, and is `sequences * sequence_length + tail`. Characters
-    that could not be read stand as U+FFFD; the ids are those in the sequences."""
+    """What became of a corpus. `tokens` counts bos and eos, and is `sequences * sequence_length + tail`; `continued`
+    sequences begin within a document. Characters that could not be read stand as U+FFFD; the ids are those in the
+    sequences."""
 
     sequence_length: int
     documents: int = 0
     empty_documents: int = 0
     tokens: int = 0
     sequences: int = 0
+    continued: int = 0
     tail: int = 0
     replaced_characters: int = 0
     smallest_id: int | None = None
@@ -57,9 +59,11 @@ def pack(
 ) -> Packing:
     """Tokenises a corpus and writes it as a dataset that `datasets.load_from_disk` loads.
 
-    The dataset has one column, `input_ids`: int32, `[sequence_length]`. Tokens beyond the last whole sequence are left
-    out. Documents without a character are skipped and counted. Text that spells a special token is tokenised as the
-    ordinary text it is, so that bos and eos stand only where a document begins and ends.
+    The dataset has the columns `input_ids`: int32, `[sequence_length]`, and `document_starts`: int32, the places in the
+    sequence where a document begins; 0 is not among them where a sequence goes on with the document of the one before.
+    Tokens beyond the last whole sequence are left out. Documents without a character are skipped and counted. Text that
+    spells a special token is tokenised as the ordinary text it is, so that bos and eos stand only where a document
+    begins and ends.
 
     Args:
         corpus: where the documents come from.
@@ -101,6 +105,28 @@ class _Piece(NamedTuple):
         return len(self.text) + PIECE_COST
 
 
+class _Tokens(NamedTuple):
+    """A part of the stream of all documents' tokens."""
+
+    ids: Ids
+    starts: Ids  # places in it where a document begins
+
+    def length(self) -> int:
+        return len(self.ids)
+
+    def cut(self, place: int) -> tuple[_Tokens, _Tokens]:
+        """What lies before a place, and from it on."""
+        first = int(np.searchsorted(self.starts, place))
+        before = _Tokens(self.ids[:place], self.starts[:first])
+        return before, _Tokens(self.ids[place:], self.starts[first:] - np.int32(place))
+
+
+def _joined(parts: list[_Tokens]) -> _Tokens:
+    shifts = np.cumsum([0, *(part.length() for part in parts)])
+    starts = [part.starts + np.int32(shift) for part, shift in zip(parts, shifts)]
+    return _Tokens(np.concatenate([part.ids for part in parts]), np.concatenate(starts))
+
+
 class _MarkedTokenizer:
     """The Rust tokenizer inside a `transformers` one, and the ids to put around documents instead of what it would."""
 
@@ -121,16 +147,18 @@ class _MarkedTokenizer:
     def encode(self, text: str) -> TokenIds:
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def encode_pieces(self, pieces: list[_Piece]) -> Ids:
+    def encode_pieces(self, pieces: list[_Piece]) -> _Tokens:
         ids: TokenIds = []
+        starts: list[int] = []
         encodings = self.backend.encode_batch_fast([piece.text for piece in pieces], add_special_tokens=False)
         for piece, encoding in zip(pieces, encodings, strict=True):
             if piece.opens:
+                starts.append(len(ids))
                 ids.append(self.bos)
             ids += encoding.ids
             if piece.closes:
                 ids.append(self.eos)
-        return np.array(ids, dtype=np.int32)
+        return _Tokens(np.array(ids, dtype=np.int32), np.array(starts, dtype=np.int32))
 
 
 def _pieces_of_all(
@@ -185,11 +213,11 @@ def _one_thread_a_call() -> Iterator[None]:
 
 
 def _in_order(
-    encode_pieces: Callable[[list[_Piece]], Ids], batches: Iterable[list[_Piece]], threads: int
-) -> Iterator[Ids]:
+    encode_pieces: Callable[[list[_Piece]], _Tokens], batches: Iterable[list[_Piece]], threads: int
+) -> Iterator[_Tokens]:
     """Maps batches on threads (the tokenizer lets go of Python's lock), few enough at a time to bound the memory."""
     with ThreadPoolExecutor(threads) as pool:
-        running: deque[Future[Ids]] = deque()
+        running: deque[Future[_Tokens]] = deque()
         for batch in batches:
             running.append(pool.submit(encode_pieces, batch))
             if len(running) > threads + 1:
@@ -198,45 +226,53 @@ def _in_order(
             yield running.popleft().result()
 
 
-def _with_progress(parts: Iterable[Ids], corpus: Corpus) -> Iterator[Ids]:
+def _with_progress(parts: Iterable[_Tokens], corpus: Corpus) -> Iterator[_Tokens]:
     with tqdm(total=corpus.size, desc="tokenising", unit="B", unit_scale=True, delay=2, mininterval=0.5) as bar:
         for part in parts:
             yield part
             bar.update(corpus.position - bar.n)
 
 
-def _write(parts: Iterable[Ids], path: Path, packing: Packing) -> str:
+def _write(parts: Iterable[_Tokens], path: Path, packing: Packing) -> str:
     """Writes the sequences of a stream of tokens as the Arrow file of a dataset, and returns their fingerprint."""
-    schema = _features(packing.sequence_length).arrow_schema
+    length = packing.sequence_length
+    schema = _features(length).arrow_schema
     digest = hashlib.sha256(str(schema).encode())
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for whole in _whole_sequences(parts, packing):
-            column = pa.FixedSizeListArray.from_arrays(pa.array(whole), packing.sequence_length)
-            writer.write_batch(pa.record_batch([column], schema=schema))
-            digest.update(whole.tobytes())
-            smallest, largest = int(whole.min()), int(whole.max())
+        for ids, starts in _whole_sequences(parts, packing):
+            begins = np.arange(0, len(ids) + 1, length)
+            offsets = np.searchsorted(starts, begins).astype(np.int32)  # of each sequence's first document in `starts`
+            columns = [
+                pa.FixedSizeListArray.from_arrays(pa.array(ids), length),
+                pa.ListArray.from_arrays(offsets, pa.array(starts % np.int32(length))),
+            ]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
+            digest.update(ids.tobytes())
+            digest.update(starts.tobytes())
+            packing.continued += len(begins) - 1 - int(np.count_nonzero(starts % length == 0))
+            smallest, largest = int(ids.min()), int(ids.max())
             packing.smallest_id = min(smallest, smallest if packing.smallest_id is None else packing.smallest_id)
             packing.largest_id = max(largest, largest if packing.largest_id is None else packing.largest_id)
     return digest.hexdigest()[:16]
 
 
-def _whole_sequences(parts: Iterable[Ids], packing: Packing) -> Iterator[Ids]:
+def _whole_sequences(parts: Iterable[_Tokens], packing: Packing) -> Iterator[_Tokens]:
     """Yields a stream of tokens in multiples of the sequence length, all but its tail, and counts it."""
     length = packing.sequence_length
-    rest = np.empty(0, dtype=np.int32)
-    for group in _groups(parts, len, max(WRITTEN, length)):
-        stream = np.concatenate([rest, *group])
-        whole = len(stream) // length * length
-        packing.tokens += len(stream) - len(rest)
-        packing.sequences += whole // length
-        rest = stream[whole:]
-        if whole:
-            yield stream[:whole]
-    packing.tail = len(rest)
+    rest = _Tokens(np.empty(0, np.int32), np.empty(0, np.int32))
+    for group in _groups(parts, _Tokens.length, max(WRITTEN, length)):
+        stream = _joined([rest, *group])
+        packing.tokens += stream.length() - rest.length()
+        whole, rest = stream.cut(stream.length() // length * length)
+        packing.sequences += whole.length() // length
+        if whole.length():
+            yield whole
+    packing.tail = rest.length()
 
 
 def _features(length: int) -> datasets.Features:
-    return datasets.Features({COLUMN: datasets.List(datasets.Value("int32"), length=length)})
+    ids, places = datasets.List(datasets.Value("int32"), length=length), datasets.List(datasets.Value("int32"))
+    return datasets.Features({COLUMN: ids, DOCUMENT_STARTS: places})
 
 
 def _describe(directory: Path, fingerprint: str, packing: Packing, provenance: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nnscaler.data.files import COLUMN, LABELS, PROVENANCE, TOKEN_IDS
+from nnscaler.data.files import COLUMN, DOCUMENT_STARTS, LABELS, PROVENANCE, TOKEN_IDS
 from nnscaler.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class PackedDataset:
                     f"dataset_path is '{path}', whose column '{name}' training does not read; remove it "
                     f"(remove_columns), and say in '{LABELS}' with {IGNORED} which tokens are not learned"
                 )
-        others = sorted({*rows.column_names} - {*columns})
+        others = sorted({*rows.column_names} - {*columns, DOCUMENT_STARTS})
         if others:
             logger.info("%s: columns that training does not read: %s", path, ", ".join(others))
         return PackedDataset(rows.with_format("numpy", columns=columns), lengths[COLUMN], path, has_labels)

@@ -138,12 +138,15 @@ def test_dataset_and_provenance(
     data = write_rows(tmp_path / "rows.jsonl", [{"text": text} for text in ["", *TEXTS, None]])
     out = command(data, sequence_length=6)
     dataset = datasets.load_from_disk(str(out))
-    assert dataset.features == datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length=6)})
+    ids_of_a_row, places = (datasets.List(datasets.Value("int32"), length=length) for length in (6, -1))
+    assert dataset.features == datasets.Features({"input_ids": ids_of_a_row, "document_starts": places})
     tokens = len(reference(TEXTS))
+    continued = [row for row, starts in enumerate(dataset["document_starts"]) if 0 not in starts]
     assert json.loads((out / "packing.json").read_text()) == {
         "data": str(data), "text_column": None, "split": None, "tokenizer": str(tokenizer_path),
         "vocab_size": 281, "bos_token_id": 0, "eos_token_id": 1, "sequence_length": 6,
         "documents": 3, "empty_documents": 2, "tokens": tokens, "sequences": tokens // 6, "tail": tokens % 6,
+        "continued": len(continued),
         "replaced_characters": 0, "smallest_id": min(ids(out)), "largest_id": max(ids(out)),
     }  # fmt: skip
     assert len(dataset) == tokens // 6
@@ -153,6 +156,7 @@ def test_dataset_and_provenance(
     printed = capsys.readouterr().out
     assert "documents  3 and 2 empty ones skipped" in printed
     assert f"sequences  {tokens // 6}" in printed
+    assert f"continued  {len(continued)} sequences begin within a document" in printed
     assert f"tail       {tokens % 6} tokens" in printed
     assert "tokens/s" in printed
 

@@ -126,7 +126,9 @@ def test_text_without_a_place_to_cut_is_cut_by_force(caplog: pytest.LogCaptureFi
 )
 def test_tokens_are_conserved(texts: list[str], length: int, threads: int, size: int) -> None:
     backend = TOKENIZERS["llama3"]
-    expected = [i for t in texts if t for i in [0, *backend.encode(t, add_special_tokens=False).ids, 1]]
+    documents = [[0, *backend.encode(t, add_special_tokens=False).ids, 1] for t in texts if t]
+    expected = [i for document in documents for i in document]
+    starts = np.cumsum([0, *(len(document) for document in documents)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     with tempfile.TemporaryDirectory() as directory, small_pieces(size):
         rows, out = Path(directory, "rows.jsonl"), Path(directory, "out")
@@ -137,9 +139,13 @@ def test_tokens_are_conserved(texts: list[str], length: int, threads: int, size:
             assert [path.name for path in Path(directory).iterdir()] == ["rows.jsonl"]
             return
         counts = packing.pack(Corpus([rows]), tokenizer, out, length, threads, {})
-        sequences = np.array(datasets.load_from_disk(str(out))["input_ids"])
+        dataset = datasets.load_from_disk(str(out))
+        sequences = np.array(dataset["input_ids"])
+        found = [row * length + place for row, places in enumerate(dataset["document_starts"]) for place in places]
     assert sequences.shape == (len(expected) // length, length)
     assert sequences.ravel().tolist() == expected[: sequences.size]
+    assert found == [start for start in starts[:-1] if start < sequences.size]
+    assert counts.continued == sum(row * length not in starts for row in range(len(sequences)))
     assert (counts.tokens, counts.tail) == (len(expected), len(expected) - sequences.size)
     assert (counts.documents, counts.empty_documents) == (sum(map(bool, texts)), texts.count(""))
 
@@ -149,4 +155,5 @@ def test_a_document_in_pieces_begins_once_and_ends_once() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     pieces = [packing._Piece(text, text == texts[0], text == texts[-1]) for text in texts]
     inner = [i for text in texts for i in backend.encode(text, add_special_tokens=False).ids]
-    assert packing._MarkedTokenizer(tokenizer).encode_pieces(pieces).tolist() == [0, *inner, 1]
+    tokens = packing._MarkedTokenizer(tokenizer).encode_pieces(pieces)
+    assert (tokens.ids.tolist(), tokens.starts.tolist()) == ([0, *inner, 1], [0])
