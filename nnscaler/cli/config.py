@@ -67,6 +67,11 @@ class DatasetConfig:
             )
         if self.length < 2:
             raise UserError(f"sequence_length is {self.length}; it must be at least 2")
+        if self.dataset is not None and self.dataset.asks_for_documents:
+            raise UserError(
+                f"dataset_path is '{self.dataset.path}', whose column '{self.dataset.documents}' keeps documents "
+                "apart, which training does not do; remove it (remove_columns)"
+            )
 
     @property
     def length(self) -> int:

@@ -6,9 +6,14 @@ import json
 import logging
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from nnscaler.data.documents import COLUMNS as DOCUMENT_COLUMNS
+from nnscaler.data.documents import POSITIONS, DocumentLengths, Places, document_starts
 from nnscaler.data.files import COLUMN, DOCUMENT_STARTS, LABELS, PROVENANCE, TOKEN_IDS
 from nnscaler.errors import UserError
 
@@ -17,7 +22,7 @@ logger = logging.getLogger(__name__)
 IGNORED = -100  # label of a token that counts for nothing, in a dataset of Hugging Face's conventions
 SCANNED = 1 << 22  # ids looked at in one go
 # Columns by which others learn something else from the same tokens, and which training does not read.
-UNREAD = ("attention_mask", "position_ids", "loss_mask", "segment_ids", "seq_idx", "document_ids")
+UNREAD = ("attention_mask", "loss_mask")
 
 
 class TokenIds(NamedTuple):
@@ -34,12 +39,14 @@ class PackedDataset:
     rows        a `datasets.Dataset` with the column `input_ids`, and `labels` where there are such
     has_labels  whether rows say themselves what is learned: `labels`, as `input_ids` long, are the tokens at their own
                 places (a model is to give each at the place before), and -100 where nothing is learned
+    documents   column that says where documents begin, see `nnscaler.data.documents`; None: there is none
     """
 
     rows: Any
     sequence_length: int
     path: Path
     has_labels: bool = False
+    documents: str | None = None
 
     @staticmethod
     def open(path: Path) -> PackedDataset:
@@ -70,13 +77,46 @@ class PackedDataset:
                     f"dataset_path is '{path}', whose column '{name}' training does not read; remove it "
                     f"(remove_columns), and say in '{LABELS}' with {IGNORED} which tokens are not learned"
                 )
-        others = sorted({*rows.column_names} - {*columns, DOCUMENT_STARTS})
+        documents = next(
+            (name for name in DOCUMENT_COLUMNS if name in rows.column_names and _is_list(rows, name)), None
+        )
+        if documents is not None:
+            _check_lists(rows, documents, path)
+        others = sorted({*rows.column_names} - {*columns, documents})
         if others:
             logger.info("%s: columns that training does not read: %s", path, ", ".join(others))
-        return PackedDataset(rows.with_format("numpy", columns=columns), lengths[COLUMN], path, has_labels)
+        rows = rows.with_format("numpy", columns=columns)
+        return PackedDataset(rows, lengths[COLUMN], path, has_labels, documents)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def asks_for_documents(self) -> bool:
+        """Whether somebody else's column says that rows hold several documents: bookcorpus.py always writes its own."""
+        return self.documents not in (None, DOCUMENT_STARTS) and self.document_lengths.documents > len(self)
+
+    def document_starts(self, row: int) -> Places:
+        """Places in a row at which documents begin, as a column says that there is."""
+        assert self.documents is not None
+        values = self.rows.data.column(self.documents)[row].values.to_numpy(zero_copy_only=False)
+        return document_starts(self.documents, values, [len(values)], self.sequence_length)
+
+    @cached_property
+    def document_lengths(self) -> DocumentLengths:
+        """How long documents are, from reading their column once. Raises UserError where there is none, or where it is
+        no column of documents."""
+        if self.documents is None:
+            raise UserError(
+                f"dataset_path is '{self.path}', which does not say where documents begin; make it anew with "
+                f"bookcorpus.py, or give it a column {DOCUMENT_STARTS} or {POSITIONS}"
+            )
+        length, before, starts = self.sequence_length, 0, []
+        for part in self._parts(self.documents):
+            counts, values = part.value_lengths().to_numpy(), part.flatten().to_numpy(zero_copy_only=False)
+            starts.append(document_starts(self.documents, values, counts, length) + before)
+            before += len(part) * length
+        return DocumentLengths.between(np.concatenate(starts), len(self), length)
 
     def token_ids(self) -> TokenIds:
         """The smallest and largest id, of labels too: as bookcorpus.py noted, or from reading the whole dataset once,
@@ -145,19 +185,31 @@ def _parts(rows: Any, column: str, most: int) -> Any:
             yield chunk.slice(start, most)
 
 
-def _length(rows: Any, column: str, path: Path) -> int:
-    """Tokens of every row. Raises UserError where rows are no whole numbers, or not of one length."""
+def _check_lists(rows: Any, column: str, path: Path) -> None:
+    """Raises UserError where rows are no lists of whole numbers."""
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     kind = rows.data.column(column).type
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    if not is_list or not pa.types.is_integer(kind.value_type):
+    if not _is_list(rows, column) or not pa.types.is_integer(kind.value_type):
         raise _wrong(path, f"whose column '{column}' holds {kind}, not lists of whole numbers")
+    if any(part.null_count or part.flatten().null_count for part in _parts(rows, column, SCANNED)):
+        raise _wrong(path, f"whose column '{column}' has empty places")
+
+
+def _is_list(rows: Any, column: str) -> bool:
+    import pyarrow as pa
+
+    kind = rows.data.column(column).type
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _length(rows: Any, column: str, path: Path) -> int:
+    """Tokens of every row. Raises UserError where rows are no lists of whole numbers, or not of one length."""
+    import pyarrow.compute as pc
+
+    _check_lists(rows, column, path)
     lengths = set()
     for part in _parts(rows, column, SCANNED):
-        if part.null_count or part.flatten().null_count:
-            raise _wrong(path, f"whose column '{column}' has empty places")
         found = pc.min_max(pc.list_value_length(part)).as_py()
         lengths |= {found["min"], found["max"]}
     if len(lengths) > 1:
@@ -167,7 +219,6 @@ def _length(rows: Any, column: str, path: Path) -> int:
 
 def _says_nothing(rows: Any, column: str, length: int) -> bool:
     """Whether a column says the same of every token, or of every row that its tokens are in their order."""
-    import numpy as np
     import pyarrow as pa
 
     seen = set()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnscaler.data.documents import POSITIONS, document_inputs
 from nnscaler.data.files import COLUMN, LABELS
 from nnscaler.data.packed import IGNORED, PackedDataset
 
@@ -56,10 +57,23 @@ class Share:
 
 
 class Batches:
-    """Micro-batches of one replica, read ahead by a thread."""
+    """Micro-batches of one replica, read ahead by a thread.
 
-    def __init__(self, dataset: PackedDataset, seed: int, share: Share, ignored: int, device: torch.device) -> None:
+    documents  whether batches keep documents apart: inputs say which token is whose, and no token is to be given by a
+               document before its own
+    """
+
+    def __init__(
+        self,
+        dataset: PackedDataset,
+        seed: int,
+        share: Share,
+        ignored: int,
+        device: torch.device,
+        documents: bool = False,
+    ) -> None:
         self._dataset, self._share, self._ignored, self._device = dataset, share, ignored, device
+        self._documents = documents
         self._order = SampleOrder(len(dataset), seed)
 
     def after(self, consumed: int) -> Iterator[tuple[dict[str, Tensor], int]]:
@@ -78,11 +92,16 @@ class Batches:
             yield from (self._share.samples(begin, index) for index in range(self._share.micro_batches))
 
     def _read(self, samples: range) -> tuple[dict[str, Tensor], int]:
-        rows = [self._dataset.rows[self._order.row(sample)] for sample in samples]
+        numbers = [self._order.row(sample) for sample in samples]
+        rows = [self._dataset.rows[number] for number in numbers]
         batch = with_labels(_stacked(rows, COLUMN), self._ignored)
         if self._dataset.has_labels:
             own = _stacked(rows, LABELS)[:, 1:]
             batch["labels"][:, :-1] = own.masked_fill(own == IGNORED, self._ignored)
+        if self._documents:
+            starts = [self._dataset.document_starts(number) for number in numbers]
+            batch |= document_inputs(starts, self._dataset.sequence_length)
+            batch["labels"][:, :-1].masked_fill_(batch[POSITIONS][:, 1:] == 0, self._ignored)
         labels = int((batch["labels"] != self._ignored).sum())
         if self._device.type == "cuda":
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}

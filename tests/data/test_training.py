@@ -98,7 +98,6 @@ def test_ids_that_bookcorpus_noted_are_taken(tmp_path):
         ({"text": ["x"]}, "have no column 'input_ids'"),
         ({"input_ids": [[1, 2]], "labels": [[1]]}, "whose input_ids have 2 tokens and labels 1"),
         ({"input_ids": [[1, 2]], "attention_mask": [[1, 0]]}, "column 'attention_mask' training does not read"),
-        ({"input_ids": [[1, 2, 3]], "position_ids": [[0, 1, 0]]}, "column 'position_ids' training does not read"),
     ],
 )
 def test_datasets_that_are_not_trained_on(tmp_path, columns, said):
@@ -108,9 +107,9 @@ def test_datasets_that_are_not_trained_on(tmp_path, columns, said):
 
 def test_columns_that_say_nothing_are_named(tmp_path, caplog):
     caplog.set_level("INFO")
-    others = {"attention_mask": [[1, 1]] * 2, "position_ids": [[0, 1]] * 2, "url": ["", "x"]}
+    others = {"attention_mask": [[1, 1]] * 2, "url": ["", "x"]}
     assert len(saved(tmp_path, input_ids=[[1, 2], [3, 4]], **others)) == 2
-    assert "columns that training does not read: attention_mask, position_ids, url" in caplog.text
+    assert "columns that training does not read: attention_mask, url" in caplog.text
 
 
 def test_splits_are_named(tmp_path):

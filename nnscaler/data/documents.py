@@ -1,0 +1,100 @@
+"""Documents in packed rows: where they begin, how long they are, and what keeps them apart in a batch.
+
+A row is a run of documents. Where a row goes on with the document of the row before, that counts as a document of its
+own there: what came before is not seen, and positions begin at 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnscaler.data.files import DOCUMENT_STARTS
+from nnscaler.errors import UserError
+
+POSITIONS, DOCUMENTS = "position_ids", "documents"  # inputs of a model
+# By what rows may say where documents begin, the first that is there: the places themselves, as bookcorpus.py writes
+# them; positions, which start anew; or numbers of documents, which change.
+COLUMNS = (DOCUMENT_STARTS, POSITIONS, "seq_idx", "document_ids", "segment_ids")
+
+Places = np.ndarray[Any, np.dtype[np.int64]]
+
+
+def document_starts(column: str, values: Any, counts: Any, length: int) -> Places:
+    """The places, rising, at which documents begin in rows of `length` tokens that are laid end to end. A row's first
+    place is not among them where `column` says that it goes on with a document.
+
+    values  of the column, row after row; `counts` says how many each row has
+
+    Raises UserError for values that are no such places, positions or numbers.
+    """
+    values, counts = np.asarray(values, np.int64), np.asarray(counts, np.int64)
+    rows = np.arange(len(counts)) * length
+    if column == DOCUMENT_STARTS:
+        found = np.repeat(rows, counts) + values
+        right = values.size == 0 or (values.min() >= 0 and values.max() < length and bool((np.diff(found) > 0).all()))
+        _check(bool(right), column, f"places from 0 to {length - 1}, which rise")
+        return found
+    _check(bool((counts == length).all()), column, f"one number for each of {length} tokens")
+    if column == POSITIONS:
+        follows = np.diff(values, prepend=-1) == 1
+        follows[rows] = True
+        _check(bool((follows | (values == 0)).all()), column, "positions that rise by one or start anew at 0")
+        return np.flatnonzero(values == 0)
+    return np.union1d(rows, np.flatnonzero(np.diff(values)) + 1)
+
+
+def _check(right: bool, column: str, what: str) -> None:
+    if not right:
+        raise UserError(f"column '{column}' of the dataset must hold {what}")
+
+
+def document_inputs(starts: Sequence[Places], length: int) -> dict[str, Tensor]:
+    """What a model is given of rows in which documents begin at `starts`, and where the rows do: [b, l] int64 positions
+    that are counted from 0 in each document, and the number of each token's document in its row."""
+    begins = torch.zeros(len(starts), length, dtype=torch.bool)
+    begins[:, 0] = True
+    for row, places in zip(begins, starts):
+        row[torch.from_numpy(places)] = True
+    tokens = torch.arange(length)
+    return {POSITIONS: tokens - (begins * tokens).cummax(1).values, DOCUMENTS: begins.cumsum(1) - 1}
+
+
+@dataclass(frozen=True)
+class DocumentLengths:
+    """How long the documents of a dataset are, in tokens, as they stand in its rows.
+
+    documents  how many there are
+    mean       of all documents
+    longest    of all documents
+    of_token   of the document in which a token stands, on average over the tokens: attention's work is in proportion
+    cut        documents that are longer than a row, before they were cut
+    """
+
+    documents: int
+    mean: float
+    longest: int
+    of_token: float
+    cut: int
+
+    @staticmethod
+    def between(starts: Places, rows: int, length: int) -> DocumentLengths:
+        """Those of documents that begin at `starts` in rows laid end to end."""
+        end = [rows * length]
+        lengths = np.diff(np.concatenate([np.union1d(starts, np.arange(rows) * length), end]))
+        before = np.diff(np.concatenate([starts, end]))
+        squares = float(np.square(lengths.astype(np.float64)).sum())
+        return DocumentLengths(
+            len(lengths), float(lengths.mean()), int(lengths.max()), squares / end[0], int((before > length).sum())
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.documents:,} documents of {self.mean:,.0f} tokens on average, {self.longest:,} at most; a token "
+            f"stands in one of {self.of_token:,.0f}"
+        )

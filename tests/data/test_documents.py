@@ -1,0 +1,141 @@
+"""Where documents begin in rows, by whatever column says so, and what a batch is made of them."""
+
+from __future__ import annotations
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nnscaler.data.documents import DocumentLengths, document_inputs, document_starts
+from nnscaler.data.packed import PackedDataset
+from nnscaler.data.training import Batches, Share
+from nnscaler.errors import UserError
+
+LENGTH = 6
+lengths_of_rows = st.lists(
+    st.lists(st.integers(1, LENGTH), min_size=1, max_size=LENGTH).filter(lambda row: sum(row) >= LENGTH), min_size=1
+)
+
+
+def columns_of(rows: list[list[int]]) -> dict[str, list[list[int]]]:
+    """What each kind of column says of rows whose documents have these lengths; the last of a row is cut."""
+    starts = [np.cumsum([0, *row[:-1]]) for row in rows]
+    starts = [row[row < LENGTH] for row in starts]
+    numbers = [np.searchsorted(row, np.arange(LENGTH), side="right") - 1 for row in starts]
+    positions = [np.arange(LENGTH) - row[number] for row, number in zip(starts, numbers)]
+    named = {"document_starts": starts, "position_ids": positions, "seq_idx": numbers}
+    return {name: [row.tolist() for row in values] for name, values in named.items()}
+
+
+@given(lengths_of_rows)
+def test_every_column_says_the_same(rows: list[list[int]]) -> None:
+    columns = columns_of(rows)
+    expected = [row * LENGTH + place for row, places in enumerate(columns["document_starts"]) for place in places]
+    for name, values in columns.items():
+        flat = np.concatenate([np.array(row, int) for row in values])
+        found = document_starts(name, flat, [len(row) for row in values], LENGTH)
+        assert found.tolist() == expected, name
+    inputs = document_inputs([np.array(row) for row in columns["document_starts"]], LENGTH)
+    assert inputs["position_ids"].tolist() == columns["position_ids"]
+    assert inputs["documents"].tolist() == columns["seq_idx"]
+
+
+def test_a_row_that_goes_on_with_a_document_begins_one_of_its_own() -> None:
+    for starts in ([], [3]):
+        (positions,) = document_inputs([np.array(starts, int)], LENGTH)["position_ids"].tolist()
+        assert positions == [0, 1, 2, 0, 1, 2] if starts else list(range(LENGTH))
+    assert document_starts("position_ids", [4, 5, 6, 0, 1, 2], [6], 6).tolist() == [3]
+    assert document_starts("position_ids", [0, 1, 2, 3, 4, 5], [3, 3], 3).tolist() == [0]
+    assert document_starts("document_starts", [], [0, 0], 3).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "counts", "said"),
+    [
+        ("document_starts", [0, 6], [2], "places from 0 to 5, which rise"),
+        ("document_starts", [-1], [1], "places from 0 to 5"),
+        ("document_starts", [2, 2], [2], "which rise"),
+        ("document_starts", [4, 1], [2], "which rise"),
+        ("position_ids", [0, 1, 2, 2, 3, 4], [6], "rise by one or start anew at 0"),
+        ("position_ids", [0, 1, 2, 5, 6, 7], [6], "rise by one or start anew at 0"),
+        ("position_ids", [0, 1, 2], [3], "one number for each of 6 tokens"),
+        ("seq_idx", [0], [1], "one number for each of 6 tokens"),
+    ],
+)
+def test_columns_that_say_something_else(column: str, values: list[int], counts: list[int], said: str) -> None:
+    with pytest.raises(UserError, match=f"column '{column}' of the dataset must hold .*{said}"):
+        document_starts(column, values, counts, LENGTH)
+
+
+def saved(folder, **columns) -> PackedDataset:
+    datasets.Dataset.from_dict(columns).save_to_disk(str(folder))
+    return PackedDataset.open(folder)
+
+
+def batch_of(dataset: PackedDataset, rows: int) -> tuple[dict[str, torch.Tensor], int]:
+    return next(Batches(dataset, 0, Share(0, 1, rows, 1), -1, torch.device("cpu"), documents=True).after(0))
+
+
+@pytest.mark.parametrize("column", ["document_starts", "position_ids", "seq_idx", "segment_ids"])
+def test_a_batch_keeps_documents_apart(tmp_path, column) -> None:
+    values = columns_of([[2, 1, 3]])["seq_idx" if column == "segment_ids" else column]
+    dataset = saved(tmp_path, input_ids=[[5, 6, 7, 8, 9, 10]], **{column: values})
+    inputs, count = batch_of(dataset, 1)
+    assert inputs["labels"].tolist() == [[6, -1, -1, 9, 10, -1]]
+    assert inputs["position_ids"].tolist() == [[0, 1, 0, 0, 1, 2]]
+    assert inputs["documents"].tolist() == [[0, 0, 1, 2, 2, 2]]
+    assert count == 3
+
+
+def test_a_dataset_s_own_labels_do_not_cross_a_boundary(tmp_path) -> None:
+    dataset = saved(tmp_path, input_ids=[[5, 6, 7, 8]], labels=[[5, -100, 7, 8]], document_starts=[[0, 2]])
+    assert batch_of(dataset, 1)[0]["labels"].tolist() == [[-1, -1, 8, -1]]
+
+
+def test_without_being_asked_a_batch_is_what_it_was(tmp_path) -> None:
+    dataset = saved(tmp_path, input_ids=[[5, 6, 7, 8]], document_starts=[[0, 2]])
+    inputs, count = next(Batches(dataset, 0, Share(0, 1, 1, 1), -1, torch.device("cpu")).after(0))
+    assert {name: x.tolist() for name, x in inputs.items()} == {
+        "input_ids": [[5, 6, 7, 8]],
+        "labels": [[6, 7, 8, -1]],
+    }
+    assert count == 3
+
+
+def test_lengths_of_documents(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("nnscaler.data.packed.SCANNED", 8)  # two rows at a time
+    # Of 2 tokens; of 7, cut into 2, 4 and 1; of 3.
+    dataset = saved(tmp_path, input_ids=[[1] * 4] * 3, document_starts=[[0, 2], [], [1]])
+    found = dataset.document_lengths
+    assert found == DocumentLengths(5, 12 / 5, 4, (4 + 4 + 16 + 1 + 9) / 12, cut=1)
+    assert dataset.document_lengths is found
+
+
+@pytest.mark.parametrize("column", [[[0.5]], [[None]]])
+def test_columns_that_are_no_lists_of_numbers(tmp_path, column) -> None:
+    with pytest.raises(UserError, match=r"column 'seq_idx' (holds .*, not lists of whole numbers|has empty places)"):
+        saved(tmp_path, input_ids=[[1]], seq_idx=column)
+
+
+def test_a_number_of_a_row_says_nothing_of_its_tokens(tmp_path) -> None:
+    assert saved(tmp_path, input_ids=[[1], [2]], document_ids=[5, 6]).documents is None
+
+
+def test_a_dataset_without_starts_of_documents(tmp_path) -> None:
+    dataset = saved(tmp_path, input_ids=[[1, 2]])
+    with pytest.raises(UserError, match=r"does not say where documents begin; make it anew with bookcorpus\.py"):
+        _ = dataset.document_lengths
+
+
+def test_who_asks_for_documents(tmp_path) -> None:
+    starts = {"document_starts": [[0], [1]]}
+    for name, columns, asks in [
+        ("ours", starts, False),
+        ("positions", {"position_ids": [[0, 1], [0, 0]]}, True),
+        ("plain", {"position_ids": [[0, 1], [0, 1]]}, False),
+        ("numbers", {"seq_idx": [[3, 3], [3, 3]]}, False),
+    ]:
+        assert saved(tmp_path / name, input_ids=[[1, 2], [3, 4]], **columns).asks_for_documents is asks, name
