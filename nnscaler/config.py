@@ -39,37 +39,37 @@ class ComputeConfig:
         above=0, most=2**20, shown="GIB",
     )  # fmt: skip
     offload: str = text(
-        "auto", "whether what backward needs, and optimizer state, may lie in the host's memory where that is faster "
-        "or there is no room for it on the device", choices=("auto", "off"),
+        "auto", "auto: what backward needs, and the optimizer's state, may lie in the host's memory, where that is "
+        "faster or the device has no room; off: everything stays on the device", choices=("auto", "off"),
     )  # fmt: skip
     host_mem_constraint: float | None = number(
         None, "memory of the host that the plan may use for each device, in GiB (default: 80 % of the machine's, "
         "in equal parts)", least=0, most=2**20, shown="GIB",
     )  # fmt: skip
     recompute_modules: tuple[str, ...] | None = names(
-        None, "class names of modules, with commas between them: what modules of these classes compute, and nothing "
-        "else, is computed again in the backward pass (default: the planner chooses what is)", shown="CLASS,...",
+        None, "classes of modules, with commas between them: what their modules compute, and nothing else, is computed "
+        "again in backward (default: the planner chooses what is computed again)", shown="CLASS,...",
     )  # fmt: skip
     micro_batches: int = whole(
-        1, "micro-batches whose gradients a copy of the model adds up in a step",
+        1, "micro-batches that a copy of the model computes in a step, adding up their gradients",
         flag="grad_accumulation_steps", least=1, most=2**20,
     )  # fmt: skip
     hardware: str | None = text(
-        None, f"plan for this hardware: {', '.join(hardware_names())}, or a .json file like theirs "
-        "(default: this computer's)",
+        None, f"plan for this hardware: {', '.join(hardware_names())}, or a .json file like those in "
+        "nnscaler/hardware/specs (default: this computer's)",
     )  # fmt: skip
     devices_per_node: int | None = whole(
-        None, "devices in a node (default: as many as torchrun started on each, where it started several nodes; or "
-        "as many as this computer has; or what the hardware says)", least=1, most=MOST_DEVICES,
+        None, "devices in a node (default: as many as torchrun started processes on each, if there are several nodes; "
+        "else as many as this computer has, or as the hardware file says)", least=1, most=MOST_DEVICES,
     )  # fmt: skip
     search_seconds: float = number(
-        40.0, "seconds of one core in which the best plan is looked for; after them the best so far is taken, and what "
-        "is proven of it said", above=0, most=2**20, shown="SECONDS",
+        40.0, "seconds of one core for the search; after them, the best plan so far is taken, and the log says how far "
+        "it may be from the best one", above=0, most=2**20, shown="SECONDS",
     )  # fmt: skip
-    explore_pipeline: bool = switch("search pipelines too, and take one where it is faster")
+    explore_pipeline: bool = switch("search pipelines too, and take one if it is faster")
     pipeline_pivots: tuple[str, ...] = names(
-        (), "class names of modules at which pipeline stages may begin, with commas between them (default: the class "
-        "that is repeated most)", shown="CLASS,...",
+        (), "classes of modules at which pipeline stages may begin, with commas between them (default: the class of "
+        "which the model has most)", shown="CLASS,...",
     )  # fmt: skip
     pipeline_schedule: str | None = text(
         None, "take only pipelines with this schedule (default: the fastest)", choices=tuple(KINDS)
@@ -125,7 +125,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = number(0.1, "decoupled weight decay of matrices", least=0)
-    clip_gnorm: float = number(1.0, "largest norm that the gradient is cut to; 0: it is never cut", least=0)
+    clip_gnorm: float = number(1.0, "norm to which a larger gradient is scaled down; 0: it is never scaled", least=0)
 
     def __post_init__(self) -> None:
         check(self)

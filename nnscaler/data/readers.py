@@ -110,7 +110,7 @@ def _read_json_lines(file: IO[bytes], path: Path, column: str | None, encoding: 
 
 
 def _read_json(file: IO[bytes], path: Path, column: str | None, encoding: str | None) -> Iterator[Document]:
-    """Rows of a JSON array, or objects one after the other, decoded one at a time."""
+    """The rows of a JSON array, or the objects of a file one after the other, decoded one at a time."""
     reader, decoder = open_text(file, path, encoding), json.JSONDecoder()
     between = re.compile(r"[\s,\[\]]*")
     pending, at = "", 0  # text read, and where in it the next row begins

@@ -15,7 +15,7 @@ _FIRST = 2**16  # elements that are rounded through memory of their own
 
 
 def add_gradient(total: Tensor, gradient: Tensor, first: bool) -> None:
-    """Adds a gradient [n] of any float type to a total [n] in fp32, which has no value yet if it is the `first`."""
+    """Adds a gradient [n], of any float type, to a total [n] in fp32. `first`: the total has no value yet"""
     if total.is_cuda and gradient.is_contiguous() and len(total):
         # Where the types differ, PyTorch's own copying and adding reach half of the memory's bandwidth (H200).
         add, _, _ = _kernels()
@@ -27,7 +27,7 @@ def add_gradient(total: Tensor, gradient: Tensor, first: bool) -> None:
 
 
 def scale_gradient(gradient: Tensor, factor: Tensor) -> None:
-    """Multiplies a contiguous gradient by a number [] in its place. Where that is 1, a GPU leaves the memory alone."""
+    """Multiplies a contiguous gradient, in place, by a number []. Where that is 1, a GPU does not touch the memory."""
     if gradient.is_cuda:
         _, scale, _ = _kernels()
         scale[_grid(gradient)](gradient, factor, gradient.numel(), BLOCK=_BLOCK, num_warps=8)

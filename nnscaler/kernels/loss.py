@@ -14,15 +14,16 @@ _CACHED = 2**19  # elements in fp32 that a core's cache holds
 def softmax_loss(
     logits: Tensor, labels: Tensor, padding_idx: int, gradient: Tensor | None, wanted: bool
 ) -> tuple[Tensor, Tensor]:
-    """(losses, gradient of the logits) of cross-entropy, row by row.
+    """The cross-entropy of each row of logits, and its gradient: (losses [t], gradient of the logits [t, n]).
 
-    logits       [t, n], any float type; overwritten
-    labels       [t] int64: index of the right word, or `padding_idx`, whose rows get loss 0 and gradient 0. What is
-                 neither is an error on a CPU, and gives a loss that is not a number on a GPU
-    gradient     [t] of the losses; None: all ones
-    wanted       whether the logits' gradient is; without it the second result means nothing
+    logits       [t, n], any float type; it is overwritten
+    labels       [t] int64: the index of the right word, or `padding_idx`, whose rows get loss 0 and gradient 0. Any
+                 other value is an error on a CPU, and gives a loss that is not a number on a GPU
+    padding_idx  the label of rows that do not count
+    gradient     [t]: the gradient of the losses; None: all ones
+    wanted       whether the gradient of the logits is wanted; if not, the second result means nothing
 
-    Returns [t] fp32 (fp64 for fp64 logits) and [t, n] in the type of `logits`.
+    The losses are fp32 (fp64 for fp64 logits), and the gradient has the type of `logits`.
     """
     if logits.is_cuda and logits.dtype != torch.float64 and logits.is_contiguous():
         return _on_gpu(logits, labels, padding_idx, gradient, wanted)

@@ -1,1 +1,1 @@
-"""Measures the machine that it runs on, so that plans for it are made from its own figures."""
+"""Measuring the machine, so that plans for it rest on its own figures; and profiling training steps."""

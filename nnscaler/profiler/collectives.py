@@ -1,4 +1,4 @@
-"""How long collectives take on this machine: see `nnscaler.profiler.benchmark_comm`, the command that measures it."""
+"""How long collectives take on this machine. `nnscaler.profiler.benchmark_comm` is the command that measures this."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SLOW = 0.5  # seconds; what is larger than a message that takes longer is left t
 
 @dataclass(frozen=True)
 class World:
-    """The processes that measure: equal numbers on each node, ranks counting a node's first."""
+    """The processes that measure: the same number on each node, and the ranks of a node one after the other."""
 
     rank: int
     size: int
@@ -55,9 +55,9 @@ class World:
 
 
 def measure_and_keep(backend: str | None) -> None:
-    """Measures, keeps the times on every node and prints them. Collective.
+    """Measures, keeps the times on every node, and prints them. Collective.
 
-    backend  nccl or gloo; None: nccl where there are GPUs
+    backend  "nccl" or "gloo"; None: nccl where there are GPUs
     Raises UserError where torchrun has not started several processes, or the times cannot be kept.
     """
     world = find_world(backend or ("nccl" if torch.cuda.is_available() else "gloo"))
@@ -74,7 +74,7 @@ def measure_and_keep(backend: str | None) -> None:
 
 
 def find_world(backend: str) -> World:
-    """What torchrun has set up in the environment. Raises UserError where it is not several processes, one a device."""
+    """The processes that torchrun has started. Raises UserError where it is not several, with a device for each."""
     rank, size, local_rank, per_node = (
         int(os.environ.get(name, default))
         for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
@@ -92,7 +92,7 @@ def find_world(backend: str) -> World:
 
 
 def measure(world: World) -> CommunicationTimes:
-    """The times of every collective over every kind of group, the same on all ranks."""
+    """The times of every collective in every kind of group; they are the same on all ranks."""
     sizes = [SMALLEST << step for step in range((LARGEST[world.backend] // SMALLEST).bit_length())]
     kinds = groups(world.size, world.per_node)
     curves: dict[tuple[str, Group], Curve] = {}
@@ -119,9 +119,10 @@ def measure(world: World) -> CommunicationTimes:
 
 
 def groups(world: int, per_node: int) -> dict[Group, list[list[int]]]:
-    """The kinds of group to measure, and the ranks of all groups of the kind: every rank is in one of each kind.
+    """Kind of group to measure -> the ranks of all groups of that kind. Every rank is in one group of each kind.
 
-    Inside a node they are neighbours; over nodes they lie as far apart as they can, the same number on each node.
+    Inside a node, the ranks of a group are neighbours. Across nodes they are as far apart as possible, with the same
+    number on each node.
     """
     kinds: dict[Group, list[list[int]]] = {}
     for size in _sizes(per_node):
@@ -135,13 +136,13 @@ def groups(world: int, per_node: int) -> dict[Group, list[list[int]]]:
 
 
 def _sizes(devices: int) -> list[int]:
-    """2, 4, 8 ... as far as they divide `devices`, and `devices` itself."""
+    """The sizes of groups of so many devices: 2, 4, 8, ..., if they divide the number, and the number itself."""
     powers = [2**power for power in range(1, devices.bit_length()) if devices % 2**power == 0]
     return sorted({*powers, devices} - {1})
 
 
 def _prepared(collective: str, elements: int, size: int, group: Any, device: torch.device) -> Callable[[], Any]:
-    """A call of the collective on its own buffers, of `elements` float32 on the larger side."""
+    """A call of the collective on buffers of its own, with `elements` numbers in fp32 in the larger one."""
     whole = torch.zeros(elements, device=device)
     part = whole.new_zeros(elements // size)
     other = torch.zeros_like(whole) if collective == "all_to_all" else part
@@ -155,7 +156,7 @@ def _prepared(collective: str, elements: int, size: int, group: Any, device: tor
 
 
 def _slowest_median(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of the call: each rank's median, and the largest of those."""
+    """Seconds of the call: the median of each rank, and the largest of these."""
     call()  # The first opens connections.
     once = _slowest(_median_seconds(call, device, 1), device)
     fewest, most = REPEATS
@@ -179,7 +180,7 @@ def _median_seconds(call: Callable[[], Any], device: torch.device, repeats: int)
 
 
 def _mark(device: torch.device) -> Any:
-    """A point in time: of the device's stream of work, or the clock's where there is none."""
+    """A point in time: in the device's stream of work, or on the clock where there is no such stream."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -194,7 +195,7 @@ def _slowest(seconds: float, device: torch.device) -> float:
 
 
 def table(times: CommunicationTimes) -> str:
-    """For every kind of group, seconds and GB/s of each collective by bytes."""
+    """For every kind of group, the seconds and GB/s of each collective, by bytes."""
     lines = []
     for group in sorted({group for _, group in times.curves}):
         curves = [dict(times.curves[collective, group]) for collective in COLLECTIVES]

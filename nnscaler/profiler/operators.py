@@ -1,7 +1,7 @@
-"""How long operators take on this machine's accelerator: each distinct call is timed once and kept on disk.
+"""How long operators take on this machine's GPU: each distinct call is timed once, and the times are kept on disk.
 
 operators/<device name>.json in the cache folder (see `nnscaler.hardware.local`) maps a call, written with the types and
-shapes of its tensors, to the seconds of its forward and backward, or to null where it could not be run.
+shapes of its tensors, to the seconds of its forward and its backward; or to null, where it could not be run.
 """
 
 from __future__ import annotations
@@ -33,16 +33,22 @@ _KERNEL_LIBRARIES = ("flash-attn-4", "flash-attn", "liger-kernel")
 
 @dataclass
 class OperatorTimes:
-    """Seconds of operators, from the cache or measured on the present device."""
+    """Seconds of operators, from the cache, or measured on this machine.
+
+    path      the file of the cache
+    versions  of the libraries that the times depend on
+    known     call -> [seconds of forward, seconds of backward], None where it could not be run
+    measured  how many were measured since the cache was read
+    """
 
     path: Path
     versions: str
     known: dict[str, list[float] | None] = field(default_factory=dict)
-    measured: int = 0  # how many were measured since the cache was read
+    measured: int = 0
 
     @staticmethod
     def here() -> OperatorTimes | None:
-        """Those of this machine's accelerator; None where there is none."""
+        """The times of this machine's GPU. None where there is no GPU."""
         if not torch.cuda.is_available():
             return None
         times = OperatorTimes(operators_path(torch.cuda.get_device_name()), _versions())
@@ -55,9 +61,10 @@ class OperatorTimes:
         return times
 
     def seconds(self, node: Node, inputs: Sequence[TensorMeta]) -> tuple[float, float] | None:
-        """(forward, backward) of a node on inputs of these local shapes; None where it cannot be run.
+        """(seconds of forward, seconds of backward) of a node on inputs of these local shapes. None where it cannot be
+        run.
 
-        backward is 0 where no input has a gradient.
+        Backward is 0 where no input has a gradient.
         """
         key = call_text(node, inputs)
         if key not in self.known:
@@ -69,7 +76,7 @@ class OperatorTimes:
         return None if found is None else (found[0], found[1])
 
     def save(self) -> None:
-        """Writes what was measured, if anything was. Raises UserError where that is impossible."""
+        """Writes what was measured, if anything was. Raises UserError where that is not possible."""
         if self.measured:
             text = json.dumps({"versions": self.versions, "seconds": dict(sorted(self.known.items()))}, indent=0)
             write_text(self.path, text)
@@ -77,7 +84,7 @@ class OperatorTimes:
 
 
 def call_text(node: Node, inputs: Sequence[TensorMeta]) -> str:
-    """A call with its tensors' types and shapes for names; `*` marks those with a gradient."""
+    """A call, in which tensors are written by their types and shapes; `*` marks those with a gradient."""
     metas = iter(inputs)
     args, kwargs = map_refs((node.args, node.kwargs), lambda ref: Ref(_tensor_text(next(metas))))
     return f"{node.op}({format_arguments(args, kwargs)})"
@@ -88,7 +95,7 @@ def _tensor_text(meta: TensorMeta) -> str:
 
 
 def _versions() -> str:
-    """What the times depend on beside the device: torch, and the libraries that kernels come from."""
+    """The versions of what the times depend on besides the device: torch, and the libraries of kernels."""
     found = [f"torch {torch.__version__}"]
     for name in _KERNEL_LIBRARIES:
         try:
@@ -121,9 +128,12 @@ def _function(node: Node) -> Callable[..., Any]:
 
 
 def _example(meta: TensorMeta) -> Tensor:
-    """Random numbers as training has them, for kernels run faster on zeros, and where softmax gives equal or extreme
-    results: a matrix is taken for weights that keep the size of what they are multiplied with, all else is normalised.
-    Zeros for integers, which are always valid indices."""
+    """A tensor of random numbers like those in training.
+
+    Kernels run faster on zeros, and where softmax gives equal or extreme results. So a matrix is taken for weights,
+    which keep the size of what they are multiplied with, and all else is normalised. Integers are zeros, which are
+    valid indices anywhere.
+    """
     if not meta.dtype.is_floating_point:
         return torch.zeros(meta.shape, dtype=meta.dtype, device="cuda")
     value = torch.randn(meta.shape, dtype=meta.dtype, device="cuda")
@@ -133,9 +143,11 @@ def _example(meta: TensorMeta) -> Tensor:
 
 
 def _forward_and_backward(function: Callable[..., Any], all_at_once: bool, args: Any, kwargs: Any) -> list[float]:
-    """Median times in the second half of a run that is long enough for the clock to fall to what it can sustain.
+    """[seconds of forward, seconds of backward]: medians over the second half of a run.
 
-    all_at_once  forward computes the gradients too, for equal ones of its results
+    The run is so long that the clock falls to what the GPU can sustain.
+
+    all_at_once  forward computes the gradients too, as for results whose gradients are all equal
     """
     inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.requires_grad]
     gradients: list[Tensor] = []

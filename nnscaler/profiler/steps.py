@@ -1,4 +1,4 @@
-"""A torch profiler trace of a few training steps, and a table of where their time went."""
+"""A trace of a few training steps by torch's profiler, and a table of where their time went."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _KERNELS = (
 
 
 class Kernel(NamedTuple):
-    """A kernel's run on the device, in milliseconds."""
+    """One run of a kernel on the device: its name, and when it starts and ends, in milliseconds."""
 
     name: str
     start: float
@@ -37,10 +37,9 @@ class Kernel(NamedTuple):
 
 
 class StepProfiler:
-    """Profiles steps `WARM_UP` to `WARM_UP + STEPS` of a run: call `step()` after each.
+    """Profiles STEPS steps of a run after the first WARM_UP. `step()` must be called after each step.
 
-    Writes trace.json (for Perfetto) and profile.txt into `folder`. Without a folder it does nothing.
-
+    folder     where trace.json (for Perfetto) and profile.txt are written; None: nothing is profiled
     predicted  category -> seconds of a step, by the plan
     """
 
@@ -71,12 +70,12 @@ class StepProfiler:
 
 
 def step_table(profiled: profile, steps: int, predicted: Mapping[str, float], longest: int = 25) -> str:
-    """Where the time of a step went, beside what the plan says, and the kernels that take longest.
+    """A text: where the time of a step went, beside what the plan predicts, and the kernels that take longest.
 
     predicted  category -> seconds of a step (`predicted.seconds_by_category` of plan.json)
 
-    All figures are milliseconds a step on this device. Kernels of a category are added up; communication beside which
-    no other kernel runs is exposed, and time in which none runs is idle.
+    All figures are milliseconds of a step on this device. Communication is exposed while no other kernel runs beside
+    it; time in which no kernel runs is idle.
     """
     kernels = [
         Kernel(event.name, event.time_range.start / 1e3, event.time_range.end / 1e3)
@@ -99,7 +98,7 @@ def step_table(profiled: profile, steps: int, predicted: Mapping[str, float], lo
 
 
 def milliseconds_by_category(kernels: Sequence[Kernel]) -> dict[str, float]:
-    """Category -> milliseconds, from the first kernel's start to the last one's end."""
+    """Category -> milliseconds, between the first kernel's start and the last one's end."""
     totals = {name: 0.0 for name, _ in _KERNELS}
     for kernel in kernels:
         totals[kernel_category(kernel.name)] += kernel.end - kernel.start
@@ -118,7 +117,7 @@ def milliseconds_by_category(kernels: Sequence[Kernel]) -> dict[str, float]:
 
 
 def covered(kernels: Sequence[Kernel]) -> float:
-    """Milliseconds in which at least one of the kernels runs."""
+    """Milliseconds in which at least one of these kernels runs."""
     total, until = 0.0, float("-inf")
     for kernel in sorted(kernels, key=lambda kernel: kernel.start):
         total += max(0.0, kernel.end - max(kernel.start, until))
@@ -127,7 +126,8 @@ def covered(kernels: Sequence[Kernel]) -> float:
 
 
 def _planned(predicted: Mapping[str, float]) -> dict[str, float]:
-    """The plan's milliseconds in the categories of kernels: a registered operator, as the loss is, is matmul."""
+    """The plan's milliseconds, in the categories of kernels. Registered operators, such as the loss, count as
+    matmul."""
     own = {name for name, _ in _KERNELS} | {"recompute", "communication exposed"}
     values: dict[str, float] = defaultdict(float)
     for name, seconds in predicted.items():
