@@ -38,7 +38,17 @@ from nnscaler.options import REQUIRED, assignments, check, path, switch, text
 # torch and transformers take seconds to import: what is wrong with a flag is said before.
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-KERNELS = ("auto", "flash_attention_4", "flash_attention_3", "flash_attention_2", "cudnn", "sdpa", "eager")
+KERNELS = (
+    "auto",
+    "flash_attention_4",
+    "flash_attention_3",
+    "flash_attention_2",
+    "cudnn",
+    "sdpa",
+    "flex_attention",
+    "rows",
+    "eager",
+)
 
 
 @dataclass(frozen=True)

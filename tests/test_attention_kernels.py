@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from nnscaler.kernels import attend
-from nnscaler.kernels.attention import _probed
+from nnscaler.kernels.attention.choice import _probed
+from nnscaler.operators.attention import attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,7 +22,7 @@ def gradients(kernel: str, again: bool) -> list[torch.Tensor]:
     inputs = [x.requires_grad_() for x in inputs]
 
     def call(*inputs: torch.Tensor) -> torch.Tensor:
-        return attend(*inputs, None, True, kernel)
+        return attention(*inputs, kernel=kernel)
 
     out = checkpoint(call, *inputs, use_reentrant=False) if again else call(*inputs)
     return list(torch.autograd.grad(out.float().square().sum(), inputs))

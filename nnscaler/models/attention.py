@@ -1,28 +1,36 @@
 """Our attention in the place of a Hugging Face model's own: every option that the model passes is honoured or refused.
 
-transformers gives an attention function whatever its models know: scales, masks, windows, soft caps, sinks. One that is
-not known here may change the result, so that it is refused by name, when the model is traced.
+transformers gives an attention function whatever its models know: scales, masks, soft caps, sinks. One that is not
+known here may change the result, so that it is refused by name, when the model is traced. Which keys a row sees is what
+the mask says: a model's own attention goes by nothing else.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel, masking_utils
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
 
 from nnscaler.errors import UserError
 from nnscaler.kernels import KERNELS
 from nnscaler.operators.attention import attention
 
+logger = logging.getLogger(__name__)
+
 ATTENTION = "nnscaler"  # how our names in transformers' table of attention functions begin
 IMPLEMENTATIONS = ("auto", *KERNELS, "eager")  # what --attn_implementation may be
 
-# What models pass along that does not change what attention computes, given that a row is one sequence from its start.
+# What models pass along that does not change what attention computes, given that masks say which keys a row sees.
 _HARMLESS = {
+    "sliding_window",
     "position_ids",
     "position_embeddings",
     "cache_position",
@@ -35,9 +43,6 @@ _HARMLESS = {
 }
 # What an option is, for people who know the configuration rather than the code.
 _MEANING = {
-    "softcap": "a soft cap of attention's scores (attn_logit_softcapping)",
-    "s_aux": "attention sinks",
-    "sinks": "attention sinks",
     "position_bias": "a bias of attention's scores by position",
     "output_attentions": "attention's weights as a result (output_attentions)",
     "indices": "sparse attention",
@@ -45,36 +50,63 @@ _MEANING = {
 }
 
 
+class Seen(NamedTuple):
+    """In the place of a mask: how many keys before and after its place a row sees (None: all), and, where rows hold
+    several documents, the number of each token's [b, l]."""
+
+    left: int | None = None
+    right: int | None = None
+    documents: Tensor | None = None
+
+
+CAUSAL = Seen(right=0)
+
+
 def _attention_by(kernel: str) -> Callable[..., tuple[Tensor, None]]:
     def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Seen | Tensor | None, **options: Any
     ) -> tuple[Tensor, None]:
         """transformers' attention interface: query [b, h, l, d], key and value [b, k, l, d] -> [b, l, h, e].
 
-        Raises UserError for an option that plain causal attention with a scale does not honour.
+        Raises UserError for an option that our attention does not have.
         """
-        scale = options.pop("scaling", None)
-        causal = options.pop("is_causal", None)
-        _check(module, key.shape[2], mask, getattr(module, "is_causal", True) if causal is None else causal, options)
-        return attention(query, key, value, scale, True, kernel), None
+        where = type(module).__name__
+        is_causal = options.pop("is_causal", None)
+        if mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+            mask = CAUSAL
+        seen = Seen() if mask is None else mask
+        if not isinstance(seen, Seen):
+            raise UserError(f"{where} gives attention a mask of its own, which is not supported; {_OWN_ATTENTION}")
+        given = {
+            "sinks": options.pop("s_aux", None),
+            "documents": seen.documents,
+            "scale": options.pop("scaling", None),
+            "is_causal": None if seen.right == 0 else False,
+            "window": _window(seen, key.shape[2]),
+            "softcap": options.pop("softcap", None),
+            "kernel": kernel if kernel != "auto" else None,
+        }
+        _check(where, options)
+        return attention(query, key, value, **{name: x for name, x in given.items() if x is not None}), None
 
     return attend
 
 
-def _check(module: nn.Module, length: int, mask: Tensor | None, causal: bool, options: dict[str, Any]) -> None:
+def _window(seen: Seen, length: int) -> tuple[int | None, int | None] | None:
+    """Attention's window for sequences of so many tokens; None: there is none, but for what causality hides."""
+    left, right = (None if side is None or side >= length - 1 else side for side in seen[:2])
+    right = right or None
+    return None if left is None and right is None else (left, right)
+
+
+def _check(where: str, options: dict[str, Any]) -> None:
     """Raises UserError for what would change attention's result, and is not honoured."""
-    where = type(module).__name__
-    if mask is not None:
-        raise UserError(f"{where} gives attention a mask of its own, which is not supported; {_OWN_ATTENTION}")
-    if not causal:
-        raise UserError(f"{where} attends to later tokens too (is_causal is false), which is not supported")
     dropout = options.pop("dropout", 0.0)
     if dropout:
         raise UserError(
             f"{where} drops attention's weights with probability {dropout}, which is not supported; train without, by "
             "--set attention_dropout=0 (attn_pdrop=0 in some models)"
         )
-    check_window(options.pop("sliding_window", None), length)
     for name, value in options.items():
         if name not in _HARMLESS and value is not None and value is not False:
             what = f"{_MEANING[name]}: option {name}" if name in _MEANING else f"the option {name}"
@@ -84,44 +116,83 @@ def _check(module: nn.Module, length: int, mask: Tensor | None, causal: bool, op
 _OWN_ATTENTION = "--attn_implementation eager computes attention as the model writes it"
 
 
-def check_window(window: int | None, length: int) -> None:
-    """Raises UserError where attention would see less than a sequence of `length` tokens."""
-    if window is not None and length > window:
-        raise UserError(
-            f"the model attends to a window of {window} tokens, sequences have {length}, which no kernel here does; "
-            f"take sequences of at most {window} tokens, widen the window (--set sliding_window={length}), or have "
-            "attention as the model writes it (--attn_implementation eager)"
-        )
-
-
-def _no_mask(
+def _mask(
     q_length: int,
     kv_length: int,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
-    local_size: int | None = None,
     allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
     **_: Any,
-) -> None:
-    """transformers' interface for masks: causality needs no tensor. Raises UserError where more is asked for."""
-    check_window(local_size, kv_length)
-    plain = mask_function is causal_mask_function or local_size is not None
-    if not (plain and allow_is_causal_skip and attention_mask is None and q_length == kv_length):
-        raise UserError(f"the model attends with a mask that is not plainly causal; {_OWN_ATTENTION}")
+) -> Seen | None:
+    """transformers' interface for masks: what a mask lets rows see, without a tensor of it; None: no later key.
+
+    Raises UserError for one that hides more than windows and documents do, or that the model needs as a tensor.
+    """
+    seen = _seen_by(mask_function, kv_length)
+    plain = seen is not None and seen.documents is None
+    as_tensor = plain and not (allow_is_causal_skip or allow_is_bidirectional_skip)
+    if seen is None or as_tensor or attention_mask is not None or q_length != kv_length:
+        raise UserError(f"the model attends with a mask that is neither causal nor a window; {_OWN_ATTENTION}")
+    return None if plain and seen == CAUSAL else seen
+
+
+def _seen_by(function: Callable[..., Any], length: int) -> Seen | None:
+    """What a mask function lets rows of `length` tokens see; None for one that is not known here.
+
+    Those of transformers are told by what made them, and by what they enclose of its arguments.
+    """
+    if function is causal_mask_function:
+        return CAUSAL
+    if function is bidirectional_mask_function:
+        return Seen()
+    if getattr(function, "__module__", None) != masking_utils.__name__:
+        return None
+    enclosed = inspect.getclosurevars(function).nonlocals
+    maker = function.__qualname__.partition(".")[0]
+    if maker == "and_masks":
+        return functools.reduce(_both, [_seen_by(part, length) for part in enclosed["mask_functions"]])
+    if maker == "remap_positions_for_packed_sequence":  # within a document, distances are the same
+        return _seen_by(enclosed["mask_function"], length)
+    if maker == "packed_sequence_mask_function":
+        return Seen(documents=enclosed["packed_sequence_mask"])
+    if maker == "sliding_window_overlay":
+        return Seen(left=enclosed["sliding_window"] - 1)
+    if maker == "sliding_window_bidirectional_overlay":
+        return Seen(enclosed["sliding_window"], enclosed["sliding_window"])
+    if maker == "chunked_overlay" and enclosed["chunk_size"] >= length:
+        return Seen()
+    return None
+
+
+def _both(a: Seen | None, b: Seen | None) -> Seen | None:
+    """What both let rows see."""
+    if a is None or b is None:
+        return None
+    left, right = (min((side for side in sides if side is not None), default=None) for sides in zip(a[:2], b[:2]))
+    return Seen(left, right, b.documents if a.documents is None else a.documents)
 
 
 for _kernel in ("auto", *KERNELS):
     AttentionInterface.register(f"{ATTENTION}_{_kernel}", _attention_by(_kernel))
-    AttentionMaskInterface.register(f"{ATTENTION}_{_kernel}", _no_mask)
+    AttentionMaskInterface.register(f"{ATTENTION}_{_kernel}", _mask)
 
 
 def set_attention(config: PretrainedConfig, implementation: str, model_class: type[PreTrainedModel]) -> None:
-    """Chooses a model's attention. Raises UserError where its class has no place for another than its own."""
-    if implementation != "eager" and not model_class._supports_attention_backend:
+    """Chooses a model's attention: where its class has no place for another than its own, and any will do, that.
+
+    Raises UserError where it has none for the one that is asked for.
+    """
+    table = "ALL_ATTENTION_FUNCTIONS"  # in which models of transformers look their attention up
+    has_place = model_class._supports_attention_backend or hasattr(sys.modules[model_class.__module__], table)
+    if implementation not in ("auto", "eager") and not has_place:
         raise UserError(
             f"{model_class.__name__} has attention of its own that no kernel can stand in for; use "
             "--attn_implementation eager"
         )
+    if implementation == "auto" and not has_place:
+        logger.warning("%s has attention of its own, which computes all scores at once", model_class.__name__)
+        implementation = "eager"
     config._attn_implementation = implementation if implementation == "eager" else f"{ATTENTION}_{implementation}"
 
 

@@ -1,4 +1,4 @@
-"""Attention as one operator, split over key-value heads, or along the sequence."""
+"""Attention as one operator with all that models ask of it, split over key-value heads, or along the sequence."""
 
 from __future__ import annotations
 
@@ -9,19 +9,40 @@ from torch import Tensor
 
 from nnscaler.annotation import Shape
 from nnscaler.graph import Node
-from nnscaler.kernels import attend
+from nnscaler.kernels import Asked, attend
 from nnscaler.operators.annotating import write
 from nnscaler.operators.registry import arguments, family, register_op, save_both
 
+Window = tuple[int | None, int | None]
+ALL: Window = (None, None)
+
 
 def attention_flops(sizes: dict[str, int], node: Node) -> float:
-    """Two products of every query with every key that it sees: with a causal mask the last query sees all."""
-    dense = 2.0 * sizes["b"] * sizes["k"] * sizes["g"] * sizes["l"] * sizes["s"] * (sizes["d"] + sizes["e"])
-    return dense * (1 - sizes["l"] / sizes["s"] / 2) if _is_causal(node) else dense
+    """Two products of every query with every key that it sees; the last query stands at the last key.
+
+    Documents, whose lengths are known only when it runs, are counted as one.
+    """
+    given = arguments(node)
+    seen = pairs(sizes["l"], sizes["s"], *reach(given["is_causal"], given.get("window", ALL)))
+    return 2.0 * sizes["b"] * sizes["k"] * sizes["g"] * seen * (sizes["d"] + sizes["e"])
 
 
-def _is_causal(node: Node) -> bool:
-    return bool(arguments(node)["is_causal"])
+def pairs(rows: int, keys: int, left: int | None, right: int | None) -> int:
+    """How many keys the last rows of a sequence of `keys` tokens see in all: each those up to `left` before and `right`
+    after its place; None: all."""
+    before = 0 if left is None else _triangle(keys - 1 - left) - _triangle(keys - 1 - rows - left)
+    after = 0 if right is None else _triangle(rows - 1 - right)
+    return rows * keys - before - after
+
+
+def _triangle(side: int) -> int:
+    """1 + 2 + ... + side"""
+    return max(0, side) * (max(0, side) + 1) // 2
+
+
+def reach(is_causal: bool, window: Window) -> Window:
+    """How many keys before its place a row sees, and how many after it."""
+    return window[0], 0 if is_causal else window[1]
 
 
 # Backward recomputes the scores: five products for forward's two.
@@ -29,7 +50,7 @@ ATTENTION_BACKWARD = 2.5
 
 
 @register_op(
-    "b (k g^) l d^, b k s^ d^, b k s^ e^ -> b l (k g^) e^",
+    "b (k g^) l d^, b k s^ d^, b k s^ e^, (k g^), (k g^), b s^ -> b l (k g^) e^",
     flops=attention_flops,
     backward=ATTENTION_BACKWARD,
     saves=save_both,
@@ -39,17 +60,53 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+    documents: Tensor | None = None,
     scale: float | None = None,
     is_causal: bool = True,
+    window: Window = ALL,
+    softcap: float | None = None,
     kernel: str = "auto",
 ) -> Tensor:
-    """Softmax attention with grouped key-value heads.
+    """Softmax attention with grouped key-value heads, and all that models ask of it.
 
     query [b, h, l, d], key [b, k, s, d], value [b, k, s, e], with h a multiple of k: query head i attends to key-value
-    head i // (h / k). Returns [b, l, h, e] in the dtype of `query`. `scale` multiplies the scores; None is 1 / sqrt(d).
-    `kernel` is a name of `nnscaler.kernels.KERNELS`, or auto.
+    head i // (h / k). Returns [b, l, h, e] in the dtype of `query`. The last row of the query stands at the last key.
+
+    sinks      [h]: a score of each head that takes part in the softmax and stands for no value
+    slopes     [h]: by how much a score falls with each key that lies between a row's place and the key (ALiBi)
+    documents  [b, s] integers: a row sees only keys of its own document; equal numbers stand together
+    scale      multiplies the products of query and key, the scores; None is 1 / sqrt(d)
+    is_causal  whether a row sees no key after its place
+    window     (how many keys before its place a row sees, how many after it); None: all
+    softcap    scores s become softcap * tanh(s / softcap), before slopes are taken into account
+    kernel     a name of `nnscaler.kernels.KERNELS`, or auto
     """
-    return attend(query, key, value, scale, is_causal, kernel)
+    first = key.shape[2] - query.shape[2]
+    return attention_of_rows(
+        query, key, value, first, sinks, slopes, documents, scale, is_causal, window, softcap, kernel
+    )
+
+
+def attention_of_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: int,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
+    documents: Tensor | None,
+    scale: float | None,
+    is_causal: bool,
+    window: Window,
+    softcap: float | None,
+    kernel: str,
+) -> Tensor:
+    """`attention` of some rows of the query, the first of which stands at key `first`."""
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    asked = Asked(scale, first, *reach(is_causal, window), softcap, sinks, slopes, documents)
+    return attend(query, key, value, asked, kernel)
 
 
 def scaled_dot_product_attention(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
@@ -59,7 +116,7 @@ def scaled_dot_product_attention(node: Node, inputs: Sequence[Shape], outputs: S
     heads, shared = (["(k g^)"], ["k"]) if len(query) > 2 and query[-3] != key[-3] else (["k"], ["k"])
     if len(query) == 2:
         heads, shared = [], []
-    rows = "l^" if _is_causal(node) else "l"
+    rows = "l^" if arguments(node)["is_causal"] else "l"
     tensors = [[*lead, *heads, rows, "d^"], [*lead, *shared, "s^", "d^"], [*lead, *shared, "s^", "e^"]]
     for mask in inputs[3:]:
         scores = list(zip([*lead, *heads, rows, "s^"], [*query[:-1], key[-2]]))[len(query) - len(mask) :]

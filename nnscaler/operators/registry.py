@@ -238,7 +238,8 @@ def register_op(
 
     The decorated function becomes one node of the traced graph, whatever it does inside, and generated code calls it on
     each device's shards. Its tensor arguments, in the order of its signature, are the annotation's inputs; other
-    arguments are constants and are not annotated.
+    arguments are constants and are not annotated. A tensor may be left out, or be None, where the function allows it:
+    what the annotation says of it is then left out too.
 
         @register_op("b l d^, n^ d^, b l -> b l")
         def chunk_linear_cross_entropy(hidden_states, weight, labels, padding_idx, chunk_size=1024): ...
@@ -261,7 +262,7 @@ def register_op(
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         operator = Operator(
             name=name or function.__name__,
-            annotate=(lambda node, inputs, outputs: annotation) if isinstance(annotation, str) else annotation,
+            annotate=_of_given_tensors(annotation) if isinstance(annotation, str) else annotation,
             flops=flops or no_flops,
             backward=backward,
             saves=saves,
@@ -286,6 +287,24 @@ def register_op(
         return call
 
     return decorate
+
+
+def _of_given_tensors(annotation: str) -> Annotate:
+    """The annotation without the inputs that a call leaves out.
+
+    It describes the first parameters that are a tensor or None in the call, as many as it has inputs.
+    """
+    inputs, outputs = annotation.split("->")
+    described = [text.strip() for text in inputs.split(",")]
+
+    def annotate(node: Node, input_shapes: Sequence[Shape], output_shapes: Sequence[Shape]) -> str:
+        if len(input_shapes) >= len(described):
+            return annotation
+        able = [value for value in arguments(node).values() if value is None or isinstance(value, Ref)]
+        given = [text for text, value in zip(described, able) if value is not None]
+        return f"{', '.join(given)} ->{outputs}" if len(given) == len(input_shapes) else annotation
+
+    return annotate
 
 
 def registered(name: str) -> Operator:

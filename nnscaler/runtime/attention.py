@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from nnscaler.kernels import attend, attend_to_prefix
+from nnscaler.operators.attention import ALL, Window, attention_of_rows, pairs, reach
 from nnscaler.runtime import collectives
 from nnscaler.runtime.axes import Axis
+
+EVEN = 1.05  # the most work of a device as a multiple of all devices' mean, which is good enough
 
 
 def attention_along_l(
@@ -15,21 +19,59 @@ def attention_along_l(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+    documents: Tensor | None = None,
     scale: float | None = None,
     is_causal: bool = True,
+    window: Window = ALL,
+    softcap: float | None = None,
     kernel: str = "auto",
 ) -> Tensor:
     """`attention` of this device's rows of the query with all keys and values (context parallelism).
 
-    A causal mask gives late rows more work: of 2n pieces of the sequence, which lie on n devices in order, each device
-    computes the i-th and the i-th last, so that all have as much to do. The query's rows travel there, and back.
+    A causal mask gives late rows more work, and one with a window the first rows less: where that matters, the rows'
+    pieces are dealt out to the devices in rounds, so that all have about as much to do. They travel there, and back.
     """
-    if not is_causal:
-        return attend(query, key, value, scale, False, kernel)
-    rows = query.shape[2]
-    if rows % 2:
-        return attend_to_prefix(query, key, value, scale, kernel, (axis.rank + 1) * rows)
-    pieces = collectives.balance(query, axis, dim=2).chunk(2, 2)
-    ends = [(axis.rank + 1) * rows // 2, (2 * axis.size - axis.rank) * rows // 2]
-    out = [attend_to_prefix(piece, key, value, scale, kernel, end) for piece, end in zip(pieces, ends)]
-    return collectives.unbalance(torch.cat(out, 1), axis, dim=1)
+    rows, keys = query.shape[2], key.shape[2]
+    rounds = dealing_rounds(axis.size, rows, keys, reach(is_causal, window))
+    pieces = collectives.dealt(axis.size, axis.rank, rounds)
+    size = rows // rounds
+    begin = keys - rows * axis.size  # the place of the whole query's first row
+    if rounds > 1:
+        query = collectives.balance(query, axis, dim=2, rounds=rounds)
+    found = [
+        attention_of_rows(
+            part, key, value, begin + piece * size, sinks, slopes, documents, scale, is_causal, window, softcap, kernel
+        )
+        for part, piece in zip(query.chunk(rounds, 2), pieces)
+    ]
+    result = torch.cat(found, 1) if rounds > 1 else found[0]
+    return collectives.unbalance(result, axis, dim=1, rounds=rounds) if rounds > 1 else result
+
+
+@functools.cache
+def dealing_rounds(devices: int, rows: int, keys: int, limits: Window) -> int:
+    """In how many rounds the rows of `devices` that have `rows` each are dealt out to them; 1: each computes its own.
+
+    The fewest that leave no device much more work than others; where none does, those that leave the least.
+    """
+    best, least = 1, _unevenness(devices, rows, keys, limits, 1)
+    for rounds in (2, 4, 8):
+        if least <= EVEN or rows % rounds:
+            break
+        found = _unevenness(devices, rows, keys, limits, rounds)
+        if found < least:
+            best, least = rounds, found
+    return best
+
+
+def _unevenness(devices: int, rows: int, keys: int, limits: Window, rounds: int) -> float:
+    """The most work of a device, over the mean of all."""
+    size, total = rows // rounds, rows * devices
+    seen = [pairs(total - i * size, keys, *limits) for i in range(devices * rounds + 1)]  # by all from a piece on
+    work = [
+        sum(seen[piece] - seen[piece + 1] for piece in collectives.dealt(devices, rank, rounds))
+        for rank in range(devices)
+    ]
+    return max(work) * devices / sum(work)

@@ -56,18 +56,24 @@ def all_to_all(x: Tensor, axis: Axis, source: int, target: int) -> Tensor:
     return _Collective.apply(x, axis, _exchanged, _exchanged, (source, target), (target, source))
 
 
-def balance(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    """This device's two pieces, when work grows along `dim` and all devices are to have the same amount of it.
+def balance(x: Tensor, axis: Axis, dim: int, rounds: int) -> Tensor:
+    """This device's pieces, when work differs along `dim` and all devices are to have about the same amount of it.
 
-    The tensor consists of 2n equal pieces along `dim`, of which each of the n devices holds two in order. Device i gets
-    the i-th and the i-th last. `x` must have an even length along `dim`.
+    The tensor consists of `rounds * n` equal pieces along `dim`, of which each of the n devices holds the next `rounds`.
+    They are dealt out in rounds: in the first, third and so on to the devices in order, in the others from the last
+    device to the first. `x` must have a multiple of `rounds` elements along `dim`.
     """
-    return _Collective.apply(x, axis, _balanced, _unbalanced, (dim,), (dim,))
+    return _Collective.apply(x, axis, _balanced, _unbalanced, (dim, rounds), (dim, rounds))
 
 
-def unbalance(x: Tensor, axis: Axis, dim: int) -> Tensor:
+def unbalance(x: Tensor, axis: Axis, dim: int, rounds: int) -> Tensor:
     """The inverse of `balance`."""
-    return _Collective.apply(x, axis, _unbalanced, _balanced, (dim,), (dim,))
+    return _Collective.apply(x, axis, _unbalanced, _balanced, (dim, rounds), (dim, rounds))
+
+
+def dealt(devices: int, rank: int, rounds: int) -> list[int]:
+    """The pieces that `balance` gives to a device."""
+    return [turn * devices + (devices - 1 - rank if turn % 2 else rank) for turn in range(rounds)]
 
 
 class _Collective(torch.autograd.Function):
@@ -153,30 +159,33 @@ def _exchanged(x: Tensor, axis: Axis, source: int, target: int) -> Tensor:
     return _merge(result, source)
 
 
-def _balanced(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    last = 2 * axis.size - 1
-    held = [2 * axis.rank, 2 * axis.rank + 1]
-    wanted = [axis.rank, last - axis.rank]
-    return _exchange_pieces(x, axis, dim, [min(i, last - i) for i in held], [i // 2 for i in wanted])
+def _balanced(x: Tensor, axis: Axis, dim: int, rounds: int) -> Tensor:
+    held = range(axis.rank * rounds, (axis.rank + 1) * rounds)
+    wanted = dealt(axis.size, axis.rank, rounds)
+    return _exchange_pieces(x, axis, dim, [_dealt_to(i, axis.size) for i in held], [i // rounds for i in wanted])
 
 
-def _unbalanced(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    last = 2 * axis.size - 1
-    held = [axis.rank, last - axis.rank]
-    wanted = [2 * axis.rank, 2 * axis.rank + 1]
-    return _exchange_pieces(x, axis, dim, [i // 2 for i in held], [min(i, last - i) for i in wanted])
+def _unbalanced(x: Tensor, axis: Axis, dim: int, rounds: int) -> Tensor:
+    held = dealt(axis.size, axis.rank, rounds)
+    wanted = range(axis.rank * rounds, (axis.rank + 1) * rounds)
+    return _exchange_pieces(x, axis, dim, [i // rounds for i in held], [_dealt_to(i, axis.size) for i in wanted])
+
+
+def _dealt_to(piece: int, devices: int) -> int:
+    turn, place = divmod(piece, devices)
+    return devices - 1 - place if turn % 2 else place
 
 
 def _exchange_pieces(x: Tensor, axis: Axis, dim: int, targets: list[int], sources: list[int]) -> Tensor:
-    """Sends the two halves of `x` to two devices, and joins the two pieces that two devices send."""
-    parts = _divide(x, 2, dim)
+    """Sends the equal pieces of `x` to the devices `targets`, and joins those that the devices `sources` send. What one
+    device sends to another stays in order."""
+    parts = _divide(x, len(targets), dim)
     # all_to_all takes what it sends, and gives what it receives, in the order of the devices.
-    if targets[0] > targets[1]:
-        parts = parts.flip(0)
+    sent, received = (sorted(range(len(ranks)), key=lambda i: ranks[i]) for ranks in (targets, sources))
     result = torch.empty_like(parts)
-    received, sent = ([devices.count(rank) for rank in range(axis.size)] for devices in (sources, targets))
-    dist.all_to_all_single(result, parts, received, sent, group=axis.group)
-    return _merge(result.flip(0) if sources[0] > sources[1] else result, dim)
+    receives, sends = ([ranks.count(rank) for rank in range(axis.size)] for ranks in (sources, targets))
+    dist.all_to_all_single(result, parts[sent], receives, sends, group=axis.group)
+    return _merge(result[[received.index(i) for i in range(len(sources))]], dim)
 
 
 def _divide(x: Tensor, count: int, dim: int) -> Tensor:

@@ -1,16 +1,18 @@
 """Every collective, forward and backward, against the dense result on one process."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from nnscaler.mesh import Mesh
-from nnscaler.operators.attention import attention
 from nnscaler.placement import PARTIAL, REPLICATE, SHARED, Shard
 from nnscaler.reshard import reshards
 from nnscaler.runtime import collectives
-from nnscaler.runtime.attention import attention_along_l
+from nnscaler.runtime.attention import attention_along_l, dealing_rounds
 from nnscaler.runtime.axes import Axes
+from tests.kernels.attention import written_out
 from tests.launch import run
 
 SHAPE = (4, 8, 12)
@@ -111,43 +113,80 @@ def test_resharding_between_all_layouts(sizes):
     assert min(counts) >= 25 ** len(sizes)
 
 
-def attention_of_shards(length: int, is_causal: bool) -> None:
-    """Attention split along the sequence: values and gradients are slices of the whole's; work is balanced."""
+OPTIONS = [
+    {},
+    {"is_causal": False},
+    {"window": (5, None)},
+    {"window": (20, None), "softcap": 0.8, "sinks": True},
+    {"window": (3, 6), "is_causal": False, "slopes": True},
+    {"documents": True, "window": (9, None), "slopes": True, "sinks": True, "scale": 0.3},
+]
+
+
+def attention_of_shards(length: int) -> None:
+    """Attention split along the sequence: values and gradients are slices of the whole's."""
     axes = Axes(Mesh((dist.get_world_size(),)), torch.device("cpu"))
     axis = axes[0]
     generator = torch.Generator().manual_seed(0)
-    shapes = [(2, 4, length, 6), (2, 2, length, 6), (2, 2, length, 5)]
-    whole = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    shapes = [(2, 4, length, 6), (2, 2, length, 6), (2, 2, length, 5), (4,), (4,)]
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
     gradient = torch.randn(2, length, 4, 5, generator=generator, dtype=torch.float64)
-    wanted = attention(*whole, 0.3, is_causal)
-    expected = torch.autograd.grad(wanted, whole, gradient)
+    documents = torch.arange(length).view(1, -1) // torch.tensor([[5], [length]])
+    for options in OPTIONS:
+        given: dict[str, Any] = dict(options)
+        own = {"sinks": tensors[3], "slopes": tensors[4], "documents": documents}
+        given.update({name: tensor for name, tensor in own.items() if name in given})
+        whole = [*tensors[:3], *(given[name] for name in ("sinks", "slopes") if name in given)]
+        wanted = written_out(*tensors[:3], **given)
+        expected = torch.autograd.grad(wanted, whole, gradient)
 
-    rows = whole[0].detach().chunk(axis.size, 2)[axis.rank].requires_grad_()
-    others = [tensor.detach().requires_grad_() for tensor in whole[1:]]
-    found = attention_along_l(axis, rows, *others, 0.3, is_causal)
-    torch.testing.assert_close(found, wanted.chunk(axis.size, 1)[axis.rank])
-    gradients = torch.autograd.grad(found, [rows, *others], gradient.chunk(axis.size, 1)[axis.rank].contiguous())
-    torch.testing.assert_close(gradients[0], expected[0].chunk(axis.size, 2)[axis.rank])
-    for part, right in zip((x.contiguous() for x in gradients[1:]), expected[1:]):
-        dist.all_reduce(part, group=axis.group)
-        torch.testing.assert_close(part, right)
+        rows = tensors[0].detach().chunk(axis.size, 2)[axis.rank].requires_grad_()
+        found = attention_along_l(axis, rows, *tensors[1:3], **given)
+        torch.testing.assert_close(found, wanted.chunk(axis.size, 1)[axis.rank])
+        mine = torch.autograd.grad(found, [rows, *whole[1:]], gradient.chunk(axis.size, 1)[axis.rank].contiguous())
+        torch.testing.assert_close(mine[0], expected[0].chunk(axis.size, 2)[axis.rank])
+        for part, right in zip((x.contiguous() for x in mine[1:]), expected[1:]):
+            dist.all_reduce(part, group=axis.group)
+            torch.testing.assert_close(part, right)
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_attention_along_the_sequence(world):
-    for length in (8 * world, 3 * world):  # an odd number of rows cannot be balanced
-        for is_causal in (True, False):
-            run(world, attention_of_shards, length, is_causal)
+    for length in (16 * world, 3 * world):  # an odd number of rows is not dealt out
+        run(world, attention_of_shards, length)
 
 
-def work_of_shards(length: int) -> list[int]:
-    """Query-key pairs that each rank computes for a causal mask."""
+def pieces_there_and_back(rounds: int) -> list[int]:
+    """The places of a sequence of 48 that a rank gets."""
     axes = Axes(Mesh((dist.get_world_size(),)), torch.device("cpu"))
-    position = torch.arange(length, dtype=torch.float64).view(1, length).chunk(axes[0].size, 1)[axes[0].rank]
-    mine = collectives.balance(position.contiguous(), axes[0], dim=1)
-    assert torch.equal(collectives.unbalance(mine, axes[0], dim=1), position)
-    return int((mine + 1).sum())
+    position = torch.arange(48, dtype=torch.float64).view(1, 48).chunk(axes[0].size, 1)[axes[0].rank].contiguous()
+    mine = collectives.balance(position, axes[0], dim=1, rounds=rounds)
+    assert torch.equal(collectives.unbalance(mine, axes[0], dim=1, rounds=rounds), position)
+    return mine.int().flatten().tolist()
 
 
-def test_a_causal_masks_work_is_balanced():
-    assert len(set(run(4, work_of_shards, 48))) == 1
+def test_rows_are_dealt_out_in_rounds():
+    for rounds in (2, 3, 4):
+        size = 48 // (4 * rounds)
+        for rank, places in enumerate(run(4, pieces_there_and_back, rounds)):
+            pieces = collectives.dealt(4, rank, rounds)
+            assert places == [piece * size + i for piece in pieces for i in range(size)]
+    assert [collectives.dealt(4, rank, 3) for rank in (0, 3)] == [[0, 7, 8], [3, 4, 11]]
+
+
+def work(devices: int, rank: int, rows: int, left: int | None, rounds: int) -> int:
+    """Query-key pairs of a device, counted one by one."""
+    size = rows // rounds
+    places = [piece * size + i for piece in collectives.dealt(devices, rank, rounds) for i in range(size)]
+    return sum(min(place, place if left is None else left) + 1 for place in places)
+
+
+@pytest.mark.parametrize(
+    ("devices", "left", "rounds"), [(4, None, 2), (2, None, 2), (2, 10, 1), (4, 160, 4), (2, 100, 4), (4, 20, 1)]
+)
+def test_work_is_dealt_out_evenly(devices, left, rounds):
+    rows = 256 // devices
+    assert dealing_rounds(devices, rows, 256, (left, 0)) == rounds
+    each = [work(devices, rank, rows, left, rounds) for rank in range(devices)]
+    assert max(each) <= 1.06 * sum(each) / devices
+    assert dealing_rounds(devices, rows, 256, (None, None)) == 1

@@ -1,90 +1,204 @@
-"""Attention on the CPU against a softmax written out in fp64, with scales, masks and lengths that are no default."""
+"""Attention on the CPU against a softmax written out in fp64, with every option, and lengths that are no default."""
 
 from __future__ import annotations
 
-import math
+import functools
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from itertools import product
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.attention.flex_attention
 from torch import Tensor
 
 from nnscaler import UserError
-from nnscaler.kernels import KERNELS, attend, attend_to_prefix
-from nnscaler.kernels import attention as module
+from nnscaler.kernels import KERNELS, Asked, attend
+from nnscaler.kernels.attention import choice, libraries, probe, rows
 from nnscaler.operators.attention import attention
-
-
-def inputs(heads: int, shared: int, rows: int, keys: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(2, heads, rows, 6), (2, shared, keys, 6), (2, shared, keys, 5)]
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
-
-
-def written_out(query: Tensor, key: Tensor, value: Tensor, scale: float | None, is_causal: bool) -> Tensor:
-    """[b, l, h, e]; a causal mask ends with the last row, which sees all keys."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    scores = query @ key.transpose(2, 3) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    if is_causal:
-        rows, keys = scores.shape[2:]
-        scores = scores.masked_fill(torch.arange(keys) > torch.arange(rows).unsqueeze(1) + keys - rows, -math.inf)
-    return (scores.softmax(3) @ value).transpose(1, 2)
-
-
-def assert_right(call: Callable[..., Tensor], tensors: list[Tensor], *arguments: Any) -> None:
-    """Values and gradients of `call(*tensors)` are those of what is written out."""
-    found, wanted = call(*tensors), written_out(*tensors, *arguments)
-    torch.testing.assert_close(found, wanted)
-    gradient = torch.randn(wanted.shape, dtype=wanted.dtype)
-    pairs = zip(*(torch.autograd.grad(result, tensors, gradient) for result in (found, wanted)))
-    for mine, right in pairs:
-        torch.testing.assert_close(mine, right)
-
+from tests.kernels.attention import written_out
 
 SIZES = [(4, 4, 7, 7), (4, 2, 7, 7), (4, 2, 5, 9)]  # heads, key-value heads, rows, keys
 
 
-CASES = list(product(SIZES, (None, 0.05, 2.0), (True, False)))
+def inputs(heads: int, shared: int, rows: int, keys: int) -> list[Tensor]:
+    """query, key, value, sinks and slopes"""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, heads, rows, 6), (2, shared, keys, 6), (2, shared, keys, 5), (heads,), (heads,)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
 
 
-@pytest.mark.parametrize(("sizes", "scale", "is_causal"), CASES)
-def test_every_argument_counts(sizes, scale, is_causal):
-    tensors = inputs(*sizes)
-    assert_right(lambda q, k, v: attend(q, k, v, scale, is_causal, "auto"), tensors, scale, is_causal)
-    assert_right(lambda q, k, v: attention(q, k, v, scale, is_causal), tensors, scale, is_causal)
+# What is asked of attention; `sinks` and `slopes` are tensors of their own, here whether they are there.
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"scale": 0.05},
+    {"scale": 2.0, "is_causal": False},
+    {"window": (2, None)},
+    {"window": (0, None), "scale": 0.3},
+    {"window": (2, 1), "is_causal": False},
+    {"window": (None, 2), "is_causal": False},
+    {"window": (100, 100)},
+    {"softcap": 0.7},
+    {"sinks": True},
+    {"sinks": True, "is_causal": False, "window": (1, 3)},
+    {"slopes": True},
+    {"slopes": True, "is_causal": False, "softcap": 1.5},
+    {"documents": True},
+    {"documents": True, "is_causal": False},
+    {"documents": True, "is_causal": False, "window": (2, 1)},
+    {"documents": True, "window": (1, None), "softcap": 2.0, "sinks": True, "slopes": True, "scale": 0.4},
+]
+
+
+def options_of(asked: dict[str, Any], tensors: list[Tensor]) -> tuple[list[Tensor], dict[str, Any]]:
+    """(tensors with a gradient, the arguments that are none) of a call for one of OPTIONS."""
+    query, key, value, sinks, slopes = tensors
+    given = dict(asked)
+    used = [query, key, value]
+    for name, tensor in (("sinks", sinks), ("slopes", slopes)):
+        if given.pop(name, False):
+            used.append(tensor)
+    if given.pop("documents", False):
+        given["documents"] = torch.tensor([[0, 0, 0, 1, 1, 5, 5, 5, 2], [3, 1, 1, 1, 1, 1, 1, 0, 0]])[:, : key.shape[2]]
+    return used, given
+
+
+def call(function: Callable[..., Tensor], asked: dict[str, Any], **given: Any) -> Callable[..., Tensor]:
+    """A function of the tensors with a gradient alone."""
+    names = [name for name in ("sinks", "slopes") if asked.get(name)]
+    return lambda q, k, v, *others: function(q, k, v, **dict(zip(names, others)), **given)
+
+
+@pytest.mark.parametrize("scores", [rows._SCORES, 50], ids=["at once", "in chunks"])
+@pytest.mark.parametrize("asked", OPTIONS, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_every_option_counts(sizes, asked, scores, monkeypatch):
+    monkeypatch.setattr(rows, "_SCORES", scores)
+    tensors, given = options_of(asked, inputs(*sizes))
+    right = call(written_out, asked, **given)(*tensors)
+    assert_same(call(attention, asked, **given), right, tensors)
+
+
+def assert_same(function: Callable[..., Tensor], wanted: Tensor, tensors: list[Tensor]) -> None:
+    """Values and gradients of `function(*tensors)` are those of `wanted`."""
+    found = function(*tensors)
+    torch.testing.assert_close(found, wanted)
+    gradient = torch.randn(wanted.shape, dtype=wanted.dtype, generator=torch.Generator().manual_seed(1))
+    for mine, right in zip(*(torch.autograd.grad(x, tensors, gradient) for x in (found, wanted))):
+        torch.testing.assert_close(mine, right)
 
 
 def test_some_rows_of_a_longer_sequence():
-    query, key, value = inputs(4, 2, 3, 9)
-    found = attend_to_prefix(query, key, value, 0.3, "auto", 7)
-    torch.testing.assert_close(found, written_out(query, key[:, :, :7], value[:, :, :7], 0.3, True))
+    query, key, value, _, slopes = inputs(4, 2, 3, 9)
+    documents = torch.tensor([[0, 0, 0, 1, 1, 5, 5, 5, 2], [3, 1, 1, 1, 1, 1, 1, 0, 0]])
+    for first, left, right in [(4, None, 0), (4, 2, 0), (3, 2, 2), (5, None, None), (0, 1, 1)]:
+        asked = Asked(0.3, first, left, right, None, None, slopes, documents)
+        longer = torch.cat([torch.zeros(2, 4, first, 6, dtype=query.dtype), query], 2)
+        end = first + 3
+        longer = torch.cat([longer, torch.zeros(2, 4, 9 - end, 6, dtype=query.dtype)], 2)
+        options = {"scale": 0.3, "is_causal": right == 0, "window": (left, right), "documents": documents}
+        wanted = written_out(longer, key, value, slopes=slopes, **options)
+        torch.testing.assert_close(attend(query, key, value, asked, "auto"), wanted[:, first:end])
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None, causal: bool = False) -> Any:
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1), softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None, learnable_sink: Tensor | None = None,
+) -> Any:  # fmt: skip
     """As flash-attn's libraries have it: [b, l, h, d]; some give the scores' logarithms beside the result."""
-    return written_out(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale, causal), None
+    window = tuple(None if side == -1 else side for side in window_size)
+    return written_out(
+        *(x.transpose(1, 2) for x in (q, k, v)), learnable_sink, alibi_slopes, scale=softmax_scale, is_causal=causal,
+        window=window, softcap=softcap or None,
+    ), None  # fmt: skip
+
+
+def flash_attention_of_documents(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    **options: Any,
+) -> Any:  # fmt: skip
+    """Of sequences [l, h, d] that lie one after the other, with where they begin."""
+    ends = list(zip(cu_seqlens_q.tolist(), cu_seqlens_q.tolist()[1:], cu_seqlens_k.tolist(), cu_seqlens_k.tolist()[1:]))
+    assert max(b - a for a, b, _, _ in ends) <= max_seqlen_q
+    assert max(d - c for _, _, c, d in ends) <= max_seqlen_k
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    parts = [flash_attention(q[None, a:b], k[None, c:d], v[None, c:d], **options)[0][0] for a, b, c, d in ends if b > a]
+    return torch.cat(parts)
+
+
+@pytest.fixture
+def libraries_are_there(monkeypatch):
+    """Those that are not here are stood in for by what they are documented to do."""
+    functions = {"flash_attn_func": flash_attention, "flash_attn_varlen_func": flash_attention_of_documents}
+    for name in ("flash_attn", "flash_attn.cute", "flash_attn_interface"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**functions))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(libraries, "sdpa_kernel", lambda backends: nullcontext())
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+
+
+def through(kernel: str, q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor | None:
+    """What a kernel makes of `attention`'s arguments; None where it does not say that it does that."""
+    left, right = given.get("window", (None, None))
+    right = 0 if given.get("is_causal", True) else right
+    asked = Asked(given.get("scale", 6**-0.5), k.shape[2] - q.shape[2], left, right, given.get("softcap"))
+    asked = replace(asked, **{name: given[name] for name in ("sinks", "slopes", "documents") if name in given})
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    k, v, asked = choice._in_reach(q.shape[1], k, v, asked)
+    able = asked.options(q.shape[1], k.shape[1]) <= KERNELS[kernel].can
+    return KERNELS[kernel].load()(q, k, v, asked) if able else None
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_every_kernel_is_given_every_argument(kernel, monkeypatch):
-    """Those of libraries that are not here are stood in for by what they are documented to do."""
-    for name in ("flash_attn", "flash_attn.cute", "flash_attn_interface"):
-        monkeypatch.setitem(sys.modules, name, SimpleNamespace(flash_attn_func=flash_attention))
-    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    monkeypatch.setattr(module, "sdpa_kernel", lambda backends: nullcontext())
-    run = KERNELS[kernel]()
-    for sizes, scale, is_causal in CASES[1::4]:
-        tensors = inputs(*sizes)
-        turned = lambda *qkv: run(*(x.transpose(1, 2) for x in qkv), scale, is_causal)  # noqa: B023, E731
-        assert_right(turned, tensors, scale, is_causal)
+def test_every_kernel_does_what_it_says(kernel, libraries_are_there):
+    has_backward = kernel != "flex_attention"  # on a CPU
+    done = 0
+    for sizes in SIZES:
+        for options in OPTIONS:
+            tensors = [x.detach().float().requires_grad_(has_backward) for x in inputs(*sizes)]
+            tensors, given = options_of(options, tensors)
+            function = call(functools.partial(through, kernel), options, **given)
+            with torch.no_grad():
+                if function(*tensors) is None:
+                    continue
+            wanted = call(written_out, options, **given)(*tensors)
+            if has_backward:
+                assert_same(function, wanted, tensors)
+            else:
+                torch.testing.assert_close(function(*tensors), wanted)
+            done += 1
+    assert done >= 3 * (4 if kernel in ("cudnn", "sdpa") else 12)
+
+
+def test_a_kernel_is_not_asked_for_what_it_does_not_do():
+    query, key, value, sinks, _ = inputs(4, 2, 7, 7)
+    with pytest.raises(UserError, match=r"'cudnn' has no sinks and windows, .*one of auto, flash_attention_4"):
+        attention(query, key, value, sinks, window=(2, None), kernel="cudnn")
+    attention(query, key, value, window=(6, None), kernel="sdpa")  # which hides nothing
 
 
 def test_a_kernel_that_is_not_installed_is_named():
     with pytest.raises(UserError, match="attention kernel 'flash_attention_3' is not installed"):
-        module._load("flash_attention_3")
+        choice._load("flash_attention_3")
+
+
+def test_the_fastest_of_those_that_are_right(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    tensors = [x.transpose(1, 2).float() for x in inputs(4, 2, 64, 64)[:3]]
+    asked = Asked(0.4, 0, 5, 0, 0.7, torch.zeros(4), None, torch.zeros(2, 64))
+    kind = probe.kind_of(*tensors, asked)
+
+    def without_cap(*call: Any) -> Tensor:
+        return rows.attend_by_rows(*call[:3], replace(call[3], softcap=None))
+
+    def slow(*call: Any) -> Tensor:
+        return rows.attend_by_rows(*call) + 0 * sum(rows.attend_by_rows(*call) for _ in range(5))
+
+    kernels = {"wrong": without_cap, "slow": slow, "right": rows.attend_by_rows}
+    assert probe.fastest(kind, {name: lambda run=run: run for name, run in kernels.items()}) == "right"
+    assert "kernel wrong is wrong by" in caplog.text
+    assert probe.fastest(kind, {"wrong": lambda: without_cap}) is None

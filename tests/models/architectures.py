@@ -23,9 +23,12 @@ SIZES = {
     "bos_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
 NO_DROPOUT = dict.fromkeys(
-    ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "dropout", "activation_dropout"),
+    (
+        "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "dropout",
+        "activation_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob",
+    ),
     0.0,
-)
+)  # fmt: skip
 EXPERTS = {
     "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
     "n_routed_experts": 4, "n_shared_experts": 1,

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, masking_utils
 
 from nnscaler.errors import UserError
+from nnscaler.models.attention import Seen, _attention_by, _mask, _seen_by, _window
 from nnscaler.models.causal_lm import prepare_config
 from tests.models.architectures import ARCHITECTURES, LENGTH, compare, compare_uncompiled, config_of
 
 SAME_BUT_CHUNKED = {"granite": "div", "cohere": "mul", "cohere2": "mul", "gemma2": "div"}
-REFUSED = {
-    "gemma2": "option softcap", "gpt_oss": "option s_aux", "bert": "a mask that is not plainly causal",
-    "t5": "not a causal language model", "mamba": "MambaForCausalLM has attention of its own",
-}  # fmt: skip
+REFUSED = {"t5": "not a causal language model"}
 # transformers 5.17 gives OPT's attention a mask of ones, of which only values say that it hides nothing.
-REFUSED_OR_SAME = {"opt": "a mask that is not plainly causal"}
-OWN_ATTENTION = {"stablelm", "gptj", "gpt_neo", "bloom", "falcon", "mpt", "rwkv"}
+REFUSED_OR_SAME = {"opt": "a mask that is neither causal nor a window"}
+OWN_ATTENTION = {"gptj", "gpt_neo", "bloom", "falcon", "mpt", "rwkv", "mamba"}
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["plain", "chunked"])
@@ -25,9 +25,9 @@ OWN_ATTENTION = {"stablelm", "gptj", "gpt_neo", "bloom", "falcon", "mpt", "rwkv"
 def test_loss_and_gradients_are_those_of_transformers(name, chunked):
     """Of our attention and our loss in the model, run by PyTorch; compiling is tested on its own."""
     said = compare_uncompiled(name, chunked)
-    if name in REFUSED or name in OWN_ATTENTION:
+    if name in REFUSED:
         assert said.startswith("REFUSED")
-        assert REFUSED.get(name, "--attn_implementation eager") in said
+        assert REFUSED[name] in said
     elif chunked and name in SAME_BUT_CHUNKED:
         assert f"({SAME_BUT_CHUNKED[name]}), which the chunked loss does not" in said
     else:
@@ -35,9 +35,43 @@ def test_loss_and_gradients_are_those_of_transformers(name, chunked):
         assert said.startswith("SAME") or refused, said
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "mpt", "falcon", "bloom"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "mistral"])
 def test_attention_as_the_model_writes_it(name):
     assert compare_uncompiled(name, False, "eager").startswith("SAME")
+
+
+@pytest.mark.parametrize("name", sorted(OWN_ATTENTION))
+def test_a_model_that_has_no_place_for_our_attention_keeps_its_own(name, caplog):
+    config = config_of(name)
+    prepare_config(config, LENGTH, "auto")
+    assert config._attn_implementation == "eager"
+    assert "has attention of its own, which computes all scores at once" in caplog.text
+    with pytest.raises(UserError, match="no kernel can stand in for; use --attn_implementation eager"):
+        prepare_config(config_of(name), LENGTH, "sdpa")
+
+
+WINDOWS = {
+    "mistral": {"sliding_window": 8},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},  # one layer of two
+    "gemma2": {"sliding_window": 5},
+    "gemma3_text": {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]},
+    "cohere2": {"sliding_window": 6, "layer_types": ["full_attention", "sliding_attention"]},
+    "gpt_oss": {"sliding_window": 9},
+    "starcoder2": {"sliding_window": 8},
+    "phi3": {"sliding_window": 8},
+    "llama": {"is_causal": False},
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_a_row_sees_what_the_mask_of_transformers_lets_it_see(name):
+    assert compare_uncompiled(name, False, **WINDOWS[name]).startswith("SAME")
+    without = {"sliding_window": LENGTH} if "sliding_window" in WINDOWS[name] else {"is_causal": True}
+    assert loss_of(name, **WINDOWS[name]) != loss_of(name, **{**WINDOWS[name], **without})
+
+
+def loss_of(name: str, **changes: Any) -> str:
+    return compare_uncompiled(name, False, **changes).split("right")[1]
 
 
 @pytest.mark.parametrize(
@@ -49,6 +83,7 @@ def test_attention_as_the_model_writes_it(name):
         ("deepseek_v3", False, "eager", {}),
         ("gemma2", False, "eager", {}),  # soft caps
         ("mistral", False, "eager", {"sliding_window": 8}),
+        ("gemma3_text", True, "auto", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
     ],
 )
 def test_compiled(name, chunked, implementation, changes, tmp_path):
@@ -59,13 +94,6 @@ def test_compiled(name, chunked, implementation, changes, tmp_path):
     ("name", "changes", "message"),
     [
         ("llama", {"attention_dropout": 0.5}, "drops attention's weights with probability 0.5, .*attention_dropout=0"),
-        (
-            "mistral",
-            {"sliding_window": 8},
-            f"window of 8 tokens, sequences have {LENGTH}.*--set sliding_window={LENGTH}",
-        ),
-        ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "window of 8 tokens"),
-        ("llama", {"is_causal": False}, "not plainly causal"),
         # In transformers 5.17 that loss reads a value, which comes first.
         (
             "mixtral",
@@ -84,22 +112,56 @@ def test_what_is_not_honoured_is_refused_by_name(name, changes, message, tmp_pat
 
 
 def test_a_window_as_long_as_the_sequence_hides_nothing():
+    assert _window(Seen(LENGTH - 1, 0), LENGTH) is None
+    assert _window(Seen(LENGTH - 2, 0), LENGTH) == (LENGTH - 2, None)
     assert compare_uncompiled("mistral", False, sliding_window=LENGTH).startswith("SAME")
 
 
 def test_options_nobody_has_heard_of_are_refused():
-    from nnscaler.models.attention import _attention_by
-
-    q = torch.zeros(1, 2, 4, 8)
+    q = torch.randn(1, 2, 4, 8)
     attend = _attention_by("auto")
     module = torch.nn.Linear(1, 1)
-    assert attend(module, q, q, q, None, scaling=None, dropout=0.0, news=None, output_attentions=False)[1] is None
+    causal, weights = attend(module, q, q, q, None, scaling=None, dropout=0.0, news=None, output_attentions=False)
+    assert weights is None
+    assert not torch.equal(causal, attend(module, q, q, q, None, is_causal=False)[0])
+    assert torch.equal(causal, attend(module, q, q, q, Seen(right=0), is_causal=False)[0])  # the mask is what counts
     with pytest.raises(UserError, match="asks attention for the option news"):
         attend(module, q, q, q, None, news=1.0)
     with pytest.raises(UserError, match="a mask of its own"):
         attend(module, q, q, q, torch.zeros(1, 1, 4, 4))
-    with pytest.raises(UserError, match="later tokens"):
-        attend(module, q, q, q, None, is_causal=False)
+    with pytest.raises(UserError, match="drops attention's weights with probability"):
+        attend(module, q, q, q, None, dropout=0.5)
+
+
+def test_what_masks_let_rows_see():
+    documents = torch.tensor([[0, 0, 1]])
+    own = lambda batch, head, row, key: key <= row  # noqa: E731
+    masks = {
+        "causal": (masking_utils.causal_mask_function, Seen(right=0)),
+        "both ways": (masking_utils.bidirectional_mask_function, Seen()),
+        "window": (masking_utils.sliding_window_causal_mask_function(3), Seen(2, 0)),
+        "window both ways": (masking_utils.sliding_window_bidirectional_mask_function(3), Seen(3, 3)),
+        "pieces": (masking_utils.chunked_causal_mask_function(8, torch.zeros(1)), Seen(right=0)),
+        "short pieces": (masking_utils.chunked_causal_mask_function(2, torch.zeros(1)), None),
+        "documents": (
+            masking_utils.packed_sequence_compatibility_function(
+                masking_utils.sliding_window_causal_mask_function(3), torch.tensor([[0, 1, 0]]), documents
+            ),
+            Seen(2, 0, documents),
+        ),
+        "another": (own, None),
+        "with another": (masking_utils.and_masks(masking_utils.causal_mask_function, own), None),
+        "one or the other": (masking_utils.or_masks(masking_utils.causal_mask_function, own), None),
+    }
+    for name, (mask, seen) in masks.items():
+        assert _seen_by(mask, 8) == seen, name
+
+
+@pytest.mark.parametrize("given", [{"attention_mask": torch.ones(1, 8)}, {"allow_is_causal_skip": False}])
+def test_a_mask_that_is_needed_as_a_tensor_is_refused(given):
+    assert _mask(8, 8) is None
+    with pytest.raises(UserError, match="neither causal nor a window"):
+        _mask(8, 8, **given)
 
 
 def test_positions_beyond_those_of_the_model(caplog):

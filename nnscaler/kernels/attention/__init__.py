@@ -1,0 +1,6 @@
+"""Attention: what a call may ask, the kernels of several libraries, and which of them takes it on a device."""
+
+from nnscaler.kernels.attention.asked import Asked
+from nnscaler.kernels.attention.choice import KERNELS, attend, check_kernel
+
+__all__ = ["KERNELS", "Asked", "attend", "check_kernel"]
