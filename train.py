@@ -22,6 +22,7 @@ from typing import Any
 from nnscaler.cli.config import (
     CheckpointConfig,
     DatasetConfig,
+    EvaluationConfig,
     LogConfig,
     LRSchedulerConfig,
     ModelConfig,
@@ -61,6 +62,9 @@ class Inputs:
         '\'rope_parameters={"rope_type": "yarn", ...}\'; may be given several times'
     )
     dataset_path: Path | None = path(None, "dataset that bookcorpus.py wrote")
+    eval_dataset_path: Path | None = path(
+        None, "dataset like it that is evaluated between steps, and not trained on (default: no validation)"
+    )
     enable_chunk_loss: bool = switch(
         "compute the last projection and the loss in chunks of 2048 tokens, so that all logits are never there at once",
         flag="enable-chunk-loss",
@@ -72,8 +76,10 @@ class Inputs:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.dataset_path is not None and not self.dataset_path.exists():
-            raise UserError(f"dataset_path is '{self.dataset_path}', which does not exist; make one with bookcorpus.py")
+        for name in ("dataset_path", "eval_dataset_path"):
+            given = getattr(self, name)
+            if given is not None and not given.exists():
+                raise UserError(f"{name} is '{given}', which does not exist; make one with bookcorpus.py")
 
 
 GROUPS: dict[str, type] = {
@@ -83,6 +89,7 @@ GROUPS: dict[str, type] = {
     "cluster and plan": ComputeConfig,
     "optimizer": OptimizerConfig,
     "learning rate": LRSchedulerConfig,
+    "validation": EvaluationConfig,
     "checkpoints": CheckpointConfig,
     "reports": LogConfig,
 }
@@ -105,6 +112,7 @@ def read_flags() -> tuple[Flags, Inputs, TrainerArgs]:
         compute=flags.make(ComputeConfig, runtime_ngpus=flags["runtime_ngpus"] or processes),
         optimizer=flags.make(OptimizerConfig),
         lr_scheduler=flags.make(LRSchedulerConfig),
+        evaluation=flags.make(EvaluationConfig),
         checkpoint=flags.make(CheckpointConfig),
         log=flags.make(LogConfig),
     )
@@ -147,6 +155,8 @@ def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
         config = changed_config(config, dict(inputs.set))
     packed = PackedDataset.open(inputs.dataset_path) if inputs.dataset_path else None
     dataset = DatasetConfig(packed, flags["sequence_length"])
+    evaluated = inputs.eval_dataset_path
+    validation = PackedDataset.open(evaluated, "eval_dataset_path") if evaluated else None
     prepare_config(config, dataset.length, inputs.attn_implementation)
     loss = in_chunks if inputs.enable_chunk_loss else None
     reads_weights = args.run_mode == "run" and not args.checkpoint.resume
@@ -160,7 +170,10 @@ def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
         save_assets=AssetWriter(config, DTYPES[args.precision], inputs.model_id, inputs.dataset_path, dataset.length),
         name=Path(inputs.model_id).name if Path(inputs.model_id).exists() else inputs.model_id,
     )
-    return replace(args, model=model, dataset=dataset, command=planning_command(flags, model.name, args, dataset))
+    return replace(
+        args, model=model, dataset=dataset, evaluation=replace(args.evaluation, dataset=validation),
+        command=planning_command(flags, model.name, args, dataset),
+    )  # fmt: skip
 
 
 def planning_command(flags: Flags, model: str, args: TrainerArgs, dataset: DatasetConfig) -> str:
@@ -168,7 +181,7 @@ def planning_command(flags: Flags, model: str, args: TrainerArgs, dataset: Datas
     keys = [*keys_of(Inputs), "sequence_length", *keys_of(ComputeConfig), "micro_batch_size", "precision"]
     hardware = args.compute.hardware and Path(args.compute.hardware).name
     given = flags.spelled(
-        [key for key in keys if key != "dataset_path"], model_id=model, sequence_length=dataset.length,
+        [key for key in keys if not key.endswith("dataset_path")], model_id=model, sequence_length=dataset.length,
         runtime_ngpus=args.compute.runtime_ngpus, hardware=hardware, precision=args.precision,
     )  # fmt: skip
     return f"train.py --run_mode compile {given}"

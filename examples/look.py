@@ -27,9 +27,13 @@ def plot(folder: Path, output: Path) -> None:
         raise UserError(f"'{folder}' has no metrics.jsonl; it is not the log folder of a run")
     entries = [json.loads(line) for line in metrics.read_text().splitlines()]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot([entry["step"] for entry in entries], [entry["loss"] for entry in entries], marker="o", markersize=3)
-    axes.set(xlabel="optimizer step", ylabel="loss a token (nats)", title=f"Training loss of {folder.name}")
+    for kind, label in (("loss", "training"), ("eval_loss", "validation")):
+        found = [(entry["step"], entry[kind]) for entry in entries if entry.get(kind) is not None]
+        if found:
+            axes.plot(*zip(*found), marker="o", markersize=3, label=label)
+    axes.set(xlabel="optimizer step", ylabel="loss a token (nats)", title=f"Loss of {folder.name}")
     axes.grid(alpha=0.3)
+    axes.legend()
     figure.savefig(output, dpi=150)
 
 

@@ -31,7 +31,6 @@ from nnscaler.config import ComputeConfig, OptimizerConfig
 from nnscaler.errors import UserError
 from nnscaler.loaded import LoadedModel, compiled, predicted_step_seconds
 from nnscaler.processes import check_world, join_processes, own_device, wait_for_steps_of
-from nnscaler.runtime.module import ParallelModule
 from nnscaler.trace import build_on_meta
 
 MicroBatch: TypeAlias = Mapping[str, Tensor] | Sequence[Tensor]
@@ -137,17 +136,14 @@ class ParallelizedModel:
         self.optimizer._pending = divisor, total
         return self._over_all(total, divisor)
 
-    @torch.no_grad()
     def evaluate(
         self, micro_batches: Iterable[MicroBatch], reduction: Reduction = "mean", count: float | None = None
     ) -> Tensor:
         """The loss as `step` gives it, without gradients, of any number of micro-batches, as many on each process of
-        this copy. Collective. Raises UserError for a pipeline, whose schedule goes forward and backward."""
-        if not isinstance(self._module, ParallelModule):
-            raise UserError("the plan is a pipeline, which cannot evaluate; plan without explore_pipeline")
-        losses = [self._module(**self._on_device(one)).double() for one in micro_batches]
-        total = torch.stack(losses).sum() if losses else torch.zeros((), dtype=torch.float64, device=self._device)
-        return self._over_all(total, self._divisor(len(losses), reduction, count))
+        this copy. Collective."""
+        batches = [self._on_device(one) for one in micro_batches]
+        divisor = self._divisor(len(batches), reduction, count)
+        return self._over_all(self._module.evaluate(batches), divisor)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The weights on rank 0, whole, on the CPU, trained ones in fp32, by the names that the module's own

@@ -73,6 +73,9 @@ PIPELINE = (*PLAN, "--plan_ngpus", "2", "--explore_pipeline")
         (("--model_id", "{}/data", *DATA), "is not a model: it has no config.json"),
         (("--model_id", "no/such-model", *DATA), "no/such-model"),
         ((*MODEL, *DATA, "--sequence_length", "64"), "sequence_length is 64, but the dataset has 32"),
+        ((*MODEL, *DATA, "--eval_dataset_path", "{}/nowhere"), "/nowhere', which does not exist"),
+        ((*MODEL, *DATA, "--eval_dataset_path", "{}/model"), "error: eval_dataset_path is '"),
+        ((*MODEL, *DATA, "--eval_dataset_path", "{}/large_id"), "whose sequences have 2 tokens, and those that"),
         (
             ("--model_id", "{}/small_vocabulary", *DATA),
             "from 0 to 95, and the model knows those from 0 to 15",

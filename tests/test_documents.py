@@ -91,7 +91,7 @@ def test_every_command_that_plans_or_trains_is_judged_right(monkeypatch, tmp_pat
             before, flags = words[: words.index("train.py")], words[words.index("train.py") + 1 :]
             flags = flags[: flags.index("2>&1")] if "2>&1" in flags else flags
             for flag, value in pairwise(flags):
-                if flag == "--dataset_path":
+                if flag.endswith("dataset_path"):
                     Path(value).mkdir(parents=True, exist_ok=True)
             counts = dict(word.split("=", 1) for word in before if "=" in word)
             devices = int(counts.get("--nnodes", 1)) * int(counts.get("--nproc_per_node", 1))

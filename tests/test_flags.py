@@ -13,7 +13,7 @@ import bookcorpus
 import ckpt_merger
 import create_mini_model
 import train
-from nnscaler.cli.config import CheckpointConfig, LogConfig, LRSchedulerConfig, TrainerArgs
+from nnscaler.cli.config import CheckpointConfig, EvaluationConfig, LogConfig, LRSchedulerConfig, TrainerArgs
 from nnscaler.command import run
 from nnscaler.config import ComputeConfig, OptimizerConfig
 from nnscaler.errors import UserError
@@ -60,7 +60,9 @@ def answer(monkeypatch, capsys, main, *flags: str) -> str:
     return error
 
 
-CONFIGURATIONS = (ComputeConfig, OptimizerConfig, LRSchedulerConfig, CheckpointConfig, LogConfig, TrainerArgs)
+CONFIGURATIONS = (
+    ComputeConfig, OptimizerConfig, LRSchedulerConfig, EvaluationConfig, CheckpointConfig, LogConfig, TrainerArgs,
+)  # fmt: skip
 PLAN = ("--model_id", "nowhere", "--sequence_length", "32", "--run_mode", "compile")
 
 

@@ -176,7 +176,11 @@ def by_all_plans(folder: Path) -> bool:
     is_split = False
     for name in names:
         model = model_of(name, folder, seed=1)
+        seven = [batch(index) for index in range(7)]  # more than a pipeline's schedule has at a time, and fewer
+        before = model.evaluate(seven, "sum").item()
         save(model, folder / f"{name}.pt", steps(model, range(3)))
+        assert model.evaluate(seven, "sum").item() < before
+        torch.save(before / model.copies, folder / f"{name}-evaluated.pt")
         if name == "split":
             is_split = any(model._module.box(one).sizes != spec.shape for one, spec in model._module.specs.items())
             is_split = is_split or "reduce" in (folder / name / "gencode_stage0.py").read_text()
@@ -190,6 +194,9 @@ def test_every_plan_is_the_plain_loop_and_loads_what_any_saved(tmp_path):
     assert run(2, by_all_plans, tmp_path, init=False) == [True, True]
     go_on(tmp_path, "alone", "split")
     net = words(1)
+    wanted = sum(net(**batch(index)) for index in range(7)).item()
+    for name in PLANS:
+        assert name == "alone" or torch.load(tmp_path / f"{name}-evaluated.pt") == pytest.approx(wanted, rel=TOLERANCE)
     _, update = update_plainly(net, SETTINGS)
     losses, states = [], {}
     for step in range(5):

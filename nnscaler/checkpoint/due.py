@@ -39,6 +39,10 @@ class Due:
         """The save that is due happens after the next step instead. To be called on every rank, or on none."""
         self._postponed = True
 
+    def any(self, here: bool) -> bool:
+        """Whether something holds on some rank. Collective."""
+        return not self.all(not here)
+
     def all(self, here: bool) -> bool:
         """Whether this holds on every rank. Collective."""
         answer = torch.tensor(int(here), dtype=torch.int32)

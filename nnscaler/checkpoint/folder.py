@@ -2,7 +2,8 @@
 
     <directory>/<run>/step_00000100/    a checkpoint: shards and their index, trainer.json, model/, checksums
     <directory>/<run>/last              a link to the newest
-    <directory>/<run>/best              a link to that with the lowest training loss
+    <directory>/<run>/best              a link to that with the lowest validation loss; where none was validated, with
+                                        the lowest training loss
 
 A checkpoint is written under a name that begins with a dot, and gets its own name when everything is on disk; it is
 removed the other way round. So what bears a checkpoint's name is complete, whenever the machine stops. The links are
@@ -47,6 +48,7 @@ class TrainerState:
     updates      optimizer steps that changed the weights; None: all
     owner        a name of the run that saved it, which no other run has (`Claim.run`)
     keep         how many of its newest checkpoints the run was to keep; 0: all, so this one is never removed
+    eval_loss    mean validation loss a label of these very weights; None: not evaluated, or not finite
     """
 
     step: int
@@ -65,6 +67,7 @@ class TrainerState:
     updates: int | None = None
     owner: str = ""
     keep: int = 0
+    eval_loss: float | None = None
 
     def write(self, folder: Path) -> None:
         (folder / TRAINER).write_text(json.dumps(asdict(self), indent=1, allow_nan=False))
@@ -175,15 +178,22 @@ def publish(work: Path, state: TrainerState) -> Path:
         final = run / f"step_{state.step:08d}-{number}"
     work.rename(final)
     _point(run / LAST, final)
-    best = _loss(run / BEST)
-    if state.loss is not None and (best is None or state.loss < best):
+    if _is_better(state, run / BEST):
         _point(run / BEST, final)
     _sync_folder(run)
     return final
 
 
-def _loss(folder: Path) -> float | None:
-    loss = _field(folder, "loss")
+def _is_better(state: TrainerState, best: Path) -> bool:
+    """Whether a checkpoint is better than the best so far. Between two of which one was evaluated, it is that one."""
+    for found, so_far in ((state.eval_loss, _loss(best, "eval_loss")), (state.loss, _loss(best, "loss"))):
+        if found is not None or so_far is not None:
+            return found is not None and (so_far is None or found < so_far)
+    return False
+
+
+def _loss(folder: Path, kind: str) -> float | None:
+    loss = _field(folder, kind)
     return loss if isinstance(loss, float) and math.isfinite(loss) else None
 
 

@@ -83,6 +83,8 @@ def describe(checkpoint: Checkpoint) -> Iterator[str]:
     yield f"run         {state.run}: {state.processes} processes, saved {saved}"
     yield f"position    step {state.step}, {state.consumed} samples of a dataset of {state.samples}, seed {state.seed}"
     yield f"loss        {'not reported' if state.loss is None else f'{state.loss:.6f}'}"
+    if state.eval_loss is not None:
+        yield f"validation  {state.eval_loss:.6f}"
     yield f"schedule    {', '.join(f'{name} {value}' for name, value in state.schedule.items())}"
     sizes = Checksums.read(checkpoint.folder).sizes()
     yield f"files       {len(sizes)}, {sum(sizes.values()):,} bytes"
@@ -101,6 +103,7 @@ def describe_all(directory: Path) -> Iterator[str]:
         try:
             state = TrainerState.read(folder)
             text = f"step {state.step}, loss {'-' if state.loss is None else f'{state.loss:.6f}'}"
+            text += "" if state.eval_loss is None else f", validation loss {state.eval_loss:.6f}"
         except CorruptCheckpoint as damage:
             text = str(damage)
         yield f"{folder}  {text}" + (f"  <- {', '.join(links)}" if links else "")

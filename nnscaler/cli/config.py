@@ -22,6 +22,9 @@ if TYPE_CHECKING:  # which a command that only answers need not wait for
     from nnscaler.data.training import PackedDataset
 
 
+MOST_STEPS = 2**40
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The model: `make` builds it; its forward takes `input_ids` and `labels` [b, l] and returns the summed loss.
@@ -81,8 +84,25 @@ class DatasetConfig:
         return length
 
 
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Validation between steps on packed sequences that are not trained on; `dataset` None: there is none."""
+
+    dataset: PackedDataset | None = None
+    interval: int = whole(
+        100, "steps between evaluations with eval_dataset_path; there is always one after the last step",
+        flag="eval_interval", least=1, most=MOST_STEPS,
+    )  # fmt: skip
+    steps: int | None = whole(
+        None, "evaluate only the first samples of eval_dataset_path, as many as so many steps train on (default: all)",
+        flag="eval_steps", least=1, most=MOST_STEPS,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
 SCHEDULES = ("constant", "linear", "cosine")
-MOST_STEPS = 2**40
 
 
 @dataclass(frozen=True)
@@ -120,8 +140,9 @@ class CheckpointConfig:
         0.0, "minutes between checkpoints; 0: not by time", flag="checkpoint_minutes", least=0, most=1e6
     )
     keep: int = whole(
-        3, "newest checkpoints that are kept, beside those that the links last and best (lowest training loss) point "
-        "to; 0: all", flag="keep_checkpoints", least=0, most=MOST_STEPS,
+        3, "newest checkpoints that are kept, beside those that the links last and best point to (best: lowest "
+        "validation loss, or where none was validated lowest training loss); 0: all",
+        flag="keep_checkpoints", least=0, most=MOST_STEPS,
     )  # fmt: skip
     resume: Path | None = path(
         None, "checkpoint to continue from, folder of checkpoints (of which the newest counts), merged file, or model "
@@ -158,6 +179,7 @@ class TrainerArgs:
     lr_scheduler: LRSchedulerConfig = LRSchedulerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     run_mode: str = text("run", "compile: plan and write code; run: train", choices=("compile", "run"))
     explain: bool = switch(
         "with --run_mode compile: print what the plan costs, what limits it, and what would help, for which it plans "
@@ -183,6 +205,12 @@ class TrainerArgs:
         check(self)
         if self.explain and self.run_mode != "compile":
             raise UserError(f"explain goes with run_mode compile; run_mode is {self.run_mode}")
+        validation = self.evaluation.dataset
+        if validation is not None and validation.sequence_length != self.dataset.length:
+            raise UserError(
+                f"eval_dataset_path is '{validation.path}', whose sequences have {validation.sequence_length} tokens, "
+                f"and those that are trained on {self.dataset.length}"
+            )
         steps, warmup = self.max_train_steps, self.lr_scheduler.warmup_steps
         if steps is not None and warmup > steps:
             raise UserError(f"warmup_steps is {warmup}; it must be at most max_train_steps={steps}")

@@ -52,6 +52,7 @@ class RunLog:
         _drop_after(folder / METRICS, start)
         self._writer = SummaryWriter(str(folder), purge_step=start + 1)
         self._file = (folder / METRICS).open("a")
+        self._shown: dict[str, float] = {}
         self._bar = tqdm(total=steps, initial=start, desc="training", unit="step", dynamic_ncols=True)
 
     def __enter__(self) -> RunLog:
@@ -77,7 +78,8 @@ class RunLog:
             self._writer.add_scalar(name, value, step)
         self._file.write(json.dumps({"step": step, **{name: known.get(name) for name in values}}) + "\n")
         self._file.flush()
-        self._bar.set_postfix_str(_summary(known))
+        self._shown = {name: value for name, value in self._shown.items() if name not in values} | known
+        self._bar.set_postfix_str(_summary(self._shown))
 
 
 def _drop_after(path: Path, step: int) -> None:
@@ -98,7 +100,11 @@ def _drop_after(path: Path, step: int) -> None:
 
 def _summary(values: dict[str, Any]) -> str:
     loss = f"loss {values['loss']:.4f}" if "loss" in values else "loss not finite"
-    shown = [loss, f"{values['tokens_per_second_per_gpu']:.0f} tokens/s/GPU"]
+    shown = [loss]
+    if "eval_loss" in values:
+        shown.append(f"validation {values['eval_loss']:.4f}")
+    if "tokens_per_second_per_gpu" in values:
+        shown.append(f"{values['tokens_per_second_per_gpu']:.0f} tokens/s/GPU")
     if "mfu" in values:
         shown.append(
             f"causal MFU {100 * values['mfu_causal']:.1f} % ({100 * values['mfu']:.1f} % by the document's formula)"

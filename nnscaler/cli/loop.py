@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from nnscaler.checkpoint.claim import Holding, claim
 from nnscaler.checkpoint.due import Due
@@ -23,10 +21,12 @@ from nnscaler.checkpoint.resume import resume
 from nnscaler.checkpoint.saver import Saver
 from nnscaler.checkpoint.termination import Termination
 from nnscaler.cli.config import TrainerArgs
+from nnscaler.cli.evaluation import Evaluation
 from nnscaler.cli.finite import FiniteSteps
 from nnscaler.cli.log import RunLog, is_free, log_folder
+from nnscaler.cli.progress import Progress, StepSize
 from nnscaler.compiler import Source
-from nnscaler.data.training import Batches, PackedDataset, Share
+from nnscaler.data.training import Batches, PackedDataset, Share, Shuffled, counted
 from nnscaler.errors import UserError
 from nnscaler.loaded import LoadedModel
 from nnscaler.models.weights import load_weights
@@ -67,6 +67,7 @@ class TrainingRun:
         )
         self.step, self.consumed, self.seed = 0, 0, self.args.seed
         self.loss: float | None = None  # as last reported
+        self.eval_loss: float | None = None  # of the weights as they are
         self.peak = self.args.compute.find_hardware().peak(source.dtype)
         loaded, state = None, None
         if resume_from:
@@ -136,19 +137,24 @@ class TrainingRun:
         if self.step >= self.steps:
             logger.info("nothing to do: step %d of %d is reached", self.step, self.steps)
             return
-        batches = Batches(self.dataset, self.seed, self.share, args.dataset.ignored_label, self.device)
-        ahead = batches.after(self.consumed)
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)  # losses, labels since the last report
-        since, reported = time.perf_counter(), self.step
+        samples = Shuffled(self.dataset, self.seed)
+        length, ignored = self.dataset.sequence_length, args.dataset.ignored_label
+        ahead = Batches(samples, length, self.share, ignored, self.device).after(self.consumed)
+        size = StepSize(
+            self.share.step_samples, length, self.mesh.runtime_ngpus, args.model.flops_per_sequence, self.peak
+        )
+        progress = Progress(size, self.step, self.module.gives_loss, self.device)
         profiler = StepProfiler(args.log.profile if self.rank == 0 else None, self.module.predicted_seconds)
         logs = log_folder(args.log.directory, self.folder.name, self.run) if self.rank == 0 else None
         log = RunLog(logs, self.run, self.steps, self.step)
         with log, self.saver, self._termination() as termination:
+            evaluation = self._evaluation(termination)
             while self.step < self.steps:
                 counts: list[int] = []  # labels of each micro-batch
-                loss = self.module.accumulate(_counted(islice(ahead, self.share.micro_batches), counts))
+                loss = self.module.accumulate(counted(islice(ahead, self.share.micro_batches), counts))
                 labels = sum(counts)
                 rate = args.optimizer.lr * args.lr_scheduler.factor(self.step, self.steps)
+                report: dict[str, float | None] = {}
                 with termination.updating:
                     save, stop = self.due.after(self.step + 1, termination.told)
                     if stop:  # what the last update left is saved, and this step given up
@@ -157,10 +163,10 @@ class TrainingRun:
                     self.saver.before_update()
                     norm = self.optimizer.step(labels, rate, loss)
                     self.step += 1
+                    self.eval_loss = None
                     self.consumed += self.share.step_samples
                     self.random = random_states(self.device)
-                    if self.module.gives_loss:
-                        total += torch.where(norm.isfinite(), torch.stack([loss, torch.full_like(loss, labels)]), 0.0)
+                    progress.add(loss, labels, norm)
                     if self.watch is not None:
                         self.watch.reached(self.step)
                     profiler.step()
@@ -168,19 +174,21 @@ class TrainingRun:
                     self.finite.after(self.step, norm)
                     last = self.step == self.steps
                     if self.step % args.log.interval == 0 or last:
-                        if dist.is_initialized():
-                            dist.all_reduce(total)
-                        losses, seen = total.tolist()
-                        self.loss = losses / seen if seen else None
-                        values = {"loss": self.loss, "gradient_norm": norm.item(), "lr": rate}
-                        elapsed = time.perf_counter() - since
-                        log.write(self.step, {**values, **self._speed(self.step - reported, elapsed)})
-                        total.zero_()
-                        since, reported = time.perf_counter(), self.step
-                    if save or last:
+                        found = progress.report(self.step)
+                        self.loss = found.pop("loss")
+                        report = {"loss": self.loss, "gradient_norm": norm.item(), "lr": rate, **found}
+                if evaluation is not None and evaluation.is_due(self.step, last):
+                    with progress.paused():  # and SIGTERM may save meanwhile
+                        evaluated = evaluation.run()
+                    self.eval_loss = evaluated.get("eval_loss")
+                    report |= evaluated
+                if report:
+                    log.write(self.step, report)
+                if save or last:
+                    with termination.updating:
                         self._save_if_finite(last)
-                    if last:
-                        termination.leave()
+                        if last:
+                            termination.leave()
             if self.step < self.steps:
                 self.finite.settle()
                 self._save_if_finite(last=True)
@@ -194,6 +202,18 @@ class TrainingRun:
         store = self.watch.store if self.watch is not None else None
         name = from_rank_0(lambda: uuid.uuid4().hex, self.device)
         return Termination(store, name, self._step_to_save, self._save)
+
+    def _evaluation(self, termination: Termination) -> Evaluation | None:
+        config, ignored = self.args.evaluation, self.args.dataset.ignored_label
+
+        def go_on() -> bool:
+            if self.watch is not None:
+                self.watch.reached(self.step)
+            return not self.due.any(termination.told)
+
+        if config.dataset is None:
+            return None
+        return Evaluation(config, config.dataset, self.module, self.share, ignored, self.device, go_on)
 
     def _step_to_save(self) -> int | None:
         """After which step this rank is, if it can be saved. Not collective."""
@@ -222,20 +242,6 @@ class TrainingRun:
             self.saved = self.step
             self.saver.start(self._state(), self.random)
 
-    def _speed(self, steps: int, seconds: float) -> dict[str, float]:
-        sequences = steps * self.share.step_samples / seconds / self.mesh.runtime_ngpus  # a second and GPU
-        values = {
-            "tokens_per_second_per_gpu": sequences * self.dataset.sequence_length,
-            "seconds_per_step": seconds / steps,
-        }
-        if self.device.type == "cuda":
-            values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            torch.cuda.reset_peak_memory_stats()
-        flops = self.args.model.flops_per_sequence
-        if flops is not None and self.peak and self.device.type == "cuda":
-            values["mfu"], values["mfu_causal"] = flops[0] * sequences / self.peak, flops[1] * sequences / self.peak
-        return values
-
     def _schedule(self) -> dict[str, Any]:
         return {"lr": self.args.optimizer.lr, **asdict(self.args.lr_scheduler), "steps": self.steps}
 
@@ -260,12 +266,6 @@ class TrainingRun:
             saved_at=time.time(),
             owner=self.run,
             updates=self.step - self.finite.skipped,
+            eval_loss=self.eval_loss,
             keep=0 if self.finite.in_a_row else self.args.checkpoint.keep,
         )
-
-
-def _counted(micro_batches: Iterator[tuple[dict[str, Tensor], int]], counts: list[int]) -> Iterator[dict[str, Tensor]]:
-    """The inputs of micro-batches; their numbers of labels are added to `counts`."""
-    for inputs, labels in micro_batches:
-        counts.append(labels)
-        yield inputs

@@ -56,6 +56,9 @@ class Trainer:
             self.watch = join_processes(device)
         try:
             from_rank_0(lambda: self._judge(dataset), device)
+            validation = self.args.evaluation.dataset
+            if validation is not None:
+                from_rank_0(lambda: self._judge_ids(validation), device)
             checkpoint = self.args.checkpoint
             jobs = sorted({name for name in from_all(job()) if name is not None})
             begin = from_rank_0(lambda: where_to_begin(checkpoint.directory, checkpoint.resume, jobs), device)
@@ -85,8 +88,19 @@ class Trainer:
         return dataset
 
     def _judge(self, dataset: PackedDataset) -> None:
-        """Raises UserError where the data holds ids that the model does not know; says where a step takes more
-        samples than there are."""
+        """Raises UserError as `_judge_ids` does; says where a step takes more samples than there are."""
+        self._judge_ids(dataset)
+        compute = self.args.compute
+        copies = compute.runtime_ngpus // compute.plan_ngpus
+        step = copies * self.args.micro_batch_size * compute.micro_batches
+        if step > len(dataset):
+            logger.warning(
+                "a step takes %d samples (%d copies, %d micro-batches of %d), and the dataset has %d: it takes some of "
+                "them several times", step, copies, compute.micro_batches, self.args.micro_batch_size, len(dataset),
+            )  # fmt: skip
+
+    def _judge_ids(self, dataset: PackedDataset) -> None:
+        """Raises UserError where a dataset holds ids that the model does not know."""
         vocabulary = self.args.model.vocabulary
         if vocabulary is not None:
             smallest, largest = dataset.token_ids()
@@ -97,14 +111,6 @@ class Trainer:
                     f"dataset '{dataset.path}' holds token ids from {smallest} to {largest}, and the model knows those "
                     f"from 0 to {vocabulary - 1} (another one is {place}); prepare it with the model's own tokenizer"
                 )
-        compute = self.args.compute
-        copies = compute.runtime_ngpus // compute.plan_ngpus
-        step = copies * self.args.micro_batch_size * compute.micro_batches
-        if step > len(dataset):
-            logger.warning(
-                "a step takes %d samples (%d copies, %d micro-batches of %d), and the dataset has %d: it takes some of "
-                "them several times", step, copies, compute.micro_batches, self.args.micro_batch_size, len(dataset),
-            )  # fmt: skip
 
     def _source(self) -> Source:
         shape = (self.args.micro_batch_size, self.args.dataset.length)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -23,6 +24,8 @@ IGNORED = -100  # label of a token that counts for nothing, in a dataset of Hugg
 SCANNED = 1 << 22  # ids looked at in one go
 # Columns by which others learn something else from the same tokens, and which training does not read.
 UNREAD = ("attention_mask", "loss_mask")
+
+Row: TypeAlias = Mapping[str, Any]
 
 
 class TokenIds(NamedTuple):
@@ -49,39 +52,40 @@ class PackedDataset:
     documents: str | None = None
 
     @staticmethod
-    def open(path: Path) -> PackedDataset:
-        """Raises UserError where there is no such dataset, or none of token sequences of one length."""
+    def open(path: Path, flag: str = "dataset_path") -> PackedDataset:
+        """Raises UserError, which calls the path `flag`, where there is no such dataset, or none of token sequences of
+        one length."""
         import datasets  # takes a second, which planning without a dataset need not wait for
 
         if not path.exists():
-            raise _wrong(path, "which does not exist")
+            raise _wrong(flag, path, "which does not exist")
         try:
             rows = datasets.load_from_disk(str(path))
         except Exception as error:  # damaged files make the library raise whatever they may
             known = (path / "state.json").exists()
             what = "which is empty or damaged" if known else "which is not a dataset that bookcorpus.py wrote"
-            raise _wrong(path, what) from error
+            raise _wrong(flag, path, what) from error
         if isinstance(rows, datasets.DatasetDict):
             splits = ", ".join(rows)
-            raise UserError(f"dataset_path is '{path}', which holds the splits {splits}; give one: {path}/<split>")
+            raise UserError(f"{flag} is '{path}', which holds the splits {splits}; give one: {path}/<split>")
         if COLUMN not in rows.column_names or len(rows) == 0:
-            raise _wrong(path, f"whose rows have no column '{COLUMN}'" if len(rows) else "which is empty")
+            raise _wrong(flag, path, f"whose rows have no column '{COLUMN}'" if len(rows) else "which is empty")
         has_labels = LABELS in rows.column_names
         columns = [COLUMN, *([LABELS] if has_labels else [])]
-        lengths = {name: _length(rows, name, path) for name in columns}
+        lengths = {name: _length(rows, name, flag, path) for name in columns}
         if len(set(lengths.values())) > 1:
-            raise _wrong(path, f"whose {COLUMN} have {lengths[COLUMN]} tokens and {LABELS} {lengths[LABELS]}")
+            raise _wrong(flag, path, f"whose {COLUMN} have {lengths[COLUMN]} tokens and {LABELS} {lengths[LABELS]}")
         for name in UNREAD:
             if name in rows.column_names and not _says_nothing(rows, name, lengths[COLUMN]):
                 raise UserError(
-                    f"dataset_path is '{path}', whose column '{name}' training does not read; remove it "
+                    f"{flag} is '{path}', whose column '{name}' training does not read; remove it "
                     f"(remove_columns), and say in '{LABELS}' with {IGNORED} which tokens are not learned"
                 )
         documents = next(
             (name for name in DOCUMENT_COLUMNS if name in rows.column_names and _is_list(rows, name)), None
         )
         if documents is not None:
-            _check_lists(rows, documents, path)
+            _check_lists(rows, documents, flag, path)
         others = sorted({*rows.column_names} - {*columns, documents})
         if others:
             logger.info("%s: columns that training does not read: %s", path, ", ".join(others))
@@ -95,6 +99,11 @@ class PackedDataset:
     def asks_for_documents(self) -> bool:
         """Whether somebody else's column says that rows hold several documents: bookcorpus.py always writes its own."""
         return self.documents not in (None, DOCUMENT_STARTS) and self.document_lengths.documents > len(self)
+
+    def row(self, number: int) -> Row:
+        """The columns of a row that training reads, as arrays; `document_starts` where a column says them."""
+        row = self.rows[number]
+        return row if self.documents is None else {**row, DOCUMENT_STARTS: self.document_starts(number)}
 
     def document_starts(self, row: int) -> Places:
         """Places in a row at which documents begin, as a column says that there is."""
@@ -174,8 +183,8 @@ class PackedDataset:
         return _parts(self.rows, column, max(1, SCANNED // self.sequence_length))
 
 
-def _wrong(path: Path, what: str) -> UserError:
-    return UserError(f"dataset_path is '{path}', {what}; make one with bookcorpus.py")
+def _wrong(flag: str, path: Path, what: str) -> UserError:
+    return UserError(f"{flag} is '{path}', {what}; make one with bookcorpus.py")
 
 
 def _parts(rows: Any, column: str, most: int) -> Any:
@@ -185,15 +194,15 @@ def _parts(rows: Any, column: str, most: int) -> Any:
             yield chunk.slice(start, most)
 
 
-def _check_lists(rows: Any, column: str, path: Path) -> None:
+def _check_lists(rows: Any, column: str, flag: str, path: Path) -> None:
     """Raises UserError where rows are no lists of whole numbers."""
     import pyarrow as pa
 
     kind = rows.data.column(column).type
     if not _is_list(rows, column) or not pa.types.is_integer(kind.value_type):
-        raise _wrong(path, f"whose column '{column}' holds {kind}, not lists of whole numbers")
+        raise _wrong(flag, path, f"whose column '{column}' holds {kind}, not lists of whole numbers")
     if any(part.null_count or part.flatten().null_count for part in _parts(rows, column, SCANNED)):
-        raise _wrong(path, f"whose column '{column}' has empty places")
+        raise _wrong(flag, path, f"whose column '{column}' has empty places")
 
 
 def _is_list(rows: Any, column: str) -> bool:
@@ -203,17 +212,19 @@ def _is_list(rows: Any, column: str) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
-def _length(rows: Any, column: str, path: Path) -> int:
+def _length(rows: Any, column: str, flag: str, path: Path) -> int:
     """Tokens of every row. Raises UserError where rows are no lists of whole numbers, or not of one length."""
     import pyarrow.compute as pc
 
-    _check_lists(rows, column, path)
+    _check_lists(rows, column, flag, path)
     lengths = set()
     for part in _parts(rows, column, SCANNED):
         found = pc.min_max(pc.list_value_length(part)).as_py()
         lengths |= {found["min"], found["max"]}
     if len(lengths) > 1:
-        raise _wrong(path, f"whose rows have from {min(lengths)} to {max(lengths)} tokens, and must have one length")
+        raise _wrong(
+            flag, path, f"whose rows have from {min(lengths)} to {max(lengths)} tokens, and must have one length"
+        )
     return int(lengths.pop())
 
 

@@ -6,17 +6,17 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nnscaler.data.documents import POSITIONS, document_inputs
-from nnscaler.data.files import COLUMN, LABELS
-from nnscaler.data.packed import IGNORED, PackedDataset
+from nnscaler.data.files import COLUMN, DOCUMENT_STARTS, LABELS
+from nnscaler.data.packed import IGNORED, PackedDataset, Row
 
-__all__ = ["Batches", "PackedDataset", "SampleOrder", "Share", "with_labels"]
+__all__ = ["Batches", "InOrder", "PackedDataset", "SampleOrder", "Share", "Shuffled", "counted", "with_labels"]
 
 
 @dataclass
@@ -56,30 +56,58 @@ class Share:
         return range(begin, begin + self.micro_batch_size)
 
 
+class Samples(Protocol):
+    """Rows by sample number, from 0."""
+
+    def sample(self, number: int) -> Row | None:
+        """A row with `input_ids`, and with `labels` where it says itself what is learned; None: there are no more."""
+
+
+class InOrder:
+    """Each row of a dataset once, as they come."""
+
+    def __init__(self, dataset: PackedDataset) -> None:
+        self._dataset = dataset
+
+    def sample(self, number: int) -> Row | None:
+        return self._dataset.row(number) if number < len(self._dataset) else None
+
+
+class Shuffled:
+    """The rows of a dataset in the order of a seed, epoch after epoch without end."""
+
+    def __init__(self, dataset: PackedDataset, seed: int) -> None:
+        self._dataset, self._order = dataset, SampleOrder(len(dataset), seed)
+
+    def sample(self, number: int) -> Row:
+        return self._dataset.row(self._order.row(number))
+
+
 class Batches:
     """Micro-batches of one replica, read ahead by a thread.
 
+    length     tokens of every row
+    ignored    label of tokens that count for nothing. Where there are no more samples, rows hold only these
     documents  whether batches keep documents apart: inputs say which token is whose, and no token is to be given by a
                document before its own
     """
 
     def __init__(
         self,
-        dataset: PackedDataset,
-        seed: int,
+        samples: Samples,
+        length: int,
         share: Share,
         ignored: int,
         device: torch.device,
         documents: bool = False,
     ) -> None:
-        self._dataset, self._share, self._ignored, self._device = dataset, share, ignored, device
-        self._documents = documents
-        self._order = SampleOrder(len(dataset), seed)
+        self._samples, self._length, self._share = samples, length, share
+        self._ignored, self._device, self._documents = ignored, device, documents
 
     def after(self, consumed: int) -> Iterator[tuple[dict[str, Tensor], int]]:
         """(inputs on the device, number of labels) of each micro-batch of the steps after `consumed` samples, without
         end. While one is computed with, the next is read, also from one step to the next."""
-        wanted = self._samples(consumed)
+        wanted = self._numbers(consumed)
         with ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(self._read, next(wanted))
             while True:
@@ -87,29 +115,37 @@ class Batches:
                 ahead = reader.submit(self._read, next(wanted))
                 yield {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}, labels
 
-    def _samples(self, consumed: int) -> Iterator[range]:
+    def _numbers(self, consumed: int) -> Iterator[range]:
         for begin in count(consumed, self._share.step_samples):
             yield from (self._share.samples(begin, index) for index in range(self._share.micro_batches))
 
-    def _read(self, samples: range) -> tuple[dict[str, Tensor], int]:
-        numbers = [self._order.row(sample) for sample in samples]
-        rows = [self._dataset.rows[number] for number in numbers]
-        batch = with_labels(_stacked(rows, COLUMN), self._ignored)
-        if self._dataset.has_labels:
-            own = _stacked(rows, LABELS)[:, 1:]
-            batch["labels"][:, :-1] = own.masked_fill(own == IGNORED, self._ignored)
+    def _read(self, numbers: range) -> tuple[dict[str, Tensor], int]:
+        rows = [self._samples.sample(number) for number in numbers]
+        batch = with_labels(_stacked([self._column(row, COLUMN, 0) for row in rows]), self._ignored)
+        own = _stacked([self._column(row, LABELS if row and LABELS in row else COLUMN, IGNORED) for row in rows])
+        batch["labels"][:, :-1] = own[:, 1:].masked_fill(own[:, 1:] == IGNORED, self._ignored)
         if self._documents:
-            starts = [self._dataset.document_starts(number) for number in numbers]
-            batch |= document_inputs(starts, self._dataset.sequence_length)
+            starts = [self._column(row, DOCUMENT_STARTS, 0) for row in rows]
+            batch |= document_inputs(starts, self._length)
             batch["labels"][:, :-1].masked_fill_(batch[POSITIONS][:, 1:] == 0, self._ignored)
         labels = int((batch["labels"] != self._ignored).sum())
         if self._device.type == "cuda":
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
         return batch, labels
 
+    def _column(self, row: Row | None, column: str, otherwise: int) -> Any:
+        return np.full(self._length, otherwise) if row is None else row[column]
 
-def _stacked(rows: list[dict[str, Any]], column: str) -> Tensor:
-    return torch.from_numpy(np.stack([row[column] for row in rows]).astype(np.int64))
+
+def counted(micro_batches: Iterator[tuple[dict[str, Tensor], int]], counts: list[int]) -> Iterator[dict[str, Tensor]]:
+    """The inputs of micro-batches; their numbers of labels are added to `counts`."""
+    for inputs, labels in micro_batches:
+        counts.append(labels)
+        yield inputs
+
+
+def _stacked(rows: list[Any]) -> Tensor:
+    return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
 def with_labels(input_ids: Tensor, ignored: int) -> dict[str, Tensor]:

@@ -64,7 +64,7 @@ class ParallelModule(nn.Module):
     `forward(**inputs)` takes the whole inputs of the traced model, on every rank of a copy, and returns its whole
     outputs. `accumulate` runs forward and backward of a step's micro-batches, and fills `Bucket.gradient`. To do this
     by hand: call `backward()` on the output, then `reducer.end_micro_batch()`, and at the end of the step
-    `reducer.finish()`.
+    `reducer.finish()`. `evaluate` runs forward alone.
 
     specs       name of a parameter or buffer -> its shape, type and layout
     tied        another name of a parameter -> its name in `specs`
@@ -145,16 +145,28 @@ class ParallelModule(nn.Module):
         """
         total = torch.zeros((), dtype=torch.float64, device=self.axes.device)
         for inputs in micro_batches:
-            loss = self(**inputs)
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
-                found = list(loss.shape) if isinstance(loss, Tensor) else f"{len(loss)} results"
-                raise UserError(f"forward gives {found}; what is trained must give one number, the loss")
+            loss = self._loss(inputs)
             loss.backward()
             self.reducer.end_micro_batch()
             self.axes.host.clear()
             total += loss.detach()
         self.reducer.finish()
         return total
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
+        """The sum of the losses of any number of micro-batches, by forward alone. Raises UserError as `accumulate`."""
+        total = torch.zeros((), dtype=torch.float64, device=self.axes.device)
+        for inputs in micro_batches:
+            total += self._loss(inputs)
+        return total
+
+    def _loss(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        loss = self(**inputs)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = list(loss.shape) if isinstance(loss, Tensor) else f"{len(loss)} results"
+            raise UserError(f"forward gives {found}; what is trained must give one number, the loss")
+        return loss
 
     def hold_unused(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes tensors of the model that its forward does not use, on the CPU, so that they are loaded and saved like

@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,6 +22,7 @@ from torch.distributed.pipelining import PipelineStage
 from nnscaler.mesh import Mesh
 from nnscaler.runtime.axes import Axes
 from nnscaler.runtime.buckets import Bucket, GradientReducer
+from nnscaler.runtime.forward import ForwardOnly
 from nnscaler.runtime.module import ParallelModule, ReadPart
 from nnscaler.schedules import Schedule, torch_schedule
 from nnscaler.shards import Box, ParameterSpec
@@ -61,6 +63,7 @@ class PipelineModule:
             [self._torch_stage(index, pipeline["crossing"], pipeline["splits"][index]) for index in self.stages],
             lambda output, target: output,  # the last stage's output is the loss
         )
+        self._forward = ForwardOnly(self.schedule, self.stages, pipeline["crossing"], self.axes)
 
     def _torch_stage(self, index: int, crossing: list[list[dict[str, Any]]], splits: bool) -> _Stage:
         """Torch's object for one stage. `crossing`: for each stage, the tensors that it sends to the next"""
@@ -100,6 +103,17 @@ class PipelineModule:
         total = torch.zeros((), dtype=torch.float64, device=self.axes.device)
         for loss in losses:
             total += loss.detach()
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
+        """The sum of the losses of any number of micro-batches, as many on each rank, by forward alone; 0 on ranks
+        without the last stage."""
+        total = torch.zeros((), dtype=torch.float64, device=self.axes.device)
+        left = iter(micro_batches)
+        while some := list(islice(left, self.schedule.micro_batches)):
+            for loss in self._forward.run(some):
+                total += loss
         return total
 
     def hold_unused(self, tensors: Mapping[str, Tensor]) -> None:

@@ -23,13 +23,14 @@ _numbers = itertools.count()
 def region(function: Callable[..., Any]) -> Callable[..., Any]:
     """Makes a region `call(keep, *args)`, where `keep` is the name of a recompute level.
 
-    On a GPU it is compiled, once for each way in which levels run it.
+    On a GPU it is compiled, once for each way in which levels run it. Without gradients nothing is kept, and there is
+    one way.
     """
     compiled: dict[Callable[..., Any] | None, Callable[..., Any]] = {}
 
     @functools.wraps(function)
     def call(keep: str, *args: Any) -> Any:
-        way = level_of(keep).region
+        way = level_of(keep).region if torch.is_grad_enabled() else None
         if not _on_accelerator(args):
             return function(*args) if way is None else way(function, *args)
         if way not in compiled:

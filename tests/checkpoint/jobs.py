@@ -64,11 +64,15 @@ def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
         assert torch.equal(found[name], tensor), name
 
 
-def publish_one(runs: Path, step: int, loss: float | None, owner: str = "run", keep: int = 3) -> Path:
+def publish_one(
+    runs: Path, step: int, loss: float | None, owner: str = "run", keep: int = 3, eval_loss: float | None = None
+) -> Path:
     """A complete checkpoint without tensors."""
     work = runs / f".step_{step}.writing"
     work.mkdir(parents=True)
-    state = TrainerState(step, step, 0, 9, {}, loss, "run", "model", 1, {}, {}, "", float(step), None, owner, keep)
+    state = TrainerState(
+        step, step, 0, 9, {}, loss, "run", "model", 1, {}, {}, "", float(step), None, owner, keep, eval_loss
+    )
     state.write(work)
     Checksums(work, [whole_file(work, work / "trainer.json")]).write()
     return publish(work, state)

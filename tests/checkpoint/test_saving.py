@@ -67,6 +67,17 @@ def test_the_newest_and_those_that_links_point_to_are_kept(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {*names(tmp_path), "last", "best"}
 
 
+def test_the_best_is_that_of_the_lowest_validation_loss(tmp_path):
+    """Training losses count only while nothing has been evaluated."""
+    best = []
+    for step, (loss, eval_loss) in enumerate(
+        [(3.0, None), (2.0, None), (2.5, 4.0), (1.0, None), (0.9, 4.5), (1.1, 3.0)], 1
+    ):
+        publish_one(tmp_path, step, loss, eval_loss=eval_loss)
+        best.append(int((tmp_path / "best").resolve().name[-1]))
+    assert best == [1, 2, 3, 3, 3, 6]
+
+
 def test_due_by_steps_and_by_minutes(monkeypatch):
     now = 100.0
     monkeypatch.setattr(due, "time", SimpleNamespace(monotonic=lambda: now))

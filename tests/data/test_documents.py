@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nnscaler.data.documents import DocumentLengths, document_inputs, document_starts
 from nnscaler.data.packed import PackedDataset
-from nnscaler.data.training import Batches, Share
+from nnscaler.data.training import Batches, Share, Shuffled
 from nnscaler.errors import UserError
 
 LENGTH = 6
@@ -75,8 +75,17 @@ def saved(folder, **columns) -> PackedDataset:
     return PackedDataset.open(folder)
 
 
+def batches(dataset: PackedDataset, rows: int, documents: bool) -> Batches:
+    samples, share = Shuffled(dataset, 0), Share(0, 1, rows, 1)
+    return Batches(samples, dataset.sequence_length, share, -1, torch.device("cpu"), documents)
+
+
 def batch_of(dataset: PackedDataset, rows: int) -> tuple[dict[str, torch.Tensor], int]:
-    return next(Batches(dataset, 0, Share(0, 1, rows, 1), -1, torch.device("cpu"), documents=True).after(0))
+    return next(
+        Batches(
+            Shuffled(dataset, 0), dataset.sequence_length, Share(0, 1, rows, 1), -1, torch.device("cpu"), documents=True
+        ).after(0)
+    )
 
 
 @pytest.mark.parametrize("column", ["document_starts", "position_ids", "seq_idx", "segment_ids"])
@@ -97,7 +106,9 @@ def test_a_dataset_s_own_labels_do_not_cross_a_boundary(tmp_path) -> None:
 
 def test_without_being_asked_a_batch_is_what_it_was(tmp_path) -> None:
     dataset = saved(tmp_path, input_ids=[[5, 6, 7, 8]], document_starts=[[0, 2]])
-    inputs, count = next(Batches(dataset, 0, Share(0, 1, 1, 1), -1, torch.device("cpu")).after(0))
+    inputs, count = next(
+        Batches(Shuffled(dataset, 0), dataset.sequence_length, Share(0, 1, 1, 1), -1, torch.device("cpu")).after(0)
+    )
     assert {name: x.tolist() for name, x in inputs.items()} == {
         "input_ids": [[5, 6, 7, 8]],
         "labels": [[6, 7, 8, -1]],

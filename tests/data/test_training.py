@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from itertools import islice
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nnscaler.data import packed
 from nnscaler.data.packed import PackedDataset
-from nnscaler.data.training import Batches, SampleOrder, Share
+from nnscaler.data.training import Batches, InOrder, SampleOrder, Samples, Share, Shuffled
 from nnscaler.errors import UserError
 
 ROWS, LENGTH, SEED = 22, 4, 5
@@ -25,8 +28,12 @@ def dataset(tmp_path):
     return PackedDataset.open(tmp_path)
 
 
+def batches_of(samples: Samples, length: int, share: Share, ignored: int = -100) -> Batches:
+    return Batches(samples, length, share, ignored, torch.device("cpu"))
+
+
 def rows_of(dataset: PackedDataset, share: Share, consumed: int, count: int) -> list[list[int]]:
-    batches = Batches(dataset, SEED, share, -100, torch.device("cpu"))
+    batches = batches_of(Shuffled(dataset, SEED), LENGTH, share)
     return [inputs["input_ids"][:, 0].tolist() for inputs, _ in islice(batches.after(consumed), count)]
 
 
@@ -48,10 +55,44 @@ def test_a_run_goes_on_where_another_stopped(dataset):
 
 
 def test_labels_are_the_next_tokens_but_for_the_last(dataset):
-    batches = Batches(dataset, SEED, Share(0, 1, 1, 1), -100, torch.device("cpu"))
-    inputs, count = next(batches.after(0))
+    inputs, count = next(batches_of(Shuffled(dataset, SEED), LENGTH, Share(0, 1, 1, 1)).after(0))
     assert inputs["labels"].tolist() == [[*inputs["input_ids"][0, 1:].tolist(), -100]]
     assert count == LENGTH - 1
+
+
+@dataclass
+class Rows:
+    """A dataset in memory: row r holds r + 1 at every place."""
+
+    rows: list[dict[str, np.ndarray]]
+
+    @staticmethod
+    def numbered(count: int) -> Rows:
+        return Rows([{"input_ids": np.full(LENGTH, number + 1)} for number in range(count)])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def row(self, number: int) -> dict[str, np.ndarray]:
+        return self.rows[number]
+
+
+@given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
+@settings(max_examples=50, deadline=None)
+def test_each_sample_is_evaluated_once_whatever_the_devices(rows, replicas, micro_batch, micro_batches):
+    """The rest of the last batch has no labels."""
+    seen: list[int] = []
+    for replica in range(replicas):
+        share = Share(replica, replicas, micro_batch, micro_batches)
+        steps = -(-rows // share.step_samples)
+        for inputs, count in islice(
+            batches_of(InOrder(Rows.numbered(rows)), LENGTH, share).after(0), steps * micro_batches
+        ):
+            learned = (inputs["labels"] != -100).sum(1)
+            assert set(learned.tolist()) <= {0, LENGTH - 1}
+            assert count == learned.sum()
+            seen += inputs["labels"][learned > 0, 0].tolist()
+    assert sorted(seen) == [number + 1 for number in range(rows)]
 
 
 def saved(folder, **columns) -> PackedDataset:
@@ -61,7 +102,7 @@ def saved(folder, **columns) -> PackedDataset:
 
 def test_labels_of_the_dataset_s_own_are_what_is_learned(tmp_path):
     dataset = saved(tmp_path, input_ids=[[5, 6, 7, 8]], labels=[[-100, -100, 7, 9]])
-    inputs, count = next(Batches(dataset, SEED, Share(0, 1, 1, 1), -1, torch.device("cpu")).after(0))
+    inputs, count = next(batches_of(InOrder(dataset), 4, Share(0, 1, 1, 1), ignored=-1).after(0))
     assert inputs["labels"].tolist() == [[-1, 7, 9, -1]]  # each at the place that has to say it
     assert count == 2
     assert dataset.token_ids() == (5, 9)

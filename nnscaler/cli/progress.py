@@ -1,0 +1,82 @@
+"""What the steps between two reports came to: the loss a label, and how fast they were."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """What an optimizer step of all devices takes on.
+
+    samples, tokens  sequences in all, and tokens of each
+    devices          in all
+    flops            operations of a sequence by two formulas: attention in full, and causal; None: not known
+    peak             operations a second that a device could do; None: not known
+    """
+
+    samples: int
+    tokens: int
+    devices: int
+    flops: tuple[float, float] | None
+    peak: float | None
+
+
+class Progress:
+    """Sums up steps until they are reported.
+
+    step         after which training begins
+    gives_loss   whether this rank has the losses: of a pipeline, those with the last stage do
+    """
+
+    def __init__(self, size: StepSize, step: int, gives_loss: bool, device: torch.device) -> None:
+        self._size, self._reported, self._gives_loss, self._device = size, step, gives_loss, device
+        self._total = torch.zeros(2, dtype=torch.float64, device=device)  # losses, labels
+        self._since, self._paused = time.perf_counter(), 0.0
+
+    def add(self, loss: Tensor, labels: int, norm: Tensor) -> None:
+        """A step's sum of losses and number of labels on this rank; where the gradient's `norm` is not finite, they
+        count for nothing."""
+        if self._gives_loss:
+            self._total += torch.where(norm.isfinite(), torch.stack([loss, torch.full_like(loss, labels)]), 0.0)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside is no training, and its time does not count."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        began = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - began
+
+    def report(self, step: int) -> dict[str, float | None]:
+        """The numbers of the steps up to this one. Collective."""
+        if dist.is_initialized():
+            dist.all_reduce(self._total)
+        losses, labels = self._total.tolist()
+        now = time.perf_counter()
+        speed = self._speed(step - self._reported, now - self._since - self._paused)
+        self._total.zero_()
+        self._since, self._paused, self._reported = now, 0.0, step
+        return {"loss": losses / labels if labels else None, **speed}
+
+    def _speed(self, steps: int, seconds: float) -> dict[str, float]:
+        sequences = steps * self._size.samples / seconds / self._size.devices  # a second and device
+        values = {
+            "tokens_per_second_per_gpu": sequences * self._size.tokens,
+            "seconds_per_step": seconds / steps,
+        }
+        if self._device.type == "cuda":
+            values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            torch.cuda.reset_peak_memory_stats()
+        flops, peak = self._size.flops, self._size.peak
+        if flops is not None and peak and self._device.type == "cuda":
+            values["mfu"], values["mfu_causal"] = flops[0] * sequences / peak, flops[1] * sequences / peak
+        return values
