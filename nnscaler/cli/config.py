@@ -19,7 +19,7 @@ from nnscaler.options import REQUIRED, check, number, path, switch, text, whole
 if TYPE_CHECKING:  # which a command that only answers need not wait for
     from torch import nn
 
-    from nnscaler.data.training import PackedDataset
+    from nnscaler.data.packed import PackedDataset
 
 
 MOST_STEPS = 2**40
@@ -193,8 +193,16 @@ class TrainerArgs:
     )
     micro_batch_size: int = whole(1, "sequences that a copy of the model computes at a time", least=1, most=2**20)
     max_train_steps: int | None = whole(
-        None, "optimizer steps in all (default: one pass over the dataset)", least=1, most=MOST_STEPS
+        None, "optimizer steps in all, over as many epochs as they take (default: as num_train_epochs says)", least=1,
+        most=MOST_STEPS,
+    )  # fmt: skip
+    num_train_epochs: float | None = number(
+        None, "passes over the dataset in all; parts of one are allowed (default: 1)", above=0, most=1e9
     )
+    incomplete_step: str = text(
+        "train", "what becomes of samples that are left at the end of the last epoch, and do not fill a step; "
+        "train: a last step trains with them alone; drop: they are left out", choices=("train", "drop"),
+    )  # fmt: skip
     seed: int = whole(
         0, "seed of the order of the data, and of the weights where the model has none", least=0, most=2**63 - 1
     )
@@ -210,6 +218,11 @@ class TrainerArgs:
             raise UserError(
                 f"eval_dataset_path is '{validation.path}', whose sequences have {validation.sequence_length} tokens, "
                 f"and those that are trained on {self.dataset.length}"
+            )
+        if self.max_train_steps is not None and self.num_train_epochs is not None:
+            raise UserError(
+                f"max_train_steps is {self.max_train_steps} and num_train_epochs {self.num_train_epochs}; one of them "
+                "says how long to train"
             )
         steps, warmup = self.max_train_steps, self.lr_scheduler.warmup_steps
         if steps is not None and warmup > steps:

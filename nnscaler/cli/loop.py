@@ -23,10 +23,12 @@ from nnscaler.checkpoint.termination import Termination
 from nnscaler.cli.config import TrainerArgs
 from nnscaler.cli.evaluation import Evaluation
 from nnscaler.cli.finite import FiniteSteps
+from nnscaler.cli.length import RunLength
 from nnscaler.cli.log import RunLog, is_free, log_folder
 from nnscaler.cli.progress import Progress, StepSize
 from nnscaler.compiler import Source
-from nnscaler.data.training import Batches, PackedDataset, Share, Shuffled, counted
+from nnscaler.data.packed import PackedDataset
+from nnscaler.data.training import Batches, First, Samples, Share, Shuffled, counted
 from nnscaler.errors import UserError
 from nnscaler.loaded import LoadedModel
 from nnscaler.models.weights import load_weights
@@ -80,8 +82,8 @@ class TrainingRun:
         if state is not None:
             self.step, self.consumed, self.seed, self.loss = state.step, state.consumed, state.seed, state.loss
             logger.info("continuing from %s: step %d, %d samples", loaded, self.step, self.consumed)
-        left = (len(dataset) - self.consumed) // self.share.step_samples  # of this pass over the dataset
-        self.steps = self.args.max_train_steps or max(1, self.step + left)
+        self.length = RunLength.of(self.args, len(dataset), self.share.step_samples, self.step, self.consumed)
+        self.steps = self.length.steps
         self._warn_of_changes(state)
         self.holding: Holding | None = None  # on rank 0
         within = loaded if state is not None and loaded is not None and loaded.is_dir() else None
@@ -137,7 +139,9 @@ class TrainingRun:
         if self.step >= self.steps:
             logger.info("nothing to do: step %d of %d is reached", self.step, self.steps)
             return
-        samples = Shuffled(self.dataset, self.seed)
+        samples: Samples = Shuffled(self.dataset, self.seed)
+        if self.length.samples is not None:
+            samples = First(samples, self.length.samples)
         length, ignored = self.dataset.sequence_length, args.dataset.ignored_label
         ahead = Batches(samples, length, self.share, ignored, self.device).after(self.consumed)
         size = StepSize(
@@ -164,7 +168,7 @@ class TrainingRun:
                     norm = self.optimizer.step(labels, rate, loss)
                     self.step += 1
                     self.eval_loss = None
-                    self.consumed += self.share.step_samples
+                    self.consumed = self.length.after(self.consumed, self.share.step_samples)
                     self.random = random_states(self.device)
                     progress.add(loss, labels, norm)
                     if self.watch is not None:
@@ -177,6 +181,7 @@ class TrainingRun:
                         found = progress.report(self.step)
                         self.loss = found.pop("loss")
                         report = {"loss": self.loss, "gradient_norm": norm.item(), "lr": rate, **found}
+                        report["epoch"] = self.consumed / len(self.dataset)
                 if evaluation is not None and evaluation.is_due(self.step, last):
                     with progress.paused():  # and SIGTERM may save meanwhile
                         evaluated = evaluation.run()
@@ -197,6 +202,7 @@ class TrainingRun:
         if self.rank == 0:
             reason = "stopped by SIGTERM at" if self.step < self.steps else "trained to"
             logger.info("%s step %d; checkpoints in %s", reason, self.step, self.folder)
+            logger.info(self.length.describe(self.consumed))
 
     def _termination(self) -> Termination:
         store = self.watch.store if self.watch is not None else None

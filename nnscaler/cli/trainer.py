@@ -13,7 +13,8 @@ from torch import nn
 from nnscaler.cli.config import TrainerArgs
 from nnscaler.cli.precision import with_precision
 from nnscaler.compiler import Source, compile_model
-from nnscaler.data.training import PackedDataset, with_labels
+from nnscaler.data.packed import PackedDataset
+from nnscaler.data.training import with_labels
 from nnscaler.errors import UserError
 from nnscaler.models.weights import WeightFiles, check_weights
 from nnscaler.processes import check_world, from_all, from_rank_0, join_processes, own_device, wait_for_steps_of
@@ -94,9 +95,10 @@ class Trainer:
         copies = compute.runtime_ngpus // compute.plan_ngpus
         step = copies * self.args.micro_batch_size * compute.micro_batches
         if step > len(dataset):
+            comes = "takes some of them several times" if self.args.max_train_steps else "is not full"
             logger.warning(
-                "a step takes %d samples (%d copies, %d micro-batches of %d), and the dataset has %d: it takes some of "
-                "them several times", step, copies, compute.micro_batches, self.args.micro_batch_size, len(dataset),
+                "a step takes %d samples (%d copies, %d micro-batches of %d), and the dataset has %d: it %s", step,
+                copies, compute.micro_batches, self.args.micro_batch_size, len(dataset), comes,
             )  # fmt: skip
 
     def _judge_ids(self, dataset: PackedDataset) -> None:

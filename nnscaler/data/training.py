@@ -16,7 +16,7 @@ from nnscaler.data.documents import POSITIONS, document_inputs
 from nnscaler.data.files import COLUMN, DOCUMENT_STARTS, LABELS
 from nnscaler.data.packed import IGNORED, PackedDataset, Row
 
-__all__ = ["Batches", "InOrder", "PackedDataset", "SampleOrder", "Share", "Shuffled", "counted", "with_labels"]
+__all__ = ["Batches", "First", "InOrder", "PackedDataset", "SampleOrder", "Share", "Shuffled", "counted", "with_labels"]
 
 
 @dataclass
@@ -81,6 +81,17 @@ class Shuffled:
 
     def sample(self, number: int) -> Row:
         return self._dataset.row(self._order.row(number))
+
+
+@dataclass(frozen=True)
+class First:
+    """The first `count` of other samples."""
+
+    samples: Samples
+    count: int
+
+    def sample(self, number: int) -> Row | None:
+        return self.samples.sample(number) if number < self.count else None
 
 
 class Batches:

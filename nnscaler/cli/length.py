@@ -1,0 +1,48 @@
+"""How long a run is: its steps, and the samples that it trains on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from nnscaler.cli.config import TrainerArgs
+from nnscaler.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """The last step of a run, and after how many samples it ends.
+
+    steps    optimizer steps in all, those of earlier runs that it continues too
+    samples  the last step that is not full trains on no more than these; None: epochs follow each other without end
+    rows     of the dataset
+    """
+
+    steps: int
+    samples: int | None
+    rows: int
+
+    @staticmethod
+    def of(args: TrainerArgs, rows: int, step_samples: int, step: int, consumed: int) -> RunLength:
+        """Of a run that goes on after `step` and `consumed` samples. Raises UserError where there is no step to do."""
+        if args.max_train_steps is not None:
+            return RunLength(args.max_train_steps, None, rows)
+        samples = max(1, round((args.num_train_epochs or 1.0) * rows))
+        left = max(0, samples - consumed) / step_samples
+        steps = step + (math.floor(left) if args.incomplete_step == "drop" else math.ceil(left))
+        if steps == 0:
+            raise UserError(
+                f"a step takes {step_samples} samples, and there are {samples} to train on; --incomplete_step train "
+                "trains with these"
+            )
+        return RunLength(steps, samples, rows)
+
+    def after(self, consumed: int, step_samples: int) -> int:
+        """Samples consumed after one more step."""
+        return consumed + step_samples if self.samples is None else min(self.samples, consumed + step_samples)
+
+    def describe(self, consumed: int) -> str:
+        """For people: what was seen, and what is left."""
+        of = self.rows - consumed % self.rows if self.samples is None else self.samples - consumed
+        where = " of this epoch" if self.samples is None else ""
+        return f"{consumed:,} samples seen, {consumed / self.rows:.2f} epochs of {self.rows:,}; {of:,}{where} left"
