@@ -31,10 +31,11 @@ from nnscaler.cli.config import (
 from nnscaler.cli.flags import Flags, keys_of, parse
 from nnscaler.command import run
 from nnscaler.config import ComputeConfig, OptimizerConfig
+from nnscaler.data.weighted import Source
 from nnscaler.directory import check_writable
 from nnscaler.errors import UserError
 from nnscaler.lazy import uncollected
-from nnscaler.options import REQUIRED, assignments, check, path, switch, text
+from nnscaler.options import REQUIRED, assignments, check, path, switch, text, words
 
 # torch and transformers take seconds to import: what is wrong with a flag is said before.
 
@@ -61,7 +62,10 @@ class Inputs:
         "another field of the model's configuration and its new value, such as max_position_embeddings=131072 or "
         '\'rope_parameters={"rope_type": "yarn", ...}\'; may be given several times'
     )
-    dataset_path: Path | None = path(None, "dataset that bookcorpus.py wrote")
+    dataset_path: tuple[str, ...] | None = words(
+        None, "dataset that bookcorpus.py wrote; or several, each as PATH=WEIGHT, from which samples are drawn by "
+        "weight", shown="PATH",
+    )  # fmt: skip
     eval_dataset_path: Path | None = path(
         None, "dataset like it that is evaluated between steps, and not trained on (default: no validation)"
     )
@@ -76,10 +80,17 @@ class Inputs:
 
     def __post_init__(self) -> None:
         check(self)
-        for name in ("dataset_path", "eval_dataset_path"):
-            given = getattr(self, name)
+        for name, given in [
+            *(("dataset_path", one.path) for one in self.sources),
+            ("eval_dataset_path", self.eval_dataset_path),
+        ]:
             if given is not None and not given.exists():
                 raise UserError(f"{name} is '{given}', which does not exist; make one with bookcorpus.py")
+
+    @property
+    def sources(self) -> list[Source]:
+        """What is trained on."""
+        return Source.read_all(self.dataset_path or (), "dataset_path")
 
 
 GROUPS: dict[str, type] = {
@@ -108,7 +119,7 @@ def read_flags() -> tuple[Flags, Inputs, TrainerArgs]:
     args = flags.make(
         TrainerArgs,
         model=ModelConfig(make=_not_read_yet),
-        dataset=flags.make(DatasetConfig) if inputs.dataset_path is None else DatasetConfig(sequence_length=2),
+        dataset=flags.make(DatasetConfig) if not inputs.sources else DatasetConfig(sequence_length=2),
         compute=flags.make(ComputeConfig, runtime_ngpus=flags["runtime_ngpus"] or processes),
         optimizer=flags.make(OptimizerConfig),
         lr_scheduler=flags.make(LRSchedulerConfig),
@@ -116,7 +127,7 @@ def read_flags() -> tuple[Flags, Inputs, TrainerArgs]:
         checkpoint=flags.make(CheckpointConfig),
         log=flags.make(LogConfig),
     )
-    if args.run_mode == "run" and inputs.dataset_path is None:
+    if args.run_mode == "run" and not inputs.sources:
         raise UserError("training needs a dataset_path; without one only --run_mode compile works")
     if os.environ.get("RANK", "0") == "0":
         written = {"gen_savedir": args.gen_savedir}
@@ -137,6 +148,7 @@ def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
     """`args` with the model and the data. Raises UserError for what does not go together."""
     from chunk_linear_cross_entropy import in_chunks
     from nnscaler.cli.precision import with_precision
+    from nnscaler.data.mixture import open_sources
     from nnscaler.data.training import PackedDataset
     from nnscaler.models import load_config
     from nnscaler.models.causal_lm import (
@@ -153,12 +165,12 @@ def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
     config = load_config(inputs.model_id)
     if inputs.set:
         config = changed_config(config, dict(inputs.set))
-    packed = PackedDataset.open(inputs.dataset_path) if inputs.dataset_path else None
-    dataset = DatasetConfig(packed, flags["sequence_length"])
+    dataset = DatasetConfig(open_sources(inputs.sources), flags["sequence_length"])
     evaluated = inputs.eval_dataset_path
     validation = PackedDataset.open(evaluated, "eval_dataset_path") if evaluated else None
     prepare_config(config, dataset.length, inputs.attn_implementation)
     loss = in_chunks if inputs.enable_chunk_loss else None
+    prepared = inputs.sources[0].path if inputs.sources else None  # with the tokenizer, if the model has none
     reads_weights = args.run_mode == "run" and not args.checkpoint.resume
     model = ModelConfig(
         make=lambda: CausalLM(config, loss),
@@ -167,7 +179,7 @@ def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
         vocabulary=config.vocab_size,
         flops_per_sequence=flops_per_sequence(config, count_parameters(config), dataset.length),
         instead={} if loss else {"--enable_chunk_loss": lambda: CausalLM(config, in_chunks)},
-        save_assets=AssetWriter(config, DTYPES[args.precision], inputs.model_id, inputs.dataset_path, dataset.length),
+        save_assets=AssetWriter(config, DTYPES[args.precision], inputs.model_id, prepared, dataset.length),
         name=Path(inputs.model_id).name if Path(inputs.model_id).exists() else inputs.model_id,
     )
     return replace(

@@ -45,6 +45,7 @@ class Option:
     choices   the only values that are allowed, or a function that lists them
     judge     called with (value, name); raises UserError where the value is not allowed
     shown     what stands for the value in a command's help
+    several   of a tuple: on the command line its texts are words of their own, without commas between them
     """
 
     kind: type
@@ -58,6 +59,7 @@ class Option:
     choices: Sequence[str] | Callable[[], Sequence[str]] | None = None
     judge: Callable[[Any, str], None] | None = None
     shown: str | None = None
+    several: bool = False
 
     def key(self, name: str) -> str:
         """The name by which a command's values hold the field `name`."""
@@ -72,7 +74,8 @@ class Option:
         if value is None and (self.optional or self.default is None):
             return
         if not self._is_of_kind(value):
-            raise _wrong(name, value, ", ".join(filter(None, (_KINDS[self.kind], self._bounds()))))
+            kind = "texts that are not empty" if self.several else _KINDS[self.kind]
+            raise _wrong(name, value, ", ".join(filter(None, (kind, self._bounds()))))
         if self.kind in (int, float) and not self._is_within(value):
             finite = "" if abs(value) <= _LARGEST else "a finite number"
             raise _wrong(name, value, ", ".join(filter(None, (finite, self._bounds()))))
@@ -109,7 +112,7 @@ class Option:
         """The value that a text spells. Raises UserError, which calls it `name`, for a text that is not allowed."""
         value: Any = text
         if self.kind is tuple:
-            value = tuple(part.strip() for part in text.split(","))
+            value = (text,) if self.several else tuple(part.strip() for part in text.split(","))
         elif self.kind is bool:
             value = _SWITCH.get(text.lower(), text)
         elif self.kind is dict:
@@ -163,6 +166,11 @@ def switch(help: str, **rules: Any) -> Any:
 def names(default: Any, help: str, **rules: Any) -> Any:
     """A tuple of texts."""
     return _field(tuple, default, help, rules)
+
+
+def words(default: Any, help: str, **rules: Any) -> Any:
+    """A tuple of texts; on the command line one or more words."""
+    return _field(tuple, default, help, {"several": True, **rules})
 
 
 def assignments(help: str, **rules: Any) -> Any:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
-from itertools import pairwise
+from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 
@@ -90,9 +90,11 @@ def test_every_command_that_plans_or_trains_is_judged_right(monkeypatch, tmp_pat
                 continue
             before, flags = words[: words.index("train.py")], words[words.index("train.py") + 1 :]
             flags = flags[: flags.index("2>&1")] if "2>&1" in flags else flags
-            for flag, value in pairwise(flags):
-                if flag.endswith("dataset_path"):
-                    Path(value).mkdir(parents=True, exist_ok=True)
+            for flag in flags:
+                if flag.startswith("--") and flag.endswith("dataset_path"):
+                    given = takewhile(lambda word: not word.startswith("--"), flags[flags.index(flag) + 1 :])
+                    for one in given:
+                        Path(one.partition("=")[0]).mkdir(parents=True, exist_ok=True)
             counts = dict(word.split("=", 1) for word in before if "=" in word)
             devices = int(counts.get("--nnodes", 1)) * int(counts.get("--nproc_per_node", 1))
             if devices > 1:

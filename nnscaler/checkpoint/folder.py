@@ -17,7 +17,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class TrainerState:
     owner        a name of the run that saved it, which no other run has (`Claim.run`)
     keep         how many of its newest checkpoints the run was to keep; 0: all, so this one is never removed
     eval_loss    mean validation loss a label of these very weights; None: not evaluated, or not finite
+    mixture      of a mixture of datasets, name -> rows, and samples of a block; else empty (`Mixture.described`)
     """
 
     step: int
@@ -68,6 +69,7 @@ class TrainerState:
     owner: str = ""
     keep: int = 0
     eval_loss: float | None = None
+    mixture: dict[str, list[int]] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         (folder / TRAINER).write_text(json.dumps(asdict(self), indent=1, allow_nan=False))

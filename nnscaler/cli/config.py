@@ -19,6 +19,7 @@ from nnscaler.options import REQUIRED, check, number, path, switch, text, whole
 if TYPE_CHECKING:  # which a command that only answers need not wait for
     from torch import nn
 
+    from nnscaler.data.mixture import Mixture
     from nnscaler.data.packed import PackedDataset
 
 
@@ -52,7 +53,7 @@ class ModelConfig:
 class DatasetConfig:
     """Packed sequences (`bookcorpus.py`); None: only plan, for sequences of `sequence_length` tokens."""
 
-    dataset: PackedDataset | None = None
+    dataset: PackedDataset | Mixture | None = None
     sequence_length: int | None = whole(
         None, "tokens a sequence, to plan without a dataset (default: the dataset's)", least=2, most=2**30
     )
@@ -70,11 +71,12 @@ class DatasetConfig:
             )
         if self.length < 2:
             raise UserError(f"sequence_length is {self.length}; it must be at least 2")
-        if self.dataset is not None and self.dataset.asks_for_documents:
-            raise UserError(
-                f"dataset_path is '{self.dataset.path}', whose column '{self.dataset.documents}' keeps documents "
-                "apart, which training does not do; remove it (remove_columns)"
-            )
+        for part in self.dataset.parts if self.dataset else ():
+            if part.asks_for_documents:
+                raise UserError(
+                    f"dataset_path is '{part.path}', whose column '{part.documents}' keeps documents apart, which "
+                    "training does not do; remove it (remove_columns)"
+                )
 
     @property
     def length(self) -> int:

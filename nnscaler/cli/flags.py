@@ -60,6 +60,8 @@ class Flags:
             flag = f"--{self.options[key].flag or key}"
             if isinstance(value, Mapping):
                 words += [word for field, one in value.items() for word in (flag, f"{field}={one}")]
+            elif self.options[key].several:
+                words += [flag, *value]
             elif isinstance(value, bool):
                 words += [flag] if value else [flag, "false"]
             else:
@@ -127,6 +129,8 @@ def _add(add: Any, flag: str, option: Option) -> None:
         settings |= {"nargs": "?", "const": "true"}
     if option.kind is dict:
         settings["action"] = "append"
+    if option.several:
+        settings |= {"action": "extend", "nargs": "+"}
     add(f"--{flag}", default=None, help=_help(option).replace("%", "%%"), **settings)
 
 
@@ -142,7 +146,10 @@ def _help(option: Option) -> str:
 def _read(option: Option, name: str, text: str | Sequence[str]) -> Any:
     if isinstance(text, str):
         return option.read(name, text)
-    return {field: value for one in text for field, value in option.read(name, one).items()}
+    values = [option.read(name, one) for one in text]
+    if option.several:
+        return tuple(one for value in values for one in value)
+    return {field: one for value in values for field, one in value.items()}
 
 
 def _of_file(path: Path, options: Mapping[str, Option]) -> dict[str, tuple[str, Any]]:
@@ -166,7 +173,7 @@ def _of_file(path: Path, options: Mapping[str, Option]) -> dict[str, tuple[str, 
             raise UserError(f"{path}: {unknown('flag', str(key), options)}")
         if value is None:
             continue
-        if options[flag].kind is dict:
+        if options[flag].kind is dict or options[flag].several:
             text: Any = _assignments(value)
         elif isinstance(value, dict):
             raise UserError(f"{path}: {flag} has values by name; it takes one value")

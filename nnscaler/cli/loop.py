@@ -27,8 +27,9 @@ from nnscaler.cli.length import RunLength
 from nnscaler.cli.log import RunLog, is_free, log_folder
 from nnscaler.cli.progress import Progress, StepSize
 from nnscaler.compiler import Source
+from nnscaler.data.mixture import Mixture, samples_of
 from nnscaler.data.packed import PackedDataset
-from nnscaler.data.training import Batches, First, Samples, Share, Shuffled, counted
+from nnscaler.data.training import Batches, First, Share, counted
 from nnscaler.errors import UserError
 from nnscaler.loaded import LoadedModel
 from nnscaler.models.weights import load_weights
@@ -54,7 +55,7 @@ class TrainingRun:
         code: Path,
         device: torch.device,
         source: Source,
-        dataset: PackedDataset,
+        dataset: PackedDataset | Mixture,
         resume_from: list[Path],
         own_folder: Path | None,
         jobs: list[str],
@@ -106,6 +107,11 @@ class TrainingRun:
                 "the checkpoint was trained on a dataset of %d samples, this one has %d: samples may come twice or not",
                 state.samples, len(self.dataset),
             )  # fmt: skip
+        elif state is not None and state.mixture != self._mixture():
+            logger.warning(
+                "the checkpoint was trained on the mixture %s (name: rows, share), this one is %s: samples may come "
+                "twice or not", state.mixture, self._mixture(),
+            )  # fmt: skip
         if state is not None and state.schedule != self._schedule():
             logger.warning("the learning rate was to follow %s; now it follows %s", state.schedule, self._schedule())
 
@@ -139,7 +145,7 @@ class TrainingRun:
         if self.step >= self.steps:
             logger.info("nothing to do: step %d of %d is reached", self.step, self.steps)
             return
-        samples: Samples = Shuffled(self.dataset, self.seed)
+        samples = samples_of(self.dataset, self.seed)
         if self.length.samples is not None:
             samples = First(samples, self.length.samples)
         length, ignored = self.dataset.sequence_length, args.dataset.ignored_label
@@ -182,6 +188,7 @@ class TrainingRun:
                         self.loss = found.pop("loss")
                         report = {"loss": self.loss, "gradient_norm": norm.item(), "lr": rate, **found}
                         report["epoch"] = self.consumed / len(self.dataset)
+                        report |= {f"samples/{name}": seen for name, seen in self._seen().items()}
                 if evaluation is not None and evaluation.is_due(self.step, last):
                     with progress.paused():  # and SIGTERM may save meanwhile
                         evaluated = evaluation.run()
@@ -203,11 +210,22 @@ class TrainingRun:
             reason = "stopped by SIGTERM at" if self.step < self.steps else "trained to"
             logger.info("%s step %d; checkpoints in %s", reason, self.step, self.folder)
             logger.info(self.length.describe(self.consumed))
+            for name, seen in self._seen().items():
+                logger.info("%s: %d samples seen", name, seen)
 
     def _termination(self) -> Termination:
         store = self.watch.store if self.watch is not None else None
         name = from_rank_0(lambda: uuid.uuid4().hex, self.device)
         return Termination(store, name, self._step_to_save, self._save)
+
+    def _mixture(self) -> dict[str, list[int]]:
+        return self.dataset.described() if isinstance(self.dataset, Mixture) else {}
+
+    def _seen(self) -> dict[str, int]:
+        """Samples seen of each dataset of a mixture, by its name."""
+        if not isinstance(self.dataset, Mixture):
+            return {}
+        return dict(zip(self.dataset.names, self.dataset.seen(self.seed, self.consumed)))
 
     def _evaluation(self, termination: Termination) -> Evaluation | None:
         config, ignored = self.args.evaluation, self.args.dataset.ignored_label
@@ -273,5 +291,6 @@ class TrainingRun:
             owner=self.run,
             updates=self.step - self.finite.skipped,
             eval_loss=self.eval_loss,
+            mixture=self._mixture(),
             keep=0 if self.finite.in_a_row else self.args.checkpoint.keep,
         )

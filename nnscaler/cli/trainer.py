@@ -13,6 +13,7 @@ from torch import nn
 from nnscaler.cli.config import TrainerArgs
 from nnscaler.cli.precision import with_precision
 from nnscaler.compiler import Source, compile_model
+from nnscaler.data.mixture import Mixture
 from nnscaler.data.packed import PackedDataset
 from nnscaler.data.training import with_labels
 from nnscaler.errors import UserError
@@ -82,15 +83,16 @@ class Trainer:
     def gen_folder(self) -> Path:
         return self.args.gen_savedir / self.args.name
 
-    def _dataset(self) -> PackedDataset:
+    def _dataset(self) -> PackedDataset | Mixture:
         dataset = self.args.dataset.dataset
         if dataset is None:
             raise UserError("training needs a dataset_path; without one only --run_mode compile works")
         return dataset
 
-    def _judge(self, dataset: PackedDataset) -> None:
+    def _judge(self, dataset: PackedDataset | Mixture) -> None:
         """Raises UserError as `_judge_ids` does; says where a step takes more samples than there are."""
-        self._judge_ids(dataset)
+        for part in dataset.parts:
+            self._judge_ids(part)
         compute = self.args.compute
         copies = compute.runtime_ngpus // compute.plan_ngpus
         step = copies * self.args.micro_batch_size * compute.micro_batches

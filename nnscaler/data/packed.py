@@ -96,6 +96,11 @@ class PackedDataset:
         return len(self.rows)
 
     @property
+    def parts(self) -> tuple[PackedDataset, ...]:
+        """The datasets that it is made of, as those of a mixture."""
+        return (self,)
+
+    @property
     def asks_for_documents(self) -> bool:
         """Whether somebody else's column says that rows hold several documents: bookcorpus.py always writes its own."""
         return self.documents not in (None, DOCUMENT_STARTS) and self.document_lengths.documents > len(self)

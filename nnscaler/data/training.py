@@ -21,17 +21,21 @@ __all__ = ["Batches", "First", "InOrder", "PackedDataset", "SampleOrder", "Share
 
 @dataclass
 class SampleOrder:
-    """Which row is the k-th sample: a new permutation of all rows every epoch."""
+    """Which row is the k-th sample: a new permutation of all rows every epoch.
+
+    part  the dataset's place in a mixture, whose datasets have orders of their own
+    """
 
     rows: int
     seed: int
+    part: int = 0
     _epoch: int = -1
     _permutation: Any = None
 
     def row(self, sample: int) -> int:
         epoch, place = divmod(sample, self.rows)
         if epoch != self._epoch:
-            generator = np.random.default_rng((self.seed, epoch))
+            generator = np.random.default_rng((self.seed, epoch, self.part) if self.part else (self.seed, epoch))
             self._epoch, self._permutation = epoch, generator.permutation(self.rows)
         return int(self._permutation[place])
 
@@ -76,8 +80,8 @@ class InOrder:
 class Shuffled:
     """The rows of a dataset in the order of a seed, epoch after epoch without end."""
 
-    def __init__(self, dataset: PackedDataset, seed: int) -> None:
-        self._dataset, self._order = dataset, SampleOrder(len(dataset), seed)
+    def __init__(self, dataset: PackedDataset, seed: int, part: int = 0) -> None:
+        self._dataset, self._order = dataset, SampleOrder(len(dataset), seed, part)
 
     def sample(self, number: int) -> Row:
         return self._dataset.row(self._order.row(number))

@@ -1,0 +1,126 @@
+"""Several datasets as one: each sample comes from one of them, drawn by weight.
+
+Samples come in blocks. Each block holds every dataset as often as its weight says, in an order that the seed and
+the block's number alone decide. So which row is the k-th sample is found without looking at the samples before it, and
+a run goes on exactly where it was, on any number of devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from nnscaler.data.documents import DocumentLengths
+from nnscaler.data.packed import PackedDataset, Row
+from nnscaler.data.training import Samples, Shuffled
+from nnscaler.data.weighted import Source, shares_of
+from nnscaler.errors import UserError
+
+_DRAWS = (1 << 32) - 1  # tells the seeds of draws from those of rows' orders
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Datasets of rows of one length, and how many of the samples of a block come from each."""
+
+    parts: tuple[PackedDataset, ...]
+    shares: tuple[int, ...]
+
+    @staticmethod
+    def of(parts: Sequence[PackedDataset], weights: Sequence[float], flag: str) -> Mixture:
+        """Raises UserError where rows are not of one length."""
+        for part in parts[1:]:
+            if part.sequence_length != parts[0].sequence_length:
+                raise UserError(
+                    f"{flag} is '{part.path}', whose sequences have {part.sequence_length} tokens, and those of "
+                    f"'{parts[0].path}' {parts[0].sequence_length}"
+                )
+        return Mixture(tuple(parts), tuple(shares_of(weights, [str(part.path) for part in parts], flag)))
+
+    @property
+    def sequence_length(self) -> int:
+        return self.parts[0].sequence_length
+
+    @property
+    def path(self) -> str:
+        return ", ".join(str(part.path) for part in self.parts)
+
+    def __len__(self) -> int:
+        """Rows of all datasets together: an epoch has as many samples."""
+        return sum(map(len, self.parts))
+
+    @property
+    def document_lengths(self) -> DocumentLengths:
+        """How long documents are: those of all parts, and of a token's document the average over what is drawn. Raises
+        UserError where a part does not say where documents begin."""
+        found = [part.document_lengths for part in self.parts]
+        documents = sum(each.documents for each in found)
+        of_token = np.average([each.of_token for each in found], weights=self.shares)
+        return DocumentLengths(
+            documents, len(self) * self.sequence_length / documents, max(each.longest for each in found),
+            float(of_token), sum(each.cut for each in found),
+        )  # fmt: skip
+
+    def seen(self, seed: int, consumed: int) -> list[int]:
+        """How many of the first samples come from each part."""
+        block, place = divmod(consumed, sum(self.shares))
+        counts = np.bincount(_draw(seed, self.shares, block)[0][:place], minlength=len(self.shares))
+        return [block * share + int(count) for share, count in zip(self.shares, counts)]
+
+    def described(self) -> dict[str, list[int]]:
+        """Name of each dataset -> its rows, and how many of a block's samples are its own."""
+        return {name: [len(part), share] for name, part, share in zip(self.names, self.parts, self.shares)}
+
+    @property
+    def names(self) -> list[str]:
+        """What each dataset is called in logs: the name of its folder, or where that is not enough, its path."""
+        short = [part.path.name for part in self.parts]
+        return [name if short.count(name) == 1 else str(part.path) for name, part in zip(short, self.parts)]
+
+
+class Mixed:
+    """The samples of a mixture.
+
+    samples  of each part, one after the other
+    shares   how many of a block come from each
+    """
+
+    def __init__(self, samples: Sequence[Samples], shares: Sequence[int], seed: int) -> None:
+        self._samples, self._shares, self._seed = samples, tuple(shares), seed
+
+    def sample(self, number: int) -> Row | None:
+        block, place = divmod(number, sum(self._shares))
+        draws, numbers = _draw(self._seed, self._shares, block)
+        part = int(draws[place])
+        return self._samples[part].sample(block * self._shares[part] + int(numbers[place]))
+
+
+def open_sources(sources: Sequence[Source]) -> PackedDataset | Mixture | None:
+    """The datasets that `--dataset_path` names, as one; None where there are none. Raises UserError as
+    `PackedDataset.open`, and where their rows are not of one length."""
+    parts = [PackedDataset.open(source.path) for source in sources]
+    if len(parts) > 1:
+        return Mixture.of(parts, [source.weight or 1.0 for source in sources], "dataset_path")
+    return parts[0] if parts else None
+
+
+def samples_of(dataset: PackedDataset | Mixture, seed: int) -> Samples:
+    """A dataset's rows in the order of a seed, without end."""
+    if isinstance(dataset, PackedDataset):
+        return Shuffled(dataset, seed)
+    parts = [Shuffled(part, seed, place) for place, part in enumerate(dataset.parts)]
+    return Mixed(parts, dataset.shares, seed)
+
+
+@lru_cache(maxsize=2)
+def _draw(seed: int, shares: tuple[int, ...], block: int) -> tuple[Any, Any]:
+    """For each sample of a block the part that it comes from, and how many of the block do before it. int64."""
+    draws = np.random.default_rng((seed, block, _DRAWS)).permutation(np.repeat(np.arange(len(shares)), shares))
+    numbers = np.empty(len(draws), dtype=np.int64)
+    for part, share in enumerate(shares):
+        numbers[draws == part] = np.arange(share)
+    return draws, numbers

@@ -1,0 +1,57 @@
+"""Which datasets are trained on, and with what weights: what `--dataset_path` says, judged before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnscaler.errors import UserError
+
+BLOCK = 1 << 16  # samples in which each dataset comes as often as its weight says, which counts to 1 / BLOCK of all
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of the datasets of --dataset_path, and its weight; None: it has none."""
+
+    path: Path
+    weight: float | None = None
+
+    @staticmethod
+    def read_all(texts: Sequence[str], flag: str) -> list[Source]:
+        """Of texts PATH or PATH=WEIGHT. Raises UserError where one of several has no weight, or none that counts."""
+        sources = [Source._read(text, flag) for text in texts]
+        for place, source in enumerate(sources):
+            if len(sources) > 1 and source.weight is None:
+                raise UserError(f"{flag} is '{source.path}', without a weight; one of several needs one: PATH=WEIGHT")
+            if source.path in [other.path for other in sources[:place]]:
+                raise UserError(f"{flag} has '{source.path}' twice")
+        shares_of([source.weight or 1.0 for source in sources], [str(source.path) for source in sources], flag)
+        return sources
+
+    @staticmethod
+    def _read(text: str, flag: str) -> Source:
+        if Path(text).expanduser().exists() or "=" not in text:
+            return Source(Path(text).expanduser())
+        path, _, number = text.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            return Source(Path(text).expanduser())
+        if not 0 < weight <= 1e9:
+            raise UserError(f"{flag} gives '{path}' the weight {number}; it must be more than 0 and at most 1e9")
+        return Source(Path(path).expanduser(), weight)
+
+
+def shares_of(weights: Sequence[float], names: Sequence[str], flag: str) -> list[int]:
+    """How many of BLOCK draws each dataset gets: its weight's part, rounded so that the sum is right."""
+    exact = [BLOCK * weight / sum(weights) for weight in weights]
+    shares = [int(value) for value in exact]
+    largest = sorted(range(len(exact)), key=lambda index: shares[index] - exact[index])
+    for index in largest[: BLOCK - sum(shares)]:
+        shares[index] += 1
+    for name, share in zip(names, shares):
+        if share == 0:
+            raise UserError(f"{flag} gives '{name}' less than 1/{BLOCK:,} of all weights, which is too small to count")
+    return shares
