@@ -16,22 +16,16 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from nnscaler.codegen import generate
 from nnscaler.config import ComputeConfig
 from nnscaler.errors import UserError
-from nnscaler.graph import short_dtype
-from nnscaler.hardware import Hardware
-from nnscaler.identity import DONE, differences, identity, versions
+from nnscaler.identity import DONE, differences, identity
 from nnscaler.pipeline.plan import PipelinePlan
 from nnscaler.planner import NothingFits
 from nnscaler.planning import plan_for, what_fits
@@ -41,8 +35,8 @@ from nnscaler.report.about import code_facts, headed
 from nnscaler.report.chrome import chrome_trace
 from nnscaler.report.page import plan_page
 from nnscaler.report.pipeline import of_stage, pipeline_report, stage_page
-from nnscaler.report.values import Work
-from nnscaler.trace import build_on_meta, trace
+from nnscaler.source import Source
+from nnscaler.trace import trace
 
 logger = logging.getLogger(__name__)
 
@@ -53,72 +47,6 @@ OWN_FILES = (
 )  # fmt: skip
 
 __all__ = ["ComputeConfig", "Source", "compile_model", "differences", "identity"]
-
-
-@dataclass(frozen=True)
-class Source:
-    """What is compiled: a model, and examples of its inputs.
-
-    make     builds the model
-    inputs   name of an argument of its forward -> an example. Values matter only to a trace strategy that executes.
-    dtype    of the parameters in computation
-    seed     of the weights with which such a strategy executes the model
-    tokens   of a micro-batch, for figures of speed
-    flops    forward and backward operations of a micro-batch: with attention in full, and halved because it is causal;
-             None: no figures of speed
-    name     of the model, for people; empty: that of its class
-    length   tokens of a sequence, where inputs are sequences of tokens; else 0
-    command  that compiles the same, for people
-    instead  flag -> a model that needs less memory, to be suggested where this one does not fit
-    """
-
-    make: Callable[[], nn.Module]
-    inputs: Mapping[str, Tensor]
-    dtype: torch.dtype = torch.bfloat16
-    seed: int = 0
-    tokens: int = 0
-    flops: tuple[float, float] | None = None
-    name: str = ""
-    length: int = 0
-    command: str = ""
-    instead: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
-
-    def shortened(self, parts: int) -> Source | None:
-        """The same with sequences that are cut to 1 / `parts` of their length.
-
-        None where the inputs are not sequences of one length, or the length does not divide.
-        """
-        lengths = {tensor.shape[1] if tensor.dim() == 2 else 0 for tensor in self.inputs.values()}
-        if len(lengths) != 1 or 0 in lengths or lengths.pop() % parts:
-            return None
-        inputs = {name: tensor[:, : tensor.shape[1] // parts].contiguous() for name, tensor in self.inputs.items()}
-        return replace(self, inputs=inputs, length=self.length // parts, tokens=self.tokens // parts)
-
-    def build(self) -> tuple[nn.Module, dict[str, Tensor]]:
-        """The model on the meta device (without values), and name -> value of its buffers."""
-        model, buffers = build_on_meta(self.make)
-        for parameter in model.parameters():
-            if parameter.dtype.is_floating_point:
-                parameter.data = parameter.data.to(self.dtype)
-        return model, buffers
-
-    def about(self) -> dict[str, Any]:
-        """What a plan is made for, as plain values. They do not depend on the time or the place."""
-        precision = {"bfloat16": "bf16", "float32": "fp32"}
-        dtype = str(self.dtype).removeprefix("torch.")
-        facts: dict[str, Any] = {"model": self.name, "command": self.command}
-        if self.length:
-            facts |= {"sequence_length": self.length, "sequences_per_micro_batch": self.tokens // self.length}
-        return {
-            **{what: value for what, value in facts.items() if value},
-            "inputs": {name: f"{short_dtype(one.dtype)}{list(one.shape)}" for name, one in self.inputs.items()},
-            "precision": precision.get(dtype, dtype),
-            "versions": versions(),
-        }
-
-    def work(self, hardware: Hardware) -> Work | None:
-        """What a micro-batch is, for figures of speed; None where that is not known."""
-        return Work(self.tokens, self.flops, hardware.peak(self.dtype)) if self.flops else None
 
 
 def compile_model(source: Source, config: ComputeConfig, directory: Path, explain: bool = False) -> Path:

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from types import CodeType, FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from nnscaler.config import ComputeConfig
 from nnscaler.operators.registry import all_registered
+from nnscaler.source import Source, versions
 from nnscaler.trace import find_strategy, observed
-
-if TYPE_CHECKING:
-    from nnscaler.compiler import Source
-    from nnscaler.config import ComputeConfig
 
 DONE = "compiled.json"
 UNKNOWN = "known only when it is executed"
@@ -82,19 +79,6 @@ def _sources(model: nn.Module) -> dict[str, str]:
         file = getattr(sys.modules.get(name), "__file__", None)
         found[name] = _digest(Path(file).read_bytes()) if file and Path(file).is_file() else "no file"
     return found
-
-
-def versions() -> dict[str, str | None]:
-    """Library -> version, for the libraries on which a trace and generated code depend."""
-    return {"torch": torch.__version__.split("+")[0], "transformers": _version("transformers")}
-
-
-def _version(package: str) -> str | None:
-    loaded = getattr(sys.modules.get(package), "__version__", None)
-    try:
-        return loaded or importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _content(value: Any) -> str:

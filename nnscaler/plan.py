@@ -11,7 +11,6 @@ from nnscaler.mesh import Mesh
 from nnscaler.placement import Placements, format_placements
 
 if TYPE_CHECKING:
-    from nnscaler.planner.costs import CostModel
     from nnscaler.recompute import Level
 
 GIB = 2.0**30
@@ -71,7 +70,7 @@ class Plan:
     seconds         predicted seconds of one micro-batch, by what they are for
     memory          predicted bytes of a device
     beside          seconds of what is exchanged beside computation; the time that this adds is in `seconds`
-    costs           the cost model that gave them; None: no planner made this plan
+    costs           the planner's cost model that gave them; None: no planner made this plan
     memory_limit    bytes a device that the plan was to fit into
     bound           seconds of a step; no plan on the meshes that were tried takes less
     weight_seconds  the seconds, among `seconds`, in which backward makes gradients of weights
@@ -95,7 +94,7 @@ class Plan:
     seconds: dict[Key, float] = field(default_factory=dict)
     memory: dict[Key, float] = field(default_factory=dict)
     beside: dict[Key, float] = field(default_factory=dict)
-    costs: CostModel | None = None
+    costs: object = None
     memory_limit: float = inf
     bound: float = 0.0
     weight_seconds: float = 0.0

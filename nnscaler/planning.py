@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nnscaler.config import ComputeConfig
 from nnscaler.errors import UserError
@@ -18,10 +18,8 @@ from nnscaler.pipeline.search import Wanted, find_pipeline, quiet
 from nnscaler.plan import GIB, Plan
 from nnscaler.planner import NothingFits, find_plan
 from nnscaler.profiler.operators import OperatorTimes
+from nnscaler.source import Source
 from nnscaler.trace import trace
-
-if TYPE_CHECKING:
-    from nnscaler.compiler import Source
 
 logger = logging.getLogger(__name__)
 

@@ -29,6 +29,7 @@ WORDS = (
     "graph",
     "mesh",
     "placement",
+    "plan",
     "reshard",
     "shards",
     "sizes",
@@ -52,25 +53,20 @@ def imported_by(tree: ast.Module) -> set[str]:
     return {name for name in found if name.startswith("nnscaler.")}
 
 
-def at_the_top(file: Path) -> set[str]:
-    """Modules of this package that importing a file imports first."""
-    tree = ast.parse(file.read_text())
-    tree.body = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    return imported_by(tree)
-
-
 def test_imports_make_no_circle():
+    """Not even imports inside a function, or for type checking alone."""
     names = {".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts): file for file in PACKAGE.rglob("*.py")}
     arrows = networkx.DiGraph()
     for name, file in names.items():
-        arrows.add_edges_from((name, other) for other in at_the_top(file) & set(names))
+        arrows.add_edges_from((name, other) for other in imported(file) & set(names))
     assert list(networkx.simple_cycles(arrows)) == []
 
 
 @pytest.mark.parametrize("word", WORDS)
 def test_shared_words_import_nothing_above_them(word):
     rooms = {name.split(".")[1] for name in imported(PACKAGE / f"{word}.py")}
-    assert rooms <= {*WORDS, "operators"}, "a unit is divided by what its operators are"
+    allowed = {*WORDS, "operators", "recompute"}  # units are divided by operators; a plan counts calls at each level
+    assert rooms <= allowed
 
 
 @pytest.mark.parametrize("room", BARRED)

@@ -41,7 +41,7 @@ class Evaluation:
 
 def evaluate(program: Program, solution: Solution) -> Evaluation | None:
     """The cost of a solution. None where it needs a tensor in a layout that resharding cannot give."""
-    values = program.statement.values(program.choices(solution))
+    values = program.statement.values(program.values(solution))
     if values is None:
         return None
     prices = program.statement.prices

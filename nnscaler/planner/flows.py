@@ -7,20 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from nnscaler.placement import Placements, format_placements
 from nnscaler.plan import Key
+from nnscaler.planner.choices import Choices
 from nnscaler.planner.costs import NO_TIME, Seconds
 from nnscaler.planner.problem import Flow, Port, Problem
 from nnscaler.planner.statement import Account, Terms, minus
 from nnscaler.recompute import Level
 from nnscaler.reshard import only_gathers, reshards, without_gradient
-
-if TYPE_CHECKING:
-    from nnscaler.planner.program import Program
 
 
 def resharding(problem: Problem, flow: Flow, source: Placements, target: Placements) -> Seconds | None:
@@ -61,8 +58,8 @@ class Flows:
     gathered   (index of a flow, from, to) -> the variable g: backward gathers it again
     """
 
-    def __init__(self, program: Program) -> None:
-        self.program, self.problem, self.statement = program, program.problem, program.statement
+    def __init__(self, choices: Choices) -> None:
+        self.choices, self.problem, self.statement = choices, choices.problem, choices.statement
         self.resharded: dict[int, list[int]] = {}
         self.kept: dict[tuple[int, Placements, Level], int] = {}
         self.in_call: dict[tuple[int, Placements, Level], int] = {}
@@ -82,16 +79,16 @@ class Flows:
         decision = self.problem.decisions[index]
         matching = [o for o, option in enumerate(decision.options) if fits(getattr(option, side)[position])]
         if level is None:
-            return [(self.program.x[index][option], 1.0) for option in matching]
-        if decision.block == block and (index, level) in self.program.z:
-            return [(self.program.z[index, level][option], 1.0) for option in matching]
-        return [(self.program.x[index][option], float(self.problem.calls[block])) for option in matching]
+            return [(self.choices.x[index][option], 1.0) for option in matching]
+        if decision.block == block and (index, level) in self.choices.z:
+            return [(self.choices.z[index, level][option], 1.0) for option in matching]
+        return [(self.choices.x[index][option], float(self.problem.calls[block])) for option in matching]
 
     def layouts(self, port: Port, side: str) -> dict[Placements, Terms]:
         """Layout -> the sum that is 1 where a decision makes (`side` "outputs") or uses ("inputs") a tensor in it."""
         decision, index = port
         found: dict[Placements, Terms] = {}
-        for option, x in zip(self.problem.decisions[decision].options, self.program.x[decision]):
+        for option, x in zip(self.problem.decisions[decision].options, self.choices.x[decision]):
             found.setdefault(getattr(option, side)[index], []).append((x, 1.0))
         return found
 
@@ -124,12 +121,12 @@ class Flows:
         calls = float(self.problem.calls[flow.block])
         for level in (level for level in self.problem.levels[flow.block] if level in flow.resharded_again_at):
             key = Key("reshard again", *place)
-            if flow.block not in self.program.n:
+            if flow.block not in self.choices.n:
                 self.statement.charge(backward, key, y, flow.count * seconds.forward)
             elif seconds.forward:
                 repeated = self.statement.least(bound=calls)
                 self.statement.charge(backward, key, repeated, flow.count / calls * seconds.forward)
-                self.statement.above(repeated, [(self.program.n[flow.block][level], 1.0), (y, calls)], -calls)
+                self.statement.above(repeated, [(self.choices.n[flow.block][level], 1.0), (y, calls)], -calls)
         return y
 
     def _pairs(

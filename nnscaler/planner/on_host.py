@@ -26,14 +26,11 @@ subject to    n_bl <= N_b u_bl;  h <= P v                                       
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from nnscaler.plan import Key
+from nnscaler.planner.choices import Choices
+from nnscaler.planner.flows import Flows
 from nnscaler.planner.statement import Account, Quantity, Terms
 from nnscaler.recompute import Level
-
-if TYPE_CHECKING:
-    from nnscaler.planner.program import Program
 
 PARTS = 64  # of the optimizer's state
 
@@ -45,12 +42,12 @@ class OnHost:
     parts  the variable h; some: the variable v
     """
 
-    def __init__(self, program: Program) -> None:
-        assert program.problem.costs.hardware.host is not None
-        self.program, self.problem, self.host = program, program.problem, program.problem.costs.hardware.host
-        self.statement = program.statement
+    def __init__(self, choices: Choices, flows: Flows) -> None:
+        assert choices.problem.costs.hardware.host is not None
+        self.choices, self.flows, self.problem = choices, flows, choices.problem
+        self.statement, self.host = choices.statement, choices.problem.costs.hardware.host
         self.used: dict[tuple[str, Level], int] = {}  # u
-        for block, counts in program.n.items():
+        for block, counts in choices.n.items():
             for level in (level for level in counts if level.on_host):
                 self._use(block, level)
         self._copy()
@@ -60,7 +57,7 @@ class OnHost:
         self.some = self.statement.choice()
         self._state()
 
-    def choices(self, levels: dict[str, dict[Level, int]], parts: int) -> dict[int, float]:
+    def values(self, levels: dict[str, dict[Level, int]], parts: int) -> dict[int, float]:
         """The variables that follow from a solution's levels and parts of the state on the host, with their values."""
         used = {u: float(levels[block].get(level, 0) > 0) for (block, level), u in self.used.items()}
         return {**used, self.parts: float(parts), self.some: float(parts > 0)}
@@ -69,14 +66,14 @@ class OnHost:
         """The row (some), for the calls of a level."""
         calls = float(self.problem.calls[block])
         self.used[block, level] = self.statement.choice()
-        self.statement.row([(self.program.n[block][level], 1.0), (self.used[block, level], -calls)], upper=0.0)
+        self.statement.row([(self.choices.n[block][level], 1.0), (self.used[block, level], -calls)], upper=0.0)
 
     def _copy(self) -> None:
         """The rows (hiding), for what calls keep."""
         sent: dict[tuple[str, Level], tuple[Terms, Terms]] = {use: ([], []) for use in self.used}
-        for (index, layout, level), k in self.program.flows.kept.items():
+        for (index, layout, level), k in self.flows.kept.items():
             flow = self.problem.flows[index]
-            if self.program.flows.keeps_on_host(flow, level):
+            if self.flows.keeps_on_host(flow, level):
                 share = flow.count / self.problem.calls[flow.block]
                 size = share * self.problem.costs.local_bytes(flow.meta, layout)
                 key = Key("copies", flow.block, flow.tensor, level.name)
@@ -85,7 +82,7 @@ class OnHost:
                     self.statement.charge(account, key, k, size / rate)
                     terms.append((k, size / rate))
         computed: dict[tuple[str, Level], tuple[Terms, Terms]] = {use: ([], []) for use in self.used}
-        for (index, level), zs in self.program.z.items():
+        for (index, level), zs in self.choices.z.items():
             decision = self.problem.decisions[index]
             for z, option in zip(zs, decision.options) if level.on_host else ():
                 again = option.seconds.forward if level in decision.recomputed_at else 0.0
@@ -103,7 +100,7 @@ class OnHost:
         for level in (level for where, level in self.used if where == block):
             terms: Terms = []
             most = 0.0
-            for (index, layout, at), j in self.program.flows.in_call.items():
+            for (index, layout, at), j in self.flows.in_call.items():
                 flow = self.problem.flows[index]
                 if at is level and flow.block == block:
                     size = 2 * flow.count / self.problem.calls[block]

@@ -21,15 +21,12 @@ M_r is a part of V_b, and P_r + Q_r takes the place of w_do in U.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from nnscaler.plan import Key
+from nnscaler.planner.choices import Choices
 from nnscaler.planner.costs import GRADIENT_BYTES
+from nnscaler.planner.flows import Flows
 from nnscaler.planner.problem import Divisible, Flow, Port
 from nnscaler.planner.statement import Account, Quantity, Terms
-
-if TYPE_CHECKING:
-    from nnscaler.planner.program import Program
 
 COUNTS = (4, 16)  # of pieces, beside one
 
@@ -44,8 +41,8 @@ class InPieces:
     held     the sums P_r + Q_r, one for each stretch
     """
 
-    def __init__(self, program: Program) -> None:
-        self.program, self.problem, self.statement = program, program.problem, program.statement
+    def __init__(self, choices: Choices, flows: Flows) -> None:
+        self.choices, self.flows, self.problem, self.statement = choices, flows, choices.problem, choices.statement
         self.counts: dict[tuple[str, str], dict[int, int]] = {}
         self.inside: set[int] = set()
         self.made: dict[str, list[int]] = {}
@@ -58,7 +55,7 @@ class InPieces:
 class _Stretch:
     def __init__(self, all_: InPieces, stretch: Divisible) -> None:
         self.all, self.stretch = all_, stretch
-        self.program, self.problem, self.statement = all_.program, all_.problem, all_.statement
+        self.choices, self.problem, self.statement = all_.choices, all_.problem, all_.statement
         flows = [(index, flow) for index, flow in enumerate(self.problem.flows) if flow.block == stretch.block]
         within = {index: {d for d, _ in flow.consumers} <= set(stretch.decisions) for index, flow in flows}
         self.inner = [i for i, flow in flows if flow.producer[0] in stretch.decisions and within[i]]
@@ -87,7 +84,7 @@ class _Stretch:
         """Bytes of a flow as a decision makes or uses it: a sum over the decision's options, and its largest value."""
         options = self.problem.decisions[use[0]].options
         sizes = [times * self.problem.costs.local_bytes(flow.meta, getattr(o, side)[use[1]]) for o in options]
-        return list(zip(self.program.x[use[0]], sizes)), max(sizes)
+        return list(zip(self.choices.x[use[0]], sizes)), max(sizes)
 
     def _sum(self, parts: list[tuple[Terms, float]]) -> tuple[Terms, float]:
         """The sum of several sums, and its largest value."""
@@ -97,15 +94,15 @@ class _Stretch:
         """The rows (whole) and (levels)."""
         self.statement.row(self._any(), upper=1.0)
         for index in self.inner:
-            for y in self.program.flows.resharded.get(index, ()):
+            for y in self.all.flows.resharded.get(index, ()):
                 self.statement.row([*self._any(), (y, 1.0)], upper=1.0)
         for decision, sizes in zip(self.stretch.decisions, self.stretch.sizes):
             for count, c in self.counts.items():
-                for x, size in zip(self.program.x[decision], sizes):
+                for x, size in zip(self.choices.x[decision], sizes):
                     if size % count:
                         self.statement.row([(c, 1.0), (x, 1.0)], upper=1.0)
         calls = float(self.problem.calls[self.stretch.block])
-        others = [(n, 1.0) for level, n in self.program.n[self.stretch.block].items() if not level.in_pieces]
+        others = [(n, 1.0) for level, n in self.choices.n[self.stretch.block].items() if not level.in_pieces]
         self.statement.row([*others, *self._any(calls)], upper=calls)
 
     def _time(self) -> None:
@@ -143,12 +140,12 @@ class _Stretch:
             if not decision.count:
                 continue
             launches += 1 if self.problem.costs.fused else len(decision.options[0].ways)
-            for level in self.program.n[self.stretch.block]:
+            for level in self.choices.n[self.stretch.block]:
                 # Each piece is for its gradients; the whole, if its results are computed again for what comes after.
                 more = 1 + (level.call is not None and not self.stretch.ends_block) - (level in decision.recomputed_at)
                 if level.in_pieces and more:
                     seconds = [more * option.seconds.forward for option in decision.options]
-                    terms += zip(self.program.z[index, level], seconds)
+                    terms += zip(self.choices.z[index, level], seconds)
                     most += self.problem.calls[self.stretch.block] * max(seconds)
         return terms, most, launches
 
@@ -190,4 +187,4 @@ class _Stretch:
                         whole = [sum(pair) for pair in zip(whole, sizes)]
             for count in COUNTS:
                 held = [all_of + max(o.transient - all_of, 0.0) / count for o, all_of in zip(decision.options, whole)]
-                self._where(own, count, list(zip(self.program.x[index], held)), max(held))
+                self._where(own, count, list(zip(self.choices.x[index], held)), max(held))

@@ -57,8 +57,9 @@ subject to    sum_o x_do = 1                                                    
               V_b >= B_b (1 - sum of n_bl over K_b), where B_b = sum_f b_fs x_do of what K_b keep of one call    (again)
               sum_d n_d m_do x_do + A (sum_f b_fs n_f / N_b k_fsl + sum_d i_do z_dol), where l keeps it on the device,
                        + U + sum_b V_b + a G + H <= M                                                          (memory)
-The rows (making) to (gathering) are stated in `nnscaler.planner.flows`, all others here; what lies on the host, in
-`nnscaler.planner.on_host`; and what is computed in pieces, in `nnscaler.planner.pieces`.
+The rows (choice) and (levels) are stated in `nnscaler.planner.choices`; those from (making) to (gathering), in
+`nnscaler.planner.flows`; what is computed in pieces, in `nnscaler.planner.pieces`; what lies on the host, in
+`nnscaler.planner.on_host`; and all others here.
 """
 
 from __future__ import annotations
@@ -70,11 +71,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from nnscaler.plan import Key
+from nnscaler.planner.choices import Choices
 from nnscaler.planner.flows import Flows
 from nnscaler.planner.on_host import OnHost
 from nnscaler.planner.pieces import InPieces
-from nnscaler.planner.problem import Decision, Flow, Problem
-from nnscaler.planner.statement import Account, Quantity, Statement, Terms
+from nnscaler.planner.problem import Flow, Problem
+from nnscaler.planner.statement import Account, Quantity, Terms
 from nnscaler.recompute import Level
 
 
@@ -96,41 +98,28 @@ class Solution:
     pieces: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
 
-@dataclass
 class Program:
     """States a problem as a `Statement`, by the rows above.
 
-    x     x[d][o]: the variable of option o of decision d
-    n     n[b][l]: the variable of how many calls of block b have level l; without blocks that have one level
-    z     z[d, l][o]: the variable of how many calls have level l and, for decision d, option o
-    full  the variable v
-    flows, pieces, on_host  the parts that state the rows of tensors, pieces, and the host (None: it is not used)
+    choices  the variables x, n and z; the first two are at hand as `x` and `n`
+    flows    the variables of tensors on their way
+    pieces   those of what is computed in pieces
+    on_host  those of what lies on the host; None: nothing may
     """
 
-    problem: Problem
-    statement: Statement = field(default_factory=Statement)
-    x: list[list[int]] = field(default_factory=list)
-    n: dict[str, dict[Level, int]] = field(default_factory=dict)
-    z: dict[tuple[int, Level], list[int]] = field(default_factory=dict)
-    full: int = 0  # the variable v
-    on_host: OnHost | None = None
-
-    def __post_init__(self) -> None:
-        for block, levels in self.problem.levels.items():
-            if len(levels) > 1:
-                self._levels(block)
-        for decision in self.problem.decisions:
-            self._choice(decision)
-        self.flows = Flows(self)
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.choices = problem, Choices(problem)
+        self.statement, self.x, self.n = self.choices.statement, self.choices.x, self.choices.n
+        self.flows = Flows(self.choices)
         self._weigh()
         self._hide()
-        self.pieces = InPieces(self)
+        self.pieces = InPieces(self.choices, self.flows)
         self._work()
-        for block in self.problem.levels:
+        for block in problem.levels:
             self._compute_again(block)
         self._gather_early()
-        self._buffer()
-        self.on_host = OnHost(self) if self.problem.host else None
+        self._full = self._buffer()
+        self.on_host = OnHost(self.choices, self.flows) if problem.host else None
 
     def solution(self, values: np.ndarray) -> Solution:
         """The solution that values of the variables mean."""
@@ -144,7 +133,7 @@ class Program:
         }
         return Solution(chosen, levels, again, round(values[self.on_host.parts]) if self.on_host else 0, pieces)
 
-    def choices(self, solution: Solution) -> dict[int, float]:
+    def values(self, solution: Solution) -> dict[int, float]:
         """The values of the choices that a solution means. Choices that are not named are 0."""
         values = {xs[chosen]: 1.0 for xs, chosen in zip(self.x, solution.chosen, strict=True)}
         for block, counts in self.n.items():
@@ -156,66 +145,14 @@ class Program:
             used = target in (options[decision].inputs[place] for decision, place in flow.consumers)
             values[g] = float(index in solution.gathered_again and made and used)
         buffers = sum(d.count * option.exchange_buffers for d, option in zip(self.problem.decisions, options))
-        values[self.full] = float(buffers > self.problem.exchange_buffers)
+        values[self._full] = float(buffers > self.problem.exchange_buffers)
         values.update({self.pieces.counts[run][count]: 1.0 for run, count in solution.pieces.items()})
         if self.on_host:
-            values.update(self.on_host.choices(solution.levels, solution.state_on_host))
+            values.update(self.on_host.values(solution.levels, solution.state_on_host))
         return values
 
     def _charge(self, account: Account, key: Key, variable: int, amount: float) -> None:
         self.statement.charge(account, key, variable, amount)
-
-    def _levels(self, block: str) -> None:
-        """The row (levels) of a block."""
-        calls = float(self.problem.calls[block])
-        self.n[block] = {level: self.statement.choice(calls) for level in self.problem.levels[block]}
-        self.statement.row([(n, 1.0) for n in self.n[block].values()], calls, calls)
-
-    def _choice(self, decision: Decision) -> None:
-        """The row (choice) of a decision, its rows (levels), and charges for its time and memory."""
-        index = len(self.x)
-        self.x.append([self.statement.choice() for _ in decision.options])
-        self.statement.row([(x, 1.0) for x in self.x[index]], 1.0, 1.0)
-        if decision.kind == "parameter":
-            self._parameter(decision, self.x[index])
-            return
-        by_level = self._by_level(index, decision)
-        place = (decision.block, decision.name)
-        for option, (settings, x) in enumerate(zip(decision.options, self.x[index])):
-            forward, backward = settings.seconds.forward, settings.seconds.backward
-            self._charge(Account.TIME, Key("forward", *place), x, decision.count * forward)
-            self._charge(Account.TIME, Key("backward", *place), x, decision.count * backward)
-            for level in self.problem.levels[decision.block]:
-                # Calls at a level are counted by z; where there is one level, all are, by x.
-                calls, each = (by_level[level][option], 1) if by_level else (x, decision.count)
-                if level in decision.recomputed_at:
-                    self._charge(Account.TIME, Key("again", *place, level.name), calls, each * forward)
-                if level in decision.inner_kept_at:
-                    held = each * self.problem.in_flight * settings.inner_bytes
-                    self._charge(Account.DEVICE, Key("inside", *place, level.name), calls, held)
-
-    def _parameter(self, decision: Decision, xs: list[int]) -> None:
-        """Charges for a parameter: its update, its memory, and the seconds of its exchange, which `_hide` uses."""
-        place = (decision.block, decision.name)
-        for option, x in zip(decision.options, xs):
-            self._charge(Account.TIME, Key("update", *place), x, decision.count * option.seconds.forward)
-            self._charge(Account.BACKWARD, Key("exchange", *place), x, decision.count * option.seconds.backward)
-            self._charge(Account.LAST, Key("exchange", *place), x, decision.count * option.last_exchange)
-            for what, size in option.memory.items():
-                self._charge(Account.DEVICE, Key("parameter", *place, what), x, decision.count * size)
-
-    def _by_level(self, index: int, decision: Decision) -> dict[Level, list[int]]:
-        """Level -> the variables z of a decision. Empty where its block has only one level."""
-        if decision.block not in self.n:
-            return {}
-        calls = float(self.problem.calls[decision.block])
-        for level, n in self.n[decision.block].items():
-            self.z[index, level] = [self.statement.product([(n, 1.0)], [(x, 1.0)], calls) for x in self.x[index]]
-            self.statement.row([*((z, 1.0) for z in self.z[index, level]), (n, -1.0)], 0.0, 0.0)
-        by_level = {level: self.z[index, level] for level in self.n[decision.block]}
-        for option, x in enumerate(self.x[index]):
-            self.statement.row([*((zs[option], 1.0) for zs in by_level.values()), (x, -calls)], 0.0, 0.0)
-        return by_level
 
     def _weigh(self) -> None:
         """Charges the part of backward's time that is for weights: each input that needs a gradient takes an equal
@@ -290,8 +227,8 @@ class Program:
                 self.statement.above(early, [(gather.variable, 1.0)])
             self._charge(Account.DEVICE, Key("buffers", "", "gathered early"), early, self.problem.gathered_early)
 
-    def _buffer(self) -> None:
-        """The rows (buffers)."""
+    def _buffer(self) -> int:
+        """The rows (buffers). Returns the variable v."""
         size = [
             (x, decision.count * option.exchange_buffers)
             for decision, xs in zip(self.problem.decisions, self.x)
@@ -300,8 +237,8 @@ class Program:
         ]
         every, most = sum(each for _, each in size), self.problem.exchange_buffers
         held, full = self.statement.least(Quantity.BYTES), self.statement.choice()
-        self.full = full
         self._charge(Account.DEVICE, Key("buffers"), held, 1.0)
         self.statement.above(held, [(full, most)])
         self.statement.above(held, [*size, (full, -every)])
         self.statement.row([*size, (full, -every)], upper=most, quantity=Quantity.BYTES)
+        return full

@@ -35,7 +35,7 @@ def category_of(unit: Unit) -> str:
 
 def costs_of(plan: Plan) -> CostModel:
     """The cost model that the plan was priced with."""
-    assert plan.costs is not None, "only a plan that the planner made has costs"
+    assert isinstance(plan.costs, CostModel), "only a plan that the planner made has costs"
     return plan.costs
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nnscaler.operators.attention import ALL, Window, attention_of_rows, pairs, reach
 from nnscaler.runtime import collectives
-from nnscaler.runtime.axes import Axis
+from nnscaler.runtime.axis import Axis
 
 EVEN = 1.05  # the most work of a device as a multiple of all devices' mean, which is good enough
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import chain, combinations
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -14,24 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from nnscaler.errors import UserError
 from nnscaler.mesh import Mesh
 from nnscaler.placement import Placements, Shard
-
-if TYPE_CHECKING:
-    from nnscaler.runtime.gathering import Gathers
-    from nnscaler.runtime.host import HostMemory
-
-
-@dataclass(frozen=True)
-class Axis:
-    """The group of ranks along one mesh axis through this rank.
-
-    size   how many ranks it has
-    rank   this rank's place in it
-    group  the process group; None: the axis has one device
-    """
-
-    size: int
-    rank: int
-    group: dist.ProcessGroup | None  # None where the axis has one device
+from nnscaler.runtime.axis import Axis
+from nnscaler.runtime.gathering import Gathers
+from nnscaler.runtime.host import HostMemory
 
 
 class Axes:

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nnscaler.kernels import add_gradient
-from nnscaler.runtime.axes import Axes, Axis
+from nnscaler.runtime.axes import Axes
+from nnscaler.runtime.axis import Axis
 from nnscaler.runtime.collectives import all_gather_single, reduce_scatter_single
 from nnscaler.shards import Box, ParameterSpec, flat_range_boxes
 from nnscaler.sizes import BUCKET_ELEMENTS, MOST_IN_FLIGHT

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nnscaler.runtime.axes import Axis
+from nnscaler.runtime.axis import Axis
 
 # Renamed in torch 2.13; the old names still work there, with a warning.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nnscaler.runtime.axes import Axis
+from nnscaler.runtime.axis import Axis
 from nnscaler.runtime.collectives import finish_gather, start_gather, start_reduce_scatter
 from nnscaler.sizes import PREFETCH_BYTES
 

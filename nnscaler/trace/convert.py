@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import operator as python_operator
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.utils._python_dispatch import _disable_current_modes
 
 from nnscaler.errors import UserError
 from nnscaler.graph import Block, Call, Node, Ref, TensorMeta, map_refs
+from nnscaler.trace.digest import digest
 from nnscaler.trace.leaf import Session
-from nnscaler.trace.source import is_own_code, line_of
+from nnscaler.trace.own_code import is_own_code, line_of
 
 _DROPPED = {"aten._assert_tensor_metadata.default", "aten._assert_scalar.default"}
 _VALUE_READS = {"aten.item.default", "aten._local_scalar_dense.default", "aten.nonzero.default"}
@@ -195,13 +193,6 @@ class Converter:
 
 def _has_values(tensor: Tensor) -> bool:
     return not isinstance(tensor, FakeTensor) and not tensor.is_meta
-
-
-def digest(tensor: Tensor) -> str:
-    """A text that is equal for tensors of equal values, shapes and types."""
-    with _disable_current_modes(), torch.no_grad():
-        content = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return hashlib.sha1(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + content).hexdigest()
 
 
 def _meta(value: Tensor) -> TensorMeta:

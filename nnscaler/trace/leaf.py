@@ -10,77 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from nnscaler.errors import UserError
-from nnscaler.operators.registry import LeafTracer, Operator, leaf_tracer
-
-if TYPE_CHECKING:
-    from nnscaler.trace.observe import Observation
-
-
-@dataclass
-class Structure:
-    """A nested value, such as (args, kwargs), with its tensors taken out.
-
-    spec       how it is nested
-    constants  what is in it; a marker where a tensor was
-    """
-
-    spec: pytree.TreeSpec
-    constants: list[Any]  # `_TENSOR` where a tensor stood
-
-    @staticmethod
-    def take(value: Any) -> tuple[Structure, list[Tensor]]:
-        """Takes a nested value apart: (how it is nested, its tensors in order)."""
-        flat, spec = pytree.tree_flatten(value)
-        tensors = [item for item in flat if isinstance(item, Tensor)]
-        return Structure(spec, [_TENSOR if isinstance(item, Tensor) else item for item in flat]), tensors
-
-    def holds(self, tensors: Sequence[Tensor], nest: Any) -> bool:
-        """Whether a nest that `put` built of these tensors has not been changed since."""
-        other, found = Structure.take(nest)
-        before, now = [*self.constants, *tensors], [*other.constants, *found]
-        return self.spec == other.spec and len(before) == len(now) and all(a is b for a, b in zip(before, now))
-
-    def tensor_names(self, positional: Sequence[str]) -> list[str]:
-        """A name for each tensor of an (args, kwargs) nest: that of the argument, with the place inside it."""
-        paths, _ = pytree.tree_flatten_with_path(self.put([_TENSOR] * len(self.constants)))
-        names = []
-        for path, value in paths:
-            if value is _TENSOR:
-                _, first, *rest = [getattr(key, "idx", getattr(key, "key", None)) for key in path]
-                head = positional[first] if isinstance(first, int) else str(first)
-                names.append("_".join([head, *map(str, rest)]))
-        return names
-
-    @property
-    def is_tensor(self) -> bool:
-        return self.spec.is_leaf()
-
-    @property
-    def is_flat(self) -> bool:
-        """Whether the value is a tensor, or a list or tuple of tensors only."""
-        nest = [self.spec] if self.is_tensor else self.spec.children()
-        return all(item is _TENSOR for item in self.constants) and all(child.is_leaf() for child in nest)
-
-    def put(self, tensors: Sequence[Any]) -> Any:
-        """Builds the nested value again, with these tensors in it."""
-        rest = iter(tensors)
-        return pytree.tree_unflatten([next(rest) if item is _TENSOR else item for item in self.constants], self.spec)
-
-
-_TENSOR = object()
-
-
-class EmptyTensor(NamedTuple):
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
+from nnscaler.operators.registry import Operator
+from nnscaler.trace.observe import Observation
+from nnscaler.trace.structure import EmptyTensor, Structure, call_key, empty, operators_call
 
 
 @dataclass
@@ -102,12 +40,6 @@ class Leaf:
     operator: Operator | None = None
     module: nn.Module | None = None
     call: int = 0
-
-
-def call_key(key: Any, arguments: Structure, tensors: Sequence[Tensor]) -> Any:
-    """Equal for calls with equal `key`, equal constants, and equal shapes and types of tensors."""
-    types = tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors)
-    return key, str(arguments.spec), repr(arguments.constants), types
 
 
 @dataclass
@@ -173,16 +105,6 @@ def recording(observation: Observation, reuse: bool) -> Iterator[Session]:
         _session = None
 
 
-@contextmanager
-def operators_call(take: LeafTracer | None) -> Iterator[None]:
-    """Inside, `take` is called in place of registered operators. None: they run themselves."""
-    token = leaf_tracer.set(take)
-    try:
-        yield
-    finally:
-        leaf_tracer.reset(token)
-
-
 @torch.library.custom_op("nnscaler::leaf", mutates_args=())
 def leaf_op(token: str, tensors: Sequence[Tensor]) -> list[Tensor]:
     raise AssertionError("a leaf is traced, not run")
@@ -193,7 +115,3 @@ def _(token: str, tensors: Sequence[Tensor]) -> list[Tensor]:
     assert _session is not None
     results = _session.leaves[token].results
     return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in results]
-
-
-def empty(tensor: Tensor) -> EmptyTensor:
-    return EmptyTensor(tensor.shape, tensor.dtype, torch.device("cpu"))

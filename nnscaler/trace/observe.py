@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from nnscaler.errors import UserError
 from nnscaler.operators.registry import Operator
 from nnscaler.trace.fake import Attributes, as_if_exporting
-from nnscaler.trace.leaf import EmptyTensor, Structure, call_key, empty, operators_call
 from nnscaler.trace.recorder import Record, Recorder
 from nnscaler.trace.repeated import intercepted
+from nnscaler.trace.structure import EmptyTensor, Structure, call_key, empty, operators_call
 
 ROOT = "root"
 

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from nnscaler.errors import UserError
-from nnscaler.trace.source import is_own_code, line_of
+from nnscaler.trace.own_code import is_own_code, line_of
 
 _READS = {
     Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__complex__, Tensor.__index__,

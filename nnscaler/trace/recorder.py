@@ -25,8 +25,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from nnscaler.errors import UserError
-from nnscaler.trace.convert import digest
-from nnscaler.trace.source import is_own_code, line_of
+from nnscaler.trace.digest import digest
+from nnscaler.trace.own_code import is_own_code, line_of
 
 _IN_BACKWARD = {"register_hook", "register_post_accumulate_grad_hook", "backward", "retain_grad"}
 

@@ -17,17 +17,19 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from nnscaler.errors import UserError
 from nnscaler.graph import Block, Call, Graph, TensorMeta
-from nnscaler.trace.convert import CallTarget, Converter, digest
+from nnscaler.trace.convert import CallTarget, Converter
 from nnscaler.trace.decompose import decompose
+from nnscaler.trace.digest import digest
 from nnscaler.trace.execute import Execution, execute
 from nnscaler.trace.fake import fake, fake_mode, fake_weights
 from nnscaler.trace.gradients import mark_gradients
-from nnscaler.trace.leaf import Leaf, Session, Structure, recording
+from nnscaler.trace.leaf import Leaf, Session, recording
 from nnscaler.trace.observe import ROOT, Observation, observe
+from nnscaler.trace.own_code import is_own_code, line_of
 from nnscaler.trace.recorder import Outline
 from nnscaler.trace.repeated import find_repeated, intercepted
-from nnscaler.trace.source import is_own_code, line_of
 from nnscaler.trace.strategies import STRATEGIES, find_strategy
+from nnscaler.trace.structure import Structure
 
 
 def trace(
