@@ -20,14 +20,13 @@ from nnscaler.planner.evaluate import Evaluation, evaluate
 from nnscaler.planner.problem import Problem, Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution
 from nnscaler.planner.refusal import DoesNotFit
-from nnscaler.planner.solve import OutOfTime, least_memory, solve
+from nnscaler.planner.solve import OutOfTime, least_memory, least_seconds, solve
 from nnscaler.profiler.operators import OperatorTimes
 
 logger = logging.getLogger(__name__)
 
 WORTH = 1e-3  # part of the step time that a mesh of more axes must save
 SPARING = 5e-3  # part of it that the host's memory, and pieces, must save
-UNLIMITED = 1e18  # bytes
 LEAST_SECONDS = 5.0  # of the search for the plan that takes least memory, where time is out
 NEAR = 2 * WORTH  # a plan is called the best where it is proven to be so near to it
 TOLERANCE = 1e-5  # of a solver, in the memory row
@@ -83,7 +82,7 @@ def find_plan(
     for left, program in enumerate(programs, 1 - len(programs)):
         search.on(program, -left)
     for left, program in enumerate(programs if host or pieces else (), 1 - len(programs)):
-        if search.may_gain(program):
+        if search.may_gain(program, SPARING):
             search.on(Program(problem(program.problem.costs, host, pieces)), -left)
     if search.found is None:
         raise DoesNotFit(*_least(problem(costs[0], host, pieces)), memory)
@@ -111,21 +110,26 @@ class _Found:
 class _Search:
     """The search over meshes, one after the other, until `time.process_time()` is `until`.
 
-    found  the best plan so far
-    bound  seconds of a micro-batch; no plan on the meshes tried so far takes less
-    told   when the log last said how far the search is
+    found   the best plan so far
+    bound   seconds of a micro-batch; no plan on the meshes tried so far takes less
+    floors  seconds of a micro-batch; no plan on a mesh takes less, whatever its memory. Of the meshes asked for so far
+    told    when the log last said how far the search is
     """
 
     memory: float
     until: float
     found: _Found | None = None
     bound: float = inf
+    floors: dict[Mesh, float] = field(default_factory=dict)
     told: float = field(default_factory=time.perf_counter)
 
     def on(self, program: Program, left: int) -> None:
         """Searches one mesh; `left` more are to come, which get half of the time that is left."""
         mesh = program.problem.costs.mesh
         below = None if self.found is None else self.found.evaluation.total_seconds * (1 - WORTH)
+        if below is not None and not self.may_gain(program, WORTH):
+            self.bound = min(self.bound, below)
+            return
         seconds = max(self.until - time.process_time(), 0.1) / (2 if left else 1)
 
         better = "" if self.found is None else "better "
@@ -155,19 +159,18 @@ class _Search:
                     self._take(program, least)
                     logger.info("planning on %s: out of time; the plan that takes least memory is taken", mesh)
 
-    def may_gain(self, program: Program) -> bool:
-        """Whether it is worth trying what saves memory at a price on this mesh.
+    def may_gain(self, program: Program, worth: float) -> bool:
+        """Whether a mesh could save a part `worth` of the time of the best plan so far.
 
-        It is where the mesh, with unlimited memory, would be faster than the best plan so far by the part SPARING.
-        `program`: the one that uses the device's memory alone
+        It could where it would with unlimited memory, and with choices that may be made in parts: that is soon known.
+        `program`: any of the mesh
         """
         if self.found is None:
             return True
-        below = self.found.evaluation.total_seconds * (1 - SPARING)
-        try:
-            return solve(program, UNLIMITED, below=below, seconds=self.until - time.process_time()) is not None
-        except OutOfTime:
-            return False
+        mesh = program.problem.costs.mesh
+        if mesh not in self.floors:
+            self.floors[mesh] = least_seconds(program)
+        return self.floors[mesh] < self.found.evaluation.total_seconds * (1 - worth)
 
     def _take(self, program: Program, solution: Solution) -> None:
         evaluation = evaluate(program, solution)

@@ -13,6 +13,8 @@ from nnscaler.planner.problem import Problem
 from nnscaler.planner.program import Program, Solution
 from nnscaler.planner.statement import Account, Quantity
 
+UNLIMITED = 1e18  # bytes
+
 
 class OutOfTime(Exception):  # noqa: N818
     """Time was out before the solver found a solution.
@@ -84,6 +86,14 @@ def least_memory(program: Program, seconds: float = inf) -> Solution | None:
     answer = milp.solve(gap=1e-2, seconds=seconds)
     assert answer is not None, "without a limit there is always a plan"
     return None if answer.values is None else program.solution(answer.values)
+
+
+def least_seconds(program: Program) -> float:
+    """Seconds of a micro-batch that no choice takes less than, whatever memory it has: those where choices may be made
+    in parts."""
+    answer = stated(program, UNLIMITED).solve(gap=0.0, relaxed=True)
+    assert answer is not None, "without a limit there is always a plan"
+    return answer.bound
 
 
 def relaxed(problems: Sequence[Problem], memory: float) -> list[tuple[float, float]] | None:

@@ -12,10 +12,12 @@ import torch
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 
+from nnscaler.errors import UserError
 from nnscaler.graph import Block, Call, Graph, Node, Ref, TensorMeta
 from nnscaler.hardware import load_hardware
 from nnscaler.mesh import Mesh
-from nnscaler.planner import on_host
+from nnscaler.plan import Plan
+from nnscaler.planner import find_plan, on_host
 from nnscaler.planner import problem as stating
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.evaluate import evaluate
@@ -23,7 +25,8 @@ from nnscaler.planner.flows import beside
 from nnscaler.planner.pieces import COUNTS
 from nnscaler.planner.problem import Problem, Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution
-from nnscaler.planner.solve import least_memory, solve, stated
+from nnscaler.planner.search import WORTH
+from nnscaler.planner.solve import least_memory, least_seconds, solve, stated
 from nnscaler.planner.statement import Account
 from nnscaler.recompute import ON_DEVICE, ON_HOST, Level
 
@@ -156,6 +159,7 @@ def test_the_program_finds_the_optimum(graph, sizes, fused, fraction, hardware):
     program = Program(problem)
     free = evaluate(program, solve(program, memory=1e18, gap=0.0).solution)
     assert free.total_seconds == pytest.approx(best(program, 1e18), rel=1e-5)
+    assert 0.5 * free.total_seconds < least_seconds(program) <= free.total_seconds * (1 + 1e-6)
     memory = fraction * free.total_memory
     wanted = best(program, memory)
     solution = solve(program, memory, gap=0.0)
@@ -167,6 +171,29 @@ def test_the_program_finds_the_optimum(graph, sizes, fused, fraction, hardware):
     found = evaluate(program, solution.solution)
     assert found.total_memory <= memory * (1 + 1e-5)
     assert found.total_seconds == pytest.approx(wanted, rel=1e-5)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(graph=graphs((0, 1)), fused=st.booleans(), fraction=st.sampled_from([0.8, 2.0]), backwards=st.booleans())
+def test_no_mesh_is_left_out_that_has_a_better_plan(graph, fused, fraction, backwards):
+    hardware = replace(load_hardware("h100"), devices_per_node=2)
+    meshes = [Mesh((4,)), Mesh((2, 2))]
+    most = find_plan(graph, meshes[:1], hardware, fused=fused, pieces=False).memory_bytes
+
+    def plan(*meshes: Mesh) -> Plan | None:
+        try:
+            return find_plan(graph, meshes, hardware, memory=fraction * most, fused=fused, pieces=False)
+        except UserError:
+            return None
+
+    alone = [found.step_seconds for mesh in meshes if (found := plan(mesh)) is not None]
+    together = plan(*(reversed(meshes) if backwards else meshes))
+    if together is None:
+        assert not alone
+        return
+    event(f"the best is on a mesh of {len(together.mesh.sizes)} axes")
+    assert together.step_seconds <= min(alone) * (1 + WORTH + 1e-6)
+    assert together.bound <= min(alone) * (1 + 1e-6)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
