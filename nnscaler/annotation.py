@@ -16,13 +16,17 @@ A tensor without dimensions is `()`. A tensor that is `?` is never split: each d
 To split a name over devices means: tensors that have the name are sharded along that dimension; inputs without it are
 whole on each device; outputs without it (allowed for `name+` only) are partial sums. In the example, splitting `b`
 shards the first input, the third, and the output; the second input, a weight, is whole on each device.
+
+After a `|` may stand names that can also be split together, even frozen ones: `... -> t d^ | t n`. No tensor has two of
+them; each is sharded along the one that it has. Only a function of the operator's own can compute that, for its devices
+need each other's parts.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 from typing import NoReturn
@@ -32,7 +36,7 @@ from nnscaler.placement import PARTIAL, REPLICATE, SHARED, Placement, Shard
 
 Shape = tuple[int, ...]
 
-_TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_]\w*)|(?P<number>\d+)|(?P<mark>->|[,()?*^+]))")
+_TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_]\w*)|(?P<number>\d+)|(?P<mark>->|[,()?*^+|]))")
 
 
 @dataclass(frozen=True)
@@ -55,13 +59,17 @@ Tensor = tuple[Dim, ...] | None  # None is `?`
 class Split:
     """One way to run an operator on the devices of a mesh axis.
 
-    name             the annotated name that is split; None: nothing is
+    name             the annotated name that is split; None: nothing is. Names split together have spaces between
     inputs, outputs  the placement of each tensor that follows
     """
 
     name: str | None
     inputs: tuple[Placement, ...]
     outputs: tuple[Placement, ...]
+
+    @property
+    def names(self) -> list[str]:
+        return (self.name or "").split()
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,7 @@ class Annotation:
     outputs: tuple[Tensor, ...]
     frozen: frozenset[str]
     summed: frozenset[str]
+    together: tuple[str, ...] = ()
 
     @staticmethod
     def parse(text: str) -> Annotation:
@@ -202,14 +211,33 @@ class Bound:
             return None
         return Split(name, tuple(inputs), tuple(outputs))  # type: ignore[arg-type]
 
+    def split_together(self) -> Split | None:
+        """The placements when all names after `|` are split, each where it stands; None if they cannot be."""
+        names = self.annotation.together
+        if not names or any(self.sizes[name] == 1 for name in names):
+            return None
+
+        def place(tensor: Tensor, absent: Placement) -> Placement | None:
+            own = next((name for name in names for dim in tensor or () if name in dim.names), None)
+            return absent if own is None else self._place(tensor, own, absent)
+
+        inputs = [place(tensor, SHARED) for tensor in self.inputs]
+        outputs = [place(tensor, PARTIAL) for tensor in self.outputs]
+        if None in inputs or not all(isinstance(placement, Shard) for placement in outputs):
+            return None
+        return Split(" ".join(names), tuple(inputs), tuple(outputs))  # type: ignore[arg-type]
+
     def splits(self, devices: int) -> list[Split]:
         """All ways to run the operator on an axis of `devices` devices.
 
         The first splits nothing. The others split one name each, in the order in which names are written, if its size
-        is a multiple of `devices`. With `devices` = 1, every name that may be split is there.
+        is a multiple of `devices`; the last splits the names after `|`. With `devices` = 1, every name that may be
+        split is there.
         """
         ways = [self.split(None)]
         ways += [self.split(name) for name, size in self.sizes.items() if size % devices == 0]
+        if all(self.sizes[name] % devices == 0 for name in self.annotation.together):
+            ways.append(self.split_together())
         return [way for way in ways if way is not None]
 
     def _place(self, tensor: Tensor, name: str, absent: Placement) -> Placement | None:
@@ -228,8 +256,9 @@ def _parse(text: str) -> Annotation:
     inputs = parser.tensors()
     parser.expect("->", "'->' between inputs and outputs")
     outputs = parser.tensors()
+    together = parser.together()
     parser.expect("", "the end")
-    return _checked(Annotation(text, inputs, outputs, frozenset(parser.frozen), frozenset(parser.summed)))
+    return _checked(Annotation(text, inputs, outputs, frozenset(parser.frozen), frozenset(parser.summed), together))
 
 
 def _checked(annotation: Annotation) -> Annotation:
@@ -251,7 +280,14 @@ def _checked(annotation: Annotation) -> Annotation:
     # A name of outputs alone (a new tensor's size) cannot be split: no input says which part is a device's own.
     inputs_have = {name for tensor_names in names for name in tensor_names}
     made = {name for tensor_names in out_names for name in tensor_names} - inputs_have
-    return Annotation(text, annotation.inputs, annotation.outputs, annotation.frozen | made, annotation.summed)
+    for name in annotation.together:
+        if name not in inputs_have:
+            raise UserError(f"annotation '{text}': '{name}' stands after '|', but in no input")
+    for tensor_names in (*names, *out_names):
+        several = [name for name in annotation.together if name in tensor_names]
+        if len(several) > 1:
+            raise UserError(f"annotation '{text}': {' and '.join(several)} stand after '|', and in one tensor")
+    return replace(annotation, frozen=annotation.frozen | made)
 
 
 class _Parser:
@@ -292,6 +328,18 @@ class _Parser:
             self.index += 1
             found.append(self.tensor())
         return tuple(found)
+
+    def together(self) -> tuple[str, ...]:
+        """The names after `|`, if there are any."""
+        if self.tokens[self.index][1] != "|":
+            return ()
+        self.index += 1
+        names = []
+        while self.tokens[self.index][0] == "name":
+            names.append(self.name())
+        if len(names) < 2:
+            self.fail("expected two names or more after '|'", self.tokens[self.index][2])
+        return tuple(names)
 
     def tensor(self) -> Tensor:
         if self.tokens[self.index][1] == "?":

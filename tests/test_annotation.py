@@ -73,6 +73,9 @@ def test_a_name_that_only_outputs_have_is_not_split():
         ("*+ -> ()", "'\\*' cannot be summed at position 0"),
         ("a b -> a", "'b' is missing in an output; mark it 'b\\^'"),
         ("a a -> a", "'a' stands twice in one tensor"),
+        ("a -> a | a", "expected two names or more after '\\|' at position 10"),
+        ("a -> a | a c", "'c' stands after '\\|', but in no input"),
+        ("a b -> a b | a b", "a and b stand after '\\|', and in one tensor"),
     ],
 )
 def test_errors_say_what_and_where(text, message):
@@ -96,7 +99,19 @@ def test_shapes_that_do_not_fit_are_named(text, inputs, outputs, message):
         Annotation.parse(text).bind(inputs, outputs)
 
 
-@given(st.text(alphabet="ab(),->^+*? 1", max_size=24))
+def test_names_that_are_split_together():
+    text = "t d^, t k^, n^ d^ -> t d^ | t n"
+    shapes = [(8, 4), (8, 2), (6, 4)]
+    found = ways(text, shapes, [(8, 4)], 2)
+    assert set(found) == {None, "t", "t n"}
+    assert found["t n"].inputs == found["t n"].inputs[:1] * 3 == (Shard(0),) * 3
+    assert found["t n"].outputs == (Shard(0),)
+    assert found["t n"].names == ["t", "n"]
+    assert set(ways(text, shapes, [(8, 4)], 4)) == {None, "t"}, "6 do not divide by 4"
+    assert "t n" not in ways(text, [(8, 4), (8, 2), (1, 4)], [(8, 4)], 1), "of one expert there are no parts"
+
+
+@given(st.text(alphabet="ab(),->^+*?| 1", max_size=24))
 def test_any_text_parses_or_is_refused_in_one_line(text):
     with contextlib.suppress(UserError):
         assert Annotation.parse(text).text == text

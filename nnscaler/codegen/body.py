@@ -208,7 +208,7 @@ class Body:
         name = operator.name
         for axis, dimension in enumerate(split.split(",")):
             if dimension in operator.along and self.plan.mesh.sizes[axis] > 1:
-                name, args = f"{name}_along_{dimension}", [Ref(self._axis(axis)), *args]
+                name, args = f"{name}_along_{dimension.replace(' ', '_')}", [Ref(self._axis(axis)), *args]
         return f"ops.{name}({format_arguments(args, kwargs)})"
 
     def _axis(self, axis: int) -> str:

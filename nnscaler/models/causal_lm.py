@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from nnscaler import hub
 from nnscaler.errors import UserError
 from nnscaler.models.attention import one_sequence_a_row, set_attention
+from nnscaler.models.experts import divide_gates, set_experts
 from nnscaler.models.positions import check_positions
 from nnscaler.trace import build_on_meta
 
@@ -36,6 +37,7 @@ class CausalLM(nn.Module):
     def __init__(self, config: PretrainedConfig, linear_loss: Callable[..., Tensor] | None = None) -> None:
         super().__init__()
         self.model = build(config)
+        divide_gates(self.model)
         self.linear_loss = linear_loss
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
@@ -150,6 +152,7 @@ def prepare_config(config: PretrainedConfig, sequence_length: int, implementatio
         raise UserError(f"{config.model_type} is more than a language model; give the directory of its language model")
     config.use_cache = False
     set_attention(config, implementation, model_class)
+    set_experts(config)
     check_positions(config, sequence_length)
 
 

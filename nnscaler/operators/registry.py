@@ -26,6 +26,8 @@ from nnscaler.operators.spelling import METHOD, Call, Text, write
 Annotate = Callable[[Node, Sequence[Shape], Sequence[Shape]], str]  # (node, input shapes, output shapes) -> annotation
 Flops = Callable[[dict[str, int], Node], float]  # (local size of each annotated name, node) -> operations
 Workspace = Callable[[dict[str, int], Node, Sequence[TensorMeta]], float]  # (the same, local inputs) -> bytes
+BackwardRatio = Callable[[Node, Sequence[TensorMeta]], float]  # (node, inputs) -> a multiple of forward's operations
+Exchange = Callable[[dict[str, int], int, Sequence[TensorMeta]], float]  # (local sizes, devices, inputs) -> bytes
 Saves = Callable[[Node, Sequence[TensorMeta], Sequence[TensorMeta]], list[str]]  # (node, inputs, outputs) -> tensors
 
 
@@ -101,9 +103,11 @@ class Operator:
     annotate    annotation text for given input and output shapes
     text        the Python text of an ATen operator, see `nnscaler.operators.spelling`
     flops       forward floating-point operations from the local size of each annotated name
-    backward    backward operations as a multiple of forward's; None: once for each of `factors` that has a gradient
+    backward    backward operations as a multiple of forward's, or a function (node, inputs) of them; None: once for
+                each of `factors` that has a gradient
     factors     the arguments that are multiplied; all tensors if none is named
     saves       names of the tensors that backward reads
+    keeps       bytes that backward keeps of a call beside tensors that go in and come out
     workspace   bytes that a call holds inside itself, beside its tensors and their gradients
     draws       whether a call draws random numbers
     alias       the result is a view: no time, no memory
@@ -111,25 +115,29 @@ class Operator:
     along       annotated name -> the way to compute the shards of a split along it, where `function` on the shards does
                 not: a function that takes the axis first, then `function`'s arguments, or its name `module.function`,
                 which only generated code imports
+    exchanges   of names in `along`: (local sizes, devices, local inputs) -> bytes that travel, and are kept where they
+                arrive; as many come back. Without it, what is sharded of inputs and outputs travels
     """
 
     name: str
     annotate: Annotate
     text: Text = METHOD
     flops: Flops = no_flops
-    backward: float | None = None
+    backward: float | BackwardRatio | None = None
     factors: tuple[str, ...] = ()
     saves: Saves = save_inputs
+    keeps: Workspace = no_workspace
     workspace: Workspace = no_workspace
     draws: Callable[[Node], bool] = never
     alias: bool = False
     function: Callable[..., Any] | None = None
     along: Mapping[str, Callable[..., Any] | str] = field(default_factory=dict)
+    exchanges: Mapping[str, Exchange] = field(default_factory=dict)
 
     def backward_ratio(self, node: Node, inputs: Sequence[TensorMeta]) -> float:
         """The operations of a call's backward, as a multiple of its forward's."""
         if self.backward is not None:
-            return self.backward
+            return self.backward(node, inputs) if callable(self.backward) else self.backward
         factors = set(refs([arguments(node)[name] for name in self.factors])) if self.factors else set(node.inputs)
         return float(sum(meta.requires_grad for name, meta in zip(node.inputs, inputs) if name in factors))
 
@@ -229,10 +237,12 @@ def register_op(
     *,
     name: str | None = None,
     flops: Flops | None = None,
-    backward: float | None = None,
+    backward: float | BackwardRatio | None = None,
     saves: Saves = save_inputs,
+    keeps: Workspace = no_workspace,
     workspace: Workspace = no_workspace,
     along: Mapping[str, Callable[..., Any] | str] | None = None,
+    exchanges: Mapping[str, Exchange] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function of tensors as one operator that the compiler may split as its annotation says.
 
@@ -247,12 +257,18 @@ def register_op(
     annotation  see `nnscaler.annotation`; or a function (node, input shapes, output shapes) -> annotation text
     name        the operator's name in graphs and plans; the function's own by default
     flops       (local size of each annotated name, node) -> forward operations; 0 (memory-bound) by default
-    backward    backward operations as a multiple of forward's; by default once for each input that has a gradient
+    backward    backward operations as a multiple of forward's, or a function (node, inputs) of them; by default once
+                for each input that has a gradient
     saves       which tensors backward keeps; the inputs by default
+    keeps       (local size of each annotated name, node, local inputs) -> bytes that backward keeps beside these; none
+                by default
     workspace   (local size of each annotated name, node, local inputs) -> bytes that a call holds inside itself, beside
                 its tensors and their gradients; none by default
     along       for names along which shards need to know of each other: the function to call instead, with the mesh
                 axis (`nnscaler.runtime.axes.Axis`) before the other arguments; or its name `module.function`
+    exchanges   for names in `along`: (local size of each annotated name, devices, local inputs) -> bytes of a device
+                that its function sends to others, and keeps where they arrive; as many come back. By default, what is
+                sharded of inputs and outputs is sent
 
     Raises UserError where the annotation cannot be parsed or the name belongs to another function.
     """
@@ -266,9 +282,11 @@ def register_op(
             flops=flops or no_flops,
             backward=backward,
             saves=saves,
+            keeps=keeps,
             workspace=workspace,
             function=function,
             along=along or {},
+            exchanges=exchanges or {},
         )
         known = _operators.get(operator.name)
         if known is not None and (known.function is None or known.function.__qualname__ != function.__qualname__):

@@ -48,6 +48,7 @@ class Local:
 
     Where there is such an axis:
 
+    way          the name that is split along it
     group_sizes  size of each annotated name over all devices of the axis together; each device does an equal part
     exchanged    for each input and output, whether the function exchanges it
     """
@@ -57,6 +58,7 @@ class Local:
     inputs: list[TensorMeta]
     bytes: list[int]
     axis: int | None = None
+    way: str | None = None
     group_sizes: dict[str, int] = field(default_factory=dict)
     exchanged: Sequence[bool] = ()
 
@@ -114,9 +116,11 @@ class CostModel:
             seconds += self._node(local, block) + self._exchange(local, block)
             held = operator_of(node).workspace(local.sizes, node, local.inputs)
             transient = max(transient, sum(local.bytes) + held)
-            kept.update(saved_by(node, block))
+            if kept_by := saved_by(node, block):
+                inside += operator_of(node).keeps(local.sizes, node, local.inputs)
+            kept.update(kept_by)
             if local.axis is not None:  # what it computes before the exchange is kept beside what it gives
-                inside += sum(local.bytes[len(node.inputs) :])
+                inside += self._travelling(local) or sum(local.bytes[len(node.inputs) :])
         if unit.kind == "cheap":  # what others save of themselves is their output, or what it is a view of
             inner = {name for node in unit.nodes for name in node.outputs} - set(unit.outputs)
             inside = sum(self.local_bytes(block.tensors[name], layouts[name]) for name in kept & inner)
@@ -187,6 +191,9 @@ class CostModel:
         """Seconds in which a node's own function exchanges its inputs and outputs with other devices."""
         if local.axis is None:
             return NO_TIME
+        if size := self._travelling(local):  # there and back
+            seconds = 2 * self.collective("all_to_all", size, local.axis).seconds
+            return Seconds(seconds, seconds if saved_by(local.node, block) else 0.0)
         names = (*local.node.inputs, *local.node.outputs)
         moved = [(name, size) for name, size, exchanged in zip(names, local.bytes, local.exchanged) if exchanged]
         forward = sum(self.collective("all_to_all", size, local.axis).seconds for _, size in moved)
@@ -196,6 +203,13 @@ class CostModel:
             if block.tensors[name].requires_grad
         )
         return Seconds(forward, backward)
+
+    def _travelling(self, local: Local) -> float | None:
+        """Bytes that an operator's function sends to other devices, where the operator says how many."""
+        exchange = operator_of(local.node).exchanges.get(local.way or "")
+        if exchange is None or local.axis is None:
+            return None
+        return exchange(local.sizes, self.mesh.sizes[local.axis], local.inputs)
 
     def _roofline(self, arithmetic: float, moved: float) -> float:
         return self.hardware.launch + max(arithmetic, moved / self.hardware.memory_bandwidth)

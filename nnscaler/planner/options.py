@@ -124,10 +124,11 @@ def _option(
             for name in node.inputs
         ]
         group_sizes = {
-            name: size * costs.mesh.sizes[along[0]] if along and name == splits[along[0]].name else size
+            name: size * costs.mesh.sizes[along[0]] if along and name in splits[along[0]].names else size
             for name, size in sizes.items()
         }
-        locals_.append(Local(node, sizes, metas, local, along[0] if along else None, group_sizes, exchanged))
+        axis, way = (along[0], splits[along[0]].name) if along else (None, None)
+        locals_.append(Local(node, sizes, metas, local, axis, way, group_sizes, exchanged))
     seconds, transient, inner = costs.unit(unit, block, layouts, locals_)
     return Option(
         tuple(layouts[name] for name in unit.inputs),
@@ -143,10 +144,10 @@ def local_sizes(bound: Bound, splits: Sequence[Split], mesh: Mesh) -> dict[str, 
     """The size of each annotated name on one device. None where one does not divide by the devices."""
     sizes = dict(bound.sizes)
     for split, devices in zip(splits, mesh.sizes, strict=True):
-        if split.name is not None:
-            if sizes[split.name] % devices:
+        for name in split.names:
+            if sizes[name] % devices:
                 return None
-            sizes[split.name] //= devices
+            sizes[name] //= devices
     return sizes
 
 

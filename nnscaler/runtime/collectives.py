@@ -59,7 +59,7 @@ def all_to_all(x: Tensor, axis: Axis, source: int, target: int) -> Tensor:
 def balance(x: Tensor, axis: Axis, dim: int, rounds: int) -> Tensor:
     """This device's pieces, when work differs along `dim` and all devices are to have about the same amount of it.
 
-    The tensor consists of `rounds * n` equal pieces along `dim`, of which each of the n devices holds the next `rounds`.
+    The tensor consists of `rounds * n` equal pieces along `dim`: each of the n devices holds the next `rounds`.
     They are dealt out in rounds: in the first, third and so on to the devices in order, in the others from the last
     device to the first. `x` must have a multiple of `rounds` elements along `dim`.
     """
@@ -74,6 +74,14 @@ def unbalance(x: Tensor, axis: Axis, dim: int, rounds: int) -> Tensor:
 def dealt(devices: int, rank: int, rounds: int) -> list[int]:
     """The pieces that `balance` gives to a device."""
     return [turn * devices + (devices - 1 - rank if turn % 2 else rank) for turn in range(rounds)]
+
+
+def exchange_rows(x: Tensor, axis: Axis, sent: list[int], received: list[int]) -> Tensor:
+    """The rows that the devices send to this one, in the order of the devices: `received` of each, of which the first
+    dimension is made. `sent` says how many of its own rows, in order, a device sends to each."""
+    if not x.is_floating_point():
+        return _rows_exchanged(x, axis, sent, received)
+    return _Collective.apply(x, axis, _rows_exchanged, _rows_exchanged, (sent, received), (received, sent))
 
 
 class _Collective(torch.autograd.Function):
@@ -186,6 +194,12 @@ def _exchange_pieces(x: Tensor, axis: Axis, dim: int, targets: list[int], source
     receives, sends = ([ranks.count(rank) for rank in range(axis.size)] for ranks in (sources, targets))
     dist.all_to_all_single(result, parts[sent], receives, sends, group=axis.group)
     return _merge(result[[received.index(i) for i in range(len(sources))]], dim)
+
+
+def _rows_exchanged(x: Tensor, axis: Axis, sent: list[int], received: list[int]) -> Tensor:
+    result = x.new_empty(sum(received), *x.shape[1:])
+    dist.all_to_all_single(result, x.contiguous(), received, sent, group=axis.group)
+    return result
 
 
 def _divide(x: Tensor, count: int, dim: int) -> Tensor:

@@ -27,7 +27,8 @@ def operators(*names: str) -> SimpleNamespace:
         operator = registered(name)
         setattr(found, name, operator.function)
         for dimension, function in operator.along.items():
-            setattr(found, f"{name}_along_{dimension}", _imported(function) if isinstance(function, str) else function)
+            way = f"{name}_along_{dimension.replace(' ', '_')}"
+            setattr(found, way, _imported(function) if isinstance(function, str) else function)
     return found
 
 

@@ -90,7 +90,7 @@ def config_of(name: str, **changes: Any) -> PretrainedConfig:
         spelled = known.attribute_map.get(field, field)
         if spelled in known.to_dict():
             fields[spelled] = value
-    return AutoConfig.for_model(name, **{**fields, **ARCHITECTURES[name], **changes})
+    return AutoConfig.for_model(name, **{**fields, **ARCHITECTURES.get(name, {}), **changes})
 
 
 def plain(config: PretrainedConfig, weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> Any:
@@ -128,7 +128,7 @@ def verdict(loss: float, right: float, found: dict[str, Any], wanted: dict[str, 
     least = 1e-3 * max(float(gradient.abs().max()) for gradient in found.values())  # below is rounding around 0
     for name, gradient in found.items():
         exact = torch.zeros_like(gradient) if wanted[name] is None else wanted[name]
-        error = float((gradient - exact).abs().max() / max(float(exact.abs().max()), least))
+        error = float((gradient.view_as(exact) - exact).abs().max() / max(float(exact.abs().max()), least))
         if not error < 2e-4:
             off[name] = round(error, 6)
     same = abs(loss - right) < 1e-5 * abs(right) and not off
@@ -145,7 +145,8 @@ def compare_uncompiled(name: str, chunked: bool, implementation: str = "auto", *
         prepare_config(config, LENGTH, implementation)
         model = CausalLM(config, chunk_linear_cross_entropy if chunked else None)
         weights = random_weights(config_of(name, **changes))
-        model.model.load_state_dict(weights, strict=False)
+        own = {key: weight.view(model.model.get_parameter(key).shape) for key, weight in weights.items()}
+        model.model.load_state_dict(own, strict=False)
         loss = model.train()(tokens, labels)
     except UserError as error:
         return f"REFUSED {error}"
@@ -178,7 +179,7 @@ def compare(
     def read(parameter: str, box: Any) -> torch.Tensor:
         aliases = [parameter, *(other for other, target in module.tied.items() if target == parameter)]
         found = next(alias for alias in aliases if alias.removeprefix("model.") in weights)
-        return weights[found.removeprefix("model.")][box.slices]
+        return weights[found.removeprefix("model.")].view(module.specs[parameter].shape)[box.slices]
 
     module.load(read)
     loss = module.accumulate([inputs]).item()

@@ -326,8 +326,28 @@ def samples(a: int, b: int, c: int, d: int) -> dict[str, list[tuple]]:
                 (real(a, 2 * b, c, d), real(a, b, c, d), real(a, b, c, d), real(2 * b)),
                 {"documents": index(2, a, c).sort(1).values, "softcap": 2.0},
             ),
-        ]
+        ],
+        "experts": [
+            (_mixed(a, b, d, real(b, 2, c, d), real(b, d, c)), _GATED),
+            (_mixed(a, b, d, real(b, d, 2, c), real(b, c, d)), {**_GATED, "transposed": True}),
+            (_mixed(a, b, d, real(b, d, 2 * c), real(b, c, d), real(b, 2 * c)), {**_CLAMPED, "transposed": True}),
+            (_mixed(a, b, d, real(b, c, d), real(b, d, c)), _ACTIVATED),
+        ],
     }
+
+
+_GATED = {"gate": "transformers.integrations.moe:_default_apply_gate", "constants": {"act_fn": "silu"}}
+_CLAMPED = {
+    "gate": "transformers.models.gpt_oss.modeling_gpt_oss:GptOssExperts._apply_gate",
+    "constants": {"alpha": 1.5, "limit": 2.0},
+}
+_ACTIVATED = {"gate": "nnscaler.models.experts:activate", "constants": {"act_fn": "gelu"}}
+
+
+def _mixed(tokens: int, number: int, width: int, *weights: Tensor) -> tuple:
+    """The arguments of experts of which each token has chosen two different ones."""
+    chosen = torch.rand(tokens, number).argsort(1)[:, :2]
+    return real(tokens, width), chosen, positive(*chosen.shape), *weights
 
 
 def permuted(high: int, *around: int) -> Tensor:
@@ -342,4 +362,4 @@ def _arguments(call: tuple) -> tuple[tuple, dict]:
 
 def known() -> list[str]:
     """Operators of the tables, without those that a test registers."""
-    return [name for name in registry.names() if name.startswith("aten.") or name == "attention"]
+    return [name for name in registry.names() if name.startswith("aten.") or name in ("attention", "experts")]

@@ -1,0 +1,114 @@
+"""Our experts in the place of a Hugging Face model's own: as one operator, whatever gate and biases they have.
+
+transformers keeps the gate of an expert and the rest of its first product as the halves of one dimension of a weight.
+An equal part of each is no slice of it, so that the dimension is made two here, [2, f] for [2 f]: the same elements in
+the same order, in files and exports too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.integrations import moe
+
+from nnscaler.errors import UserError
+from nnscaler.operators.experts import experts
+
+EXPERTS = "nnscaler"  # our name in transformers' table of functions of experts
+
+
+def set_experts(config: PretrainedConfig) -> None:
+    """Chooses a model's experts; a model that has none does not look."""
+    config._experts_implementation = EXPERTS
+
+
+def divide_gates(model: PreTrainedModel) -> None:
+    """Makes the dimension of experts' weights that holds gate and rest two."""
+    for module in model.modules():
+        if _is_mixture(module) and module.has_gate and module.is_concatenated:
+            for name in ("gate_up_proj", "gate_up_proj_bias"):
+                weight = getattr(module, name, None)
+                if weight is not None:
+                    dim = -1 if module.is_transposed or weight.dim() == 2 else -2
+                    setattr(module, name, nn.Parameter(weight.detach().unflatten(dim, (2, -1)), weight.requires_grad))
+
+
+def _is_mixture(module: nn.Module) -> bool:
+    """Whether a module is a class of experts that transformers lets others compute."""
+    return hasattr(module, "_is_expert_parallel") and hasattr(module, "is_concatenated")
+
+
+def _mixture(module: Any, hidden: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
+    """transformers' interface of experts: hidden [t, d], chosen and scores [t, k] -> [t, d].
+
+    Raises UserError for what experts do that the operator does not.
+    """
+    if module.has_post_expert_norm:
+        raise UserError(f"{type(module).__name__} normalises what each expert gives, which is not supported")
+    up, bias = ("gate_up_proj", "gate_up_proj_bias") if module.has_gate else ("up_proj", "up_proj_bias")
+    gate, constants = _gate(module)
+    found = experts(
+        hidden,
+        chosen,
+        scores,
+        getattr(module, up),
+        module.down_proj,
+        getattr(module, bias) if module.has_bias else None,
+        transposed=module.is_transposed,
+        gate=gate,
+        constants=constants,
+    )
+    if not module.has_bias:
+        return found
+    # Added once, however the experts are split: each token's scores of all experts, times these experts' biases.
+    weights = scores.new_zeros(len(scores), len(module.down_proj)).scatter_add(1, chosen, scores)
+    return found + (weights.to(found.dtype) @ module.down_proj_bias)
+
+
+moe.ALL_EXPERTS_FUNCTIONS.register(EXPERTS, _mixture)
+
+
+def _gate(module: Any) -> tuple[str, dict[str, Any]]:
+    """The name of a module's gate, and what that reads of the module (see `nnscaler.kernels.experts.gate_named`)."""
+    if not module.has_gate:
+        return f"{__name__}:activate", {"act_fn": _activation(module, module.act_fn)}
+    function = type(module)._apply_gate
+    reads = _Reads(module)
+    function(reads, torch.empty(1, 2, device="meta"))
+    return f"{function.__module__}:{function.__qualname__}", {key: _constant(module, key) for key in reads.names}
+
+
+def activate(module: Any, x: Tensor) -> Tensor:
+    """The gate of experts that have none: an activation."""
+    return module.act_fn(x)
+
+
+class _Reads:
+    """Stands for a module, and writes down what is read of it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self.names = module, dict[str, None]()
+
+    def __getattr__(self, name: str) -> Any:
+        self.names[name] = None
+        return getattr(self._module, name)
+
+
+def _constant(module: nn.Module, name: str) -> Any:
+    value = getattr(module, name)
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return _activation(module, value)
+
+
+def _activation(module: nn.Module, function: Any) -> str:
+    """The name that transformers has for an activation."""
+    for name in ACT2FN:
+        known = ACT2FN[name]
+        if type(known) is type(function) and repr(known) == repr(function):
+            return name
+    raise UserError(f"{type(module).__name__} computes with {function!r}, which is no activation of transformers")
