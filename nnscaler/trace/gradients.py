@@ -29,10 +29,10 @@ def mark_gradients(graph: Graph) -> None:
             _follow(root, [node], needed)
             continue
         block = graph.blocks[node.block]
-        inputs = [needed.get(name, False) and not node.no_grad for name in node.inputs]
+        inputs = [needed.get(name, False) for name in node.inputs]
         trained = {name: graph.parameters[node.parameters[name]].requires_grad for name in block.parameters}
         inside = _inside(block, trained, inputs)
-        results = [inside[name] and not node.no_grad for name in block.outputs]
+        results = [inside[name] for name in block.outputs]  # a block's nodes know how it is called
         kind = node.block, tuple(trained.values()), tuple(results)
         if kind not in kinds:
             kinds[kind] = replace(block, name=_name(block.module_type, counts), nodes=copy.deepcopy(block.nodes))

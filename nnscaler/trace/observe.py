@@ -37,12 +37,14 @@ class ModuleCall:
     path       of the module
     key        equal for calls that trace to the same graph
     outline    see `nnscaler.trace.recorder.Record`
+    grad       whether gradients were recorded where it was made
     arguments  how its arguments are nested; `given`: the shapes and types of the tensors in them
     """
 
     path: str
     key: str
     outline: str
+    grad: bool
     arguments: Structure
     given: list[EmptyTensor]
     nest: Structure
@@ -93,6 +95,7 @@ class Observation:
     def call_module(self, path: str, module: nn.Module, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self.recorder.depth > 1:  # one that calls another: the other's tensors are from elsewhere
             return function(*args, **kwargs)
+        grad = torch.is_grad_enabled()
         with torch._C.DisableTorchFunction():
             arguments, tensors = Structure.take((args, kwargs))
             inside = [_another(tensor) for tensor in tensors]
@@ -112,7 +115,7 @@ class Observation:
             if versions != [tensor._version for tensor in inside] or not arguments.holds(inside, (args, kwargs)):
                 record.outside = record.outside or "it writes into its arguments"
             call = ModuleCall(
-                path, record.ops.hexdigest(), record.outline.hexdigest(),
+                path, record.ops.hexdigest(), record.outline.hexdigest(), grad,
                 arguments, given, nest, [empty(tensor) for tensor in results],
             )  # fmt: skip
             self.calls.append(call)

@@ -104,7 +104,7 @@ class _Exporter:
         name = f"forward of '{call.path}'"
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            with self._watched(name, call.outline), self._reads(str(leaf.call)):
+            with torch.set_grad_enabled(call.grad), self._watched(name, call.outline), self._reads(str(leaf.call)):
                 return nn.Module.__call__(leaf.module, *args, **kwargs)
 
         return _export(_Flat(leaf, run), tuple(fake(self.mode, given) for given in leaf.given), {})
