@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,9 @@ from nnscaler.mesh import Mesh
 from nnscaler.pipeline.cut import pivots
 from nnscaler.pipeline.plan import PipelinePlan
 from nnscaler.pipeline.search import Wanted, balanced, candidates, estimated, even, find_pipeline
-from nnscaler.pipeline.stages import StagePlanner
-from nnscaler.plan import Plan
+from nnscaler.pipeline.stages import Candidate, StagePlanner
+from nnscaler.placement import REPLICATE
+from nnscaler.plan import Key, Plan
 from nnscaler.planner import find_plan
 from nnscaler.recompute import KEEPS_ALL
 from nnscaler.schedules import Schedule
@@ -122,6 +125,29 @@ def test_estimates_are_no_higher_than_plans(tmp_path):
     ratios = [compare(share * used)[0] for share in (0.85, 0.8)]
     assert all(ratio < 1.05 for ratio in ratios)
     assert max(ratios) > 1 + 1e-6, "memory is so wide that nothing is chosen in parts: the comparison says little"
+
+
+@pytest.mark.parametrize(("kind", "stages"), [("1f1b", 2), ("interleaved", 4), ("zb-v", 4)])
+def test_what_crosses_by_hand(kind, stages, tmp_path):
+    """Two ranks of two devices, four micro-batches; from stage to stage goes [1, 32, 32] in fp32, whole."""
+    links = {"intra": {"bandwidth": 1e6, "latency": 1e-3}, "inter": {"bandwidth": 1e5, "latency": 1e-2}}
+    graph, schedule = llama(), Schedule(kind, 2, stages, 4)
+    shape = graph.root.tensors[graph.calls("llama_decoder_layer")[0].outputs[0]].shape
+    size = 4 * prod(shape)
+    for per_node, (bandwidth, latency) in {4: (1e6, 1e-3), 2: (1e5, 1e-2), 1: (1e5, 1e-2)}.items():
+        machine = hardware(tmp_path, devices_per_node=per_node, **links)
+        planner = StagePlanner(graph, Mesh((2,)), machine, 1e12, None, False, None, pivots(graph))
+        candidate = Candidate(schedule, even(4, stages), (REPLICATE,))
+        way = latency + size / bandwidth
+        ranks = [schedule.rank_of(stage) for stage in range(stages)]
+        expected = [way if one != other else 0.0 for one, other in pairwise(ranks)]
+        assert planner._transfers(candidate) == pytest.approx(expected)
+    plan = planner.plan(planner.estimate(candidate))
+    assert plan is not None
+    for index, stage in enumerate(plan.stages):
+        neighbours = (index > 0) + (index < stages - 1)
+        received = stage.memory[Key("buffers", "", "received")]
+        assert received == 4 * neighbours * size, "torch has a buffer for each micro-batch, there and back"
 
 
 def test_cut_points_move_towards_equal_times():
