@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import struct
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from nnscaler.checkpoint.checksums import CorruptCheckpoint, file_crc
-from nnscaler.checkpoint.folder import ASSETS
+from nnscaler.checkpoint.folder import ASSETS, sync
 from nnscaler.checkpoint.merge import forget_cached, progress, write_tensor
 from nnscaler.checkpoint.stored import Checkpoint
 from nnscaler.errors import UserError
@@ -45,6 +44,7 @@ def export_model(checkpoint: Checkpoint, directory: Path, verify: bool = False, 
     try:
         shutil.copytree(assets, work)
         crcs = _write(checkpoint, work, _shards(checkpoint, shard_bytes))
+        sync(work)
         if verify:
             _check(work, crcs)
         if directory.exists():
@@ -85,8 +85,6 @@ def _write(checkpoint: Checkpoint, directory: Path, shards: dict[str, dict[str, 
                     written[file_name][exported] = write_tensor(  # no name holds a tensor while the next is read
                         file, checkpoint.read(whole, shapes[whole]), checkpoint.dtype(name), bar
                     )
-                file.flush()
-                os.fsync(file.fileno())
     if len(shards) > 1:
         weight_map = {name: file_name for file_name, crcs in written.items() for name in crcs}
         total = sum(sum(shard.values()) for shard in shards.values())

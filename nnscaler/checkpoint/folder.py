@@ -172,7 +172,7 @@ def publish(work: Path, state: TrainerState) -> Path:
     The name is that of the step, with a number behind it where the run has an earlier checkpoint of this name. Returns
     the checkpoint.
     """
-    _sync(work)
+    sync(work)
     run, number = work.parent, 1
     final = run / f"step_{state.step:08d}"
     while final.exists():
@@ -206,7 +206,7 @@ def _point(link: Path, folder: Path) -> None:
     new.replace(link)
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Asks the system to put a folder's files and entries on disk."""
     for path in folder.rglob("*"):
         _sync_folder(path)

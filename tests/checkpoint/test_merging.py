@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 from pathlib import Path
 
@@ -61,6 +62,32 @@ def saved(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharded, "PIECE_ELEMENTS", 2**20)  # small beside a tensor, so that a second one would be noticed
         return write_checkpoint(tmp_path_factory.mktemp("large"), ROWS, COLUMNS, TENSORS)
+
+
+@pytest.mark.parametrize("write", [merge_to_file, export_model])
+def test_all_is_on_disk_before_it_gets_its_name(write, tmp_path, monkeypatch):
+    """What a file holds when it is synced for the last time is what it holds in the end."""
+    synced: dict[str, bytes] = {}
+    named = []
+    sync, rename, replace = os.fsync, Path.rename, Path.replace
+
+    def record_sync(handle: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        assert not named, f"{path} is synced after {named}"
+        synced[path.name] = path.read_bytes() if path.is_file() else b""
+        sync(handle)
+
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "runs", 4, 8, 3))
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(Path, "rename", lambda path, target: [named.append(target), rename(path, target)])
+    monkeypatch.setattr(Path, "replace", lambda path, target: [named.append(target), replace(path, target)])
+    output = tmp_path / "output"
+    write(checkpoint, output, **({"shard_bytes": 100} if write is export_model else {}))
+    assert named == [output]
+    files = [path for path in output.rglob("*") if path.is_file()] if output.is_dir() else [output]
+    assert len(files) == (5 if write is export_model else 1), "three shards, their index and config.json"
+    for path in files:
+        assert synced[path.name if output.is_dir() else f".{path.name}.writing"] == path.read_bytes()
 
 
 @pytest.mark.parametrize("what", ["merge", "export"])

@@ -31,6 +31,13 @@ def with_holes(x: Tensor, weight: Tensor, table: Tensor) -> Tensor:
     return x + torch.cat([half, half], dim=1)
 
 
+def beginning_together(x: Tensor, weight: Tensor, table: Tensor) -> Tensor:
+    """Keeps the first half of a product, and then all of it, which begins at the same address."""
+    product = x @ weight * table
+    half = product[: ROWS // 2].cos()
+    return x + product.sin() + torch.cat([half, half])
+
+
 class Model:
     def __init__(self, call: Callable[..., Tensor]) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -62,7 +69,7 @@ class Model:
         return list(gradients)
 
 
-@pytest.mark.parametrize("call", [block, recomputed, with_holes])
+@pytest.mark.parametrize("call", [block, recomputed, with_holes, beginning_together])
 def test_gradients_are_equal_to_the_last_bit_and_buffers_are_used_again(call: Callable[..., Tensor]) -> None:
     model = Model(call)
     host = HostMemory(torch.device("cpu"), model.is_weight)
@@ -71,8 +78,10 @@ def test_gradients_are_equal_to_the_last_bit_and_buffers_are_used_again(call: Ca
     for _ in range(3):
         assert all(map(torch.equal, model.gradients(host), wanted))
         taken.append(host.pool.bytes)
-    # Of `block` its input and tanh's result are kept; recomputed, its input alone; with holes, what is between them.
-    each = {block: SIZE * 2, recomputed: SIZE, with_holes: SIZE + SIZE // 2}[call]
+    # Of `block` its input and tanh's result are kept; recomputed, its input alone; with holes, what is between them;
+    # and of what begins together, both.
+    half = SIZE // 2
+    each = {block: SIZE * 2, recomputed: SIZE, with_holes: SIZE + half, beginning_together: 2 * SIZE + half}[call]
     assert taken == [each * CALLS] * 3
 
 
