@@ -13,6 +13,7 @@ import torch
 from nnscaler import UserError
 from nnscaler.checkpoint.folder import TrainerState, own_checkpoints
 from nnscaler.cli.finite import MOST, FiniteSteps
+from nnscaler.cli.loop import TrainingRun
 from nnscaler.cli.trainer import Trainer
 from nnscaler.runtime.module import ParallelModule
 from nnscaler.runtime.optimizer import OptimizerConfig
@@ -55,6 +56,15 @@ def test_one_rank_alone_makes_all_skip(folder):
     lines = [json.loads(line) for line in (folder / "runs" / "skip" / "metrics.jsonl").open()]
     assert [line["loss"] is None for line in lines] == [False, False, True, False]
     assert lines[2]["gradient_norm"] is None
+    seen = []
+
+    def stop(run):
+        seen.append((run.step, run.optimizer.steps, run.finite.skipped))
+        run.holding.release()
+
+    with patch.object(TrainingRun, "train", stop):
+        train(ONE, folder, 9, "after", {"resume": folder / "checkpoints" / "skip" / "step_00000004"})
+    assert seen == [(4, 3, 1)], "Adam goes on from three updates"
 
 
 def test_the_last_step_is_saved_and_kept_whatever_it_was(folder):

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import ast
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from nnscaler import ComputeConfig, Source, compile_model
+from nnscaler.codegen import generate
+from nnscaler.hardware import load_hardware
+from nnscaler.mesh import Mesh
 from nnscaler.models.causal_lm import CausalLM, prepare_config
+from nnscaler.planner import find_plan
+from nnscaler.recompute import KEEPS_ALL, KEEPS_PRODUCTS, RECOMPUTES_ALL
 from nnscaler.runtime.module import ParallelModule
+from nnscaler.trace import trace
 from tests import tiny
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
@@ -118,3 +126,21 @@ def test_tensors_that_nobody_uses_are_let_go_before_what_follows(tmp_path):
         assert kept_to_the_end(functions[name]) <= {"device", "i"}
     first = next(node for node in ast.walk(functions["llama_decoder_layer"]) if isinstance(node, ast.Delete))
     assert "input_layernorm_weight_whole" in ast.unparse(first), "a gathered weight goes with the step that used it"
+
+
+def test_calls_that_keep_least_come_first(tmp_path):
+    """Backward comes to them last, when what the others kept is gone."""
+    config = tiny.config(num_hidden_layers=6)
+    prepare_config(config, tiny.LENGTH, "auto")
+    tokens = torch.zeros(1, tiny.LENGTH, dtype=torch.long)
+    model, buffers = Source(lambda: CausalLM(config), {"input_ids": tokens, "labels": tokens}, torch.float32).build()
+    graph = trace(model, {"input_ids": tokens, "labels": tokens}, buffers)
+    hardware = load_hardware(tiny.write_hardware(tmp_path))
+    plan = find_plan(graph, [Mesh((1,))], hardware, recompute_modules=())
+    counts = {KEEPS_PRODUCTS: 1, RECOMPUTES_ALL: 3, KEEPS_ALL: 2}
+    code = generate(replace(plan, levels={**plan.levels, "llama_decoder_layer": counts}))
+    lines = code[code.index("def forward(") :].splitlines()
+    calls = [line for line in lines if "llama_decoder_layer" in line]
+    levels = re.findall(r'axes, "([^"]*)"', "\n".join(calls))
+    assert levels == [str(level) for level in (RECOMPUTES_ALL, KEEPS_PRODUCTS, KEEPS_ALL)]
+    assert re.findall(r"in range\((.*)\)", "\n".join(lines)) == ["3", "4, 6"], "the fourth layer is called by itself"

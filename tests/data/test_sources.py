@@ -99,3 +99,12 @@ def test_a_dataset_that_is_not_there(stored: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(huggingface_hub, "snapshot_download", not_cached)
     with pytest.raises(UserError, match=r"owner/name; it is not in the local cache, and the hub cannot be reached$"):
         texts("owner/name")
+
+
+def test_characters_that_are_replaced_are_counted_for_each_file(tmp_path: Path) -> None:
+    for name, count in (("a.txt", 3), ("b.txt", 0), ("c.txt", 2)):
+        (tmp_path / name).write_bytes(b"caf\xe9 " * count + b"tea")
+    corpus = find_corpus(str(tmp_path))
+    for _ in range(2):
+        assert len(["".join(document) for document in corpus.documents()]) == 3
+        assert {path.name: count for path, count in corpus.replaced.items()} == {"a.txt": 3, "c.txt": 2}

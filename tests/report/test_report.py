@@ -27,6 +27,7 @@ from nnscaler.planner import find_plan
 from nnscaler.profiler.operators import OperatorTimes
 from nnscaler.report import __main__ as command
 from nnscaler.report import compare, explain, plan_report, read_plan
+from nnscaler.report.categories import COPIES
 from nnscaler.report.page import plan_page
 from nnscaler.report.values import Work
 from nnscaler.trace import trace
@@ -88,6 +89,17 @@ def test_the_parts_add_up_to_the_plan(planned):
     beside = planned.micro_batches * sum(planned.beside.values())
     exposed = planned.micro_batches * planned.seconds.get(Key("exchange"), 0.0)
     assert hidden == pytest.approx(beside - exposed, rel=1e-5)
+
+
+def test_copies_to_the_host_are_a_part_of_the_step(graph, slow):
+    plan = find_plan(graph, [Mesh((1,))], slow, micro_batches=3)
+    plan.host_limit = 1e9
+    plan.seconds |= {Key("copies", "", side): seconds for side, seconds in (("forward", 1.0), ("update", 0.25))}
+    plan.copies = {Key("copies", "layer", "x", "to the host"): 4.0}
+    predicted = plan_report(plan)["predicted"]
+    assert predicted["seconds_by_category"][COPIES] == pytest.approx(3 * 1.25)
+    assert sum(predicted["seconds_by_category"].values()) == pytest.approx(plan.step_seconds, rel=1e-5)
+    assert predicted["hidden_copies_seconds"] == pytest.approx(3 * (4 - 1)), "those of activations"
 
 
 def test_each_block_has_its_part(planned):

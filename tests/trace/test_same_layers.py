@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrize
 
-from nnscaler import ComputeConfig, Source, UserError, compile_model
+from nnscaler import ComputeConfig, Source, UserError, compile_model, register_op
 from nnscaler.runtime.module import ParallelModule
 from nnscaler.trace import trace
 from tests import tiny
@@ -98,6 +98,11 @@ class Settings:
     _hidden: float = 1.0
 
 
+@register_op("d -> d", name="test_scaled")
+def scaled(x, *, by=1.0):
+    return x * by
+
+
 class Slotted:
     __slots__ = ("value",)
 
@@ -136,6 +141,7 @@ KINDS = {
     "tensors": (lambda layer: layer.t[1], sets(t=lambda i: [torch.ones(1), torch.arange(8.0) * (i % 2)])),
     "numpy": (lambda layer: torch.from_numpy(layer.a) + float(layer.a[0]), sets(a=lambda i: np.arange(8) * (i % 2))),
     "dtype": (lambda layer: torch.ones(1, dtype=layer.t).itemsize, sets(t=lambda i: (torch.int32, torch.int64)[i % 2])),
+    "operator's keyword": (lambda layer: scaled(layer.linear.weight[0], by=layer.by), sets(by=lambda i: 1.0 + i % 2)),
     "index": (lambda layer: 2.0 if layer.index % 2 else 3.0, None),
     "index in a table": (
         lambda layer: 2.0 if layer.c.types[layer.index] == "full" else 3.0,
@@ -397,9 +403,17 @@ def updates(layer):
     return layer.held
 
 
+def updates_by_out(layer):
+    return torch.add(layer.held, 1, out=layer.held)
+
+
 def keeps(layer):
     layer.t[0].mul_(2)
     return layer.t[0]
+
+
+def keeps_by_out(layer):
+    return torch.mul(layer.t[0], 2, out=layer.t[0])
 
 
 def shared_count():
@@ -423,6 +437,11 @@ REFUSED = {
     "a shared counter": (shared_count, r"forward of 'layers.0' computes changes from one call to the next"),
     "a buffer": (stack(updates, buffer), r"changes buffer 'layers.0.held' at test_same_layers.py:\d+"),
     "a kept tensor": (stack(keeps, sets(t=lambda i: [torch.ones(WIDTH)])), r"changes a tensor that it keeps .*py:\d+"),
+    "a buffer by out": (stack(updates_by_out, buffer), r"changes buffer 'layers.0.held' at test_same_layers.py:\d+"),
+    "a kept tensor by out": (
+        stack(keeps_by_out, sets(t=lambda i: [torch.ones(WIDTH)])),
+        r"changes a tensor that it keeps .*py:\d+",
+    ),
     "batch norm": (lambda: Stack([nn.BatchNorm1d(4)]), "changes buffer 'layers.0.num_batches_tracked'"),
     "a backward": (
         stack(lambda layer: Sign.apply(layer.linear.weight).sum()),
