@@ -32,7 +32,7 @@ NUMBERED = (
     r"<h2>Memory of a device",
     r"<h2>Memory of the host",
     r"<h2>What limits the plan",
-    r"<h2>Operators",
+    r"<h2>Operators, block by block",
     r"<h3>llama_decoder_layer",
 )
 BADGE = (

@@ -76,7 +76,12 @@ class Mesh:
     def __str__(self) -> str:
         copies = f"{self.replicas} {'copy' if self.replicas == 1 else 'copies'}"
         pipeline = [f"{self.pipeline} pipeline ranks"] if self.pipeline > 1 else []
-        return " x ".join([copies, *pipeline, *(f"{size} {name}" for size, name in zip(self.sizes, self.names))])
+        return " x ".join([copies, *pipeline, *map(axis_text, self.sizes, self.names)])
+
+
+def axis_text(size: int, name: str) -> str:
+    """An axis of the mesh for people, such as `8 devices` or `4 inner`."""
+    return "1 device" if (size, name) == (1, "devices") else f"{size} {name}"
 
 
 def meshes(plan_ngpus: int, replicas: int, devices_per_node: int) -> list[Mesh]:

@@ -29,6 +29,7 @@ GRADIENT_BYTES = 4  # gradients are accumulated, and exchanged, in fp32
 STRIDED = 3  # a copy that reorders a tensor takes so many times as long as one that does not (measured on H200)
 
 STORED = "parameters"  # of the bytes that a parameter takes, those of itself
+STATE = ("master weights", "moments")  # and those of the optimizer's state
 LOCAL = ("slice", "pad", "divide")  # local: no other device takes part in these
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from nnscaler.errors import UserError
 from nnscaler.plan import GIB, Key
+from nnscaler.planner.costs import STATE
 
 
 class NothingFits(UserError):  # noqa: N818
@@ -27,6 +28,7 @@ class DoesNotFit(NothingFits):
 
     def __init__(self, memory: Mapping[Key, float], peak: str, limit: float) -> None:
         self.needed = sum(memory.values())
+        memory = on_the_device(memory)
         largest = sorted(memory.items(), key=lambda item: -item[1])[:3]
         super().__init__(
             f"no plan fits: needs {_gib(self.needed)} a device, constraint {_gib(limit)}: "
@@ -36,8 +38,18 @@ class DoesNotFit(NothingFits):
         )
 
 
+def on_the_device(memory: Mapping[Key, float]) -> dict[Key, float]:
+    """The bytes of a plan without the optimizer's state that lies on the host, which the plan subtracts as a whole."""
+    moved = -sum(size for key, size in memory.items() if key.category == "state")
+    state = sum(size for key, size in memory.items() if key.detail in STATE)
+    stays = 1 - moved / state if state else 1.0
+    return {
+        key: size * stays if key.detail in STATE else size for key, size in memory.items() if key.category != "state"
+    }
+
+
 def by_category(memory: Mapping[Key, float], peak: str) -> dict[str, float]:
-    """What the bytes of a plan are for, in words, largest first."""
+    """What the bytes of a plan are for, in words, largest first; without what is less than a thousandth of them."""
     totals: dict[str, float] = {}
     for key, size in memory.items():
         what = {
@@ -46,10 +58,10 @@ def by_category(memory: Mapping[Key, float], peak: str) -> dict[str, float]:
             "inside": "kept for backward",
             "working": f"while {peak} runs" if not key.block else f"one {key.block} computed again",
             "buffers": "buffers of communication",
-            "state": "optimizer state that goes to the host",
         }[key.category]
         totals[what] = totals.get(what, 0.0) + size
-    return dict(sorted(totals.items(), key=lambda item: -item[1]))
+    whole = sum(totals.values())
+    return {what: size for what, size in sorted(totals.items(), key=lambda item: -item[1]) if size > whole / 1000}
 
 
 def _gib(size: float) -> str:
@@ -64,5 +76,4 @@ def _describe(key: Key, peak: str) -> str:
         "inside": f"activations inside {of}",
         "working": f"working memory of {of or peak}",
         "buffers": "buffers of communication",
-        "state": "optimizer state on the host",
     }[key.category]

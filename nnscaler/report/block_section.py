@@ -18,8 +18,8 @@ def block_section(name: str, block: Values, values: Values) -> Markup:
     """A heading, then what `nnscaler.report.blocks.block_costs` says of the block. `values`: those of plan.json"""
     calls = f"called {block['calls']} times" if block["calls"] > 1 else "called once"
     return tag(
-        "section", tag("h3", name, tag("small", f" {calls}")), *_levels(block), _operators(name, block, values),
-        *_parameters(block),
+        "section", tag("h3", name, tag("small", f" {calls}")), *_levels(block), *_pieces(name, values),
+        _operators(name, block, values), *_parameters(block),
     )  # fmt: skip
 
 
@@ -29,6 +29,18 @@ def _levels(block: Values) -> list[Markup]:
         return []
     counts = {level: one["calls"] for level, one in block["levels"].items()}
     return [bar(counts, block["calls"], _calls), legend(counts, block["calls"], _calls)]
+
+
+def _pieces(name: str, values: Values) -> list[Markup]:
+    """What runs in pieces, by the operators that the table shows."""
+    pieces = values["blocks"][name]["pieces"]
+    if not pieces:
+        return []
+    units = [unit for unit in values["costs"][name]["units"] if "outputs" in unit]
+    shown = {last: next(unit["name"] for unit in units if last in unit["outputs"]) for last in pieces}
+    each = [f"those up to {shown[last]} in {count} pieces" for last, count in pieces.items()]
+    text = f"Operators run piece by piece: {', '.join(each)}. What this costs is in the last one's row, under again."
+    return [tag("p", text, class_="faint")]
 
 
 def _calls(count: float) -> str:
@@ -108,17 +120,19 @@ def _parameters(block: Values) -> list[Markup]:
     if not block["parameters"]:
         return []
     kinds = list(dict.fromkeys(kind for one in block["parameters"] for kind in one["bytes"]))
+    shared = any(_exchanged(one) for one in block["parameters"])
     rows = [
         [
-            one["tensor"], one["count"], one["layout"], one["owners"] if one["trained"] else "not trained",
-            _exchanged(one),
+            one["tensor"] if one["trained"] else f"{one['tensor']} (not trained)", one["count"], one["layout"],
+            *((one["owners"], _exchanged(one)) if shared else ()),
             *(or_blank(one["bytes"].get(kind, 0), gib) for kind in kinds),
             or_blank(one["update_seconds"], seconds),
         ]
         for one in block["parameters"]
     ]  # fmt: skip
-    head = ["parameter", ">how many", "layout", ">ranks with the same shard", "gradient exchanged"]
-    return [table([*head, *(f">{kind}" for kind in kinds), ">update"], rows)]
+    exchange = [">ranks with the same shard", "gradient exchanged"] if shared else []
+    head = ["parameter", ">how many", "layout", *exchange, *(f">{kind}" for kind in kinds), ">update"]
+    return [table(head, rows)]
 
 
 def _exchanged(parameter: Values) -> str:

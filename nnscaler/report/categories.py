@@ -6,7 +6,7 @@ from nnscaler.graph import Block
 from nnscaler.operators import operator_of
 from nnscaler.operators.registry import contraction_flops
 from nnscaler.plan import Key, Plan
-from nnscaler.planner.costs import CostModel
+from nnscaler.planner.costs import STATE, CostModel
 from nnscaler.report.parameters import ParameterGroup
 from nnscaler.report.transfers import Transfer
 from nnscaler.units import Unit, divide
@@ -20,7 +20,6 @@ OPTIMIZER = "optimizer"
 WORKING = "working memory"
 BUFFERS = "communication buffers"
 COPIES = "copies to the host exposed"
-STATE = ("master weights", "moments")  # of a parameter's memory, the optimizer's state
 
 
 def category_of(unit: Unit) -> str:

@@ -22,16 +22,12 @@ def limits_of(values: Mapping[str, Any]) -> list[dict[str, Any]]:
         for name, value in by_category.items()
         if name not in (MEMORY_BOUND, RECOMPUTE, EXPOSED, OPTIMIZER, COPIES)
     }
-    hidden = predicted["hidden_seconds"][HIDDEN]
-    exposed = by_category[EXPOSED]
+    hidden, exposed = predicted["hidden_seconds"][HIDDEN], by_category[EXPOSED]
+    waits = f"{seconds(exposed)} by which computation takes longer; {seconds(hidden)} are hidden behind it"
     found = [
         ("arithmetic", sum(arithmetic.values()), f"{_and(arithmetic)}, at the rates that the device reaches"),
         ("memory bandwidth", by_category[MEMORY_BOUND], "operators that read and write more than they compute"),
-        (
-            "communication",
-            exposed,
-            f"{seconds(exposed)} by which computation takes longer; {seconds(hidden)} are hidden behind it",
-        ),
+        ("communication", exposed, waits if exposed or hidden else "there is none"),
         ("optimizer", by_category[OPTIMIZER], "reading and writing the optimizer's state"),
         ("memory", *_memory(values)),
     ]

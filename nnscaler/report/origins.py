@@ -46,7 +46,10 @@ def measuring(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     advice = []
     computed = [one for one in unmeasured if one["what"] not in collectives]
     if computed:
-        text = f"{percent(computed[0]['share'])} of the step rests on a {computed[0]['origin']} figure"
+        share, origin = percent(computed[0]["share"]), computed[0]["origin"]
+        text = (
+            f"{share} of the step's time rests on a {origin} figure: planning where the device is present measures it"
+        )
         advice.append({"change": f"profile {computed[0]['what']}", "text": text})
     moved = [one for one in unmeasured if one["what"] in collectives]
     if moved:

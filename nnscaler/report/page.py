@@ -81,6 +81,8 @@ def _host(predicted: Values) -> list[Markup]:
     text = f"{gib(predicted['host_bytes'])} a device of the {gib(limit)} that the plan may use."
     if hidden := predicted["hidden_copies_seconds"]:
         text += f" Copies there and back of {seconds(hidden)} a step are hidden behind computation."
+    if "optimizer state" in parts:
+        text += " Tables of parameters below count the optimizer's state wherever it lies."
     heading = tag("h2", "Memory of the host")
     return [tag("section", heading, bar(parts, limit, gib), tag("p", text, class_="faint"), legend(parts, limit, gib))]
 
@@ -105,12 +107,13 @@ def _notation(values: Values) -> Markup:
     entries = (tag("li", tag("code", name), f" {meaning}") for name, meaning in LEGEND.items())
     return tag(
         "section",
-        tag("h2", "Operators"),
+        tag("h2", "Operators, block by block"),
         tag("ul", *entries, class_="notation"),
         tag(
             "p",
-            "Split is the name in the operator's annotation that the work is divided along. Times are those of a step: "
-            f"all calls and micro-batches. Kept is what backward needs of the results.{several}",
+            "Split is the annotated name along which the work is divided. Times are those of a step, for all calls and "
+            "micro-batches; again is what backward computes once more. Kept is what backward needs of the results."
+            f"{several}",
             class_="faint",
         ),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from nnscaler.mesh import axis_text
 from nnscaler.plan import GIB
 
 LEGEND = {
@@ -56,7 +57,7 @@ def devices(values: Mapping[str, Any]) -> str:
     if "pipeline" in values:
         parts.append(f"{values['pipeline']['schedule']['ranks']} pipeline ranks")
     mesh = values["mesh"]
-    parts += [f"{size} {name}" for size, name in zip(mesh["sizes"], mesh["names"], strict=True)]
+    parts += [axis_text(size, name) for size, name in zip(mesh["sizes"], mesh["names"], strict=True)]
     return " x ".join(parts) + ("" if len(mesh["names"]) == 1 else " devices")
 
 

@@ -80,6 +80,8 @@ def proven(predicted: Mapping[str, Any]) -> str:
     """How near to the best the plan is proven to be, as a clause."""
     if predicted["gap"] > 0.5:
         return "stopped before anything was proven"
+    if predicted["gap"] < 5e-5:
+        return "no plan on these devices is faster"
     return f"no plan on these devices is more than {percent(predicted['gap'], 2)} faster"
 
 
