@@ -20,7 +20,6 @@ from nnscaler.checkpoint.folder import BEST, LAST, complete_checkpoints, latest_
 from nnscaler.checkpoint.merge import MergedFile, merge_to_file
 from nnscaler.checkpoint.stored import Checkpoint
 from nnscaler.cli.trainer import Trainer
-from tests import tiny
 from tests.checkpoint.jobs import assert_equal, final, job, losses, tensors, train
 from tests.launch import run
 from tests.parity import Case
@@ -30,10 +29,7 @@ ONE = Case(1, 1, accumulation=2)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("damage")
-    tiny.write_hardware(folder)
-    tiny.write_dataset(folder / "data")
+def folder(folder):
     run(2, train, TWO, folder, 6, "run", {"interval": 2, "keep": 0}, init=False)
     return folder
 

@@ -17,20 +17,11 @@ from nnscaler.cli.loop import TrainingRun
 from nnscaler.cli.trainer import Trainer
 from nnscaler.runtime.module import ParallelModule
 from nnscaler.runtime.optimizer import OptimizerConfig
-from tests import tiny
 from tests.checkpoint.jobs import job, tensors, train
 from tests.launch import run
 from tests.parity import Case
 
 TWO, ONE = Case(1, 2), Case(1, 1, accumulation=2)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finite")
-    tiny.write_hardware(folder)
-    tiny.write_dataset(folder / "data")
-    return folder
 
 
 def train_with_bad_steps(folder, steps, name, bad):

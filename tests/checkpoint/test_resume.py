@@ -29,15 +29,6 @@ from tests.checkpoint.jobs import assert_equal, final, losses, random_tensors, t
 from tests.launch import run
 from tests.parity import SEED, TOLERANCE, Case, plain_loop
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("resume")
-    tiny.write_hardware(folder)
-    tiny.write_dataset(folder / "data")
-    return folder
-
-
 ONE = Case(2, 2, accumulation=2)  # two sequences a step
 
 

@@ -29,21 +29,12 @@ from nnscaler.checkpoint.folder import TrainerState, complete_checkpoints, lates
 from nnscaler.checkpoint.randomness import as_tensors, random_states
 from nnscaler.cli.trainer import Trainer
 from nnscaler.runtime.module import ParallelModule
-from tests import tiny
 from tests.checkpoint.jobs import assert_equal, job, losses, publish_one, random_tensors, tensors, train
 from tests.launch import run
 from tests.parity import Case
 
 TWO = Case(1, 2)
 ONE = Case(1, 1, accumulation=2)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saving")
-    tiny.write_hardware(folder)
-    tiny.write_dataset(folder / "data")
-    return folder
 
 
 def names(runs: Path) -> list[str]:
