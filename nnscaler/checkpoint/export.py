@@ -5,17 +5,26 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from nnscaler.checkpoint.checksums import CorruptCheckpoint, file_crc
 from nnscaler.checkpoint.folder import ASSETS, sync
 from nnscaler.checkpoint.merge import forget_cached, progress, write_tensor
 from nnscaler.checkpoint.stored import Checkpoint
 from nnscaler.errors import UserError
+from nnscaler.models import load_config
+from nnscaler.models.causal_lm import build
+from nnscaler.models.conversion import to_files
+from nnscaler.models.unread import Unread
+from nnscaler.shards import Box
+from nnscaler.trace import build_on_meta
 
 SHARD_BYTES = 5 * 10**9  # of a safetensors file, at most, unless one tensor is larger
 _TYPES = {
@@ -43,7 +52,7 @@ def export_model(checkpoint: Checkpoint, directory: Path, verify: bool = False, 
     shutil.rmtree(work, ignore_errors=True)
     try:
         shutil.copytree(assets, work)
-        crcs = _write(checkpoint, work, _shards(checkpoint, shard_bytes))
+        crcs = _write(work, _shards(_tensors(checkpoint), shard_bytes))
         sync(work)
         if verify:
             _check(work, crcs)
@@ -56,54 +65,77 @@ def export_model(checkpoint: Checkpoint, directory: Path, verify: bool = False, 
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _shards(checkpoint: Checkpoint, shard_bytes: int) -> dict[str, dict[str, int]]:
-    """File -> parameter -> bytes."""
-    shards: list[dict[str, int]] = [{}]
-    for tensor, shape in checkpoint.shapes().items():
-        if tensor.startswith("model."):
-            name = tensor.removeprefix("model.")
-            size = torch.Size(shape).numel() * checkpoint.dtype(name).itemsize
-            if shards[-1] and sum(shards[-1].values()) + size > shard_bytes:
-                shards.append({})
-            shards[-1][name] = size
+def _tensors(checkpoint: Checkpoint) -> dict[str, Unread]:
+    """The model's tensors as its published files have them, with their names; types are those of training."""
+    last: dict[str, Tensor] = {}  # what was read last, whole, of which several tensors may be made
+
+    def read(name: str, shape: tuple[int, ...], box: Box) -> Tensor:
+        if name not in last:
+            last.clear()
+            last[name] = checkpoint.read(name, shape)
+        return last[name][box.slices]
+
+    prefix = f"model.{checkpoint.state.prefix}"
+    found = {
+        name.removeprefix(prefix): Unread(
+            shape, checkpoint.dtype(name.removeprefix("model.")), partial(read, name, shape)
+        )
+        for name, shape in checkpoint.shapes().items()
+        if name.startswith("model.")
+    }
+    assets = checkpoint.folder / ASSETS
+    if "model_type" not in json.loads((assets / "config.json").read_text(encoding="utf-8")):
+        return found  # no model of transformers, which would have other names in its files
+    model: Any = build_on_meta(lambda: build(load_config(str(assets))))[0]
+    return to_files(found, model)
+
+
+Shard = dict[str, Unread]
+
+
+def _shards(tensors: Mapping[str, Unread], shard_bytes: int) -> dict[str, Shard]:
+    """File -> its tensors."""
+    shards: list[Shard] = [{}]
+    for name, tensor in tensors.items():
+        if shards[-1] and sum(map(_bytes, shards[-1].values())) + _bytes(tensor) > shard_bytes:
+            shards.append({})
+        shards[-1][name] = tensor
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
     return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards)}
 
 
-def _write(checkpoint: Checkpoint, directory: Path, shards: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
-    """File -> exported tensor -> CRC-32 of its bytes."""
-    shapes, prefix = checkpoint.shapes(), checkpoint.state.prefix
+def _bytes(tensor: Unread) -> int:
+    return tensor.shape.numel() * int(tensor.dtype.itemsize)
+
+
+def _write(directory: Path, shards: Mapping[str, Shard]) -> dict[str, dict[str, int]]:
+    """File -> tensor -> CRC-32 of its bytes."""
     written: dict[str, dict[str, int]] = {}
-    with progress(sum(sum(shard.values()) for shard in shards.values()), "exporting") as bar:
+    total = sum(_bytes(tensor) for shard in shards.values() for tensor in shard.values())
+    with progress(total, "exporting") as bar:
         for file_name, shard in shards.items():
             with open(directory / file_name, "wb") as file:
-                file.write(_header(checkpoint, shard))
-                written[file_name] = {}
-                for name in shard:
-                    exported, whole = name.removeprefix(prefix), f"model.{name}"
-                    written[file_name][exported] = write_tensor(  # no name holds a tensor while the next is read
-                        file, checkpoint.read(whole, shapes[whole]), checkpoint.dtype(name), bar
-                    )
+                file.write(_header(shard))
+                written[file_name] = {
+                    name: write_tensor(file, tensor.whole().contiguous(), tensor.dtype, bar)
+                    for name, tensor in shard.items()
+                }
     if len(shards) > 1:
         weight_map = {name: file_name for file_name, crcs in written.items() for name in crcs}
-        total = sum(sum(shard.values()) for shard in shards.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / _INDEX).write_text(json.dumps(index, indent=1))
     return written
 
 
-def _header(checkpoint: Checkpoint, shard: dict[str, int]) -> bytes:
+def _header(shard: Shard) -> bytes:
     """https://huggingface.co/docs/safetensors: length of the JSON header, JSON header."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
-    for name, size in shard.items():
-        header[name.removeprefix(checkpoint.state.prefix)] = {
-            "dtype": _TYPES[checkpoint.dtype(name)],
-            "shape": checkpoint.state.parameters[name]["shape"],
-            "data_offsets": [at, at + size],
-        }
-        at += size
+    for name, tensor in shard.items():
+        end = at + _bytes(tensor)
+        header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from nnscaler.errors import UserError
+from nnscaler.models.conversion import to_model
+from nnscaler.models.unread import Unread
 from nnscaler.shards import Box, ParameterSpec
 
 if TYPE_CHECKING:
@@ -32,20 +37,11 @@ def how_to_convert(model_id: str | Path) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Stored:
-    """Where a tensor lies in a file, and what it is. `dtype`: as safetensors spells it"""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-
 class WeightFiles:
     """The tensors of a model directory: in `model.safetensors`, or in shards with an index, as transformers reads
-    them."""
+    them. Types are as safetensors spells them."""
 
-    def __init__(self, tensors: Mapping[str, Stored]) -> None:
+    def __init__(self, tensors: Mapping[str, Unread]) -> None:
         self.tensors = dict(tensors)
 
     @staticmethod
@@ -74,11 +70,16 @@ class WeightFiles:
             )
         return None
 
-    def read(self, name: str, box: Box) -> Tensor:
-        """A part of a tensor, on the CPU, in the type of the file. Only that part is read."""
-        with safe_open(self.tensors[name].file, "pt") as file:
-            part = file.get_slice(name)
-            return part[box.slices] if box.slices else file.get_tensor(name)
+    def for_model(self, model: nn.Module, prefix: str) -> WeightFiles:
+        """The same, renamed and put together as the Hugging Face model below `prefix` has its tensors."""
+        inner = model.get_submodule(prefix.rstrip("."))
+        return WeightFiles(to_model(self.tensors, inner)) if isinstance(inner, PreTrainedModel) else self
+
+    def tensor(self, name: str, wanted: Tensor | ParameterSpec) -> Unread:
+        """A tensor, in the shape of the model's, where that has two dimensions for one."""
+        stored = self.tensors[name]
+        more = len(wanted.shape) > stored.ndim and stored.shape.numel() == prod(wanted.shape)
+        return stored.shaped(wanted.shape) if more else stored
 
     def name_of(self, parameter: str, others: Iterable[str] = ()) -> str | None:
         """The name that the files have for a parameter: its own, or one of `others`, which are tied to it. None: they
@@ -95,7 +96,7 @@ class WeightFiles:
         return None
 
 
-def _sharded(directory: Path, index: Path) -> dict[str, Stored]:
+def _sharded(directory: Path, index: Path) -> dict[str, Unread]:
     try:
         files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(files.values()))
@@ -113,11 +114,20 @@ def _sharded(directory: Path, index: Path) -> dict[str, Stored]:
     return {name: headers[file][name] for name, file in files.items()}
 
 
-def _header(path: Path) -> dict[str, Stored]:
+def _header(path: Path) -> dict[str, Unread]:
+    """The tensors of a file, which is opened again, once, where one of them is read."""
+    opened = functools.cache(partial(safe_open, path, "pt"))
+
+    def read(name: str, box: Box) -> Tensor:
+        part = opened().get_slice(name)
+        return part[box.slices] if box.slices else opened().get_tensor(name)
+
     try:
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
-            return {name: Stored(path, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+            return {
+                name: Unread(part.get_shape(), part.get_dtype(), partial(read, name)) for name, part in slices.items()
+            }
     except (SafetensorError, OSError) as error:
         raise UserError(f"'{path}' is cut short or damaged: {error}") from error
 
@@ -133,7 +143,7 @@ def check_weights(directory: Path, model: nn.Module, prefix: str) -> None:
     Raises UserError for parameters that the files lack, and for other shapes and types. Warns of tensors for which the
     model has no place, and of buffers that keep their first values.
     """
-    files = _files(directory)
+    files = _files(directory).for_model(model, prefix)
     tied = _tied(model)
     persistent = persistent_buffers(model)
     names = {name: files.name_of(name.removeprefix(prefix), _removed(prefix, tied[name])) for name in tied}
@@ -144,7 +154,7 @@ def check_weights(directory: Path, model: nn.Module, prefix: str) -> None:
     tensors = {**dict(model.named_parameters()), **persistent}
     for name, stored in names.items():
         if stored is not None:
-            _check_tensor(directory, stored, files.tensors[stored], tensors[name])
+            _check_tensor(directory, stored, files.tensor(stored, tensors[name]), tensors[name])
     known = {other for name in tied for other in (name.removeprefix(prefix), *_removed(prefix, tied[name]))}
     known.update(filter(None, names.values()))
     unexpected = sorted(set(files.tensors) - known)
@@ -163,7 +173,7 @@ def load_weights(directory: Path, module: TrainedModule, model: nn.Module, prefi
     prefix  what stands before the files' names in the model's own names
     Raises UserError for parameters that the files lack, and for other shapes and types.
     """
-    files = _files(directory)
+    files = _files(directory).for_model(model, prefix)
     specs = module.parameters_to_load()
     tied: dict[str, list[str]] = {name: [] for name in specs}
     for name, target in module.tied.items():
@@ -172,16 +182,18 @@ def load_weights(directory: Path, module: TrainedModule, model: nn.Module, prefi
     lost = [name.removeprefix(prefix) for name, stored in names.items() if stored is None]
     if lost:
         raise UserError(f"'{directory}' lacks {len(lost)} of the model's {len(specs)} tensors: {_some(lost)}")
-    found = {name: stored for name, stored in names.items() if stored is not None}
-    for name, stored in found.items():
-        _check_tensor(directory, stored, files.tensors[stored], specs[name])
-    module.load(lambda name, box: files.read(found[name], box))
+    found = {}
+    for name, stored in names.items():
+        assert stored is not None
+        found[name] = files.tensor(stored, specs[name])
+        _check_tensor(directory, stored, found[name], specs[name])
+    module.load(lambda name, box: found[name].read(box))
     for name in persistent_buffers(model):
         kept = files.name_of(name.removeprefix(prefix))
         if kept is not None and name in module.specs:
             spec = module.specs[name]
             _check_tensor(directory, kept, files.tensors[kept], spec)
-            module.load_one(name, files.read(kept, Box((0,) * len(spec.shape), spec.shape)))
+            module.load_one(name, files.tensors[kept].whole())
 
 
 def fixed_tensors(model: nn.Module, trained: Collection[str]) -> dict[str, Tensor]:
@@ -227,8 +239,8 @@ def _removed(prefix: str, names: Iterable[str]) -> list[str]:
     return [name.removeprefix(prefix) for name in names]
 
 
-def _check_tensor(directory: Path, name: str, stored: Stored, wanted: Tensor | ParameterSpec) -> None:
-    if stored.shape != tuple(wanted.shape):
+def _check_tensor(directory: Path, name: str, stored: Unread, wanted: Tensor | ParameterSpec) -> None:
+    if tuple(stored.shape) != tuple(wanted.shape):
         raise UserError(f"'{directory}' has {name} of shape {list(stored.shape)}, the model's is {list(wanted.shape)}")
     if not wanted.dtype.is_floating_point:
         if stored.dtype in _TYPES:
