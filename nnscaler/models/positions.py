@@ -30,8 +30,8 @@ def check_positions(config: PretrainedConfig, sequence_length: int) -> None:
     scaled = {**rope, "rope_type": "yarn", "factor": float(-(-sequence_length // known))}
     scaled.setdefault("original_max_position_embeddings", known)
     logger.warning(
-        "sequences have %d tokens, the model's positions were made for %d (max_position_embeddings): the others it "
-        "learns from this data alone; a scaled RoPE goes on from what it knows: --set rope_parameters='%s'",
+        "sequences have %d tokens, and the model's positions were made for %d (max_position_embeddings): it learns the "
+        "others from this data alone. A scaled RoPE starts from what the model knows: --set rope_parameters='%s'",
         sequence_length, known, json.dumps(scaled),
     )  # fmt: skip
 

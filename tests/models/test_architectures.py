@@ -169,7 +169,7 @@ def test_positions_beyond_those_of_the_model(caplog):
     assert not caplog.records
     prepare_config(config_of("llama"), 100, "auto")
     (record,) = caplog.records
-    assert "sequences have 100 tokens, the model's positions were made for 64" in record.message
+    assert "sequences have 100 tokens, and the model's positions were made for 64" in record.message
     assert '--set rope_parameters=\'{"rope_theta": 10000.0, "rope_type": "yarn", "factor": 2.0' in record.message
     with pytest.raises(UserError, match="the model knows 64 positions, and sequences have 100 tokens"):
         prepare_config(config_of("gpt2"), 100, "auto")
