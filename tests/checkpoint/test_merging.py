@@ -86,6 +86,9 @@ def test_all_is_on_disk_before_it_gets_its_name(write, tmp_path, monkeypatch):
     assert named == [output]
     files = [path for path in output.rglob("*") if path.is_file()] if output.is_dir() else [output]
     assert len(files) == (5 if write is export_model else 1), "three shards, their index and config.json"
+    if write is export_model:
+        index = json.loads((output / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == 3 * 4 * 8 * 2, "bytes of three tensors in bf16"
     for path in files:
         assert synced[path.name if output.is_dir() else f".{path.name}.writing"] == path.read_bytes()
 

@@ -148,6 +148,16 @@ def test_what_crosses_by_hand(kind, stages, tmp_path):
         neighbours = (index > 0) + (index < stages - 1)
         received = stage.memory[Key("buffers", "", "received")]
         assert received == 4 * neighbours * size, "torch has a buffer for each micro-batch, there and back"
+    updates = [
+        sum(plan.stages[stage].seconds[key] for stage in schedule.stages_of(rank) for key in plan.stages[stage].seconds
+            if key.category == "update")
+        for rank in range(2)
+    ]  # fmt: skip
+    assert plan.step_seconds - plan.timeline.seconds == pytest.approx(4 * max(updates)), "of the whole step"
+    for span in plan.timeline.spans:
+        if span.work.kind in "IW":
+            nothing = (span.work.kind, span.work.stage) == ("I", 0)  # of the first stage, torch does all at the end
+            assert (span.end - span.start > 0) != nothing
 
 
 def test_cut_points_move_towards_equal_times():

@@ -19,7 +19,7 @@ from nnscaler.graph import Block, Graph, Node, Ref, TensorMeta
 from nnscaler.hardware import Hardware, load_hardware
 from nnscaler.mesh import Mesh
 from nnscaler.operators import bind, operator_of
-from nnscaler.placement import REPLICATE, SHARED, Shard
+from nnscaler.placement import PARTIAL, REPLICATE, SHARED, Shard
 from nnscaler.planner import find_plan
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.evaluate import Evaluation, evaluate
@@ -29,6 +29,7 @@ from nnscaler.planner.problem import Flow, Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution
 from nnscaler.recompute import KEEPS_ALL
 from nnscaler.report.values import Work, plan_report
+from nnscaler.reshard import reshards
 from nnscaler.runtime import gathering
 from nnscaler.trace import trace
 from nnscaler.units import divide
@@ -134,6 +135,30 @@ def test_a_gathered_weight_comes_back_in_fp32(machine):
     assert seconds.forward == pytest.approx(32 * 8 * 2 / 2 / LINK)
     assert seconds.backward == pytest.approx(32 * 8 * 4 / 2 / LINK)
     assert resharding(problem, replace(flow, is_parameter=False), (Shard(0),), (REPLICATE,)).forward == seconds.forward
+
+
+COPY = 2 * 3  # a byte is read and written, in strides
+
+
+@pytest.mark.parametrize(("source", "target", "links", "copies"), [
+    (PARTIAL, REPLICATE, 2 * 1 / 2, 1),  # which keeps what it was given
+    (Shard(0), REPLICATE, 1 / 2, 0),  # whose shards come to lie one behind the other
+    (Shard(1), REPLICATE, 1 / 2, 1),
+    (PARTIAL, Shard(0), 1 / 2, 0),
+    (PARTIAL, Shard(1), 1 / 2, 1),
+    (Shard(0), Shard(1), 1 / 4, 1 / 2),
+])  # fmt: skip
+def test_resharding_by_hand(machine, source, target, links, copies):
+    """[32, 8] in fp32 between two devices: the part of its bytes that a device sends, and copies as often."""
+    costs = CostModel(replace(machine, memory_bandwidth=LINK), Mesh((2,)))
+    changes = reshards((source,), (target,))
+    assert changes is not None
+    seconds = costs.resharding(TensorMeta((32, 8), torch.float32), (source,), changes)
+    assert seconds.forward == pytest.approx(32 * 8 * 4 * (links + COPY * copies) / LINK)
+
+
+def test_weights_are_gathered_early_up_to_what_there_is(graph, machine):
+    assert build_problem(graph, CostModel(machine, Mesh((2,))), Recomputing(), 1).gathered_early == 2 * W
 
 
 def test_what_runs_adds_up_a_gathered_weights_gradient_in_fp32(monkeypatch):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from types import SimpleNamespace
 
-from nnscaler.profiler.steps import Kernel, covered, milliseconds_by_category
+import pytest
+import torch
+
+from nnscaler.profiler.steps import Kernel, covered, milliseconds_by_category, step_table
 
 GEMM, ATTENTION, NCCL, COPY = "nvjet_sm90_tst_128x256", "flash_fwd_kernel", "ncclDevKernel_AllGather", "copy_kernel"
 
@@ -32,3 +35,23 @@ def test_time_is_counted_once_where_kernels_overlap():
     spans = [(5.0, 6.0), (0.0, 4.0), (1.0, 2.0), (3.0, 4.5)]  # two of them while the longest runs, one beyond its end
     assert covered([Kernel(COPY, *span) for span in spans]) == pytest.approx(5.5)
     assert covered([]) == 0.0
+
+
+def test_the_table_has_what_was_planned_beside_what_ran_a_step():
+    """Two steps, of which kernels took 6 and 4 ms; the plan's registered operators are products in it."""
+    events = [
+        SimpleNamespace(
+            name=name, device_type=torch.autograd.DeviceType.CUDA, is_user_annotation=False,
+            time_range=SimpleNamespace(start=1e3 * start, end=1e3 * end),
+        )
+        for name, start, end in ((GEMM, 0.0, 6.0), (ATTENTION, 6.0, 10.0), (GEMM, 20.0, 24.0))
+    ]  # fmt: skip
+    predicted = {"matmul": 0.004, "attention": 0.002, "linear_loss": 0.001, "convolution": 0.0005, "recompute": 0.003}
+    text = step_table(SimpleNamespace(events=lambda: events), 2, predicted)
+    rows = {line[:22].strip(): line[22:].split() for line in text.partition("\n\n")[0].splitlines()[1:]}
+    assert rows["matmul"] == ["5.00", "5.50"]
+    assert rows["attention"] == ["2.00", "2.00"]
+    assert rows["recompute"] == ["3.00"], "which no kernel says of itself"
+    assert rows["idle"] == ["5.00"]
+    assert rows["whole"] == ["12.00", "10.50"]
+    assert [line.split() for line in text.splitlines()[-2:]] == [["5.00", "1", GEMM], ["2.00", "0", ATTENTION]]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 
 from nnscaler.mesh import Mesh
+from nnscaler.runtime import gathering
 from nnscaler.runtime.axes import Axes
 from nnscaler.runtime.gathering import Gathers
 from tests.launch import run
@@ -32,3 +35,30 @@ def gradients_of_a_shard() -> list[list[float]]:
 def test_a_term_that_bf16_would_round_away_arrives():
     for found in run(2, gradients_of_a_shard):
         assert found == [[1 + 2.0**-9] * 8] * 2
+
+
+def test_no_weight_is_gathered_before_its_update(monkeypatch):
+    """In the first micro-batch one after the other, then early, and once more in backward."""
+    happened = []
+
+    def start_gather(shard, axis):
+        happened.append(("gather", names[shard.data_ptr()]))
+        return torch.cat([shard, shard]), None
+
+    monkeypatch.setattr(gathering, "start_gather", start_gather)
+    monkeypatch.setattr(gathering, "finish_gather", lambda whole, work, dim: whole)
+    monkeypatch.setattr(gathering, "start_reduce_scatter", lambda gradient, axis, dim: (gradient.chunk(2)[0], None))
+    shards = [torch.ones(2, 4, requires_grad=True) for _ in range(3)]
+    names = {shard.data_ptr(): index for index, shard in enumerate(shards)}
+    gathers = Gathers(lambda *given: None, lambda shard: happened.append(("wait", names[shard.data_ptr()])))
+    axis = SimpleNamespace(size=2)
+    for _ in range(2):
+        gathers.begin()
+        with gathers.hooks():
+            x = torch.ones(4, 4, requires_grad=True)
+            for shard in shards:
+                x = x * gathers.weight(shard, (axis, 0), again=True)
+        x.sum().backward()
+    gathered = [name for what, name in happened if what == "gather"]
+    assert sorted(gathered) == sorted([0, 1, 2] * 4)
+    assert happened == [(what, name) for name in gathered for what in ("wait", "gather")]

@@ -157,3 +157,13 @@ def test_the_state_of_the_buckets_that_forward_needs_last_goes_to_the_host():
     assert buckets_of(optimizer.buckets, 0.0) == []
     assert buckets_of(optimizer.buckets, 1.0) == by_use[-1:]
     assert sorted(buckets_of(optimizer.buckets, 1e9)) == sorted(by_use)
+
+
+@pytest.mark.parametrize(("dtype", "each"), [(torch.float32, 8), (torch.bfloat16, 12)])
+def test_as_much_state_goes_to_the_host_as_is_asked_for(dtype, each):
+    """Two moments of an element, and where the weight is not in fp32, its master."""
+    optimizer, _ = optimizer_of(CONFIG, dtype)
+    last = max(range(len(optimizer.buckets)), key=lambda index: optimizer.buckets[index].first)
+    size = each * optimizer.buckets[last].owned.numel()
+    assert buckets_of(optimizer.buckets, size) == [last]
+    assert len(buckets_of(optimizer.buckets, size + 1)) == 2
