@@ -1,16 +1,21 @@
-"""Tokenises text and packs it into sequences of equal length: a dataset directory that train.py reads."""
+"""Tokenises text, or conversations, and packs it into sequences of equal length: a dataset that train.py reads."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nnscaler.cli.flags import parse
 from nnscaler.command import run
 from nnscaler.directory import check_new
+from nnscaler.errors import UserError
 from nnscaler.options import REQUIRED, check, path, text, whole
+
+if TYPE_CHECKING:
+    from nnscaler.data.sources import Corpus
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,42 @@ class Options:
         least=1, most=4096,
     )  # fmt: skip
 
+    messages_column: str | None = text(
+        None, "column of the rows that holds a conversation: a list of messages with role and content, as the "
+        "tokenizer's chat template takes them. Conversations are packed whole (default: documents of text are packed)",
+    )  # fmt: skip
+    prompt_column: str | None = text(None, "with completion_column: column of prompts, texts or lists of messages")
+    completion_column: str | None = text(None, "with prompt_column: column of what completes each prompt")
+    train_on: str = text(
+        "assistant", "of conversations, what is learned; assistant: what the assistant says, or what completes a "
+        "prompt; all: every token", choices=("assistant", "all"),
+    )  # fmt: skip
+    too_long: str = text(
+        "drop", "what becomes of conversations that are longer than a sequence; drop: they are left out; cut: they are "
+        "cut at its end", choices=("drop", "cut"),
+    )  # fmt: skip
+    chat_template: Path | None = path(
+        None, "file with a chat template in Jinja, which may mark with {% generation %} what the assistant says "
+        "(default: the tokenizer's)",
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         check(self)
         check_new(self.save_path)
+        if (self.prompt_column is None) != (self.completion_column is None):
+            raise UserError("prompt_column and completion_column go together, and one of them is not given")
+        given = [
+            name for name in ("text_column", "messages_column", "prompt_column") if getattr(self, name) is not None
+        ]
+        if len(given) > 1:
+            raise UserError(f"{given[0]} and {given[1]} are both given; rows hold one or the other")
+        if self.chat_template is not None and not self.chat_template.is_file():
+            raise UserError(f"chat_template is '{self.chat_template}', which is not a file")
+
+    @property
+    def talks(self) -> bool:
+        """Whether conversations are packed."""
+        return self.messages_column is not None or self.prompt_column is not None
 
 
 def main() -> None:
@@ -62,13 +100,28 @@ def main() -> None:
     # What takes seconds to import comes after the flags are judged.
     from nnscaler import hub
     from nnscaler.data.encoding import check_encoding
-    from nnscaler.data.pack import pack
     from nnscaler.data.sources import find_corpus
 
     if options.encoding is not None:
         check_encoding(options.encoding)
     corpus = find_corpus(options.data_path_or_name, options.text_column, options.split, options.encoding)
     tokenizer = hub.load_tokenizer(options.tokenizer_path_or_name)
+    lines = (pack_conversations if options.talks else pack_text)(options, corpus, tokenizer, threads)
+    for what, found in lines:
+        print(f"{what:<10} {found}")
+    if corpus.replaced:
+        count = sum(corpus.replaced.values())
+        print(f"replaced   {count:,} characters that could not be read, in {listed(corpus.replaced)}")
+        print("           --encoding says how files of text are to be read")
+    if corpus.silent:
+        print(f"no text    in {listed(corpus.silent)}")
+    print(f"saved to   {options.save_path}")
+
+
+def pack_text(options: Options, corpus: Corpus, tokenizer: Any, threads: int) -> Iterator[tuple[str, str]]:
+    """Packs documents; then says what became of them."""
+    from nnscaler.data.pack import pack
+
     packing = pack(
         corpus,
         tokenizer,
@@ -82,20 +135,47 @@ def main() -> None:
             "tokenizer": options.tokenizer_path_or_name,
         },
     )
-
     empty = f" and {packing.empty_documents:,} empty ones skipped" if packing.empty_documents else ""
-    print(f"documents  {packing.documents:,}{empty}")
-    print(f"tokens     {packing.tokens:,} with bos and eos, {packing.tokens / packing.seconds:,.0f} tokens/s")
-    print(f"sequences  {packing.sequences:,} of {packing.sequence_length:,} tokens")
-    print(f"continued  {packing.continued:,} sequences begin within a document")
-    print(f"tail       {packing.tail:,} tokens left out")
-    if corpus.replaced:
-        count = packing.replaced_characters
-        print(f"replaced   {count:,} characters that could not be read, in {listed(corpus.replaced)}")
-        print("           --encoding says how files of text are to be read")
-    if corpus.silent:
-        print(f"no text    in {listed(corpus.silent)}")
-    print(f"saved to   {options.save_path}")
+    yield "documents", f"{packing.documents:,}{empty}"
+    yield "tokens", f"{packing.tokens:,} with bos and eos, {packing.tokens / packing.seconds:,.0f} tokens/s"
+    yield "sequences", f"{packing.sequences:,} of {packing.sequence_length:,} tokens"
+    yield "continued", f"{packing.continued:,} sequences begin within a document"
+    yield "tail", f"{packing.tail:,} tokens left out"
+
+
+def pack_conversations(options: Options, corpus: Corpus, tokenizer: Any, threads: int) -> Iterator[tuple[str, str]]:
+    """Packs conversations; then says what became of them."""
+    from nnscaler.data.conversations import Columns, Speech, pack_conversations
+
+    columns = Columns(options.messages_column, options.prompt_column, options.completion_column)
+    template = options.chat_template.read_text(encoding="utf-8") if options.chat_template else None
+    fitting = pack_conversations(
+        corpus,
+        Speech(tokenizer, columns, template, options.train_on == "all"),
+        tokenizer,
+        options.save_path,
+        options.sequence_length,
+        threads,
+        options.too_long == "cut",
+        provenance={
+            "data": options.data_path_or_name,
+            **vars(columns),
+            "split": options.split,
+            "tokenizer": options.tokenizer_path_or_name,
+            "train_on": options.train_on,
+            "too_long": options.too_long,
+            "chat_template": template,
+        },
+    )
+    yield "packed", f"{fitting.documents:,} conversations, {fitting.cut:,} of them cut"
+    yield "left out", f"{fitting.dropped:,} too long, and {fitting.unlearned:,} in which nothing would be learned"
+    speed = f"{fitting.tokens / fitting.seconds:,.0f} tokens/s"
+    yield "tokens", f"{fitting.tokens:,}, of which {fitting.learned:,} are learned, {speed}"
+    share = fitting.padding / (fitting.sequences * fitting.sequence_length)
+    yield (
+        "sequences",
+        f"{fitting.sequences:,} of {fitting.sequence_length:,} tokens, {100 * share:.1f} % of them padding",
+    )
 
 
 def listed(files: Collection[Path]) -> str:

@@ -5,7 +5,8 @@
     python benchmarks/tokenize_text.py --tokenizer quickstart/tokenizer --text quickstart/plays --memory 1.0
 
 Speed: both tokenise the same documents on all cores, in turns, in one process. encode_batch has all texts in memory and
-leaves its result there; ours reads a file, and writes the packed dataset. Memory: bookcorpus.py runs by itself on the
+leaves its result there; ours reads a file, and writes the packed dataset. Conversations are made of the text's lines,
+some a turn; encode_batch gets them as the template writes them. Memory: bookcorpus.py runs by itself on the
 text, repeated to the size asked for, and the resident memory of its processes is read every 20 ms.
 """
 
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.measure import CORES, ROOT, print_rows, write
 from nnscaler import hub
 from nnscaler.command import ArgumentParser, run
+from nnscaler.data.conversations import Columns, Speech, pack_conversations
 from nnscaler.data.pack import pack
 from nnscaler.data.sources import Corpus, find_corpus
 from nnscaler.errors import UserError
@@ -36,6 +39,14 @@ logger = logging.getLogger("tokenize_text")
 
 BOOKCORPUS = ROOT / "bookcorpus.py"
 SEQUENCE_LENGTH = 4096
+_TURN = "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}"
+_SAID = "{{ '<|assistant|>\n' }}{% generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}{{ '\n' }}"
+_PROMPT = "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+PLAIN = f"{{% for message in messages %}}{_TURN}{{% endfor %}}{_PROMPT}"
+MARKED = (
+    f"{{% for message in messages %}}{{% if message['role'] == 'assistant' %}}{_SAID}{{% else %}}{_TURN}{{% endif %}}"
+    f"{{% endfor %}}{_PROMPT}"
+)
 
 
 def main() -> None:
@@ -52,7 +63,8 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         if args.memory is None:
-            measured = measure_speed(texts, args.tokenizer, args.repeats, Path(directory))
+            given = texts, args.tokenizer, args.repeats, Path(directory)
+            measured = chain(measure_speed(*given), measure_conversations(*given))
         else:
             measured = measure_memory(texts, args.tokenizer, args.memory, Path(directory))
         for row in measured:
@@ -91,6 +103,49 @@ def measure_speed(texts: list[str], tokenizer_name: str, repeats: int, directory
         theirs, mine = (size / statistics.median(measured) for measured in (theirs_seconds, our_seconds))
         yield {
             "documents": f"{len(documents):,} {shape}",
+            "encode_batch MB/s": round(theirs, 2),
+            "bookcorpus MB/s": round(mine, 2),
+            "ratio": round(mine / theirs, 2),
+        }
+
+
+def conversations(texts: list[str]) -> list[list[dict[str, str]]]:
+    """The text's lines as turns of four lines, six turns a conversation."""
+    lines = [line for text in texts for line in text.splitlines(keepends=True)]
+    turns = ["".join(lines[start : start + 4]) for start in range(0, len(lines), 4)]
+    roles = ("user", "assistant")
+    return [
+        [{"role": roles[place % 2], "content": one} for place, one in enumerate(turns[start : start + 6])]
+        for start in range(0, len(turns), 6)
+    ]
+
+
+def measure_conversations(
+    texts: list[str], tokenizer_name: str, repeats: int, folder: Path
+) -> Iterator[dict[str, Any]]:
+    tokenizer = hub.load_tokenizer(tokenizer_name)
+    talks = conversations(texts)
+    file, out = folder / "talk.jsonl", folder / "packed"
+    file.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    for kind, template in (("marked", MARKED), ("without marks", PLAIN)):
+        speech = Speech(tokenizer, Columns("messages"), template, all_learned=False)
+        rendered = [speech.render(({"messages": talk}, "")).text for talk in talks]
+
+        def encode_batch(rendered: list[str] = rendered) -> int:
+            return sum(len(encoding) for encoding in tokenizer.backend_tokenizer.encode_batch(rendered))
+
+        def ours(speech: Speech = speech) -> int:
+            tokens = pack_conversations(
+                Corpus([file]), speech, tokenizer, out, SEQUENCE_LENGTH, CORES, False, {}
+            ).tokens
+            shutil.rmtree(out)
+            return tokens
+
+        size = sum(len(text.encode()) for text in rendered) / 1e6
+        pairs = [(seconds(encode_batch), seconds(ours)) for _ in range(repeats)]
+        theirs, mine = (size / statistics.median(measured) for measured in zip(*pairs))
+        yield {
+            "documents": f"{len(talks):,} conversations, template {kind}",
             "encode_batch MB/s": round(theirs, 2),
             "bookcorpus MB/s": round(mine, 2),
             "ratio": round(mine / theirs, 2),

@@ -1,38 +1,30 @@
-"""Documents to packed sequences: bos + tokens + eos of each document, one after the other, cut to equal length."""
+"""Documents to packed sequences: bos + tokens + eos of each document, one after the other, cut to equal length.
+
+Tokenizers without a bos token, such as Qwen's, mark the end alone.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
-import pyarrow as pa
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 from nnscaler.data.cut import PIECE, TokenIds, cut_into_pieces
-from nnscaler.data.files import COLUMN, DATA_FILE, DOCUMENT_STARTS, PROVENANCE
+from nnscaler.data.flow import groups, in_order, one_thread_a_call, with_progress
 from nnscaler.data.readers import Document
 from nnscaler.data.sources import Corpus
+from nnscaler.data.written import Ids, RowWriter
 from nnscaler.directory import new_directory
 from nnscaler.errors import UserError
 
 BATCH = PIECE  # characters tokenised by one call, about
 PIECE_COST = 64  # characters that the tokenizer's bookkeeping for a piece weighs in a batch
 WRITTEN = 1 << 20  # tokens written at once, at least
-
-Ids = np.ndarray[Any, np.dtype[np.int32]]
-Item = TypeVar("Item")
 
 
 @dataclass
@@ -53,6 +45,10 @@ class Packing:
     largest_id: int | None = None
     seconds: float = 0.0
 
+    def counts(self) -> dict[str, Any]:
+        """What is noted of it in `packing.json`."""
+        return {name: value for name, value in vars(self).items() if name != "seconds"}
+
 
 def pack(
     corpus: Corpus, tokenizer: Any, save_path: Path, sequence_length: int, threads: int, provenance: dict[str, Any]
@@ -67,7 +63,8 @@ def pack(
 
     Args:
         corpus: where the documents come from.
-        tokenizer: a `transformers` tokenizer with a bos and an eos token, backed by the `tokenizers` library.
+        tokenizer: a `transformers` tokenizer with an eos token, and perhaps a bos token, backed by the `tokenizers`
+            library.
         save_path: the directory to make; it does not exist, or is empty.
         sequence_length: tokens in a sequence, 2 or more.
         threads: documents tokenised at the same time. The result does not depend on it.
@@ -79,10 +76,14 @@ def pack(
     marked = _MarkedTokenizer(tokenizer)
     packing = Packing(sequence_length)
     start = time.perf_counter()
-    with new_directory(save_path) as directory, _one_thread_a_call():
-        batches = _groups(_pieces_of_all(corpus.documents(), marked.encode, packing), _Piece.weight, BATCH)
-        parts = _in_order(marked.encode_pieces, batches, threads)
-        fingerprint = _write(_with_progress(parts, corpus), directory / DATA_FILE, packing)
+    with new_directory(save_path) as directory, one_thread_a_call():
+        batches = groups(_pieces_of_all(corpus.documents(), marked.encode, packing), _Piece.weight, BATCH)
+        parts = in_order(marked.encode_pieces, batches, threads)
+        with RowWriter(directory, sequence_length) as writer:
+            for tokens in _whole_sequences(with_progress(parts, corpus), packing):
+                writer.write(tokens.ids, tokens.starts)
+        packing.sequences, packing.continued = writer.rows, writer.continued
+        packing.smallest_id, packing.largest_id = writer.smallest_id, writer.largest_id
         if packing.documents == 0:
             raise UserError(f"the corpus is empty: no text in {len(corpus.files)} files")
         if packing.sequences == 0:
@@ -90,7 +91,7 @@ def pack(
         packing.replaced_characters = sum(corpus.replaced.values())
         packing.seconds = time.perf_counter() - start
         marks = {"vocab_size": len(tokenizer), "bos_token_id": marked.bos, "eos_token_id": marked.eos}
-        _describe(directory, fingerprint, packing, {**provenance, **marks})
+        writer.describe({**provenance, **marks, **packing.counts()})
     return packing
 
 
@@ -127,21 +128,26 @@ def _joined(parts: list[_Tokens]) -> _Tokens:
     return _Tokens(np.concatenate([part.ids for part in parts]), np.concatenate(starts))
 
 
+def backend_of(tokenizer: Any) -> Tokenizer:
+    """The Rust tokenizer inside a `transformers` one. Raises UserError where there is none."""
+    backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(f"the tokenizer {tokenizer.name_or_path} has no fast version (a tokenizer.json)")
+    # What a call of the tokenizer may have left behind: `transformers` sets these anew on every call too.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
 class _MarkedTokenizer:
     """The Rust tokenizer inside a `transformers` one, and the ids to put around documents instead of what it would."""
 
     def __init__(self, tokenizer: Any) -> None:
-        if getattr(tokenizer, "backend_tokenizer", None) is None:
-            raise UserError(f"the tokenizer {tokenizer.name_or_path} has no fast version (a tokenizer.json)")
-        for name in ("bos", "eos"):
-            if getattr(tokenizer, f"{name}_token_id") is None:
-                raise UserError(f"the tokenizer {tokenizer.name_or_path} has no {name} token to mark documents with")
-        self.backend: Tokenizer = tokenizer.backend_tokenizer
-        self.bos: int = tokenizer.bos_token_id
+        self.backend = backend_of(tokenizer)
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"the tokenizer {tokenizer.name_or_path} has no eos token to mark documents with")
+        self.bos: int | None = tokenizer.bos_token_id
         self.eos: int = tokenizer.eos_token_id
-        # What a call of the tokenizer may have left behind: `transformers` sets these anew on every call too.
-        self.backend.no_truncation()
-        self.backend.no_padding()
         self.backend.encode_special_tokens = True  # as the text they are
 
     def encode(self, text: str) -> TokenIds:
@@ -154,7 +160,7 @@ class _MarkedTokenizer:
         for piece, encoding in zip(pieces, encodings, strict=True):
             if piece.opens:
                 starts.append(len(ids))
-                ids.append(self.bos)
+                ids += [] if self.bos is None else [self.bos]
             ids += encoding.ids
             if piece.closes:
                 ids.append(self.eos)
@@ -183,110 +189,14 @@ def _pieces_of_all(
             packing.empty_documents += 1
 
 
-def _groups(items: Iterable[Item], weight: Callable[[Item], int], least: int) -> Iterator[list[Item]]:
-    """Groups neighbours until they weigh `least` or more together; the last group may weigh less."""
-    group: list[Item] = []
-    total = 0
-    for item in items:
-        group.append(item)
-        total += weight(item)
-        if total >= least:
-            yield group
-            group, total = [], 0
-    if group:
-        yield group
-
-
-@contextmanager
-def _one_thread_a_call() -> Iterator[None]:
-    """Keeps a call of the tokenizer to the thread that makes it, so that as many work as were asked for."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-def _in_order(
-    encode_pieces: Callable[[list[_Piece]], _Tokens], batches: Iterable[list[_Piece]], threads: int
-) -> Iterator[_Tokens]:
-    """Maps batches on threads (the tokenizer lets go of Python's lock), few enough at a time to bound the memory."""
-    with ThreadPoolExecutor(threads) as pool:
-        running: deque[Future[_Tokens]] = deque()
-        for batch in batches:
-            running.append(pool.submit(encode_pieces, batch))
-            if len(running) > threads + 1:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
-
-
-def _with_progress(parts: Iterable[_Tokens], corpus: Corpus) -> Iterator[_Tokens]:
-    with tqdm(total=corpus.size, desc="tokenising", unit="B", unit_scale=True, delay=2, mininterval=0.5) as bar:
-        for part in parts:
-            yield part
-            bar.update(corpus.position - bar.n)
-
-
-def _write(parts: Iterable[_Tokens], path: Path, packing: Packing) -> str:
-    """Writes the sequences of a stream of tokens as the Arrow file of a dataset, and returns their fingerprint."""
-    length = packing.sequence_length
-    schema = _features(length).arrow_schema
-    digest = hashlib.sha256(str(schema).encode())
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for ids, starts in _whole_sequences(parts, packing):
-            begins = np.arange(0, len(ids) + 1, length)
-            offsets = np.searchsorted(starts, begins).astype(np.int32)  # of each sequence's first document in `starts`
-            columns = [
-                pa.FixedSizeListArray.from_arrays(pa.array(ids), length),
-                pa.ListArray.from_arrays(offsets, pa.array(starts % np.int32(length))),
-            ]
-            writer.write_batch(pa.record_batch(columns, schema=schema))
-            digest.update(ids.tobytes())
-            digest.update(starts.tobytes())
-            packing.continued += len(begins) - 1 - int(np.count_nonzero(starts % length == 0))
-            smallest, largest = int(ids.min()), int(ids.max())
-            packing.smallest_id = min(smallest, smallest if packing.smallest_id is None else packing.smallest_id)
-            packing.largest_id = max(largest, largest if packing.largest_id is None else packing.largest_id)
-    return digest.hexdigest()[:16]
-
-
 def _whole_sequences(parts: Iterable[_Tokens], packing: Packing) -> Iterator[_Tokens]:
     """Yields a stream of tokens in multiples of the sequence length, all but its tail, and counts it."""
     length = packing.sequence_length
     rest = _Tokens(np.empty(0, np.int32), np.empty(0, np.int32))
-    for group in _groups(parts, _Tokens.length, max(WRITTEN, length)):
+    for group in groups(parts, _Tokens.length, max(WRITTEN, length)):
         stream = _joined([rest, *group])
         packing.tokens += stream.length() - rest.length()
         whole, rest = stream.cut(stream.length() // length * length)
-        packing.sequences += whole.length() // length
         if whole.length():
             yield whole
     packing.tail = rest.length()
-
-
-def _features(length: int) -> datasets.Features:
-    ids, places = datasets.List(datasets.Value("int32"), length=length), datasets.List(datasets.Value("int32"))
-    return datasets.Features({COLUMN: ids, DOCUMENT_STARTS: places})
-
-
-def _describe(directory: Path, fingerprint: str, packing: Packing, provenance: dict[str, Any]) -> None:
-    """Writes the files that make a directory a Hugging Face dataset, and `packing.json`."""
-    datasets.DatasetInfo(features=_features(packing.sequence_length)).write_to_directory(str(directory))
-    state: dict[str, Any] = {
-        "_data_files": [{"filename": DATA_FILE}],
-        "_fingerprint": fingerprint,
-        "_split": "train",
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-    }
-    counts = {name: value for name, value in vars(packing).items() if name != "seconds"}
-    for name, content in (("state.json", state), (PROVENANCE, {**provenance, **counts})):
-        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -26,6 +26,7 @@ from nnscaler.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+Row = tuple[Any, str]  # a decoded row, and where it stands, for messages
 Document = str | Iterator[str]  # its text, or blocks of its text where that may be longer than memory
 
 BLOCK = 1 << 18  # characters or bytes read at a time
@@ -53,6 +54,18 @@ def read_documents(path: Path, file: IO[bytes], column: str | None, encoding: st
     content = _uncompressed(path, file)
     check_not_a_pointer(content, path)
     yield from READERS[kind(path)](content, path, column, encoding)
+
+
+def read_rows(path: Path, file: IO[bytes], encoding: str | None) -> Iterator[Row]:
+    """Yields the rows of one open file, as `read_documents` reads it, and where each stands.
+
+    Raises UserError as `read_documents`, and for a type of file without rows of values.
+    """
+    if kind(path) not in ROW_READERS:
+        raise UserError(f"{path}: conversations are read from {', '.join(ROW_READERS)} and .gz of these")
+    content = _uncompressed(path, file)
+    check_not_a_pointer(content, path)
+    yield from ROW_READERS[kind(path)](content, path, encoding)
 
 
 @contextmanager
@@ -97,19 +110,17 @@ def _read_text(file: IO[bytes], path: Path, column: str | None, encoding: str | 
     yield blocks()
 
 
-def _read_json_lines(file: IO[bytes], path: Path, column: str | None, encoding: str | None) -> Iterator[Document]:
+def _json_line_rows(file: IO[bytes], path: Path, encoding: str | None) -> Iterator[Row]:
     for number, line in enumerate(open_text(file, path, encoding, newline="\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            yield json.loads(line), f"{path}, line {number}"
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not JSON: {_json_complaint(error)}") from error
-        column, text = _row_text(row, column, f"{path}, line {number}")
-        yield text
 
 
-def _read_json(file: IO[bytes], path: Path, column: str | None, encoding: str | None) -> Iterator[Document]:
+def _json_rows(file: IO[bytes], path: Path, encoding: str | None) -> Iterator[Row]:
     """The rows of a JSON array, or the objects of a file one after the other, decoded one at a time."""
     reader, decoder = open_text(file, path, encoding), json.JSONDecoder()
     between = re.compile(r"[\s,\[\]]*")
@@ -134,11 +145,24 @@ def _read_json(file: IO[bytes], path: Path, column: str | None, encoding: str | 
                 raise UserError(f"{path}, line {line}: not JSON: {what}") from error
             pending, at = pending[at:] + block, 0
             continue
-        column, text = _row_text(row, column, f"{path}, line {line}")
-        yield text
+        yield row, f"{path}, line {line}"
         at, line = end, line + pending.count("\n", at, end)
     if depth:
         raise UserError(f"{path}, line {line}: not JSON: the file ends inside a list")
+
+
+def _read_json_lines(file: IO[bytes], path: Path, column: str | None, encoding: str | None) -> Iterator[Document]:
+    return _texts(_json_line_rows(file, path, encoding), column)
+
+
+def _read_json(file: IO[bytes], path: Path, column: str | None, encoding: str | None) -> Iterator[Document]:
+    return _texts(_json_rows(file, path, encoding), column)
+
+
+def _texts(rows: Iterator[Row], column: str | None) -> Iterator[Document]:
+    for row, place in rows:
+        column, text = _row_text(row, column, place)
+        yield text
 
 
 def _json_complaint(error: ValueError | RecursionError) -> str:
@@ -189,11 +213,7 @@ def _delimiter(path: Path, first: list[str]) -> str:
 
 
 def _read_parquet(file: IO[bytes], path: Path, column: str | None, encoding: str | None) -> Iterator[Document]:
-    with tempfile.TemporaryFile() as seekable:  # the format is read from its end
-        if isinstance(file, gzip.GzipFile):
-            shutil.copyfileobj(file, seekable)
-            file = seekable
-        parquet = pq.ParquetFile(file, buffer_size=BLOCK, pre_buffer=False)
+    with _parquet(file) as parquet:
         schema = parquet.schema_arrow
         strings = [
             field.name
@@ -205,11 +225,33 @@ def _read_parquet(file: IO[bytes], path: Path, column: str | None, encoding: str
         column = _choose_column(strings, schema.names, column, path)
         if column not in strings:
             raise UserError(f"{path}: column {column!r} holds {schema.field(column).type}, not text")
-        rows = max(1, parquet.metadata.num_rows)
-        row_bytes = sum(parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups)) // rows
-        for batch in parquet.iter_batches(min(1000, BLOCK // max(1, row_bytes) + 1), columns=[column]):
+        for batch in parquet.iter_batches(_rows_at_once(parquet), columns=[column]):
             for text in batch.column(0).cast(pa.large_binary()).to_pylist():
                 yield text.decode(errors=REPLACE) if text else ""
+
+
+def _parquet_rows(file: IO[bytes], path: Path, encoding: str | None) -> Iterator[Row]:
+    with _parquet(file) as parquet:
+        number = 0
+        for batch in parquet.iter_batches(_rows_at_once(parquet)):
+            for row in batch.to_pylist():
+                number += 1
+                yield row, f"{path}, row {number}"
+
+
+@contextmanager
+def _parquet(file: IO[bytes]) -> Iterator[pq.ParquetFile]:
+    with tempfile.TemporaryFile() as seekable:  # the format is read from its end
+        if isinstance(file, gzip.GzipFile):
+            shutil.copyfileobj(file, seekable)
+            file = seekable
+        yield pq.ParquetFile(file, buffer_size=BLOCK, pre_buffer=False)
+
+
+def _rows_at_once(parquet: pq.ParquetFile) -> int:
+    rows = max(1, parquet.metadata.num_rows)
+    row_bytes = sum(parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups)) // rows
+    return min(1000, BLOCK // max(1, row_bytes) + 1)
 
 
 READERS = {
@@ -221,6 +263,9 @@ READERS = {
     ".tsv": _read_csv,
     ".parquet": _read_parquet,
 }
+
+
+ROW_READERS = {".jsonl": _json_line_rows, ".json": _json_rows, ".parquet": _parquet_rows}
 
 
 def _row_text(row: Any, column: str | None, place: str) -> tuple[str, str]:

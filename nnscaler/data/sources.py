@@ -6,13 +6,13 @@ import logging
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from nnscaler import hub
 from nnscaler.data.encoding import Replaced
-from nnscaler.data.readers import READERS, Document, kind, read_documents, reading
+from nnscaler.data.readers import READERS, Document, Row, kind, read_documents, read_rows, reading
 from nnscaler.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -24,6 +24,8 @@ ABOUT = re.compile(
     re.IGNORECASE,
 )
 PARQUET_BRANCH = "refs/convert/parquet"  # where the hub keeps every public dataset as <config>/<split>/*.parquet
+
+Item = TypeVar("Item")
 
 
 class Corpus:
@@ -62,19 +64,26 @@ class Corpus:
         Raises:
             UserError: a file cannot be read, is damaged (with its line), or has no such text column.
         """
+        return self._each(lambda path, file: read_documents(path, file, self.text_column, self.encoding))
+
+    def rows(self) -> Iterator[Row]:
+        """Yields each row of the files, and where it stands. Raises UserError as `documents`."""
+        return self._each(lambda path, file: read_rows(path, file, self.encoding))
+
+    def _each(self, read: Callable[[Path, IO[bytes]], Iterator[Item]]) -> Iterator[Item]:
         self._finished = 0
         self.replaced, self.silent = {}, []
         for path in self.files:
-            before, documents = Replaced.count, 0
+            before, items = Replaced.count, 0
             with reading(path), open(path, "rb") as self._file:
-                for document in read_documents(path, self._file, self.text_column, self.encoding):
-                    documents += 1
-                    yield document
+                for item in read(path, self._file):
+                    items += 1
+                    yield item
             self._file = None
             self._finished += _size(path)
             if Replaced.count > before:
                 self.replaced[path] = Replaced.count - before
-            if documents == 0 or _size(path) == 0:
+            if items == 0 or _size(path) == 0:
                 self.silent.append(path)
 
 

@@ -361,14 +361,20 @@ def test_folder_without_readable_files_or_split(tmp_path: Path, command: Any, ca
     refused(lambda: command(tmp_path), ["z.txt"], capfd)
 
 
-@pytest.mark.parametrize("mark", ["bos", "eos"])
-def test_tokenizer_without_marks(mark: str, tmp_path: Path, command: Any, capfd: Any) -> None:
-    marks = {"bos_token": "<s>", "eos_token": "</s>"}
-    del marks[f"{mark}_token"]
-    tiny_tokenizer(**marks).save_pretrained(tmp_path / "unmarked")
+def test_a_tokenizer_without_eos(tmp_path: Path, command: Any, capfd: Any) -> None:
+    tiny_tokenizer(bos_token="<s>").save_pretrained(tmp_path / "unmarked")
     (tmp_path / "a.txt").write_text(LONG_ENOUGH)
     call = lambda: command(tmp_path / "a.txt", tokenizer_path_or_name=tmp_path / "unmarked")  # noqa: E731
-    refused(call, [f"no {mark} token"], capfd)
+    refused(call, ["no eos token"], capfd)
+
+
+def test_a_tokenizer_without_bos_marks_ends_alone(tmp_path: Path, command: Any, reference: Any) -> None:
+    tiny_tokenizer(eos_token="</s>").save_pretrained(tmp_path / "unmarked")
+    rows = write_rows(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
+    out = command(rows, tokenizer_path_or_name=tmp_path / "unmarked")
+    wanted = [one for one in reference(TEXTS) if one != 0]
+    assert ids(out) == wanted[: len(wanted) // 8 * 8]
+    assert json.loads((out / "packing.json").read_text())["bos_token_id"] is None
 
 
 def test_an_existing_save_path_is_left_alone_unless_empty(tmp_path: Path, command: Any, capfd: Any) -> None:

@@ -1,0 +1,66 @@
+"""Many small pieces through a few threads, in order, and within bounded memory."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from nnscaler.data.sources import Corpus
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def groups(items: Iterable[Item], weight: Callable[[Item], int], least: int) -> Iterator[list[Item]]:
+    """Groups neighbours until they weigh `least` or more together; the last group may weigh less."""
+    group: list[Item] = []
+    total = 0
+    for item in items:
+        group.append(item)
+        total += weight(item)
+        if total >= least:
+            yield group
+            group, total = [], 0
+    if group:
+        yield group
+
+
+@contextmanager
+def one_thread_a_call() -> Iterator[None]:
+    """Keeps a call of the tokenizer to the thread that makes it, so that as many work as were asked for."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def in_order(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+    """Maps items on threads (the tokenizer lets go of Python's lock), few enough at a time to bound the memory."""
+    with ThreadPoolExecutor(threads) as pool:
+        running: deque[Future[Result]] = deque()
+        for item in items:
+            running.append(pool.submit(work, item))
+            if len(running) > threads + 1:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+
+
+def with_progress(parts: Iterable[Item], corpus: Corpus) -> Iterator[Item]:
+    """The parts, while a bar shows how much of the corpus has been read."""
+    with tqdm(total=corpus.size, desc="tokenising", unit="B", unit_scale=True, delay=2, mininterval=0.5) as bar:
+        for part in parts:
+            yield part
+            bar.update(corpus.position - bar.n)

@@ -1,0 +1,277 @@
+"""Conversations: labels where the assistant speaks, as TRL's trainers have them; whole ones, each once, in rows."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+import bookcorpus
+from nnscaler.command import run
+from nnscaler.data.conversations import Columns, Speech, pack_conversations
+from nnscaler.data.fit import best_fit
+from nnscaler.data.packed import PackedDataset
+from nnscaler.data.sources import Corpus
+from nnscaler.errors import UserError
+
+# As Qwen's: no bos, and a turn ends with a token and a new line.
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MARKED = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# As Qwen3's: what an answer begins with depends on whether it is the last.
+CHANGING = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif %}"
+    "{{ message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEXT = "What is it? It was a dark night, 1,234 voices said: don't! 汉字 😀 äöü\n"
+
+
+@cache
+def make_tokenizer(template: str | None = CHATML, **marks: str) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator([TEXT] * 4, trainer)
+    marks = {"eos_token": "<|im_end|>", **marks}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **marks)
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|im_start|>", special=True)]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+words = st.lists(st.sampled_from([*"abc .?!\n'1汉😀", "<|im_end|>"]), max_size=12).map("".join)
+
+
+@st.composite
+def talks(draw: Any) -> list[dict[str, str]]:
+    messages = [turn("system", draw(words))] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 3))):
+        messages += [turn("user", draw(words)), turn("assistant", draw(words))]
+    return messages
+
+
+def encoded(tokenizer: Any, row: dict[str, Any], columns: Columns, template: str | None = None, all_: bool = False):
+    speech = Speech(tokenizer, columns, template, all_)
+    return speech.encode([speech.render((row, "row 1"))])[0]
+
+
+MESSAGES = Columns("messages")
+
+
+@given(talks())
+@settings(max_examples=60, deadline=None)
+def test_marked_templates_learn_what_transformers_masks(messages):
+    """As TRL's `assistant_only_loss` does: labels are the tokens in the mask that `apply_chat_template` gives."""
+    tokenizer = make_tokenizer()
+    wanted = tokenizer.apply_chat_template(
+        messages, chat_template=MARKED, return_dict=True, return_assistant_tokens_mask=True
+    )
+    found = encoded(tokenizer, {"messages": messages}, MESSAGES, MARKED)
+    assert found.ids.tolist() == wanted["input_ids"]
+    masked = [id_ if mask else -100 for id_, mask in zip(wanted["input_ids"], wanted["assistant_masks"])]
+    assert found.labels.tolist() == masked
+
+
+@given(talks())
+@settings(max_examples=60, deadline=None)
+def test_templates_without_marks_learn_what_follows_the_prompt_to_speak(messages):
+    """What is learned is what the model is to write: everything between the generation prompt and the next turn."""
+    tokenizer = make_tokenizer()
+    found = encoded(tokenizer, {"messages": messages}, MESSAGES)
+    ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    assert found.ids.tolist() == ids
+    learned: list[int] = []
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = tokenizer.apply_chat_template(messages[:index], add_generation_prompt=True, tokenize=False)
+            upto = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
+            learned += tokenizer(upto[len(before) :], add_special_tokens=False)["input_ids"]
+    assert found.labels[found.labels != -100].tolist() == learned
+    everything = encoded(tokenizer, {"messages": messages}, MESSAGES, all_=True)
+    assert everything.labels.tolist() == [-100, *ids[1:]]
+
+
+def common(a: list[int], b: list[int]) -> int:
+    return next((at for at, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+@given(words, words)
+@settings(max_examples=60, deadline=None)
+def test_completions_are_learned_from_where_they_begin(prompt, completion):
+    """As TRL's `completion_only_loss`: what follows the longest common part of prompt and whole."""
+    tokenizer = make_tokenizer(bos_token="<|im_start|>")
+    texts = encoded(tokenizer, {"p": f"<{prompt}>", "c": f"<{completion}>"}, Columns(None, "p", "c"))
+    asked = tokenizer(f"<|im_start|><{prompt}>")["input_ids"]
+    whole = tokenizer(f"<|im_start|><{prompt}><{completion}><|im_end|>")["input_ids"]
+    assert texts.ids.tolist() == whole
+    assert (texts.labels != -100).tolist() == [at >= common(asked, whole) for at in range(len(whole))]
+
+    row = {"p": [turn("user", prompt)], "c": [turn("assistant", completion)]}
+    chat = encoded(tokenizer, row, Columns(None, "p", "c"))
+    asked = tokenizer.apply_chat_template(row["p"], add_generation_prompt=True, return_dict=True)["input_ids"]
+    whole = tokenizer.apply_chat_template([*row["p"], *row["c"]], return_dict=True)["input_ids"]
+    assert chat.ids.tolist() == whole
+    assert (chat.labels != -100).tolist() == [at >= common(asked, whole) for at in range(len(whole))]
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "said"),
+    [
+        ({"text": "x"}, CHATML, "row 1: there is no 'messages'; the row has text"),
+        (["x"], CHATML, "row 1: a row must have columns by name, not be list"),
+        ({"messages": "x"}, CHATML, "row 1: a conversation is a list of messages, each with a role and a content"),
+        ({"messages": [{"content": "x"}]}, CHATML, "a conversation is a list of messages"),
+        ({"messages": [turn("user", "x")]}, "{{ raise_exception('not so') }}", "refuses the conversation: not so"),
+        (
+            {"messages": [turn("user", "x")] + [turn("assistant", "y")] * 2},
+            CHANGING,
+            "where the assistant speaks cannot",
+        ),
+        ({"messages": [turn("user", "x")]}, None, "has no chat template; give one with --chat_template"),
+    ],
+)
+def test_rows_without_a_conversation(row, template, said):
+    with pytest.raises(UserError, match=said):
+        encoded(make_tokenizer(template), row, MESSAGES)
+
+
+def test_one_answer_needs_no_marks_even_where_a_template_changes():
+    tokenizer = make_tokenizer(CHANGING)
+    found = encoded(tokenizer, {"messages": [turn("user", "a"), turn("assistant", "b")]}, MESSAGES)
+    assert tokenizer.decode(found.labels[found.labels != -100]) == "<think></think>b<|im_end|>\n"
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=200), st.integers(20, 40), st.integers(1, 400))
+@settings(max_examples=80, deadline=None)
+def test_each_item_is_once_in_a_row_that_holds_it(lengths, row, window):
+    items = [f"{number:>{length}}"[-length:] for number, length in enumerate(lengths)]
+    rows = list(best_fit(items, row, window))
+    assert Counter(item for one in rows for item in one) == Counter(items)
+    assert all(0 < sum(map(len, one)) <= row for one in rows)
+    assert len(rows) <= 2 * sum(lengths) / row + 1 or window < sum(lengths)  # two rows in a row fill more than one
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Corpus:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Corpus([path])
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_conversations_are_whole_in_rows_that_training_reads(tmp_path, cut):
+    tokenizer = make_tokenizer()
+    generator = np.random.default_rng(0)
+    conversations = [
+        [turn("user", "x" * int(size)), turn("assistant", f"{number} is it")]
+        for number, size in enumerate(generator.integers(0, 60, size=60))
+    ]
+    conversations += [[turn("user", "nobody answers")]]
+    corpus = write(tmp_path / "talk.jsonl", [{"messages": messages} for messages in conversations])
+    speech = Speech(tokenizer, MESSAGES, None, False)
+    found = {}
+    for threads in (1, 3):
+        out = tmp_path / f"out{threads}"
+        fitting = pack_conversations(corpus, speech, tokenizer, out, 64, threads, cut, {"tokenizer": "x"})
+        found[threads] = (out / "data-00000-of-00001.arrow").read_bytes()
+    assert found[1] == found[3]
+    whole = [encoded(tokenizer, {"messages": messages}, MESSAGES) for messages in conversations]
+    wanted = Counter(
+        (tuple(one.ids[:64]), tuple(one.labels[:64]))
+        for one in whole
+        if (len(one) <= 64 or cut) and (one.labels[:64] != -100).any()
+    )
+    dataset = PackedDataset.open(out)
+    assert dataset.has_labels
+    assert dataset.documents == "document_starts"
+    parts: Counter[tuple[tuple[int, ...], tuple[int, ...]]] = Counter()
+    padding = 0
+    for number in range(len(dataset)):
+        row = dataset.row(number)
+        starts = [*row["document_starts"], 64]
+        assert starts[0] == 0
+        for begin, end in pairwise(starts):
+            part = tuple(row["input_ids"][begin:end]), tuple(row["labels"][begin:end])
+            if set(part[1]) == {-100}:
+                assert end == 64
+                padding += end - begin
+            else:
+                parts[part] += 1
+    assert parts == wanted
+    long = sum(len(one) > 64 for one in whole)
+    noted = json.loads((out / "packing.json").read_text())
+    assert noted["documents"] == fitting.documents == wanted.total()
+    assert noted["padding"] == padding
+    assert noted["tokens"] + padding == 64 * len(dataset) == 64 * noted["sequences"]
+    assert noted["learned"] == sum(sum(label != -100 for label in labels) for _, labels in wanted.elements())
+    assert (noted["dropped"], noted["unlearned"] >= 1) == (0 if cut else long, True)
+    assert noted["cut"] + noted["unlearned"] + noted["dropped"] + noted["documents"] >= len(conversations)
+
+
+def test_rows_of_parquet_and_json_are_the_same(tmp_path):
+    rows = [{"messages": [turn("user", f"{n}"), {**turn("assistant", "yes"), "name": None}]} for n in range(5)]
+    corpora = [write(tmp_path / "a.jsonl", rows)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    corpora += [Corpus([tmp_path / "a.json"]), Corpus([tmp_path / "a.parquet"])]
+    speech = Speech(make_tokenizer(), MESSAGES, None, False)
+    first, *others = [[speech.render(row) for row in corpus.rows()] for corpus in corpora]
+    assert len(first) == 5
+    assert others == [first, first]
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(UserError, match=r"conversations are read from .jsonl, .json, .parquet"):
+        list(Corpus([tmp_path / "a.txt"]).rows())
+
+
+def test_nothing_that_is_left_is_said(tmp_path):
+    corpus = write(tmp_path / "talk.jsonl", [{"messages": [turn("user", "x" * 90), turn("assistant", "y")]}])
+    tokenizer = make_tokenizer()
+    speech = Speech(tokenizer, MESSAGES, None, False)
+    with pytest.raises(UserError, match="no conversation is left: 1 are longer than 16 tokens"):
+        pack_conversations(corpus, speech, tokenizer, tmp_path / "out", 16, 1, False, {})
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    make_tokenizer(None).save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "template.jinja").write_text(MARKED)
+    rows = [{"chat": [turn("user", "hello"), turn("assistant", "yes " * n)]} for n in range(12)]
+    write(tmp_path / "talk.jsonl", rows)
+    flags = {
+        "data_path_or_name": tmp_path / "talk.jsonl", "tokenizer_path_or_name": tmp_path / "tokenizer",
+        "save_path": tmp_path / "out", "sequence_length": 48, "messages_column": "chat", "num_proc": 1,
+        "chat_template": tmp_path / "template.jinja", "too_long": "cut",
+    }  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["bookcorpus.py", *(f"--{name}={value}" for name, value in flags.items())])
+    run(bookcorpus.main)
+    said = capsys.readouterr().out
+    assert "packed     12 conversations" in said
+    assert "% of them padding" in said
+    assert len(datasets.load_from_disk(str(tmp_path / "out"))) >= 3
