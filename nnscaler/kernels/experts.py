@@ -1,8 +1,8 @@
-"""The experts of a mixture: each token's row goes through a few small MLPs of many, chosen by its router.
+"""The experts of a mixture: each token's row goes through a few of many small MLPs, which its router has chosen.
 
-Rows are put in the order of their experts, so that each expert's lie together, and all experts' products are one call:
-`torch._grouped_mm` where the device has it, else a product after the other. Only inputs and what the first product
-gives are kept for backward, which gathers the rows and computes the gate again.
+Rows are sorted by their experts, so that those of each expert lie together. The products of all experts are then one
+call: `torch._grouped_mm` where the device has it, or one product after the other. For backward, only the inputs and the
+result of the first product are kept; backward gathers the rows, and computes the gate, again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def mix(
     scores   [t, k], of any float type
     up       [n, d, i], up_bias [n, i] or None, down [n, f, d], in any order of memory
     gate     [rows, i] -> [rows, f], row by row
-    present  how many of `chosen` are experts that are given; None: all
+    present  how many of `chosen` are among the n experts; None: all
 
     Returns [t, d] in the type of `hidden`; products are summed over j in fp32.
     """
@@ -48,7 +48,7 @@ def mix(
 
 
 def kept_bytes(tokens: int, choices: int, width: int, itemsize: int) -> int:
-    """Bytes that backward keeps of `mix` beside its inputs: the first product's result, and the order of the rows."""
+    """Bytes that backward keeps of `mix` besides its inputs: the result of the first product, and the order of rows."""
     return tokens * choices * (width * itemsize + 2 * 8)
 
 
@@ -133,22 +133,22 @@ def outer_products(left: Tensor, right: Tensor, ends: Tensor, like: Tensor) -> T
 
 
 def _grouped(left: Tensor, right: Tensor, *widths: int) -> bool:
-    """Whether the device has a product of groups for these."""
+    """Whether the device has a grouped product for these tensors."""
     if not (left.is_cuda and left.dtype == right.dtype == torch.bfloat16 and len(left)):
         return False
     return all(width * left.itemsize % _ALIGNED == 0 for width in widths)
 
 
 def _ranges(ends: Tensor) -> list[tuple[int, int]]:
-    """Where each expert's rows begin and end."""
+    """Where the rows of each expert begin and end."""
     last = ends.tolist()
     return list(zip([0, *last], last))
 
 
 def sum_of_rows(rows: Tensor, place: Tensor) -> Tensor:
-    """[r, d] -> [t, d]: the t-th is the sum of rows place[t, 0], place[t, 1], ...; a place of r and beyond is empty.
+    """[r, d] -> [t, d]: row t is the sum of rows place[t, 0], place[t, 1], ...; a place of r or more is empty.
 
-    One choice after the other, so that the order of the sum is always the same.
+    One choice is added after the other, so that the order of the sum is always the same.
     """
     total = torch.zeros(len(place), rows.shape[1], dtype=_wide(rows), device=rows.device)
     if not len(rows):
@@ -174,10 +174,10 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def gate_named(name: str, constants: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
-    """A gate that a model's class has as a method `(self, [rows, i]) -> [rows, f]`, or a function in its place.
+    """The gate of this name: a method `(self, [rows, i]) -> [rows, f]` of a model's class, or a function.
 
     name       `module:Class.method` or `module:function`
-    constants  what it reads of `self`: numbers, and activations by their names in transformers
+    constants  what the gate reads of `self`: numbers, and activations by their names in transformers
     """
     return _gate(name, tuple(sorted(constants.items())))
 

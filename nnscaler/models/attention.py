@@ -1,8 +1,8 @@
-"""Our attention in the place of a Hugging Face model's own: every option that the model passes is honoured or refused.
+"""Our attention in place of a Hugging Face model's own. Every option that the model passes is honoured or refused.
 
-transformers gives an attention function whatever its models know: scales, masks, soft caps, sinks. One that is not
-known here may change the result, so that it is refused by name, when the model is traced. Which keys a row sees is what
-the mask says: a model's own attention goes by nothing else.
+transformers passes to an attention function whatever its models use: scales, masks, soft caps, sinks. An unknown option
+may change the result. So it is refused, by name, when the model is traced. Which keys a row sees follows from the mask
+alone, as in a model's own attention.
 """
 
 from __future__ import annotations
@@ -51,8 +51,11 @@ _MEANING = {
 
 
 class Seen(NamedTuple):
-    """In the place of a mask: how many keys before and after its place a row sees (None: all), and, where rows hold
-    several documents, the number of each token's [b, l]."""
+    """Stands in place of a mask.
+
+    How many keys before and after its place a row sees (None: all); and, where rows hold several documents, the number
+    of each token's document [b, l].
+    """
 
     left: int | None = None
     right: int | None = None
@@ -93,14 +96,14 @@ def _attention_by(kernel: str) -> Callable[..., tuple[Tensor, None]]:
 
 
 def _window(seen: Seen, length: int) -> tuple[int | None, int | None] | None:
-    """Attention's window for sequences of so many tokens; None: there is none, but for what causality hides."""
+    """Attention's window, for sequences of so many tokens. None: there is none, apart from causality."""
     left, right = (None if side is None or side >= length - 1 else side for side in seen[:2])
     right = right or None
     return None if left is None and right is None else (left, right)
 
 
 def _check(where: str, options: dict[str, Any]) -> None:
-    """Raises UserError for what would change attention's result, and is not honoured."""
+    """Raises UserError for an option that would change attention's result, and is not honoured."""
     dropout = options.pop("dropout", 0.0)
     if dropout:
         raise UserError(
@@ -125,9 +128,9 @@ def _mask(
     allow_is_bidirectional_skip: bool = False,
     **_: Any,
 ) -> Seen | None:
-    """transformers' interface for masks: what a mask lets rows see, without a tensor of it; None: no later key.
+    """transformers' interface for masks: what a mask lets rows see, without a tensor. None: no key after their place.
 
-    Raises UserError for one that hides more than windows and documents do, or that the model needs as a tensor.
+    Raises UserError for a mask that hides more than windows and documents do, or that the model needs as a tensor.
     """
     seen = _seen_by(mask_function, kv_length)
     plain = seen is not None and seen.documents is None
@@ -138,9 +141,9 @@ def _mask(
 
 
 def _seen_by(function: Callable[..., Any], length: int) -> Seen | None:
-    """What a mask function lets rows of `length` tokens see; None for one that is not known here.
+    """What a mask function lets rows of `length` tokens see. None for a function that is not known here.
 
-    Those of transformers are told by what made them, and by what they enclose of its arguments.
+    The functions of transformers are recognised by what made them, and by the arguments that they enclose.
     """
     if function is causal_mask_function:
         return CAUSAL
@@ -166,7 +169,7 @@ def _seen_by(function: Callable[..., Any], length: int) -> Seen | None:
 
 
 def _both(a: Seen | None, b: Seen | None) -> Seen | None:
-    """What both let rows see."""
+    """What both of two masks let rows see."""
     if a is None or b is None:
         return None
     left, right = (min((side for side in sides if side is not None), default=None) for sides in zip(a[:2], b[:2]))
@@ -179,9 +182,9 @@ for _kernel in ("auto", *KERNELS):
 
 
 def set_attention(config: PretrainedConfig, implementation: str, model_class: type[PreTrainedModel]) -> None:
-    """Chooses a model's attention: where its class has no place for another than its own, and any will do, that.
+    """Chooses a model's attention: ours, or the model's own where its class has no place for another.
 
-    Raises UserError where it has none for the one that is asked for.
+    Raises UserError where the model cannot have the one that is asked for.
     """
     table = "ALL_ATTENTION_FUNCTIONS"  # in which models of transformers look their attention up
     has_place = model_class._supports_attention_backend or hasattr(sys.modules[model_class.__module__], table)
@@ -198,8 +201,10 @@ def set_attention(config: PretrainedConfig, implementation: str, model_class: ty
 
 @contextmanager
 def one_sequence_a_row() -> Iterator[None]:
-    """Inside, models know that their rows are not several sequences, which they else find out from positions' values,
-    and while they are traced there are none."""
+    """Inside, models take each row for one sequence.
+
+    Otherwise they would look for several in the values of positions; while they are traced, there are no values.
+    """
     original = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:

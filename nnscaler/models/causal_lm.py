@@ -26,12 +26,12 @@ WEIGHT_PREFIX = "model."  # of `CausalLM`'s parameters, before the names that th
 
 
 class CausalLM(nn.Module):
-    """A causal language model whose forward gives the sum of a micro-batch's losses.
+    """A causal language model, whose forward gives the sum of a micro-batch's losses.
 
-    `linear_loss(hidden [b, l, d], weight [n, d], labels [b, l], ignored) -> [b, l]` takes the place of the model's last
-    projection and the loss, where given.
+    linear_loss  takes the place of the model's last projection and the loss, where given:
+                 `linear_loss(hidden [b, l, d], weight [n, d], labels [b, l], ignored) -> [b, l]`
 
-    Raises UserError for a model that cannot be built, and when traced for one whose loss this is not.
+    Raises UserError for a model that cannot be built; and, when it is traced, for a model with another loss.
     """
 
     def __init__(self, config: PretrainedConfig, linear_loss: Callable[..., Tensor] | None = None) -> None:
@@ -41,7 +41,7 @@ class CausalLM(nn.Module):
         self.linear_loss = linear_loss
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """input_ids, labels [b, l] int64; labels are those of the next token, `IGNORED` where there is none."""
+        """input_ids, labels [b, l] int64. A label is the next token, or `IGNORED` where there is none."""
         with one_sequence_a_row():
             if self.linear_loss is not None:
                 with _LastProjection(self.model) as last:
@@ -79,10 +79,10 @@ def _check_losses(output: Any) -> None:
 
 
 def _without_bias(hidden: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Hidden states [b, l, d] and weight [n, d] whose product is the projection's result, bias and all.
+    """Hidden states [b, l, d] and a weight [n, d] whose product is the projection's result, bias included.
 
-    A bias becomes a column of the weight that meets ones, and seven of zeros beside it, for products of odd widths are
-    slow.
+    A bias becomes a column of the weight that meets a column of ones. Seven columns of zeros are added, because
+    products of odd widths are slow.
     """
     if head.bias is None:
         return hidden, head.weight
@@ -91,9 +91,10 @@ def _without_bias(hidden: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor]:
 
 
 class _LastProjection(TorchFunctionMode):
-    """Inside, a model's last projection is not computed, but stood in for; `input` is what it got.
+    """Inside, a model's last projection is not computed, and something else stands for its result. `input` is what it
+    got.
 
-    Raises UserError where the model computes anything with what the projection gives, for that would get lost.
+    Raises UserError where the model computes anything from the result, for that would be lost.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -118,7 +119,7 @@ class _LastProjection(TorchFunctionMode):
         del self.head.forward
 
     def gave(self, logits: Tensor) -> bool:
-        """Whether these are what the projection gave."""
+        """Whether this is what stands for the projection's result."""
         return any(logits is result for result in self._results)
 
     def _take(self, hidden: Tensor) -> Tensor:
@@ -144,7 +145,7 @@ class _LastProjection(TorchFunctionMode):
 
 
 def prepare_config(config: PretrainedConfig, sequence_length: int, implementation: str) -> None:
-    """Sets a configuration up for training, or raises UserError for what is not supported."""
+    """Sets up a configuration for training. Raises UserError for what is not supported."""
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model_class is None:
         raise UserError(f"{config.model_type} is not a causal language model of transformers, which train.py trains")
@@ -163,9 +164,10 @@ def count_parameters(config: PretrainedConfig) -> int:
 
 
 def flops_per_sequence(config: PretrainedConfig, parameters: int, sequence_length: int) -> tuple[float, float]:
-    """Forward and backward operations of one sequence, with attention counted in full, and halved by causality.
+    """Forward and backward operations of one sequence: (with attention counted in full, with attention halved).
 
-    3 * 2 * (parameters * l + 2 * layers * heads * head_dim * l ** 2); the last term halved for causal attention.
+    3 * 2 * (parameters * l + 2 * layers * heads * head_dim * l ** 2). In the second, the last term is halved, because
+    attention is causal.
     """
     heads = getattr(config, "num_attention_heads", 0)  # some models have no attention
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)

@@ -1,8 +1,8 @@
-"""Our experts in the place of a Hugging Face model's own: as one operator, whatever gate and biases they have.
+"""Our experts in place of a Hugging Face model's own: as one operator, with whatever gate and biases they have.
 
-transformers keeps the gate of an expert and the rest of its first product as the halves of one dimension of a weight.
-An equal part of each is no slice of it, so that the dimension is made two here, [2, f] for [2 f]: the same elements in
-the same order, in files and exports too.
+transformers stores the gate of an expert and the rest of its first product as the two halves of one dimension of a
+weight. Equal parts of both halves are not one slice. So the dimension is made two here, [2, f] for [2 f]: the same
+elements in the same order, also in files and exports.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ EXPERTS = "nnscaler"  # our name in transformers' table of functions of experts
 
 
 def set_experts(config: PretrainedConfig) -> None:
-    """Chooses a model's experts; a model that has none does not look."""
+    """Chooses a model's experts. A model without experts ignores this."""
     config._experts_implementation = EXPERTS
 
 
 def divide_gates(model: PreTrainedModel) -> None:
-    """Makes the dimension of experts' weights that holds gate and rest two."""
+    """Makes two dimensions of the one, in experts' weights, that holds the gate and the rest."""
     for module in model.modules():
         if _is_mixture(module) and module.has_gate and module.is_concatenated:
             for name in ("gate_up_proj", "gate_up_proj_bias"):
@@ -38,7 +38,7 @@ def divide_gates(model: PreTrainedModel) -> None:
 
 
 def _is_mixture(module: nn.Module) -> bool:
-    """Whether a module is a class of experts that transformers lets others compute."""
+    """Whether a module is of a class of experts that transformers lets others compute."""
     return hasattr(module, "_is_expert_parallel") and hasattr(module, "is_concatenated")
 
 
@@ -73,7 +73,8 @@ moe.ALL_EXPERTS_FUNCTIONS.register(EXPERTS, _mixture)
 
 
 def _gate(module: Any) -> tuple[str, dict[str, Any]]:
-    """The name of a module's gate, and what that reads of the module (see `nnscaler.kernels.experts.gate_named`)."""
+    """The name of a module's gate, and what the gate reads of the module (see
+    `nnscaler.kernels.experts.gate_named`)."""
     if not module.has_gate:
         return f"{__name__}:activate", {"act_fn": _activation(module, module.act_fn)}
     function = type(module)._apply_gate
@@ -83,12 +84,12 @@ def _gate(module: Any) -> tuple[str, dict[str, Any]]:
 
 
 def activate(module: Any, x: Tensor) -> Tensor:
-    """The gate of experts that have none: an activation."""
+    """The gate of experts that have no gate: only an activation."""
     return module.act_fn(x)
 
 
 class _Reads:
-    """Stands for a module, and writes down what is read of it."""
+    """Stands for a module, and records what is read of it."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module, self.names = module, dict[str, None]()
@@ -106,7 +107,7 @@ def _constant(module: nn.Module, name: str) -> Any:
 
 
 def _activation(module: nn.Module, function: Any) -> str:
-    """The name that transformers has for an activation."""
+    """The name of an activation in transformers."""
     for name in ACT2FN:
         known = ACT2FN[name]
         if type(known) is type(function) and repr(known) == repr(function):

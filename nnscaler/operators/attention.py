@@ -1,4 +1,5 @@
-"""Attention as one operator with all that models ask of it, split over key-value heads, or along the sequence."""
+"""Attention as one operator, with all options that models use. It is split over key-value heads, or along the
+sequence."""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ ALL: Window = (None, None)
 
 
 def attention_flops(sizes: dict[str, int], node: Node) -> float:
-    """Two products of every query with every key that it sees; the last query stands at the last key.
+    """Two products of every query row with every key that it sees. The last query row has the place of the last key.
 
-    Documents, whose lengths are known only when it runs, are counted as one.
+    The lengths of documents are known only at run time, so they count as one.
     """
     given = arguments(node)
     seen = pairs(sizes["l"], sizes["s"], *reach(given["is_causal"], given.get("window", ALL)))
@@ -28,8 +29,10 @@ def attention_flops(sizes: dict[str, int], node: Node) -> float:
 
 
 def pairs(rows: int, keys: int, left: int | None, right: int | None) -> int:
-    """How many keys the last rows of a sequence of `keys` tokens see in all: each those up to `left` before and `right`
-    after its place; None: all."""
+    """How many pairs of row and key there are, for the last rows of a sequence of `keys` tokens.
+
+    left, right  how many keys before and after its place a row sees; None: all
+    """
     before = 0 if left is None else _triangle(keys - 1 - left) - _triangle(keys - 1 - rows - left)
     after = 0 if right is None else _triangle(rows - 1 - right)
     return rows * keys - before - after
@@ -41,7 +44,7 @@ def _triangle(side: int) -> int:
 
 
 def reach(is_causal: bool, window: Window) -> Window:
-    """How many keys before its place a row sees, and how many after it."""
+    """(how many keys before its place a row sees, how many after it); None: all."""
     return window[0], 0 if is_causal else window[1]
 
 
@@ -72,11 +75,11 @@ def attention(
     """Softmax attention with grouped key-value heads, and all that models ask of it.
 
     query [b, h, l, d], key [b, k, s, d], value [b, k, s, e], with h a multiple of k: query head i attends to key-value
-    head i // (h / k). Returns [b, l, h, e] in the dtype of `query`. The last row of the query stands at the last key.
+    head i // (h / k). Returns [b, l, h, e] in the dtype of `query`. The last query row has the place of the last key.
 
-    sinks      [h]: a score of each head that takes part in the softmax and stands for no value
-    slopes     [h]: by how much a score falls with each key that lies between a row's place and the key (ALiBi)
-    documents  [b, s] integers: a row sees only keys of its own document; equal numbers stand together
+    sinks      [h]: for each head, a score that takes part in the softmax but has no value
+    slopes     [h]: for each head, by how much a score falls with each place between a row and the key (ALiBi)
+    documents  [b, s] integers: a row sees only keys of its own document; equal numbers are neighbours
     scale      multiplies the products of query and key, the scores; None is 1 / sqrt(d)
     is_causal  whether a row sees no key after its place
     window     (how many keys before its place a row sees, how many after it); None: all
@@ -103,14 +106,15 @@ def attention_of_rows(
     softcap: float | None,
     kernel: str,
 ) -> Tensor:
-    """`attention` of some rows of the query, the first of which stands at key `first`."""
+    """`attention` of some rows of the query. The first of them has place `first` among the keys."""
     scale = query.shape[3] ** -0.5 if scale is None else scale
     asked = Asked(scale, first, *reach(is_causal, window), softcap, sinks, slopes, documents)
     return attend(query, key, value, asked, kernel)
 
 
 def scaled_dot_product_attention(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-    """ATen's own: query [..., h, l, d], key and value [..., k, s, d], perhaps a mask that broadcasts to the scores."""
+    """ATen's own attention: query [..., h, l, d], key and value [..., k, s, d]; a mask, if any, broadcasts to the
+    scores."""
     query, key = inputs[0], inputs[1]
     lead = [f"b{i}" for i in range(len(query) - 3)]
     heads, shared = (["(k g^)"], ["k"]) if len(query) > 2 and query[-3] != key[-3] else (["k"], ["k"])

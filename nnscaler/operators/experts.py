@@ -1,4 +1,4 @@
-"""The experts of a mixture as one operator, split over tokens, inside each expert, or over experts and tokens."""
+"""The experts of a mixture as one operator. It is split over tokens, inside each expert, or over experts and tokens."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from nnscaler.operators.registry import arguments, register_op
 
 
 def annotation(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-    """t tokens, k choices, n experts of inner size f; c: gate and the rest, which lie one after the other or in turn.
+    """The annotation: t tokens, k choices, n experts of inner size f, and c for the two halves of the first product.
 
-    Of an expert that is split inside, each device gives a term of the sum. Tokens and experts may be split together.
+    Where experts are split inside, each device gives a term of the sum. Tokens and experts may be split at the same
+    time.
     """
     given = arguments(node)
     inner = "c^ f+" if len(inputs[3]) == 4 else "(f+ c^)"
@@ -26,12 +27,12 @@ def annotation(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) ->
 
 
 def experts_flops(sizes: dict[str, int], node: Node) -> float:
-    """Of each choice of each token, the product that c widens, and that which gives a row again."""
+    """For each choice of each token: the first product, and the second, which gives a row again."""
     return 2.0 * sizes["t"] * sizes["k"] * sizes["d"] * sizes["f"] * (sizes["c"] + 1)
 
 
 def experts_backward(node: Node, inputs: Sequence[TensorMeta]) -> float:
-    """Operations of backward, as a multiple of forward's: each product once for each of its factors."""
+    """The operations of backward, as a multiple of forward's: each product once for each of its two factors."""
     needed = dict(zip(node.inputs, (meta.requires_grad for meta in inputs)))
     given = arguments(node)
 

@@ -30,8 +30,9 @@ def attention_along_l(
 ) -> Tensor:
     """`attention` of this device's rows of the query with all keys and values (context parallelism).
 
-    A causal mask gives late rows more work, and one with a window the first rows less: where that matters, the rows'
-    pieces are dealt out to the devices in rounds, so that all have about as much to do. They travel there, and back.
+    A causal mask gives late rows more work, and a window gives the first rows less. Where that matters, pieces of the
+    rows are dealt out to the devices in rounds, so that all have about the same work. They are sent there, and the
+    results back.
     """
     rows, keys = query.shape[2], key.shape[2]
     rounds = dealing_rounds(axis.size, rows, keys, reach(is_causal, window))
@@ -52,9 +53,10 @@ def attention_along_l(
 
 @functools.cache
 def dealing_rounds(devices: int, rows: int, keys: int, limits: Window) -> int:
-    """In how many rounds the rows of `devices` that have `rows` each are dealt out to them; 1: each computes its own.
+    """In how many rounds the rows are dealt out to `devices` devices, which have `rows` each. 1: each computes its own.
 
-    The fewest that leave no device much more work than others; where none does, those that leave the least.
+    It is the smallest number after which no device has much more work than others; or else the one with the least
+    difference.
     """
     best, least = 1, _unevenness(devices, rows, keys, limits, 1)
     for rounds in (2, 4, 8):
@@ -67,7 +69,7 @@ def dealing_rounds(devices: int, rows: int, keys: int, limits: Window) -> int:
 
 
 def _unevenness(devices: int, rows: int, keys: int, limits: Window, rounds: int) -> float:
-    """The most work of a device, over the mean of all."""
+    """The most work of a device, over the mean of all devices."""
     size, total = rows // rounds, rows * devices
     seen = [pairs(total - i * size, keys, *limits) for i in range(devices * rounds + 1)]  # by all from a piece on
     work = [

@@ -1,4 +1,4 @@
-"""Experts that are divided over devices: tokens travel to where the experts of their choice are, and back."""
+"""Experts that are divided over devices: tokens are sent to the devices of the experts that they chose, and back."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def experts_along_t_n(
     gate: str,
     constants: Mapping[str, Any],
 ) -> Tensor:
-    """`experts` of this device's tokens, and of all experts, of which each device has as many, in order.
+    """`experts` of this device's tokens. Each device has an equal part of all experts, in order.
 
-    A token's row is sent once to each device that has experts of its choice, with their numbers and scores; what comes
-    back is the sum of these experts. As much is sent as there is: no token is dropped, and none is padded.
+    A token's row is sent once to each device that has experts of its choice, with their numbers and scores. What comes
+    back is the sum of these experts. As much is sent as there is: no token is dropped, and no row is padded.
     """
     here = len(up)
     owner = chosen // here
@@ -57,7 +57,7 @@ def experts_along_t_n(
 
 
 def _occurrences(numbers: Tensor, count: int) -> Tensor:
-    """How often each of 0 .. count - 1 occurs."""
+    """How often each of 0 ... count - 1 occurs."""
     flat = numbers.flatten()
     return torch.zeros(count, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
 

@@ -1,8 +1,8 @@
-"""A pipeline's forward without backward: what its schedule has a rank do, but for all that is of backward.
+"""The forward of a pipeline without backward: what its schedule has a rank do, except for all that belongs to backward.
 
-Transfers keep the order of the schedule, which all ranks agree on, so that none waits for one that waits for it.
-torch's own `schedule.eval` cannot run V-shaped schedules, and sets its stages up anew at each change to training and
-back.
+Transfers keep the order of the schedule, on which all ranks agree, so that no two ranks wait for each other. torch's
+own `schedule.eval` cannot run V-shaped schedules, and prepares its stages anew at each change between training and
+evaluation.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _Started: TypeAlias = tuple[list[dist.Work], list[dist.P2POp]]  # what is to be 
 class ForwardOnly:
     """This rank's part of a pipeline's forward.
 
-    stages    those of this rank, by index
-    crossing  for each stage the tensors that it sends to the next: name, shape, dtype
+    stages    this rank's stages, by index
+    crossing  for each stage, the tensors that it sends to the next: name, shape, dtype
     """
 
     def __init__(
@@ -36,9 +36,10 @@ class ForwardOnly:
 
     @torch.no_grad()
     def run(self, micro_batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
-        """The losses of at most as many micro-batches as the schedule has, where the last stage is; else nothing.
+        """The losses of some micro-batches, at most as many as the schedule has; on ranks without the last stage,
+        nothing.
 
-        Every rank of the pipeline gives as many.
+        Every rank of the pipeline must pass the same number.
         """
         here: dict[tuple[int, int], list[Tensor]] = {}  # (stage, micro-batch) -> what the stage sends on
         pending: dict[Transfer, _Started] = {}
@@ -69,7 +70,7 @@ class ForwardOnly:
         return [made] if isinstance(made, Tensor) else list(made)
 
     def _start(self, transfers: list[Transfer], here: dict[tuple[int, int], list[Tensor]]) -> _Started:
-        """Starts transfers at once. What is sent is `here` no longer; what is received will be after a wait."""
+        """Starts transfers at once. What is sent leaves `here`; what is received is there after a wait."""
         group, operations = self._axes.pipeline.group, []
         for transfer in transfers:
             key = transfer.stage, transfer.micro_batch

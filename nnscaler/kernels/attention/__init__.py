@@ -1,4 +1,4 @@
-"""Attention: what a call may ask, the kernels of several libraries, and which of them takes it on a device."""
+"""Attention: what a call may ask for, the kernels of several libraries, and which of them computes it on a device."""
 
 from nnscaler.kernels.attention.asked import Asked
 from nnscaler.kernels.attention.choice import KERNELS, attend, check_kernel

@@ -1,4 +1,4 @@
-"""What a call of attention asks beside its query, keys and values."""
+"""What a call of attention asks for, besides query, keys and values."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """One call's options. Row i of the query stands at key `first + i`, which is its place.
+    """The options of one call. Row i of the query has place `first + i` in the sequence of keys.
 
-    scale      of query and key's products: the scores
+    scale      factor for the products of query and key, the scores
     first      the place of the query's first row
     left       how many keys before its place a row sees; None: all
-    right      how many after it; None: all; 0: a causal mask
+    right      how many keys after its place it sees; None: all; 0: a causal mask
     softcap    scores s become softcap * tanh(s / softcap), before bias and mask; None: they stay
-    sinks      [h]: a score of each head that takes part in the softmax and stands for no value
-    slopes     [h]: by how much a score falls with each key that lies between a row's place and the key (ALiBi)
-    documents  [b, s] integers: a row sees only keys whose number is that at its place; equal numbers stand together
+    sinks      [h]: for each head, a score that takes part in the softmax but has no value
+    slopes     [h]: for each head, by how much a score falls with each place between a row and the key (ALiBi)
+    documents  [b, s] integers: a row sees only keys with the same number as at its place; equal numbers are neighbours
     """
 
     scale: float
@@ -31,7 +31,7 @@ class Asked:
     documents: Tensor | None = None
 
     def options(self, rows: int, keys: int) -> frozenset[str]:
-        """Names of what not every kernel does, as `kernels.attention.choice.OPTIONS` has them."""
+        """The options that this call uses and not every kernel has, by their names in `kernels.attention.choice`."""
         given = {
             "windows": self.left is not None or (self.right or 0) > 0,
             "soft caps": self.softcap is not None,

@@ -24,7 +24,11 @@ from nnscaler.kernels.attention.rows import attend_by_rows
 
 @dataclass(frozen=True)
 class Kernel:
-    """A way to compute attention: `load` imports it, or raises ImportError; `can` are the options that it has."""
+    """A way to compute attention.
+
+    load  imports it, or raises ImportError
+    can   the options that it has
+    """
 
     load: Callable[[], Run]
     can: frozenset[str] = frozenset()
@@ -58,11 +62,16 @@ KERNELS: dict[str, Kernel] = {
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, asked: Asked, kernel: str) -> Tensor:
-    """Softmax attention: query [b, h, l, d], key [b, k, s, d], value [b, k, s, e] -> [b, l, h, e] in query's dtype.
+    """Softmax attention: query [b, h, l, d], key [b, k, s, d], value [b, k, s, e] -> [b, l, h, e] in the type of the
+    query.
 
-    h is a multiple of k: query head i attends to key-value head i // (h / k). `kernel` is a name of `KERNELS`, or auto:
-    the fastest on this device. On a CPU it is sdpa, or rows where that cannot. Raises UserError for a kernel that is
-    not installed, or has not what is asked.
+    h is a multiple of k: query head i attends to key-value head i // (h / k).
+
+    asked   the options
+    kernel  a name of `KERNELS`, or "auto": the fastest on this device. On a CPU that is sdpa, or rows where sdpa lacks
+            an option.
+
+    Raises UserError for a kernel that is not installed, or lacks an option.
     """
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     key, value, asked = _in_reach(query.shape[1], key, value, asked)
@@ -72,7 +81,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, asked: Asked, kernel: str)
 
 
 def check_kernel(kernel: str, options: frozenset[str]) -> None:
-    """Raises UserError where a kernel is asked for what it does not do."""
+    """Raises UserError where a kernel lacks an option that is asked for."""
     if kernel == "auto" or options <= KERNELS[kernel].can:
         return
     others = ", ".join(["auto", *(name for name, other in KERNELS.items() if options <= other.can)])
@@ -81,7 +90,7 @@ def check_kernel(kernel: str, options: frozenset[str]) -> None:
 
 
 def _in_reach(rows: int, key: Tensor, value: Tensor, asked: Asked) -> tuple[Tensor, Tensor, Asked]:
-    """The same call without the keys that no row sees, and without the limits that hide none."""
+    """The same call without keys that no row sees, and without limits that hide no key."""
     keys = key.shape[1]
     begin = 0 if asked.left is None else max(0, asked.first - asked.left)
     end = keys if asked.right is None else min(keys, asked.first + rows + asked.right)
@@ -111,8 +120,10 @@ def _load(kernel: str) -> Run:
 
 @functools.cache
 def _probed(kind: Kind, options: frozenset[str]) -> str:
-    """The fastest kernel, found out in a thread of its own: a checkpoint that the call is part of must not count what
-    the probe keeps for its backward."""
+    """The fastest kernel. It is found in a thread of its own.
+
+    Otherwise a checkpoint around the call would count what the probe keeps for its own backward.
+    """
     able = {name: kernel.load for name, kernel in KERNELS.items() if options <= kernel.can and name != "rows"}
 
     def probe() -> str | None:

@@ -1,4 +1,4 @@
-"""torch's flex_attention: kernels that a compiler writes for what is asked."""
+"""PyTorch's flex_attention: a compiler writes a kernel for the options of a call."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _mask(asked: Asked, rows: int, keys: int, device: torch.device) -> BlockMask
 def _mask_of_places(
     first: int, left: int | None, right: int | None, rows: int, keys: int, device: torch.device
 ) -> BlockMask | None:
-    """Which layers and steps have in common."""
+    """The part of a mask that does not depend on documents. All layers and steps share it."""
     return None if left is None and right is None else _block_mask(first, left, right, None, rows, keys, device)
 
 

@@ -18,10 +18,11 @@ Run = Callable[[Tensor, Tensor, Tensor, Asked], Tensor]
 
 
 def flash_attention(module: str, cap: float | None, unlimited: int | None) -> Run:
-    """flash-attn's functions in `module`. They count places from the end: their last row stands at the last key.
+    """The functions of flash-attn in `module`. There, places count from the end: the last row has the place of the last
+    key.
 
-    cap        what says that scores are not capped
-    unlimited  what says that a window has no end
+    cap        the value that means: scores are not capped
+    unlimited  the value that means: a window has no end
     """
     library = importlib.import_module(module)
 
@@ -55,8 +56,14 @@ def _first(result: Any) -> Tensor:
 
 
 def boundaries(documents: Tensor, first: int, rows: int) -> tuple[Tensor, Tensor, int]:
-    """Where documents [b, s] begin among `rows` rows from place `first`, and among the keys, with the end, when all of
-    the batch lie one after the other: int32; and the most tokens of one. Of those elsewhere, the rows have none."""
+    """The borders of documents, when all rows of a batch lie one after the other.
+
+    documents   [b, s]: the number of the document at each place
+    first, rows the query's rows: from this place, so many
+
+    Returns (borders among the query's rows, borders among the keys, tokens of the longest document). Borders are int32,
+    and include the end. A document that has none of the query's rows has an empty range among them.
+    """
     batch, keys = documents.shape
     begins = torch.ones_like(documents, dtype=torch.bool)
     begins[:, 1:] = documents[:, 1:] != documents[:, :-1]

@@ -1,4 +1,4 @@
-"""Which of some kernels is the fastest on a device, found out there."""
+"""Finding out on a device which of some kernels is the fastest."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ COMPARED = 1024  # tokens whose results are compared with those in fp32
 
 @dataclass(frozen=True)
 class Kind:
-    """Calls for which one kernel is the fastest.
+    """Calls for which the same kernel is the fastest.
 
-    length            tokens of query and keys
-    heads, shared     of the query, and of keys and values
-    size, value_size  of a head of query and keys, and of values
-    sinks, slopes, documents  whether there are any
+    length                    tokens of query and keys
+    heads, shared             heads of the query; heads of keys and values
+    size, value_size          of a head of query and keys; of a head of values
+    sinks, slopes, documents  whether the call has these
     """
 
     device: torch.device
@@ -72,8 +72,11 @@ def kind_of(query: Tensor, key: Tensor, value: Tensor, asked: Asked) -> Kind:
 
 
 def fastest(kind: Kind, kernels: Mapping[str, Callable[[], Run]]) -> str | None:
-    """The kernel with the least time for forward and backward of one sequence among those that work, and are right:
-    their results must be as near to fp32's as twice plain SDPA's are of a call that asks for nothing. None: none is."""
+    """The kernel that takes least time for forward and backward of one sequence. None: none of them works.
+
+    Only kernels count that work and are right: their results must be as near to those in fp32 as twice the distance of
+    plain SDPA, in a call without options.
+    """
     short = replace(
         kind, length=min(kind.length, COMPARED), left=_within(kind.left, COMPARED), right=_within(kind.right, COMPARED)
     )
@@ -101,7 +104,7 @@ def fastest(kind: Kind, kernels: Mapping[str, Callable[[], Run]]) -> str | None:
 
 
 def _within(side: int | None, length: int) -> int | None:
-    """A side of a window that hides something of so many tokens."""
+    """A side of a window, if it hides some of so many tokens; else None."""
     return side if not side else min(side, length // 4)
 
 

@@ -1,7 +1,7 @@
-"""Attention in plain PyTorch: every option, on any device, some rows after the other.
+"""Attention in plain PyTorch, with every option, on any device: some rows at a time.
 
-What the faster kernels are held against. No more than `_SCORES` scores lie in memory at once, and what backward needs
-beside inputs and result is one number a row, the logarithm of its softmax's sum.
+The faster kernels are compared with this. At most `_SCORES` scores are in memory at once. Besides inputs and result,
+backward needs one number a row: the logarithm of the sum in its softmax.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _SCORES = 2**22
 
 
 def attend_by_rows(query: Tensor, key: Tensor, value: Tensor, asked: Asked) -> Tensor:
-    """query [b, l, h, d], key [b, s, k, d], value [b, s, k, e] -> [b, l, h, e]; scores in fp32, or fp64 of fp64."""
+    """query [b, l, h, d], key [b, s, k, d], value [b, s, k, e] -> [b, l, h, e]; scores are fp32, or fp64 for fp64
+    inputs."""
     limits = (asked.first, asked.left, asked.right)
     tensors = (query, key, value, asked.sinks, asked.slopes, asked.documents)
     return torch.ops.nnscaler.attention_by_rows(*tensors, asked.scale, asked.softcap, *limits)[0]
@@ -93,8 +94,10 @@ _forward.register_autograd(_backward, setup_context=_keep)
 
 @dataclass
 class _Call:
-    """A call's tensors with heads before places and in the type of the scores: query [b, k, g, l, d], key [b, k, s, d],
-    value [b, k, s, e]."""
+    """The tensors of a call, in the type of the scores, with heads before places.
+
+    query [b, k, g, l, d] with g query heads for each key-value head, key [b, k, s, d], value [b, k, s, e]
+    """
 
     query: Tensor
     key: Tensor
@@ -120,7 +123,7 @@ class _Call:
         return x.to(self.dtype).view(-1, self.groups, 1, 1)
 
     def chunks(self) -> Iterator[tuple[slice, slice]]:
-        """Rows, and the keys that these may see."""
+        """Some rows at a time, with the keys that these may see."""
         b, k, g, rows, _ = self.query.shape
         keys, asked = self.key.shape[2], self.asked
         left, right = (keys if side is None else side for side in (asked.left, asked.right))
@@ -132,7 +135,8 @@ class _Call:
             yield slice(start, end), slice(begin, max(begin, min(keys, asked.first + end + right)))
 
     def scores(self, rows: slice, keys: slice) -> tuple[Tensor, Tensor | None]:
-        """[b, k, g, rows, keys], -inf where a row does not see a key; and tanh of those before a cap."""
+        """[b, k, g, rows, keys]: the scores, -inf where a row does not see a key; and the tanh of scores before a
+        cap."""
         asked, capped = self.asked, None
         scores = _of_each(self.query[:, :, :, rows], self.key[:, :, keys].mT) * asked.scale
         if asked.softcap is not None:
@@ -143,7 +147,7 @@ class _Call:
         return scores.masked_fill(self.hidden(rows, keys), -math.inf), capped
 
     def hidden(self, rows: slice, keys: slice) -> Tensor:
-        """Of [rows, keys], or [b, 1, 1, rows, keys] for documents, those that a row does not see."""
+        """Which keys a row does not see: [rows, keys]; [b, 1, 1, rows, keys] with documents."""
         places, others = self.places(rows), self.others(keys)
         hidden = torch.zeros((len(places), others.shape[1]), dtype=torch.bool, device=places.device)
         if self.asked.left is not None:
@@ -160,7 +164,7 @@ class _Call:
         return (self.places(rows) - self.others(keys)).abs().to(self.dtype)
 
     def places(self, rows: slice) -> Tensor:
-        """[rows, 1]: where they stand among the keys."""
+        """[rows, 1]: the places of the rows among the keys."""
         start, end = (self.asked.first + at for at in (rows.start, rows.stop))
         return torch.arange(start, end, device=self.query.device).unsqueeze(1)
 
