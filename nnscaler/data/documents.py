@@ -1,7 +1,7 @@
 """Documents in packed rows: where they begin, how long they are, and what keeps them apart in a batch.
 
-A row is a run of documents. Where a row goes on with the document of the row before, that counts as a document of its
-own there: what came before is not seen, and positions begin at 0.
+A row consists of documents. Where it begins with the rest of a document of the row before, that rest counts as a
+document of its own: it does not see what came before, and its positions begin at 0.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ Places = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def document_starts(column: str, values: Any, counts: Any, length: int) -> Places:
-    """The places, rising, at which documents begin in rows of `length` tokens that are laid end to end. A row's first
-    place is not among them where `column` says that it goes on with a document.
+    """The places at which documents begin, rising, in rows of `length` tokens that are laid end to end.
 
-    values  of the column, row after row; `counts` says how many each row has
+    values  of the column, row after row
+    counts  how many of them each row has
+    column  what the values are; it may say that a row begins with the rest of a document
 
-    Raises UserError for values that are no such places, positions or numbers.
+    The first place of such a row is not among the results. Raises UserError for values that are no places, positions or
+    numbers.
     """
     values, counts = np.asarray(values, np.int64), np.asarray(counts, np.int64)
     rows = np.arange(len(counts)) * length
@@ -55,8 +57,10 @@ def _check(right: bool, column: str, what: str) -> None:
 
 
 def document_inputs(starts: Sequence[Places], length: int) -> dict[str, Tensor]:
-    """What a model is given of rows in which documents begin at `starts`, and where the rows do: [b, l] int64 positions
-    that are counted from 0 in each document, and the number of each token's document in its row."""
+    """What a model is given of rows, in which documents begin at `starts`: [b, l] int64 each.
+
+    These are positions, which are counted from 0 in each document; and the number of each token's document in its row.
+    """
     begins = torch.zeros(len(starts), length, dtype=torch.bool)
     begins[:, 0] = True
     for row, places in zip(begins, starts):
@@ -67,13 +71,14 @@ def document_inputs(starts: Sequence[Places], length: int) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class DocumentLengths:
-    """How long the documents of a dataset are, in tokens, as they stand in its rows.
+    """How long the documents of a dataset are, in tokens, as they are in its rows.
 
     documents  how many there are
     mean       of all documents
     longest    of all documents
-    of_token   of the document in which a token stands, on average over the tokens: attention's work is in proportion
-    cut        documents that are longer than a row, before they were cut
+    of_token   length of a token's own document, on average over all tokens; the work of attention is in proportion to
+               it
+    cut        how many documents were longer than a row, and so were cut
     """
 
     documents: int
@@ -84,7 +89,7 @@ class DocumentLengths:
 
     @staticmethod
     def between(starts: Places, rows: int, length: int) -> DocumentLengths:
-        """Those of documents that begin at `starts` in rows laid end to end."""
+        """The lengths of documents that begin at `starts`, in rows that are laid end to end."""
         end = [rows * length]
         lengths = np.diff(np.concatenate([np.union1d(starts, np.arange(rows) * length), end]))
         before = np.diff(np.concatenate([starts, end]))

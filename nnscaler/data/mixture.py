@@ -1,8 +1,8 @@
 """Several datasets as one: each sample comes from one of them, drawn by weight.
 
-Samples come in blocks. Each block holds every dataset as often as its weight says, in an order that the seed and
-the block's number alone decide. So which row is the k-th sample is found without looking at the samples before it, and
-a run goes on exactly where it was, on any number of devices.
+Samples come in blocks. In each block, every dataset has as many samples as its weight says, in an order that depends
+only on the seed and the number of the block. So the row of the k-th sample is found without the samples before it, and
+a run continues exactly where it was, on any number of devices.
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ _DRAWS = (1 << 32) - 1  # tells the seeds of draws from those of rows' orders
 
 @dataclass(frozen=True)
 class Mixture:
-    """Datasets of rows of one length, and how many of the samples of a block come from each."""
+    """Several datasets with rows of one length.
+
+    For each dataset, it is known how many of a block's samples come from it.
+    """
 
     parts: tuple[PackedDataset, ...]
     shares: tuple[int, ...]
 
     @staticmethod
     def of(parts: Sequence[PackedDataset], weights: Sequence[float], flag: str) -> Mixture:
-        """Raises UserError where rows are not of one length."""
+        """Raises UserError where the rows are not of one length."""
         for part in parts[1:]:
             if part.sequence_length != parts[0].sequence_length:
                 raise UserError(
@@ -55,8 +58,11 @@ class Mixture:
 
     @property
     def document_lengths(self) -> DocumentLengths:
-        """How long documents are: those of all parts, and of a token's document the average over what is drawn. Raises
-        UserError where a part does not say where documents begin."""
+        """How long documents are: those of all datasets; for a token's own document, the average over the samples that
+        are drawn.
+
+        Raises UserError where a dataset does not say where documents begin.
+        """
         found = [part.document_lengths for part in self.parts]
         documents = sum(each.documents for each in found)
         of_token = np.average([each.of_token for each in found], weights=self.shares)
@@ -66,18 +72,18 @@ class Mixture:
         )  # fmt: skip
 
     def seen(self, seed: int, consumed: int) -> list[int]:
-        """How many of the first samples come from each part."""
+        """How many of the first samples come from each dataset."""
         block, place = divmod(consumed, sum(self.shares))
         counts = np.bincount(_draw(seed, self.shares, block)[0][:place], minlength=len(self.shares))
         return [block * share + int(count) for share, count in zip(self.shares, counts)]
 
     def described(self) -> dict[str, list[int]]:
-        """Name of each dataset -> its rows, and how many of a block's samples are its own."""
+        """Name of each dataset -> how many rows it has, and how many of a block's samples come from it."""
         return {name: [len(part), share] for name, part, share in zip(self.names, self.parts, self.shares)}
 
     @property
     def names(self) -> list[str]:
-        """What each dataset is called in logs: the name of its folder, or where that is not enough, its path."""
+        """The names of the datasets in logs: that of the folder; where two are equal, the path."""
         short = [part.path.name for part in self.parts]
         return [name if short.count(name) == 1 else str(part.path) for name, part in zip(short, self.parts)]
 
@@ -85,8 +91,8 @@ class Mixture:
 class Mixed:
     """The samples of a mixture.
 
-    samples  of each part, one after the other
-    shares   how many of a block come from each
+    samples  of each dataset, one after the other
+    shares   how many of a block's samples come from each dataset
     """
 
     def __init__(self, samples: Sequence[Samples], shares: Sequence[int], seed: int) -> None:
@@ -100,8 +106,10 @@ class Mixed:
 
 
 def open_sources(sources: Sequence[Source]) -> PackedDataset | Mixture | None:
-    """The datasets that `--dataset_path` names, as one; None where there are none. Raises UserError as
-    `PackedDataset.open`, and where their rows are not of one length."""
+    """The datasets that `--dataset_path` names, as one. None where it names none.
+
+    Raises UserError as `PackedDataset.open` does, and where the rows are not of one length.
+    """
     parts = [PackedDataset.open(source.path) for source in sources]
     if len(parts) > 1:
         return Mixture.of(parts, [source.weight or 1.0 for source in sources], "dataset_path")
@@ -109,7 +117,7 @@ def open_sources(sources: Sequence[Source]) -> PackedDataset | Mixture | None:
 
 
 def samples_of(dataset: PackedDataset | Mixture, seed: int) -> Samples:
-    """A dataset's rows in the order of a seed, without end."""
+    """The rows of a dataset, without end, in the order of a seed."""
     if isinstance(dataset, PackedDataset):
         return Shuffled(dataset, seed)
     parts = [Shuffled(part, seed, place) for place, part in enumerate(dataset.parts)]
@@ -118,7 +126,8 @@ def samples_of(dataset: PackedDataset | Mixture, seed: int) -> Samples:
 
 @lru_cache(maxsize=2)
 def _draw(seed: int, shares: tuple[int, ...], block: int) -> tuple[Any, Any]:
-    """For each sample of a block the part that it comes from, and how many of the block do before it. int64."""
+    """For each sample of a block: the dataset that it comes from, and how many samples of the block come from that
+    before."""
     draws = np.random.default_rng((seed, block, _DRAWS)).permutation(np.repeat(np.arange(len(shares)), shares))
     numbers = np.empty(len(draws), dtype=np.int64)
     for part, share in enumerate(shares):

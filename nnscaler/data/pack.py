@@ -1,7 +1,4 @@
-"""Documents to packed sequences: bos + tokens + eos of each document, one after the other, cut to equal length.
-
-Tokenizers without a bos token, such as Qwen's, mark the end alone.
-"""
+"""From documents to packed sequences: bos + tokens + eos of each document, one after the other, cut to equal length."""
 
 from __future__ import annotations
 
@@ -29,9 +26,12 @@ WRITTEN = 1 << 20  # tokens written at once, at least
 
 @dataclass
 class Packing:
-    """What became of a corpus. `tokens` counts bos and eos, and is `sequences * sequence_length + tail`; `continued`
-    sequences begin within a document. Characters that could not be read stand as U+FFFD; the ids are those in the
-    sequences."""
+    """What became of a corpus.
+
+    `tokens` counts bos and eos, and is `sequences * sequence_length + tail`. `continued` is the number of sequences
+    that begin within a document. Characters that could not be read became U+FFFD. The ids are those that occur in the
+    sequences.
+    """
 
     sequence_length: int
     documents: int = 0
@@ -116,7 +116,7 @@ class _Tokens(NamedTuple):
         return len(self.ids)
 
     def cut(self, place: int) -> tuple[_Tokens, _Tokens]:
-        """What lies before a place, and from it on."""
+        """What lies before a place, and what lies from it on."""
         first = int(np.searchsorted(self.starts, place))
         before = _Tokens(self.ids[:place], self.starts[:first])
         return before, _Tokens(self.ids[place:], self.starts[first:] - np.int32(place))
@@ -140,7 +140,7 @@ def backend_of(tokenizer: Any) -> Tokenizer:
 
 
 class _MarkedTokenizer:
-    """The Rust tokenizer inside a `transformers` one, and the ids to put around documents instead of what it would."""
+    """The Rust tokenizer inside a `transformers` one; and the ids to put around documents, instead of its own."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.backend = backend_of(tokenizer)

@@ -1,4 +1,4 @@
-"""A dataset of token sequences, judged before it is trained on: what its columns are, and which ids it holds."""
+"""A dataset of token sequences, and checks before training: what its columns are, and which ids it holds."""
 
 from __future__ import annotations
 
@@ -102,11 +102,11 @@ class PackedDataset:
 
     @property
     def asks_for_documents(self) -> bool:
-        """Whether somebody else's column says that rows hold several documents: bookcorpus.py always writes its own."""
+        """Whether a column that bookcorpus.py did not write says that rows hold several documents."""
         return self.documents not in (None, DOCUMENT_STARTS) and self.document_lengths.documents > len(self)
 
     def row(self, number: int) -> Row:
-        """The columns of a row that training reads, as arrays; `document_starts` where a column says them."""
+        """The columns of a row that training reads, as arrays; `document_starts` is there where a column gives them."""
         row = self.rows[number]
         return row if self.documents is None else {**row, DOCUMENT_STARTS: self.document_starts(number)}
 
@@ -118,8 +118,8 @@ class PackedDataset:
 
     @cached_property
     def document_lengths(self) -> DocumentLengths:
-        """How long documents are, from reading their column once. Raises UserError where there is none, or where it is
-        no column of documents."""
+        """How long documents are; their column is read once. Raises UserError where there is none, or it is something
+        else."""
         if self.documents is None:
             raise UserError(
                 f"dataset_path is '{self.path}', which does not say where documents begin; make it anew with "
@@ -133,8 +133,11 @@ class PackedDataset:
         return DocumentLengths.between(np.concatenate(starts), len(self), length)
 
     def token_ids(self) -> TokenIds:
-        """The smallest and largest id, of labels too: as bookcorpus.py noted, or from reading the whole dataset once,
-        which is noted beside the dataset where that can be written."""
+        """The smallest and the largest id, in labels too.
+
+        They are what bookcorpus.py has noted; or the whole dataset is read once, and they are noted beside it, if that
+        can be written.
+        """
         fingerprint = self._fingerprint()
         for name in (PROVENANCE, TOKEN_IDS):
             with suppress(OSError, ValueError, KeyError, TypeError):
@@ -148,11 +151,11 @@ class PackedDataset:
         return found
 
     def _fingerprint(self) -> str:
-        """What `datasets` calls the content by."""
+        """The name that `datasets` gives to the content."""
         return str(json.loads((self.path / "state.json").read_text())["_fingerprint"])
 
     def first_row_outside(self, vocabulary: int) -> int | None:
-        """The first row with an id that is not 0 to `vocabulary` - 1; None: there is none."""
+        """The first row with an id below 0, or of `vocabulary` or more. None: there is none."""
         import pyarrow.compute as pc
 
         row = 0
@@ -200,7 +203,7 @@ def _parts(rows: Any, column: str, most: int) -> Any:
 
 
 def _check_lists(rows: Any, column: str, flag: str, path: Path) -> None:
-    """Raises UserError where rows are no lists of whole numbers."""
+    """Raises UserError where rows are not lists of whole numbers."""
     import pyarrow as pa
 
     kind = rows.data.column(column).type
@@ -218,7 +221,8 @@ def _is_list(rows: Any, column: str) -> bool:
 
 
 def _length(rows: Any, column: str, flag: str, path: Path) -> int:
-    """Tokens of every row. Raises UserError where rows are no lists of whole numbers, or not of one length."""
+    """The number of tokens of every row. Raises UserError where rows are not lists of whole numbers, or not of one
+    length."""
     import pyarrow.compute as pc
 
     _check_lists(rows, column, flag, path)
@@ -234,7 +238,7 @@ def _length(rows: Any, column: str, flag: str, path: Path) -> int:
 
 
 def _says_nothing(rows: Any, column: str, length: int) -> bool:
-    """Whether a column says the same of every token, or of every row that its tokens are in their order."""
+    """Whether a column has the same value for every token; or, for each row, the numbers of its places."""
     import pyarrow as pa
 
     seen = set()

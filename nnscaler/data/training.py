@@ -21,9 +21,9 @@ __all__ = ["Batches", "First", "InOrder", "PackedDataset", "SampleOrder", "Share
 
 @dataclass
 class SampleOrder:
-    """Which row is the k-th sample: a new permutation of all rows every epoch.
+    """Which row is the k-th sample: all rows, in a new order in every epoch.
 
-    part  the dataset's place in a mixture, whose datasets have orders of their own
+    part  the place of the dataset in a mixture; each dataset of a mixture has an order of its own
     """
 
     rows: int
@@ -42,8 +42,11 @@ class SampleOrder:
 
 @dataclass(frozen=True)
 class Share:
-    """A replica's part of each step's samples: micro-batch m of replica r holds the next `micro_batch_size` samples
-    after those of micro-batches before it and of replicas before it."""
+    """The samples of each step that one copy of the model trains on.
+
+    Micro-batch m of copy r gets the next `micro_batch_size` samples after those of all micro-batches before it, and of
+    copies before it in the same micro-batch.
+    """
 
     replica: int
     replicas: int
@@ -55,7 +58,7 @@ class Share:
         return self.replicas * self.micro_batch_size * self.micro_batches
 
     def samples(self, consumed: int, micro_batch: int) -> range:
-        """Sample numbers of a micro-batch of the step that starts after `consumed` samples."""
+        """The numbers of a micro-batch's samples, in the step that begins after `consumed` samples."""
         begin = consumed + (micro_batch * self.replicas + self.replica) * self.micro_batch_size
         return range(begin, begin + self.micro_batch_size)
 
@@ -68,7 +71,7 @@ class Samples(Protocol):
 
 
 class InOrder:
-    """Each row of a dataset once, as they come."""
+    """Each row of a dataset once, in the order in which they are stored."""
 
     def __init__(self, dataset: PackedDataset) -> None:
         self._dataset = dataset
@@ -78,7 +81,7 @@ class InOrder:
 
 
 class Shuffled:
-    """The rows of a dataset in the order of a seed, epoch after epoch without end."""
+    """The rows of a dataset in the order of a seed, epoch after epoch, without end."""
 
     def __init__(self, dataset: PackedDataset, seed: int, part: int = 0) -> None:
         self._dataset, self._order = dataset, SampleOrder(len(dataset), seed, part)
@@ -89,7 +92,7 @@ class Shuffled:
 
 @dataclass(frozen=True)
 class First:
-    """The first `count` of other samples."""
+    """The first `count` samples of others."""
 
     samples: Samples
     count: int
@@ -99,12 +102,12 @@ class First:
 
 
 class Batches:
-    """Micro-batches of one replica, read ahead by a thread.
+    """The micro-batches of one copy of the model. A thread reads them ahead.
 
     length     tokens of every row
-    ignored    label of tokens that count for nothing. Where there are no more samples, rows hold only these
-    documents  whether batches keep documents apart: inputs say which token is whose, and no token is to be given by a
-               document before its own
+    ignored    the label of tokens that do not count. Where samples end, rows have only such labels
+    documents  whether batches keep documents apart: inputs say to which document a token belongs, and the last token of
+               a document has no label
     """
 
     def __init__(
@@ -120,8 +123,11 @@ class Batches:
         self._ignored, self._device, self._documents = ignored, device, documents
 
     def after(self, consumed: int) -> Iterator[tuple[dict[str, Tensor], int]]:
-        """(inputs on the device, number of labels) of each micro-batch of the steps after `consumed` samples, without
-        end. While one is computed with, the next is read, also from one step to the next."""
+        """(inputs on the device, number of labels) of each micro-batch, from the step after `consumed` samples on,
+        without end.
+
+        While one micro-batch is computed, the next is read, also from one step to the next.
+        """
         wanted = self._numbers(consumed)
         with ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(self._read, next(wanted))
@@ -164,7 +170,7 @@ def _stacked(rows: list[Any]) -> Tensor:
 
 
 def with_labels(input_ids: Tensor, ignored: int) -> dict[str, Tensor]:
-    """`input_ids` [b, l] int64 and `labels`, the same shape: the token after each; `ignored` after the last."""
+    """`input_ids` [b, l] int64; and `labels`, of the same shape: the token after each, and `ignored` after the last."""
     labels = torch.full_like(input_ids, ignored)
     labels[:, :-1] = input_ids[:, 1:]
     return {"input_ids": input_ids, "labels": labels}
