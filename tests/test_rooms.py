@@ -1,4 +1,4 @@
-"""Arrows between the rooms of the package run one way."""
+"""Arrows between the rooms of the package run one way, and each file can be read in one sitting."""
 
 from __future__ import annotations
 
@@ -74,3 +74,14 @@ def test_a_room_does_not_import_what_is_above_it(room):
     for file in (PACKAGE / room).rglob("*.py"):
         rooms = {name.split(".")[1] for name in imported(file)}
         assert not rooms & set(BARRED[room]), file
+
+
+def test_no_file_is_long():
+    """500 lines at most, tests too."""
+    root = PACKAGE.parent
+    files = [
+        *root.glob("*.py"),
+        *(file for room in ("nnscaler", "tests", "benchmarks") for file in root.glob(f"{room}/**/*.py")),
+    ]
+    lines = {str(file.relative_to(root)): len(file.read_text().splitlines()) for file in files}
+    assert {file: count for file, count in lines.items() if count > 500} == {}

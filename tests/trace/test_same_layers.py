@@ -1,4 +1,4 @@
-"""Layers are one block where they compute the same, whatever could make them differ; what cannot be known is refused.
+"""Layers are one block where they compute the same, whatever could make them differ.
 
 Each model is compiled for one process and compared with PyTorch: loss, and gradients of its parameters.
 """
@@ -18,73 +18,8 @@ from torch.nn.utils import parametrize
 
 from nnscaler import ComputeConfig, Source, UserError, compile_model, register_op
 from nnscaler.runtime.module import ParallelModule
-from nnscaler.trace import trace
 from tests import tiny
-
-WIDTH = 8
-X = torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(1))
-
-
-class Layer(nn.Module):
-    """Adds a product of its input times what `factor(layer)` gives; `prepare(layer, index)` sets the layer up."""
-
-    def __init__(self, index, factor, prepare=None):
-        super().__init__()
-        self.index, self.factor = index, factor
-        self.linear = nn.Linear(WIDTH, WIDTH, bias=False)
-        if prepare is not None:
-            prepare(self, index)
-
-    def scale(self):
-        return 1.0
-
-    def forward(self, x):
-        return x + self.linear(x) * self.factor(self)
-
-
-class Stack(nn.Module):
-    def __init__(self, layers):
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return x.square().sum()
-
-
-def stack(factor, prepare=None, count=4):
-    return lambda: Stack(Layer(index, factor, prepare) for index in range(count))
-
-
-def traced(make, strategy="reuse_cache"):
-    source = Source(make, {"x": X}, torch.float32)
-    model, buffers = source.build()
-    return trace(model, source.inputs, buffers, strategy)
-
-
-def check_as_pytorch(make, folder, **config):
-    """Compiles, and compares loss and gradients with PyTorch's."""
-    config = ComputeConfig(hardware=tiny.write_hardware(folder), **config)
-    code = compile_model(Source(make, {"x": X}, torch.float32), config, folder / "code")
-    ours, model = ParallelModule(code, torch.device("cpu")), make()
-    weights = dict(model.named_parameters())
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in weights.values():
-            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
-    ours.load(lambda name, box: weights[name].detach()[box.slices])
-    found, wanted = ours.accumulate([{"x": X}]).item(), model(X)
-    wanted.backward()
-    assert found == pytest.approx(wanted.item(), rel=1e-4)
-    trained = set()
-    for bucket in ours.buckets:
-        for part in bucket.owned_parts():
-            gradient = weights[part.name].grad
-            found = bucket.gradient[part.start : part.stop].view(part.box.sizes)
-            torch.testing.assert_close(found, gradient[part.box.slices], rtol=1e-3, atol=1e-4)
-            trained.add(part.name)
-    assert trained == {name for name, weight in weights.items() if weight.grad is not None}
+from tests.trace.layers import WIDTH, Layer, Stack, X, buffer, check_as_pytorch, sets, stack, traced
 
 
 class Kind(enum.Enum):
@@ -110,20 +45,8 @@ class Slotted:
         self.value = value
 
 
-def sets(**makers):
-    def prepare(layer, index):
-        for name, make in makers.items():
-            setattr(layer, name, make(index))
-
-    return prepare
-
-
 def closure(value):
     return lambda: value
-
-
-def buffer(layer, index):
-    layer.register_buffer("held", torch.full((WIDTH,), 1.0 + index % 2), persistent=False)
 
 
 KINDS = {
@@ -381,98 +304,6 @@ def test_gradients_pass_through_complex_numbers():
 
     graph = traced(lambda: Turned(stack(Layer.scale)().layers))
     assert all(parameter.requires_grad for parameter in graph.parameters.values())
-
-
-class Sign(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.sign()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient
-
-
-def counts(layer):
-    layer.calls = getattr(layer, "calls", 0) + 1
-    return float(layer.calls)
-
-
-def updates(layer):
-    layer.held.add_(1)
-    return layer.held
-
-
-def updates_by_out(layer):
-    return torch.add(layer.held, 1, out=layer.held)
-
-
-def keeps(layer):
-    layer.t[0].mul_(2)
-    return layer.t[0]
-
-
-def keeps_by_out(layer):
-    return torch.mul(layer.t[0], 2, out=layer.t[0])
-
-
-def shared_count():
-    counter = types.SimpleNamespace(calls=0)
-    return stack(lambda layer: counts(counter))()
-
-
-def backward_hook():
-    model = stack(Layer.scale)()
-    model.layers[1].register_full_backward_hook(lambda layer, given, result: (given[0] * 2,))
-    return model
-
-
-def unregistered():
-    model = stack(lambda layer: layer.parts["a"][0].weight, sets(parts=lambda i: {"a": [nn.Linear(WIDTH, WIDTH)]}))
-    return model()
-
-
-REFUSED = {
-    "a counter": (stack(counts), "sets layers.0.calls.*changes from one call to the next"),
-    "a shared counter": (shared_count, r"forward of 'layers.0' computes changes from one call to the next"),
-    "a buffer": (stack(updates, buffer), r"changes buffer 'layers.0.held' at test_same_layers.py:\d+"),
-    "a kept tensor": (stack(keeps, sets(t=lambda i: [torch.ones(WIDTH)])), r"changes a tensor that it keeps .*py:\d+"),
-    "a buffer by out": (stack(updates_by_out, buffer), r"changes buffer 'layers.0.held' at test_same_layers.py:\d+"),
-    "a kept tensor by out": (
-        stack(keeps_by_out, sets(t=lambda i: [torch.ones(WIDTH)])),
-        r"changes a tensor that it keeps .*py:\d+",
-    ),
-    "batch norm": (lambda: Stack([nn.BatchNorm1d(4)]), "changes buffer 'layers.0.num_batches_tracked'"),
-    "a backward": (
-        stack(lambda layer: Sign.apply(layer.linear.weight).sum()),
-        r"Sign, .*py:\d+, has a backward of its",
-    ),
-    "a gradient's hook": (
-        stack(lambda layer: layer.linear.weight.register_hook(abs) and 1.0),
-        "register_hook at test_",
-    ),
-    "a module's": (backward_hook, "a module has a backward hook"),
-    "no value": (
-        stack(lambda layer: layer.t, sets(t=lambda i: torch.randn(WIDTH))),
-        "neither a parameter nor a buffer",
-    ),
-    "modules in a list": (unregistered, r"py:\d+ .*neither a parameter nor a buffer .* register it"),
-    "vmap": (
-        stack(lambda layer: torch.func.vmap(torch.sum)(layer.linear.weight)),
-        r"torch.func \(vmap, grad, jvp\) at test_same_layers.py:\d+ is not traced",
-    ),
-    "a read": (
-        stack(lambda layer: layer.linear.weight.sum().item()),
-        r"reads a tensor's value .* \(at test_.*py:\d",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_compiled_is_refused_by_name(case):
-    make, message = REFUSED[case]
-    with pytest.raises(UserError, match=message):
-        traced(make)
 
 
 values = st.sampled_from([1.0, 2.0])

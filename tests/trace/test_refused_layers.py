@@ -1,0 +1,102 @@
+"""What a compiled model could not do in each step as PyTorch does is refused, by its name and line."""
+
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from nnscaler import UserError
+from tests.trace.layers import WIDTH, Layer, Stack, buffer, sets, stack, traced
+
+
+class Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def counts(layer):
+    layer.calls = getattr(layer, "calls", 0) + 1
+    return float(layer.calls)
+
+
+def updates(layer):
+    layer.held.add_(1)
+    return layer.held
+
+
+def updates_by_out(layer):
+    return torch.add(layer.held, 1, out=layer.held)
+
+
+def keeps(layer):
+    layer.t[0].mul_(2)
+    return layer.t[0]
+
+
+def keeps_by_out(layer):
+    return torch.mul(layer.t[0], 2, out=layer.t[0])
+
+
+def shared_count():
+    counter = types.SimpleNamespace(calls=0)
+    return stack(lambda layer: counts(counter))()
+
+
+def backward_hook():
+    model = stack(Layer.scale)()
+    model.layers[1].register_full_backward_hook(lambda layer, given, result: (given[0] * 2,))
+    return model
+
+
+def unregistered():
+    model = stack(lambda layer: layer.parts["a"][0].weight, sets(parts=lambda i: {"a": [nn.Linear(WIDTH, WIDTH)]}))
+    return model()
+
+
+REFUSED = {
+    "a counter": (stack(counts), "sets layers.0.calls.*changes from one call to the next"),
+    "a shared counter": (shared_count, r"forward of 'layers.0' computes changes from one call to the next"),
+    "a buffer": (stack(updates, buffer), r"changes buffer 'layers.0.held' at test_refused_layers.py:\d+"),
+    "a kept tensor": (stack(keeps, sets(t=lambda i: [torch.ones(WIDTH)])), r"changes a tensor that it keeps .*py:\d+"),
+    "a buffer by out": (stack(updates_by_out, buffer), r"changes buffer 'layers.0.held' at test_refused_layers.py:\d+"),
+    "a kept tensor by out": (
+        stack(keeps_by_out, sets(t=lambda i: [torch.ones(WIDTH)])),
+        r"changes a tensor that it keeps .*py:\d+",
+    ),
+    "batch norm": (lambda: Stack([nn.BatchNorm1d(4)]), "changes buffer 'layers.0.num_batches_tracked'"),
+    "a backward": (
+        stack(lambda layer: Sign.apply(layer.linear.weight).sum()),
+        r"Sign, .*py:\d+, has a backward of its",
+    ),
+    "a gradient's hook": (
+        stack(lambda layer: layer.linear.weight.register_hook(abs) and 1.0),
+        "register_hook at test_",
+    ),
+    "a module's": (backward_hook, "a module has a backward hook"),
+    "no value": (
+        stack(lambda layer: layer.t, sets(t=lambda i: torch.randn(WIDTH))),
+        "neither a parameter nor a buffer",
+    ),
+    "modules in a list": (unregistered, r"py:\d+ .*neither a parameter nor a buffer .* register it"),
+    "vmap": (
+        stack(lambda layer: torch.func.vmap(torch.sum)(layer.linear.weight)),
+        r"torch.func \(vmap, grad, jvp\) at test_refused_layers.py:\d+ is not traced",
+    ),
+    "a read": (
+        stack(lambda layer: layer.linear.weight.sum().item()),
+        r"reads a tensor's value .* \(at test_.*py:\d",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_compiled_is_refused_by_name(case):
+    make, message = REFUSED[case]
+    with pytest.raises(UserError, match=message):
+        traced(make)
