@@ -209,6 +209,8 @@ class Body:
         for axis, dimension in enumerate(split.split(",")):
             if dimension in operator.along and self.plan.mesh.sizes[axis] > 1:
                 name, args = f"{name}_along_{dimension.replace(' ', '_')}", [Ref(self._axis(axis)), *args]
+        if operator.among_copies is not None and self.plan.mesh.replicas > 1:
+            name, args = f"{name}_among_copies", [Ref("axes.copies"), *args]
         return f"ops.{name}({format_arguments(args, kwargs)})"
 
     def _axis(self, axis: int) -> str:

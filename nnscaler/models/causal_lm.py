@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from nnscaler import hub
 from nnscaler.errors import UserError
 from nnscaler.models.attention import one_sequence_a_row, set_attention
+from nnscaler.models.balance import balancing_loss, report_routers, routers_met
 from nnscaler.models.experts import divide_gates, set_experts
 from nnscaler.models.positions import check_positions
 from nnscaler.trace import build_on_meta
@@ -38,19 +39,30 @@ class CausalLM(nn.Module):
         super().__init__()
         self.model = build(config)
         divide_gates(self.model)
+        self.balanced = bool(getattr(config, "output_router_logits", False))
+        if self.balanced:
+            report_routers(self.model)
         self.linear_loss = linear_loss
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """input_ids, labels [b, l] int64. A label is the next token, or `IGNORED` where there is none."""
-        with one_sequence_a_row():
-            if self.linear_loss is not None:
-                with _LastProjection(self.model) as last:
-                    output = self.model(input_ids=input_ids, use_cache=False)
-                _check_losses(output)
-                if not last.gave(output.logits):
-                    raise UserError("the logits are not what the last projection gives; leave out --enable_chunk_loss")
-                return self.linear_loss(*_without_bias(last.input, last.head), labels, IGNORED).sum()
-            output = self.model(input_ids=input_ids, use_cache=False)
+        with one_sequence_a_row(), routers_met() as routers:
+            loss = self._next_token(input_ids, labels)
+        if not self.balanced:
+            return loss
+        return loss + balancing_loss(self.model, routers, (labels != IGNORED).sum())
+
+    def _next_token(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        # What it makes of its routers' logits is made here; a model without the option takes none.
+        options = {"output_router_logits": False} if self.balanced else {}
+        if self.linear_loss is not None:
+            with _LastProjection(self.model) as last:
+                output = self.model(input_ids=input_ids, use_cache=False, **options)
+            _check_losses(output)
+            if not last.gave(output.logits):
+                raise UserError("the logits are not what the last projection gives; leave out --enable_chunk_loss")
+            return self.linear_loss(*_without_bias(last.input, last.head), labels, IGNORED).sum()
+        output = self.model(input_ids=input_ids, use_cache=False, **options)
         _check_losses(output)
         logits = output.logits
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")

@@ -1,6 +1,6 @@
 """What the compiler knows about operators. Importing this package fills the table of them."""
 
-from nnscaler.operators import attention, convolution, experts, index, loss, matmul, pointwise, reduce, view
+from nnscaler.operators import attention, convolution, copies, experts, index, loss, matmul, pointwise, reduce, view
 from nnscaler.operators.registry import Operator, arguments, bind, operator_of, register_op, registered, spell
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "attention",
     "bind",
     "convolution",
+    "copies",
     "experts",
     "index",
     "loss",

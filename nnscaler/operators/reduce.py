@@ -45,6 +45,13 @@ def reduction(mark: str) -> Annotate:
     return annotate
 
 
+def histogram(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
+    """Counts of parts add up, if all count in the same ranges: equal bounds mean those of the elements."""
+    given = arguments(node)
+    mark = "^" if given["min"] == given["max"] else "+"
+    return write([[name + mark for name in dim_names(inputs[0])]], [["bins^"]])
+
+
 def along_dim(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
     """The same dimensions in and out. The one that `dim` names stays whole, and may have another size in each
     tensor."""
@@ -96,6 +103,7 @@ def cross_entropy_text(call: Call) -> str:
 _self_and_result = backward_reads(self="self result")
 
 family("sum.default sum.dim_IntList", reduction("+"), saves=save_nothing)
+family("histc.default", histogram, saves=save_nothing)
 family("mean.default mean.dim", reduction("^"), saves=save_nothing)
 family("amax.default amin.default max.default min.default", reduction("^"), saves=_self_and_result)
 family("argmax.default argmin.default any.default any.dim all.default all.dim", reduction("^"), saves=save_nothing)

@@ -117,6 +117,8 @@ class Operator:
                 which only generated code imports
     exchanges   of names in `along`: (local sizes, devices, local inputs) -> bytes that travel, and are kept where they
                 arrive; as many come back. Without it, what is sharded of inputs and outputs travels
+    among_copies  what is called instead of `function` where there are several copies of the model: with their group
+                first
     """
 
     name: str
@@ -133,6 +135,7 @@ class Operator:
     function: Callable[..., Any] | None = None
     along: Mapping[str, Callable[..., Any] | str] = field(default_factory=dict)
     exchanges: Mapping[str, Exchange] = field(default_factory=dict)
+    among_copies: Callable[..., Any] | str | None = None
 
     def backward_ratio(self, node: Node, inputs: Sequence[TensorMeta]) -> float:
         """The operations of a call's backward, as a multiple of its forward's."""
@@ -243,6 +246,7 @@ def register_op(
     workspace: Workspace = no_workspace,
     along: Mapping[str, Callable[..., Any] | str] | None = None,
     exchanges: Mapping[str, Exchange] | None = None,
+    among_copies: Callable[..., Any] | str | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function of tensors as one operator that the compiler may split as its annotation says.
 
@@ -269,6 +273,8 @@ def register_op(
     exchanges   for names in `along`: (local size of each annotated name, devices, local inputs) -> bytes of a device
                 that its function sends to others, and keeps where they arrive; as many come back. By default, what is
                 sharded of inputs and outputs is sent
+    among_copies  the function to call instead where several copies of the model train on different samples, with their
+                group (an `Axis`) before the other arguments; or its name `module.function`
 
     Raises UserError where the annotation cannot be parsed or the name belongs to another function.
     """
@@ -287,6 +293,7 @@ def register_op(
             function=function,
             along=along or {},
             exchanges=exchanges or {},
+            among_copies=among_copies,
         )
         known = _operators.get(operator.name)
         if known is not None and (known.function is None or known.function.__qualname__ != function.__qualname__):

@@ -23,6 +23,7 @@ class Axes:
     devices        of a mesh of one axis, the group of all devices of a copy
     inner, outer   of a mesh of two axes, the groups along each; see `Mesh.names`
     pipeline       the group of pipeline ranks
+    copies         the group of devices that do the same part of the work for other copies of the model
     gathers        gathers weights that are stored in shards, for generated code
     host           keeps what backward needs in the host's memory, for generated code
     replica        which copy of the model this rank is of
@@ -58,6 +59,7 @@ class Axes:
         for name, axis in zip(axes, self._axes):
             setattr(self, name, axis)
         self.pipeline = self._axis(["pipeline"]) if mesh.pipeline > 1 else Axis(1, 0, None)
+        self.copies = self._axis(["replica"])
         if mesh.pipeline > 1:
             # Other stages may need other groups of owners, but a group is made by all ranks together.
             for names in chain.from_iterable(combinations(axes, count) for count in range(len(axes) + 1)):

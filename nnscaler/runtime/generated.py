@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +20,8 @@ __all__ = ["in_pieces", "operators", "recompute", "region", "scope"]
 def operators(*names: str) -> SimpleNamespace:
     """Registered functions as attributes.
 
-    Each has the operator's name; a function for a split with communication is called `<name>_along_<dimension>`.
+    Each has the operator's name; a function for a split with communication is called `<name>_along_<dimension>`, and
+    one that communicates with other copies of the model `<name>_among_copies`.
     """
     found = SimpleNamespace()
     for name in names:
@@ -28,13 +29,17 @@ def operators(*names: str) -> SimpleNamespace:
         setattr(found, name, operator.function)
         for dimension, function in operator.along.items():
             way = f"{name}_along_{dimension.replace(' ', '_')}"
-            setattr(found, way, _imported(function) if isinstance(function, str) else function)
+            setattr(found, way, _imported(function))
+        if operator.among_copies is not None:
+            setattr(found, f"{name}_among_copies", _imported(operator.among_copies))
     return found
 
 
-def _imported(name: str) -> Any:
-    module, _, function = name.rpartition(".")
-    return getattr(importlib.import_module(module), function)
+def _imported(function: Callable[..., Any] | str) -> Any:
+    if not isinstance(function, str):
+        return function
+    module, _, name = function.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 class scope:  # noqa: N801  reads as a function in generated code

@@ -145,6 +145,17 @@ def test_two_axes_and_copies_on_four_devices(tmp_path):
     check(cases, tmp_path)
 
 
+BALANCED = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+
+
+def test_the_loss_that_keeps_loads_even_counts_over_all_devices_and_copies(tmp_path):
+    check([Case("mixtral", 1, 2, "-", FAST, BALANCED), Case("qwen3_moe", 2, 2, "t", SLOW, BALANCED)], tmp_path)
+    code = tmp_path / "mixtral-1x2--"
+    assert "average_over_copies_among_copies(axes.copies" in (code / "gencode_stage0.py").read_text()
+    blocks = json.loads((code / "plan.json").read_text())["blocks"]
+    assert "mixtral_decoder_layer" in blocks, "a layer that reports its router's logits is still traced once"
+
+
 def test_each_family_on_four_devices(tmp_path):
     ways = {
         "qwen2_moe": "t n", "qwen3_moe": "t n,t", "olmoe": "t n", "granitemoe": "t n", "glm4_moe": "t n,f",

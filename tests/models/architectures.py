@@ -99,8 +99,11 @@ def plain(config: PretrainedConfig, weights: dict[str, torch.Tensor], tokens: to
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(weights, strict=False)
     model.train()
-    logits = model(input_ids=tokens, use_cache=False).logits
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+    output = model(input_ids=tokens, use_cache=False)
+    wanted = tokens[:, 1:].flatten()
+    loss = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), wanted, reduction="sum")
+    if output.get("aux_loss") is not None:
+        loss = loss + model.router_aux_loss_coef * output.aux_loss * len(wanted)
     loss.backward()
     return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
 

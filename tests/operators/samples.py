@@ -305,6 +305,7 @@ def samples(a: int, b: int, c: int, d: int) -> dict[str, list[tuple]]:
         "new_full.default": [(x, [a, b], 2), (x, [], 0.5, {"dtype": torch.float32, "device": "cpu"})],
         "new_empty.default": [],
         "lift_fresh_copy.default": [(real(a),)],
+        "histc.default": [(real(a, b), 4, -1, 1), (real(a), 5), (index(c, a, b).double(), c, 0, c)],
         "scaled_dot_product_attention.default": [
             (*causal, None, 0.0, True), (*causal, {"scale": 0.3}), (*causal, {"is_causal": True, "scale": 0.3}),
             (real(a, b, c, d), real(a, b, 6, d), real(a, b, 6, d)),
@@ -327,6 +328,7 @@ def samples(a: int, b: int, c: int, d: int) -> dict[str, list[tuple]]:
                 {"documents": index(2, a, c).sort(1).values, "softcap": 2.0},
             ),
         ],
+        "average_over_copies": [((fixed(real(a, b)),), {}), ((fixed(real()),), {})],
         "experts": [
             (_mixed(a, b, d, real(b, 2, c, d), real(b, d, c)), _GATED),
             (_mixed(a, b, d, real(b, d, 2, c), real(b, c, d)), {**_GATED, "transposed": True}),
@@ -362,4 +364,5 @@ def _arguments(call: tuple) -> tuple[tuple, dict]:
 
 def known() -> list[str]:
     """Operators of the tables, without those that a test registers."""
-    return [name for name in registry.names() if name.startswith("aten.") or name in ("attention", "experts")]
+    own = ("attention", "average_over_copies", "experts")
+    return [name for name in registry.names() if name.startswith("aten.") or name in own]

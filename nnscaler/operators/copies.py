@@ -1,0 +1,16 @@
+"""What copies of the model, which train on different samples, have in common."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from nnscaler.operators.registry import register_op, save_nothing
+
+
+@register_op("*^ -> *^", saves=save_nothing, among_copies="nnscaler.runtime.copies.average_among_copies")
+def average_over_copies(x: Tensor) -> Tensor:
+    """The average over all copies of the model of a float tensor of any shape, which has no gradient.
+
+    For figures of a whole micro-batch. Where there is one copy, it is `x`.
+    """
+    return x.clone()
