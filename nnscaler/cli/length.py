@@ -1,4 +1,4 @@
-"""How long a run is: its steps, and the samples that it trains on."""
+"""How long a run is: how many steps it takes, and on how many samples it trains."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from nnscaler.errors import UserError
 
 @dataclass(frozen=True)
 class RunLength:
-    """The last step of a run, and after how many samples it ends.
+    """When a run ends.
 
-    steps    optimizer steps in all, those of earlier runs that it continues too
-    samples  the last step that is not full trains on no more than these; None: epochs follow each other without end
+    steps    optimizer steps in all, with those of earlier runs that it continues
+    samples  how many samples it trains on in all, so that its last step may not be full; None: epochs follow each other
+             without an end
     rows     of the dataset
     """
 
@@ -24,7 +25,8 @@ class RunLength:
 
     @staticmethod
     def of(args: TrainerArgs, rows: int, step_samples: int, step: int, consumed: int) -> RunLength:
-        """Of a run that goes on after `step` and `consumed` samples. Raises UserError where there is no step to do."""
+        """The length of a run that continues after `step` and `consumed` samples. Raises UserError where no step is
+        left."""
         if args.max_train_steps is not None:
             return RunLength(args.max_train_steps, None, rows)
         samples = max(1, round((args.num_train_epochs or 1.0) * rows))
@@ -38,11 +40,11 @@ class RunLength:
         return RunLength(steps, samples, rows)
 
     def after(self, consumed: int, step_samples: int) -> int:
-        """Samples consumed after one more step."""
+        """How many samples are consumed after one more step."""
         return consumed + step_samples if self.samples is None else min(self.samples, consumed + step_samples)
 
     def describe(self, consumed: int) -> str:
-        """For people: what was seen, and what is left."""
+        """What was seen, and what is left, for people."""
         of = self.rows - consumed % self.rows if self.samples is None else self.samples - consumed
         where = " of this epoch" if self.samples is None else ""
         return f"{consumed:,} samples seen, {consumed / self.rows:.2f} epochs of {self.rows:,}; {of:,}{where} left"

@@ -1,4 +1,4 @@
-"""Conversations as text: what a tokenizer's chat template makes of them, and what in it is to be learned."""
+"""Conversations as text: what a tokenizer's chat template makes of them, and which parts of that are learned."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Message = Mapping[str, Any]
 class Rendered(NamedTuple):
     """A conversation as text.
 
-    spans  the places in it, from and to, of what is learned
+    spans  (from, to), ...: the characters that are learned
     """
 
     text: str
@@ -31,7 +31,7 @@ class Rendered(NamedTuple):
 
 
 class ChatTemplate:
-    """A chat template, that of the tokenizer or another one.
+    """A chat template: that of the tokenizer, or another one.
 
     Raises UserError where there is none, and where it cannot be applied to a conversation.
     """
@@ -47,8 +47,11 @@ class ChatTemplate:
         self._marks = bool(_MARKS.search(self._template))
 
     def assistants(self, messages: Any, place: str) -> Rendered:
-        """A conversation, of which what the assistant says is learned: what the template marks with {% generation %};
-        without marks, what it adds to the messages before and to the prompt that has the assistant speak."""
+        """A conversation of which only what the assistant says is learned.
+
+        That is what the template marks with {% generation %}. Where it marks nothing, it is what each message of the
+        assistant adds to the messages before it and to the prompt that lets the assistant speak.
+        """
         messages = checked(messages, place)
         if self._marks:
             text, spans = self._render(messages, place, marks=True)
@@ -71,12 +74,13 @@ class ChatTemplate:
         return Rendered(text, spans)
 
     def whole(self, messages: Any, place: str) -> Rendered:
-        """A conversation, of which all is learned."""
+        """A conversation that is learned as a whole."""
         text, _ = self._render(checked(messages, place), place)
         return Rendered(text, [(0, len(text))])
 
     def completion(self, prompt: Any, completion: Any, place: str) -> Rendered:
-        """Messages and those that answer them, which are learned, from where they differ from a prompt for them."""
+        """Messages with those that answer them. The latter are learned, from where they differ from a prompt for
+        them."""
         asked, answered = checked(prompt, place), checked(completion, place)
         text, _ = self._render([*asked, *answered], place)
         begin, _ = self._render(asked, place, prompt=True) if asked else ("", [])
@@ -101,7 +105,7 @@ _render_all: Callable[..., tuple[list[str], list[list[tuple[int, int]]]]] = rend
 
 
 def checked(messages: Any, place: str) -> list[Message]:
-    """A conversation without the fields that say nothing. Raises UserError where it is none."""
+    """A conversation, without fields that are empty. Raises UserError where it is no conversation."""
     if not isinstance(messages, list) or not all(isinstance(one, dict) and "role" in one for one in messages):
         raise UserError(f"{place}: a conversation is a list of messages, each with a role and a content")
     return [{name: value for name, value in message.items() if value is not None} for message in messages]

@@ -1,4 +1,5 @@
-"""Conversations to packed rows: whole ones, as many as fit, with labels only where something is learned."""
+"""From conversations to packed rows: whole conversations, as many as fit, with labels only where something is
+learned."""
 
 from __future__ import annotations
 
@@ -26,14 +27,14 @@ from nnscaler.errors import UserError
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a row has its conversation: in one column of messages, or in two of a prompt and its completion."""
+    """Where a row has its conversation: in one column of messages, or in two, with a prompt and its completion."""
 
     messages: str | None = None
     prompt: str | None = None
     completion: str | None = None
 
     def of(self, row: Any, place: str) -> list[Any]:
-        """Their values. Raises UserError where there are none."""
+        """The values of these columns. Raises UserError where there are none."""
         names = [name for name in (self.messages, self.prompt, self.completion) if name is not None]
         if not isinstance(row, dict):
             raise UserError(f"{place}: a row must have columns by name, not be {type(row).__name__}")
@@ -45,7 +46,8 @@ class Columns:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Its tokens, and labels at their own places: the token, or IGNORED where nothing is learned."""
+    """The tokens of a conversation, and their labels at the same places: the token, or IGNORED where it is not
+    learned."""
 
     ids: Ids
     labels: Ids
@@ -58,13 +60,13 @@ class Conversation:
 class Fitting:
     """What became of the conversations of a corpus.
 
-    documents   conversations that are in the rows
-    dropped     that are longer than a row, and not there
-    cut         that are longer than a row, and there as far as they fit
-    unlearned   that are not there because nothing in them would be learned
-    tokens      in the rows, without padding
-    learned     tokens among them with a label
-    padding     tokens that fill rows up
+    documents   how many are in the rows
+    dropped     how many are longer than a row, and were left out
+    cut         how many are longer than a row, and were cut
+    unlearned   how many were left out because nothing in them would be learned
+    tokens      how many are in the rows, without padding
+    learned     how many of these have a label
+    padding     how many tokens fill up rows
     """
 
     sequence_length: int
@@ -81,17 +83,17 @@ class Fitting:
     seconds: float = 0.0
 
     def counts(self) -> dict[str, Any]:
-        """What is noted of it in `packing.json`."""
+        """What `packing.json` says of it."""
         return {name: value for name, value in vars(self).items() if name != "seconds"}
 
 
 class Speech:
-    """Rows to conversations in tokens.
+    """Turns rows into conversations of tokens.
 
-    all_learned  whether everything is learned, not only what the assistant says or what completes a prompt
+    all_learned  whether everything is learned; else only what the assistant says, or what completes a prompt
 
-    What spells a special token is one, as in the ecosystem's templates and prompts. A prompt and completion that are
-    texts are one text between bos, where the tokenizer has it, and eos.
+    Text that spells a special token becomes this token, as usual for templates and prompts. A prompt and a completion
+    that are texts become one text, between bos (where the tokenizer has it) and eos.
     """
 
     def __init__(self, tokenizer: Any, columns: Columns, template: str | None, all_learned: bool) -> None:
@@ -104,7 +106,7 @@ class Speech:
         return ChatTemplate(self._tokenizer, self._given)
 
     def render(self, row: Row) -> Rendered:
-        """A row as text. Raises UserError, with its place, where it has no conversation."""
+        """A row as text. Raises UserError, with the place of the row, where it has no conversation."""
         found = self._rendered(self._columns.of(*row), row[1])
         text = HALF_PAIR.sub("\ufffd", found.text)  # which JSON may spell, and no tokenizer takes
         return Rendered(text, [(0, len(text))] if self._all else found.spans)
@@ -127,8 +129,10 @@ class Speech:
         return Rendered(text, [(len(bos) + len(prompt), len(text))])
 
     def encode(self, batch: list[Rendered]) -> list[Conversation]:
-        """The tokens of some rows. Those with a character of what is learned are; the first of a row never is, since
-        nothing comes before it."""
+        """The tokens of some rows.
+
+        A token is learned if a character of it is. The first token of a row never is, since nothing comes before it.
+        """
         encodings = self._backend.encode_batch([one.text for one in batch], add_special_tokens=False)
         found = []
         for one, encoding in zip(batch, encodings, strict=True):
@@ -143,7 +147,7 @@ class Speech:
 
 
 def _token(encoding: Encoding, place: int, length: int) -> int:
-    """The first token at a character or after it: characters that a tokenizer leaves out have none."""
+    """The first token at a character, or after it: a tokenizer may leave out characters."""
     while place < length:
         token = encoding.char_to_token(place)
         if token is not None:
@@ -190,7 +194,7 @@ def pack_conversations(
 
 
 def _fitting(batches: Iterable[list[Conversation]], cut: bool, fitting: Fitting) -> Iterator[Conversation]:
-    """Those that a row can hold, or the parts of them; counts all."""
+    """The conversations that a row can hold, or the parts of them that it can. All are counted."""
     for conversation in (one for batch in batches for one in batch):
         is_long = len(conversation) > fitting.sequence_length
         if is_long and not cut:
@@ -210,7 +214,7 @@ def _fitting(batches: Iterable[list[Conversation]], cut: bool, fitting: Fitting)
 
 
 def _laid_out(rows: list[list[Conversation]], length: int, filler: int, fitting: Fitting) -> tuple[Ids, Ids, Ids]:
-    """Rows end to end: ids, the places at which conversations and padding begin, and labels."""
+    """Rows that are laid end to end: their ids, the places at which conversations and padding begin, and labels."""
     ids = np.full(len(rows) * length, filler, dtype=np.int32)
     labels = np.full(len(ids), IGNORED, dtype=np.int32)
     starts = []

@@ -1,4 +1,4 @@
-"""Whole items into rows by best fit: each goes where it leaves least room, the longest first."""
+"""Whole items into rows by best fit, the longest first: each goes into the row where it leaves least room."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Item = TypeVar("Item", bound=Sized)
 
 
 def best_fit(items: Iterable[Item], length: int, window: int = WINDOW) -> Iterator[list[Item]]:
-    """Rows of items that have `length` or less together, in which each item is once. None may be longer.
+    """Rows of items that are `length` long or less in all. Each item is in one row, and none may be longer than that.
 
-    Items are taken up a window at a time, so that memory is bounded. A row that is not full waits for later windows, as
-    long as there are not more rows with more room.
+    A window of items is placed at a time, so that memory is bounded. A row that is not full waits for later windows,
+    unless too many rows have more room.
     """
     window = max(window, 8 * length)
     most = window // length

@@ -1,4 +1,4 @@
-"""Many small pieces through a few threads, in order, and within bounded memory."""
+"""Sending many small pieces through a few threads, in order and within bounded memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 def groups(items: Iterable[Item], weight: Callable[[Item], int], least: int) -> Iterator[list[Item]]:
-    """Groups neighbours until they weigh `least` or more together; the last group may weigh less."""
+    """Groups neighbours until a group weighs `least` or more. The last group may weigh less."""
     group: list[Item] = []
     total = 0
     for item in items:
@@ -33,7 +33,7 @@ def groups(items: Iterable[Item], weight: Callable[[Item], int], least: int) -> 
 
 @contextmanager
 def one_thread_a_call() -> Iterator[None]:
-    """Keeps a call of the tokenizer to the thread that makes it, so that as many work as were asked for."""
+    """Inside, each call of the tokenizer uses only the thread that makes it, so that as many work as were asked for."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"
@@ -47,7 +47,10 @@ def one_thread_a_call() -> Iterator[None]:
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """Maps items on threads (the tokenizer lets go of Python's lock), few enough at a time to bound the memory."""
+    """Maps items on threads, in order.
+
+    Few items are under way at a time, so that memory is bounded. (The tokenizer releases Python's lock.)
+    """
     with ThreadPoolExecutor(threads) as pool:
         running: deque[Future[Result]] = deque()
         for item in items:
@@ -59,7 +62,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], threads: int
 
 
 def with_progress(parts: Iterable[Item], corpus: Corpus) -> Iterator[Item]:
-    """The parts, while a bar shows how much of the corpus has been read."""
+    """The parts; a bar shows how much of the corpus has been read."""
     with tqdm(total=corpus.size, desc="tokenising", unit="B", unit_scale=True, delay=2, mininterval=0.5) as bar:
         for part in parts:
             yield part
