@@ -95,7 +95,7 @@ class Inputs:
 
 GROUPS: dict[str, type] = {
     "what to train": Inputs,
-    "length of sequences": DatasetConfig,
+    "sequences": DatasetConfig,
     "the run": TrainerArgs,
     "cluster and plan": ComputeConfig,
     "optimizer": OptimizerConfig,
@@ -165,21 +165,24 @@ def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
     config = load_config(inputs.model_id)
     if inputs.set:
         config = changed_config(config, dict(inputs.set))
-    dataset = DatasetConfig(open_sources(inputs.sources), flags["sequence_length"])
+    dataset = flags.make(DatasetConfig, dataset=open_sources(inputs.sources))
     evaluated = inputs.eval_dataset_path
     validation = PackedDataset.open(evaluated, "eval_dataset_path") if evaluated else None
-    prepare_config(config, dataset.length, inputs.attn_implementation)
+    positions = dataset.positions
+    if validation is not None and dataset.document_mask:
+        positions = max(positions, validation.document_lengths.longest)
+    prepare_config(config, positions, inputs.attn_implementation, dataset.document_mask)
     loss = in_chunks if inputs.enable_chunk_loss else None
     prepared = inputs.sources[0].path if inputs.sources else None  # with the tokenizer, if the model has none
     reads_weights = args.run_mode == "run" and not args.checkpoint.resume
     model = ModelConfig(
-        make=lambda: CausalLM(config, loss),
+        make=lambda: CausalLM(config, loss, dataset.mean_document),
         weights=find_weights(inputs.model_id) if reads_weights else None,
         weight_prefix=WEIGHT_PREFIX,
         vocabulary=config.vocab_size,
-        flops_per_sequence=flops_per_sequence(config, count_parameters(config), dataset.length),
-        instead={} if loss else {"--enable_chunk_loss": lambda: CausalLM(config, in_chunks)},
-        save_assets=AssetWriter(config, DTYPES[args.precision], inputs.model_id, prepared, dataset.length),
+        flops_per_sequence=flops_per_sequence(config, count_parameters(config), dataset.length, dataset.mean_document),
+        instead={} if loss else {"--enable_chunk_loss": lambda: CausalLM(config, in_chunks, dataset.mean_document)},
+        save_assets=AssetWriter(config, DTYPES[args.precision], inputs.model_id, prepared, positions),
         name=Path(inputs.model_id).name if Path(inputs.model_id).exists() else inputs.model_id,
     )
     return replace(
@@ -190,10 +193,11 @@ def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
 
 def planning_command(flags: Flags, model: str, args: TrainerArgs, dataset: DatasetConfig) -> str:
     """What plans the same: without the flags that the plan does not depend on, and without this computer's folders."""
-    keys = [*keys_of(Inputs), "sequence_length", *keys_of(ComputeConfig), "micro_batch_size", "precision"]
+    keys = [*keys_of(Inputs), *keys_of(DatasetConfig), *keys_of(ComputeConfig), "micro_batch_size", "precision"]
     hardware = args.compute.hardware and Path(args.compute.hardware).name
     given = flags.spelled(
         [key for key in keys if not key.endswith("dataset_path")], model_id=model, sequence_length=dataset.length,
+        document_length=dataset.mean_document,
         runtime_ngpus=args.compute.runtime_ngpus, hardware=hardware, precision=args.precision,
     )  # fmt: skip
     return f"train.py --run_mode compile {given}"

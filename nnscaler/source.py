@@ -30,6 +30,7 @@ class Source:
              None: no figures of speed
     name     of the model, for people; empty: that of its class
     length   tokens of a sequence, where inputs are sequences of tokens; else 0
+    document_length  tokens of the document in which a token stands, on average; None: documents are not kept apart
     command  that compiles the same, for people
     instead  flag -> a model that needs less memory, to be suggested where this one does not fit
     """
@@ -42,6 +43,7 @@ class Source:
     flops: tuple[float, float] | None = None
     name: str = ""
     length: int = 0
+    document_length: int | None = None
     command: str = ""
     instead: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
 
@@ -71,6 +73,8 @@ class Source:
         facts: dict[str, Any] = {"model": self.name, "command": self.command}
         if self.length:
             facts |= {"sequence_length": self.length, "sequences_per_micro_batch": self.tokens // self.length}
+        if self.document_length is not None:
+            facts["document_length"] = self.document_length
         return {
             **{what: value for what, value in facts.items() if value},
             "inputs": {name: f"{short_dtype(one.dtype)}{list(one.shape)}" for name, one in self.inputs.items()},

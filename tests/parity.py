@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +57,7 @@ class Case:
     hardware: str = "hardware.json"
     schedule: str | None = None  # of a pipeline, and how many stages it has
     stages: int = 1
+    documents: bool = False  # whether those of the dataset are kept apart
 
     @property
     def name(self) -> str:
@@ -67,6 +68,7 @@ class Case:
             name.replace(",", "").replace(" ", "-") for name in self.levels
         ]
         flags += [f"{self.schedule}{self.stages}"] if self.schedule else []
+        flags += ["documents"] * self.documents
         return "-".join([*flags, self.hardware.removesuffix(".json")])
 
     @property
@@ -86,7 +88,9 @@ class Case:
 
 def arguments(case: Case, folder: Path) -> TrainerArgs:
     config = tiny.config(**case.model)
-    prepare_config(config, tiny.LENGTH, "auto")
+    dataset = DatasetConfig(PackedDataset.open(folder / "data"), document_mask=case.documents)
+    prepare_config(config, dataset.positions, "auto", case.documents)
+    loss = chunk_linear_cross_entropy if case.chunk_loss else None
     compute = ComputeConfig(
         case.plan,
         case.runtime,
@@ -100,12 +104,12 @@ def arguments(case: Case, folder: Path) -> TrainerArgs:
     return TrainerArgs(
         name=case.name,
         model=ModelConfig(
-            make=lambda: CausalLM(config, chunk_linear_cross_entropy if case.chunk_loss else None),
+            make=lambda: CausalLM(config, loss, dataset.mean_document),
             weight_prefix=WEIGHT_PREFIX,
             vocabulary=tiny.VOCABULARY,
         ),
         compute=compute,
-        dataset=DatasetConfig(PackedDataset.open(folder / "data")),
+        dataset=dataset,
         optimizer=OptimizerConfig(lr=RATE, eps=EPSILON),
         lr_scheduler=LRSchedulerConfig("constant"),
         checkpoint=CheckpointConfig(folder / "checkpoints", interval=0),
@@ -122,12 +126,12 @@ def train_all(cases: list[Case], folder: Path) -> None:
     """On every rank: trains each case, one after the other."""
     for index, case in enumerate(cases):
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(index)  # where they meet, each time anew
-        with _planned(case.levels, case.pieces), _compiled_regions() if case.compiled else nullcontext():
+        with planned(case.levels, case.pieces), compiled_regions() if case.compiled else nullcontext():
             Trainer(arguments(case, folder)).run()
 
 
 @contextmanager
-def _compiled_regions() -> Iterator[None]:
+def compiled_regions() -> Iterator[None]:
     """Inside, regions are compiled: without generating kernels, which takes long, but with all that goes before."""
     compile_ = functools.partial(torch.compile, backend="aot_eager")
     with patch.object(regions, "_on_accelerator", lambda args: True), patch.object(torch, "compile", compile_):
@@ -135,7 +139,7 @@ def _compiled_regions() -> Iterator[None]:
 
 
 @contextmanager
-def _planned(levels: tuple[str, ...], pieces: int) -> Iterator[None]:
+def planned(levels: tuple[str, ...], pieces: int) -> Iterator[None]:
     """Inside, plans get these recompute levels for their layers, and these pieces for the layers' regions."""
 
     def find_plan(*args: Any, **kwargs: Any) -> Plan:
@@ -153,10 +157,14 @@ def _planned(levels: tuple[str, ...], pieces: int) -> Iterator[None]:
         yield
 
 
-def plain_loop(rows: np.ndarray, sequences: list[int], **changes: object) -> tuple[list[float], dict[str, Tensor]]:
+def plain_loop(
+    rows: np.ndarray, sequences: list[int], starts: Sequence[Sequence[int]] | None = None, **changes: object
+) -> tuple[list[float], dict[str, Tensor]]:
     """The same training as anyone would write it: one process, one model, torch.optim.AdamW.
 
     sequences  how many sequences each step has
+    starts     places in each row at which a document begins, each of which goes through the model alone; None: a row is
+               one
     changes    what the model differs in from the tiny Llama
     Returns the loss of each step, and the final parameters by name.
     """
@@ -176,15 +184,17 @@ def plain_loop(rows: np.ndarray, sequences: list[int], **changes: object) -> tup
     order = np.concatenate([np.random.default_rng((SEED, epoch)).permutation(len(rows)) for epoch in range(10)])
     losses, consumed = [], 0
     for count in sequences:
-        batch = torch.from_numpy(rows[order[consumed : consumed + count]].astype(np.int64))
+        total, labels = 0.0, 0
+        for number in order[consumed : consumed + count]:
+            tokens = torch.from_numpy(rows[number].astype(np.int64))
+            for document in tokens.tensor_split([] if starts is None else list(starts[number][1:])):
+                if len(document) > 1:
+                    logits = model.model(input_ids=document.unsqueeze(0)).logits
+                    loss = torch.nn.functional.cross_entropy(logits[0, :-1], document[1:], reduction="sum")
+                    loss.backward()
+                    total += loss.item()
+                    labels += len(document) - 1
         consumed += count
-        total = 0.0
-        for sequence in batch.unsqueeze(1):
-            logits = model.model(input_ids=sequence).logits
-            loss = torch.nn.functional.cross_entropy(logits[0, :-1], sequence[0, 1:], reduction="sum")
-            loss.backward()
-            total += loss.item()
-        labels = len(batch) * (tiny.LENGTH - 1)
         for parameter in model.parameters():
             parameter.grad /= labels
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

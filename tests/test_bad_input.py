@@ -34,6 +34,9 @@ def inputs(tmp_path_factory):
     ids = [[0, 1]] * 300
     for name, wrong in {"large_id": 96, "negative_id": -1}.items():
         Dataset.from_dict({"input_ids": [*ids, [wrong, 1], *ids]}).save_to_disk(str(folder / name))
+    positions = [[*range(32)], [*range(31), 0]]
+    apart = {"input_ids": [[1] * 32] * 2, "position_ids": positions}
+    Dataset.from_dict(apart).save_to_disk(str(folder / "apart"))
     tiny.write_hardware(folder)
     return folder
 
@@ -115,6 +118,19 @@ PIPELINE = (*PLAN, "--plan_ngpus", "2", "--explore_pipeline")
             "grad_accumulation_steps is 1; pipeline schedule 1f1b with 2 stages on 2 ranks needs at least 2",
         ),
         ((*PLAN, "--gpu_mem_constraint", "-1"), "gpu_mem_constraint is -1.0; it must be more than 0"),
+        ((*PLAN, "--document_length", "8"), "document_length is 8, which goes with document_mask"),
+        (
+            (*PLAN, "--document_mask", "--document_length", "64"),
+            "document_length is 64; it must be at most sequence_length=32",
+        ),
+        ((*MODEL, *DATA, "--document_mask"), "does not say where documents begin; make it anew with bookcorpus.py"),
+        ((*MODEL, "--dataset_path", "{}/apart"), "has a column 'position_ids' that keeps documents apart; give --docu"),
+        ((*MODEL, *DATA, "--eval_dataset_path", "{}/apart"), "has a column 'position_ids' that keeps documents apart"),
+        (
+            (*MODEL, "--dataset_path", "{}/apart", "--document_mask", "--document_length", "16"),
+            "document_length is 16, but the dataset's is 31",
+        ),
+        ((*MODEL, "--dataset_path", "{}/apart", "--document_mask", "--attn_implementation", "eager"), "leave it out"),
         ((*MODEL, *DATA, "--resume_path", "{}/nothing"), "/nothing', which does not exist"),
         ((*MODEL, *DATA, "--resume_path", "{}/data"), "holds no complete checkpoint"),
         ((*MODEL, *DATA, "--resume_path", "{}/hardware.json"), "is not a merged checkpoint"),

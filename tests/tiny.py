@@ -28,12 +28,19 @@ def write_model(folder: Path, **changes: object) -> Path:
     return folder
 
 
-def write_dataset(folder: Path, rows: int = 80, length: int = LENGTH, vocabulary: int = VOCABULARY) -> np.ndarray:
-    """Packed sequences with some structure to learn; returns them as [rows, length]."""
+def write_dataset(
+    folder: Path,
+    rows: int = 80,
+    length: int = LENGTH,
+    vocabulary: int = VOCABULARY,
+    starts: list[list[int]] | None = None,
+) -> np.ndarray:
+    """Packed sequences with some structure to learn; returns them as [rows, length]. `starts`: of documents in each."""
     generator = np.random.default_rng(0)
     steps = generator.integers(1, 4, size=(rows, 1)) * np.arange(length)
     tokens = ((generator.integers(vocabulary, size=(rows, 1)) + steps) % vocabulary).astype(np.int32)
-    datasets.Dataset.from_dict({"input_ids": tokens}).save_to_disk(str(folder))
+    columns = {"input_ids": tokens} | ({"document_starts": starts} if starts else {})
+    datasets.Dataset.from_dict(columns).save_to_disk(str(folder))
     return tokens
 
 

@@ -49,14 +49,33 @@ class ModelConfig:
     instead: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
 
 
+def _check_documents(dataset: PackedDataset, apart: bool) -> None:
+    """Raises UserError where a dataset does not go with keeping documents apart, or with not doing so."""
+    if apart:
+        _ = dataset.document_lengths
+    elif dataset.asks_for_documents:
+        raise UserError(
+            f"dataset '{dataset.path}' has a column '{dataset.documents}' that keeps documents apart; give "
+            "--document_mask, or remove the column (remove_columns)"
+        )
+
+
 @dataclass(frozen=True)
 class DatasetConfig:
-    """Packed sequences (`bookcorpus.py`); None: only plan, for sequences of `sequence_length` tokens."""
+    """Packed sequences (`bookcorpus.py`); None: only plan, for sequences of `sequence_length` tokens, and with
+    `document_mask` for documents of `document_length`."""
 
     dataset: PackedDataset | Mixture | None = None
     sequence_length: int | None = whole(
         None, "tokens a sequence, to plan without a dataset (default: the dataset's)", least=2, most=2**30
     )
+    document_mask: bool = switch(
+        "keep the documents of a sequence apart: attention within each, positions that begin anew, and no label across"
+    )
+    document_length: int | None = whole(
+        None, "with document_mask, tokens of the document in which a token stands, on average, to plan without a "
+        "dataset (default: the dataset's, or else a whole sequence)", least=1, most=2**30,
+    )  # fmt: skip
     ignored_label: int = -100
 
     def __post_init__(self) -> None:
@@ -71,12 +90,15 @@ class DatasetConfig:
             )
         if self.length < 2:
             raise UserError(f"sequence_length is {self.length}; it must be at least 2")
-        for part in self.dataset.parts if self.dataset else ():
-            if part.asks_for_documents:
-                raise UserError(
-                    f"dataset_path is '{part.path}', whose column '{part.documents}' keeps documents apart, which "
-                    "training does not do; remove it (remove_columns)"
-                )
+        length, dataset = self.document_length, self.dataset
+        if length is not None and not self.document_mask:
+            raise UserError(f"document_length is {length}, which goes with document_mask")
+        if length is not None and length > self.length:
+            raise UserError(f"document_length is {length}; it must be at most sequence_length={self.length}")
+        if dataset is not None and self.document_mask and length not in (None, self.mean_document):
+            raise UserError(f"document_length is {length}, but the dataset's is {self.mean_document}")
+        for part in dataset.parts if dataset is not None else ():
+            _check_documents(part, self.document_mask)
 
     @property
     def length(self) -> int:
@@ -84,6 +106,18 @@ class DatasetConfig:
         length = self.dataset.sequence_length if self.dataset else self.sequence_length
         assert length is not None
         return length
+
+    @property
+    def positions(self) -> int:
+        """How many positions a model is to know."""
+        return self.dataset.document_lengths.longest if self.dataset and self.document_mask else self.length
+
+    @property
+    def mean_document(self) -> int | None:
+        """Tokens of the document in which a token stands, on average; None: documents are not kept apart."""
+        if not self.document_mask:
+            return None
+        return round(self.dataset.document_lengths.of_token) if self.dataset else self.document_length or self.length
 
 
 @dataclass(frozen=True)
@@ -221,6 +255,8 @@ class TrainerArgs:
                 f"eval_dataset_path is '{validation.path}', whose sequences have {validation.sequence_length} tokens, "
                 f"and those that are trained on {self.dataset.length}"
             )
+        if validation is not None:
+            _check_documents(validation, self.dataset.document_mask)
         if self.max_train_steps is not None and self.num_train_epochs is not None:
             raise UserError(
                 f"max_train_steps is {self.max_train_steps} and num_train_epochs {self.num_train_epochs}; one of them "

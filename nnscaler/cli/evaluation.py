@@ -20,15 +20,16 @@ class Evaluation:
     """Evaluates a model in batches of as many samples as its training steps have, by forward alone.
 
     share      of a step's samples; the last batch is filled up with rows that count for nothing
+    documents  whether they are kept apart
     go_on      asked before every batch, on all ranks alike, whether to
     """
 
     def __init__(
         self, config: EvaluationConfig, dataset: PackedDataset, module: TrainedModule, share: Share, ignored: int,
-        device: torch.device, go_on: Callable[[], bool],
+        device: torch.device, documents: bool, go_on: Callable[[], bool],
     ) -> None:  # fmt: skip
         self._config, self._module, self._share, self._device, self._go_on = config, module, share, device, go_on
-        self._batches = Batches(InOrder(dataset), dataset.sequence_length, share, ignored, device)
+        self._batches = Batches(InOrder(dataset), dataset.sequence_length, share, ignored, device, documents)
         whole = math.ceil(len(dataset) / share.step_samples)
         self._steps = min(whole, config.steps or whole)
 

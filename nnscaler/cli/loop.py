@@ -149,7 +149,8 @@ class TrainingRun:
         if self.length.samples is not None:
             samples = First(samples, self.length.samples)
         length, ignored = self.dataset.sequence_length, args.dataset.ignored_label
-        ahead = Batches(samples, length, self.share, ignored, self.device).after(self.consumed)
+        apart = args.dataset.document_mask
+        ahead = Batches(samples, length, self.share, ignored, self.device, apart).after(self.consumed)
         size = StepSize(
             self.share.step_samples, length, self.mesh.runtime_ngpus, args.model.flops_per_sequence, self.peak
         )
@@ -228,7 +229,7 @@ class TrainingRun:
         return dict(zip(self.dataset.names, self.dataset.seen(self.seed, self.consumed)))
 
     def _evaluation(self, termination: Termination) -> Evaluation | None:
-        config, ignored = self.args.evaluation, self.args.dataset.ignored_label
+        config, data = self.args.evaluation, self.args.dataset
 
         def go_on() -> bool:
             if self.watch is not None:
@@ -237,7 +238,8 @@ class TrainingRun:
 
         if config.dataset is None:
             return None
-        return Evaluation(config, config.dataset, self.module, self.share, ignored, self.device, go_on)
+        given = (data.ignored_label, self.device, data.document_mask)
+        return Evaluation(config, config.dataset, self.module, self.share, *given, go_on)
 
     def _step_to_save(self) -> int | None:
         """After which step this rank is, if it can be saved. Not collective."""

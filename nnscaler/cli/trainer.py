@@ -6,6 +6,7 @@ import logging
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -13,6 +14,7 @@ from torch import nn
 from nnscaler.cli.config import TrainerArgs
 from nnscaler.cli.precision import with_precision
 from nnscaler.compiler import Source, compile_model
+from nnscaler.data.documents import document_inputs
 from nnscaler.data.mixture import Mixture
 from nnscaler.data.packed import PackedDataset
 from nnscaler.data.training import with_labels
@@ -93,6 +95,14 @@ class Trainer:
         """Raises UserError as `_judge_ids` does; says where a step takes more samples than there are."""
         for part in dataset.parts:
             self._judge_ids(part)
+        if self.args.dataset.document_mask:
+            lengths = dataset.document_lengths
+            logger.info("documents are kept apart: %s", lengths)
+            if lengths.cut:
+                logger.warning(
+                    "%d documents are longer than the %d tokens of a sequence: each goes on in the next one as a "
+                    "document of its own, from position 0", lengths.cut, dataset.sequence_length,
+                )  # fmt: skip
         compute = self.args.compute
         copies = compute.runtime_ngpus // compute.plan_ngpus
         step = copies * self.args.micro_batch_size * compute.micro_batches
@@ -125,6 +135,9 @@ class Trainer:
                 raise UserError("ModelConfig.vocabulary is not given; trace strategies that execute need it")
             tokens = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(self.args.seed))
         inputs = with_labels(tokens, self.args.dataset.ignored_label)
+        if self.args.dataset.document_mask:
+            one_a_row = document_inputs([np.zeros(1, np.int64)] * shape[0], shape[1])
+            inputs |= {name: tensor.to(tokens.device) for name, tensor in one_a_row.items()}
         model, sequences = self.args.model, self.args.micro_batch_size
         flops = model.flops_per_sequence
         return Source(
@@ -138,6 +151,7 @@ class Trainer:
             length=self.args.dataset.length,
             command=self.args.command,
             instead=model.instead,
+            document_length=self.args.dataset.mean_document,
         )
 
     def _check_weights(self, model: nn.Module) -> None:

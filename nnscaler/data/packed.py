@@ -122,8 +122,8 @@ class PackedDataset:
         else."""
         if self.documents is None:
             raise UserError(
-                f"dataset_path is '{self.path}', which does not say where documents begin; make it anew with "
-                f"bookcorpus.py, or give it a column {DOCUMENT_STARTS} or {POSITIONS}"
+                f"dataset '{self.path}' does not say where documents begin; make it anew with bookcorpus.py, or give "
+                f"it a column {DOCUMENT_STARTS} or {POSITIONS}"
             )
         length, before, starts = self.sequence_length, 0, []
         for part in self._parts(self.documents):

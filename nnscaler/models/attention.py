@@ -11,8 +11,7 @@ import functools
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, bidirectional_mas
 
 from nnscaler.errors import UserError
 from nnscaler.kernels import KERNELS
+from nnscaler.models.documents import in_rows
 from nnscaler.operators.attention import attention
 
 logger = logging.getLogger(__name__)
@@ -54,12 +54,13 @@ class Seen(NamedTuple):
     """Stands in place of a mask.
 
     How many keys before and after its place a row sees (None: all); and, where rows hold several documents, the number
-    of each token's document [b, l].
+    of each token's document [b, l], and how many tokens a document has on average.
     """
 
     left: int | None = None
     right: int | None = None
     documents: Tensor | None = None
+    document_length: int | None = None
 
 
 CAUSAL = Seen(right=0)
@@ -80,9 +81,14 @@ def _attention_by(kernel: str) -> Callable[..., tuple[Tensor, None]]:
         seen = Seen() if mask is None else mask
         if not isinstance(seen, Seen):
             raise UserError(f"{where} gives attention a mask of its own, which is not supported; {_OWN_ATTENTION}")
+        if in_rows.get() is not None and seen.documents is None:
+            raise UserError(
+                f"{where} gives attention no mask, and would not keep documents apart; leave out --document_mask"
+            )
         given = {
             "sinks": options.pop("s_aux", None),
             "documents": seen.documents,
+            "document_length": seen.document_length,
             "scale": options.pop("scaling", None),
             "is_causal": None if seen.right == 0 else False,
             "window": _window(seen, key.shape[2]),
@@ -130,14 +136,18 @@ def _mask(
 ) -> Seen | None:
     """transformers' interface for masks: what a mask lets rows see, without a tensor. None: no key after their place.
 
+    Documents in rows are part of it, whether the model hands on positions or not.
+
     Raises UserError for a mask that hides more than windows and documents do, or that the model needs as a tensor.
     """
     seen = _seen_by(mask_function, kv_length)
-    plain = seen is not None and seen.documents is None
-    as_tensor = plain and not (allow_is_causal_skip or allow_is_bidirectional_skip)
+    as_tensor = not (allow_is_causal_skip or allow_is_bidirectional_skip)
     if seen is None or as_tensor or attention_mask is not None or q_length != kv_length:
         raise UserError(f"the model attends with a mask that is neither causal nor a window; {_OWN_ATTENTION}")
-    return None if plain and seen == CAUSAL else seen
+    documents = in_rows.get()
+    if documents is not None:
+        return Seen(seen.left, seen.right, *documents)
+    return None if seen == CAUSAL else seen
 
 
 def _seen_by(function: Callable[..., Any], length: int) -> Seen | None:
@@ -155,10 +165,6 @@ def _seen_by(function: Callable[..., Any], length: int) -> Seen | None:
     maker = function.__qualname__.partition(".")[0]
     if maker == "and_masks":
         return functools.reduce(_both, [_seen_by(part, length) for part in enclosed["mask_functions"]])
-    if maker == "remap_positions_for_packed_sequence":  # within a document, distances are the same
-        return _seen_by(enclosed["mask_function"], length)
-    if maker == "packed_sequence_mask_function":
-        return Seen(documents=enclosed["packed_sequence_mask"])
     if maker == "sliding_window_overlay":
         return Seen(left=enclosed["sliding_window"] - 1)
     if maker == "sliding_window_bidirectional_overlay":
@@ -173,7 +179,7 @@ def _both(a: Seen | None, b: Seen | None) -> Seen | None:
     if a is None or b is None:
         return None
     left, right = (min((side for side in sides if side is not None), default=None) for sides in zip(a[:2], b[:2]))
-    return Seen(left, right, b.documents if a.documents is None else a.documents)
+    return Seen(left, right)
 
 
 for _kernel in ("auto", *KERNELS):
@@ -197,17 +203,3 @@ def set_attention(config: PretrainedConfig, implementation: str, model_class: ty
         logger.warning("%s has attention of its own, which computes all scores at once", model_class.__name__)
         implementation = "eager"
     config._attn_implementation = implementation if implementation == "eager" else f"{ATTENTION}_{implementation}"
-
-
-@contextmanager
-def one_sequence_a_row() -> Iterator[None]:
-    """Inside, models take each row for one sequence.
-
-    Otherwise they would look for several in the values of positions; while they are traced, there are no values.
-    """
-    original = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = original

@@ -16,8 +16,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from nnscaler import hub
 from nnscaler.errors import UserError
-from nnscaler.models.attention import one_sequence_a_row, set_attention
+from nnscaler.models.attention import set_attention
 from nnscaler.models.balance import balancing_loss, report_routers, routers_met
+from nnscaler.models.documents import Documents, check_documents, rows_hold
 from nnscaler.models.experts import divide_gates, set_experts
 from nnscaler.models.positions import check_positions
 from nnscaler.trace import build_on_meta
@@ -31,11 +32,18 @@ class CausalLM(nn.Module):
 
     linear_loss  takes the place of the model's last projection and the loss, where given:
                  `linear_loss(hidden [b, l, d], weight [n, d], labels [b, l], ignored) -> [b, l]`
+    document_length  for predictions, where documents are kept apart: tokens of the document in which a token stands, on
+                 average
 
     Raises UserError for a model that cannot be built; and, when it is traced, for a model with another loss.
     """
 
-    def __init__(self, config: PretrainedConfig, linear_loss: Callable[..., Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        linear_loss: Callable[..., Tensor] | None = None,
+        document_length: int | None = None,
+    ) -> None:
         super().__init__()
         self.model = build(config)
         divide_gates(self.model)
@@ -43,26 +51,35 @@ class CausalLM(nn.Module):
         if self.balanced:
             report_routers(self.model)
         self.linear_loss = linear_loss
+        self.document_length = document_length
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """input_ids, labels [b, l] int64. A label is the next token, or `IGNORED` where there is none."""
-        with one_sequence_a_row(), routers_met() as routers:
-            loss = self._next_token(input_ids, labels)
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
+        """All inputs are [b, l] int64. A label is the next token, or `IGNORED` where there is none.
+
+        Where rows hold several documents, `documents` has the number of each token's document, and `position_ids` count
+        from 0 in each document.
+        """
+        held = None if documents is None else Documents(documents, self.document_length)
+        given = {} if position_ids is None else {"position_ids": position_ids}
+        with rows_hold(held), routers_met() as routers:
+            loss = self._next_token(labels, input_ids=input_ids, **given)
         if not self.balanced:
             return loss
         return loss + balancing_loss(self.model, routers, (labels != IGNORED).sum())
 
-    def _next_token(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+    def _next_token(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         # What it makes of its routers' logits is made here; a model without the option takes none.
         options = {"output_router_logits": False} if self.balanced else {}
         if self.linear_loss is not None:
             with _LastProjection(self.model) as last:
-                output = self.model(input_ids=input_ids, use_cache=False, **options)
+                output = self.model(**inputs, use_cache=False, **options)
             _check_losses(output)
             if not last.gave(output.logits):
                 raise UserError("the logits are not what the last projection gives; leave out --enable_chunk_loss")
             return self.linear_loss(*_without_bias(last.input, last.head), labels, IGNORED).sum()
-        output = self.model(input_ids=input_ids, use_cache=False, **options)
+        output = self.model(**inputs, use_cache=False, **options)
         _check_losses(output)
         logits = output.logits
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
@@ -156,8 +173,12 @@ class _LastProjection(TorchFunctionMode):
         return result
 
 
-def prepare_config(config: PretrainedConfig, sequence_length: int, implementation: str) -> None:
-    """Sets up a configuration for training. Raises UserError for what is not supported."""
+def prepare_config(config: PretrainedConfig, positions: int, implementation: str, documents: bool = False) -> None:
+    """Sets up a configuration for training. Raises UserError for what is not supported.
+
+    positions  how many positions the model is to know
+    documents  whether documents are kept apart
+    """
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model_class is None:
         raise UserError(f"{config.model_type} is not a causal language model of transformers, which train.py trains")
@@ -166,7 +187,9 @@ def prepare_config(config: PretrainedConfig, sequence_length: int, implementatio
     config.use_cache = False
     set_attention(config, implementation, model_class)
     set_experts(config)
-    check_positions(config, sequence_length)
+    if documents:
+        check_documents(config, model_class)
+    check_positions(config, positions)
 
 
 def count_parameters(config: PretrainedConfig) -> int:
@@ -175,14 +198,18 @@ def count_parameters(config: PretrainedConfig) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def flops_per_sequence(config: PretrainedConfig, parameters: int, sequence_length: int) -> tuple[float, float]:
+def flops_per_sequence(
+    config: PretrainedConfig, parameters: int, sequence_length: int, document_length: int | None = None
+) -> tuple[float, float]:
     """Forward and backward operations of one sequence: (with attention counted in full, with attention halved).
 
     3 * 2 * (parameters * l + 2 * layers * heads * head_dim * l ** 2). In the second, the last term is halved, because
-    attention is causal.
+    attention is causal; where documents are kept apart, it counts in proportion to `document_length`: tokens of the
+    document in which a token stands, on average.
     """
     heads = getattr(config, "num_attention_heads", 0)  # some models have no attention
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
     attention_flops = 2.0 * config.num_hidden_layers * heads * head_dim * sequence_length**2
     full = 6.0 * (parameters * sequence_length + attention_flops)
-    return full, full - 3.0 * attention_flops
+    seen = (document_length or sequence_length) / sequence_length / 2
+    return full, full - 6.0 * attention_flops * (1 - seen)

@@ -21,10 +21,14 @@ ALL: Window = (None, None)
 def attention_flops(sizes: dict[str, int], node: Node) -> float:
     """Two products of every query row with every key that it sees. The last query row has the place of the last key.
 
-    The lengths of documents are known only at run time, so they count as one.
+    The lengths of documents are known only at run time; `document_length` stands for them.
     """
     given = arguments(node)
-    seen = pairs(sizes["l"], sizes["s"], *reach(given["is_causal"], given.get("window", ALL)))
+    rows, keys, limits = sizes["l"], sizes["s"], reach(given["is_causal"], given.get("window", ALL))
+    document = given.get("document_length")
+    seen: float = pairs(rows, keys, *limits)
+    if document is not None and document < keys:
+        seen = pairs(document, document, *limits) / document * rows
     return 2.0 * sizes["b"] * sizes["k"] * sizes["g"] * seen * (sizes["d"] + sizes["e"])
 
 
@@ -71,6 +75,7 @@ def attention(
     window: Window = ALL,
     softcap: float | None = None,
     kernel: str = "auto",
+    document_length: int | None = None,
 ) -> Tensor:
     """Softmax attention with grouped key-value heads, and all that models ask of it.
 
@@ -85,6 +90,8 @@ def attention(
     window     (how many keys before its place a row sees, how many after it); None: all
     softcap    scores s become softcap * tanh(s / softcap), before slopes are taken into account
     kernel     a name of `nnscaler.kernels.KERNELS`, or auto
+    document_length  for predictions alone: tokens of the document in which a token stands, on average; None: as many as
+               there are keys
     """
     first = key.shape[2] - query.shape[2]
     return attention_of_rows(

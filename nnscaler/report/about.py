@@ -23,7 +23,8 @@ UNITS = {
     "*_bytes, bytes, size": "bytes of a device",
     "tokens_per_second_per_gpu": "tokens trained on in a second, for each device",
     "mfu_causal": "model FLOPs utilisation: operations over what the device could do at its data sheet's peak, with "
-    "attention halved because it is causal",
+    "attention halved because it is causal, and counted within documents where they are kept apart",
+    "document_length": "tokens of the document in which a token stands, on average, which attention's times are for",
     "mfu": "the same by the document's formula, which counts attention in full",
     "share, gap": "part of a step's time, from 0 to 1",
     "layout": "for each axis in mesh.names: S(d) sharded along dimension d, R whole, R* whole with a term of its "
@@ -55,6 +56,8 @@ def work_of(values: Values) -> str:
     if "sequence_length" in about:
         count = _several(about["sequences_per_micro_batch"], "sequence", "sequences")
         sequences = f" of {count} of {about['sequence_length']:,} tokens"
+        if "document_length" in about:
+            sequences += f" in documents of {about['document_length']:,}"
     return f"{batches}{sequences}" + (f", in {about['precision']}" if "precision" in about else "")
 
 

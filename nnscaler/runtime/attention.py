@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nnscaler.operators.attention import ALL, Window, attention_of_rows, pairs, reach
+from nnscaler.operators.attention import ALL, Window, attention_of_rows, reach
 from nnscaler.runtime import collectives
 from nnscaler.runtime.axis import Axis
-
-EVEN = 1.05  # the most work of a device as a multiple of all devices' mean, which is good enough
+from nnscaler.runtime.dealing import Rows, rows_of, rows_of_one
 
 
 def attention_along_l(
@@ -27,53 +27,64 @@ def attention_along_l(
     window: Window = ALL,
     softcap: float | None = None,
     kernel: str = "auto",
+    document_length: int | None = None,
 ) -> Tensor:
     """`attention` of this device's rows of the query with all keys and values (context parallelism).
 
-    A causal mask gives late rows more work, and a window gives the first rows less. Where that matters, pieces of the
-    rows are dealt out to the devices in rounds, so that all have about the same work. They are sent there, and the
-    results back.
+    The rows are dealt out to the devices, so that all have about the same work. They are sent there, and the results
+    back. Each sequence of a batch is dealt out by its own documents, which all devices know.
     """
-    rows, keys = query.shape[2], key.shape[2]
-    rounds = dealing_rounds(axis.size, rows, keys, reach(is_causal, window))
-    pieces = collectives.dealt(axis.size, axis.rank, rounds)
-    size = rows // rounds
-    begin = keys - rows * axis.size  # the place of the whole query's first row
-    if rounds > 1:
-        query = collectives.balance(query, axis, dim=2, rounds=rounds)
-    found = [
-        attention_of_rows(
-            part, key, value, begin + piece * size, sinks, slopes, documents, scale, is_causal, window, softcap, kernel
-        )
-        for part, piece in zip(query.chunk(rounds, 2), pieces)
-    ]
-    result = torch.cat(found, 1) if rounds > 1 else found[0]
-    return collectives.unbalance(result, axis, dim=1, rounds=rounds) if rounds > 1 else result
+    limits, options = reach(is_causal, window), (scale, is_causal, window, softcap, kernel)
+    if documents is None:
+        rows = rows_of_one(key.shape[2])
+        return _dealt_out(axis, query, key, value, rows, limits, (sinks, slopes, None, *options))
+    found = []
+    for i, rows in enumerate(rows_of(documents)):
+        one = slice(i, i + 1)
+        given = (sinks, slopes, documents[one], *options)
+        found.append(_dealt_out(axis, query[one], key[one], value[one], rows, limits, given))
+    return torch.cat(found)
 
 
-@functools.cache
-def dealing_rounds(devices: int, rows: int, keys: int, limits: Window) -> int:
-    """In how many rounds the rows are dealt out to `devices` devices, which have `rows` each. 1: each computes its own.
+def _dealt_out(
+    axis: Axis,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Rows,
+    limits: Window,
+    given: tuple[Any, ...],
+) -> Tensor:
+    """Attention of sequences with the same documents. `given`: the other arguments."""
+    owners = rows.owners(axis.size, query.shape[2], limits)
+    size = query.shape[2] * axis.size // len(owners)
+    begin = key.shape[2] - query.shape[2] * axis.size  # the place of the whole query's first row
+    travels = len(owners) > axis.size
+    if travels:
+        query = collectives.deal(query, axis, 2, owners)
+    found, done = [], 0
+    for piece, count in _runs([piece for piece, owner in enumerate(owners) if owner == axis.rank]):
+        part = query[:, :, done : done + count * size]
+        first = begin + piece * size
+        found.append(_of_rows(part, key, value, first, rows, given))
+        done += count * size
+    result = torch.cat(found, 1) if len(found) > 1 else found[0]
+    return collectives.collect(result, axis, 1, owners) if travels else result
 
-    It is the smallest number after which no device has much more work than others; or else the one with the least
-    difference.
-    """
-    best, least = 1, _unevenness(devices, rows, keys, limits, 1)
-    for rounds in (2, 4, 8):
-        if least <= EVEN or rows % rounds:
-            break
-        found = _unevenness(devices, rows, keys, limits, rounds)
-        if found < least:
-            best, least = rounds, found
-    return best
+
+def _of_rows(query: Tensor, key: Tensor, value: Tensor, first: int, rows: Rows, given: tuple[Any, ...]) -> Tensor:
+    """Attention of neighbouring rows, the first of which stands at key `first`, with the documents that they are of."""
+    sinks, slopes, documents, *options = given
+    if documents is not None:
+        seen = slice(int(rows.starts[first]), int(rows.ends[first + query.shape[2] - 1]))
+        key, value, documents, first = key[:, :, seen], value[:, :, seen], documents[:, seen], first - seen.start
+    return attention_of_rows(query, key, value, first, sinks, slopes, documents, *options)
 
 
-def _unevenness(devices: int, rows: int, keys: int, limits: Window, rounds: int) -> float:
-    """The most work of a device, over the mean of all devices."""
-    size, total = rows // rounds, rows * devices
-    seen = [pairs(total - i * size, keys, *limits) for i in range(devices * rounds + 1)]  # by all from a piece on
-    work = [
-        sum(seen[piece] - seen[piece + 1] for piece in collectives.dealt(devices, rank, rounds))
-        for rank in range(devices)
-    ]
-    return max(work) * devices / sum(work)
+def _runs(pieces: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Neighbours among pieces that rise: the first, and how many."""
+    start = 0
+    for end in range(1, len(pieces) + 1):
+        if end == len(pieces) or pieces[end] != pieces[end - 1] + 1:
+            yield pieces[start], end - start
+            start = end

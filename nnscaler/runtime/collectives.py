@@ -8,6 +8,7 @@ gradient of a whole tensor (R), or a term of it (R*).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,24 +57,18 @@ def all_to_all(x: Tensor, axis: Axis, source: int, target: int) -> Tensor:
     return _Collective.apply(x, axis, _exchanged, _exchanged, (source, target), (target, source))
 
 
-def balance(x: Tensor, axis: Axis, dim: int, rounds: int) -> Tensor:
-    """This device's pieces, when work differs along `dim` and all devices are to have about the same amount of it.
+def deal(x: Tensor, axis: Axis, dim: int, owners: Sequence[int]) -> Tensor:
+    """The pieces along `dim` that this device owns, in order.
 
-    The tensor consists of `rounds * n` equal pieces along `dim`: each of the n devices holds the next `rounds`.
-    They are dealt out in rounds: in the first, third and so on to the devices in order, in the others from the last
-    device to the first. `x` must have a multiple of `rounds` elements along `dim`.
+    All pieces are equally long, and `owners` names the device of each. Every device has as many of them in `x`, one
+    after the other, as it owns.
     """
-    return _Collective.apply(x, axis, _balanced, _unbalanced, (dim, rounds), (dim, rounds))
+    return _Collective.apply(x, axis, _dealt, _collected, (dim, owners), (dim, owners))
 
 
-def unbalance(x: Tensor, axis: Axis, dim: int, rounds: int) -> Tensor:
-    """The inverse of `balance`."""
-    return _Collective.apply(x, axis, _unbalanced, _balanced, (dim, rounds), (dim, rounds))
-
-
-def dealt(devices: int, rank: int, rounds: int) -> list[int]:
-    """The pieces that `balance` gives to a device."""
-    return [turn * devices + (devices - 1 - rank if turn % 2 else rank) for turn in range(rounds)]
+def collect(x: Tensor, axis: Axis, dim: int, owners: Sequence[int]) -> Tensor:
+    """The inverse of `deal`."""
+    return _Collective.apply(x, axis, _collected, _dealt, (dim, owners), (dim, owners))
 
 
 def exchange_rows(x: Tensor, axis: Axis, sent: list[int], received: list[int]) -> Tensor:
@@ -167,21 +162,20 @@ def _exchanged(x: Tensor, axis: Axis, source: int, target: int) -> Tensor:
     return _merge(result, source)
 
 
-def _balanced(x: Tensor, axis: Axis, dim: int, rounds: int) -> Tensor:
-    held = range(axis.rank * rounds, (axis.rank + 1) * rounds)
-    wanted = dealt(axis.size, axis.rank, rounds)
-    return _exchange_pieces(x, axis, dim, [_dealt_to(i, axis.size) for i in held], [i // rounds for i in wanted])
+def _dealt(x: Tensor, axis: Axis, dim: int, owners: Sequence[int]) -> Tensor:
+    return _exchange_pieces(x, axis, dim, *_ways(axis, owners))
 
 
-def _unbalanced(x: Tensor, axis: Axis, dim: int, rounds: int) -> Tensor:
-    held = dealt(axis.size, axis.rank, rounds)
-    wanted = range(axis.rank * rounds, (axis.rank + 1) * rounds)
-    return _exchange_pieces(x, axis, dim, [i // rounds for i in held], [_dealt_to(i, axis.size) for i in wanted])
+def _collected(x: Tensor, axis: Axis, dim: int, owners: Sequence[int]) -> Tensor:
+    targets, sources = _ways(axis, owners)
+    return _exchange_pieces(x, axis, dim, sources, targets)
 
 
-def _dealt_to(piece: int, devices: int) -> int:
-    turn, place = divmod(piece, devices)
-    return devices - 1 - place if turn % 2 else place
+def _ways(axis: Axis, owners: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Where the pieces go that lie here, and where those come from that this device owns."""
+    each = len(owners) // axis.size
+    here = owners[axis.rank * each : (axis.rank + 1) * each]
+    return list(here), [piece // each for piece, owner in enumerate(owners) if owner == axis.rank]
 
 
 def _exchange_pieces(x: Tensor, axis: Axis, dim: int, targets: list[int], sources: list[int]) -> Tensor:

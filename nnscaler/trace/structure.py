@@ -44,7 +44,7 @@ class Structure:
         names = []
         for path, value in paths:
             if value is _TENSOR:
-                _, first, *rest = [getattr(key, "idx", getattr(key, "key", None)) for key in path]
+                _, first, *rest = [_step(key) for key in path]
                 head = positional[first] if isinstance(first, int) else str(first)
                 names.append("_".join([head, *map(str, rest)]))
         return names
@@ -63,6 +63,11 @@ class Structure:
         """Builds the nested value again, with these tensors in it."""
         rest = iter(tensors)
         return pytree.tree_unflatten([next(rest) if item is _TENSOR else item for item in self.constants], self.spec)
+
+
+def _step(key: Any) -> Any:
+    """What leads from a nest to what lies in it: a place, a key, or a name."""
+    return next(getattr(key, kind) for kind in ("idx", "key", "name") if hasattr(key, kind))
 
 
 _TENSOR = object()

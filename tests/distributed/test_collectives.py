@@ -10,7 +10,7 @@ from nnscaler.mesh import Mesh
 from nnscaler.placement import PARTIAL, REPLICATE, SHARED, Shard
 from nnscaler.reshard import reshards
 from nnscaler.runtime import collectives
-from nnscaler.runtime.attention import attention_along_l, dealing_rounds
+from nnscaler.runtime.attention import attention_along_l
 from nnscaler.runtime.axes import Axes
 from tests.kernels.attention import written_out
 from tests.launch import run
@@ -131,7 +131,7 @@ def attention_of_shards(length: int) -> None:
     shapes = [(2, 4, length, 6), (2, 2, length, 6), (2, 2, length, 5), (4,), (4,)]
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
     gradient = torch.randn(2, length, 4, 5, generator=generator, dtype=torch.float64)
-    documents = torch.arange(length).view(1, -1) // torch.tensor([[5], [length]])
+    documents = torch.stack([(torch.arange(length) // 5), torch.arange(length).mul(3).sub(1).clamp(0, length)])
     for options in OPTIONS:
         given: dict[str, Any] = dict(options)
         own = {"sinks": tensors[3], "slopes": tensors[4], "documents": documents}
@@ -152,41 +152,28 @@ def attention_of_shards(length: int) -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_attention_along_the_sequence(world):
-    for length in (16 * world, 3 * world):  # an odd number of rows is not dealt out
+    for length in (32 * world, 3 * world):  # an odd number of rows is not dealt out
         run(world, attention_of_shards, length)
 
 
-def pieces_there_and_back(rounds: int) -> list[int]:
+OWNERS = [(0, 1, 2, 3, 3, 2, 1, 0), (3, 3, 2, 2, 1, 0, 1, 0), (0, 0, 0, 1, 2, 3, 3, 3, 1, 2, 1, 2)]
+
+
+def pieces_there_and_back(owners: tuple[int, ...]) -> list[int]:
     """The places of a sequence of 48 that a rank gets."""
-    axes = Axes(Mesh((dist.get_world_size(),)), torch.device("cpu"))
-    position = torch.arange(48, dtype=torch.float64).view(1, 48).chunk(axes[0].size, 1)[axes[0].rank].contiguous()
-    mine = collectives.balance(position, axes[0], dim=1, rounds=rounds)
-    assert torch.equal(collectives.unbalance(mine, axes[0], dim=1, rounds=rounds), position)
+    axis = Axes(Mesh((4,)), torch.device("cpu"))[0]
+    position = torch.arange(48, dtype=torch.float64).view(1, 48).chunk(4, 1)[axis.rank].contiguous().requires_grad_()
+    mine = collectives.deal(position, axis, 1, owners)
+    back = collectives.collect(mine, axis, 1, owners)
+    assert torch.equal(back, position)
+    (gradient,) = torch.autograd.grad(mine, position, mine.detach())
+    assert torch.equal(gradient, position)
     return mine.int().flatten().tolist()
 
 
-def test_rows_are_dealt_out_in_rounds():
-    for rounds in (2, 3, 4):
-        size = 48 // (4 * rounds)
-        for rank, places in enumerate(run(4, pieces_there_and_back, rounds)):
-            pieces = collectives.dealt(4, rank, rounds)
-            assert places == [piece * size + i for piece in pieces for i in range(size)]
-    assert [collectives.dealt(4, rank, 3) for rank in (0, 3)] == [[0, 7, 8], [3, 4, 11]]
-
-
-def work(devices: int, rank: int, rows: int, left: int | None, rounds: int) -> int:
-    """Query-key pairs of a device, counted one by one."""
-    size = rows // rounds
-    places = [piece * size + i for piece in collectives.dealt(devices, rank, rounds) for i in range(size)]
-    return sum(min(place, place if left is None else left) + 1 for place in places)
-
-
-@pytest.mark.parametrize(
-    ("devices", "left", "rounds"), [(4, None, 2), (2, None, 2), (2, 10, 1), (4, 160, 4), (2, 100, 4), (4, 20, 1)]
-)
-def test_work_is_dealt_out_evenly(devices, left, rounds):
-    rows = 256 // devices
-    assert dealing_rounds(devices, rows, 256, (left, 0)) == rounds
-    each = [work(devices, rank, rows, left, rounds) for rank in range(devices)]
-    assert max(each) <= 1.06 * sum(each) / devices
-    assert dealing_rounds(devices, rows, 256, (None, None)) == 1
+@pytest.mark.parametrize("owners", OWNERS, ids=str)
+def test_pieces_travel_to_their_owners_and_back(owners):
+    size = 48 // len(owners)
+    for rank, places in enumerate(run(4, pieces_there_and_back, owners)):
+        pieces = [piece for piece, owner in enumerate(owners) if owner == rank]
+        assert places == [piece * size + i for piece in pieces for i in range(size)]

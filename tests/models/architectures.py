@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from nnscaler.compiler import ComputeConfig, Source, compile_model
+from nnscaler.data.documents import document_inputs
 from nnscaler.errors import UserError
-from nnscaler.models.causal_lm import CausalLM, prepare_config
+from nnscaler.models.causal_lm import IGNORED, CausalLM, prepare_config
 from nnscaler.runtime.module import ParallelModule
 from tests import tiny
 
@@ -93,19 +96,34 @@ def config_of(name: str, **changes: Any) -> PretrainedConfig:
     return AutoConfig.for_model(name, **{**fields, **ARCHITECTURES.get(name, {}), **changes})
 
 
-def plain(config: PretrainedConfig, weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> Any:
-    """(loss, gradients by name) of plain transformers in training, with these weights."""
+def plain(
+    config: PretrainedConfig,
+    weights: dict[str, torch.Tensor],
+    tokens: torch.Tensor,
+    starts: Sequence[list[int]] | None = None,
+) -> Any:
+    """(loss, gradients by name) of plain transformers in training, with these weights.
+
+    starts  of the documents in each row, each of which goes through the model alone; None: a row is one
+    """
     config._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(weights, strict=False)
     model.train()
-    output = model(input_ids=tokens, use_cache=False)
-    wanted = tokens[:, 1:].flatten()
-    loss = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), wanted, reduction="sum")
-    if output.get("aux_loss") is not None:
-        loss = loss + model.router_aux_loss_coef * output.aux_loss * len(wanted)
-    loss.backward()
-    return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
+    total, alone = 0.0, [tokens]
+    if starts is not None:
+        alone = [part for row, places in zip(tokens.split(1), starts) for part in row.tensor_split(places[1:], 1)]
+    for ids in alone:
+        wanted = ids[:, 1:].flatten()
+        if len(wanted) == 0:
+            continue
+        output = model(input_ids=ids, use_cache=False)
+        loss = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), wanted, reduction="sum")
+        if output.get("aux_loss") is not None:
+            loss = loss + model.router_aux_loss_coef * output.aux_loss * len(wanted)
+        loss.backward()
+        total += loss.item()
+    return total, {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def random_weights(config: PretrainedConfig) -> dict[str, torch.Tensor]:
@@ -140,21 +158,29 @@ def verdict(loss: float, right: float, found: dict[str, Any], wanted: dict[str, 
     )
 
 
-def compare_uncompiled(name: str, chunked: bool, implementation: str = "auto", **changes: Any) -> str:
-    """As `compare`, of `CausalLM` run by PyTorch: what it makes of the model, without the compiler."""
+def compare_uncompiled(
+    name: str, chunked: bool, implementation: str = "auto", starts: Sequence[list[int]] | None = None, **changes: Any
+) -> str:
+    """As `compare`, of `CausalLM` run by PyTorch: what it makes of the model, without the compiler.
+
+    starts  of the documents in each of two rows, which are kept apart; None: a row is one
+    """
     tokens, labels = batch(LENGTH)
+    inputs = {} if starts is None else document_inputs([np.array(places) for places in starts], LENGTH)
+    if starts is not None:
+        labels[:, :-1].masked_fill_(inputs["position_ids"][:, 1:] == 0, IGNORED)
     config = config_of(name, **changes)
     try:
-        prepare_config(config, LENGTH, implementation)
+        prepare_config(config, LENGTH, implementation, documents=starts is not None)
         model = CausalLM(config, chunk_linear_cross_entropy if chunked else None)
         weights = random_weights(config_of(name, **changes))
         own = {key: weight.view(model.model.get_parameter(key).shape) for key, weight in weights.items()}
         model.model.load_state_dict(own, strict=False)
-        loss = model.train()(tokens, labels)
+        loss = model.train()(tokens, labels, **inputs)
     except UserError as error:
         return f"REFUSED {error}"
     loss.backward()
-    right, gradients = plain(config_of(name, **changes), weights, tokens)
+    right, gradients = plain(config_of(name, **changes), weights, tokens, starts)
     found = {key: torch.zeros_like(p) if p.grad is None else p.grad for key, p in model.model.named_parameters()}
     return verdict(loss.item(), right, found, gradients)
 

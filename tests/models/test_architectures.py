@@ -137,7 +137,6 @@ def test_options_nobody_has_heard_of_are_refused():
 
 
 def test_what_masks_let_rows_see():
-    documents = torch.tensor([[0, 0, 1]])
     own = lambda batch, head, row, key: key <= row  # noqa: E731
     masks = {
         "causal": (masking_utils.causal_mask_function, Seen(right=0)),
@@ -146,12 +145,6 @@ def test_what_masks_let_rows_see():
         "window both ways": (masking_utils.sliding_window_bidirectional_mask_function(3), Seen(3, 3)),
         "pieces": (masking_utils.chunked_causal_mask_function(8, torch.zeros(1)), Seen(right=0)),
         "short pieces": (masking_utils.chunked_causal_mask_function(2, torch.zeros(1)), None),
-        "documents": (
-            masking_utils.packed_sequence_compatibility_function(
-                masking_utils.sliding_window_causal_mask_function(3), torch.tensor([[0, 1, 0]]), documents
-            ),
-            Seen(2, 0, documents),
-        ),
         "another": (own, None),
         "with another": (masking_utils.and_masks(masking_utils.causal_mask_function, own), None),
         "one or the other": (masking_utils.or_masks(masking_utils.causal_mask_function, own), None),

@@ -1,0 +1,161 @@
+"""Documents that are kept apart are trained on as if each were alone, under every plan, and none knows of another."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from contextlib import nullcontext
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nnscaler.cli.trainer import Trainer
+from nnscaler.data.documents import document_inputs
+from nnscaler.loaded import LoadedModel, compiled
+from nnscaler.models.causal_lm import IGNORED
+from tests import tiny
+from tests.distributed.test_parity import AWAY, EACH, MATRIX, RECOMPUTE, plan_of, splits, weights_of
+from tests.launch import run
+from tests.parity import STEPS, TOLERANCE, Case, arguments, compiled_regions, plain_loop, planned, train_all
+
+# Lengths of documents in a row of 32 tokens, of which 2 devices have 16 each, and 4 have 8.
+LAYOUTS = [
+    [32], [*[1] * 29, 3], [16, 16], [8, 8, 8, 8], [1, 15, 1, 15], [5, 27], [31, 1], [3, 1, 9, 19], [24, 8],
+    [7, 11, 13, 1],
+]  # fmt: skip
+
+
+def starts_of(layout: list[int]) -> list[int]:
+    return np.cumsum([0, *layout[:-1]]).tolist()
+
+
+STARTS = [starts_of(LAYOUTS[row % len(LAYOUTS)]) for row in range(80)]
+
+ALONG = [  # by world size; one key-value head is not split, so that the sequence is
+    Case(2, 2, key_value_heads=1),
+    Case(2, 2, key_value_heads=1, chunk_loss=True, recompute=("LlamaDecoderLayer",), micro_batch=2),
+    Case(4, 4, key_value_heads=1),
+    Case(4, 4, key_value_heads=2, hardware="nodes.json"),  # heads and sequence, each along an axis
+]
+OTHERS = [
+    Case(2, 2, layers=4, levels=EACH),
+    Case(2, 2, layers=4, levels=AWAY),
+    Case(2, 2, layers=4, levels=EACH, compiled=True),
+    Case(2, 2, pieces=2, recompute=("LlamaDecoderLayer",), tied=True),
+    Case(2, 2, schedule="1f1b", stages=2, accumulation=4),
+    Case(2, 2, schedule="zb-v", stages=4, layers=4, accumulation=4, chunk_loss=True),
+]
+
+
+def apart(cases: list[Case]) -> list[Case]:
+    return [dataclasses.replace(case, documents=True) for case in cases]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("documents")
+    tiny.write_hardware(folder)
+    tiny.write_hardware(folder, "nodes.json", devices_per_node=2, inter={"bandwidth": 5e7, "latency": 0.0})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    return tiny.write_dataset(folder / "data", starts=STARTS)
+
+
+@pytest.fixture(scope="module")
+def reference(rows):
+    known: dict[object, tuple[list[float], dict[str, Tensor]]] = {}
+
+    def get(case: Case) -> tuple[list[float], dict[str, Tensor]]:
+        key = (case.sequences, *case.model.items())
+        if key not in known:
+            known[key] = plain_loop(rows, [case.sequences] * STEPS, STARTS, **case.model)
+        return known[key]
+
+    return get
+
+
+TRAINED = {
+    2: [Case(1, 2, chunk_loss=True, micro_batch=2), Case(2, 2), *ALONG[:2], *OTHERS[2:]],
+    4: [Case(2, 4, recompute=("LlamaDecoderLayer",)), *ALONG[2:]],
+}
+
+
+@pytest.mark.parametrize("world", TRAINED)
+def test_documents_are_trained_on_as_if_alone(world, folder, reference):
+    cases = apart(TRAINED[world])
+    run(world, train_all, cases, folder, init=False)
+    for case in cases:
+        losses, weights = reference(case)
+        lines = (folder / "runs" / case.name / "metrics.jsonl").read_text().splitlines()
+        for line, wanted in zip(lines, losses, strict=True):
+            assert json.loads(line)["loss"] == pytest.approx(wanted, rel=TOLERANCE), case.name
+        found = weights_of(case, folder)
+        for name, wanted in weights.items():
+            assert tiny.close(found[name], wanted) < TOLERANCE, (case.name, name)
+        if not case.schedule:
+            around = np.mean([np.sum(np.square(layout)) / tiny.LENGTH for layout in LAYOUTS])
+            assert plan_of(case, folder)["about"]["document_length"] == pytest.approx(around, abs=0.5)
+            if case.key_value_heads < 4:
+                assert ("l,k" if case.key_value_heads > 1 else "l") in splits(case, folder)["attention"], case.name
+
+
+# Of a row, lengths of documents, and the one that others must not notice.
+UNNOTICED = [
+    ([1] * 32, 0), ([1] * 32, 17), ([16, 16], 0), ([16, 16], 1), ([8, 8, 8, 8], 2), ([1, 15, 1, 15], 2), ([5, 27], 0),
+    ([5, 27], 1), ([31, 1], 0), ([3, 1, 9, 19], 1), ([24, 8], 0), ([7, 11, 13, 1], 2),
+]  # fmt: skip
+
+
+def learned(module: Any, case: Case, first: int, changed: bool, mask: bool = True) -> list[Tensor]:
+    """The loss of a step that learns nothing from documents that others must not notice, and this rank's gradients.
+
+    first    of the step's rows among `UNNOTICED`
+    changed  whether the tokens of such documents are others than they were
+    mask     whether documents are kept apart
+    """
+    batches = []
+    for start in range(first, first + case.accumulation * case.micro_batch, case.micro_batch):
+        chosen = [UNNOTICED[row % len(UNNOTICED)] for row in range(start, start + case.micro_batch)]
+        apart = document_inputs([np.array(starts_of(layout)) for layout, _ in chosen], tiny.LENGTH)
+        hidden = apart["documents"] == torch.tensor([[document] for _, document in chosen])
+        generator = torch.Generator().manual_seed(start)
+        old, new, labels = (torch.randint(tiny.VOCABULARY, hidden.shape, generator=generator) for _ in range(3))
+        if not mask:
+            apart["documents"] = torch.zeros_like(old)
+        ids = torch.where(hidden & changed, new, old)
+        batches.append({"input_ids": ids, "labels": labels.masked_fill(hidden, IGNORED), **apart})
+    loss = module.accumulate(batches)
+    return [loss.clone(), *(bucket.gradient.clone() for bucket in module.buckets)]
+
+
+def check_that_none_is_noticed(cases: list[Case], folder: Path) -> None:
+    """On every rank: a document's tokens change no bit of loss and gradients of what is learned from others."""
+    for case in cases:
+        args, device = arguments(case, folder), torch.device("cpu")
+        source, code = Trainer(args)._source(), folder / "unnoticed" / case.name
+        with planned(case.levels, case.pieces), compiled_regions() if case.compiled else nullcontext():
+            with compiled(source, args.compute, code, device):
+                loaded = LoadedModel(code, source, args.optimizer, device)
+            loaded.initialise(0)
+            for first in range(0, len(UNNOTICED), case.accumulation * case.micro_batch):
+                before, after = (learned(loaded.module, case, first, changed) for changed in (False, True))
+                assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), (case.name, first)
+            before, after = (learned(loaded.module, case, 2, changed, mask=False) for changed in (False, True))
+            assert not all(torch.equal(a, b) for a, b in zip(before, after)), "without a mask it is noticed"
+
+
+EVERY = [Case(*devices, *choice) for devices, choice in product(MATRIX, product((False, True), RECOMPUTE))]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_no_document_is_noticed_by_another(world, folder, rows):
+    cases = [case for case in apart([*EVERY, *ALONG, *OTHERS]) if case.runtime == world]
+    run(world, check_that_none_is_noticed, cases, folder)
