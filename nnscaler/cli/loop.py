@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -35,6 +36,7 @@ from nnscaler.loaded import LoadedModel
 from nnscaler.models.weights import load_weights
 from nnscaler.processes import from_rank_0
 from nnscaler.profiler.steps import StepProfiler
+from nnscaler.runtime.loads import ExpertLoads
 from nnscaler.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -154,6 +156,7 @@ class TrainingRun:
         size = StepSize(
             self.share.step_samples, length, self.mesh.runtime_ngpus, args.model.flops_per_sequence, self.peak
         )
+        loads = ExpertLoads(self.module.axes)
         progress = Progress(size, self.step, self.module.gives_loss, self.device)
         profiler = StepProfiler(args.log.profile if self.rank == 0 else None, self.module.predicted_seconds)
         logs = log_folder(args.log.directory, self.folder.name, self.run) if self.rank == 0 else None
@@ -162,7 +165,9 @@ class TrainingRun:
             evaluation = self._evaluation(termination)
             while self.step < self.steps:
                 counts: list[int] = []  # labels of each micro-batch
-                loss = self.module.accumulate(counted(islice(ahead, self.share.micro_batches), counts))
+                reported = (self.step + 1) % args.log.interval == 0 or self.step + 1 == self.steps
+                with loads.counted() if reported else nullcontext():
+                    loss = self.module.accumulate(counted(islice(ahead, self.share.micro_batches), counts))
                 labels = sum(counts)
                 rate = args.optimizer.lr * args.lr_scheduler.factor(self.step, self.steps)
                 report: dict[str, float | None] = {}
@@ -184,10 +189,11 @@ class TrainingRun:
                     log.advance()
                     self.finite.after(self.step, norm)
                     last = self.step == self.steps
-                    if self.step % args.log.interval == 0 or last:
+                    if reported:
                         found = progress.report(self.step)
                         self.loss = found.pop("loss")
                         report = {"loss": self.loss, "gradient_norm": norm.item(), "lr": rate, **found}
+                        report |= loads.report()
                         report["epoch"] = self.consumed / len(self.dataset)
                         report |= {f"samples/{name}": seen for name, seen in self._seen().items()}
                 if evaluation is not None and evaluation.is_due(self.step, last):

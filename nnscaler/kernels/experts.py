@@ -11,6 +11,7 @@ import functools
 import importlib
 import operator
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,16 @@ from torch import Tensor
 
 _ALIGNED = 16  # bytes: what the grouped product wants rows to be a multiple of
 _ONES = 8  # columns of ones, as many as make such a row
+
+
+counting: ContextVar[Callable[[Tensor, int], None] | None] = ContextVar("counting", default=None)
+"""Set while somebody wants to know which experts are chosen."""
+
+
+def note_choice(chosen: Tensor, experts: int) -> None:
+    """Says that of so many experts those at [t, k] are chosen."""
+    if (count := counting.get()) is not None:
+        count(chosen, experts)
 
 
 def mix(

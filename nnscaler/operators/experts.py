@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nnscaler.annotation import Shape
 from nnscaler.graph import Node, TensorMeta
-from nnscaler.kernels import gate_named, kept_bytes, mix
+from nnscaler.kernels import gate_named, kept_bytes, mix, note_choice
 from nnscaler.operators.registry import arguments, register_op
 
 
@@ -100,6 +100,7 @@ def experts(
 
     Returns [t, d] in the type of `hidden`. No token is dropped, however uneven the choice.
     """
+    note_choice(chosen, len(down))
     first, second = as_matrices(up, down, transposed)
     bias = None if up_bias is None else up_bias.flatten(1)
     return mix(hidden, chosen, scores, first, second, bias, gate_named(gate, constants))

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nnscaler.kernels import gate_named, mix, sum_of_rows
+from nnscaler.kernels import gate_named, mix, note_choice, sum_of_rows
 from nnscaler.operators.experts import as_matrices
 from nnscaler.runtime.axis import Axis
 from nnscaler.runtime.collectives import exchange_rows
@@ -34,6 +34,7 @@ def experts_along_t_n(
     back is the sum of these experts. As much is sent as there is: no token is dropped, and no row is padded.
     """
     here = len(up)
+    note_choice(chosen, here * axis.size)
     owner = chosen // here
     reached = torch.zeros(len(hidden), axis.size, dtype=torch.bool, device=hidden.device).scatter_(1, owner, True)
     device, token = reached.t().nonzero(as_tuple=True)  # the rows that are sent, by where they go
