@@ -174,7 +174,7 @@ def detect_hardware() -> Hardware:
 
     device = device_name()
     if not torch.cuda.is_available():
-        remark = "planning for this computer's CPU, for want of a GPU; --hardware plans for another device"
+        remark = "planning for this computer's CPU, as it has no GPU; --hardware plans for another device"
         cpu = _read(_bundled("cpu"))
         flops = {**cpu.flops, **_flops_in_fp32(cpu)}
         return replace(cpu, memory=float(host_memory()), flops=flops, measured=measured_on(device), remark=remark)
