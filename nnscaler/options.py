@@ -31,7 +31,7 @@ _SWITCH = {"true": True, "false": False}
 
 
 @dataclass(frozen=True)
-class Option:
+class Rule:
     """What a field may be.
 
     kind      int, float, bool, str, Path; tuple: names; dict: names with values
@@ -175,23 +175,23 @@ def words(default: Any, help: str, **rules: Any) -> Any:
 
 def assignments(help: str, **rules: Any) -> Any:
     """Name -> text; on the command line, FIELD=VALUE as often as wanted."""
-    return dataclasses.field(default_factory=dict, metadata={Option: Option(dict, help, default={}, **rules)})
+    return dataclasses.field(default_factory=dict, metadata={Rule: Rule(dict, help, default={}, **rules)})
 
 
 def _field(kind: type, default: Any, help: str, rules: Mapping[str, Any]) -> Any:
-    metadata = {Option: Option(kind, help, default=default, **rules)}
+    metadata = {Rule: Rule(kind, help, default=default, **rules)}
     return dataclasses.field(default=dataclasses.MISSING if default is REQUIRED else default, metadata=metadata)
 
 
-def options_of(cls: type) -> dict[str, Option]:
-    """Name -> option, for the fields of a dataclass that were made by the functions above."""
-    return {field.name: field.metadata[Option] for field in dataclasses.fields(cls) if Option in field.metadata}
+def rules_of(cls: type) -> dict[str, Rule]:
+    """Name -> rule, for the fields of a dataclass that were made by the functions above."""
+    return {field.name: field.metadata[Rule] for field in dataclasses.fields(cls) if Rule in field.metadata}
 
 
 def check(configuration: Any) -> None:
     """Checks every field of a dataclass's instance that was made here. Raises UserError that names the field."""
-    for name, option in options_of(type(configuration)).items():
-        option.check(name, getattr(configuration, name))
+    for name, rule in rules_of(type(configuration)).items():
+        rule.check(name, getattr(configuration, name))
 
 
 def spelled(value: Any) -> str:

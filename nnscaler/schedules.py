@@ -18,7 +18,7 @@ from nnscaler.errors import UserError
 
 
 @dataclass(frozen=True)
-class Kind:
+class ScheduleKind:
     """A kind of schedule.
 
     torch_name       its class in `torch.distributed.pipelining`
@@ -34,10 +34,10 @@ class Kind:
 
 
 KINDS = {
-    "1f1b": Kind("Schedule1F1B", (1,)),
-    "interleaved": Kind("ScheduleInterleaved1F1B", (2, 4)),
-    "zb-v": Kind("ScheduleZBVZeroBubble", (2,), v_shaped=True, splits=True),
-    "dualpipe-v": Kind("ScheduleDualPipeV", (2,), v_shaped=True, splits=True),
+    "1f1b": ScheduleKind("Schedule1F1B", (1,)),
+    "interleaved": ScheduleKind("ScheduleInterleaved1F1B", (2, 4)),
+    "zb-v": ScheduleKind("ScheduleZBVZeroBubble", (2,), v_shaped=True, splits=True),
+    "dualpipe-v": ScheduleKind("ScheduleDualPipeV", (2,), v_shaped=True, splits=True),
 }
 
 

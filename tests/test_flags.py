@@ -18,7 +18,7 @@ from nnscaler.command import run
 from nnscaler.config import ComputeConfig, OptimizerConfig
 from nnscaler.errors import UserError
 from nnscaler.models.attention import IMPLEMENTATIONS
-from nnscaler.options import options_of
+from nnscaler.options import rules_of
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("train", "bookcorpus", "create_mini_model", "ckpt_merger")
@@ -68,7 +68,7 @@ PLAN = ("--model_id", "nowhere", "--sequence_length", "32", "--run_mode", "compi
 
 def numeric() -> list[tuple[str, str]]:
     """Every numeric flag of train.py, and values that none of them may have."""
-    options = [pair for cls in (*CONFIGURATIONS,) for pair in options_of(cls).items()]
+    options = [pair for cls in (*CONFIGURATIONS,) for pair in rules_of(cls).items()]
     wrong = {int: ("-1", "x", "1.5", "", "nan", "9" * 30), float: ("-1", "x", "", "nan", "inf", "-inf", "1e300")}
     return [(option.flag or name, value) for name, option in options for value in wrong.get(option.kind, ())]
 
@@ -210,7 +210,7 @@ def test_the_document_s_commands_are_understood(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("cls", [*CONFIGURATIONS, train.Inputs, bookcorpus.Options, ckpt_merger.Options])
 def test_every_flag_is_explained(cls):
-    for option in options_of(cls).values():
+    for option in rules_of(cls).values():
         assert len(option.help) > 10
         assert " GB" not in option.help
 

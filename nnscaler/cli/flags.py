@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from nnscaler.command import ArgumentParser, unknown
 from nnscaler.errors import UserError
-from nnscaler.options import REQUIRED, Option, options_of, spelled
+from nnscaler.options import REQUIRED, Rule, rules_of, spelled
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ _SHOWN = {int: "N", float: "X", str: "NAME", Path: "PATH", tuple: "NAME,...", di
 
 def keys_of(cls: type) -> list[str]:
     """The names by which a command's values hold the fields of a configuration."""
-    return [option.key(name) for name, option in options_of(cls).items()]
+    return [rule.key(name) for name, rule in rules_of(cls).items()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +36,15 @@ class Flags:
     """The values of a command's flags.
 
     values   flag, with "_" for "-" -> value
-    options  flag -> what it may be
+    rules    flag -> what it may be
     """
 
     values: Mapping[str, Any]
-    options: Mapping[str, Option]
+    rules: Mapping[str, Rule]
 
     def make(self, cls: type[T], **others: Any) -> T:
         """The configuration that the flags describe. `others`: fields that no flag gives, or that override one"""
-        fields = {name: self.values[option.key(name)] for name, option in options_of(cls).items()}
+        fields = {name: self.values[rule.key(name)] for name, rule in rules_of(cls).items()}
         return cls(**{**fields, **others})
 
     def spelled(self, keys: Sequence[str], **others: Any) -> str:
@@ -55,12 +55,12 @@ class Flags:
         words = []
         for key in keys:
             value = others.get(key, self.values[key])
-            if value == self.options[key].default:
+            if value == self.rules[key].default:
                 continue
-            flag = f"--{self.options[key].flag or key}"
+            flag = f"--{self.rules[key].flag or key}"
             if isinstance(value, Mapping):
                 words += [word for field, one in value.items() for word in (flag, f"{field}={one}")]
-            elif self.options[key].several:
+            elif self.rules[key].several:
                 words += [flag, *value]
             elif isinstance(value, bool):
                 words += [flag] if value else [flag, "false"]
@@ -81,78 +81,78 @@ def parse(description: str, groups: Mapping[str, type], defaults: Mapping[str, A
     Prints the help and exits, where that is asked for. Raises UserError that names the flag, its value, and what is
     allowed.
     """
-    options = _with_defaults(_by_flag(groups), defaults or {})
-    parser = _parser(description, groups, options)
+    rules = _with_defaults(_by_flag(groups), defaults or {})
+    parser = _parser(description, groups, rules)
     given = vars(parser.parse_args())
     texts: dict[str, Any] = {}
     config = given.pop("config")
     if config is not None:
-        texts.update(_of_file(Path(config), options))
-    texts.update({key: (f"--{options[key].flag or key}", text) for key, text in given.items() if text is not None})
+        texts.update(_of_file(Path(config), rules))
+    texts.update({key: (f"--{rules[key].flag or key}", text) for key, text in given.items() if text is not None})
     values = {}
-    for key, option in options.items():
+    for key, rule in rules.items():
         if key in texts:
             name, text = texts[key]
-            values[key] = _read(option, name, text)
-        elif option.default is REQUIRED:
+            values[key] = _read(rule, name, text)
+        elif rule.default is REQUIRED:
             raise UserError(f"--{key} is not given, and has no default")
         else:
-            values[key] = option.default
-    return Flags(values, options)
+            values[key] = rule.default
+    return Flags(values, rules)
 
 
-def _by_flag(groups: Mapping[str, type]) -> dict[str, Option]:
-    return {option.key(name): option for cls in groups.values() for name, option in options_of(cls).items()}
+def _by_flag(groups: Mapping[str, type]) -> dict[str, Rule]:
+    return {rule.key(name): rule for cls in groups.values() for name, rule in rules_of(cls).items()}
 
 
-def _with_defaults(options: dict[str, Option], defaults: Mapping[str, Any]) -> dict[str, Option]:
-    changed = {flag: dataclasses.replace(options[flag], default=default) for flag, default in defaults.items()}
-    return {**options, **changed}
+def _with_defaults(rules: dict[str, Rule], defaults: Mapping[str, Any]) -> dict[str, Rule]:
+    changed = {flag: dataclasses.replace(rules[flag], default=default) for flag, default in defaults.items()}
+    return {**rules, **changed}
 
 
-def _parser(description: str, groups: Mapping[str, type], options: Mapping[str, Option]) -> ArgumentParser:
+def _parser(description: str, groups: Mapping[str, type], rules: Mapping[str, Rule]) -> ArgumentParser:
     parser = ArgumentParser(description=description)
     parser.add_argument("--config", metavar="PATH", help=CONFIG_HELP)
     for title, cls in groups.items():
         add = parser.add_argument_group(title).add_argument
-        for name, option in options_of(cls).items():
-            _add(add, option.flag or name, options[option.key(name)])
+        for name, rule in rules_of(cls).items():
+            _add(add, rule.flag or name, rules[rule.key(name)])
     return parser
 
 
-def _add(add: Any, flag: str, option: Option) -> None:
-    choices = option.allowed()
-    settings: dict[str, Any] = {"metavar": option.shown or _SHOWN[option.kind]}
+def _add(add: Any, flag: str, rule: Rule) -> None:
+    choices = rule.allowed()
+    settings: dict[str, Any] = {"metavar": rule.shown or _SHOWN[rule.kind]}
     if choices is not None:
         settings["metavar"] = "{" + ",".join(choices) + "}"
-    if option.kind is bool:
+    if rule.kind is bool:
         settings |= {"nargs": "?", "const": "true"}
-    if option.kind is dict:
+    if rule.kind is dict:
         settings["action"] = "append"
-    if option.several:
+    if rule.several:
         settings |= {"action": "extend", "nargs": "+"}
-    add(f"--{flag}", default=None, help=_help(option).replace("%", "%%"), **settings)
+    add(f"--{flag}", default=None, help=_help(rule).replace("%", "%%"), **settings)
 
 
-def _help(option: Option) -> str:
-    text = " ".join(option.help.split())
-    if option.default is REQUIRED:
+def _help(rule: Rule) -> str:
+    text = " ".join(rule.help.split())
+    if rule.default is REQUIRED:
         return f"{text}. Required"
-    if option.default is None or option.default is False or option.default in ((), {}, ""):
+    if rule.default is None or rule.default is False or rule.default in ((), {}, ""):
         return text
-    return f"{text} (default: {option.default})"
+    return f"{text} (default: {rule.default})"
 
 
-def _read(option: Option, name: str, text: str | Sequence[str]) -> Any:
+def _read(rule: Rule, name: str, text: str | Sequence[str]) -> Any:
     if isinstance(text, str):
-        return option.read(name, text)
-    values = [option.read(name, one) for one in text]
-    if option.several:
+        return rule.read(name, text)
+    values = [rule.read(name, one) for one in text]
+    if rule.several:
         return tuple(one for value in values for one in value)
     return {field: one for value in values for field, one in value.items()}
 
 
-def _of_file(path: Path, options: Mapping[str, Option]) -> dict[str, tuple[str, Any]]:
+def _of_file(path: Path, rules: Mapping[str, Rule]) -> dict[str, tuple[str, Any]]:
     """Flag -> (its name in messages, its value as on a command line), for the flags that a file gives."""
     import yaml  # takes a moment, and reads JSON too
 
@@ -169,11 +169,11 @@ def _of_file(path: Path, options: Mapping[str, Option]) -> dict[str, tuple[str, 
     found = {}
     for key, value in content.items():
         flag = str(key).removeprefix("--").replace("-", "_")
-        if flag not in options:
-            raise UserError(f"{path}: {unknown('flag', str(key), options)}")
+        if flag not in rules:
+            raise UserError(f"{path}: {unknown('flag', str(key), rules)}")
         if value is None:
             continue
-        if options[flag].kind is dict or options[flag].several:
+        if rules[flag].kind is dict or rules[flag].several:
             text: Any = _assignments(value)
         elif isinstance(value, dict):
             raise UserError(f"{path}: {flag} has values by name; it takes one value")

@@ -16,7 +16,7 @@ from nnscaler.mesh import Mesh
 from nnscaler.placement import Placements
 from nnscaler.plan import GIB, Key, Plan
 from nnscaler.planner.costs import CostModel
-from nnscaler.planner.evaluate import Evaluation, evaluate
+from nnscaler.planner.price import Price, price
 from nnscaler.planner.problem import Problem, Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution
 from nnscaler.planner.refusal import DoesNotFit
@@ -87,7 +87,7 @@ def find_plan(
     if search.found is None:
         raise DoesNotFit(*_least(problem(costs[0], host, pieces)), memory)
     found = search.found
-    plan = _to_plan(graph, found.problem, found.solution, found.evaluation, micro_batches)
+    plan = _to_plan(graph, found.problem, found.solution, found.price, micro_batches)
     plan.costs, plan.memory_limit, plan.bound = found.problem.costs, memory, search.bound * micro_batches
     plan.host_limit = host
     logger.info(
@@ -103,7 +103,7 @@ def find_plan(
 class _Found:
     problem: Problem
     solution: Solution
-    evaluation: Evaluation
+    price: Price
 
 
 @dataclass
@@ -126,7 +126,7 @@ class _Search:
     def on(self, program: Program, left: int) -> None:
         """Searches one mesh; `left` more are to come, which get half of the time that is left."""
         mesh = program.problem.costs.mesh
-        below = None if self.found is None else self.found.evaluation.total_seconds * (1 - WORTH)
+        below = None if self.found is None else self.found.price.total_seconds * (1 - WORTH)
         if below is not None and not self.may_gain(program, WORTH):
             self.bound = min(self.bound, below)
             return
@@ -170,13 +170,13 @@ class _Search:
         mesh = program.problem.costs.mesh
         if mesh not in self.floors:
             self.floors[mesh] = least_seconds(program)
-        return self.floors[mesh] < self.found.evaluation.total_seconds * (1 - worth)
+        return self.floors[mesh] < self.found.price.total_seconds * (1 - worth)
 
     def _take(self, program: Program, solution: Solution) -> None:
-        evaluation = evaluate(program, solution)
-        assert evaluation is not None, "what the program allows can be priced"
-        if evaluation.total_memory <= self.memory * (1 + TOLERANCE):
-            self.found = _Found(program.problem, solution, evaluation)
+        priced = price(program, solution)
+        assert priced is not None, "what the program allows can be priced"
+        if priced.total_memory <= self.memory * (1 + TOLERANCE):
+            self.found = _Found(program.problem, solution, priced)
 
 
 def recomputing(graph: Graph, modules: Sequence[str] | None) -> Recomputing:
@@ -213,8 +213,8 @@ def _least(problem: Problem) -> tuple[dict[Key, float], str]:
     program = Program(problem)
     solution = least_memory(program)
     assert solution is not None, "it has all the time that it wants"
-    evaluation = evaluate(program, solution)
-    assert evaluation is not None
+    priced = price(program, solution)
+    assert priced is not None
     divided = [one for one in problem.divisible if (one.block, one.name) in solution.pieces]
     in_pieces = {decision for one in divided for decision in one.decisions}
     held = {
@@ -223,24 +223,24 @@ def _least(problem: Problem) -> tuple[dict[Key, float], str]:
         if index not in in_pieces
     }
     most = max(held, key=held.__getitem__)
-    if divided and held[most] < 0.999 * evaluation.memory[Key("working")]:
+    if divided and held[most] < 0.999 * priced.memory[Key("working")]:
         most = f"{divided[0].block} in pieces"
-    return evaluation.memory, most
+    return priced.memory, most
 
 
 def _to_plan(
     graph: Graph,
     problem: Problem,
     solution: Solution,
-    evaluation: Evaluation,
+    priced: Price,
     micro_batches: int,
 ) -> Plan:
     """The plan that a solution means, by the names of the graph."""
     plan = Plan(graph, problem.costs.mesh, problem.costs.hardware.name, micro_batches=micro_batches)
-    plan.seconds, plan.beside, plan.memory = evaluation.seconds, evaluation.beside, evaluation.memory
+    plan.seconds, plan.beside, plan.memory = priced.seconds, priced.beside, priced.memory
     plan.levels, plan.pieces = solution.levels, dict(solution.pieces)
-    plan.host, plan.copies = evaluation.host, evaluation.copies
-    plan.weight_seconds = evaluation.weights
+    plan.host, plan.copies = priced.host, priced.copies
+    plan.weight_seconds = priced.weights
     for decision, index in zip(problem.decisions, solution.chosen):
         option = decision.options[index]
         if decision.kind == "unit":

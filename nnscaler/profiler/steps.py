@@ -28,7 +28,7 @@ _KERNELS = (
 )
 
 
-class Kernel(NamedTuple):
+class KernelRun(NamedTuple):
     """One run of a kernel on the device: its name, and when it starts and ends, in milliseconds."""
 
     name: str
@@ -78,7 +78,7 @@ def step_table(profiled: profile, steps: int, predicted: Mapping[str, float], lo
     it; time in which no kernel runs is idle.
     """
     kernels = [
-        Kernel(event.name, event.time_range.start / 1e3, event.time_range.end / 1e3)
+        KernelRun(event.name, event.time_range.start / 1e3, event.time_range.end / 1e3)
         for event in profiled.events() or ()
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
     ]
@@ -97,7 +97,7 @@ def step_table(profiled: profile, steps: int, predicted: Mapping[str, float], lo
     return "\n".join(lines) + "\n"
 
 
-def milliseconds_by_category(kernels: Sequence[Kernel]) -> dict[str, float]:
+def milliseconds_by_category(kernels: Sequence[KernelRun]) -> dict[str, float]:
     """Category -> milliseconds, between the first kernel's start and the last one's end."""
     totals = {name: 0.0 for name, _ in _KERNELS}
     for kernel in kernels:
@@ -116,7 +116,7 @@ def milliseconds_by_category(kernels: Sequence[Kernel]) -> dict[str, float]:
     }
 
 
-def covered(kernels: Sequence[Kernel]) -> float:
+def covered(kernels: Sequence[KernelRun]) -> float:
     """Milliseconds in which at least one of these kernels runs."""
     total, until = 0.0, float("-inf")
     for kernel in sorted(kernels, key=lambda kernel: kernel.start):

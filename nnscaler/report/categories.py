@@ -7,8 +7,8 @@ from nnscaler.operators import operator_of
 from nnscaler.operators.registry import contraction_flops
 from nnscaler.plan import Key, Plan
 from nnscaler.planner.costs import STATE, CostModel
+from nnscaler.report.collectives import CollectiveCost
 from nnscaler.report.parameters import ParameterGroup
-from nnscaler.report.transfers import Transfer
 from nnscaler.units import Unit, divide
 
 MATMUL = "matmul"
@@ -44,7 +44,7 @@ def unit_categories(block: Block) -> dict[str, str]:
 
 
 def seconds_by_category(
-    plan: Plan, transfers: list[Transfer], parameters: list[ParameterGroup]
+    plan: Plan, collectives: list[CollectiveCost], parameters: list[ParameterGroup]
 ) -> tuple[dict[str, float], float]:
     """({category: seconds of a step}, in order; seconds of communication that computation hides).
 
@@ -62,13 +62,13 @@ def seconds_by_category(
             totals[what] = totals.get(what, 0.0) + value * plan.micro_batches
         elif key.category == "again":
             rest[RECOMPUTE] += value * plan.micro_batches
-    for transfer in transfers:
-        rest[MEMORY_BOUND if transfer.local else EXPOSED] += transfer.seconds - transfer.hidden
+    for one in collectives:
+        rest[MEMORY_BOUND if one.local else EXPOSED] += one.seconds - one.hidden
     rest[OPTIMIZER] += sum(group.update_seconds for group in parameters)
     if copies := sum(value for key, value in plan.seconds.items() if key.category == "copies"):
         rest[COPIES] = copies * plan.micro_batches
     first = {MATMUL: own.pop(MATMUL)} if MATMUL in own else {}
-    return {**first, **own, **rest}, sum(transfer.hidden for transfer in transfers)
+    return {**first, **own, **rest}, sum(one.hidden for one in collectives)
 
 
 def _items(block: Block) -> list[tuple[str, str]]:

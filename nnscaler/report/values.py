@@ -34,10 +34,10 @@ from nnscaler.report.categories import (
     host_bytes_by_category,
     seconds_by_category,
 )
+from nnscaler.report.collectives import collective_costs
 from nnscaler.report.limits import limits_of
 from nnscaler.report.origins import measuring, origins_of
 from nnscaler.report.parameters import parameter_groups
-from nnscaler.report.transfers import all_transfers
 from nnscaler.report.would_help import Replan, would_help
 
 PLAN = "plan.json"
@@ -65,8 +65,8 @@ def plan_report(plan: Plan, work: Work | None = None, replan: Replan | None = No
     """
     costs = costs_of(plan)
     parameters = parameter_groups(plan, costs)
-    transfers = all_transfers(plan, costs, parameters)
-    seconds, hidden = seconds_by_category(plan, transfers, parameters)
+    collectives = collective_costs(plan, costs, parameters)
+    seconds, hidden = seconds_by_category(plan, collectives, parameters)
     values = plan.to_json()
     values["predicted"] = {
         "step_seconds": plan.step_seconds,
@@ -82,7 +82,7 @@ def plan_report(plan: Plan, work: Work | None = None, replan: Replan | None = No
     }
     values["costs"] = {block.name: block_costs(plan, block, parameters) for block in plan.graph.all_blocks()}
     values["collectives"] = [
-        {**asdict(one), "local": one.local} for one in sorted(transfers, key=lambda one: -one.seconds)
+        {**asdict(one), "local": one.local} for one in sorted(collectives, key=lambda one: -one.seconds)
     ]
     values["limits"] = limits_of(values)
     values["origins"] = origins_of(values)

@@ -23,7 +23,7 @@ from nnscaler.sizes import PREFETCH_BYTES
 
 ShardedAlong = tuple[Axis, int]  # the mesh axis over which a tensor is sharded, and its sharded dimension
 Defer = Callable[[Tensor, dist.Work | None, Tensor], None]  # defer(parameter, the exchange's work, its result)
-Wait = Callable[[Tensor], None]  # wait(parameter): what is computed next comes after its update
+AwaitUpdate = Callable[[Tensor], None]  # wait(parameter): what is computed next comes after its update
 
 
 @dataclass(eq=False)
@@ -38,7 +38,7 @@ class _Gather:
 
     shard: Tensor
     shardings: Sequence[ShardedAlong]
-    wait: Wait
+    wait: AwaitUpdate
     started: tuple[Tensor, dist.Work | None] | None = None
 
     @property
@@ -70,7 +70,7 @@ class Gathers:
     wait   makes what is computed next come after the update of a shard
     """
 
-    def __init__(self, defer: Defer, wait: Wait = lambda parameter: None) -> None:
+    def __init__(self, defer: Defer, wait: AwaitUpdate = lambda parameter: None) -> None:
         self.defer, self.wait = defer, wait
         self._order: list[tuple[Tensor, Sequence[ShardedAlong]]] = []  # what was gathered in the last micro-batch
         self._next = 0  # place in the order of the next one that is needed

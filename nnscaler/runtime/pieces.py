@@ -28,11 +28,11 @@ def in_pieces(
     Example: `in_pieces(torch.mm, 4, (0, None), (0,), x, w)` is `torch.mm(x, w)`, a quarter of the rows at a time.
     """
     kept: list[Any] = []
-    results = _Pieces.apply(function, count, tuple(split), tuple(joined), kept, *_Kept.apply(kept, *args))
+    results = _Pieces.apply(function, count, tuple(split), tuple(joined), kept, *_KeptArguments.apply(kept, *args))
     return results if len(joined) > 1 else results[0]
 
 
-class _Kept(torch.autograd.Function):
+class _KeptArguments(torch.autograd.Function):
     """Keeps the arguments for backward, before anything is computed from them.
 
     A checkpoint around all this computes again only until it has what was kept: so it stops here.

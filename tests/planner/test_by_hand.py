@@ -22,9 +22,9 @@ from nnscaler.operators import bind, operator_of
 from nnscaler.placement import PARTIAL, REPLICATE, SHARED, Shard
 from nnscaler.planner import find_plan
 from nnscaler.planner.costs import CostModel
-from nnscaler.planner.evaluate import Evaluation, evaluate
 from nnscaler.planner.flows import resharding
 from nnscaler.planner.options import unit_options
+from nnscaler.planner.price import Price, price
 from nnscaler.planner.problem import Flow, Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution
 from nnscaler.recompute import KEEPS_ALL
@@ -63,7 +63,7 @@ def machine(tmp_path_factory) -> Hardware:
     return load_hardware(tiny.write_hardware(folder, memory_bandwidth=MEMORY, intra=link, inter=link))
 
 
-def by_rows(graph: Graph, machine: Hardware, devices: int) -> Evaluation:
+def by_rows(graph: Graph, machine: Hardware, devices: int) -> Price:
     """Every operator with its rows split over the devices, the weight whole, its gradient exchanged each time."""
     problem = build_problem(graph, CostModel(machine, Mesh((devices,))), Recomputing(), 2)
     rows = (Shard(0),) if devices > 1 else (REPLICATE,)
@@ -80,7 +80,7 @@ def by_rows(graph: Graph, machine: Hardware, devices: int) -> Evaluation:
             or decision.kind in ("input", "output")
         ]
         chosen.append(fitting[0])
-    evaluation = evaluate(Program(problem), Solution(chosen, {graph.root.name: {KEEPS_ALL: 1}}))
+    evaluation = price(Program(problem), Solution(chosen, {graph.root.name: {KEEPS_ALL: 1}}))
     assert evaluation is not None
     return evaluation
 

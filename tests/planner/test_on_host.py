@@ -19,8 +19,8 @@ from nnscaler.hardware import Hardware, load_hardware
 from nnscaler.hardware.spec import Host
 from nnscaler.mesh import Mesh
 from nnscaler.planner.costs import CostModel
-from nnscaler.planner.evaluate import Evaluation, evaluate
 from nnscaler.planner.on_host import PARTS
+from nnscaler.planner.price import Price, price
 from nnscaler.planner.problem import Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution
 from nnscaler.recompute import KEEPS_ALL, ON_DEVICE, ON_HOST, RECOMPUTES_ALL, Level
@@ -71,14 +71,14 @@ def machine(tmp_path_factory) -> Hardware:
     return load_hardware(tiny.write_hardware(Path(tmp_path_factory.mktemp("machine")), memory_bandwidth=1e12))
 
 
-def with_two_on_host(graph, machine: Hardware, host: Host, here: Level, state: int = PARTS // 2) -> Evaluation:
+def with_two_on_host(graph, machine: Hardware, host: Host, here: Level, state: int = PARTS // 2) -> Price:
     there = dict(zip(ON_DEVICE, ON_HOST))[here]
     costs = CostModel(replace(machine, host=host), Mesh((1,)))
     problem = build_problem(graph, costs, Recomputing(), MICRO_BATCHES, host=host.memory)
     chosen = [0] * len(problem.decisions)  # one device: options differ in when gradients are exchanged, with nobody
     levels = {block: {levels[0]: problem.calls[block]} for block, levels in problem.levels.items()}
     levels["layer"] = {there: AWAY, here: CALLS - AWAY}
-    found = evaluate(Program(problem), Solution(chosen, levels, state_on_host=state))
+    found = price(Program(problem), Solution(chosen, levels, state_on_host=state))
     assert found is not None
     return found
 

@@ -20,9 +20,9 @@ from nnscaler.plan import Plan
 from nnscaler.planner import find_plan, on_host
 from nnscaler.planner import problem as stating
 from nnscaler.planner.costs import CostModel
-from nnscaler.planner.evaluate import evaluate
 from nnscaler.planner.flows import beside
 from nnscaler.planner.pieces import COUNTS
+from nnscaler.planner.price import price
 from nnscaler.planner.problem import Problem, Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution
 from nnscaler.planner.search import WORTH
@@ -137,7 +137,7 @@ def everything(problem: Problem) -> Iterator[Solution]:
 
 def best(program: Program, memory: float) -> float | None:
     """The least time within memory, by trying everything."""
-    evaluations = (evaluate(program, solution) for solution in everything(program.problem))
+    evaluations = (price(program, solution) for solution in everything(program.problem))
     fitting = [
         e.total_seconds
         for e in evaluations
@@ -157,7 +157,7 @@ def test_the_program_finds_the_optimum(graph, sizes, fused, fraction, hardware):
     ways *= len(piece_counts(problem))
     assume(prod(len(decision.options) for decision in problem.decisions) * ways <= MOST)
     program = Program(problem)
-    free = evaluate(program, solve(program, memory=1e18, gap=0.0).solution)
+    free = price(program, solve(program, memory=1e18, gap=0.0).solution)
     assert free.total_seconds == pytest.approx(best(program, 1e18), rel=1e-5)
     assert 0.5 * free.total_seconds < least_seconds(program) <= free.total_seconds * (1 + 1e-6)
     memory = fraction * free.total_memory
@@ -168,7 +168,7 @@ def test_the_program_finds_the_optimum(graph, sizes, fused, fraction, hardware):
         return
     assert solution is not None
     event(f"{len(solution.solution.pieces)} runs in pieces")
-    found = evaluate(program, solution.solution)
+    found = price(program, solution.solution)
     assert found.total_memory <= memory * (1 + 1e-5)
     assert found.total_seconds == pytest.approx(wanted, rel=1e-5)
 
@@ -211,19 +211,19 @@ def test_the_program_finds_the_optimum_with_host_memory(graph, devices, fused, f
         patch.setattr(stating, "ON_DEVICE", ON_DEVICE[::3])  # the most and the least, or there are too many ways
         patch.setattr(stating, "ON_HOST", ON_HOST[::3])
         plain = Program(build_problem(graph, costs, Recomputing(), 2))
-        most = evaluate(plain, solve(plain, memory=1e18, gap=0.0).solution).total_memory
+        most = price(plain, solve(plain, memory=1e18, gap=0.0).solution).total_memory
         problem = build_problem(graph, costs, Recomputing(), 2, host=there * most)
         ways = prod(comb(problem.calls[b] + len(levels) - 1, len(levels) - 1) for b, levels in problem.levels.items())
         ways *= len(piece_counts(problem))
         assume(prod(len(decision.options) for decision in problem.decisions) * ways * 3 <= MOST // 2)
         problem.staging = 0.01 * most  # as large a part as in a model
         program = Program(problem)
-        least = evaluate(program, least_memory(program)).total_memory
+        least = price(program, least_memory(program)).total_memory
         memory = least * 1.001 + fraction * max(0.0, most - least)
         wanted = best(program, memory)
         solved = solve(program, memory, gap=0.0)
         assert solved is not None
-        found = evaluate(program, solved.solution)
+        found = price(program, solved.solution)
         assert found.total_memory <= memory * (1 + 1e-5)
         assert sum(found.host.values()) <= problem.host * (1 + 1e-5)
         assert found.total_seconds == pytest.approx(wanted, rel=1e-5)
@@ -270,7 +270,7 @@ def test_the_program_prices_any_solution_as_the_plain_sum_does(graph, sizes, fus
         chosen = tuple(random.randrange(len(decision.options)) for decision in problem.decisions)
         again = frozenset(index for index in gatherable(problem, chosen) if random.random() < 0.7)
         solution = Solution(list(chosen), random.choice(levels), again, pieces=random.choice(pieces))
-        evaluation = evaluate(program, solution)
+        evaluation = price(program, solution)
         if evaluation is None:
             continue
         event(f"gathered {len(again)}")
@@ -314,13 +314,13 @@ def stack_of_linear_layers() -> Graph:
 def test_what_fits_only_in_pieces_is_computed_so():
     costs = CostModel(load_hardware("h100"), Mesh((1,)), True)
     program = Program(build_problem(stack_of_linear_layers(), costs, Recomputing(), 2))
-    evaluations = [(one, evaluate(program, one)) for one in everything(program.problem)]
+    evaluations = [(one, price(program, one)) for one in everything(program.problem)]
     whole = min(e.total_memory for one, e in evaluations if e is not None and not one.pieces)
     least = min(e.total_memory for _, e in evaluations if e is not None)
     assert least < 0.8 * whole
     for memory in (least, (least + whole) / 2, 0.999 * whole):
         solution = solve(program, memory * (1 + 1e-6), gap=0.0).solution
-        found = evaluate(program, solution)
+        found = price(program, solution)
         assert solution.pieces
         assert found.total_memory <= memory * (1 + 1e-5)
         fitting = [e.total_seconds for _, e in evaluations if e is not None and e.total_memory <= memory * (1 + 1e-6)]

@@ -13,7 +13,7 @@ from nnscaler.mesh import Mesh
 from nnscaler.pieces import Stretch, stretches
 from nnscaler.plan import Key
 from nnscaler.planner.costs import CostModel
-from nnscaler.planner.evaluate import evaluate
+from nnscaler.planner.price import price
 from nnscaler.planner.problem import Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution
 from nnscaler.recompute import KEEPS_ALL, RECOMPUTES_ALL_BUT_ATTENTION
@@ -107,7 +107,7 @@ def test_pieces_by_hand(count, tmp_path):
     (stretch,) = problem.divisible
     levels = {graph.root.name: {KEEPS_ALL: 1}, stretch.block: {RECOMPUTES_ALL_BUT_ATTENTION: 2}}
     chosen = [0] * len(problem.decisions)  # on one device there is one way
-    found = evaluate(Program(problem), Solution(chosen, levels, pieces={(stretch.block, stretch.name): count}))
+    found = price(Program(problem), Solution(chosen, levels, pieces={(stretch.block, stretch.name): count}))
     assert found is not None
     narrow, wide, weight = 2 * ROWS * NARROW, 2 * ROWS * WIDE, 2 * NARROW * WIDE  # bytes, in bf16
     # Of few pieces, one of silu holds most: the gradients of what it reads and of what it writes. Of many, one of a

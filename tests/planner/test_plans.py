@@ -19,8 +19,8 @@ from nnscaler.models.causal_lm import CausalLM, prepare_config
 from nnscaler.placement import SHARED, Shard
 from nnscaler.planner import find_plan
 from nnscaler.planner.costs import CostModel
-from nnscaler.planner.evaluate import evaluate
 from nnscaler.planner.options import Option
+from nnscaler.planner.price import price
 from nnscaler.planner.problem import Decision, Problem, Recomputing, build_problem
 from nnscaler.planner.program import Program
 from nnscaler.planner.solve import stated
@@ -76,7 +76,7 @@ def seconds(problem: Problem, memory: float, allowed: Callable[[Decision, Option
     answer = milp.solve(1e-3)
     if answer is None:
         return None
-    evaluation = evaluate(program, program.solution(answer.values))
+    evaluation = price(program, program.solution(answer.values))
     assert evaluation is not None
     return evaluation.total_seconds
 

@@ -7,17 +7,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nnscaler.profiler.steps import Kernel, covered, milliseconds_by_category, step_table
+from nnscaler.profiler.steps import KernelRun, covered, milliseconds_by_category, step_table
 
 GEMM, ATTENTION, NCCL, COPY = "nvjet_sm90_tst_128x256", "flash_fwd_kernel", "ncclDevKernel_AllGather", "copy_kernel"
 
 
 def test_communication_is_hidden_where_another_kernel_runs():
     kernels = [
-        Kernel(GEMM, 10.0, 14.0),
-        Kernel(NCCL, 13.0, 17.0),  # one millisecond beside the product, one beside attention
-        Kernel(ATTENTION, 16.0, 20.0),
-        Kernel(COPY, 23.0, 24.0),
+        KernelRun(GEMM, 10.0, 14.0),
+        KernelRun(NCCL, 13.0, 17.0),  # one millisecond beside the product, one beside attention
+        KernelRun(ATTENTION, 16.0, 20.0),
+        KernelRun(COPY, 23.0, 24.0),
     ]
     assert milliseconds_by_category(kernels) == {
         "matmul": 4.0,
@@ -33,7 +33,7 @@ def test_communication_is_hidden_where_another_kernel_runs():
 
 def test_time_is_counted_once_where_kernels_overlap():
     spans = [(5.0, 6.0), (0.0, 4.0), (1.0, 2.0), (3.0, 4.5)]  # two of them while the longest runs, one beyond its end
-    assert covered([Kernel(COPY, *span) for span in spans]) == pytest.approx(5.5)
+    assert covered([KernelRun(COPY, *span) for span in spans]) == pytest.approx(5.5)
     assert covered([]) == 0.0
 
 

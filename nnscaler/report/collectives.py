@@ -18,7 +18,7 @@ _PHASES = {"reshard": "forward", "reshard backward": "backward", "reshard again"
 
 
 @dataclass(frozen=True)
-class Transfer:
+class CollectiveCost:
     """One collective, or a local part of resharding, with its totals of a step.
 
     what        the tensor; or "gradients" or "weights" of the block
@@ -50,13 +50,13 @@ class Transfer:
         return self.collective in LOCAL
 
 
-def all_transfers(plan: Plan, costs: CostModel, parameters: list[ParameterGroup]) -> list[Transfer]:
-    """The transfers of activations and gathered weights in the plan's order, then of gradients and updated weights."""
+def collective_costs(plan: Plan, costs: CostModel, parameters: list[ParameterGroup]) -> list[CollectiveCost]:
+    """Those of activations and gathered weights in the plan's order, then those of gradients and updated weights."""
     moved = [
-        transfer
+        one
         for seconds, hidden in ((plan.seconds, _nothing), (plan.beside, lambda key: _hidden(plan, key)))
         for key, value in seconds.items()
-        for transfer in _steps(plan, costs, key, value, hidden(key))
+        for one in _steps(plan, costs, key, value, hidden(key))
     ]
     return [*moved, *_gradients(plan, costs, parameters), *_weights(costs, parameters, plan)]
 
@@ -72,7 +72,7 @@ def _hidden(plan: Plan, key: Key) -> float:
     return 1 - plan.seconds.get(Key("exchange", "", side), 0.0) / total if total else 0.0
 
 
-def _steps(plan: Plan, costs: CostModel, key: Key, seconds: float, hidden: float) -> Iterator[Transfer]:
+def _steps(plan: Plan, costs: CostModel, key: Key, seconds: float, hidden: float) -> Iterator[CollectiveCost]:
     """The collectives that one entry of the plan's seconds stands for, each with its share of them."""
     phase = _PHASES.get(key.category)
     if phase is None:
@@ -92,7 +92,7 @@ def _steps(plan: Plan, costs: CostModel, key: Key, seconds: float, hidden: float
     for reshard, size, time in priced:
         if time:
             name = reshard.collectives[is_backward]
-            yield Transfer(
+            yield CollectiveCost(
                 block=key.block,
                 what=key.name,
                 phase=phase,
@@ -107,7 +107,7 @@ def _steps(plan: Plan, costs: CostModel, key: Key, seconds: float, hidden: float
             )
 
 
-def _gradients(plan: Plan, costs: CostModel, parameters: list[ParameterGroup]) -> Iterator[Transfer]:
+def _gradients(plan: Plan, costs: CostModel, parameters: list[ParameterGroup]) -> Iterator[CollectiveCost]:
     """The exchange of each block's gradients among the owners of the same shards, beside backward."""
     hidden = _hidden(plan, Key("exchange"))
     for group in _exchanged(parameters):
@@ -115,7 +115,7 @@ def _gradients(plan: Plan, costs: CostModel, parameters: list[ParameterGroup]) -
         seconds = plan.micro_batches * sum(
             plan.beside.get(Key("exchange", one.block, one.tensor), 0.0) for one in group
         )
-        yield Transfer(
+        yield CollectiveCost(
             block=first.block,
             what="gradients",
             phase="backward",
@@ -130,12 +130,12 @@ def _gradients(plan: Plan, costs: CostModel, parameters: list[ParameterGroup]) -
         )
 
 
-def _weights(costs: CostModel, parameters: list[ParameterGroup], plan: Plan) -> Iterator[Transfer]:
+def _weights(costs: CostModel, parameters: list[ParameterGroup], plan: Plan) -> Iterator[CollectiveCost]:
     """The exchange of each block's updated weights among the owners of the same shards, once a step."""
     for group in _exchanged(parameters):
         first = group[0]
         metas = [(one, _meta(plan, one.block, one.tensor)) for one in group]
-        yield Transfer(
+        yield CollectiveCost(
             block=first.block,
             what="weights",
             phase="update",

@@ -10,7 +10,7 @@ from nnscaler.planner.statement import Account
 
 
 @dataclass
-class Evaluation:
+class Price:
     """The seconds of a micro-batch, and the bytes of a device.
 
     seconds  what one micro-batch takes. The key `exchange` is the time by which forward and backward take longer
@@ -39,14 +39,14 @@ class Evaluation:
         return sum(self.memory.values())
 
 
-def evaluate(program: Program, solution: Solution) -> Evaluation | None:
+def price(program: Program, solution: Solution) -> Price | None:
     """The cost of a solution. None where it needs a tensor in a layout that resharding cannot give."""
     values = program.statement.values(program.values(solution))
     if values is None:
         return None
     prices = program.statement.prices
     last = 1 / program.problem.micro_batches
-    return Evaluation(
+    return Price(
         prices(values, {Account.TIME: 1.0}),
         prices(values, {Account.DEVICE: 1.0}),
         prices(values, {Account.FORWARD: 1.0, Account.BACKWARD: 1.0, Account.LAST: last}),
