@@ -9,7 +9,7 @@ from nnscaler.annotation import Shape
 from nnscaler.graph import Node
 from nnscaler.operators.annotating import write
 from nnscaler.operators.registry import arguments, backward_reads, family
-from nnscaler.operators.spelling import Call
+from nnscaler.operators.spelling import WrittenCall
 
 
 def convolution(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
@@ -39,7 +39,7 @@ def convolution_flops(sizes: dict[str, int], node: Node) -> float:
     return 2.0 * prod(size for name, size in sizes.items() if not name.startswith("l"))
 
 
-def convolution_text(call: Call) -> str:
+def convolution_text(call: WrittenCall) -> str:
     """A device with a part of the channels, each of which is convolved by itself, has as many groups as it has
     channels."""
     channels = call.shape[-1 - int(call.op[4])]  # of conv1d, the last but one

@@ -10,7 +10,7 @@ from nnscaler.annotation import Shape
 from nnscaler.graph import Node, Ref
 from nnscaler.operators.annotating import dim_names, write
 from nnscaler.operators.registry import arguments, backward_reads, family, save_nothing
-from nnscaler.operators.spelling import Call
+from nnscaler.operators.spelling import WrittenCall
 
 
 def embedding(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
@@ -20,7 +20,7 @@ def embedding(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> 
     return write([["n^", "h"], tokens], [[*tokens, "h"]])
 
 
-def embedding_text(call: Call) -> str:
+def embedding_text(call: WrittenCall) -> str:
     options = [f", {name}={call[name]}" for name in ("padding_idx", "scale_grad_by_freq") if name in call.unwritten]
     return f"F.embedding({call['indices']}, {call['weight']}{''.join(options)})"
 
@@ -99,7 +99,7 @@ def index_put(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> 
     return write([target, *where, values], [target])
 
 
-def index_text(call: Call) -> str:
+def index_text(call: WrittenCall) -> str:
     items = [str(item) if isinstance(item, Ref) else ":" for item in call.value("indices")]
     return f"{call['self']}[{', '.join(items)}]"
 
@@ -110,10 +110,10 @@ def constant(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> s
     return ", ".join("?" for _ in inputs) + made
 
 
-def made(template: str) -> Callable[[Call], str]:
+def made(template: str) -> Callable[[WrittenCall], str]:
     """The text of a new tensor on the model's device. Its type is written where torch would choose another."""
 
-    def text(call: Call) -> str:
+    def text(call: WrittenCall) -> str:
         given = call.value("dtype")
         usual = given is None and (not call.dtype.is_floating_point or call.dtype == torch.float32)
         written = call.fill(template)

@@ -9,7 +9,7 @@ from nnscaler.graph import Node
 from nnscaler.operators.annotating import dim_names, write
 from nnscaler.operators.reduce import REDUCTIONS
 from nnscaler.operators.registry import arguments, backward_reads, family
-from nnscaler.operators.spelling import Call
+from nnscaler.operators.spelling import WrittenCall
 
 
 def elementwise(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
@@ -19,7 +19,7 @@ def elementwise(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -
     return write([names] * len(inputs), [names if mode == "none" else []])
 
 
-def text(call: Call) -> str:
+def text(call: WrittenCall) -> str:
     reduction = REDUCTIONS[call.value("reduction")]
     return call.fill("F.{op}({self}, {target}, **)")[:-1] + f', reduction="{reduction}")'
 

@@ -8,7 +8,7 @@ from nnscaler.annotation import Shape
 from nnscaler.graph import Node
 from nnscaler.operators.annotating import dim_names, write
 from nnscaler.operators.registry import arguments, backward_reads, family, save_both, save_nothing
-from nnscaler.operators.spelling import FUNCTION, Call, infix
+from nnscaler.operators.spelling import FUNCTION, WrittenCall, infix
 
 
 def broadcast(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
@@ -27,7 +27,7 @@ def like_the_first(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]
     return f"{' '.join(names) or '()'}, ? -> {' '.join(names) or '()'}"
 
 
-def identity(call: Call) -> str:
+def identity(call: WrittenCall) -> str:
     """The input itself, whatever the other arguments say."""
     call.unwritten.clear()
     return call["input"]
@@ -38,20 +38,20 @@ def drops(node: Node) -> bool:
     return bool(given["train"] and given["p"])
 
 
-def cast(call: Call) -> str:
+def cast(call: WrittenCall) -> str:
     """A tensor in another type. All tensors are on one device, so nothing else can change."""
     for name in ("dtype", "other"):
         call.unwritten.discard(name)
     return f"{call['self']}.to({call.dtype})"
 
 
-def copied(call: Call) -> str:
+def copied(call: WrittenCall) -> str:
     """The second tensor, in the shape and type of the first: `copy_` without writing in place."""
     call.unwritten.discard("self")
     return f"{call['src']}.expand({', '.join(map(str, call.shape)) or '()'}).to({call.dtype})"
 
 
-def where(call: Call) -> str:
+def where(call: WrittenCall) -> str:
     condition, first, second = (call[name] for name in ("condition", "self", "other"))
     return f"torch.where({condition}, {first}, {second})"
 

@@ -15,7 +15,7 @@ from nnscaler.operators.registry import (
     save_inputs,
     save_nothing,
 )
-from nnscaler.operators.spelling import FUNCTION, Call
+from nnscaler.operators.spelling import FUNCTION, WrittenCall
 
 
 def dims_of(node: Node, rank: int) -> set[int]:
@@ -94,7 +94,7 @@ def cross_entropy(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape])
     return write([source, target, *weight], [batch if mode == "none" else []])
 
 
-def cross_entropy_text(call: Call) -> str:
+def cross_entropy_text(call: WrittenCall) -> str:
     options = [f"ignore_index={call['ignore_index']}", f'reduction="{REDUCTIONS[call.value("reduction")]}"']
     options += [f"{name}={call[name]}" for name in ("weight", "label_smoothing") if name in call.unwritten]
     return f"F.cross_entropy({call['self']}, {call['target']}, {', '.join(options)})"

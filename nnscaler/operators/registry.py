@@ -21,7 +21,7 @@ from nnscaler.annotation import Annotation, Bound, Shape
 from nnscaler.errors import UserError
 from nnscaler.graph import Block, Node, Ref, TensorMeta, format_argument, map_refs, refs
 from nnscaler.operators.arguments import by_name, overload
-from nnscaler.operators.spelling import METHOD, Call, Text, write
+from nnscaler.operators.spelling import METHOD, Text, WrittenCall, write
 
 Annotate = Callable[[Node, Sequence[Shape], Sequence[Shape]], str]  # (node, input shapes, output shapes) -> annotation
 Flops = Callable[[dict[str, int], Node], float]  # (local size of each annotated name, node) -> operations
@@ -227,7 +227,7 @@ def spell(node: Node, inputs: Sequence[Ref], outputs: Sequence[TensorMeta]) -> s
     """
     names = iter(inputs)
     args, kwargs = map_refs((node.args, node.kwargs), lambda ref: next(names))
-    return write(operator_of(node).text, Call(node, args, kwargs, outputs))
+    return write(operator_of(node).text, WrittenCall(node, args, kwargs, outputs))
 
 
 LeafTracer = Callable[[Operator, tuple[Any, ...], dict[str, Any]], Any]

@@ -1,6 +1,7 @@
 """How a call of an operator is written in Python: `F.linear(x, w)` rather than `torch.ops.aten.linear.default(x, w)`.
 
-The text of an operator's entry is a template; or a function of a `Call`, where a template cannot say it. In a template,
+The text of an operator's entry is a template; or a function of a `WrittenCall`, where a template cannot say it. In a
+template,
 
     {name}   is an argument, by its name in ATen's schema; {op} is the operator's own name
     *        the arguments that are not written elsewhere and do not have their default values: by place as long as
@@ -43,7 +44,7 @@ FUNCTION = "torch.{op}(*)"
 WHOLE_SIZE = 2**63 - 1  # the end of a slice that runs to the end
 
 
-class Call:
+class WrittenCall:
     """A call that is being written.
 
     `call[name]` is the text of an argument, and `value(name)` the argument itself; both count it as written. Tensor
@@ -112,10 +113,10 @@ class Call:
         return _PLACES.sub(place, template)
 
 
-Text = str | Callable[[Call], str]
+Text = str | Callable[[WrittenCall], str]
 
 
-def write(text: Text, call: Call) -> str:
+def write(text: Text, call: WrittenCall) -> str:
     """A call as its operator's entry writes it. Raises UserError for an argument that the text does not say."""
     written = call.fill(text) if isinstance(text, str) else text(call)
     call.without_effect()
@@ -137,10 +138,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def infix(sign: str, swapped: bool = False) -> Callable[[Call], str]:
+def infix(sign: str, swapped: bool = False) -> Callable[[WrittenCall], str]:
     """Text such as `a + b`; or a call of the function, where `alpha` scales the second operand."""
 
-    def text(call: Call) -> str:
+    def text(call: WrittenCall) -> str:
         if "alpha" in call.unwritten:
             return call.fill("torch.{op}({self}, {other}, **)")
         first, second = ("other", "self") if swapped else ("self", "other")
@@ -149,10 +150,10 @@ def infix(sign: str, swapped: bool = False) -> Callable[[Call], str]:
     return text
 
 
-def sizes(method: str) -> Callable[[Call], str]:
+def sizes(method: str) -> Callable[[WrittenCall], str]:
     """A method that takes the sizes of the result, such as `x.reshape(2, 3)`: on a device, those of its own part."""
 
-    def text(call: Call) -> str:
+    def text(call: WrittenCall) -> str:
         source = call["self"]
         call.unwritten.clear()  # all other arguments say what the result's shape says
         return f"{source}.{method}({', '.join(map(str, call.shape)) or '()'})"

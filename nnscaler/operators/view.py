@@ -10,7 +10,7 @@ from nnscaler.operators.annotating import dim_names, write
 from nnscaler.operators.pointwise import broadcast
 from nnscaler.operators.reduce import along_dim, dims_of
 from nnscaler.operators.registry import Annotate, arguments, family, save_nothing
-from nnscaler.operators.spelling import FUNCTION, METHOD, WHOLE_SIZE, Call, Text, sizes
+from nnscaler.operators.spelling import FUNCTION, METHOD, WHOLE_SIZE, Text, WrittenCall, sizes
 
 
 def regroup(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
@@ -162,11 +162,11 @@ def triangle(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> s
     return write([dims], [dims])
 
 
-def permute_text(call: Call) -> str:
+def permute_text(call: WrittenCall) -> str:
     return f"{call['self']}.permute({', '.join(map(str, call.value('dims')))})"
 
 
-def slice_text(call: Call) -> str:
+def slice_text(call: WrittenCall) -> str:
     dim, start, end, step = (call.value(name) for name in ("dim", "start", "end", "step"))
     begin = "" if not start else str(start)
     stop = "" if end is None or end == WHOLE_SIZE else str(end)
