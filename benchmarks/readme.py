@@ -73,8 +73,8 @@ def headline() -> str:
     ]
     mfu = (
         "Measured in whole training steps, beside torchtitan, a training framework of PyTorch. MFU is the part of a "
-        "device's peak speed that the model's arithmetic reaches. The first MFU counts only what the causal mask leaves "
-        "of attention; the second is by the document's formula, which counts attention in full."
+        "device's peak speed that the model's arithmetic reaches. The first MFU counts only what the causal mask "
+        "leaves of attention; the second is by the document's formula, which counts attention in full."
     )
     compiling = (
         f"Planning 8B at 131,072 tokens and writing its code takes {ours_8b['seconds']} s on two cores, which is "
