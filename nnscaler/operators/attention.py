@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+import torch
 from torch import Tensor
 
 from nnscaler.annotation import Shape
-from nnscaler.graph import Node
+from nnscaler.graph import Node, TensorMeta
 from nnscaler.kernels import Asked, attend
 from nnscaler.operators.annotating import write
 from nnscaler.operators.registry import arguments, family, register_op, save_both
@@ -56,12 +57,24 @@ def reach(is_causal: bool, window: Window) -> Window:
 ATTENTION_BACKWARD = 2.5
 
 
+def document_examples(node: Node, inputs: Sequence[TensorMeta]) -> dict[int, Tensor]:
+    """Documents of `document_length` tokens each."""
+    given = arguments(node)
+    documents, length = given["documents"], given["document_length"]
+    if documents is None or length is None:
+        return {}
+    place = node.inputs.index(documents.name)
+    shape = inputs[place].shape
+    return {place: (torch.arange(shape[1]) // length).expand(shape)}
+
+
 @register_op(
     "b (k g^) l d^, b k s^ d^, b k s^ e^, (k g^), (k g^), b s^ -> b l (k g^) e^",
     flops=attention_flops,
     backward=ATTENTION_BACKWARD,
     saves=save_both,
     along={"l": "nnscaler.runtime.attention.attention_along_l"},
+    examples=document_examples,
 )
 def attention(
     query: Tensor,

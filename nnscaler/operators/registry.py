@@ -28,6 +28,7 @@ Flops = Callable[[dict[str, int], Node], float]  # (local size of each annotated
 Workspace = Callable[[dict[str, int], Node, Sequence[TensorMeta]], float]  # (the same, local inputs) -> bytes
 BackwardRatio = Callable[[Node, Sequence[TensorMeta]], float]  # (node, inputs) -> a multiple of forward's operations
 Exchange = Callable[[dict[str, int], int, Sequence[TensorMeta]], float]  # (local sizes, devices, inputs) -> bytes
+Examples = Callable[[Node, Sequence[TensorMeta]], dict[int, torch.Tensor]]  # (node, inputs) -> values of some inputs
 Saves = Callable[[Node, Sequence[TensorMeta], Sequence[TensorMeta]], list[str]]  # (node, inputs, outputs) -> tensors
 
 
@@ -87,6 +88,10 @@ def no_workspace(sizes: dict[str, int], node: Node, inputs: Sequence[TensorMeta]
     return 0.0
 
 
+def no_examples(node: Node, inputs: Sequence[TensorMeta]) -> dict[int, torch.Tensor]:
+    return {}
+
+
 def no_flops(sizes: dict[str, int], node: Node) -> float:
     return 0.0
 
@@ -119,6 +124,8 @@ class Operator:
                 arrive; as many come back. Without it, what is sharded of inputs and outputs travels
     among_copies  what is called instead of `function` where there are several copies of the model: with their group
                 first
+    examples    (node, local inputs) -> place of an input -> its values when a call is timed, where values decide how
+                long it takes
     """
 
     name: str
@@ -136,6 +143,7 @@ class Operator:
     along: Mapping[str, Callable[..., Any] | str] = field(default_factory=dict)
     exchanges: Mapping[str, Exchange] = field(default_factory=dict)
     among_copies: Callable[..., Any] | str | None = None
+    examples: Examples = no_examples
 
     def backward_ratio(self, node: Node, inputs: Sequence[TensorMeta]) -> float:
         """The operations of a call's backward, as a multiple of its forward's."""
@@ -247,6 +255,7 @@ def register_op(
     along: Mapping[str, Callable[..., Any] | str] | None = None,
     exchanges: Mapping[str, Exchange] | None = None,
     among_copies: Callable[..., Any] | str | None = None,
+    examples: Examples | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function of tensors as one operator that the compiler may split as its annotation says.
 
@@ -275,6 +284,8 @@ def register_op(
                 sharded of inputs and outputs is sent
     among_copies  the function to call instead where several copies of the model train on different samples, with their
                 group (an `Axis`) before the other arguments; or its name `module.function`
+    examples    (node, local inputs) -> place of an input -> its values when a call is timed, where values decide how
+                long it takes; by default random numbers, and zeros for integers
 
     Raises UserError where the annotation cannot be parsed or the name belongs to another function.
     """
@@ -294,6 +305,7 @@ def register_op(
             along=along or {},
             exchanges=exchanges or {},
             among_copies=among_copies,
+            examples=examples or no_examples,
         )
         known = _operators.get(operator.name)
         if known is not None and (known.function is None or known.function.__qualname__ != function.__qualname__):

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 # Seconds that each operator runs. A GPU at the limit of its power lowers its clock within tenths of a second: attention
 # takes 10 % longer then than at first (H200), and in training it is always so.
 _SUSTAINED = 0.6
+_DEVICE = "cuda"
 _KERNEL_LIBRARIES = ("flash-attn-4", "flash-attn", "liger-kernel")
 
 
@@ -107,7 +108,8 @@ def _versions() -> str:
 
 def _measure(node: Node, inputs: Sequence[TensorMeta]) -> list[float] | None:
     try:
-        tensors = iter([_example(meta) for meta in inputs])
+        given = operator_of(node).examples(node, inputs)
+        tensors = iter([given[i].to(_DEVICE) if i in given else _example(meta) for i, meta in enumerate(inputs)])
         args, kwargs = map_refs((node.args, node.kwargs), lambda ref: next(tensors))
         return _forward_and_backward(_function(node), operator_of(node).backward == 0.0, args, kwargs)
     except (RuntimeError, ValueError) as error:  # out of memory is a RuntimeError too
@@ -135,8 +137,8 @@ def _example(meta: TensorMeta) -> Tensor:
     valid indices anywhere.
     """
     if not meta.dtype.is_floating_point:
-        return torch.zeros(meta.shape, dtype=meta.dtype, device="cuda")
-    value = torch.randn(meta.shape, dtype=meta.dtype, device="cuda")
+        return torch.zeros(meta.shape, dtype=meta.dtype, device=_DEVICE)
+    value = torch.randn(meta.shape, dtype=meta.dtype, device=_DEVICE)
     if len(meta.shape) == 2:
         value *= meta.shape[-1] ** -0.5
     return value.requires_grad_(meta.requires_grad)
