@@ -155,4 +155,4 @@ family("clamp_min.Tensor", broadcast, saves=backward_reads(self="self min", min=
 family("clamp_max.Tensor", broadcast, saves=backward_reads(self="self max", max="self max"))
 family("hypot.default", broadcast, saves=backward_reads(self="self result", other="other result"))
 family("logaddexp.default", broadcast, saves=backward_reads(self="self other", other="self other"))
-family("fill.Scalar", broadcast, FUNCTION, saves=save_nothing)
+family("fill.Scalar fill.Tensor", broadcast, FUNCTION, saves=save_nothing)

@@ -111,6 +111,8 @@ def test_a_process_is_known_by_more_than_its_number():
     assert dataclasses.replace(mine, namespace="pid:[1]").lives is None
     child = subprocess.Popen(["true"])
     zombie = Process.of(child.pid)
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is still in the table of processes
+    assert zombie.lives is False
     child.wait()
     assert zombie.lives is False
     assert keeper() == mine
@@ -129,6 +131,19 @@ def test_one_that_cannot_be_seen_lives_while_it_renews_its_claim(tmp_path, monke
     assert claim(tmp_path, "run", None, None, ["c"]).folder.name == "run"
     with pytest.raises(UserError, match="no longer this run's"):
         held.check()
+
+
+def test_a_run_that_is_continued_while_it_hangs_no_longer_owns_its_folder(tmp_path):
+    held = claim(tmp_path, "run", None, None, ["a"])
+    saved = publish_one(held.folder, 1, 1.0)
+    killed(held)
+    of_dead_process(held.folder)
+    again = claim(tmp_path, "run", saved, None, ["b"])
+    assert (again.folder, again.claim.run) == (held.folder, held.claim.run), "the same run, by another owner"
+    assert again.is_mine
+    with pytest.raises(UserError, match="no longer this run's"):
+        held.check()
+    again.release()
 
 
 def test_only_the_run_of_the_same_name_and_folder_is_continued(tmp_path):

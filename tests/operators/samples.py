@@ -91,6 +91,7 @@ def samples(a: int, b: int, c: int, d: int) -> dict[str, list[tuple]]:
         "hypot.default": [(x, positive(b, c))],
         "logaddexp.default": [(x, real(b, c))],
         "fill.Scalar": [(x, 2.0), (index(9, a), 3)],
+        "fill.Tensor": [(x, real())],
         "mse_loss.default": [(x, real(a, b, c)), (x, real(a, b, c), 0), (x, real(a, b, c), 2)],
         "smooth_l1_loss.default": [(x, real(a, b, c)), (x, real(a, b, c), 0, 0.3), (x, real(a, b, c), 2)],
         "huber_loss.default": [(x, real(a, b, c)), (x, real(a, b, c), 0, 0.3), (x, real(a, b, c), 2)],
