@@ -58,6 +58,14 @@ def test_the_newest_and_those_that_links_point_to_are_kept(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {*names(tmp_path), "last", "best"}
 
 
+def test_what_was_saved_to_be_kept_is_kept(tmp_path):
+    """And another run's."""
+    for step, (owner, keep) in enumerate([("run", 1), ("run", 0), ("other", 1), ("run", 1), ("run", 1)], 1):
+        publish_one(tmp_path, step, float(9 - step), owner, keep)
+    remove_old(tmp_path, 1, "run")
+    assert names(tmp_path) == ["step_00000002", "step_00000003", "step_00000005"]
+
+
 def test_the_best_is_that_of_the_lowest_validation_loss(tmp_path):
     """Training losses count only while nothing has been evaluated."""
     best = []

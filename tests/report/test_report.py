@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -29,6 +30,7 @@ from nnscaler.report import __main__ as command
 from nnscaler.report import compare, explain, plan_report, read_plan
 from nnscaler.report.categories import COPIES
 from nnscaler.report.page import plan_page
+from nnscaler.report.transfers import _hidden
 from nnscaler.report.values import Work
 from nnscaler.trace import trace
 from tests import tiny
@@ -55,6 +57,7 @@ def slow(tmp_path_factory):
     return load_hardware(tiny.write_hardware(folder, intra=link, inter=link, launch=1e-7))
 
 
+PHASES = {"forward": "reshard", "backward": "reshard backward"}
 CASES = [((1,), 1, False), ((2,), 1, False), ((2,), 2, False), ((1,), 4, True)]
 
 
@@ -100,6 +103,17 @@ def test_copies_to_the_host_are_a_part_of_the_step(graph, slow):
     assert predicted["seconds_by_category"][COPIES] == pytest.approx(3 * 1.25)
     assert sum(predicted["seconds_by_category"].values()) == pytest.approx(plan.step_seconds, rel=1e-5)
     assert predicted["hidden_copies_seconds"] == pytest.approx(3 * (4 - 1)), "those of activations"
+
+
+def test_what_is_hidden_is_that_of_a_side():
+    """Of 4 s of gathers forward takes 1 s longer; of 8 s of them and 8 s of gradients, backward 12 s."""
+    gathers = {side: Key(category, "b", "w", "S(0) -> R*") for side, category in PHASES.items()}
+    beside = {gathers["forward"]: 4.0, gathers["backward"]: 8.0, Key("exchange", "b", "w"): 8.0}
+    seconds = {Key("exchange", "", "forward"): 1.0, Key("exchange", "", "backward"): 12.0}
+    plan = SimpleNamespace(beside=beside, seconds=seconds)
+    assert _hidden(plan, gathers["forward"]) == pytest.approx(3 / 4)
+    assert _hidden(plan, gathers["backward"]) == pytest.approx(4 / 16)
+    assert _hidden(plan, Key("exchange", "b", "w")) == pytest.approx(4 / 16)
 
 
 def test_each_block_has_its_part(planned):

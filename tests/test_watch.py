@@ -1,0 +1,73 @@
+"""A rank that waits too long looks for the others. Time passes in beats that the test gives."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
+
+from nnscaler import watch
+from nnscaler.watch import Watch
+
+BEAT = watch._BEAT
+
+
+class Beats:
+    """In the place of an event that would end the thread: each wait is a beat, in which something may happen."""
+
+    def __init__(self, count: int, happens=lambda beat: None) -> None:
+        self.count, self.happens, self.beat = count, happens, 0
+
+    def wait(self, seconds: float) -> bool:
+        self.beat += 1
+        self.happens(self.beat)
+        return self.beat > self.count
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """What threads would have run."""
+    made: list[str] = []
+
+    def thread(target, daemon):
+        made.append(target.__name__)
+        return SimpleNamespace(start=lambda: None)
+
+    monkeypatch.setattr(watch.threading, "Thread", thread)
+    return made
+
+
+def of(store: dist.Store, rank: int, world: int) -> Watch:
+    return Watch(store, rank, world, timedelta(seconds=3 * BEAT))
+
+
+def test_it_looks_for_the_others_after_its_patience_without_a_step(threads):
+    watched = of(dist.HashStore(), 0, 1)
+    watched._stop = Beats(7)
+    watched._run()
+    assert threads == ["_run", "explain", "explain"], "after three beats, and after six"
+
+
+def test_with_a_step_in_time_it_does_not(threads):
+    watched = of(dist.HashStore(), 0, 1)
+    watched._stop = Beats(12, lambda beat: watched.reached(beat) if beat % 2 else None)
+    watched._run()
+    assert threads == ["_run"]
+
+
+def test_it_names_those_that_are_silent_and_those_behind(threads, caplog):
+    store = dist.HashStore()
+    for rank, (host, step) in enumerate([("a", 5), ("a", 5), ("b", 4), ("b", 3)]):
+        store.set(f"here/{rank}", host)
+        store.set(f"step/{rank}", str(step))
+        store.set(f"beat/{rank}", "1")
+    watched = of(store, 0, 4)
+    watched._stop = Beats(0, lambda _: [store.set(f"beat/{rank}", "2") for rank in (0, 1, 2)])
+    watched.explain()
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        "after step 5: rank 3 on b gives no sign of life; its last step was 3",
+        "after step 5: rank 2 on b is behind; its last step was 4",
+    ]
