@@ -83,7 +83,9 @@ def source(tmp_path):
 
 def test_all_small_files_come_along(source, tmp_path):
     (tmp_path / "out").mkdir()
-    AssetWriter(AutoConfig.from_pretrained(source), "bfloat16", str(source), None, 4096)(tmp_path / "out")
+    config = AutoConfig.from_pretrained(source)
+    config.use_cache = False  # as it is for training
+    AssetWriter(config, "bfloat16", str(source), None, 4096)(tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
         "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
