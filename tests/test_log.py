@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from nnscaler.cli.config import LogConfig
 from nnscaler.cli.log import METRICS, RunLog, is_free, log_folder
+from nnscaler.errors import UserError
 
 SPEED = {"tokens_per_second_per_gpu": 1.0}
 
@@ -36,6 +42,46 @@ def test_what_is_not_finite_is_null(tmp_path):
     lines = (tmp_path / METRICS).read_text().splitlines()
     refuse = {"parse_constant": lambda name: (_ for _ in ()).throw(ValueError(name))}
     assert [json.loads(line, **refuse)["loss"] for line in lines] == [None, None]
+
+
+class Wandb(ModuleType):
+    """Weights & Biases, as far as it is called."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.__spec__ = ModuleSpec("wandb", None)
+        self.said: list[object] = []
+
+    def init(self, **settings):
+        self.said.append(settings)
+        return self
+
+    def log(self, values, step):
+        self.said.append((step, values))
+
+    def finish(self, exit_code):
+        self.said.append(exit_code)
+
+
+def test_weights_and_biases_get_what_is_finite(tmp_path, monkeypatch):
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert LogConfig(report_to="wandb").report_to == "wandb"
+    with RunLog(tmp_path / "llama-2", "me", 3, 0, {"seed": 5}) as log:
+        log.write(1, {"loss": 2.0, "gradient_norm": float("inf")})
+    with pytest.raises(ZeroDivisionError), RunLog(tmp_path / "llama-2", "me", 3, 1, {"seed": 5}):
+        raise ZeroDivisionError
+    begin = {
+        "project": "nnscaler", "name": "llama-2", "id": "me", "resume": "allow", "dir": str(tmp_path / "llama-2"),
+        "config": {"seed": 5},
+    }  # fmt: skip
+    assert wandb.said == [begin, (1, {"loss": 2.0}), 0, begin, 1]
+
+
+def test_where_it_is_not_installed_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="report_to is wandb, which is not installed: pip install wandb"):
+        LogConfig(report_to="wandb")
 
 
 def test_a_log_folder_is_one_runs(tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from math import cos, pi
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -199,8 +200,15 @@ class LogConfig:
         None, "folder for a trace of two steps by torch's profiler, and where their time went (default: no profile)"
     )
 
+    report_to: str | None = text(
+        None, "where numbers go beside TensorBoard and metrics.jsonl; wandb: to Weights & Biases, which has to be "
+        "installed", choices=("wandb",),
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         check(self)
+        if self.report_to is not None and find_spec(self.report_to) is None:
+            raise UserError(f"report_to is {self.report_to}, which is not installed: pip install {self.report_to}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from nnscaler.cli.config import EvaluationConfig
-from nnscaler.data.training import Batches, InOrder, PackedDataset, Share, counted
+from nnscaler.data.training import Batches, Counts, InOrder, PackedDataset, Share
 from nnscaler.runtime.pipeline import TrainedModule
 
 _LARGEST = 700.0  # nats, whose exponential still is a number
@@ -45,10 +45,10 @@ class Evaluation:
         for _ in range(self._steps):
             if not self._go_on():
                 return {}
-            counts: list[int] = []
-            loss = self._module.evaluate(counted(islice(batches, self._share.micro_batches), counts))
+            counts = Counts()
+            loss = self._module.evaluate(counts.of(islice(batches, self._share.micro_batches)))
             if self._module.gives_loss:
-                total += torch.stack([loss, torch.full_like(loss, sum(counts))])
+                total += torch.stack([loss, torch.full_like(loss, counts.labels)])
         if dist.is_initialized():
             dist.all_reduce(total)
         losses, labels = total.tolist()

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: a progress bar, TensorBoard and metrics.jsonl.
+"""Where a run's numbers go: a progress bar, TensorBoard, metrics.jsonl, and Weights & Biases where it is asked for.
 
 A log folder is one run's: `run.json` there says which. A run that goes on from an earlier step drops what it wrote
 about later ones, so that every step is there once.
@@ -41,9 +41,12 @@ class RunLog:
     folder      None: another rank writes
     run         the run's own name (`claim.Claim.run`)
     start       the step that training begins after
+    about       for Weights & Biases: what the run is; None: it gets no numbers
     """
 
-    def __init__(self, folder: Path | None, run: str, steps: int, start: int) -> None:
+    def __init__(
+        self, folder: Path | None, run: str, steps: int, start: int, about: dict[str, Any] | None = None
+    ) -> None:
         self._active = folder is not None
         if folder is None:
             return
@@ -52,6 +55,7 @@ class RunLog:
         _drop_after(folder / METRICS, start)
         self._writer = SummaryWriter(str(folder), purge_step=start + 1)
         self._file = (folder / METRICS).open("a")
+        self._wandb = _wandb_run(folder, run, about) if about is not None else None
         self._shown: dict[str, float] = {}
         self._bar = tqdm(total=steps, initial=start, desc="training", unit="step", dynamic_ncols=True)
 
@@ -63,6 +67,8 @@ class RunLog:
             self._bar.close()
             self._writer.close()
             self._file.close()
+            if self._wandb is not None:
+                self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def advance(self) -> None:
         """One optimizer step more."""
@@ -76,10 +82,19 @@ class RunLog:
         known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         for name, value in known.items():
             self._writer.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(known, step=step)
         self._file.write(json.dumps({"step": step, **{name: known.get(name) for name in values}}) + "\n")
         self._file.flush()
         self._shown = {name: value for name, value in self._shown.items() if name not in values} | known
         self._bar.set_postfix_str(_summary(self._shown))
+
+
+def _wandb_run(folder: Path, run: str, about: dict[str, Any]) -> Any:
+    """The run of that name at Weights & Biases, which goes on where it is there already."""
+    import wandb  # takes seconds, and few have it
+
+    return wandb.init(project="nnscaler", name=folder.name, id=run, resume="allow", dir=str(folder), config=about)
 
 
 def _drop_after(path: Path, step: int) -> None:

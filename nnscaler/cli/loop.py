@@ -30,7 +30,7 @@ from nnscaler.cli.progress import Progress, StepSize
 from nnscaler.compiler import Source
 from nnscaler.data.mixture import Mixture, samples_of
 from nnscaler.data.packed import PackedDataset
-from nnscaler.data.training import Batches, First, Share, counted
+from nnscaler.data.training import Batches, Counts, First, Share
 from nnscaler.errors import UserError
 from nnscaler.loaded import LoadedModel
 from nnscaler.models.weights import load_weights
@@ -153,22 +153,20 @@ class TrainingRun:
         length, ignored = self.dataset.sequence_length, args.dataset.ignored_label
         apart = args.dataset.document_mask
         ahead = Batches(samples, length, self.share, ignored, self.device, apart).after(self.consumed)
-        size = StepSize(
-            self.share.step_samples, length, self.mesh.runtime_ngpus, args.model.flops_per_sequence, self.peak
-        )
+        size = StepSize(self.share.step_samples, length, self.mesh, args.model.flops_per_sequence, self.peak)
         loads = ExpertLoads(self.module.axes)
         progress = Progress(size, self.step, self.module.gives_loss, self.device)
         profiler = StepProfiler(args.log.profile if self.rank == 0 else None, self.module.predicted_seconds)
         logs = log_folder(args.log.directory, self.folder.name, self.run) if self.rank == 0 else None
-        log = RunLog(logs, self.run, self.steps, self.step)
+        about = {"name": args.name, "seed": self.seed, "devices": self.mesh.runtime_ngpus, **self._schedule()}
+        log = RunLog(logs, self.run, self.steps, self.step, about if args.log.report_to == "wandb" else None)
         with log, self.saver, self._termination() as termination:
             evaluation = self._evaluation(termination)
             while self.step < self.steps:
-                counts: list[int] = []  # labels of each micro-batch
+                counts = Counts()
                 reported = (self.step + 1) % args.log.interval == 0 or self.step + 1 == self.steps
                 with loads.counted() if reported else nullcontext():
-                    loss = self.module.accumulate(counted(islice(ahead, self.share.micro_batches), counts))
-                labels = sum(counts)
+                    loss = self.module.accumulate(counts.of(islice(ahead, self.share.micro_batches)))
                 rate = args.optimizer.lr * args.lr_scheduler.factor(self.step, self.steps)
                 report: dict[str, float | None] = {}
                 with termination.updating:
@@ -177,12 +175,12 @@ class TrainingRun:
                         termination.leave()
                         break
                     self.saver.before_update()
-                    norm = self.optimizer.step(labels, rate, loss)
+                    norm = self.optimizer.step(counts.labels, rate, loss)
                     self.step += 1
                     self.eval_loss = None
                     self.consumed = self.length.after(self.consumed, self.share.step_samples)
                     self.random = random_states(self.device)
-                    progress.add(loss, labels, norm)
+                    progress.add(loss, counts, norm)
                     if self.watch is not None:
                         self.watch.reached(self.step)
                     profiler.step()

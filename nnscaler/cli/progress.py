@@ -11,20 +11,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nnscaler.data.training import Counts
+from nnscaler.mesh import Mesh
+
 
 @dataclass(frozen=True)
 class StepSize:
     """What an optimizer step of all devices takes on.
 
     samples, tokens  sequences in all, and tokens of each
-    devices          in all
+    mesh             of all devices
     flops            operations of a sequence by two formulas: attention in full, and causal; None: not known
     peak             operations a second that a device could do; None: not known
     """
 
     samples: int
     tokens: int
-    devices: int
+    mesh: Mesh
     flops: tuple[float, float] | None
     peak: float | None
 
@@ -38,14 +41,15 @@ class Progress:
 
     def __init__(self, size: StepSize, step: int, gives_loss: bool, device: torch.device) -> None:
         self._size, self._reported, self._gives_loss, self._device = size, step, gives_loss, device
-        self._total = torch.zeros(2, dtype=torch.float64, device=device)  # losses, labels
+        self._total = torch.zeros(3, dtype=torch.float64, device=device)  # losses, labels, padding
         self._since, self._paused = time.perf_counter(), 0.0
 
-    def add(self, loss: Tensor, labels: int, norm: Tensor) -> None:
-        """A step's sum of losses and number of labels on this rank; where the gradient's `norm` is not finite, they
-        count for nothing."""
+    def add(self, loss: Tensor, counts: Counts, norm: Tensor) -> None:
+        """A step's sum of losses and its tokens on this rank; where the gradient's `norm` is not finite, they count for
+        nothing."""
         if self._gives_loss:
-            self._total += torch.where(norm.isfinite(), torch.stack([loss, torch.full_like(loss, labels)]), 0.0)
+            found = [loss, torch.full_like(loss, counts.labels), torch.full_like(loss, counts.padding)]
+            self._total += torch.where(norm.isfinite(), torch.stack(found), 0.0)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -60,18 +64,23 @@ class Progress:
         """The numbers of the steps up to this one. Collective."""
         if dist.is_initialized():
             dist.all_reduce(self._total)
-        losses, labels = self._total.tolist()
+        losses, labels, padding = self._total.tolist()
         now = time.perf_counter()
-        speed = self._speed(step - self._reported, now - self._since - self._paused)
+        # Every device of a copy that has the loss has counted its labels.
+        alike = self._size.mesh.plan_ngpus / self._size.mesh.pipeline
+        speed = self._speed(step - self._reported, now - self._since - self._paused, labels / alike, padding / alike)
         self._total.zero_()
         self._since, self._paused, self._reported = now, 0.0, step
         return {"loss": losses / labels if labels else None, **speed}
 
-    def _speed(self, steps: int, seconds: float) -> dict[str, float]:
-        sequences = steps * self._size.samples / seconds / self._size.devices  # a second and device
+    def _speed(self, steps: int, seconds: float, labels: float, padding: float) -> dict[str, float]:
+        devices = self._size.mesh.runtime_ngpus
+        sequences = steps * self._size.samples / seconds / devices  # a second and device
         values = {
             "tokens_per_second_per_gpu": sequences * self._size.tokens,
+            "labels_per_second_per_gpu": labels / seconds / devices,
             "seconds_per_step": seconds / steps,
+            "padding": padding / (steps * self._size.samples * self._size.tokens),
         }
         if self._device.type == "cuda":
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,10 @@ from nnscaler.data.documents import POSITIONS, document_inputs
 from nnscaler.data.files import COLUMN, DOCUMENT_STARTS, LABELS
 from nnscaler.data.packed import IGNORED, PackedDataset, Row
 
-__all__ = ["Batches", "First", "InOrder", "PackedDataset", "SampleOrder", "Share", "Shuffled", "counted", "with_labels"]
+__all__ = [
+    "Batch", "Batches", "Counts", "First", "InOrder", "PackedDataset", "SampleOrder", "Samples", "Share", "Shuffled",
+    "with_labels",
+]  # fmt: skip
 
 
 @dataclass
@@ -101,6 +104,14 @@ class First:
         return self.samples.sample(number) if number < self.count else None
 
 
+class Batch(NamedTuple):
+    """A micro-batch: a model's inputs, and how many of its tokens have labels and how many are padding."""
+
+    inputs: dict[str, Tensor]
+    labels: int
+    padding: int
+
+
 class Batches:
     """The micro-batches of one copy of the model. A thread reads them ahead.
 
@@ -122,25 +133,23 @@ class Batches:
         self._samples, self._length, self._share = samples, length, share
         self._ignored, self._device, self._documents = ignored, device, documents
 
-    def after(self, consumed: int) -> Iterator[tuple[dict[str, Tensor], int]]:
-        """(inputs on the device, number of labels) of each micro-batch, from the step after `consumed` samples on,
-        without end.
-
-        While one micro-batch is computed, the next is read, also from one step to the next.
-        """
+    def after(self, consumed: int) -> Iterator[Batch]:
+        """The micro-batches of the steps after `consumed` samples, on the device, without end. While one is computed
+        with, the next is read, also from one step to the next."""
         wanted = self._numbers(consumed)
         with ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(self._read, next(wanted))
             while True:
-                batch, labels = ahead.result()
+                batch = ahead.result()
                 ahead = reader.submit(self._read, next(wanted))
-                yield {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}, labels
+                inputs = {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.inputs.items()}
+                yield batch._replace(inputs=inputs)
 
     def _numbers(self, consumed: int) -> Iterator[range]:
         for begin in count(consumed, self._share.step_samples):
             yield from (self._share.samples(begin, index) for index in range(self._share.micro_batches))
 
-    def _read(self, numbers: range) -> tuple[dict[str, Tensor], int]:
+    def _read(self, numbers: range) -> Batch:
         rows = [self._samples.sample(number) for number in numbers]
         batch = with_labels(_stacked([self._column(row, COLUMN, 0) for row in rows]), self._ignored)
         own = _stacked([self._column(row, LABELS if row and LABELS in row else COLUMN, IGNORED) for row in rows])
@@ -152,17 +161,32 @@ class Batches:
         labels = int((batch["labels"] != self._ignored).sum())
         if self._device.type == "cuda":
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-        return batch, labels
+        return Batch(batch, labels, _padding(own, batch["input_ids"]))
 
     def _column(self, row: Row | None, column: str, otherwise: int) -> Any:
         return np.full(self._length, otherwise) if row is None else row[column]
 
 
-def counted(micro_batches: Iterator[tuple[dict[str, Tensor], int]], counts: list[int]) -> Iterator[dict[str, Tensor]]:
-    """The inputs of micro-batches; their numbers of labels are added to `counts`."""
-    for inputs, labels in micro_batches:
-        counts.append(labels)
-        yield inputs
+class Counts:
+    """What some micro-batches hold together, in tokens: those with labels, and those that fill rows up."""
+
+    def __init__(self) -> None:
+        self.labels, self.padding = 0, 0
+
+    def of(self, batches: Iterable[Batch]) -> Iterator[dict[str, Tensor]]:
+        """The inputs of micro-batches, which are counted as they are taken."""
+        for batch in batches:
+            self.labels += batch.labels
+            self.padding += batch.padding
+            yield batch.inputs
+
+
+def _padding(labels: Tensor, input_ids: Tensor) -> int:
+    """Tokens at the ends of rows that are one and the same, and not learned: two at least, since one may be a token
+    like others. `labels` at their own places."""
+    same = (input_ids == input_ids[:, -1:]) & (labels == IGNORED)
+    lengths = same.flip(1).long().cumprod(1).sum(1)
+    return int(lengths[lengths > 1].sum())
 
 
 def _stacked(rows: list[Any]) -> Tensor:

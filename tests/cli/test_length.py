@@ -58,7 +58,7 @@ def test_nothing_is_lost_or_twice_over_resumes(rows, epochs, shares, stops, inco
         for replica in range(replicas):
             samples = First(Shuffled(data, 5), length.samples)
             own = Batches(samples, LENGTH, dataclasses.replace(share, replica=replica), -100, torch.device("cpu"))
-            for inputs, _ in islice(own.after(consumed), steps * micro_batches):
+            for inputs, _, _ in islice(own.after(consumed), steps * micro_batches):
                 learned = (inputs["labels"] != -100).any(1)
                 order += inputs["labels"][learned, 0].tolist()
         before = consumed
@@ -108,9 +108,12 @@ def train(cases: list[Case], folder: Path, name: str, resume: Path | None = None
         Trainer(dataclasses.replace(args, name=name + case.name, **fields)).run()
 
 
+def metrics(folder: Path, name: str) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses_of(folder: Path, name: str) -> list[float]:
-    lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    return [entry["loss"] for entry in metrics(folder, name)]
 
 
 def test_the_last_step_is_the_plain_loop_s_on_what_is_left(tmp_path):
@@ -121,6 +124,10 @@ def test_the_last_step_is_the_plain_loop_s_on_what_is_left(tmp_path):
     for case in CASES:
         losses, weights = plain_loop(rows, [6, 6, 4], **case.model)
         assert losses_of(tmp_path, case.name) == pytest.approx(losses, rel=TOLERANCE), case.name
+        for entry, samples in zip(metrics(tmp_path, case.name), (6, 6, 4), strict=True):
+            labels = entry["labels_per_second_per_gpu"] * entry["seconds_per_step"] * case.runtime
+            assert labels == pytest.approx(samples * (tiny.LENGTH - 1))
+            assert entry["padding"] == pytest.approx(1 - samples / 6)
         last = Checkpoint.open(latest_checkpoint(tmp_path / "checkpoints" / case.name))
         assert (last.state.step, last.state.consumed) == (3, 16)
         shapes = last.shapes()

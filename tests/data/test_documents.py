@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nnscaler.data.documents import DocumentLengths, document_inputs, document_starts
 from nnscaler.data.packed import PackedDataset
-from nnscaler.data.training import Batches, Share, Shuffled
+from nnscaler.data.training import Batch, Batches, Share, Shuffled
 from nnscaler.errors import UserError
 
 LENGTH = 6
@@ -80,7 +80,7 @@ def batches(dataset: PackedDataset, rows: int, documents: bool) -> Batches:
     return Batches(samples, dataset.sequence_length, share, -1, torch.device("cpu"), documents)
 
 
-def batch_of(dataset: PackedDataset, rows: int) -> tuple[dict[str, torch.Tensor], int]:
+def batch_of(dataset: PackedDataset, rows: int) -> Batch:
     return next(
         Batches(
             Shuffled(dataset, 0), dataset.sequence_length, Share(0, 1, rows, 1), -1, torch.device("cpu"), documents=True
@@ -92,7 +92,7 @@ def batch_of(dataset: PackedDataset, rows: int) -> tuple[dict[str, torch.Tensor]
 def test_a_batch_keeps_documents_apart(tmp_path, column) -> None:
     values = columns_of([[2, 1, 3]])["seq_idx" if column == "segment_ids" else column]
     dataset = saved(tmp_path, input_ids=[[5, 6, 7, 8, 9, 10]], **{column: values})
-    inputs, count = batch_of(dataset, 1)
+    inputs, count, _ = batch_of(dataset, 1)
     assert inputs["labels"].tolist() == [[6, -1, -1, 9, 10, -1]]
     assert inputs["position_ids"].tolist() == [[0, 1, 0, 0, 1, 2]]
     assert inputs["documents"].tolist() == [[0, 0, 1, 2, 2, 2]]
@@ -106,7 +106,7 @@ def test_a_dataset_s_own_labels_do_not_cross_a_boundary(tmp_path) -> None:
 
 def test_without_being_asked_a_batch_is_what_it_was(tmp_path) -> None:
     dataset = saved(tmp_path, input_ids=[[5, 6, 7, 8]], document_starts=[[0, 2]])
-    inputs, count = next(
+    inputs, count, _ = next(
         Batches(Shuffled(dataset, 0), dataset.sequence_length, Share(0, 1, 1, 1), -1, torch.device("cpu")).after(0)
     )
     assert {name: x.tolist() for name, x in inputs.items()} == {

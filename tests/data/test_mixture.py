@@ -60,7 +60,7 @@ def test_each_part_s_samples_come_one_after_the_other(shares, seed, start, repli
         again = Mixed([Numbered(part) for part in range(len(shares))], shares, seed)
         own = Batches(again, LENGTH, dataclasses.replace(share, replica=replica), -100, torch.device("cpu"))
         taken = islice(own.after(start), micro_batches)
-        found.append([[tuple(row[1:].tolist()) for row in inputs["input_ids"]] for inputs, _ in taken])
+        found.append([[tuple(row[1:].tolist()) for row in inputs["input_ids"]] for inputs, _, _ in taken])
     step = [sample for micro in zip(*found) for one in micro for sample in one]
     assert step == [
         tuple(mixed.sample(number)["input_ids"][1:].tolist()) for number in range(start, start + share.step_samples)

@@ -34,7 +34,7 @@ def batches_of(samples: Samples, length: int, share: Share, ignored: int = -100)
 
 def rows_of(dataset: PackedDataset, share: Share, consumed: int, count: int) -> list[list[int]]:
     batches = batches_of(Shuffled(dataset, SEED), LENGTH, share)
-    return [inputs["input_ids"][:, 0].tolist() for inputs, _ in islice(batches.after(consumed), count)]
+    return [inputs["input_ids"][:, 0].tolist() for inputs, _, _ in islice(batches.after(consumed), count)]
 
 
 def test_replicas_share_each_step_and_epochs_follow_one_another(dataset):
@@ -55,7 +55,7 @@ def test_a_run_goes_on_where_another_stopped(dataset):
 
 
 def test_labels_are_the_next_tokens_but_for_the_last(dataset):
-    inputs, count = next(batches_of(Shuffled(dataset, SEED), LENGTH, Share(0, 1, 1, 1)).after(0))
+    inputs, count, _ = next(batches_of(Shuffled(dataset, SEED), LENGTH, Share(0, 1, 1, 1)).after(0))
     assert inputs["labels"].tolist() == [[*inputs["input_ids"][0, 1:].tolist(), -100]]
     assert count == LENGTH - 1
 
@@ -85,7 +85,7 @@ def test_each_sample_is_evaluated_once_whatever_the_devices(rows, replicas, micr
     for replica in range(replicas):
         share = Share(replica, replicas, micro_batch, micro_batches)
         steps = -(-rows // share.step_samples)
-        for inputs, count in islice(
+        for inputs, count, _ in islice(
             batches_of(InOrder(Rows.numbered(rows)), LENGTH, share).after(0), steps * micro_batches
         ):
             learned = (inputs["labels"] != -100).sum(1)
@@ -102,10 +102,22 @@ def saved(folder, **columns) -> PackedDataset:
 
 def test_labels_of_the_dataset_s_own_are_what_is_learned(tmp_path):
     dataset = saved(tmp_path, input_ids=[[5, 6, 7, 8]], labels=[[-100, -100, 7, 9]])
-    inputs, count = next(batches_of(InOrder(dataset), 4, Share(0, 1, 1, 1), ignored=-1).after(0))
+    inputs, count, _ = next(batches_of(InOrder(dataset), 4, Share(0, 1, 1, 1), ignored=-1).after(0))
     assert inputs["labels"].tolist() == [[-1, 7, 9, -1]]  # each at the place that has to say it
     assert count == 2
     assert dataset.token_ids() == (5, 9)
+
+
+def test_padding_is_what_fills_rows_up_and_is_not_learned():
+    rows = [
+        {"input_ids": np.array([5, 6, 9, 9, 9]), "labels": np.array([-100, 6, -100, -100, -100])},
+        {"input_ids": np.array([5, 6, 9, 9, 9]), "labels": np.array([-100, 6, 9, 9, 9])},
+        {"input_ids": np.array([5, 6, 7, 8, 9]), "labels": np.array([-100, 6, -100, -100, -100])},
+        {"input_ids": np.array([9, 9, 9, 9, 9])},  # learns the next token, as any text
+    ]
+    batch = next(batches_of(InOrder(Rows(rows)), 5, Share(0, 1, 6, 1)).after(0))
+    assert batch.padding == 3 + 0 + 0 + 0 + 2 * 5  # and the two rows that are not there
+    assert batch.labels == 1 + 4 + 1 + 4
 
 
 def test_ids_of_a_dataset_are_read_once(tmp_path, monkeypatch):
