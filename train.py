@@ -63,8 +63,8 @@ class Inputs:
         '\'rope_parameters={"rope_type": "yarn", ...}\'; may be given several times'
     )
     dataset_path: tuple[str, ...] | None = words(
-        None, "dataset that bookcorpus.py wrote; or several, each as PATH=WEIGHT, from which samples are drawn by "
-        "weight", shown="PATH",
+        None, "dataset that bookcorpus.py wrote, or folder or URL of Parquet files with such rows, which are read a "
+        "little at a time; or several, each as PATH=WEIGHT, from which samples are drawn by weight", shown="PATH",
     )  # fmt: skip
     eval_dataset_path: Path | None = path(
         None, "dataset like it that is evaluated between steps, and not trained on (default: no validation)"
@@ -81,7 +81,7 @@ class Inputs:
     def __post_init__(self) -> None:
         check(self)
         for name, given in [
-            *(("dataset_path", one.path) for one in self.sources),
+            *(("dataset_path", Path(one.path)) for one in self.sources if not one.is_url),
             ("eval_dataset_path", self.eval_dataset_path),
         ]:
             if given is not None and not given.exists():
@@ -173,7 +173,7 @@ def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
         positions = max(positions, validation.document_lengths.longest)
     prepare_config(config, positions, inputs.attn_implementation, dataset.document_mask)
     loss = in_chunks if inputs.enable_chunk_loss else None
-    prepared = inputs.sources[0].path if inputs.sources else None  # with the tokenizer, if the model has none
+    prepared = Path(inputs.sources[0].path) if inputs.sources else None  # with the tokenizer, if the model has none
     reads_weights = args.run_mode == "run" and not args.checkpoint.resume
     model = ModelConfig(
         make=lambda: CausalLM(config, loss, dataset.mean_document),

@@ -20,7 +20,7 @@ from nnscaler.options import REQUIRED, check, number, path, switch, text, whole
 if TYPE_CHECKING:  # which a command that only answers need not wait for
     from torch import nn
 
-    from nnscaler.data.mixture import Mixture
+    from nnscaler.data.mixture import Dataset, Part
     from nnscaler.data.packed import PackedDataset
 
 
@@ -50,7 +50,7 @@ class ModelConfig:
     instead: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
 
 
-def _check_documents(dataset: PackedDataset, apart: bool) -> None:
+def _check_documents(dataset: Part, apart: bool) -> None:
     """Raises UserError where a dataset does not go with keeping documents apart, or with not doing so."""
     if apart:
         _ = dataset.document_lengths
@@ -66,7 +66,7 @@ class DatasetConfig:
     """Packed sequences (`bookcorpus.py`); None: only plan, for sequences of `sequence_length` tokens, and with
     `document_mask` for documents of `document_length`."""
 
-    dataset: PackedDataset | Mixture | None = None
+    dataset: Dataset | None = None
     sequence_length: int | None = whole(
         None, "tokens a sequence, to plan without a dataset (default: the dataset's)", least=2, most=2**30
     )

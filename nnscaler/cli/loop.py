@@ -28,8 +28,7 @@ from nnscaler.cli.length import RunLength
 from nnscaler.cli.log import RunLog, is_free, log_folder
 from nnscaler.cli.progress import Progress, StepSize
 from nnscaler.compiler import Source
-from nnscaler.data.mixture import Mixture, samples_of
-from nnscaler.data.packed import PackedDataset
+from nnscaler.data.mixture import Dataset, Mixture, samples_of
 from nnscaler.data.training import Batches, Counts, First, Share
 from nnscaler.errors import UserError
 from nnscaler.loaded import LoadedModel
@@ -57,7 +56,7 @@ class TrainingRun:
         code: Path,
         device: torch.device,
         source: Source,
-        dataset: PackedDataset | Mixture,
+        dataset: Dataset,
         resume_from: list[Path],
         own_folder: Path | None,
         jobs: list[str],

@@ -15,8 +15,7 @@ from nnscaler.cli.config import TrainerArgs
 from nnscaler.cli.precision import with_precision
 from nnscaler.compiler import Source, compile_model
 from nnscaler.data.documents import document_inputs
-from nnscaler.data.mixture import Mixture
-from nnscaler.data.packed import PackedDataset
+from nnscaler.data.mixture import Dataset, Part
 from nnscaler.data.training import with_labels
 from nnscaler.errors import UserError
 from nnscaler.models.weights import WeightFiles, check_weights
@@ -85,13 +84,13 @@ class Trainer:
     def gen_folder(self) -> Path:
         return self.args.gen_savedir / self.args.name
 
-    def _dataset(self) -> PackedDataset | Mixture:
+    def _dataset(self) -> Dataset:
         dataset = self.args.dataset.dataset
         if dataset is None:
             raise UserError("training needs a dataset_path; without one only --run_mode compile works")
         return dataset
 
-    def _judge(self, dataset: PackedDataset | Mixture) -> None:
+    def _judge(self, dataset: Dataset) -> None:
         """Raises UserError as `_judge_ids` does; says where a step takes more samples than there are."""
         for part in dataset.parts:
             self._judge_ids(part)
@@ -113,7 +112,7 @@ class Trainer:
                 copies, compute.micro_batches, self.args.micro_batch_size, len(dataset), comes,
             )  # fmt: skip
 
-    def _judge_ids(self, dataset: PackedDataset) -> None:
+    def _judge_ids(self, dataset: Part) -> None:
         """Raises UserError where a dataset holds ids that the model does not know."""
         vocabulary = self.args.model.vocabulary
         if vocabulary is not None:

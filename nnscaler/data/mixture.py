@@ -10,17 +10,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from nnscaler.data.documents import DocumentLengths
 from nnscaler.data.packed import PackedDataset, Row
+from nnscaler.data.streamed import StreamedDataset, Streaming
 from nnscaler.data.training import Samples, Shuffled
 from nnscaler.data.weighted import Source, shares_of
 from nnscaler.errors import UserError
 
 _DRAWS = (1 << 32) - 1  # tells the seeds of draws from those of rows' orders
+
+Part: TypeAlias = PackedDataset | StreamedDataset
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,11 @@ class Mixture:
     For each dataset, it is known how many of a block's samples come from it.
     """
 
-    parts: tuple[PackedDataset, ...]
+    parts: tuple[Part, ...]
     shares: tuple[int, ...]
 
     @staticmethod
-    def of(parts: Sequence[PackedDataset], weights: Sequence[float], flag: str) -> Mixture:
+    def of(parts: Sequence[Part], weights: Sequence[float], flag: str) -> Mixture:
         """Raises UserError where the rows are not of one length."""
         for part in parts[1:]:
             if part.sequence_length != parts[0].sequence_length:
@@ -84,8 +88,11 @@ class Mixture:
     @property
     def names(self) -> list[str]:
         """The names of the datasets in logs: that of the folder; where two are equal, the path."""
-        short = [part.path.name for part in self.parts]
+        short = [Path(part.path).name for part in self.parts]
         return [name if short.count(name) == 1 else str(part.path) for name, part in zip(short, self.parts)]
+
+
+Dataset: TypeAlias = Part | Mixture
 
 
 class Mixed:
@@ -105,23 +112,30 @@ class Mixed:
         return self._samples[part].sample(block * self._shares[part] + int(numbers[place]))
 
 
-def open_sources(sources: Sequence[Source]) -> PackedDataset | Mixture | None:
+def open_sources(sources: Sequence[Source]) -> Dataset | None:
     """The datasets that `--dataset_path` names, as one. None where it names none.
 
-    Raises UserError as `PackedDataset.open` does, and where the rows are not of one length.
+    Raises UserError as `PackedDataset.open` and `StreamedDataset.open` do, and where the rows are not of one length.
     """
-    parts = [PackedDataset.open(source.path) for source in sources]
+    parts = [_open(source) for source in sources]
     if len(parts) > 1:
         return Mixture.of(parts, [source.weight or 1.0 for source in sources], "dataset_path")
     return parts[0] if parts else None
 
 
-def samples_of(dataset: PackedDataset | Mixture, seed: int) -> Samples:
+def _open(source: Source) -> Part:
+    if source.is_url or any(Path(source.path).glob("**/*.parquet")) or Path(source.path).suffix == ".parquet":
+        return StreamedDataset.open(source.path)
+    return PackedDataset.open(Path(source.path))
+
+
+def samples_of(dataset: Dataset, seed: int) -> Samples:
     """The rows of a dataset, without end, in the order of a seed."""
-    if isinstance(dataset, PackedDataset):
-        return Shuffled(dataset, seed)
-    parts = [Shuffled(part, seed, place) for place, part in enumerate(dataset.parts)]
-    return Mixed(parts, dataset.shares, seed)
+    parts = [
+        Shuffled(part, seed, place) if isinstance(part, PackedDataset) else Streaming(part, seed, place)
+        for place, part in enumerate(dataset.parts)
+    ]
+    return Mixed(parts, dataset.shares, seed) if isinstance(dataset, Mixture) else parts[0]
 
 
 @lru_cache(maxsize=2)

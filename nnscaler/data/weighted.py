@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from nnscaler.errors import UserError
 
@@ -13,10 +13,14 @@ BLOCK = 1 << 16  # samples in which each dataset comes as often as its weight sa
 
 @dataclass(frozen=True)
 class Source:
-    """One of the datasets of --dataset_path, and its weight; None: it has none."""
+    """One of the datasets of --dataset_path, a path or a URL, and its weight; None: it has none."""
 
-    path: Path
+    path: str
     weight: float | None = None
+
+    @property
+    def is_url(self) -> bool:
+        return "://" in self.path
 
     @staticmethod
     def read_all(texts: Sequence[str], flag: str) -> list[Source]:
@@ -27,21 +31,21 @@ class Source:
                 raise UserError(f"{flag} is '{source.path}', without a weight; one of several needs one: PATH=WEIGHT")
             if source.path in [other.path for other in sources[:place]]:
                 raise UserError(f"{flag} has '{source.path}' twice")
-        shares_of([source.weight or 1.0 for source in sources], [str(source.path) for source in sources], flag)
+        shares_of([source.weight or 1.0 for source in sources], [source.path for source in sources], flag)
         return sources
 
     @staticmethod
     def _read(text: str, flag: str) -> Source:
-        if Path(text).expanduser().exists() or "=" not in text:
-            return Source(Path(text).expanduser())
+        if os.path.exists(os.path.expanduser(text)) or "=" not in text:
+            return Source(os.path.expanduser(text))
         path, _, number = text.rpartition("=")
         try:
             weight = float(number)
         except ValueError:
-            return Source(Path(text).expanduser())
+            return Source(os.path.expanduser(text))
         if not 0 < weight <= 1e9:
             raise UserError(f"{flag} gives '{path}' the weight {number}; it must be more than 0 and at most 1e9")
-        return Source(Path(path).expanduser(), weight)
+        return Source(os.path.expanduser(path), weight)
 
 
 def shares_of(weights: Sequence[float], names: Sequence[str], flag: str) -> list[int]:

@@ -1,0 +1,223 @@
+"""Rows of tokens in Parquet files, here or behind a URL, read a little at a time: a dataset may exceed the disk.
+
+An epoch lays all files end to end, in an order of its own, and divides their rows into LANES runs. Samples come from
+the lanes in turn, and within a lane from one block of rows after the other, each in an order of its own. Which row is
+which sample follows from the seed, and from how many rows the files' footers tell of. So a run goes on at any sample at
+once, on any number of devices, and replicas whose number divides LANES read different rows. (The shuffled streams of
+`datasets` leave out on resume what their buffers held.)
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from bisect import bisect_right
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nnscaler import hub
+from nnscaler.data.documents import DocumentLengths
+from nnscaler.data.files import COLUMN, DOCUMENT_STARTS, LABELS
+from nnscaler.data.packed import Row, TokenIds
+from nnscaler.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+LANES = 32
+BUFFER = 1 << 24  # bytes of a block of rows, about
+MOST_ROWS = 1024  # of a block
+TRIES = 6  # to read, with pauses in between that double from a second on
+_FILES, _BLOCK = (1 << 32) - 2, (1 << 32) - 3  # tell the seeds of files' orders and of blocks' from others
+
+
+@dataclass(frozen=True)
+class StreamedDataset:
+    """Parquet files whose rows have `input_ids` of one length, and perhaps `labels` and `document_starts`.
+
+    path     as the user gave it
+    system   of fsspec, which opens the files
+    files    their names, and how many rows each has
+    columns  of them that training reads
+    ids      the smallest and the largest token id, as far as footers tell
+    """
+
+    path: str
+    system: Any
+    files: tuple[tuple[str, int], ...]
+    columns: tuple[str, ...]
+    sequence_length: int
+    ids: TokenIds
+
+    @staticmethod
+    def open(path: str, flag: str = "dataset_path") -> StreamedDataset:
+        """`path`: a local file or folder, or a URL that fsspec reads, such as
+        hf://datasets/OWNER/NAME@~parquet/default/train.
+
+        Reads the footers of all files. Raises UserError where there are no such rows.
+        """
+        try:
+            system, root = fsspec.core.url_to_fs(path)
+            names = [root] if system.isfile(root) else sorted(system.glob(f"{root.rstrip('/')}/**/*.parquet"))
+            with ThreadPoolExecutor(16) as pool:
+                footers = list(pool.map(lambda name: _footer(system, name), names))
+            found = [(name, footer) for name, footer in zip(names, footers, strict=True) if footer.num_rows]
+            if not found:
+                raise UserError(f"{flag} is '{path}', where no Parquet file has a row")
+            columns = found[0][1].schema.to_arrow_schema().names
+            if COLUMN not in columns:
+                raise UserError(f"{flag} is '{path}', whose rows have no column '{COLUMN}'")
+            with system.open(found[0][0]) as file:
+                first = next(pq.ParquetFile(file).iter_batches(1, columns=[COLUMN])).column(0)[0]
+            length = len(first)
+        except (OSError, ValueError, ImportError, TypeError, pa.ArrowException) as error:
+            raise UserError(f"{flag} is '{path}', which cannot be read: {hub.first_line(error)}") from error
+        return StreamedDataset(
+            path, system, tuple((name, footer.num_rows) for name, footer in found),
+            tuple(name for name in (COLUMN, LABELS, DOCUMENT_STARTS) if name in columns), length,
+            _ids([footer for _, footer in found]),
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return sum(rows for _, rows in self.files)
+
+    @property
+    def parts(self) -> tuple[StreamedDataset, ...]:
+        return (self,)
+
+    @property
+    def documents(self) -> str | None:
+        """Column that says where documents begin."""
+        return DOCUMENT_STARTS if DOCUMENT_STARTS in self.columns else None
+
+    @property
+    def asks_for_documents(self) -> bool:
+        return False
+
+    @property
+    def document_lengths(self) -> DocumentLengths:
+        raise UserError(f"dataset_path is '{self.path}'; how long its documents are is not known while it is streamed")
+
+    def token_ids(self) -> TokenIds:
+        """The smallest and largest id, as footers tell of them."""
+        return self.ids
+
+    def first_row_outside(self, vocabulary: int) -> int | None:
+        return None
+
+
+def _footer(system: Any, name: str) -> pq.FileMetaData:
+    with system.open(name) as file:
+        return pq.ParquetFile(file).metadata
+
+
+def _ids(footers: list[pq.FileMetaData]) -> TokenIds:
+    """The smallest and largest of `input_ids` in the statistics of all row groups; 0 where there are none."""
+    found = [
+        column.statistics
+        for footer in footers
+        for group in map(footer.row_group, range(footer.num_row_groups))
+        for column in map(group.column, range(group.num_columns))
+        if column.path_in_schema.split(".")[0] == COLUMN and column.statistics is not None
+    ]
+    known = [one for one in found if one.has_min_max]
+    return TokenIds(min((one.min for one in known), default=0), max((one.max for one in known), default=0))
+
+
+class Streaming:
+    """The samples of a streamed dataset in the order of a seed, epoch after epoch without end.
+
+    part  the dataset's place in a mixture
+    """
+
+    def __init__(self, dataset: StreamedDataset, seed: int, part: int = 0) -> None:
+        self._dataset, self._seed, self._part, self._rows = dataset, seed, part, len(dataset)
+        row_bytes = 4 * dataset.sequence_length * len(dataset.columns)
+        self._block = max(1, min(MOST_ROWS, BUFFER // row_bytes))
+        self._lanes: dict[int, _Lane] = {}
+
+    def sample(self, number: int) -> Row:
+        epoch, place = divmod(number, self._rows)
+        lane, at = place % LANES, place // LANES
+        short, longer = divmod(self._rows, LANES)  # rows of a lane, and how many lanes have one more
+        begin = lane * short + min(lane, longer)
+        block, within = divmod(at, self._block)
+        first = begin + block * self._block
+        last = min(first + self._block, begin + short + (lane < longer))
+        seeds = (self._seed, epoch, self._part, lane, block, _BLOCK)
+        order = np.random.default_rng(seeds).permutation(last - first)
+        reader = self._lanes.setdefault(lane, _Lane(self._dataset, self._seed, self._part))
+        return reader.rows(epoch, first, last)[int(order[within])]
+
+
+class _Lane:
+    """Reads one block of rows after the other, and holds the last one."""
+
+    def __init__(self, dataset: StreamedDataset, seed: int, part: int) -> None:
+        self._dataset, self._seed, self._part = dataset, seed, part
+        self._held: tuple[tuple[int, int], list[Row]] = ((-1, -1), [])  # which block, and its rows
+        self._ahead: Iterator[Row] = iter(())
+        self._next = (-1, -1)  # the epoch and the row that come next from there
+
+    def rows(self, epoch: int, first: int, last: int) -> list[Row]:
+        """Those of an epoch's rows from `first` to before `last`. Raises UserError where they cannot be read."""
+        if self._held[0] != (epoch, first):
+            self._held = (epoch, first), self._read(epoch, first, last)
+        return self._held[1]
+
+    def _read(self, epoch: int, first: int, last: int) -> list[Row]:
+        for tried in range(TRIES):
+            try:
+                if self._next != (epoch, first):
+                    self._ahead = self._from(epoch, first)
+                rows = [next(self._ahead) for _ in range(last - first)]
+                self._next = epoch, last
+                return rows
+            except (OSError, pa.ArrowException) as error:
+                self._next = (-1, -1)
+                if tried == TRIES - 1:
+                    raise UserError(f"cannot read '{self._dataset.path}': {hub.first_line(error)}") from error
+                logger.warning("cannot read '%s', trying again: %s", self._dataset.path, hub.first_line(error))
+                time.sleep(2**tried)
+        raise AssertionError
+
+    def _from(self, epoch: int, first: int) -> Iterator[Row]:
+        """An epoch's rows from the one numbered `first` on."""
+        files = self._dataset.files
+        order = np.random.default_rng((self._seed, epoch, self._part, _FILES)).permutation(len(files))
+        ends = list(accumulate(files[index][1] for index in order))
+        at = bisect_right(ends, first)
+        skipped = first - (ends[at - 1] if at else 0)
+        for index in order[at:]:
+            yield from self._of_file(files[index][0], skipped)
+            skipped = 0
+
+    def _of_file(self, name: str, skipped: int) -> Iterator[Row]:
+        with self._dataset.system.open(name) as opened:
+            file = pq.ParquetFile(opened, pre_buffer=False)
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                if skipped >= rows:
+                    skipped -= rows
+                    continue
+                for batch in file.iter_batches(64, row_groups=[group], columns=list(self._dataset.columns)):
+                    for row in range(skipped, len(batch)):
+                        yield self._row(batch, row, name)
+                    skipped = max(0, skipped - len(batch))
+
+    def _row(self, batch: pa.RecordBatch, row: int, name: str) -> Row:
+        found = {column: np.array(batch.column(column)[row].values) for column in self._dataset.columns}
+        for column in (COLUMN, LABELS):
+            if column in found and len(found[column]) != self._dataset.sequence_length:
+                raise UserError(
+                    f"'{name}' has a row with {len(found[column])} {column}; those of the first row are "
+                    f"{self._dataset.sequence_length}"
+                )
+        return found

@@ -1,0 +1,165 @@
+"""Streamed datasets: each row once an epoch, in an order that the seed alone decides, from wherever a run begins."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nnscaler.checkpoint.folder import latest_checkpoint
+from nnscaler.cli.config import CheckpointConfig, DatasetConfig
+from nnscaler.cli.trainer import Trainer
+from nnscaler.data import streamed
+from nnscaler.data.mixture import open_sources, samples_of
+from nnscaler.data.streamed import StreamedDataset, Streaming
+from nnscaler.data.training import Share
+from nnscaler.data.weighted import Source
+from nnscaler.errors import UserError
+from tests import tiny
+from tests.launch import run
+from tests.parity import SEED, TOLERANCE, Case, arguments, plain_loop
+
+LENGTH = 3
+
+
+def write(folder: Path, files: list[list[int]]) -> Path:
+    """Files of so many rows in each row group; row r of all holds [r, r, r]."""
+    folder.mkdir(parents=True, exist_ok=True)
+    row = 0
+    for number, groups in enumerate(files):
+        schema = pa.schema([("input_ids", pa.list_(pa.int32()))])
+        with pq.ParquetWriter(folder / f"{number:03d}.parquet", schema) as writer:
+            for rows in groups:
+                writer.write_table(pa.table({"input_ids": [[row + i] * LENGTH for i in range(rows)]}, schema=schema))
+                row += rows
+    return folder
+
+
+def drawn(dataset: StreamedDataset, numbers: range, seed: int = 5) -> list[int]:
+    streaming = Streaming(dataset, seed)
+    return [int(streaming.sample(number)["input_ids"][0]) for number in numbers]
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3), min_size=1, max_size=4),
+    st.sampled_from([1, 2, 3, 8]), st.sampled_from([1, 2, 5, 100]), st.integers(0, 60), st.integers(0, 2**62),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_each_row_is_once_in_each_epoch_and_a_run_goes_on_anywhere(files, lanes, block, start, seed):
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr(streamed, "LANES", lanes)
+        patch.setattr(streamed, "MOST_ROWS", block)
+        dataset = StreamedDataset.open(str(write(Path(folder), files)))
+        rows = sum(map(sum, files))
+        assert len(dataset) == rows
+        assert dataset.token_ids() == (0, rows - 1)
+        found = drawn(dataset, range(3 * rows), seed)
+        for epoch in range(3):
+            assert sorted(found[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
+        assert drawn(dataset, range(min(start, rows), 3 * rows), seed) == found[min(start, rows) :]
+
+
+def test_every_epoch_and_seed_has_an_order_of_its_own(tmp_path):
+    dataset = StreamedDataset.open(str(write(tmp_path, [[30], [30, 20], [40]])))
+    first, second = drawn(dataset, range(120)), drawn(dataset, range(120, 240))
+    assert first != second
+    assert first != drawn(dataset, range(120), seed=6)
+    assert first != sorted(first)
+
+
+def test_replicas_read_lanes_of_their_own(tmp_path, monkeypatch):
+    dataset = StreamedDataset.open(str(write(tmp_path, [[64] * 4])))
+    read: list[set[int]] = []
+    for replica in range(4):
+        streaming = Streaming(dataset, 5)
+        share = Share(replica, 4, 1, 2)
+        for step in range(8):
+            for micro_batch in range(2):
+                for number in share.samples(step * share.step_samples, micro_batch):
+                    streaming.sample(number)
+        read.append(set(streaming._lanes))
+    assert [len(lanes) for lanes in read] == [streamed.LANES // 4] * 4
+    assert set.union(*read) == set(range(streamed.LANES))
+
+
+def test_a_url_is_read_like_a_folder_and_again_where_reading_fails(tmp_path, monkeypatch, caplog):
+    local = write(tmp_path / "rows", [[9, 9], [7]])
+    memory = fsspec.filesystem("memory")
+    for path in local.iterdir():
+        memory.pipe(f"/rows/deep/{path.name}", path.read_bytes())
+    dataset, here = StreamedDataset.open("memory://rows"), StreamedDataset.open(str(local))
+    assert drawn(dataset, range(50)) == drawn(here, range(50))
+    failures = iter([True, True, False])
+    original = type(memory).open
+
+    def sometimes(self, *args, **kwargs):
+        if next(failures, False):
+            raise ConnectionResetError("reset by peer")
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(memory), "open", sometimes)
+    monkeypatch.setattr(streamed.time, "sleep", lambda seconds: None)
+    assert drawn(dataset, range(50)) == drawn(here, range(50))
+    assert "trying again: reset by peer" in caplog.text
+    monkeypatch.setattr(streamed, "TRIES", 1)
+    failures = iter([True])
+    with pytest.raises(UserError, match="cannot read 'memory://rows': reset by peer"):
+        drawn(dataset, range(1))
+
+
+def test_what_cannot_be_streamed(tmp_path):
+    (tmp_path / "empty").mkdir()
+    pq.write_table(pa.table({"text": ["x"]}), tmp_path / "text.parquet")
+    pq.write_table(pa.table({"input_ids": [[1, 2], [1, 2, 3]]}), tmp_path / "ragged.parquet")
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1 nothing")
+    for name, said in {
+        "empty": "where no Parquet file has a row",
+        "text.parquet": "whose rows have no column 'input_ids'",
+        "damaged.parquet": "which cannot be read",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            StreamedDataset.open(str(tmp_path / name))
+    with pytest.raises(UserError, match="which cannot be read: Protocol not known"):
+        StreamedDataset.open("nowhere://rows")
+    with pytest.raises(UserError, match="has a row with 3 input_ids; those of the first row are 2"):
+        drawn(StreamedDataset.open(str(tmp_path / "ragged.parquet")), range(2))
+
+
+def train(case: Case, folder: Path, steps: int, resume: Path | None = None) -> None:
+    args = arguments(case, folder)
+    dataset = open_sources([Source(str(folder / "stream"), 0.5), Source(str(folder / "data"), 0.5)])
+    checkpoint = CheckpointConfig(folder / "checkpoints", interval=0, resume=resume)
+    Trainer(
+        dataclasses.replace(args, dataset=DatasetConfig(dataset), max_train_steps=steps, checkpoint=checkpoint)
+    ).run()
+
+
+def test_a_mixture_with_a_stream_trains_as_the_plain_loop_and_goes_on_elsewhere(tmp_path):
+    tiny.write_hardware(tmp_path)
+    tiny.write_dataset(tmp_path / "data")
+    (tmp_path / "stream").mkdir()
+    tokens = [[(3 * row + 5 * place) % tiny.VOCABULARY for place in range(tiny.LENGTH)] for row in range(17)]
+    pq.write_table(pa.table({"input_ids": tokens}), tmp_path / "stream" / "a.parquet", row_group_size=5)
+    dataset = open_sources([Source(str(tmp_path / "stream"), 0.5), Source(str(tmp_path / "data"), 0.5)])
+    samples = samples_of(dataset, SEED)
+    rows = np.empty((20, tiny.LENGTH), dtype=np.int64)
+    order = np.random.default_rng((SEED, 0)).permutation(20)
+    rows[order] = [samples.sample(number)["input_ids"] for number in range(20)]
+    losses, _ = plain_loop(rows, [4, 4, 2, 2, 2])
+    run(2, train, Case(1, 2, accumulation=2), tmp_path, 2, init=False)
+    run(1, train, Case(1, 1, accumulation=2), tmp_path, 5, latest_checkpoint(tmp_path / "checkpoints"), init=False)
+    found = [
+        json.loads(line)["loss"]
+        for path in sorted((tmp_path / "runs").iterdir(), reverse=True)
+        for line in (path / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert found == pytest.approx(losses, rel=TOLERANCE)
