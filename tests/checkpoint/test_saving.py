@@ -27,6 +27,7 @@ from nnscaler.checkpoint.checksums import Checksums
 from nnscaler.checkpoint.due import Due
 from nnscaler.checkpoint.folder import TrainerState, complete_checkpoints, latest_checkpoint, remove_old
 from nnscaler.checkpoint.randomness import as_tensors, random_states
+from nnscaler.checkpoint.stored import describe_all
 from nnscaler.cli.trainer import Trainer
 from nnscaler.runtime.module import ParallelModule
 from tests.checkpoint.jobs import assert_equal, job, losses, publish_one, random_tensors, tensors, train
@@ -75,6 +76,9 @@ def test_the_best_is_that_of_the_lowest_validation_loss(tmp_path):
         publish_one(tmp_path, step, loss, eval_loss=eval_loss)
         best.append(int((tmp_path / "best").resolve().name[-1]))
     assert best == [1, 2, 3, 3, 3, 6]
+    listed = list(describe_all(tmp_path))
+    assert listed[0].endswith("step 1, loss 3.000000")
+    assert listed[-1].endswith("step 6, loss 1.100000, validation loss 3.000000  <- last, best")
 
 
 def test_due_by_steps_and_by_minutes(monkeypatch):
