@@ -23,7 +23,7 @@ UNITS = {
     "*_bytes, bytes, size": "bytes of a device",
     "tokens_per_second_per_gpu": "tokens trained on in a second, for each device",
     "mfu_causal": "model FLOPs utilisation: operations over what the device could do at its data sheet's peak, with "
-    "attention halved because it is causal, and counted within documents where they are kept apart",
+    "attention halved because it is causal, and within documents alone where they are kept apart",
     "document_length": "tokens of the document in which a token stands, on average, which attention's times are for",
     "mfu": "the same by the document's formula, which counts attention in full",
     "share, gap": "part of a step's time, from 0 to 1",
