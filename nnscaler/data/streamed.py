@@ -58,8 +58,7 @@ class StreamedDataset:
 
     @staticmethod
     def open(path: str, flag: str = "dataset_path") -> StreamedDataset:
-        """`path`: a local file or folder, or a URL that fsspec reads, such as
-        hf://datasets/OWNER/NAME@~parquet/default/train.
+        """`path`: a local file or folder, or a URL that fsspec reads, such as hf://datasets/OWNER/NAME.
 
         Reads the footers of all files. Raises UserError where there are no such rows.
         """
