@@ -24,6 +24,7 @@ from nnscaler.data.training import PackedDataset
 from nnscaler.first_values import initial_parameters
 from nnscaler.models.causal_lm import WEIGHT_PREFIX, CausalLM, prepare_config
 from nnscaler.pieces import stretches
+from nnscaler.pipeline import stages
 from nnscaler.plan import Key, Plan
 from nnscaler.recompute import level_of
 from nnscaler.runtime import regions
@@ -140,12 +141,14 @@ def compiled_regions() -> Iterator[None]:
 
 @contextmanager
 def planned(levels: tuple[str, ...], pieces: int) -> Iterator[None]:
-    """Inside, plans get these recompute levels for their layers, and these pieces for the layers' regions."""
+    """Inside, plans get these recompute levels for their layers (each stage of a pipeline the first of them), and these
+    pieces for the layers' regions."""
 
     def find_plan(*args: Any, **kwargs: Any) -> Plan:
         plan = planner.find_plan(*args, **kwargs)
         if levels:
-            plan.levels["llama_decoder_layer"] = {level_of(name): levels.count(name) for name in levels}
+            mine = levels[: len(plan.graph.calls("llama_decoder_layer"))]
+            plan.levels["llama_decoder_layer"] = {level_of(name): mine.count(name) for name in mine}
         if pieces:
             layer = plan.graph.blocks["llama_decoder_layer"]
             plan.pieces = {(layer.name, one.name): pieces for one in stretches(layer)}
@@ -153,7 +156,7 @@ def planned(levels: tuple[str, ...], pieces: int) -> Iterator[None]:
             plan.host[Key("state")] = 1e9  # more than there is: all of the optimizer's state
         return plan
 
-    with patch.object(planning, "find_plan", find_plan):
+    with patch.object(planning, "find_plan", find_plan), patch.object(stages, "find_plan", find_plan):
         yield
 
 

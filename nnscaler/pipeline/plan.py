@@ -10,6 +10,8 @@ from nnscaler.pipeline.simulate import Timeline
 from nnscaler.plan import Plan
 from nnscaler.schedules import Schedule
 
+BESIDE = ("exchange", "copies")  # categories of seconds that say by name what they make longer
+
 
 @dataclass
 class PipelinePlan:
@@ -36,8 +38,7 @@ class PipelinePlan:
     @property
     def update_seconds(self) -> float:
         """Predicted seconds of a step's optimizer update, on the rank where it takes longest."""
-        each = [update_seconds(stage) * stage.micro_batches for stage in self.stages]
-        return max(sum(each[i] for i in self.schedule.stages_of(rank)) for rank in range(self.schedule.ranks))
+        return self._most([update_seconds(stage) * stage.micro_batches for stage in self.stages])
 
     @property
     def step_seconds(self) -> float:
@@ -57,13 +58,25 @@ class PipelinePlan:
     @property
     def memory_bytes(self) -> float:
         """Predicted peak of memory, in bytes a device, on the rank where it is highest."""
-        ranks = range(self.schedule.ranks)
-        return max(sum(self.stages[i].memory_bytes for i in self.schedule.stages_of(rank)) for rank in ranks)
+        return self._most([stage.memory_bytes for stage in self.stages])
+
+    @property
+    def host_bytes(self) -> float:
+        """Predicted memory of the host, in bytes a device, on the rank where it is highest."""
+        return self._most([stage.host_bytes for stage in self.stages])
+
+    def _most(self, each: list[float]) -> float:
+        """The largest sum over the stages of a rank. `each`: a figure of each stage."""
+        return max(sum(each[i] for i in self.schedule.stages_of(rank)) for rank in range(self.schedule.ranks))
 
 
 def update_seconds(stage: Plan) -> float:
     """Predicted seconds of a stage's optimizer update, as a part of one micro-batch's time."""
-    return sum(seconds for key, seconds in stage.seconds.items() if key.category == "update")
+    return sum(
+        seconds
+        for key, seconds in stage.seconds.items()
+        if key.category == "update" or (key.category, key.name) == ("copies", "update")
+    )
 
 
 def forward_seconds(stage: Plan) -> float:
@@ -71,5 +84,5 @@ def forward_seconds(stage: Plan) -> float:
     return sum(
         seconds
         for key, seconds in stage.seconds.items()
-        if key.category in ("forward", "reshard") or (key.category, key.name) == ("exchange", "forward")
+        if key.category in ("forward", "reshard") or (key.category in BESIDE and key.name == "forward")
     )

@@ -4,15 +4,20 @@ Every schedule that the devices allow is estimated first (see `nnscaler.pipeline
 same number of pivots; then cut points move towards stages of equal time, as long as that makes the step faster. The
 layout of what crosses is chosen once for each number of pipeline ranks. Finally, those schedules are planned whose
 estimate is faster than the best plan so far, the most promising first.
+
+All this is done with the device's memory alone, and then again with what saves memory at a price, the host and pieces,
+for those schedules that more memory would make faster.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import inf
+from typing import Any
 
 from nnscaler.errors import UserError
 from nnscaler.graph import Graph
@@ -25,7 +30,7 @@ from nnscaler.placement import REPLICATE, Placements
 from nnscaler.plan import Plan
 from nnscaler.planner import SEARCH_SECONDS, NothingFits, find_plan
 from nnscaler.planner.options import layouts_of
-from nnscaler.planner.search import nodes_to_recompute
+from nnscaler.planner.search import SPARING, nodes_to_recompute
 from nnscaler.profiler.operators import OperatorTimes
 from nnscaler.schedules import KINDS, Schedule
 
@@ -66,7 +71,8 @@ def find_pipeline(
 
     meshes  those that are tried without a pipeline; with one, the devices of a pipeline rank are one mesh axis
     wanted  what the user has decided
-    others  as for `nnscaler.planner.find_plan`; stages of a pipeline keep nothing on the host
+    host    bytes a device of the host's memory, which the stages of a device may use together
+    others  as for `nnscaler.planner.find_plan`
 
     Raises UserError where nothing fits, and where there is no pipeline as the user wants it.
     """
@@ -87,38 +93,68 @@ def find_pipeline(
         except UserError as error:
             refused = f"without a pipeline: {error}"
             logger.info("%s", refused)
-    planners = {
-        ranks: StagePlanner(
-            graph, Mesh((meshes[0].plan_ngpus // ranks,), meshes[0].replicas),
-            hardware, memory, recompute_modules, fused, times, begins, until,
-        )
-        for ranks in {schedule.ranks for schedule in schedules if schedule is not None}
-    }  # fmt: skip
-    estimates = []
-    for schedule in filter(None, schedules):
-        try:
-            estimates.append(estimated(planners[schedule.ranks], schedule))
-        except UserError as error:
-            refused = f"{schedule}: {error}"
-            logger.info("%s", refused)
-    for estimate in sorted(estimates, key=lambda one: one.step_seconds):
-        schedule = estimate.candidate.schedule
-        below = float("inf") if best is None else best.step_seconds
-        try:
-            with quiet("planner"):
-                found = planned(planners[schedule.ranks], estimate, below)
-        except UserError as error:
-            refused = f"{schedule}: {error}"
-            logger.info("%s", refused)
-            continue
-        if found is None:
-            logger.info("%s: not faster; estimated at %.4g s a step", schedule, estimate.step_seconds)
-            continue
-        logger.info("%s: %.4g s a step", schedule, found.step_seconds)
-        best = found
-    if best is None:
-        raise NothingFits(f"no pipeline fits; the last that was tried, {refused}")
-    return best
+
+    def planners(until: float, **sparing: Any) -> dict[int, StagePlanner]:
+        return {
+            ranks: StagePlanner(
+                graph, Mesh((meshes[0].plan_ngpus // ranks,), meshes[0].replicas),
+                hardware, memory, recompute_modules, fused, times, begins, until, **sparing,
+            )
+            for ranks in {schedule.ranks for schedule in schedules if schedule is not None}
+        }  # fmt: skip
+
+    pipelines = [schedule for schedule in schedules if schedule is not None]
+    alone = planners(until)
+    search = _Search(best, refused)
+    search.among(pipelines, alone)
+    free = {ranks: replace(planner, memory=inf, estimated={}) for ranks, planner in alone.items()}
+    gaining = [schedule for schedule in pipelines if search.may_gain(schedule, free[schedule.ranks])]
+    if search.best is None or time.process_time() < until:
+        search.among(gaining, planners(until, host=host, pieces=True))
+    if search.best is None:
+        raise NothingFits(f"no pipeline fits; the last that was tried, {search.refused}")
+    return search.best
+
+
+@dataclass
+class _Search:
+    """The search over schedules: the best so far, and why the last that could not be was refused."""
+
+    best: Plan | PipelinePlan | None
+    refused: str
+
+    def among(self, schedules: Sequence[Schedule], planners: Mapping[int, StagePlanner]) -> None:
+        """Tries schedules, whose numbers of ranks each have a planner, those first that promise most."""
+        estimates = []
+        for schedule in schedules:
+            try:
+                estimates.append(estimated(planners[schedule.ranks], schedule))
+            except UserError as error:
+                self._refuse(schedule, error)
+        for estimate in sorted(estimates, key=lambda one: one.step_seconds):
+            schedule = estimate.candidate.schedule
+            below = inf if self.best is None else self.best.step_seconds
+            try:
+                with quiet("planner"):
+                    found = planned(planners[schedule.ranks], estimate, below)
+            except UserError as error:
+                self._refuse(schedule, error)
+                continue
+            if found is None:
+                logger.info("%s: not faster; estimated at %.4g s a step", schedule, estimate.step_seconds)
+                continue
+            logger.info("%s: %.4g s a step", schedule, found.step_seconds)
+            self.best = found
+
+    def may_gain(self, schedule: Schedule, free: StagePlanner) -> bool:
+        """Whether what spares memory at a price could make a schedule worth it. `free`: has all memory it wants."""
+        if self.best is None:
+            return True
+        return estimated(free, schedule).step_seconds < self.best.step_seconds * (1 - SPARING)
+
+    def _refuse(self, schedule: Schedule, error: UserError) -> None:
+        self.refused = f"{schedule}: {error}"
+        logger.info("%s", self.refused)
 
 
 def candidates(wanted: Wanted, devices: int, places: int, micro_batches: int) -> list[Schedule | None]:
@@ -161,7 +197,7 @@ def estimated(planner: StagePlanner, schedule: Schedule) -> Estimate:
         planner.layout = _best_layout(planner, schedule, counts)
     best = planner.estimate(Candidate(schedule, counts, planner.layout))
     for _ in range(_BALANCING_ROUNDS):
-        counts = balanced(best.candidate.counts, best.seconds)
+        counts = balanced(best.candidate.counts, [each.seconds for each in best.needs])
         try:
             moved = planner.estimate(replace(best.candidate, counts=counts))
         except UserError:

@@ -5,8 +5,8 @@ memory, where a choice may be made in parts. That takes hundredths of a second a
 the times that come out. No plan of the candidate is faster than that, except for how a stage's time is divided between
 forward and backward.
 
-Then the candidate is *planned*, stage after stage, with whole choices, each in the memory that the estimate gave it.
-This ends early when the simulated step takes longer than the best plan that is known.
+Then the candidate is *planned*, stage after stage, with whole choices, each in the memory of device and host that the
+estimate gave it. This ends early when the simulated step takes longer than the best plan that is known.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nnscaler.planner.costs import CostModel
 from nnscaler.planner.options import divides
 from nnscaler.planner.problem import Problem, build_problem
 from nnscaler.planner.search import recomputing
-from nnscaler.planner.solve import relaxed
+from nnscaler.planner.solve import Needs, relaxed
 from nnscaler.profiler.operators import OperatorTimes
 from nnscaler.schedules import Schedule, actions, in_flight
 
@@ -53,14 +53,12 @@ class Candidate:
 class Estimate:
     """What a candidate would take at least, without its plans.
 
-    seconds       of a micro-batch in each stage
-    bytes         of each stage, on a device
+    needs         of each stage
     step_seconds  of the simulated step
     """
 
     candidate: Candidate
-    seconds: tuple[float, ...]
-    bytes: tuple[float, ...]
+    needs: tuple[Needs, ...]
     step_seconds: float
 
 
@@ -91,12 +89,14 @@ class StagePlanner:
     begins     indices of the root block's nodes at which stages may begin
     memory     bytes a device that the stages of a rank may use together
     until      when the search is to end, by `time.process_time`
+    host       bytes a device of the host's memory that the stages of a rank may use together
+    pieces     whether stages may compute in pieces
     layout     of what crosses, once it has been chosen
     cuts       counts of pivots -> the stages' graphs
     stages     candidate -> its stages
     problems   `_Stage.like` -> the planning problem
-    estimated  (`like`, `held`) of each stage of a rank -> seconds and bytes of each
-    planned    (`like`, `held`) of a stage -> [(bytes that a plan was to fit into, the plan)]
+    estimated  (`like`, `held`) of each stage of a rank -> what each needs
+    planned    (`like`, `held`) of a stage -> [(bytes of device and of host that a plan was to fit into, the plan)]
     """
 
     graph: Graph
@@ -108,12 +108,14 @@ class StagePlanner:
     times: OperatorTimes | None
     begins: list[int]
     until: float = inf
+    host: float = 0.0
+    pieces: bool = False
     layout: Placements | None = None
     cuts: dict[tuple[int, ...], list[StageGraph]] = field(default_factory=dict)
     stages: dict[Candidate, list[_Stage]] = field(default_factory=dict)
     problems: dict[object, Problem] = field(default_factory=dict)
-    estimated: dict[object, list[tuple[float, float]] | None] = field(default_factory=dict)
-    planned: dict[object, list[tuple[float, Plan]]] = field(default_factory=dict)
+    estimated: dict[object, list[Needs] | None] = field(default_factory=dict)
+    planned: dict[object, list[tuple[float, float, Plan]]] = field(default_factory=dict)
 
     def cut(self, counts: tuple[int, ...]) -> list[StageGraph]:
         """The stages' graphs, where each stage has so many of `begins`."""
@@ -124,29 +126,30 @@ class StagePlanner:
     def estimate(self, candidate: Candidate) -> Estimate:
         """The estimate of a candidate. Raises UserError where the stages of a rank do not fit into its memory."""
         schedule, stages = candidate.schedule, self._stages(candidate)
-        found = [(0.0, 0.0)] * schedule.stages
+        found: dict[int, Needs] = {}
         for rank in range(schedule.ranks):
             mine = schedule.stages_of(rank)
-            for stage, figures in zip(mine, self._estimate([stages[stage] for stage in mine])):
-                found[stage] = figures
-        seconds, sizes = zip(*found)
-        step = self._simulate(candidate, [self._guess(each) for each in seconds])
-        return Estimate(candidate, seconds, sizes, step)
+            found.update(zip(mine, self._estimate([stages[stage] for stage in mine])))
+        needs = tuple(found[index] for index in range(schedule.stages))
+        return Estimate(candidate, needs, self._simulate(candidate, [self._guess(each.seconds) for each in needs]))
 
     def plan(self, estimate: Estimate, below: float = float("inf")) -> PipelinePlan | None:
         """The plan of an estimated candidate. None where its step takes `below` seconds or more.
 
         Raises UserError where a stage does not fit into the memory that the estimate gave it.
         """
-        candidate, schedule = estimate.candidate, estimate.candidate.schedule
+        candidate, schedule, needs = estimate.candidate, estimate.candidate.schedule, estimate.needs
         stages = self._stages(candidate)
-        seconds = [self._guess(each) for each in estimate.seconds]
-        free = [self.memory - sum(estimate.bytes[i] for i in schedule.stages_of(r)) for r in range(schedule.ranks)]
+        seconds = [self._guess(each.seconds) for each in needs]
+        mine = [[needs[stage] for stage in schedule.stages_of(rank)] for rank in range(schedule.ranks)]
+        free = [self.memory - sum(each.device for each in those) for those in mine]
+        free_host = [max(0.0, self.host - sum(each.host for each in those)) for those in mine]
         plans: dict[int, Plan] = {}
-        for index in sorted(range(schedule.stages), key=lambda i: -estimate.seconds[i]):
+        for index in sorted(range(schedule.stages), key=lambda i: -needs[i].seconds):
             rank = schedule.rank_of(index)
-            plan = plans[index] = self._plan(stages[index], estimate.bytes[index] + free[rank])
-            free[rank] += estimate.bytes[index] - plan.memory_bytes
+            limits = needs[index].device + free[rank], needs[index].host + free_host[rank]
+            plan = plans[index] = self._plan(stages[index], *limits)
+            free[rank], free_host[rank] = limits[0] - plan.memory_bytes, limits[1] - plan.host_bytes
             seconds[index] = self._seconds(plan, update=True)
             if self._simulate(candidate, seconds) >= below:
                 return None
@@ -184,14 +187,16 @@ class StagePlanner:
             found.append(_Stage(stage, like, schedule.micro_batches, held, schedule.micro_batches * size, layouts))
         return found
 
-    def _estimate(self, stages: Sequence[_Stage]) -> list[tuple[float, float]]:
-        """(seconds of a micro-batch, bytes) of each of a rank's stages."""
+    def _estimate(self, stages: Sequence[_Stage]) -> list[Needs]:
+        """What each of a rank's stages needs."""
         key = tuple((stage.like, stage.held) for stage in stages)
         if key not in self.estimated:
             problems = [replace(self._problem(stage), in_flight=stage.held) for stage in stages]
             buffers = [stage.receive_buffers for stage in stages]
             found = relaxed(problems, self.memory - sum(buffers))
-            self.estimated[key] = found and [(each, size + more) for (each, size), more in zip(found, buffers)]
+            self.estimated[key] = found and [
+                each._replace(device=each.device + more) for each, more in zip(found, buffers)
+            ]
         figures = self.estimated[key]
         if figures is None:
             held = ", ".join(str(stage.held) for stage in stages)
@@ -205,25 +210,30 @@ class StagePlanner:
             graph = stage.cut.graph
             costs = CostModel(self.hardware, self.mesh, self.fused, self.times)
             again = recomputing(graph, self._recomputed(graph))
-            self.problems[stage.like] = build_problem(graph, costs, again, stage.count, stage.layouts, pieces=False)
+            self.problems[stage.like] = build_problem(
+                graph, costs, again, stage.count, stage.layouts, host=self.host, pieces=self.pieces
+            )
         return self.problems[stage.like]
 
-    def _plan(self, stage: _Stage, limit: float) -> Plan:
-        """The plan of a stage within `limit` bytes. A plan that was found for more memory is taken, if it fits."""
+    def _plan(self, stage: _Stage, limit: float, host: float) -> Plan:
+        """The plan of a stage within `limit` bytes of the device, and `host` bytes of the host.
+
+        A plan that was found for more memory is taken, if it fits.
+        """
         known = self.planned.setdefault((stage.like, stage.held), [])
-        for allowed, plan in known:
-            if allowed >= limit >= plan.memory_bytes:
+        for allowed, allowed_host, plan in known:
+            if allowed >= limit >= plan.memory_bytes and allowed_host >= host >= plan.host_bytes:
                 return plan
         graph = stage.cut.graph
         plan = find_plan(
             graph, [self.mesh], self.hardware, memory=limit - stage.receive_buffers,
             recompute_modules=self._recomputed(graph), micro_batches=stage.count, fused=self.fused, times=self.times,
-            layouts=stage.layouts, in_flight=stage.held, pieces=False,
+            layouts=stage.layouts, in_flight=stage.held, host=host, pieces=self.pieces,
             seconds=max(self.until - time.process_time(), LEAST_SECONDS),
         )  # fmt: skip
         plan.memory[Key("buffers", "", "received")] = stage.receive_buffers
         plan.memory_limit = limit
-        known.append((limit, plan))
+        known.append((limit, host, plan))
         return plan
 
     def _recomputed(self, stage: Graph) -> list[str] | None:
@@ -265,10 +275,12 @@ class StagePlanner:
     def _splits(self, plan: Plan) -> bool:
         """Whether a stage can run backward in two parts.
 
-        Compiled regions make both kinds of gradient at once, and so do weights that are gathered.
+        Compiled regions make both kinds of gradient at once. So do weights that are gathered, regions in pieces, and
+        calls that keep on the host what backward needs: it comes back once.
         """
         gathers = Key("buffers", "", "gathered early") in plan.memory
-        return not self.fused and not gathers
+        fetches = any(level.on_host for counts in plan.levels.values() for level in counts)
+        return not (self.fused or gathers or fetches or plan.pieces)
 
     def _simulate(self, candidate: Candidate, stages: Sequence[StageSeconds]) -> float:
         """Seconds of a step."""

@@ -7,11 +7,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import NamedTuple
 
 from nnscaler.planner.milp import MixedIntegerProgram
 from nnscaler.planner.problem import Problem
 from nnscaler.planner.program import Program, Solution
-from nnscaler.planner.statement import Account, Quantity
+from nnscaler.planner.statement import Account, Quantity, Terms
 
 UNLIMITED = 1e18  # bytes
 
@@ -96,29 +97,41 @@ def least_seconds(program: Program) -> float:
     return answer.bound
 
 
-def relaxed(problems: Sequence[Problem], memory: float) -> list[tuple[float, float]] | None:
-    """[(seconds of a micro-batch, bytes)] of each problem, where all of them together have `memory` bytes a device.
+class Needs(NamedTuple):
+    """Seconds of a micro-batch, bytes of the device, and bytes a device of the host's memory."""
+
+    seconds: float
+    device: float
+    host: float
+
+
+def relaxed(problems: Sequence[Problem], memory: float) -> list[Needs] | None:
+    """What each problem needs, where all of them together have `memory` bytes a device, and the host's memory of one.
 
     A choice may be made in parts here (half of one option, half of another). So no real solution takes less time in
     all. None where nothing fits.
     """
     scales = [_scale(problem, memory) for problem in problems]
     milp = MixedIntegerProgram({quantity: max(scale[quantity] for scale in scales) for quantity in Quantity})
-    times, sizes = [], []
+    accounts = (Account.TIME, Account.DEVICE, Account.HOST)
+    charged: dict[Account, list[Terms]] = {account: [] for account in accounts}
     for problem in problems:
         statement = Program(problem).statement
         shift = milp.add(statement)
-        times.append([(variable + shift, seconds) for variable, seconds in statement.terms(Account.TIME)])
-        sizes.append([(variable + shift, size) for variable, size in statement.terms(Account.DEVICE)])
-    milp.minimise([term for terms in times for term in terms], Quantity.SECONDS)
-    milp.row([term for terms in sizes for term in terms], upper=memory, quantity=Quantity.BYTES)
+        for account in accounts:
+            charged[account].append([(variable + shift, amount) for variable, amount in statement.terms(account)])
+    time, device, host = ([term for terms in charged[account] for term in terms] for account in accounts)
+    milp.minimise(time, Quantity.SECONDS)
+    milp.row(device, upper=memory, quantity=Quantity.BYTES)
+    if host:
+        milp.row(host, upper=max(problem.host for problem in problems), quantity=Quantity.BYTES)
     answer = milp.solve(gap=1e-4, relaxed=True)
     if answer is None:
         return None
     values = answer.values
     assert values is not None
-    totals = [[float(sum(values[v] * each for v, each in terms)) for terms in found] for found in (times, sizes)]
-    return list(zip(*totals))
+    totals = [[float(sum(values[v] * each for v, each in terms)) for terms in charged[one]] for one in accounts]
+    return [Needs(*figures) for figures in zip(*totals)]
 
 
 def _scale(problem: Problem, memory: float | None) -> dict[Quantity, float]:

@@ -58,6 +58,7 @@ def pipeline_report(plan: PipelinePlan, work: Work | None = None, replan: Replan
                     "backward_seconds": sum(stage.seconds.values()) - forward_seconds(stage) - update_seconds(stage),
                     "in_flight": plan.in_flight[index],
                     "memory_bytes": stage.memory_bytes,
+                    "host_bytes": stage.host_bytes,
                 }
                 for index, stage in enumerate(plan.stages)
             ],
@@ -100,14 +101,15 @@ def pipeline_sections(values: Values, name: str) -> Iterator[Markup]:
             tag("a", f"stage {index}", href=stage_page(index)), stage["rank"],
             ", ".join(f"{count} {name}" for name, count in stage["blocks"].items()),
             seconds(stage["forward_seconds"]), seconds(stage["backward_seconds"]), stage["in_flight"],
-            gib(stage["memory_bytes"]), "; ".join(recompute(report)),
+            gib(stage["memory_bytes"]), gib(stage["host_bytes"]) if stage["host_bytes"] else "",
+            "; ".join(recompute(report)),
             ", ".join(f"{one['name']} {one['shape']}" for one in sent),
         ]
         for index, (stage, report, sent) in enumerate(
             zip(pipeline["stages"], values["stages"], [*pipeline["crossing"], []], strict=True)
         )
     ]  # fmt: skip
-    head = ["stage", ">rank", "blocks", ">forward", ">backward", ">in flight", ">memory", "recompute", "sends"]
+    head = ["stage", ">rank", "blocks", ">forward", ">backward", ">in flight", ">memory", ">host", "recompute", "sends"]
     note = "Seconds are those of a micro-batch; what is sent is a device's part. Each stage has a page of its own."
     yield tag("section", tag("h2", "Stages"), table(head, rows), tag("p", note, class_="faint"))
     if values["advice"]:

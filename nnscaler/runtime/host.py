@@ -46,8 +46,9 @@ class HostMemory:
         self._in_use: _Kept | None = None  # what the call keeps whose backward runs
 
     def clear(self) -> None:
-        """To be called when a micro-batch begins, and when its backward is done."""
-        self._previous = self._in_use = None
+        """To be called when a micro-batch begins, and when its backward is done. Others may still wait for theirs."""
+        self._forward_is_done()
+        self._in_use = None
 
     @contextmanager
     def keeping(self, *shared: Tensor) -> Iterator[None]:
@@ -70,6 +71,11 @@ class HostMemory:
             self._previous.let_go()
         self._previous = kept
 
+    def _forward_is_done(self) -> None:
+        if self._previous is not None:
+            self._previous.let_go()
+        self._previous = None
+
     def _give(self, packed: Any) -> Tensor:
         if isinstance(packed, _Sent):
             return self._take(packed)
@@ -78,7 +84,8 @@ class HostMemory:
     def _take(self, sent: _Sent) -> Tensor:
         if self._in_use is not sent.kept:
             # Nothing but what backward still needs holds on to what was kept: as that goes, so do the copies.
-            self._in_use, self._previous = sent.kept, None
+            self._forward_is_done()
+            self._in_use = sent.kept
             sent.kept.fetch()
             if sent.kept.previous is not None:
                 sent.kept.previous.fetch()

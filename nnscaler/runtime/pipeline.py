@@ -55,7 +55,9 @@ class PipelineModule:
         for stage in self.stages.values():
             self.predicted_seconds.update(stage.predicted_seconds)
         self.buckets = [bucket for stage in self.stages.values() for bucket in stage.buckets]
-        self.state_on_host: list[int] = []  # stages keep nothing on the host
+        self.state_on_host: list[int] = []
+        for stage in reversed(self.stages.values()):
+            self.state_on_host = stage.state_on_host + [len(stage.buckets) + i for i in self.state_on_host]
         self._shared = list(self._share(shared))
         self.gives_loss = self.schedule.stages - 1 in self.stages
         self._schedule = torch_schedule(
@@ -183,12 +185,14 @@ class _Stage(PeerStage):
             dw_builder=(lambda: _nothing) if at_once else None,
         )  # fmt: skip
         self._reducer: GradientReducer = module.reducer
+        self._host = module.axes.host
         self._at_once = at_once
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
         super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        self._host.clear()
         if full_backward or self._at_once:
             self._reducer.end_micro_batch()
 

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 from nnscaler.checkpoint.folder import latest_checkpoint
@@ -106,6 +107,39 @@ def test_plain_loop_and_pipeline_agree(world, folder, reference):
         again = any(block["recompute"].get("keeps all", 0) == 0 for block in plan["stages"][0]["blocks"].values())
         assert again == bool(case.recompute)
         assert losses[-1] < losses[0] - 0.05, "the reference does not learn: the comparison would say little"
+
+
+HERE = ("recomputes all", "recomputes all but attention")
+AWAY = tuple(f"{name}, on the host" for name in HERE)
+
+
+def test_stages_use_the_host_and_pieces(folder, reference):
+    """To the last bit as without the host, though another micro-batch's forward comes before a backward."""
+    plain = dataclasses.replace(case("1f1b", 2, 2, 4, tied=True, recompute=False), levels=HERE)
+    cases = [
+        plain,
+        dataclasses.replace(plain, levels=AWAY),
+        dataclasses.replace(plain, levels=AWAY, compiled=True, hardware="compiled.json"),
+        dataclasses.replace(case("zb-v", 2, 4, 4, tied=False, recompute=False), levels=AWAY),
+        dataclasses.replace(case("interleaved", 2, 4, 4, tied=False, recompute=False), levels=AWAY, pieces=4),
+    ]
+    run(2, train_all, cases, folder, init=False)
+    for one in cases:
+        losses, weights = reference(one)
+        assert losses_of(folder, one.name) == pytest.approx(losses, rel=TOLERANCE), one.name
+        compare_weights(Checkpoint.open(latest_checkpoint(folder / "checkpoints" / one.name)), weights)
+        code = folder / "code" / one.name
+        plan = json.loads((code / "plan.json").read_text())
+        texts = [(code / f"gencode_stage{stage}.py").read_text() for stage in range(one.stages)]
+        away = one.levels == AWAY
+        assert all(("axes.host.keeping(" in text) == away for text in texts)
+        assert all(("= in_pieces(" in text) == bool(one.pieces) for text in texts)
+        assert [bool(stage["state_on_host"]) for stage in plan["stages"]] == [away] * one.stages
+        assert plan["pipeline"]["splits"] == [not away] * one.stages
+    here, away = (Checkpoint.open(latest_checkpoint(folder / "checkpoints" / one.name)) for one in cases[:2])
+    assert here.shapes() == away.shapes()
+    for name, shape in here.shapes().items():
+        assert torch.equal(here.read(name, shape), away.read(name, shape)), name
 
 
 def train(case: Case, folder: Path, name: str, steps: int, resume: Path | None = None) -> None:

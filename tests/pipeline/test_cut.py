@@ -13,11 +13,11 @@ from nnscaler.trace import build_on_meta, trace
 from tests import tiny
 
 
-def llama(layers: int = 4, tied: bool = False) -> Graph:
+def llama(layers: int = 4, tied: bool = False, length: int = tiny.LENGTH) -> Graph:
     config = tiny.config(num_hidden_layers=layers, tie_word_embeddings=tied)
-    prepare_config(config, tiny.LENGTH, "auto")
+    prepare_config(config, length, "auto")
     model, buffers = build_on_meta(lambda: CausalLM(config))
-    inputs = {name: torch.empty((1, tiny.LENGTH), dtype=torch.int64) for name in ("input_ids", "labels")}
+    inputs = {name: torch.empty((1, length), dtype=torch.int64) for name in ("input_ids", "labels")}
     return trace(model, inputs, buffers)
 
 

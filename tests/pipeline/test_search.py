@@ -13,7 +13,7 @@ from nnscaler import UserError
 from nnscaler.hardware import load_hardware
 from nnscaler.mesh import Mesh
 from nnscaler.pipeline.cut import pivots
-from nnscaler.pipeline.plan import PipelinePlan
+from nnscaler.pipeline.plan import PipelinePlan, forward_seconds, update_seconds
 from nnscaler.pipeline.search import Wanted, balanced, candidates, estimated, even, find_pipeline
 from nnscaler.pipeline.stages import Candidate, StagePlanner
 from nnscaler.placement import REPLICATE
@@ -31,6 +31,7 @@ def hardware(folder: Path, **changes: object):
     return load_hardware(str(path))
 
 
+AGAIN = ("again", "reshard again", "reshard backward")
 SLOW = {"bandwidth": 1e6, "latency": 1e-2}
 
 
@@ -117,8 +118,8 @@ def test_estimates_are_no_higher_than_plans(tmp_path):
         plan = planner.plan(estimate)
         assert plan is not None
         seconds = [sum(stage.seconds.values()) for stage in plan.stages]
-        assert all(a <= b * (1 + 1e-6) for a, b in zip(estimate.seconds, seconds))
-        return sum(seconds) / sum(estimate.seconds), plan.memory_bytes
+        assert all(need.seconds <= each * (1 + 1e-6) for need, each in zip(estimate.needs, seconds))
+        return sum(seconds) / sum(need.seconds for need in estimate.needs), plan.memory_bytes
 
     ratio, used = compare(1e12)
     assert ratio == pytest.approx(1, abs=1e-6), "nothing is scarce"
@@ -158,6 +159,48 @@ def test_what_crosses_by_hand(kind, stages, tmp_path):
         if span.work.kind in "IW":
             nothing = (span.work.kind, span.work.stage) == ("I", 0)  # of the first stage, torch does all at the end
             assert (span.end - span.start > 0) != nothing
+
+
+def test_stages_compute_in_pieces_what_does_not_fit_otherwise(tmp_path):
+    graph, machine, wanted = llama(4, length=1024), hardware(tmp_path, intra=SLOW), Wanted(schedule="1f1b")
+    free = find_pipeline(graph, [Mesh((2,))], machine, wanted, micro_batches=4)
+    assert isinstance(free, PipelinePlan)
+    assert not any(stage.pieces for stage in free.stages)
+    limit = 0.4 * free.memory_bytes
+    found = find_pipeline(graph, [Mesh((2,))], machine, wanted, micro_batches=4, memory=limit)
+    assert isinstance(found, PipelinePlan)
+    assert found.memory_bytes <= limit
+    assert all(stage.pieces for stage in found.stages)
+
+
+def test_stages_share_the_host(tmp_path):
+    """Where the devices' memory holds a pipeline back, its stages use the host's, together no more than there is."""
+    link = {"memory": 1e9, "to_host": 1e9, "to_device": 1e9, "together": 8e8, "interference": 0.0}
+    graph, machine = llama(8), hardware(tmp_path, intra=SLOW, host=link)
+
+    def found(memory: float, host: float) -> PipelinePlan:
+        wanted = Wanted(schedule="interleaved", stages=4)
+        plan = find_pipeline(graph, [Mesh((2,))], machine, wanted, memory=memory, micro_batches=4, host=host)
+        assert isinstance(plan, PipelinePlan)
+        assert plan.memory_bytes <= memory * (1 + 1e-5)
+        return plan
+
+    free = found(1e12, 1e9)
+    assert free.host_bytes == 0
+    small = 0.68 * free.memory_bytes
+    alone, away = found(small, 0.0), found(small, 1e9)
+    assert away.host_bytes > 0
+    assert free.step_seconds <= away.step_seconds < 0.995 * alone.step_seconds
+    half = found(small, away.host_bytes / 2)
+    assert 0 < half.host_bytes <= away.host_bytes / 2 * (1 + 1e-5)
+    assert away.step_seconds <= half.step_seconds <= alone.step_seconds
+    parts = [forward_seconds(stage) + update_seconds(stage) for stage in away.stages]
+    backward = [
+        sum(seconds for key, seconds in stage.seconds.items() if "backward" in key or key.category in AGAIN)
+        for stage in away.stages
+    ]
+    whole = [sum(stage.seconds.values()) for stage in away.stages]
+    assert [a + b for a, b in zip(parts, backward)] == pytest.approx(whole), "a copy counts where it is in the way"
 
 
 def test_cut_points_move_towards_equal_times():

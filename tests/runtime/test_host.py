@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nnscaler.runtime import gathering
-from nnscaler.runtime.host import HostMemory, _Copy
+from nnscaler.runtime.host import HostMemory, _Copy, _Kept
 
 WIDTH, ROWS, CALLS = 16, 8, 6
 SIZE = WIDTH * ROWS * 4  # bytes of an activation
@@ -100,6 +100,36 @@ def test_the_device_holds_what_two_calls_keep_in_backward() -> None:
         weight.register_hook(look)
     model.gradients(host)
     assert most == 2 * 2
+
+
+def test_micro_batches_in_flight_leave_the_device_while_they_wait() -> None:
+    """As in a pipeline: two forwards, then a backward and a forward by turns."""
+    model = Model(block)
+    wanted = model.gradients(None)
+    host = HostMemory(torch.device("cpu"), model.is_weight)
+    waiting: list[Tensor] = []
+
+    def forward() -> None:
+        host.clear()
+        waiting.append(model.forward(host))
+
+    def left() -> int:
+        """Tensors on the device that were sent, or came back."""
+        gc.collect()
+        kept = [thing for thing in gc.get_objects() if isinstance(thing, _Kept) and thing.pool is host.pool]
+        return sum(len(one._here) + sum(copy.fetched is not None for copy in one._copies.values()) for one in kept)
+
+    forward()
+    assert left() == 2, "the last call's are on their way"
+    forward()
+    assert left() == 2, "and those of the micro-batch before have left"
+    for _ in range(3):
+        forward()
+        gradients = torch.autograd.grad(waiting.pop(0), [model.x, *model.weights])
+        host.clear()
+        assert all(map(torch.equal, gradients, wanted))
+        assert left() == 0
+    assert host.pool.bytes == 3 * 2 * SIZE * CALLS
 
 
 def test_a_gathered_weight_is_known_by_its_memory_while_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
