@@ -121,8 +121,9 @@ class OnHost:
             for charge in self.statement.accounts[Account.TIME]
             if charge.key.category == "forward"
         ]
-        seconds = [(self.parts, part / self.host.both_ways)]
-        self._longer("update", seconds, forward, 1 / self.problem.micro_batches)
+        each, once = part / self.host.both_ways, 1 / self.problem.micro_batches
+        self.statement.charge(Account.SENT, Key("copies", "", "state"), self.parts, once * each)
+        self._longer("update", [(self.parts, each)], forward, once)
 
     def _longer(self, side: str, copies: Terms, computing: Terms, part: float) -> None:
         self.statement.longer(Key("copies", "", side), copies, computing, self.host.interference, part)

@@ -44,7 +44,7 @@ class Account(Enum):
     BACKWARD  seconds of exchange that runs beside backward
     LAST      seconds of exchange that runs beside the backward of a step's last micro-batch only
     WEIGHTS   the seconds, among those of TIME, in which backward makes gradients of weights
-    SENT      seconds of copies to the host, which run beside forward
+    SENT      seconds of copies that run beside forward: to the host; of the optimizer's state, there and back at once
     FETCHED   seconds of copies back from the host, which run beside backward
     DEVICE    bytes of a device's memory
     HOST      bytes of the host's memory, for each device

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from nnscaler.errors import UserError
-from nnscaler.plan import Key, Plan
+from nnscaler.plan import Plan
 from nnscaler.report.about import SCHEMA
 from nnscaler.report.blocks import block_costs
 from nnscaler.report.categories import (
@@ -97,8 +97,7 @@ def plan_report(plan: Plan, work: Work | None = None, replan: Replan | None = No
 
 def _host(plan: Plan) -> dict[str, Any]:
     """What lies in the host's memory, and the seconds of a step's copies that computation hides."""
-    kept = (Key("copies", "", side) for side in ("forward", "backward"))  # those of the optimizer's state are exposed
-    exposed = sum(plan.seconds.get(key, 0.0) for key in kept)
+    exposed = sum(value for key, value in plan.seconds.items() if key.category == "copies")
     return {
         "host_bytes": plan.host_bytes,
         "host_limit_bytes": plan.host_limit,

@@ -175,7 +175,7 @@ def test_stages_compute_in_pieces_what_does_not_fit_otherwise(tmp_path):
 
 def test_stages_share_the_host(tmp_path):
     """Where the devices' memory holds a pipeline back, its stages use the host's, together no more than there is."""
-    link = {"memory": 1e9, "to_host": 1e9, "to_device": 1e9, "together": 8e8, "interference": 0.0}
+    link = {"memory": 1e9, "to_host": 1e9, "to_device": 1e9, "both_ways": 8e8, "interference": 0.0}
     graph, machine = llama(8), hardware(tmp_path, intra=SLOW, host=link)
 
     def found(memory: float, host: float) -> PipelinePlan:

@@ -111,11 +111,13 @@ def test_half_of_the_state(graph, machine):
         found = with_two_on_host(graph, machine, host, KEEPS_ALL)
         longer = max(LOST * seconds, seconds - (1 - LOST) * all_forward) / MICRO_BATCHES
         assert total(found.seconds, "copies", "update") == pytest.approx(longer, rel=0.01), "once a step"
+        without = with_two_on_host(graph, machine, host, KEEPS_ALL, state=0)
+        beside = total(found.copies, "copies") - total(without.copies, "copies")
+        assert beside == pytest.approx(seconds / MICRO_BATCHES), "there and back at the same time"
     assert total(found.host, "state") == pytest.approx(STATE / 2)
     assert total(found.memory, "state") == pytest.approx(-STATE / 2)
     places = total(found.memory, "buffers", "state")
     assert places == 3 * STATE, "for three buckets, of which this model fills one"
-    without = with_two_on_host(graph, machine, host, KEEPS_ALL, state=0)
     assert not total(without.memory, "state")
     assert not total(without.memory, "buffers", "state")
 

@@ -24,7 +24,7 @@ from nnscaler.hardware import load_hardware
 from nnscaler.mesh import Mesh
 from nnscaler.models.causal_lm import CausalLM, prepare_config
 from nnscaler.plan import Key
-from nnscaler.planner import find_plan
+from nnscaler.planner import costs, find_plan
 from nnscaler.profiler.operators import OperatorTimes
 from nnscaler.report import __main__ as command
 from nnscaler.report import compare, explain, plan_report, read_plan
@@ -79,6 +79,24 @@ def planned(request, graph, slow):
     return find_plan(graph, [mesh], slow, memory=limit, micro_batches=2, fused=fused)
 
 
+def test_hidden_copies_are_those_of_activations_and_of_state(graph, tmp_path, monkeypatch):
+    """On a machine whose copies cost computation nothing: all bytes of the host over their rates, each micro-batch or,
+    of the optimizer's state, once a step."""
+    monkeypatch.setattr(costs, "BUCKET_ELEMENTS", 1000)  # of several, so that the device need not hold all
+    host = {"memory": 1e9, "to_host": 1e10, "to_device": 2e10, "both_ways": 5e9, "interference": 0.0}
+    machine = load_hardware(tiny.write_hardware(tmp_path, memory_bandwidth=1e9, host=host))
+    free = find_plan(graph, [Mesh((1,))], machine, micro_batches=3)
+    plan = find_plan(graph, [Mesh((1,))], machine, micro_batches=3, memory=0.6 * free.memory_bytes, host=1e9)
+    predicted = plan_report(plan)["predicted"]
+    kinds = predicted["host_bytes_by_category"]
+    state = kinds.pop("optimizer state")
+    kept = sum(kinds.values())
+    assert min(state, kept) > 0
+    exposed = predicted["seconds_by_category"].get("copies to the host exposed", 0.0)
+    seconds = 3 * kept * (1 / 1e10 + 1 / 2e10) + state / 5e9
+    assert predicted["hidden_copies_seconds"] == pytest.approx(seconds - exposed, rel=1e-4)
+
+
 def test_the_parts_add_up_to_the_plan(planned):
     values = plan_report(planned)
     predicted = values["predicted"]
@@ -98,11 +116,11 @@ def test_copies_to_the_host_are_a_part_of_the_step(graph, slow):
     plan = find_plan(graph, [Mesh((1,))], slow, micro_batches=3)
     plan.host_limit = 1e9
     plan.seconds |= {Key("copies", "", side): seconds for side, seconds in (("forward", 1.0), ("update", 0.25))}
-    plan.copies = {Key("copies", "layer", "x", "to the host"): 4.0}
+    plan.copies = {Key("copies", "layer", "x", "to the host"): 4.0, Key("copies", "", "state"): 0.5}
     predicted = plan_report(plan)["predicted"]
     assert predicted["seconds_by_category"][COPIES] == pytest.approx(3 * 1.25)
     assert sum(predicted["seconds_by_category"].values()) == pytest.approx(plan.step_seconds, rel=1e-5)
-    assert predicted["hidden_copies_seconds"] == pytest.approx(3 * (4 - 1)), "those of activations"
+    assert predicted["hidden_copies_seconds"] == pytest.approx(3 * (4.5 - 1.25)), "those of the optimizer's state too"
 
 
 def test_what_is_hidden_is_that_of_a_side():
