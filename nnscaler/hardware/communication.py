@@ -91,16 +91,31 @@ class Network:
         return max(inside / self.intra.bandwidth, outside / self.inter.bandwidth)
 
 
+class CopyRates(NamedTuple):
+    """How fast a device and its host copy to each other, while all devices of the node do.
+
+    to_host    bytes/s at which a device copies to the host
+    to_device  bytes/s at which it copies back
+    both_ways  bytes/s each way, when both go at once
+    """
+
+    to_host: float
+    to_device: float
+    both_ways: float
+
+
 @dataclass(frozen=True)
 class CommunicationTimes:
     """Tables of collectives' times.
 
     curves  (collective, group) -> ((bytes, seconds), ...), from small messages to large
     source  where they come from, for people
+    copies  of a device to its host and back; None: not measured
     """
 
     curves: Mapping[tuple[str, Group], Curve] = field(default_factory=dict)
     source: str = ""
+    copies: CopyRates | None = None
 
     def seconds(self, collective: str, size: float, group: Group, network: Network) -> float | None:
         """Seconds of a collective of `size` bytes. None where no table is of its kind (inside a node, or across nodes).
@@ -126,7 +141,8 @@ class CommunicationTimes:
             )
             for (name, group), curve in sorted(self.curves.items())
         ]
-        return f'{{"source": {json.dumps(self.source)}, "tables": [\n' + ",\n".join(tables) + "\n]}\n"
+        copies = f'"copies": {json.dumps(self.copies._asdict())}, ' if self.copies else ""
+        return f'{{"source": {json.dumps(self.source)}, {copies}"tables": [\n' + ",\n".join(tables) + "\n]}\n"
 
     @staticmethod
     def from_json(values: Any) -> CommunicationTimes:
@@ -139,7 +155,11 @@ class CommunicationTimes:
             if group.size < 2 or group.per_node < 1 or group.size % group.per_node:
                 raise ValueError(f"a group of {group.size} devices cannot have {group.per_node} on each node")
             curves[table["collective"], group] = _checked(table["bytes_seconds"])
-        return CommunicationTimes(dict(sorted(curves.items())), str(values["source"]))
+        copies = CopyRates(**values["copies"]) if "copies" in values else None
+        for name, rate in copies._asdict().items() if copies else ():
+            if not 0 < rate < math.inf:
+                raise ValueError(f"{name} of copies is {rate}; it must be more than 0")
+        return CommunicationTimes(dict(sorted(curves.items())), str(values["source"]), copies)
 
 
 NO_TIMES = CommunicationTimes()

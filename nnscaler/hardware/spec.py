@@ -143,7 +143,15 @@ def load_hardware(name: str) -> Hardware:
         return _read(Path(name))
     if name.lower() not in hardware_names():
         raise UserError(f"hardware is '{name}'; known are {', '.join(hardware_names())}, and paths of .json files")
-    return replace(_read(_bundled(name)), measured=measured_on_kind(name))
+    return _with_measured(_read(_bundled(name)), measured_on_kind(name))
+
+
+def _with_measured(hardware: Hardware, measured: CommunicationTimes) -> Hardware:
+    """Hardware with what was measured on this machine, which comes before what is bundled."""
+    host = hardware.host
+    if host is not None and measured.copies is not None:
+        host = replace(host, **measured.copies._asdict())
+    return replace(hardware, measured=measured, host=host)
 
 
 def device_name() -> str:
@@ -189,16 +197,16 @@ def detect_hardware() -> Hardware:
         )
     devices = torch.cuda.device_count()
     host = None if hardware.host is None else replace(hardware.host, memory=host_memory() / devices)
-    return replace(
+    here = replace(
         hardware,
         name=name,
         memory=float(torch.cuda.get_device_properties().total_memory),
         host=host,
         devices_per_node=devices,
-        measured=measured_on(device),
         borrowed=not kinds,
         remark=remark,
     )
+    return _with_measured(here, measured_on(device))
 
 
 def _flops_in_fp32(cpu: Hardware) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Measures how long collectives take on this machine, for the planner.
+"""Measures how long collectives take on this machine, and copies of GPUs to their host, for the planner.
 
     torchrun --nnodes=1 --nproc_per_node=8 -m nnscaler.profiler.benchmark_comm
 
@@ -11,6 +11,9 @@ Measured are all_reduce, all_gather, reduce_scatter and all_to_all, over NCCL on
 4, 8 ... devices up to a whole node, and over the nodes where there are several. All groups of one size work at the same
 time, as they do in training. A time is the median of the slowest device. The table printed last counts bytes of the
 larger of one device's input and output.
+
+Copies of a GPU to its host's memory, back, and both at once are measured while all GPUs of the node copy. Plans that
+use the host's memory take these rates in place of the bundled ones.
 """
 
 from __future__ import annotations

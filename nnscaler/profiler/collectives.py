@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
-from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from tqdm import tqdm
 
 from nnscaler.errors import UserError
 from nnscaler.hardware.communication import COLLECTIVES, CommunicationTimes, Curve, Group, without_noise
 from nnscaler.hardware.local import communication_path, write_text
 from nnscaler.hardware.spec import device_name
+from nnscaler.profiler.copies import measure_copies
+from nnscaler.profiler.timing import slowest_median
 from nnscaler.runtime.collectives import all_gather_single, reduce_scatter_single
 
 logger = logging.getLogger(__name__)
@@ -29,9 +27,6 @@ logger = logging.getLogger(__name__)
 COMMAND = "torchrun --nnodes=<nodes> --nproc_per_node=<devices of a node> -m nnscaler.profiler.benchmark_comm"
 SMALLEST = 2**10
 LARGEST = {"nccl": 2**30, "gloo": 2**26}  # bytes
-BUDGET = 0.1  # seconds of repetitions of one message
-REPEATS = (3, 100)
-AHEAD = 200_000  # cycles of the device, about 0.1 ms: more than the host takes to start a collective
 SLOW = 0.5  # seconds; what is larger than a message that takes longer is left to extrapolation
 
 
@@ -64,6 +59,10 @@ def measure_and_keep(backend: str | None) -> None:
     dist.init_process_group(world.backend, device_id=world.device if world.device.type == "cuda" else None)
     try:
         times = measure(world)
+        if world.device.type == "cuda":
+            times = replace(times, copies=measure_copies(world.device))
+        elif world.rank == 0:
+            logger.info("there is no GPU here, and so no copies to the host and back to be measured")
         if world.rank % world.per_node == 0:
             write_text(communication_path(world.device_name), times.dumps())
         if world.rank == 0:
@@ -108,7 +107,7 @@ def measure(world: World) -> CommunicationTimes:
                     if not points or points[-1][1] < SLOW:
                         elements = size // 4 // group.size * group.size
                         call = _prepared(collective, elements, group.size, process_group, world.device)
-                        points.append((4 * elements, _slowest_median(call, world.device)))
+                        points.append((4 * elements, slowest_median(call, world.device)))
                     bar.update()
                 curves[collective, group] = without_noise(points)
     source = (
@@ -155,47 +154,8 @@ def _prepared(collective: str, elements: int, size: int, group: Any, device: tor
     return calls[collective]
 
 
-def _slowest_median(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of the call: the median of each rank, and the largest of these."""
-    call()  # The first opens connections.
-    once = _slowest(_median_seconds(call, device, 1), device)
-    fewest, most = REPEATS
-    repeats = min(max(int(BUDGET / once), fewest), most)
-    return _slowest(_median_seconds(call, device, repeats), device)
-
-
-def _median_seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    dist.barrier()
-    if device.type == "cuda":
-        # The device waits until the host is ahead of it: what is timed is its work, not the host's.
-        torch.cuda._sleep(repeats * AHEAD)
-    marks = [_mark(device)]
-    for _ in range(repeats):
-        call()
-        marks.append(_mark(device))
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        return statistics.median(begin.elapsed_time(end) for begin, end in pairwise(marks)) / 1000
-    return statistics.median(end - begin for begin, end in pairwise(marks))
-
-
-def _mark(device: torch.device) -> Any:
-    """A point in time: in the device's stream of work, or on the clock where there is no such stream."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _slowest(seconds: float, device: torch.device) -> float:
-    value: Tensor = torch.tensor(seconds, dtype=torch.float64, device=device)
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return float(value)
-
-
 def table(times: CommunicationTimes) -> str:
-    """For every kind of group, the seconds and GB/s of each collective, by bytes."""
+    """For every kind of group, the seconds and GB/s of each collective, by bytes; and the rates of copies."""
     lines = []
     for group in sorted({group for _, group in times.curves}):
         curves = [dict(times.curves[collective, group]) for collective in COLLECTIVES]
@@ -204,6 +164,9 @@ def table(times: CommunicationTimes) -> str:
         for size in sorted({size for curve in curves for size in curve}):
             cells = [_cell(size, curve[size]) if size in curve else " " * 22 for curve in curves]
             lines.append(f"{size:>12}" + "".join(cells))
+    if times.copies is not None:
+        there, back, both = (f"{rate / 1e9:.1f} GB/s" for rate in times.copies)
+        lines += ["", f"copies to the host {there}, back {back}, at once {both} each way"]
     return "\n".join(lines)
 
 

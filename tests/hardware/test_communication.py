@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -13,6 +14,7 @@ from nnscaler.hardware import hardware_names, load_hardware
 from nnscaler.hardware.communication import (
     COLLECTIVES,
     CommunicationTimes,
+    CopyRates,
     Group,
     Link,
     Network,
@@ -84,7 +86,15 @@ def test_the_network_counts_what_goes_through_each_link():
 
 
 def test_tables_survive_writing_and_reading():
-    assert CommunicationTimes.from_json(json.loads(TIMES.dumps())) == TIMES
+    for times in (TIMES, replace(TIMES, copies=CopyRates(3e10, 2e10, 1e10))):
+        assert CommunicationTimes.from_json(json.loads(times.dumps())) == times
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), float("inf")])
+def test_bad_rates_of_copies_are_refused(rate):
+    copies = {"to_host": 1e10, "to_device": rate, "both_ways": 1e10}
+    with pytest.raises(ValueError, match=r"to_device of copies is .*; it must be more than 0"):
+        CommunicationTimes.from_json({"source": "a test", "copies": copies, "tables": []})
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from nnscaler.config import ComputeConfig
 from nnscaler.errors import UserError
 from nnscaler.hardware import detect_hardware, find_hardware, load_hardware, spec
-from nnscaler.hardware.communication import NO_TIMES, CommunicationTimes, Group
+from nnscaler.hardware.communication import NO_TIMES, CommunicationTimes, CopyRates, Group
 from nnscaler.hardware.local import communication_path, write_text
 
 MEASURED = CommunicationTimes({("all_gather", Group(2, 2)): ((1024, 0.5),)}, "a test")
@@ -57,6 +57,13 @@ def test_what_was_measured_here_joins_hardware_of_that_name():
     keep("NVIDIA H100 80GB HBM3")
     assert load_hardware("H100").measured == MEASURED
     assert load_hardware("h200").measured == NO_TIMES
+
+
+def test_measured_copies_come_before_bundled_ones():
+    bundled = load_hardware("h100").host
+    keep("NVIDIA H100 80GB HBM3", replace(MEASURED, copies=CopyRates(3e10, 2e10, 1e10)))
+    assert load_hardware("h100").host == replace(bundled, to_host=3e10, to_device=2e10, both_ways=1e10)
+    assert load_hardware("h200").host.to_host != 3e10
 
 
 def test_what_was_measured_here_joins_this_machine(monkeypatch):

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from nnscaler.hardware.communication import COLLECTIVES, CommunicationTimes, Group
-from nnscaler.profiler.collectives import find_world, groups
+from nnscaler.hardware.communication import COLLECTIVES, CommunicationTimes, CopyRates, Group
+from nnscaler.profiler.collectives import find_world, groups, table
 
 MODULE = "nnscaler.profiler.benchmark_comm"
 
@@ -34,6 +34,8 @@ def test_two_processes_measure_and_keep_the_times(tmp_path):
     assert all(name in done.stdout for name in COLLECTIVES)
     assert "GB/s" in done.stdout
     assert str(path) in done.stderr
+    assert times.copies is None
+    assert done.stderr.count("there is no GPU here, and so no copies to the host and back to be measured") == 1
 
 
 def test_one_process_is_told_the_command(tmp_path):
@@ -41,6 +43,13 @@ def test_one_process_is_told_the_command(tmp_path):
     assert done.returncode == 2
     assert "torchrun --nnodes=" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_table_ends_with_copies():
+    curves = {(name, Group(2, 2)): ((1024, 1e-6),) for name in COLLECTIVES}
+    times = CommunicationTimes(curves, "", CopyRates(5.5e10, 5.2e10, 4.4e10))
+    last = table(times).splitlines()[-1]
+    assert last == "copies to the host 55.0 GB/s, back 52.0 GB/s, at once 44.0 GB/s each way"
 
 
 def test_groups_of_a_node():
