@@ -81,12 +81,14 @@ def reshards(source: Placements, target: Placements) -> list[Reshard] | None:
     return found
 
 
-def only_gathers(changes: Sequence[Reshard] | None) -> bool:
-    """Whether all changes are all-gathers whose gradients are reduce-scattered.
+def only_gathers(changes: Sequence[Reshard] | None, with_gradient: bool) -> bool:
+    """Whether all changes are all-gathers, whose gradients, if there are any, are reduce-scattered.
 
     A weight that is stored in shards is brought to its user in this way, and so beside computation.
     """
-    return bool(changes) and all(one.collectives == ("all_gather", "reduce_scatter") for one in changes or ())
+    backward = {"reduce_scatter"} if with_gradient else {"reduce_scatter", "slice"}
+    found = [one.collectives for one in changes or ()]
+    return bool(found) and all(one == "all_gather" and other in backward for one, other in found)
 
 
 def without_gradient(placements: Placements) -> Placements:

@@ -84,9 +84,13 @@ def owned_state(optimizer: ShardedOptimizer) -> list[Part]:
 def fixed_state(module: TrainedModule, names: Iterable[str]) -> list[Part]:
     """Those tensors of the model that training leaves as they are (`model.<name>`), as far as this rank has them.
 
-    Each rank has them whole. Where several ranks want to save one, one of them writes it.
+    Buffers are whole on each rank, frozen parameters may be sharded. What several ranks want to save, one writes.
     """
-    return [whole(f"model.{name}", tensor) for name in names for tensor in module.tensors_called(name)]
+    return [
+        Part(f"model.{name}", module.specs[name].shape, module.box(name), tensor)
+        for name in names
+        for tensor in module.tensors_called(name)
+    ]
 
 
 def save_parts(

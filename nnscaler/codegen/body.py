@@ -247,8 +247,8 @@ class Body:
         return self.names[tensor, layout]
 
     def _is_gathered_weight(self, tensor: str, changes: list[Reshard]) -> bool:
-        """Whether a tensor is a parameter that is gathered from shards, with its gradient reduce-scattered."""
-        return tensor in self.block.parameters and only_gathers(changes)
+        """Whether a tensor is a parameter that is gathered from shards, with its gradient, if any, reduce-scattered."""
+        return tensor in self.block.parameters and only_gathers(changes, self.block.tensors[tensor].requires_grad)
 
     def _does_something(self, reshard: Reshard, tensor: str) -> bool:
         """Whether a reshard does anything: one that only concerns gradients does not where there are none."""

@@ -41,7 +41,7 @@ def _resharding(problem: Problem, flow: Flow, source: Placements, target: Placem
 
 def beside(flow: Flow, source: Placements, target: Placements) -> bool:
     """Whether a flow is brought to another layout beside computation: it is a weight that is gathered."""
-    return flow.is_parameter and only_gathers(reshards(source, target))
+    return flow.is_parameter and only_gathers(reshards(source, target), flow.meta.requires_grad)
 
 
 def storage(layout: Placements) -> Placements:

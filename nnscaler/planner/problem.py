@@ -213,15 +213,16 @@ class _Builder:
         for paths, uses in groups:
             meta = self.graph.parameters[min(paths)]
             given = [self.layouts[path] for path in paths if path in self.layouts]
-            stored = given or self._stored(meta)
+            stored = given or self._stored(meta, paths)
             options = tuple(option for layout in stored for option in self._parameter_options(meta, layout))
             index = self.decide(Decision("parameter", *min(uses), options, len(paths)))
             self.problem.parameter_of.update(dict.fromkeys(uses, index))
 
-    def _stored(self, meta: TensorMeta) -> list[Placements]:
-        if not meta.requires_grad:
+    def _stored(self, meta: TensorMeta, paths: set[str]) -> list[Placements]:
+        """The layouts in which a tensor of the model may be stored: buffers, which are small, only whole."""
+        if paths & self.graph.buffers.keys():
             return [(REPLICATE,) * len(self.mesh.sizes)]
-        return layouts_of(meta.shape, self.mesh, SHARED)
+        return layouts_of(meta.shape, self.mesh, SHARED if meta.requires_grad else REPLICATE)
 
     def _parameter_options(self, meta: TensorMeta, layout: Placements) -> Iterator[Option]:
         """The ways to train a parameter that is stored so: exchange its gradient in each micro-batch, or once a

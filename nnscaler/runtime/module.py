@@ -117,16 +117,16 @@ class ParallelModule(nn.Module):
         self._code = _load_source(directory / f"gencode_stage{stage}.py")
 
     def _load_fixed(self, directory: Path) -> None:
-        """Loads buffers, and makes room for parameters that are not trained; both are whole on every device."""
+        """Loads buffers, which are whole on every device, and makes room for parameters that are not trained."""
         path = directory / "buffers.safetensors"
         values = load_file(path) if path.exists() else {}
         for name, spec in self.specs.items():
             if spec.trained:
                 continue
-            fixed = values[name].to(self.axes.device) if name in values else None
-            self._weights[name] = (
-                torch.zeros(spec.shape, dtype=spec.dtype, device=self.axes.device) if fixed is None else fixed
-            )
+            if name in values:
+                self._weights[name] = values[name].to(self.axes.device)
+            else:
+                self._weights[name] = torch.zeros(self.box(name).sizes, dtype=spec.dtype, device=self.axes.device)
         self.buffer_names = set(values)
 
     def forward(self, **inputs: Tensor) -> Any:

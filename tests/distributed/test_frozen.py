@@ -1,5 +1,7 @@
 """Frozen layers among trained ones, on two processes: gradients of the trained ones are PyTorch's."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -77,6 +79,10 @@ def test_gradients_beside_frozen_layers(tmp_path):
             config = ComputeConfig(plan_ngpus=plan, runtime_ngpus=2, hardware=hardware)
             jobs.append((compile_model(source, config, tmp_path / f"{number}_{plan}"), frozen))
             plans.append(plan)
+    first = json.loads((jobs[3][0] / "plan.json").read_text())["parameters"]["layers.0.up.weight"]
+    assert first["layout"].startswith("S("), "frozen weights are sharded too, and gathered"
+    assert not first["trained"]
+    assert "gathers.weight(w[" in (jobs[3][0] / "gencode_stage0.py").read_text()
     ranks = run(2, gradients, jobs)
     for index, (plan, (_, frozen)) in enumerate(zip(plans, jobs)):
         model = with_weights(frozen)
