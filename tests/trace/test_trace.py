@@ -141,6 +141,29 @@ def test_a_registered_function_is_one_node_whatever_it_does():
     assert torch.equal(row_norm(torch.full((1, 2), 2.0)), torch.tensor([8.0]))  # outside tracing: the function itself
 
 
+def test_results_of_a_registered_function_are_those_of_its_own_arguments():
+    """Called with tensors of other shapes and types, nothing else being different."""
+
+    @register_op("b d -> b d", name="doubled")
+    def doubled(x):
+        return x + x
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            y = self.linear(x)
+            return doubled(y).sum() + doubled(y[:2]).sum() + doubled(y.double()).sum()
+
+    graph = traced(Source(Model, {"x": torch.zeros(4, 8)}, torch.float32))
+    found = [graph.root.tensors[node.outputs[0]] for node in graph.root.nodes if node.op == "doubled"]
+    assert [(meta.shape, meta.dtype) for meta in found] == [
+        ((4, 8), torch.float32), ((2, 8), torch.float32), ((4, 8), torch.float64),
+    ]  # fmt: skip
+
+
 def test_a_name_can_be_registered_by_one_function_only():
     register_op("a -> a", name="test_taken")(lambda x: -x)
     with pytest.raises(UserError, match="'test_taken' is already registered"):
