@@ -29,8 +29,8 @@ from nnscaler.profiler.operators import OperatorTimes
 from nnscaler.report import __main__ as command
 from nnscaler.report import compare, explain, plan_report, read_plan
 from nnscaler.report.categories import COPIES
+from nnscaler.report.collectives import _hidden
 from nnscaler.report.page import plan_page
-from nnscaler.report.transfers import _hidden
 from nnscaler.report.values import Work
 from nnscaler.trace import trace
 from tests import tiny
