@@ -31,7 +31,7 @@ from nnscaler.cli.config import (
 from nnscaler.cli.flags import Flags, keys_of, parse
 from nnscaler.command import run
 from nnscaler.config import ComputeConfig, OptimizerConfig
-from nnscaler.data.weighted import Source
+from nnscaler.data.weighted import WeightedDataset
 from nnscaler.directory import check_writable
 from nnscaler.errors import UserError
 from nnscaler.lazy import uncollected
@@ -88,9 +88,9 @@ class Inputs:
                 raise UserError(f"{name} is '{given}', which does not exist; make one with bookcorpus.py")
 
     @property
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[WeightedDataset]:
         """What is trained on."""
-        return Source.read_all(self.dataset_path or (), "dataset_path")
+        return WeightedDataset.read_all(self.dataset_path or (), "dataset_path")
 
 
 GROUPS: dict[str, type] = {

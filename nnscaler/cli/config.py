@@ -1,6 +1,6 @@
-"""What a training run is made of: one dataclass a concern, checked where it is built.
+"""What a training run is made of: a dataclass for each concern, which is checked when it is built.
 
-The fields that are made by `nnscaler.options` are also the flags of train.py.
+The fields that are made by the functions of `nnscaler.options` are also flags of train.py.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class DatasetConfig:
 
     @property
     def length(self) -> int:
-        """Tokens a sequence."""
+        """Tokens of a sequence."""
         length = self.dataset.sequence_length if self.dataset else self.sequence_length
         assert length is not None
         return length
@@ -144,7 +144,10 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 @dataclass(frozen=True)
 class LRSchedulerConfig:
-    """Learning rate by step: linear warm-up, then constant, or falling to `minimum` times the peak at the last step."""
+    """The learning rate of each step.
+
+    It rises linearly in the warm-up. Then it is constant, or falls to `minimum` times the peak at the last step.
+    """
 
     schedule: str = text("cosine", "how the learning rate falls after warm-up", flag="lr_schedule", choices=SCHEDULES)
     warmup_steps: int = whole(0, "steps in which the learning rate rises", least=0, most=MOST_STEPS)
@@ -156,7 +159,7 @@ class LRSchedulerConfig:
         check(self)
 
     def factor(self, step: int, steps: int) -> float:
-        """What the peak learning rate is multiplied with in step `step` (from 0) of `steps`."""
+        """What the peak learning rate is multiplied by in step `step`, counted from 0, of `steps` steps."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         progress = min(1.0, (step - self.warmup_steps) / max(1, steps - self.warmup_steps))
@@ -166,7 +169,7 @@ class LRSchedulerConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Where checkpoints go, and how often. `interval` None: no checkpoint at all."""
+    """Where checkpoints go, and how often. `interval` None: there are none at all"""
 
     directory: Path = path(Path("checkpoints"), "folder for checkpoints, one folder a run", flag="checkpoint_dir")
     interval: int | None = whole(

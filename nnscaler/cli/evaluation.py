@@ -1,4 +1,4 @@
-"""Validation between steps: the loss of a dataset that is not trained on."""
+"""Validation between steps: the loss of a dataset on which the model is not trained."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Evaluation:
         self._steps = min(whole, config.steps or whole)
 
     def is_due(self, step: int, last: bool) -> bool:
-        """Whether to evaluate after an optimizer step."""
+        """Whether to evaluate after this optimizer step."""
         return last or step % self._config.interval == 0
 
     def run(self) -> dict[str, float | None]:

@@ -1,7 +1,7 @@
-"""Where a run's numbers go: a progress bar, TensorBoard, metrics.jsonl, and Weights & Biases where it is asked for.
+"""Where a run's numbers go: a progress bar, TensorBoard and metrics.jsonl.
 
-A log folder is one run's: `run.json` there says which. A run that goes on from an earlier step drops what it wrote
-about later ones, so that every step is there once.
+A log folder belongs to one run, which `run.json` names. A run that continues from an earlier step removes what it wrote
+about later steps, so that each step is there once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ METRICS, _RUN = "metrics.jsonl", "run.json"
 
 
 def is_free(folder: Path, run: str | None = None) -> bool:
-    """Whether a run (None: a new one) may write its logs into a folder: they are its own, or there are none."""
+    """Whether a run (None: a new one) may write its logs into a folder: the logs there are its own, or there are
+    none."""
     try:
         return json.loads((folder / _RUN).read_text())["run"] == run
     except (OSError, ValueError, KeyError, TypeError):
@@ -27,7 +28,7 @@ def is_free(folder: Path, run: str | None = None) -> bool:
 
 
 def log_folder(directory: Path, name: str, run: str) -> Path:
-    """`name` in a directory, or `name-2`, ...: the first that is free for the run."""
+    """The first of `name`, `name-2`, ... in a directory that is free for the run."""
     folder, count = directory / name, 1
     while not is_free(folder, run):
         count += 1
@@ -71,7 +72,7 @@ class RunLog:
                 self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def advance(self) -> None:
-        """One optimizer step more."""
+        """One more optimizer step is done."""
         if self._active:
             self._bar.update()
 
@@ -98,7 +99,7 @@ def _wandb_run(folder: Path, run: str, about: dict[str, Any]) -> Any:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Removes the lines about later steps, and one that was cut off."""
+    """Removes the lines about later steps, and a line that was cut off."""
     if not path.exists():
         return
     kept = []

@@ -42,12 +42,12 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingRun:
-    """One training run of what was compiled into `code`.
+    """One training run of what was compiled into the folder `code`.
 
-    resume_from  what to load, the best first; empty: start anew
-    own_folder   where this run's checkpoints are already, when torchrun restarted it
-    jobs         the names of this run's job, on each node (`checkpoint.owner.job`)
-    watch        to be told of every step; None: one process
+    resume_from  what to load, the best first; empty: begin anew
+    own_folder   where this run's checkpoints are already, if torchrun restarted it; else None
+    jobs         names of this run's job, on each node (see `nnscaler.checkpoint.owner.job`)
+    watch        is told of every step; None: there is one process
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class TrainingRun:
             logger.warning("the learning rate was to follow %s; now it follows %s", state.schedule, self._schedule())
 
     def _claim_folder(self, loaded: Path | None, own: Path | None, jobs: list[str]) -> tuple[Path, str]:
-        """Where this run's checkpoints go, and the run's own name."""
+        """Claims the folder for this run's checkpoints. Returns it, and the run's own name."""
         directory, logs = self.args.checkpoint.directory, self.args.log.directory
 
         def take() -> tuple[Path, str]:
@@ -245,13 +245,13 @@ class TrainingRun:
         return Evaluation(config, config.dataset, self.module, self.share, *given, go_on)
 
     def _step_to_save(self) -> int | None:
-        """After which step this rank is, if it can be saved. Not collective."""
+        """After which step this rank is, if that state can be saved; else None. Not collective."""
         return self.step if self.saver.is_finite() else None
 
     def _save_if_finite(self, last: bool) -> None:
-        """Saves, unless a step is under way to a state that must not push out a better one. Collective.
+        """Saves, unless that could push out a better checkpoint. Collective.
 
-        last  training ends here: of steps that changed nothing there will be no next, so that the state is saved
+        last  training ends here. Steps at the end that changed nothing are then saved too, since no later step will be.
         """
         self.finite.settle()
         if self.finite.in_a_row and not last:
@@ -266,7 +266,7 @@ class TrainingRun:
             self._save()
 
     def _save(self) -> None:
-        """Begins to save what the last update left, unless that has been done. Collective."""
+        """Begins to save what the last update left, unless that has been done already. Collective."""
         if self.args.checkpoint.interval is not None and self.saved != self.step:
             self.saved = self.step
             self.saver.start(self._state(), self.random)

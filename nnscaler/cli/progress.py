@@ -1,4 +1,4 @@
-"""What the steps between two reports came to: the loss a label, and how fast they were."""
+"""What has happened since the last report: the mean loss of a label, and the speed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Progress:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside is no training, and its time does not count."""
+        """Inside is no training: the time does not count."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         began = time.perf_counter()
@@ -61,7 +61,7 @@ class Progress:
         self._paused += time.perf_counter() - began
 
     def report(self, step: int) -> dict[str, float | None]:
-        """The numbers of the steps up to this one. Collective."""
+        """The numbers of all steps since the last report. Collective."""
         if dist.is_initialized():
             dist.all_reduce(self._total)
         losses, labels, padding = self._total.tolist()

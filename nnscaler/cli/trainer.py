@@ -1,4 +1,4 @@
-"""The trainer: compiles where needed, then trains."""
+"""The trainer: compiles where that is needed, then trains."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PRECISION = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Trainer:
-    """Trains a model as `TrainerArgs` say: `Trainer(args).run()`, on one process or under torchrun."""
+    """Trains a model, as its arguments say: `Trainer(args).run()`, in one process or under torchrun."""
 
     def __init__(self, args: TrainerArgs) -> None:
         self.args = with_precision(args)

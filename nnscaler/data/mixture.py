@@ -19,7 +19,7 @@ from nnscaler.data.documents import DocumentLengths
 from nnscaler.data.packed import PackedDataset, Row
 from nnscaler.data.streamed import StreamedDataset, Streaming
 from nnscaler.data.training import Samples, Shuffled
-from nnscaler.data.weighted import Source, shares_of
+from nnscaler.data.weighted import WeightedDataset, shares_of
 from nnscaler.errors import UserError
 
 _DRAWS = (1 << 32) - 1  # tells the seeds of draws from those of rows' orders
@@ -112,7 +112,7 @@ class Mixed:
         return self._samples[part].sample(block * self._shares[part] + int(numbers[place]))
 
 
-def open_sources(sources: Sequence[Source]) -> Dataset | None:
+def open_sources(sources: Sequence[WeightedDataset]) -> Dataset | None:
     """The datasets that `--dataset_path` names, as one. None where it names none.
 
     Raises UserError as `PackedDataset.open` and `StreamedDataset.open` do, and where the rows are not of one length.
@@ -123,7 +123,7 @@ def open_sources(sources: Sequence[Source]) -> Dataset | None:
     return parts[0] if parts else None
 
 
-def _open(source: Source) -> Part:
+def _open(source: WeightedDataset) -> Part:
     if source.is_url or any(Path(source.path).glob("**/*.parquet")) or Path(source.path).suffix == ".parquet":
         return StreamedDataset.open(source.path)
     return PackedDataset.open(Path(source.path))

@@ -12,7 +12,7 @@ BLOCK = 1 << 16  # samples in which each dataset comes as often as its weight sa
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightedDataset:
     """One of the datasets of --dataset_path, a path or a URL, and its weight; None: it has none."""
 
     path: str
@@ -23,9 +23,9 @@ class Source:
         return "://" in self.path
 
     @staticmethod
-    def read_all(texts: Sequence[str], flag: str) -> list[Source]:
+    def read_all(texts: Sequence[str], flag: str) -> list[WeightedDataset]:
         """Of texts PATH or PATH=WEIGHT. Raises UserError where one of several has no weight, or none that counts."""
-        sources = [Source._read(text, flag) for text in texts]
+        sources = [WeightedDataset._read(text, flag) for text in texts]
         for place, source in enumerate(sources):
             if len(sources) > 1 and source.weight is None:
                 raise UserError(f"{flag} is '{source.path}', without a weight; one of several needs one: PATH=WEIGHT")
@@ -35,17 +35,17 @@ class Source:
         return sources
 
     @staticmethod
-    def _read(text: str, flag: str) -> Source:
+    def _read(text: str, flag: str) -> WeightedDataset:
         if os.path.exists(os.path.expanduser(text)) or "=" not in text:
-            return Source(os.path.expanduser(text))
+            return WeightedDataset(os.path.expanduser(text))
         path, _, number = text.rpartition("=")
         try:
             weight = float(number)
         except ValueError:
-            return Source(os.path.expanduser(text))
+            return WeightedDataset(os.path.expanduser(text))
         if not 0 < weight <= 1e9:
             raise UserError(f"{flag} gives '{path}' the weight {number}; it must be more than 0 and at most 1e9")
-        return Source(os.path.expanduser(path), weight)
+        return WeightedDataset(os.path.expanduser(path), weight)
 
 
 def shares_of(weights: Sequence[float], names: Sequence[str], flag: str) -> list[int]:

@@ -22,7 +22,7 @@ from nnscaler.cli.trainer import Trainer
 from nnscaler.data.mixture import Mixed, Mixture, open_sources, samples_of
 from nnscaler.data.packed import PackedDataset
 from nnscaler.data.training import Batches, SampleOrder, Share
-from nnscaler.data.weighted import BLOCK, Source, shares_of
+from nnscaler.data.weighted import BLOCK, WeightedDataset, shares_of
 from nnscaler.errors import UserError
 from tests import tiny
 from tests.launch import run
@@ -111,19 +111,19 @@ def test_every_dataset_has_epochs_and_an_order_of_its_own(tmp_path):
 )
 def test_weights_that_are_none(texts, said):
     with pytest.raises(UserError, match=said):
-        Source.read_all(texts, "dataset_path")
+        WeightedDataset.read_all(texts, "dataset_path")
 
 
 def test_a_path_may_have_an_equals_sign(tmp_path):
     (tmp_path / "a=1").mkdir()
-    assert Source.read_all([f"{tmp_path}/a=1"], "x") == [Source(f"{tmp_path}/a=1")]
-    assert Source.read_all([f"{tmp_path}/a=1=0.5", "b=0.5"], "x")[0] == Source(f"{tmp_path}/a=1", 0.5)
+    assert WeightedDataset.read_all([f"{tmp_path}/a=1"], "x") == [WeightedDataset(f"{tmp_path}/a=1")]
+    assert WeightedDataset.read_all([f"{tmp_path}/a=1=0.5", "b=0.5"], "x")[0] == WeightedDataset(f"{tmp_path}/a=1", 0.5)
 
 
 def test_rows_of_different_lengths_are_refused(tmp_path):
     write(tmp_path / "a", 3, 0)
     datasets.Dataset.from_dict({"input_ids": [[1, 2]]}).save_to_disk(str(tmp_path / "b"))
-    sources = [Source(str(tmp_path / "a"), 0.5), Source(str(tmp_path / "b"), 0.5)]
+    sources = [WeightedDataset(str(tmp_path / "a"), 0.5), WeightedDataset(str(tmp_path / "b"), 0.5)]
     with pytest.raises(UserError, match=r"b', whose sequences have 2 tokens, and those of '.*a' 32"):
         open_sources(sources)
 
@@ -132,7 +132,7 @@ def test_lengths_of_a_mixture_s_documents(tmp_path):
     for name, starts in {"a": [[0], [0, 2]], "b": [[0, 1]]}.items():
         rows = {"input_ids": [[1, 2, 3, 4]] * len(starts), "document_starts": starts}
         datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / name))
-    mixture = open_sources([Source(str(tmp_path / "a"), 3), Source(str(tmp_path / "b"), 1)])
+    mixture = open_sources([WeightedDataset(str(tmp_path / "a"), 3), WeightedDataset(str(tmp_path / "b"), 1)])
     lengths = mixture.document_lengths
     assert (lengths.documents, lengths.longest, lengths.mean, lengths.cut) == (5, 4, 12 / 5, 0)
     assert lengths.of_token == pytest.approx(0.75 * (16 + 4 + 4) / 8 + 0.25 * (1 + 9) / 4)
@@ -143,7 +143,7 @@ SOURCES = {"a": 0.75, "b": 0.25}
 
 def train(case: Case, folder: Path, steps: int, resume: Path | None = None) -> None:
     args = arguments(case, folder)
-    mixture = open_sources([Source(str(folder / name), weight) for name, weight in SOURCES.items()])
+    mixture = open_sources([WeightedDataset(str(folder / name), weight) for name, weight in SOURCES.items()])
     checkpoint = CheckpointConfig(folder / "checkpoints", interval=0, resume=resume)
     args = dataclasses.replace(
         args, dataset=DatasetConfig(mixture), max_train_steps=steps, checkpoint=checkpoint
@@ -156,7 +156,7 @@ def test_a_mixture_trains_as_the_plain_loop_on_its_order_and_goes_on_elsewhere(t
     tiny.write_dataset(tmp_path / "data")
     for index, name in enumerate(SOURCES):
         write(tmp_path / name, 9 + index, 3 * index)
-    mixture = open_sources([Source(str(tmp_path / name), weight) for name, weight in SOURCES.items()])
+    mixture = open_sources([WeightedDataset(str(tmp_path / name), weight) for name, weight in SOURCES.items()])
     samples = samples_of(mixture, SEED)
     order = np.random.default_rng((SEED, 0)).permutation(20)
     rows = np.empty((20, tiny.LENGTH), dtype=np.int64)

@@ -22,7 +22,7 @@ from nnscaler.data import streamed
 from nnscaler.data.mixture import open_sources, samples_of
 from nnscaler.data.streamed import StreamedDataset, Streaming
 from nnscaler.data.training import Share
-from nnscaler.data.weighted import Source
+from nnscaler.data.weighted import WeightedDataset
 from nnscaler.errors import UserError
 from tests import tiny
 from tests.launch import run
@@ -136,7 +136,7 @@ def test_what_cannot_be_streamed(tmp_path):
 
 def train(case: Case, folder: Path, steps: int, resume: Path | None = None) -> None:
     args = arguments(case, folder)
-    dataset = open_sources([Source(str(folder / "stream"), 0.5), Source(str(folder / "data"), 0.5)])
+    dataset = open_sources([WeightedDataset(str(folder / "stream"), 0.5), WeightedDataset(str(folder / "data"), 0.5)])
     checkpoint = CheckpointConfig(folder / "checkpoints", interval=0, resume=resume)
     Trainer(
         dataclasses.replace(args, dataset=DatasetConfig(dataset), max_train_steps=steps, checkpoint=checkpoint)
@@ -149,7 +149,9 @@ def test_a_mixture_with_a_stream_trains_as_the_plain_loop_and_goes_on_elsewhere(
     (tmp_path / "stream").mkdir()
     tokens = [[(3 * row + 5 * place) % tiny.VOCABULARY for place in range(tiny.LENGTH)] for row in range(17)]
     pq.write_table(pa.table({"input_ids": tokens}), tmp_path / "stream" / "a.parquet", row_group_size=5)
-    dataset = open_sources([Source(str(tmp_path / "stream"), 0.5), Source(str(tmp_path / "data"), 0.5)])
+    dataset = open_sources(
+        [WeightedDataset(str(tmp_path / "stream"), 0.5), WeightedDataset(str(tmp_path / "data"), 0.5)]
+    )
     samples = samples_of(dataset, SEED)
     rows = np.empty((20, tiny.LENGTH), dtype=np.int64)
     order = np.random.default_rng((SEED, 0)).permutation(20)
