@@ -132,17 +132,15 @@ class _Search:
             return
         seconds = max(self.until - time.process_time(), 0.1) / (2 if left else 1)
 
-        better = "" if self.found is None else "better "
+        faster = "" if self.found is None else "faster "
 
         def watch(best: float, bound: float) -> None:
             if time.perf_counter() - self.told < EACH:
                 return
             self.told = time.perf_counter()
-            known = f"the best takes {best:.4g} s a micro-batch" if best < inf else f"nothing {better}found"
-            logger.info(
-                "planning on %s: %s, none less than %.4g s; %.0f s left",
-                mesh, known, max(bound, 0.0), self.until - time.process_time(),
-            )  # fmt: skip
+            known = f"the best plan takes {best:.4g} s a micro-batch" if best < inf else f"no {faster}plan found yet"
+            limit = f", and none can take less than {bound:.4g} s" if bound > 0 else ""
+            logger.info("planning on %s: %s%s; %.0f s left", mesh, known, limit, self.until - time.process_time())
 
         try:
             solved = solve(program, self.memory, below=below, seconds=seconds, watch=watch)
