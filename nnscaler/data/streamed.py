@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 LANES = 32
 BUFFER = 1 << 24  # bytes of a block of rows, about
 MOST_ROWS = 1024  # of a block
+READ = 64  # rows decoded at a time
 TRIES = 6  # to read, with pauses in between that double from a second on
 _FILES, _BLOCK = (1 << 32) - 2, (1 << 32) - 3  # tell the seeds of files' orders and of blocks' from others
 
@@ -206,7 +207,7 @@ class _Lane:
                 if skipped >= rows:
                     skipped -= rows
                     continue
-                for batch in file.iter_batches(64, row_groups=[group], columns=list(self._dataset.columns)):
+                for batch in file.iter_batches(READ, row_groups=[group], columns=list(self._dataset.columns)):
                     for row in range(skipped, len(batch)):
                         yield self._row(batch, row, name)
                     skipped = max(0, skipped - len(batch))

@@ -58,6 +58,7 @@ def test_each_row_is_once_in_each_epoch_and_a_run_goes_on_anywhere(files, lanes,
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setattr(streamed, "LANES", lanes)
         patch.setattr(streamed, "MOST_ROWS", block)
+        patch.setattr(streamed, "READ", 2)
         dataset = StreamedDataset.open(str(write(Path(folder), files)))
         rows = sum(map(sum, files))
         assert len(dataset) == rows

@@ -6,24 +6,30 @@ import dataclasses
 import json
 import math
 import os
+import signal
+import time
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import datasets
 import numpy as np
 import pytest
 import torch
 
-from nnscaler.checkpoint.folder import TrainerState, latest_checkpoint
+from nnscaler.checkpoint.folder import TrainerState, complete_checkpoints, latest_checkpoint
 from nnscaler.cli.config import CheckpointConfig, EvaluationConfig
 from nnscaler.cli.trainer import Trainer
 from nnscaler.data.training import PackedDataset
 from nnscaler.models.causal_lm import CausalLM, prepare_config
 from nnscaler.recompute import ON_DEVICE, ON_HOST
+from nnscaler.runtime.module import ParallelModule
 from tests import tiny
 from tests.checkpoint.jobs import assert_equal, tensors
+from tests.checkpoint.test_saving import messages
 from tests.launch import run
-from tests.parity import Case, _compiled_regions, _planned, arguments
+from tests.parity import Case, arguments, compiled_regions, planned
 
 STEPS, INTERVAL, ROWS = 3, 2, 7
 LEVELS = tuple(level.name for level in (ON_DEVICE[1], ON_DEVICE[2], ON_DEVICE[3], ON_HOST[2]))
@@ -71,7 +77,7 @@ def train(cases: list[Case], folder: Path, evaluates: bool) -> None:
             log=dataclasses.replace(args.log, directory=own / "runs"),
             evaluation=EvaluationConfig(validation, INTERVAL),
         )  # fmt: skip
-        with _planned(case.levels, case.pieces), _compiled_regions() if case.compiled else nullcontext():
+        with planned(case.levels, case.pieces), compiled_regions() if case.compiled else nullcontext():
             Trainer(args).run()
 
 
@@ -119,3 +125,33 @@ def test_validation_is_the_plain_loss_and_leaves_training_alone(world, folder):
         assert_equal(
             *(tensors(latest_checkpoint(folder / own / "checkpoints" / case.name)) for own in ("with", "without"))
         )
+
+
+def hold_evaluation(folder: Path, wanted: Path) -> list[str]:
+    """The first evaluation does not end before a checkpoint of the second step is there; rank 1 gets SIGTERM in it."""
+    evaluate = ParallelModule.evaluate
+
+    def held(module: ParallelModule, micro_batches: Iterable[Mapping[str, torch.Tensor]]) -> torch.Tensor:
+        if os.environ["RANK"] == "1" and not wanted.exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.monotonic() + 240
+        while not wanted.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return evaluate(module, micro_batches)
+
+    validation = EvaluationConfig(PackedDataset.open(folder / "validation"), INTERVAL)
+    args = dataclasses.replace(arguments(Case(1, 2), folder), name="held", max_train_steps=1000, evaluation=validation)
+    with patch.object(ParallelModule, "evaluate", held), messages() as said:
+        Trainer(args).run()
+    return said
+
+
+def test_sigterm_in_a_long_evaluation_saves_what_the_last_step_left(folder):
+    """On all ranks, before the evaluation ends, which is given up."""
+    wanted = folder / "checkpoints" / "held" / "step_00000002"
+    said, _ = run(2, hold_evaluation, folder, wanted, init=False)
+    assert any("stopped by SIGTERM at step 2" in line for line in said)
+    assert [path.name for path in complete_checkpoints(wanted.parent)] == [wanted.name]
+    assert TrainerState.read(wanted).eval_loss is None
+    lines = (folder / "runs" / "held" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line).get("eval_loss") for line in lines] == [None, None]
