@@ -95,6 +95,11 @@ def test_activations_in_flight():
     assert (in_flight(first, 0), in_flight(last, 3)) == (4, 1)
     zero_bubble = actions(Schedule("zb-v", 4, 8, 8))
     assert [in_flight(zero_bubble[0], stage) for stage in (0, 7)] == [8, 1]
+    split = [
+        Compute(kind, 1, int(micro_batch)) for kind, micro_batch in ("F0", "I0", "F1", "I1", "W0", "F2", "I2", "W1")
+    ]
+    assert in_flight(split, 1) == 2, "the gradients of weights, which come last, read them too"
+    assert in_flight(split, 0) == 0
 
 
 @pytest.mark.parametrize(

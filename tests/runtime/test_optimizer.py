@@ -167,3 +167,15 @@ def test_as_much_state_goes_to_the_host_as_is_asked_for(dtype, each):
     size = each * optimizer.buckets[last].owned.numel()
     assert buckets_of(optimizer.buckets, size) == [last]
     assert len(buckets_of(optimizer.buckets, size + 1)) == 2
+
+
+def test_buckets_are_updated_in_the_order_in_which_forward_needs_them():
+    """A bucket counts for the first of its parameters, by the model's order: matrix, norm, other, bias. Those that
+    decay lie in front."""
+    optimizer, _ = optimizer_of(CONFIG, torch.float32)
+    inside = [[slot.name for slot in bucket.slots] for bucket in optimizer.buckets]
+    assert inside == [["matrix"], ["matrix", "other"], ["other", "norm", "bias"]]
+    assert [bucket.first for bucket in optimizer.buckets] == [0, 0, 1]
+    optimizer.buckets[0].first = 2
+    again = ShardedOptimizer(optimizer.buckets, CONFIG, COPIES)
+    assert again._order == [1, 2, 0]
