@@ -44,10 +44,10 @@ class StreamedDataset:
     """Parquet files whose rows have `input_ids` of one length, and perhaps `labels` and `document_starts`.
 
     path     as the user gave it
-    system   of fsspec, which opens the files
-    files    their names, and how many rows each has
-    columns  of them that training reads
-    ids      the smallest and the largest token id, as far as footers tell
+    system   the file system (of fsspec) that opens the files
+    files    their names, with how many rows each has
+    columns  the columns that training reads
+    ids      the smallest and the largest token id, if the footers tell
     """
 
     path: str
@@ -94,7 +94,7 @@ class StreamedDataset:
 
     @property
     def documents(self) -> str | None:
-        """Column that says where documents begin."""
+        """The column that says where documents begin. None: there is none."""
         return DOCUMENT_STARTS if DOCUMENT_STARTS in self.columns else None
 
     @property
@@ -106,7 +106,7 @@ class StreamedDataset:
         raise UserError(f"dataset_path is '{self.path}'; how long its documents are is not known while it is streamed")
 
     def token_ids(self) -> TokenIds:
-        """The smallest and largest id, as footers tell of them."""
+        """The smallest and the largest id, as the footers tell."""
         return self.ids
 
     def first_row_outside(self, vocabulary: int) -> int | None:
@@ -119,7 +119,7 @@ def _footer(system: Any, name: str) -> pq.FileMetaData:
 
 
 def _ids(footers: list[pq.FileMetaData]) -> TokenIds:
-    """The smallest and largest of `input_ids` in the statistics of all row groups; 0 where there are none."""
+    """The smallest and the largest of `input_ids`, by the statistics of all row groups; 0 where there are none."""
     found = [
         column.statistics
         for footer in footers
@@ -132,9 +132,9 @@ def _ids(footers: list[pq.FileMetaData]) -> TokenIds:
 
 
 class Streaming:
-    """The samples of a streamed dataset in the order of a seed, epoch after epoch without end.
+    """The samples of a streamed dataset in the order of a seed, epoch after epoch, without end.
 
-    part  the dataset's place in a mixture
+    part  the place of the dataset in a mixture
     """
 
     def __init__(self, dataset: StreamedDataset, seed: int, part: int = 0) -> None:
@@ -158,7 +158,7 @@ class Streaming:
 
 
 class _Lane:
-    """Reads one block of rows after the other, and holds the last one."""
+    """Reads one block of rows after the other, and keeps the last one."""
 
     def __init__(self, dataset: StreamedDataset, seed: int, part: int) -> None:
         self._dataset, self._seed, self._part = dataset, seed, part
@@ -167,7 +167,7 @@ class _Lane:
         self._next = (-1, -1)  # the epoch and the row that come next from there
 
     def rows(self, epoch: int, first: int, last: int) -> list[Row]:
-        """Those of an epoch's rows from `first` to before `last`. Raises UserError where they cannot be read."""
+        """The rows of an epoch from `first` to before `last`. Raises UserError where they cannot be read."""
         if self._held[0] != (epoch, first):
             self._held = (epoch, first), self._read(epoch, first, last)
         return self._held[1]
@@ -189,7 +189,7 @@ class _Lane:
         raise AssertionError
 
     def _from(self, epoch: int, first: int) -> Iterator[Row]:
-        """An epoch's rows from the one numbered `first` on."""
+        """The rows of an epoch from number `first` on."""
         files = self._dataset.files
         order = np.random.default_rng((self._seed, epoch, self._part, _FILES)).permutation(len(files))
         ends = list(accumulate(files[index][1] for index in order))

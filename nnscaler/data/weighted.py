@@ -1,4 +1,4 @@
-"""Which datasets are trained on, and with what weights: what `--dataset_path` says, judged before anything is read."""
+"""The datasets that `--dataset_path` names, with their weights. They are checked before anything is read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ BLOCK = 1 << 16  # samples in which each dataset comes as often as its weight sa
 
 @dataclass(frozen=True)
 class WeightedDataset:
-    """One of the datasets of --dataset_path, a path or a URL, and its weight; None: it has none."""
+    """One of the datasets of --dataset_path.
+
+    path    a path or a URL
+    weight  None: none is given
+    """
 
     path: str
     weight: float | None = None
@@ -24,7 +28,8 @@ class WeightedDataset:
 
     @staticmethod
     def read_all(texts: Sequence[str], flag: str) -> list[WeightedDataset]:
-        """Of texts PATH or PATH=WEIGHT. Raises UserError where one of several has no weight, or none that counts."""
+        """From texts PATH or PATH=WEIGHT. Raises UserError where one of several has no weight, or a weight that is
+        not allowed."""
         sources = [WeightedDataset._read(text, flag) for text in texts]
         for place, source in enumerate(sources):
             if len(sources) > 1 and source.weight is None:
@@ -49,7 +54,8 @@ class WeightedDataset:
 
 
 def shares_of(weights: Sequence[float], names: Sequence[str], flag: str) -> list[int]:
-    """How many of BLOCK draws each dataset gets: its weight's part, rounded so that the sum is right."""
+    """How many of BLOCK samples come from each dataset, by weight. The numbers are rounded so that their sum is
+    BLOCK."""
     exact = [BLOCK * weight / sum(weights) for weight in weights]
     shares = [int(value) for value in exact]
     largest = sorted(range(len(exact)), key=lambda index: shares[index] - exact[index])

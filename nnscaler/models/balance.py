@@ -27,7 +27,8 @@ _logits: ContextVar[list[Tensor]] = ContextVar("logits of the routers met so far
 
 
 class _Reporting:
-    """Comes before a layer's class: the layer's result is then a pair, of which its caller sees the first alone."""
+    """Placed before a layer's class. The result of the layer is then a pair, and its caller sees only the first of
+    it."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         hidden, logits = super().__call__(*args, **kwargs)  # type: ignore[misc]
@@ -46,7 +47,8 @@ class _Reporting:
 
 
 def report_routers(model: PreTrainedModel) -> None:
-    """Has each layer with a router report its logits. Raises UserError for a model of which we know no such loss."""
+    """Makes each layer with a router report its logits. Raises UserError for a model whose loss of this kind is not
+    known."""
     recorder = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits")
     missing = [
         name for name in ("num_experts", "num_experts_per_tok", "router_aux_loss_coef") if not hasattr(model, name)
@@ -68,13 +70,13 @@ def report_routers(model: PreTrainedModel) -> None:
 
 @functools.cache
 def _reporting(layer_class: Any) -> Any:
-    """The class of layers that report, by the name of that of layers that do not."""
+    """The class of layers that report. It has the name of the class that does not."""
     return type(layer_class.__name__, (_Reporting, layer_class), {})
 
 
 @contextmanager
 def routers_met() -> Iterator[list[Tensor]]:
-    """Inside, the logits [tokens, experts] of the routers that are met."""
+    """Inside, collects the logits [tokens, experts] of all routers."""
     found: list[Tensor] = []
     token = _logits.set(found)
     try:
@@ -107,7 +109,7 @@ def _loss_function(model: PreTrainedModel) -> Any:
 
 
 class _CountedOverCopies(TorchFunctionMode):
-    """Inside, what is counted is the average of the copies' counts. `met`: whether anything was."""
+    """Inside, counts are the averages of all copies' counts. `met`: whether anything was counted"""
 
     met = False
 

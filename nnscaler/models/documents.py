@@ -1,7 +1,7 @@
-"""Rows that hold several documents, as transformers' models are told of them.
+"""Telling transformers' models that rows hold several documents.
 
-transformers finds out from positions that rows are several sequences ("packed"), for models that hand them to it. While
-a model is traced, positions have no values; so what stands in the place of masks is told here.
+transformers recognises from positions that rows are several sequences ("packed"), in models that pass positions on.
+While a model is traced, positions have no values. So what stands in place of masks is told about documents here.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from nnscaler.errors import UserError
 
 
 class Documents(NamedTuple):
-    """Those in the rows of a micro-batch.
+    """The documents in the rows of a micro-batch.
 
-    numbers  [b, l] integers: of each token's document
-    length   tokens of the document in which a token stands, on average; None: not known
+    numbers  [b, l] integers: the document of each token
+    length   tokens of a token's own document, on average; None: not known
     """
 
     numbers: Tensor
@@ -33,7 +33,7 @@ in_rows: ContextVar[Documents | None] = ContextVar("in_rows", default=None)  # o
 
 @contextmanager
 def rows_hold(documents: Documents | None) -> Iterator[None]:
-    """Inside, models take their rows to hold `documents`; None: each row is one."""
+    """Inside, models take their rows to hold `documents`. None: each row is one"""
     original = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     token = in_rows.set(documents)

@@ -1,4 +1,4 @@
-"""What copies of the model, which train on different samples, have in common."""
+"""What the copies of the model, which train on different samples, compute together."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from nnscaler.operators.registry import register_op, save_nothing
 
 @register_op("*^ -> *^", saves=save_nothing, among_copies="nnscaler.runtime.copies.average_among_copies")
 def average_over_copies(x: Tensor) -> Tensor:
-    """The average over all copies of the model of a float tensor of any shape, which has no gradient.
+    """The average over all copies of the model of a float tensor of any shape. It has no gradient.
 
-    For figures of a whole micro-batch. Where there is one copy, it is `x`.
+    It is for figures of a whole micro-batch. Where there is only one copy, it is `x`.
     """
     return x.clone()

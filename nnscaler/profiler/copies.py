@@ -1,4 +1,5 @@
-"""How fast devices copy to their host and back. `nnscaler.profiler.benchmark_comm` is the command that measures it."""
+"""How fast devices copy to their host and back. `nnscaler.profiler.benchmark_comm` is the command that measures
+this."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ SIZE = 2**28  # bytes: large enough for the rate of all that is larger
 
 
 def measure_copies(device: torch.device) -> CopyRates:
-    """The rates of the slowest device, while all copy at once: they share their host's memory. Collective."""
+    """The rates of the slowest device, while all devices copy at once, as they share the memory of their host.
+    Collective."""
     sent, fetched = (torch.empty(SIZE, dtype=torch.uint8, device=device) for _ in range(2))
     written, read = (torch.empty(SIZE, dtype=torch.uint8, pin_memory=True) for _ in range(2))
     other = torch.cuda.Stream(device)

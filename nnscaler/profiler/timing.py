@@ -1,4 +1,4 @@
-"""How long the slowest device takes for something that all do at once."""
+"""How long the slowest device takes for something that all devices do at once."""
 
 from __future__ import annotations
 

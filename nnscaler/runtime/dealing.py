@@ -1,7 +1,7 @@
-"""Which device computes which rows of attention along the sequence, so that all have as much to do.
+"""Which device computes which rows of attention along the sequence, so that all have about the same work.
 
-Rows are dealt out in pieces of equal length, as many to each device, whatever work they are: late rows have more of it
-under a causal mask, the first less under a window, and none beyond its document.
+Rows are dealt out in pieces of equal length, the same number to each device. Their work differs: under a causal mask
+late rows have more, under a window the first rows have less, and no row has any beyond its document.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 @dataclass(eq=False)
 class Rows:
-    """The rows of a sequence, by the document that each is of: two arrays of [s] places, where it begins and ends."""
+    """The rows of a sequence, by their documents: two arrays of [s] places, where each row's document begins and
+    ends."""
 
     starts: Ints
     ends: Ints
@@ -33,16 +34,17 @@ class Rows:
 
     @staticmethod
     def of(numbers: Ints) -> Rows:
-        """Those of documents with these numbers [s], of which equal ones stand together."""
+        """The rows of documents with these numbers [s]; equal numbers are neighbours."""
         edges = np.concatenate([[0], np.flatnonzero(np.diff(numbers)) + 1, [len(numbers)]])
         starts, ends = edges[:-1], edges[1:]
         return Rows(np.repeat(starts, ends - starts), np.repeat(ends, ends - starts))
 
     def owners(self, devices: int, rows: int, limits: Window) -> tuple[int, ...]:
-        """The device of each piece, in order, into which the last rows are divided, of which each device has `rows`.
+        """The device of each piece, in order. The pieces are of the last rows, `rows` for each device.
 
-        The pieces are the fewest that leave no device much more work than others; where none do, those that leave the
-        least. One a device, if in order, are the rows that each has.
+        There are as few pieces as leave no device much more work than others; or, where that is not possible, the
+        number that leaves the least difference. One piece a device, in order, are the rows that each device has
+        already.
 
         limits  how many keys before its place a row sees, and how many after it; None: all of its document
         """
@@ -71,7 +73,8 @@ class Rows:
 
 
 def deal(work: Sequence[int], devices: int) -> tuple[int, ...]:
-    """A device for each piece, as many pieces to each: the most work first, to the device that has least of it."""
+    """A device for each piece: the piece with most work goes first, to the device that has least so far. Each gets as
+    many pieces."""
     owners, loads, room = [0] * len(work), [0] * devices, [len(work) // devices] * devices
     for piece in sorted(range(len(work)), key=lambda piece: -work[piece]):
         owner = min((device for device in range(devices) if room[device]), key=loads.__getitem__)
@@ -85,7 +88,7 @@ _known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # those of a micro-batch, f
 
 
 def rows_of(documents: Tensor) -> list[Rows]:
-    """Those of each sequence of documents' numbers [b, s]. The first call waits for the device."""
+    """The rows of each sequence, from the numbers of documents [b, s]. The first call waits for the device."""
     found: list[Rows] | None = _known.get(documents)
     if found is None:
         found = _known[documents] = [Rows.of(numbers) for numbers in documents.cpu().numpy()]
@@ -94,5 +97,5 @@ def rows_of(documents: Tensor) -> list[Rows]:
 
 @functools.lru_cache(8)
 def rows_of_one(keys: int) -> Rows:
-    """Those of a sequence that is one document."""
+    """The rows of a sequence that is one document."""
     return Rows.of(np.zeros(keys, np.int64))

@@ -1,4 +1,4 @@
-"""How even the loads of experts are, for the log of a run."""
+"""How even the loads of experts are, for the logs of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nnscaler.runtime.axes import Axes
 
 
 class ExpertLoads:
-    """Counts how often each expert is chosen. Each call of a mixture, in forward, is counted for itself."""
+    """Counts how often each expert is chosen, for each call of a mixture in forward."""
 
     def __init__(self, axes: Axes) -> None:
         self._axes = axes
@@ -36,12 +36,13 @@ class ExpertLoads:
         self._counts.append(counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.float64)))
 
     def report(self) -> dict[str, float]:
-        """Of what was counted since the last report, over the samples of all ranks, an average over the calls:
+        """The evenness of what was counted since the last report, over the samples of all ranks, on average over the
+        calls. Collective.
 
-        experts/busiest  tokens of the busiest expert, as a multiple of an expert's share: 1 where loads are even
-        experts/idle     part of the experts that no token has chosen
+        experts/busiest  tokens of the busiest expert, over those of an average expert: 1 where loads are even
+        experts/idle     the part of the experts that no token has chosen, 0 to 1
 
-        Nothing where there are no experts. Collective.
+        Empty where there are no experts.
         """
         sums = torch.zeros(3, dtype=torch.float64, device=self._axes.device)  # of both, and calls
         if self._counts:  # a rank has the same calls as others that run the same part of the model
