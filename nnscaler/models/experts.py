@@ -27,14 +27,24 @@ def set_experts(config: PretrainedConfig) -> None:
 
 
 def divide_gates(model: PreTrainedModel) -> None:
-    """Makes two dimensions of the one, in experts' weights, that holds the gate and the rest."""
+    """Makes the dimension of experts' weights that holds gate and rest two."""
     for module in model.modules():
-        if _is_mixture(module) and module.has_gate and module.is_concatenated:
-            for name in ("gate_up_proj", "gate_up_proj_bias"):
+        if _is_mixture(module):
+            for name, rank in (("gate_up_proj", _WEIGHT), ("gate_up_proj_bias", _BIAS)):
                 weight = getattr(module, name, None)
                 if weight is not None:
-                    dim = -1 if module.is_transposed or weight.dim() == 2 else -2
-                    setattr(module, name, nn.Parameter(weight.detach().unflatten(dim, (2, -1)), weight.requires_grad))
+                    divided = _divided(module, weight.detach(), rank)
+                    setattr(module, name, nn.Parameter(divided, weight.requires_grad))
+
+
+_WEIGHT, _BIAS = 3, 2  # dimensions that they have as transformers makes them
+
+
+def _divided(module: Any, weight: Tensor, rank: int) -> Tensor:
+    """A weight or bias of gates and rest with two dimensions for them, where they lie one after the other in one."""
+    if not (module.has_gate and module.is_concatenated) or weight.dim() > rank:
+        return weight
+    return weight.unflatten(-1 if module.is_transposed or rank == _BIAS else -2, (2, -1))
 
 
 def _is_mixture(module: nn.Module) -> bool:
@@ -55,9 +65,9 @@ def _mixture(module: Any, hidden: Tensor, chosen: Tensor, scores: Tensor) -> Ten
         hidden,
         chosen,
         scores,
-        getattr(module, up),
+        _divided(module, getattr(module, up), _WEIGHT),
         module.down_proj,
-        getattr(module, bias) if module.has_bias else None,
+        _divided(module, getattr(module, bias), _BIAS) if module.has_bias else None,
         transposed=module.is_transposed,
         gate=gate,
         constants=constants,
