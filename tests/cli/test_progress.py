@@ -9,6 +9,7 @@ import torch
 
 from nnscaler.cli import progress
 from nnscaler.cli.progress import Progress, StepSize
+from nnscaler.mesh import Mesh
 
 CPU, ONE = torch.device("cpu"), torch.tensor(1.0)
 
@@ -17,11 +18,11 @@ def test_each_report_is_of_the_steps_since_the_one_before(monkeypatch):
     clock = SimpleNamespace(perf_counter=lambda: now)
     monkeypatch.setattr(progress, "time", clock)
     now = 100.0
-    found = Progress(StepSize(samples=6, tokens=32, devices=4, flops=None, peak=None), 10, True, CPU)
+    found = Progress(StepSize(6, 32, Mesh((2,), 2), None, None), 10, True, CPU)
     reports = []
     for step, seconds in ((11, 2.0), (12, 4.0), (13, 1.0), (14, 3.0), (15, 8.0)):
         now += seconds
-        found.add(torch.tensor(3.0 * step, dtype=torch.float64), 6, ONE)
+        found.add(torch.tensor(3.0 * step, dtype=torch.float64), SimpleNamespace(labels=6, padding=48), ONE)
         if step == 14:
             with found.paused():
                 now += 50.0
@@ -30,15 +31,19 @@ def test_each_report_is_of_the_steps_since_the_one_before(monkeypatch):
     assert [report["seconds_per_step"] for report in reports] == pytest.approx([3.0, 2.0, 8.0])
     speeds = [6 * 32 / 4 / seconds for seconds in (3.0, 2.0, 8.0)]  # of a device
     assert [report["tokens_per_second_per_gpu"] for report in reports] == pytest.approx(speeds)
+    # Both devices of a copy count the same labels.
+    labels = [6 * steps / 2 / 4 / seconds for steps, seconds in ((2, 6.0), (2, 4.0), (1, 8.0))]
+    assert [report["labels_per_second_per_gpu"] for report in reports] == pytest.approx(labels)
+    assert [report["padding"] for report in reports] == pytest.approx([48 / 2 / (6 * 32)] * 3)
     assert [report["loss"] for report in reports] == pytest.approx([3 * 11.5 / 6, 3 * 13.5 / 6, 3 * 15 / 6])
 
 
 def test_steps_that_are_not_finite_and_ranks_without_a_loss_count_for_nothing():
-    size = StepSize(1, 1, 1, None, None)
+    size = StepSize(1, 1, Mesh((1,)), None, None)
     found, silent = Progress(size, 0, True, CPU), Progress(size, 0, False, CPU)
     for loss, norm in ((2.0, ONE), (float("nan"), torch.tensor(float("inf"))), (4.0, ONE)):
         for each in (found, silent):
-            each.add(torch.tensor(loss, dtype=torch.float64), 2, norm)
+            each.add(torch.tensor(loss, dtype=torch.float64), SimpleNamespace(labels=2, padding=0), norm)
     assert found.report(3)["loss"] == pytest.approx(6 / 4)
     assert silent.report(3)["loss"] is None
     assert found.report(4)["loss"] is None, "of no step"

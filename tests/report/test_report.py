@@ -15,7 +15,6 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from nnscaler.report.transfers import _hidden
 from torch import nn
 
 from nnscaler.command import run
