@@ -194,7 +194,7 @@ class Body:
             expression = self._registered(operator, plan.split, node, inputs)
         else:
             outputs = [self._local_meta(name, layout) for name, layout in zip(node.outputs, plan.outputs)]
-            expression = spell(node, inputs, outputs)
+            expression = spell(node, inputs, outputs, self._parts(plan.split))
         for name, layout in zip(node.outputs, plan.outputs):
             self._define(name, layout, name)
         target = ", ".join(node.outputs) + ("," if node.returns_tuple and len(node.outputs) == 1 else "")
@@ -216,6 +216,13 @@ class Body:
     def _axis(self, axis: int) -> str:
         """The expression of the group of devices along a mesh axis."""
         return f"axes.{self.plan.mesh.names[axis]}"
+
+    def _parts(self, split: str) -> dict[str, int]:
+        """Annotated name -> over how many devices it is split."""
+        parts: dict[str, int] = {}
+        for name, size in zip(split.split(","), self.plan.mesh.sizes, strict=True):
+            parts[name] = parts.get(name, 1) * size
+        return parts
 
     def _local_meta(self, tensor: str, layout: Placements) -> TensorMeta:
         meta = self.block.tensors[tensor]

@@ -6,17 +6,31 @@ from collections.abc import Sequence
 
 from nnscaler.annotation import Shape
 from nnscaler.errors import UserError
-from nnscaler.graph import Node
+from nnscaler.graph import Node, Ref
 from nnscaler.operators.annotating import write
 from nnscaler.operators.registry import Annotate, arguments, backward_reads, contraction_flops, family, save_cofactors
-from nnscaler.operators.spelling import FUNCTION
+from nnscaler.operators.spelling import FUNCTION, WrittenCall
 
 
 def linear(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
-    if len(inputs) == 3:
-        # Devices that each add the bias to their term would add it several times: k stays whole.
-        return "* k^, n k^, n -> * n"
-    return "* k+, n k+ -> * n"
+    return f"* k+, n k+{', n' * (len(inputs) == 3)} -> * n"
+
+
+def linear_text(call: WrittenCall) -> str:
+    """Where `k` is split, each device computes a term of a sum, and adds as large a part of the bias."""
+    terms = call.parts.get("k", 1)
+    if terms > 1 and isinstance(call.arguments["bias"], Ref):
+        call.arguments["bias"] = Ref(f"{call.arguments['bias']} / {terms}")
+    return call.fill("F.linear(*)")
+
+
+def added_text(call: WrittenCall) -> str:
+    """As `linear_text`, of a tensor that is multiplied with `beta`."""
+    terms = call.parts.get("k", 1)
+    if terms > 1:
+        call.arguments["beta"] /= terms
+        call.unwritten.add("beta")
+    return call.fill(FUNCTION)
 
 
 def mm(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
@@ -28,8 +42,7 @@ def bmm(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
 
 
 def added(product: str, result: str) -> Annotate:
-    """A product to which a tensor is added, such as a bias, after it is broadcast. The summed dimension `k` stays
-    whole."""
+    """A product to which a tensor is added, such as a bias, after it is broadcast."""
 
     def annotate(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
         names = result.split()
@@ -92,18 +105,18 @@ def einsum(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str
 
 
 family(
-    "linear.default", linear, "F.linear(*)", flops=contraction_flops,
+    "linear.default", linear, linear_text, flops=contraction_flops,
     factors=("input", "weight"), saves=backward_reads(input="weight", weight="input"),
 )  # fmt: skip
 family("mm.default", mm, flops=contraction_flops, saves=backward_reads(self="mat2", mat2="self"))
 family("bmm.default", bmm, flops=contraction_flops, saves=backward_reads(self="mat2", mat2="self"))
 family("matmul.default", matmul, flops=contraction_flops, saves=backward_reads(self="other", other="self"))
 family(
-    "addmm.default", added("m k^, k^ n", "m n"), FUNCTION, flops=contraction_flops,
+    "addmm.default", added("m k+, k+ n", "m n"), added_text, flops=contraction_flops,
     factors=("mat1", "mat2"), saves=backward_reads(mat1="mat2", mat2="mat1"),
 )  # fmt: skip
 family(
-    "baddbmm.default", added("b m k^, b k^ n", "b m n"), FUNCTION, flops=contraction_flops,
+    "baddbmm.default", added("b m k+, b k+ n", "b m n"), added_text, flops=contraction_flops,
     factors=("batch1", "batch2"), saves=backward_reads(batch1="batch2", batch2="batch1"),
 )  # fmt: skip
 family("einsum.default", einsum, FUNCTION, flops=contraction_flops, saves=save_cofactors)

@@ -225,17 +225,20 @@ def _draws_random_numbers(node: Node) -> UserError:
     )
 
 
-def spell(node: Node, inputs: Sequence[Ref], outputs: Sequence[TensorMeta]) -> str:
+def spell(
+    node: Node, inputs: Sequence[Ref], outputs: Sequence[TensorMeta], parts: Mapping[str, int] | None = None
+) -> str:
     """The Python expression of an ATen call.
 
     inputs   the tensor arguments, in order, with the names to write
     outputs  shapes and types of the results on this device
+    parts    annotated name -> over how many devices it is split; None: nothing is split
 
     Raises UserError for an argument that the operator's text does not say.
     """
     names = iter(inputs)
     args, kwargs = map_refs((node.args, node.kwargs), lambda ref: next(names))
-    return write(operator_of(node).text, WrittenCall(node, args, kwargs, outputs))
+    return write(operator_of(node).text, WrittenCall(node, args, kwargs, outputs, parts or {}))
 
 
 LeafTracer = Callable[[Operator, tuple[Any, ...], dict[str, Any]], Any]

@@ -51,13 +51,22 @@ class WrittenCall:
     arguments are `Ref`s with the names to write.
 
     results  shapes and types of what this device computes
+    parts    annotated name -> over how many devices it is split; names that are whole may be missing
     """
 
-    def __init__(self, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any], results: Sequence[TensorMeta]):
+    def __init__(
+        self,
+        node: Node,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        results: Sequence[TensorMeta],
+        parts: Mapping[str, int],
+    ) -> None:
         self.node = node
         self.op = node.op.split(".")[1]
         self.arguments = by_name(node.op, args, kwargs)
         self.results = results
+        self.parts = parts
         self.unwritten = {
             parameter.name
             for parameter in parameters(node.op)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,11 +58,13 @@ def run(node: Node, tensors: Sequence[Tensor]) -> list[Tensor]:
     return _as_list(function(*args, **kwargs))
 
 
-def run_text(node: Node, tensors: Sequence[Tensor], results: Sequence[TensorMeta]) -> list[Tensor]:
+def run_text(
+    node: Node, tensors: Sequence[Tensor], results: Sequence[TensorMeta], parts: Mapping[str, int] | None = None
+) -> list[Tensor]:
     """The results of the Python text that generated code has where a device's results are such."""
     if operator_of(node).function is not None:
         return run(node, tensors)
-    text = spell(node, [Ref(f"x{i}") for i in range(len(tensors))], results)
+    text = spell(node, [Ref(f"x{i}") for i in range(len(tensors))], results, parts)
     names = {f"x{i}": tensor for i, tensor in enumerate(tensors)}
     return _as_list(eval(text, {"torch": torch, "F": F, "device": torch.device("cpu"), **names}))
 

@@ -53,7 +53,7 @@ def check(op: str, args: tuple, kwargs: dict, devices: int) -> int:
         outputs, found = [], []
         for device in range(devices):
             local = [part[device].clone().requires_grad_(t.requires_grad) for part, t in zip(shards, tensors)]
-            results = run_text(node, local, metas)
+            results = run_text(node, local, metas, {way.name: devices} if way.name else None)
             assert [tuple(result.shape) for result in results] == [meta.shape for meta in metas]
             outputs.append([result.detach() for result in results])
             found.append(gradients(results, local, [parts[device] for parts in given]))
@@ -98,6 +98,13 @@ SPLIT_SOMEHOW = [
     "aten.linear.default", "aten.add.Tensor", "aten.view.default", "attention", "aten.cross_entropy_loss.default",
     "aten.embedding.default", "aten.layer_norm.default", "aten.index.Tensor", "aten.where.ScalarOther", "experts",
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("op", ["linear", "addmm", "baddbmm"])
+def test_a_product_with_a_bias_can_be_split_along_what_is_summed(op):
+    for args, kwargs in samples(4, 4, 4, 4)[f"aten.{op}.default"]:
+        node, block, _ = node_of(f"aten.{op}.default", args, kwargs)
+        assert bind(node, block).split("k") is not None
 
 
 @pytest.mark.parametrize("op", SPLIT_SOMEHOW)
