@@ -154,8 +154,6 @@ def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
     from nnscaler.models.causal_lm import (
         WEIGHT_PREFIX,
         CausalLM,
-        count_parameters,
-        flops_per_sequence,
         prepare_config,
     )
     from nnscaler.models.changes import changed_config
@@ -180,7 +178,6 @@ def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
         weights=find_weights(inputs.model_id) if reads_weights else None,
         weight_prefix=WEIGHT_PREFIX,
         vocabulary=config.vocab_size,
-        flops_per_sequence=flops_per_sequence(config, count_parameters(config), dataset.length, dataset.mean_document),
         instead={} if loss else {"--enable_chunk_loss": lambda: CausalLM(config, in_chunks, dataset.mean_document)},
         save_assets=AssetWriter(config, DTYPES[args.precision], inputs.model_id, prepared, positions),
         name=Path(inputs.model_id).name if Path(inputs.model_id).exists() else inputs.model_id,

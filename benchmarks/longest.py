@@ -26,10 +26,11 @@ from nnscaler.command import ArgumentParser, run
 from nnscaler.compiler import Source
 from nnscaler.config import ComputeConfig
 from nnscaler.models import load_config
-from nnscaler.models.causal_lm import CausalLM, count_parameters, flops_per_sequence, prepare_config
+from nnscaler.models.causal_lm import CausalLM, prepare_config
 from nnscaler.plan import GIB, Plan
 from nnscaler.planner import NothingFits
 from nnscaler.planning import plan_for
+from nnscaler.report.arithmetic import model_flops
 from nnscaler.report.values import Work, rounded, speed_of
 from nnscaler.trace import trace
 
@@ -109,9 +110,7 @@ def _plan(config: ComputeConfig, tokens: int) -> Plan | None:
 
 
 def _speed(config: ComputeConfig, tokens: int, plan: Plan) -> dict[str, Any]:
-    model_config = load_config(MODEL)
-    flops = flops_per_sequence(model_config, count_parameters(model_config), tokens)
-    work = Work(tokens, flops, config.find_hardware().peak(torch.bfloat16))
+    work = Work(tokens, model_flops(plan.graph, tokens), config.find_hardware().peak(torch.bfloat16))
     return rounded(speed_of(plan.step_seconds * config.plan_ngpus, work))
 
 

@@ -27,10 +27,11 @@ from nnscaler.graph import Graph
 from nnscaler.hardware import load_hardware
 from nnscaler.mesh import meshes
 from nnscaler.models import load_config
-from nnscaler.models.causal_lm import CausalLM, count_parameters, flops_per_sequence, prepare_config
+from nnscaler.models.causal_lm import CausalLM, prepare_config
 from nnscaler.pipeline.plan import PipelinePlan
 from nnscaler.pipeline.search import Wanted, find_pipeline
 from nnscaler.plan import GIB
+from nnscaler.report.arithmetic import model_flops
 from nnscaler.report.values import Work, rounded, speed_of
 from nnscaler.trace import trace
 
@@ -93,10 +94,8 @@ def plan(graph: Graph, wanted: Wanted) -> dict[str, Any]:
     found, times = timed(
         lambda: find_pipeline(graph, MESHES, hardware, wanted, memory=MEMORY, micro_batches=ACCUMULATION, fused=True)
     )
-    config = load_config(MODEL)
-    flops = flops_per_sequence(config, count_parameters(config), LENGTH)
     device_seconds = found.step_seconds * found.mesh.plan_ngpus / ACCUMULATION  # of a micro-batch
-    speed = speed_of(device_seconds, Work(LENGTH, flops, hardware.flops["bfloat16"]))
+    speed = speed_of(device_seconds, Work(LENGTH, model_flops(graph, LENGTH), hardware.flops["bfloat16"]))
     figures: dict[str, Any] = {
         "plan": "no pipeline",
         "step_seconds": round(found.step_seconds, 2),

@@ -37,7 +37,7 @@ from nnscaler.command import ArgumentParser, run
 from nnscaler.compiler import ComputeConfig
 from nnscaler.data.training import PackedDataset
 from nnscaler.models import load_config
-from nnscaler.models.causal_lm import WEIGHT_PREFIX, CausalLM, count_parameters, flops_per_sequence, prepare_config
+from nnscaler.models.causal_lm import WEIGHT_PREFIX, CausalLM, prepare_config
 
 WARM_UP = 2  # steps
 
@@ -83,7 +83,6 @@ def main() -> None:
     length, plan_ngpus = options.sequence_length, options.plan_ngpus or world
     loss = None if options.no_chunk_loss else in_chunks
     prepare_config(config, length, options.attn_implementation)
-    flops = flops_per_sequence(config, count_parameters(config), length)
     name = options.label or (
         f"{options.model_id.rsplit('/', 1)[-1]}-{config.num_hidden_layers}layers-{length}x{options.micro_batch_size}"
         f"-plan{plan_ngpus}of{world}"
@@ -103,7 +102,7 @@ def main() -> None:
         sequences = world // plan_ngpus * options.micro_batch_size * options.grad_accumulation_steps
         args = TrainerArgs(
             name="benchmark",
-            model=ModelConfig(lambda: CausalLM(config, loss), None, WEIGHT_PREFIX, None, flops),
+            model=ModelConfig(lambda: CausalLM(config, loss), None, WEIGHT_PREFIX, None),
             compute=compute,
             dataset=DatasetConfig(dataset(work / f"data{rank}", sequences * options.steps, length, config.vocab_size)),
             checkpoint=CheckpointConfig(work / "checkpoints", interval=None),
@@ -114,7 +113,7 @@ def main() -> None:
         )
         Trainer(args).run()
         if rank == 0:
-            report(options, name, work, compute, flops, sequences, world)
+            report(options, name, work, compute, sequences, world)
     finally:
         if rank == 0:
             shutil.rmtree(work, ignore_errors=True)
@@ -125,7 +124,6 @@ def report(
     name: str,
     work: Path,
     compute: ComputeConfig,
-    flops: tuple[float, float],
     sequences: int,
     world: int,
 ) -> None:
@@ -137,7 +135,7 @@ def report(
     memory = predicted["memory_bytes"] / 2**30
     peak = max(entry.get("peak_memory_gib", 0.0) for entry in metrics[1:])  # the first step compiles
     rate = compute.find_hardware().flops["bfloat16"] * world
-    tokens = sequences * options.sequence_length / world
+    tokens, micro_batches = sequences * options.sequence_length / world, sequences / options.micro_batch_size
     result = {
         "name": name,
         "sequence_length": options.sequence_length,
@@ -146,8 +144,8 @@ def report(
         "seconds_per_step": seconds,
         "predicted_seconds_per_step": predicted["step_seconds"],
         "tokens_per_second_per_gpu": tokens / seconds,
-        "mfu": flops[0] * sequences / seconds / rate,
-        "mfu_causal": flops[1] * sequences / seconds / rate,
+        "mfu": predicted["micro_batch_flops"] * micro_batches / seconds / rate,
+        "mfu_causal": predicted["micro_batch_flops_causal"] * micro_batches / seconds / rate,
         "peak_memory_gib": peak,
         "predicted_memory_gib": memory,
         "predicted_host_gib": predicted.get("host_bytes", 0.0) / 2**30,

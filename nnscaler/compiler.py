@@ -80,12 +80,12 @@ def compile_model(source: Source, config: ComputeConfig, directory: Path, explai
     replan = (lambda change: plan_for(graph, replace(config, **change), hardware, times)) if explain else None
     if isinstance(plan, PipelinePlan):
         stages = plan.stages
-        report = pipeline_report(plan, source.work(hardware), replan)
+        report = pipeline_report(plan, source.work(graph, hardware), replan)
         report = headed(report, source.about())
         pages = {stage_page(index): plan_page(of_stage(report, index)) for index in range(len(stages))}
     else:
         stages, pages = [plan], {}
-        report = headed(plan_report(plan, source.work(hardware), replan), source.about())
+        report = headed(plan_report(plan, source.work(graph, hardware), replan), source.about())
     if times is not None:
         times.save()
     directory.parent.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnscaler.graph import short_dtype
+from nnscaler.graph import Graph, short_dtype
 from nnscaler.hardware import Hardware
+from nnscaler.report.arithmetic import model_flops
 from nnscaler.report.values import Work
 from nnscaler.trace import build_on_meta
 
@@ -25,9 +26,7 @@ class Source:
     inputs   name of an argument of its forward -> an example. Values matter only to a trace strategy that executes.
     dtype    of the parameters in computation
     seed     of the weights with which such a strategy executes the model
-    tokens   of a micro-batch, for figures of speed
-    flops    forward and backward operations of a micro-batch: with attention in full, and halved because it is causal;
-             None: no figures of speed
+    tokens   of a micro-batch, for figures of speed; 0: none
     name     of the model, for people; empty: that of its class
     length   tokens of a sequence, where inputs are sequences of tokens; else 0
     document_length  tokens of the document in which a token stands, on average; None: documents are not kept apart
@@ -40,7 +39,6 @@ class Source:
     dtype: torch.dtype = torch.bfloat16
     seed: int = 0
     tokens: int = 0
-    flops: tuple[float, float] | None = None
     name: str = ""
     length: int = 0
     document_length: int | None = None
@@ -82,9 +80,9 @@ class Source:
             "versions": versions(),
         }
 
-    def work(self, hardware: Hardware) -> Work | None:
+    def work(self, graph: Graph, hardware: Hardware) -> Work | None:
         """What a micro-batch is, for figures of speed; None where that is not known."""
-        return Work(self.tokens, self.flops, hardware.peak(self.dtype)) if self.flops else None
+        return Work(self.tokens, model_flops(graph, self.tokens), hardware.peak(self.dtype)) if self.tokens else None
 
 
 def versions() -> dict[str, str | None]:

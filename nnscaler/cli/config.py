@@ -34,7 +34,6 @@ class ModelConfig:
     weights             directory with safetensors; None: initialised from the seed
     weight_prefix       what stands before the names of `weights` in the model's own
     vocabulary          number of token ids that it takes
-    flops_per_sequence  forward and backward operations of a sequence: attention in full, and causal; None: no MFU
     save_assets         writes into a folder what makes an exported model complete; None: nothing
     name                that people know it by; empty: that of its class
     instead             flag -> a model that needs less memory, to be told of where this one does not fit
@@ -44,7 +43,6 @@ class ModelConfig:
     weights: Path | None = None
     weight_prefix: str = ""
     vocabulary: int | None = None
-    flops_per_sequence: tuple[float, float] | None = None
     save_assets: Callable[[Path], None] | None = None
     name: str = ""
     instead: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)

@@ -35,6 +35,7 @@ from nnscaler.loaded import LoadedModel
 from nnscaler.models.weights import load_weights
 from nnscaler.processes import from_rank_0
 from nnscaler.profiler.steps import StepProfiler
+from nnscaler.report.values import read_plan
 from nnscaler.runtime.loads import ExpertLoads
 from nnscaler.watch import Watch
 
@@ -73,6 +74,9 @@ class TrainingRun:
         self.loss: float | None = None  # as last reported
         self.eval_loss: float | None = None  # of the weights as they are
         self.peak = self.args.compute.find_hardware().peak(source.dtype)
+        predicted = read_plan(code)["predicted"]
+        micro_batch = predicted["micro_batch_flops"], predicted["micro_batch_flops_causal"]
+        self.flops = tuple(flops / self.args.micro_batch_size for flops in micro_batch)  # of a sequence
         loaded, state = None, None
         if resume_from:
             loaded, state = resume(resume_from, self.module, self.optimizer, self.loaded.fixed, self._load_weights)
@@ -152,7 +156,7 @@ class TrainingRun:
         length, ignored = self.dataset.sequence_length, args.dataset.ignored_label
         apart = args.dataset.document_mask
         ahead = Batches(samples, length, self.share, ignored, self.device, apart).after(self.consumed)
-        size = StepSize(self.share.step_samples, length, self.mesh, args.model.flops_per_sequence, self.peak)
+        size = StepSize(self.share.step_samples, length, self.mesh, self.flops, self.peak)
         loads = ExpertLoads(self.module.axes)
         progress = Progress(size, self.step, self.module.gives_loss, self.device)
         profiler = StepProfiler(args.log.profile if self.rank == 0 else None, self.module.predicted_seconds)

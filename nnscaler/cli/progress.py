@@ -21,14 +21,14 @@ class StepSize:
 
     samples, tokens  sequences in all, and tokens of each
     mesh             of all devices
-    flops            operations of a sequence by two formulas: attention in full, and causal; None: not known
+    flops            operations of a sequence: with attention in full, and with what its masks leave
     peak             operations a second that a device could do; None: not known
     """
 
     samples: int
     tokens: int
     mesh: Mesh
-    flops: tuple[float, float] | None
+    flops: tuple[float, float]
     peak: float | None
 
 
@@ -86,6 +86,6 @@ class Progress:
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             torch.cuda.reset_peak_memory_stats()
         flops, peak = self._size.flops, self._size.peak
-        if flops is not None and peak and self._device.type == "cuda":
+        if peak and self._device.type == "cuda":
             values["mfu"], values["mfu_causal"] = flops[0] * sequences / peak, flops[1] * sequences / peak
         return values

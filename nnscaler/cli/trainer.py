@@ -138,14 +138,12 @@ class Trainer:
             one_a_row = document_inputs([np.zeros(1, np.int64)] * shape[0], shape[1])
             inputs |= {name: tensor.to(tokens.device) for name, tensor in one_a_row.items()}
         model, sequences = self.args.model, self.args.micro_batch_size
-        flops = model.flops_per_sequence
         return Source(
             model.make,
             inputs,
             _PRECISION[self.args.precision],
             self.args.seed,
             tokens=sequences * self.args.dataset.length,
-            flops=(sequences * flops[0], sequences * flops[1]) if flops else None,
             name=model.name,
             length=self.args.dataset.length,
             command=self.args.command,

@@ -196,20 +196,3 @@ def count_parameters(config: PretrainedConfig) -> int:
     """Number of parameters of a configuration's model, without making them."""
     model, _ = build_on_meta(lambda: CausalLM(config))
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def flops_per_sequence(
-    config: PretrainedConfig, parameters: int, sequence_length: int, document_length: int | None = None
-) -> tuple[float, float]:
-    """Forward and backward operations of one sequence: (with attention counted in full, with attention halved).
-
-    3 * 2 * (parameters * l + 2 * layers * heads * head_dim * l * keys), where `keys` is l, or `document_length` where
-    documents are kept apart: tokens of the document in which a token stands, on average. In the second, the last term
-    is halved, because attention is causal.
-    """
-    heads = getattr(config, "num_attention_heads", 0)  # some models have no attention
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
-    keys = sequence_length if document_length is None else document_length
-    attention_flops = 2.0 * config.num_hidden_layers * heads * head_dim * sequence_length * keys
-    full = 6.0 * (parameters * sequence_length + attention_flops)
-    return full, full - 3.0 * attention_flops

@@ -13,7 +13,7 @@ from nnscaler.annotation import Shape
 from nnscaler.graph import Node, TensorMeta
 from nnscaler.kernels import Asked, attend
 from nnscaler.operators.annotating import write
-from nnscaler.operators.registry import arguments, family, register_op, save_both
+from nnscaler.operators.registry import Flops, arguments, family, register_op, save_both
 
 Window = tuple[int | None, int | None]
 ALL: Window = (None, None)
@@ -26,11 +26,20 @@ def attention_flops(sizes: dict[str, int], node: Node) -> float:
     """
     given = arguments(node)
     rows, keys, limits = sizes["l"], sizes["s"], reach(given["is_causal"], given.get("window", ALL))
-    document = given.get("document_length")
-    seen: float = pairs(rows, keys, *limits)
-    if document is not None and document < keys:
-        seen = pairs(document, document, *limits) / document * rows
-    return 2.0 * sizes["b"] * sizes["k"] * sizes["g"] * seen * (sizes["d"] + sizes["e"])
+    document = _document(sizes, node)
+    seen = pairs(rows, keys, *limits) / rows if document == keys else pairs(document, document, *limits) / document
+    return unmasked_flops(sizes, node) * seen / document
+
+
+def unmasked_flops(sizes: dict[str, int], node: Node) -> float:
+    """Two products of every query row with every key, or every one of its document."""
+    width = sizes["d"] + sizes["e"]
+    return 2.0 * sizes["b"] * sizes["k"] * sizes["g"] * sizes["l"] * _document(sizes, node) * width
+
+
+def _document(sizes: dict[str, int], node: Node) -> int:
+    """Tokens of a document, on average."""
+    return min(sizes["s"], arguments(node).get("document_length") or sizes["s"])
 
 
 def pairs(rows: int, keys: int, left: int | None, right: int | None) -> int:
@@ -53,8 +62,11 @@ def reach(is_causal: bool, window: Window) -> Window:
     return window[0], 0 if is_causal else window[1]
 
 
-# Backward recomputes the scores: five products for forward's two.
-ATTENTION_BACKWARD = 2.5
+def attention_backward(node: Node, inputs: Sequence[TensorMeta]) -> float:
+    """Of forward's two products one is over queries' and one over values' sizes. Backward, which computes the scores
+    again, has three and two."""
+    size, value_size = inputs[0].shape[-1], inputs[2].shape[-1]
+    return (3 * size + 2 * value_size) / (size + value_size)
 
 
 def document_examples(node: Node, inputs: Sequence[TensorMeta]) -> dict[int, Tensor]:
@@ -71,7 +83,8 @@ def document_examples(node: Node, inputs: Sequence[TensorMeta]) -> dict[int, Ten
 @register_op(
     "b (k g^) l d^, b k s^ d^, b k s^ e^, (k g^), (k g^), b s^ -> b l (k g^) e^",
     flops=attention_flops,
-    backward=ATTENTION_BACKWARD,
+    unmasked=unmasked_flops,
+    backward=attention_backward,
     saves=save_both,
     along={"l": "nnscaler.runtime.attention.attention_along_l"},
     examples=document_examples,
@@ -148,17 +161,23 @@ def scaled_dot_product_attention(node: Node, inputs: Sequence[Shape], outputs: S
     return write(tensors, [[*lead, *heads, rows, "e^"]])
 
 
-def sdpa_flops(sizes: dict[str, int], node: Node) -> float:
-    batch = prod(size for name, size in sizes.items() if name.startswith("b"))
-    return attention_flops({"k": 1, "g": 1, **sizes, "b": batch}, node)
+def of_one_batch(flops: Flops) -> Flops:
+    """What the annotation of ATen's attention calls b0, b1 and so on is one batch b."""
+
+    def count(sizes: dict[str, int], node: Node) -> float:
+        batch = prod(size for name, size in sizes.items() if name.startswith("b"))
+        return flops({"k": 1, "g": 1, **sizes, "b": batch}, node)
+
+    return count
 
 
 family(
     "scaled_dot_product_attention.default",
     scaled_dot_product_attention,
     "F.scaled_dot_product_attention(*)",
-    flops=sdpa_flops,
-    backward=ATTENTION_BACKWARD,
+    flops=of_one_batch(attention_flops),
+    unmasked=of_one_batch(unmasked_flops),
+    backward=attention_backward,
     saves=save_both,
     draws=lambda node: arguments(node)["dropout_p"] > 0,
 )

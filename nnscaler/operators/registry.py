@@ -108,6 +108,7 @@ class Operator:
     annotate    annotation text for given input and output shapes
     text        the Python text of an ATen operator, see `nnscaler.operators.spelling`
     flops       forward floating-point operations from the local size of each annotated name
+    unmasked    the same if no mask hid anything; None: there is none
     backward    backward operations as a multiple of forward's, or a function (node, inputs) of them; None: once for
                 each of `factors` that has a gradient
     factors     the arguments that are multiplied; all tensors if none is named
@@ -132,6 +133,7 @@ class Operator:
     annotate: Annotate
     text: Text = METHOD
     flops: Flops = no_flops
+    unmasked: Flops | None = None
     backward: float | BackwardRatio | None = None
     factors: tuple[str, ...] = ()
     saves: Saves = save_inputs
@@ -251,6 +253,7 @@ def register_op(
     *,
     name: str | None = None,
     flops: Flops | None = None,
+    unmasked: Flops | None = None,
     backward: float | BackwardRatio | None = None,
     saves: Saves = save_inputs,
     keeps: Workspace = no_workspace,
@@ -273,6 +276,7 @@ def register_op(
     annotation  see `nnscaler.annotation`; or a function (node, input shapes, output shapes) -> annotation text
     name        the operator's name in graphs and plans; the function's own by default
     flops       (local size of each annotated name, node) -> forward operations; 0 (memory-bound) by default
+    unmasked    the same if no mask hid anything, for figures that count so; `flops` by default
     backward    backward operations as a multiple of forward's, or a function (node, inputs) of them; by default once
                 for each input that has a gradient
     saves       which tensors backward keeps; the inputs by default
@@ -300,6 +304,7 @@ def register_op(
             name=name or function.__name__,
             annotate=_of_given_tensors(annotation) if isinstance(annotation, str) else annotation,
             flops=flops or no_flops,
+            unmasked=unmasked,
             backward=backward,
             saves=saves,
             keeps=keeps,

@@ -22,8 +22,10 @@ UNITS = {
     "predicted.step_seconds in stages": "seconds in which a stage computes in a step, without waiting for others",
     "*_bytes, bytes, size": "bytes of a device",
     "tokens_per_second_per_gpu": "tokens trained on in a second, for each device",
+    "micro_batch_flops": "operations of a micro-batch's forward and backward, with attention in full",
+    "micro_batch_flops_causal": "the same with what masks leave of attention",
     "mfu_causal": "model FLOPs utilisation: operations over what the device could do at its data sheet's peak, with "
-    "attention halved because it is causal, and within documents alone where they are kept apart",
+    "what masks leave of attention, and within documents alone where they are kept apart",
     "document_length": "tokens of the document in which a token stands, on average, which attention's times are for",
     "mfu": "the same by the document's formula, which counts attention in full",
     "share, gap": "part of a step's time, from 0 to 1",

@@ -48,7 +48,7 @@ class Work:
     """What a micro-batch is, for figures of speed.
 
     tokens  how many it has
-    flops   its forward and backward operations: with attention counted in full, and with attention halved by causality
+    flops   its forward and backward operations: with attention counted in full, and with what its masks leave
     peak    FLOP/s of a device by its data sheet; None: not known, so there is no MFU
     """
 
@@ -113,7 +113,11 @@ def speed_of(device_seconds: float, work: Work | None) -> dict[str, float]:
     """
     if work is None:
         return {}
-    speed = {"tokens_per_second_per_gpu": work.tokens / device_seconds}
+    speed = {
+        "tokens_per_second_per_gpu": work.tokens / device_seconds,
+        "micro_batch_flops": work.flops[0],
+        "micro_batch_flops_causal": work.flops[1],
+    }
     if work.peak is not None:
         full, causal = (flops / device_seconds / work.peak for flops in work.flops)
         speed |= {"mfu": full, "mfu_causal": causal}

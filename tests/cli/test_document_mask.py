@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 import train
-from nnscaler.models.causal_lm import flops_per_sequence
 from tests import tiny
 
 
@@ -60,11 +59,3 @@ def test_a_run_keeps_documents_apart_and_says_how_long_they_are(call, caplog):
     assert "5 documents are longer than the 32 tokens of a sequence: each goes on in the next one" in caplog.text
     lines = [json.loads(line) for line in Path("runs", "run", "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["eval_loss"] is not None
-
-
-def test_operations_are_those_that_documents_leave():
-    config = tiny.config()
-    whole, documents = flops_per_sequence(config, 1000, 64), flops_per_sequence(config, 1000, 64, 16)
-    attention = 6 * 2 * 2 * 8 * 4 * 64**2  # layers, heads, size of a head
-    assert whole == (6000 * 64 + attention, 6000 * 64 + attention / 2)
-    assert documents == (6000 * 64 + attention / 4, 6000 * 64 + attention / 8)

@@ -245,7 +245,7 @@ def compile_tiny(folder: Path, hardware: str, explained: bool = False, **changes
     config = tiny.config(num_hidden_layers=4)
     prepare_config(config, tiny.LENGTH, "auto")
     inputs = {name: torch.empty((8, tiny.LENGTH), dtype=torch.int64, device="meta") for name in ("input_ids", "labels")}
-    source = Source(lambda: CausalLM(config), inputs, torch.float32, tokens=8 * tiny.LENGTH, flops=(2e6, 1e6))
+    source = Source(lambda: CausalLM(config), inputs, torch.float32, tokens=8 * tiny.LENGTH)
     settings = ComputeConfig(**{"hardware": hardware, "plan_ngpus": 2, "runtime_ngpus": 2, **changes})
     return compile_model(source, settings, folder, explained)
 
