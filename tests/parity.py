@@ -178,6 +178,13 @@ def plain_loop(
     with torch.no_grad():
         for name, value in initial_parameters(meta, SEED, torch.device("cpu")):
             model.get_parameter(name).copy_(value)
+    return train_plainly(model, rows, sequences, starts)
+
+
+def train_plainly(
+    model: CausalLM, rows: np.ndarray, sequences: list[int], starts: Sequence[Sequence[int]] | None = None
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Trains a model as `plain_loop` says. `rows` are the dataset's sequences [rows, length]."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
     optimizer = torch.optim.AdamW(
@@ -199,7 +206,8 @@ def plain_loop(
                     labels += len(document) - 1
         consumed += count
         for parameter in model.parameters():
-            parameter.grad /= labels
+            if parameter.grad is not None:
+                parameter.grad /= labels
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -1,5 +1,6 @@
 """Every collective, forward and backward, against the dense result on one process."""
 
+from math import prod
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from nnscaler.reshard import reshards
 from nnscaler.runtime import collectives
 from nnscaler.runtime.attention import attention_along_l
 from nnscaler.runtime.axes import Axes
+from nnscaler.runtime.axis import Axis
 from tests.kernels.attention import written_out
 from tests.launch import run
 
@@ -123,37 +125,48 @@ OPTIONS = [
 ]
 
 
-def attention_of_shards(length: int) -> None:
-    """Attention split along the sequence: values and gradients are slices of the whole's."""
-    axes = Axes(Mesh((dist.get_world_size(),)), torch.device("cpu"))
-    axis = axes[0]
+def attention_of_shards(length: int, sizes: tuple[int, ...]) -> None:
+    """Attention split along the sequence over the mesh's first axis, and over heads over the second: values and
+    gradients are slices of the whole's."""
+    axes = Axes(Mesh(sizes), torch.device("cpu"))
+    axis, over_heads = axes[0], axes[1] if len(sizes) > 1 else Axis(1, 0, None)
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 4, length, 6), (2, 2, length, 6), (2, 2, length, 5), (4,), (4,)]
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
     gradient = torch.randn(2, length, 4, 5, generator=generator, dtype=torch.float64)
     documents = torch.stack([(torch.arange(length) // 5), torch.arange(length).mul(3).sub(1).clamp(0, length)])
+
+    def rows(x: torch.Tensor, dim: int) -> torch.Tensor:
+        return x.chunk(axis.size, dim)[axis.rank]
+
+    def heads(x: torch.Tensor, dim: int) -> torch.Tensor:
+        return x.chunk(over_heads.size, dim)[over_heads.rank]
+
     for options in OPTIONS:
         given: dict[str, Any] = dict(options)
         own = {"sinks": tensors[3], "slopes": tensors[4], "documents": documents}
         given.update({name: tensor for name, tensor in own.items() if name in given})
-        whole = [*tensors[:3], *(given[name] for name in ("sinks", "slopes") if name in given)]
+        names = [name for name in ("sinks", "slopes") if name in given]
+        whole = [*tensors[:3], *(given[name] for name in names)]
         wanted = written_out(*tensors[:3], **given)
         expected = torch.autograd.grad(wanted, whole, gradient)
 
-        rows = tensors[0].detach().chunk(axis.size, 2)[axis.rank].requires_grad_()
-        found = attention_along_l(axis, rows, *tensors[1:3], **given)
-        torch.testing.assert_close(found, wanted.chunk(axis.size, 1)[axis.rank])
-        mine = torch.autograd.grad(found, [rows, *whole[1:]], gradient.chunk(axis.size, 1)[axis.rank].contiguous())
-        torch.testing.assert_close(mine[0], expected[0].chunk(axis.size, 2)[axis.rank])
-        for part, right in zip((x.contiguous() for x in mine[1:]), expected[1:]):
+        mine = [heads(x, 0 if x.dim() == 1 else 1).detach() for x in whole]
+        mine = [x.requires_grad_() for x in [rows(mine[0], 2), *mine[1:]]]
+        found = attention_along_l(axis, *mine[:3], **{**given, **dict(zip(names, mine[3:]))})
+        torch.testing.assert_close(found, heads(rows(wanted, 1), 2))
+        gradients = torch.autograd.grad(found, mine, heads(rows(gradient, 1), 2).contiguous())
+        torch.testing.assert_close(gradients[0], heads(rows(expected[0], 2), 1))
+        for part, right in zip((x.contiguous() for x in gradients[1:]), expected[1:]):
             dist.all_reduce(part, group=axis.group)
-            torch.testing.assert_close(part, right)
+            torch.testing.assert_close(part, heads(right, 0 if right.dim() == 1 else 1))
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_attention_along_the_sequence(world):
-    for length in (32 * world, 3 * world):  # an odd number of rows is not dealt out
-        run(world, attention_of_shards, length)
+@pytest.mark.parametrize("sizes", [(2,), (4,), (2, 2)], ids=str)
+def test_attention_along_the_sequence_and_over_heads(sizes):
+    devices = prod(sizes)
+    run(devices, attention_of_shards, 32 * devices, sizes)
+    run(devices, attention_of_shards, 3 * devices, (devices,))  # an odd number of rows is not dealt out
 
 
 OWNERS = [(0, 1, 2, 3, 3, 2, 1, 0), (3, 3, 2, 2, 1, 0, 1, 0), (0, 0, 0, 1, 2, 3, 3, 3, 1, 2, 1, 2)]

@@ -23,12 +23,12 @@ LENGTH = 24
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 64, "head_dim": 8, "pad_token_id": None,
-    "bos_token_id": 0, "eos_token_id": 1,
+    "bos_token_id": 0, "eos_token_id": 1, "sliding_window": 8,
 }  # fmt: skip
 NO_DROPOUT = dict.fromkeys(
     (
         "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "dropout",
-        "activation_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob",
+        "activation_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob", "residual_dropout",
     ),
     0.0,
 )  # fmt: skip
@@ -39,7 +39,8 @@ EXPERTS = {
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
-    "mistral": {"sliding_window": None},
+    "mistral": {},
+    "ministral": {},
     "qwen2": {},
     "qwen3": {},
     "gemma": {},
@@ -52,6 +53,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "cohere2": {"logit_scale": 0.3},
     "olmo": {},
     "olmo2": {},
+    "olmo3": {},
+    "lfm2": {},
+    "seed_oss": {},
+    "arcee": {},
     "stablelm": {},
     "gpt2": {"n_inner": 48},
     "gptj": {"rotary_dim": 4},
@@ -93,6 +98,8 @@ def config_of(name: str, **changes: Any) -> PretrainedConfig:
         spelled = known.attribute_map.get(field, field)
         if spelled in known.to_dict():
             fields[spelled] = value
+    if "sliding_attention" in (getattr(known, "layer_types", None) or ()):
+        fields["layer_types"] = ["sliding_attention", "full_attention"]
     return AutoConfig.for_model(name, **{**fields, **ARCHITECTURES.get(name, {}), **changes})
 
 

@@ -9,9 +9,11 @@ import torch
 from transformers import AutoConfig, masking_utils
 
 from nnscaler.errors import UserError
+from nnscaler.graph import Call
 from nnscaler.models.attention import Seen, _attention_by, _mask, _seen_by, _window
-from nnscaler.models.causal_lm import prepare_config
-from tests.models.architectures import ARCHITECTURES, LENGTH, compare, compare_uncompiled, config_of
+from nnscaler.models.causal_lm import CausalLM, prepare_config
+from nnscaler.trace import build_on_meta, trace
+from tests.models.architectures import ARCHITECTURES, LENGTH, batch, compare, compare_uncompiled, config_of
 
 SAME_BUT_CHUNKED = {"granite": "div", "cohere": "mul", "cohere2": "mul", "gemma2": "div"}
 REFUSED = {"t5": "not a causal language model"}
@@ -112,6 +114,22 @@ def test_the_loss_that_keeps_the_loads_of_experts_even(name, chunked):
     found, without = (compare_uncompiled(name, chunked, **changes) for changes in (asked, {}))
     assert found.startswith("SAME")
     assert found != without
+
+
+def test_layers_of_two_kinds_are_two_blocks():
+    kinds = ["sliding_attention", "full_attention"]
+    config = config_of("gemma3_text", num_hidden_layers=6, layer_types=[kinds[i % 3 == 2] for i in range(6)])
+    prepare_config(config, LENGTH, "auto")
+    tokens, labels = batch(LENGTH)
+    model, buffers = build_on_meta(lambda: CausalLM(config))
+    graph = trace(model, {"input_ids": tokens, "labels": labels}, buffers)
+    windows = {
+        name: [node.kwargs.get("window") for node in block.nodes if node.op == "attention"]
+        for name, block in graph.blocks.items()
+    }
+    assert sorted(windows.values(), key=str) == [[(7, None)], [None]]
+    called = [call.block for call in graph.root.nodes if isinstance(call, Call)]
+    assert [windows[name][0] is not None for name in called] == [True, True, False] * 2
 
 
 def test_a_window_as_long_as_the_sequence_hides_nothing():
