@@ -23,6 +23,7 @@ from nnscaler.planner.on_host import PARTS
 from nnscaler.planner.price import Price, price
 from nnscaler.planner.problem import Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution
+from nnscaler.planner.solve import least_memory
 from nnscaler.recompute import KEEPS_ALL, ON_DEVICE, ON_HOST, RECOMPUTES_ALL, Level
 from nnscaler.trace import trace
 from tests import tiny
@@ -120,6 +121,19 @@ def test_half_of_the_state(graph, machine):
     assert places == 3 * STATE, "for three buckets, of which this model fills one"
     assert not total(without.memory, "state")
     assert not total(without.memory, "buffers", "state")
+
+
+@pytest.mark.parametrize(("least", "most"), [(1, 20), (21, 100)])
+def test_the_least_memory_takes_no_more_of_the_host_than_it_may(graph, machine, least, most):
+    """With sixteen micro-batches in flight, three calls would keep 48 tensors there or more."""
+    costs = CostModel(replace(machine, host=Host(1e12, 1e12, 1e12, 1e12)), Mesh((1,)))
+    problem = build_problem(graph, costs, Recomputing(), MICRO_BATCHES, in_flight=16, host=most * TENSOR)
+    program = Program(problem)
+    solution = least_memory(program)
+    assert solution is not None
+    found = price(program, solution)
+    assert found is not None
+    assert least <= sum(found.host.values()) / TENSOR <= most * (1 + 1e-5)
 
 
 def test_half_of_a_products_backward_is_for_its_weight(graph, machine):
