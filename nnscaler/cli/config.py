@@ -198,8 +198,9 @@ class LogConfig:
     directory: Path = path(Path("runs"), "folder for TensorBoard and metrics.jsonl, one folder a run", flag="log_dir")
     interval: int = whole(1, "steps between reports", flag="log_interval", least=1, most=MOST_STEPS)
     profile: Path | None = path(
-        None, "folder for a trace of two steps by torch's profiler, and where their time went (default: no profile)"
-    )
+        None, "folder for a trace of two steps by torch's profiler, and where the time of GPUs went in them; a run has "
+        "to take at least 5 steps (default: no profile)",
+    )  # fmt: skip
 
     report_to: str | None = text(
         None, "where numbers go beside TensorBoard and metrics.jsonl; wandb: to Weights & Biases, which has to be "
@@ -274,3 +275,8 @@ class TrainerArgs:
         steps, warmup = self.max_train_steps, self.lr_scheduler.warmup_steps
         if steps is not None and warmup > steps:
             raise UserError(f"warmup_steps is {warmup}; it must be at most max_train_steps={steps}")
+        if steps is not None and self.log.profile is not None:
+            from nnscaler.profiler.steps import LEAST  # with torch's profiler
+
+            if steps < LEAST:
+                raise UserError(f"max_train_steps is {steps}; with profile it must be at least {LEAST}")

@@ -163,7 +163,7 @@ class TrainingRun:
         logs = log_folder(args.log.directory, self.folder.name, self.run) if self.rank == 0 else None
         about = {"name": args.name, "seed": self.seed, "devices": self.mesh.runtime_ngpus, **self._schedule()}
         log = RunLog(logs, self.run, self.steps, self.step, about if args.log.report_to == "wandb" else None)
-        with log, self.saver, self._termination() as termination:
+        with log, self.saver, profiler, self._termination() as termination:
             evaluation = self._evaluation(termination)
             while self.step < self.steps:
                 counts = Counts()

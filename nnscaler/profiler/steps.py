@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 WARM_UP = 3  # steps before the profile: the first ones compile
 STEPS = 2
+LEAST = WARM_UP + STEPS  # that a run takes
 
 COMMUNICATION = "communication"
 # Category of a GPU kernel by its name; the first that matches counts.
@@ -39,6 +41,8 @@ class KernelRun(NamedTuple):
 class StepProfiler:
     """Profiles STEPS steps of a run after the first WARM_UP. `step()` must be called after each step.
 
+    A context in which the steps run: leaving it before the last of those steps gives the profile up, and says so.
+
     folder     where trace.json (for Perfetto) and profile.txt are written; None: nothing is profiled
     predicted  category -> seconds of a step, by the plan
     """
@@ -47,6 +51,18 @@ class StepProfiler:
         self._folder, self._predicted = folder, predicted
         self._done = 0
         self._profile: profile | None = None
+
+    def __enter__(self) -> StepProfiler:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._profile is not None:
+            self._profile.stop()  # a process that ends with a running one crashes
+            self._profile = None
+        if self._folder is not None and self._done < LEAST:
+            logger.warning("no profile is written: this run took %d of the %d steps that it needs", self._done, LEAST)
 
     def step(self) -> None:
         """To be called when an optimizer step is over."""
@@ -57,7 +73,7 @@ class StepProfiler:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
             self._profile = profile(activities=activities)
             self._profile.start()
-        elif self._done == WARM_UP + STEPS and self._profile is not None:
+        elif self._done == LEAST and self._profile is not None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             self._profile.stop()

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from nnscaler.profiler.steps import KernelRun, covered, milliseconds_by_category, step_table
+from nnscaler.cli.config import DatasetConfig, LogConfig, ModelConfig, TrainerArgs
+from nnscaler.cli.trainer import Trainer
+from nnscaler.config import ComputeConfig
+from nnscaler.errors import UserError
+from nnscaler.profiler.steps import (
+    LEAST,
+    WARM_UP,
+    KernelRun,
+    StepProfiler,
+    covered,
+    milliseconds_by_category,
+    step_table,
+)
+from tests import tiny
+from tests.parity import Case, arguments
 
 GEMM, ATTENTION, NCCL, COPY = "nvjet_sm90_tst_128x256", "flash_fwd_kernel", "ncclDevKernel_AllGather", "copy_kernel"
 
@@ -55,3 +71,38 @@ def test_the_table_has_what_was_planned_beside_what_ran_a_step():
     assert rows["idle"] == ["5.00"]
     assert rows["whole"] == ["12.00", "10.50"]
     assert [line.split() for line in text.splitlines()[-2:]] == [["5.00", "1", GEMM], ["2.00", "0", ATTENTION]]
+
+
+@pytest.mark.parametrize("steps", [1, WARM_UP, LEAST - 1, LEAST])
+def test_a_run_that_ends_early_leaves_no_profiler_running(steps, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "nnscaler"), StepProfiler(tmp_path / "prof", {}) as profiler:
+        for index in range(steps):
+            profiler.step()
+            assert torch.autograd._profiler_enabled() == (WARM_UP <= index + 1 < LEAST)
+    assert not torch.autograd._profiler_enabled()
+    assert (tmp_path / "prof").exists() == (steps == LEAST)
+    assert [record.getMessage() for record in caplog.records] == (
+        [] if steps == LEAST else [f"no profile is written: this run took {steps} of the 5 steps that it needs"]
+    )
+
+
+def test_too_few_steps_for_a_profile_are_refused(tmp_path):
+    def run(steps: int, profile: bool = True) -> TrainerArgs:
+        log = LogConfig(profile=tmp_path if profile else None)
+        model, data = ModelConfig(make=lambda: None), DatasetConfig(sequence_length=8)
+        return TrainerArgs(name="x", model=model, compute=ComputeConfig(), dataset=data, log=log, max_train_steps=steps)
+
+    run(5)
+    run(4, profile=False)
+    with pytest.raises(UserError, match="max_train_steps is 4; with profile it must be at least 5"):
+        run(4)
+
+
+def test_a_training_run_of_fewer_steps_ends_as_any_other(tmp_path):
+    tiny.write_hardware(tmp_path)
+    tiny.write_dataset(tmp_path / "data")
+    args = arguments(Case(1, 1, accumulation=4), tmp_path)
+    log = dataclasses.replace(args.log, profile=tmp_path / "prof")
+    Trainer(dataclasses.replace(args, log=log, max_train_steps=None, num_train_epochs=16 / 80)).run()
+    assert not torch.autograd._profiler_enabled()
+    assert not (tmp_path / "prof").exists()
