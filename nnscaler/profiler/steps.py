@@ -91,13 +91,15 @@ def step_table(profiled: profile, steps: int, predicted: Mapping[str, float], lo
     predicted  category -> seconds of a step (`predicted.seconds_by_category` of plan.json)
 
     All figures are milliseconds of a step on this device. Communication is exposed while no other kernel runs beside
-    it; time in which no kernel runs is idle.
+    it; time in which no kernel runs is idle. Where no kernel ran on a GPU, the text says that alone.
     """
     kernels = [
         KernelRun(event.name, event.time_range.start / 1e3, event.time_range.end / 1e3)
         for event in profiled.events() or ()
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
     ]
+    if not kernels:
+        return "no kernel ran on a GPU, and only GPUs have such a table; trace.json has what the processor did\n"
     measured = {name: value / steps for name, value in milliseconds_by_category(kernels).items()}
     planned = _planned(predicted)
     lines = [f"{'ms a step':22} {'measured':>10} {'plan':>10}"]

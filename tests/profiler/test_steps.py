@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -51,6 +52,15 @@ def test_time_is_counted_once_where_kernels_overlap():
     spans = [(5.0, 6.0), (0.0, 4.0), (1.0, 2.0), (3.0, 4.5)]  # two of them while the longest runs, one beyond its end
     assert covered([KernelRun(COPY, *span) for span in spans]) == pytest.approx(5.5)
     assert covered([]) == 0.0
+
+
+def test_without_kernels_of_a_gpu_there_is_a_sentence_and_no_table(tmp_path):
+    with StepProfiler(tmp_path, {"matmul": 0.01673}) as profiler:
+        for _ in range(LEAST):
+            profiler.step()
+    text = (tmp_path / "profile.txt").read_text()
+    assert text.startswith("no kernel ran on a GPU")
+    assert not re.search(r"\d", text), "neither zeros nor the plan's figures beside none"
 
 
 def test_the_table_has_what_was_planned_beside_what_ran_a_step():
