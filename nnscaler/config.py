@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from nnscaler.errors import UserError
 from nnscaler.hardware import hardware_names
-from nnscaler.options import check, names, number, switch, text, whole
+from nnscaler.options import check, described, names, number, switch, text, whole
 from nnscaler.schedules import KINDS
 from nnscaler.trace.strategies import STRATEGIES, find_strategy
 
@@ -21,9 +21,13 @@ if TYPE_CHECKING:
 MOST_DEVICES = 2**20
 
 
+@described
 @dataclass(frozen=True)
 class ComputeConfig:
-    """What to compile for. Raises UserError for a value that is not allowed, or that does not go with another."""
+    """The devices that a module is compiled for, and what its plan may be.
+
+    Raises UserError for a value that is not allowed, or that does not go with another.
+    """
 
     plan_ngpus: int = whole(1, "devices that one copy of the model is split over", least=1, most=MOST_DEVICES)
     runtime_ngpus: int = whole(
@@ -117,6 +121,7 @@ class ComputeConfig:
         return hardware
 
 
+@described
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW. Weight decay is decoupled, and applies only to parameters of two or more dimensions."""

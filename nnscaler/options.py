@@ -16,15 +16,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nnscaler.errors import UserError
 
 _LARGEST = float.fromhex("0x1.fffffep+127")  # of a 32-bit float: what is larger is infinite to the device
+T = TypeVar("T")
 REQUIRED = object()  # in the place of a default: the field has to be given
 _SHOWN = 60  # characters of a wrong value
 _SWITCH = {"true": True, "false": False}
@@ -108,6 +110,11 @@ class Rule:
         bounds = (("at least", self.least), ("more than", self.above), ("at most", self.most))
         return " and ".join(f"{words} {bound:,}" for words, bound in bounds if bound is not None)
 
+    def spelled_out(self) -> str:
+        """What a value may be, in words."""
+        choices = () if callable(self.choices) else self.choices or ()
+        return ", ".join(filter(None, (_KINDS[self.kind], self._bounds(), " or ".join(choices))))
+
     def read(self, name: str, text: str) -> Any:
         """The value that a text spells. Raises UserError, which calls it `name`, for a text that is not allowed."""
         value: Any = text
@@ -186,6 +193,18 @@ def _field(kind: type, default: Any, help: str, rules: Mapping[str, Any]) -> Any
 def rules_of(cls: type) -> dict[str, Rule]:
     """Name -> rule, for the fields of a dataclass that were made by the functions above."""
     return {field.name: field.metadata[Rule] for field in dataclasses.fields(cls) if Rule in field.metadata}
+
+
+def described(cls: type[T]) -> type[T]:
+    """Adds to a dataclass's docstring, which `help` shows, what each field is for and what it may be."""
+    fields = (
+        textwrap.fill(
+            f"{name}: {rule.help} [{rule.spelled_out()}]", 110, initial_indent="    ", subsequent_indent=" " * 8
+        )
+        for name, rule in rules_of(cls).items()
+    )
+    cls.__doc__ = "\n".join([cls.__doc__ or "", "", *fields])
+    return cls
 
 
 def check(configuration: Any) -> None:
