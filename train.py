@@ -178,7 +178,7 @@ def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
         weights=find_weights(inputs.model_id) if reads_weights else None,
         weight_prefix=WEIGHT_PREFIX,
         vocabulary=config.vocab_size,
-        instead={} if loss else {"--enable_chunk_loss": lambda: CausalLM(config, in_chunks, dataset.mean_document)},
+        instead={} if loss else {"--enable-chunk-loss": lambda: CausalLM(config, in_chunks, dataset.mean_document)},
         save_assets=AssetWriter(config, DTYPES[args.precision], inputs.model_id, prepared, positions),
         name=Path(inputs.model_id).name if Path(inputs.model_id).exists() else inputs.model_id,
     )

@@ -58,8 +58,8 @@ FITTING = ("a100", "h100", "h200", "mi250")  # of the bundled devices, those on 
 # One copy of 405B does not fit 8 devices; how long planning it takes can be measured all the same.
 UNBOUND = ("--gpu_mem_constraint", "4096")
 CASES = {
-    "8B-128K": Case(131072, 8, 8, flags=("--enable_chunk_loss",)),
-    "8B-8K": Case(8192, 8, 8, flags=("--enable_chunk_loss",)),
+    "8B-128K": Case(131072, 8, 8, flags=("--enable-chunk-loss",)),
+    "8B-8K": Case(8192, 8, 8, flags=("--enable-chunk-loss",)),
     "32-layers": Case(8192, 8, 8, hardware="mi300x"),
     "80-layers": Case(8192, 8, 8, {"num_hidden_layers": "80"}, hardware="mi300x"),
     "405B-plan-8": Case(8192, 8, 128, SHAPE_405B, hardware="mi300x", flags=UNBOUND),

@@ -31,9 +31,9 @@ RATE, WEIGHT_DECAY, SEED = 1e-3, 0.1, 0
 # What train.py is told beside what all plans share.
 PLANS = {
     "2 copies": "--plan_ngpus 1 --micro_batch_size 4",
-    "split over 2": "--plan_ngpus 2 --micro_batch_size 4 --grad_accumulation_steps 2 --enable_chunk_loss",
+    "split over 2": "--plan_ngpus 2 --micro_batch_size 4 --grad_accumulation_steps 2 --enable-chunk-loss",
     "split, all recomputed": "--plan_ngpus 2 --micro_batch_size 8 --recompute_modules LlamaDecoderLayer",
-    "split, little memory": "--plan_ngpus 2 --micro_batch_size 8 --enable_chunk_loss --gpu_mem_constraint {memory}",
+    "split, little memory": "--plan_ngpus 2 --micro_batch_size 8 --enable-chunk-loss --gpu_mem_constraint {memory}",
 }
 
 

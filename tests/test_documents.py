@@ -169,3 +169,10 @@ def test_own_data_made_by_hand_is_read(monkeypatch, tmp_path):
     (block,) = (block for block in blocks(ROOT / "README.rst", "python") if "save_to_disk" in block)
     exec(compile(block, "README.rst", "exec"), {})
     assert PackedDataset.open(Path("my_rows")).sequence_length == 512
+
+
+def test_messages_spell_the_flags_of_train_py_as_its_help_does():
+    usual = {flag.replace("_", "-"): flag for flag in flags_of("train.py")}
+    for source in (ROOT / "train.py", *ROOT.glob("nnscaler/**/*.py")):
+        for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", source.read_text()):
+            assert usual.get(flag.replace("_", "-"), flag) == flag, source

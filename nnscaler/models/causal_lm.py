@@ -77,7 +77,7 @@ class CausalLM(nn.Module):
                 output = self.model(**inputs, use_cache=False, **options)
             _check_losses(output)
             if not last.gave(output.logits):
-                raise UserError("the logits are not what the last projection gives; leave out --enable_chunk_loss")
+                raise UserError("the logits are not what the last projection gives; leave out --enable-chunk-loss")
             return self.linear_loss(*_without_bias(last.input, last.head), labels, IGNORED).sum()
         output = self.model(**inputs, use_cache=False, **options)
         _check_losses(output)
@@ -131,7 +131,7 @@ class _LastProjection(TorchFunctionMode):
         head = model.get_output_embeddings()
         if type(head) is not nn.Linear:
             raise UserError(
-                f"--enable_chunk_loss needs a last projection of class Linear, {type(model).__name__} has "
+                f"--enable-chunk-loss needs a last projection of class Linear, {type(model).__name__} has "
                 f"{type(head).__name__}; leave it out"
             )
         self.head: nn.Linear = head
@@ -153,7 +153,7 @@ class _LastProjection(TorchFunctionMode):
 
     def _take(self, hidden: Tensor) -> Tensor:
         if self._results:
-            raise UserError("the model uses its last projection twice; leave out --enable_chunk_loss")
+            raise UserError("the model uses its last projection twice; leave out --enable-chunk-loss")
         self.input = hidden
         self._results.append(torch.empty(*hidden.shape[:-1], self.head.out_features, device="meta"))
         return self._results[0]
@@ -167,7 +167,7 @@ class _LastProjection(TorchFunctionMode):
         if name not in ("contiguous", "float", "to") or result.dtype != torch.float32:
             raise UserError(
                 f"the model computes with its logits before the loss ({name}), which the chunked loss does not; "
-                "leave out --enable_chunk_loss"
+                "leave out --enable-chunk-loss"
             )
         self._results.append(result)
         return result
