@@ -150,7 +150,7 @@ def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
     from nnscaler.cli.precision import with_precision
     from nnscaler.data.mixture import open_sources
     from nnscaler.data.training import PackedDataset
-    from nnscaler.models import load_config
+    from nnscaler.models import load_config, marks_of
     from nnscaler.models.causal_lm import (
         WEIGHT_PREFIX,
         CausalLM,
@@ -178,6 +178,7 @@ def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
         weights=find_weights(inputs.model_id) if reads_weights else None,
         weight_prefix=WEIGHT_PREFIX,
         vocabulary=config.vocab_size,
+        marks=marks_of(config),
         instead={} if loss else {"--enable-chunk-loss": lambda: CausalLM(config, in_chunks, dataset.mean_document)},
         save_assets=AssetWriter(config, DTYPES[args.precision], inputs.model_id, prepared, positions),
         name=Path(inputs.model_id).name if Path(inputs.model_id).exists() else inputs.model_id,

@@ -5,7 +5,7 @@ The fields that are made by the functions of `nnscaler.options` are also flags o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from math import cos, pi
@@ -34,6 +34,7 @@ class ModelConfig:
     weights             directory with safetensors; None: initialised from the seed
     weight_prefix       what stands before the names of `weights` in the model's own
     vocabulary          number of token ids that it takes
+    marks               the ids that its configuration gives to "bos" and "eos", which stand around a document
     save_assets         writes into a folder what makes an exported model complete; None: nothing
     name                that people know it by; empty: that of its class
     instead             flag -> a model that needs less memory, to be told of where this one does not fit
@@ -43,6 +44,7 @@ class ModelConfig:
     weights: Path | None = None
     weight_prefix: str = ""
     vocabulary: int | None = None
+    marks: Mapping[str, Collection[int]] = field(default_factory=dict)
     save_assets: Callable[[Path], None] | None = None
     name: str = ""
     instead: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)

@@ -113,7 +113,8 @@ class Trainer:
             )  # fmt: skip
 
     def _judge_ids(self, dataset: Part) -> None:
-        """Raises UserError where a dataset holds ids that the model does not know."""
+        """Raises UserError where a dataset holds ids that the model does not know; warns where others than the model's
+        stand around its documents."""
         vocabulary = self.args.model.vocabulary
         if vocabulary is not None:
             smallest, largest = dataset.token_ids()
@@ -124,6 +125,14 @@ class Trainer:
                     f"dataset '{dataset.path}' holds token ids from {smallest} to {largest}, and the model knows those "
                     f"from 0 to {vocabulary - 1} (another one is {place}); prepare it with the model's own tokenizer"
                 )
+        for name, id_ in dataset.marks().items():
+            known = self.args.model.marks.get(name, ())
+            if known and id_ not in known:
+                logger.warning(
+                    "dataset '%s' was made with a tokenizer whose %s token is id %d, and the model's configuration "
+                    "says %s: the tokenizer may not be the model's",
+                    dataset.path, name, id_, " or ".join(map(str, known)),
+                )  # fmt: skip
 
     def _source(self) -> Source:
         shape = (self.args.micro_batch_size, self.args.dataset.length)

@@ -150,6 +150,14 @@ class PackedDataset:
             (self.path / TOKEN_IDS).write_text(json.dumps(note) + "\n")
         return found
 
+    def marks(self) -> dict[str, int]:
+        """The ids of "bos" and "eos" around each document, as far as bookcorpus.py has noted them."""
+        with suppress(OSError, ValueError, AttributeError):
+            noted = json.loads((self.path / PROVENANCE).read_text())
+            ids = {name: noted.get(f"{name}_token_id") for name in ("bos", "eos")}
+            return {name: id_ for name, id_ in ids.items() if isinstance(id_, int)}
+        return {}
+
     def _fingerprint(self) -> str:
         """The name that `datasets` gives to the content."""
         return str(json.loads((self.path / "state.json").read_text())["_fingerprint"])

@@ -109,6 +109,10 @@ class StreamedDataset:
         """The smallest and the largest id, as the footers tell."""
         return self.ids
 
+    def marks(self) -> dict[str, int]:
+        """None: nothing is noted of them."""
+        return {}
+
     def first_row_outside(self, vocabulary: int) -> int | None:
         return None
 

@@ -43,6 +43,13 @@ def load_config(model_id: str) -> PretrainedConfig:
     return AutoConfig.for_model(**values)
 
 
+def marks_of(config: PretrainedConfig) -> dict[str, list[int]]:
+    """The ids that a configuration gives to "bos" and "eos", of which some models have several; none where it does
+    not say."""
+    found = {name: getattr(config, f"{name}_token_id", None) for name in ("bos", "eos")}
+    return {name: ids if isinstance(ids, list) else [ids] for name, ids in found.items() if ids is not None}
+
+
 def _load(model_id: str, online: bool) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(model_id, local_files_only=not online)
