@@ -184,16 +184,29 @@ def claim(
         if holding is not None:
             return holding
         logger.warning("'%s' is a run that goes on elsewhere: this is a new run", loaded.resolve().parent)
-    passed: list[str] = []
+    passed: list[Path] = []
     for folder in _candidates(directory, name):
         is_new = is_free(folder.name)
         holding = _take(folder, jobs, lambda folder: not own_checkpoints(folder)) if is_new else None
         if holding is not None:
             if passed:
-                logger.info("%s: another run's; this one is %s", ", ".join(passed), folder.name)
+                logger.warning("%s", _why_not(passed, folder))
             return holding
-        passed.append(folder.name)
+        passed.append(folder)
     raise AssertionError("there is always another number")
+
+
+def _why_not(passed: list[Path], taken: Path) -> str:
+    """What people are told of a new run that did not get the folders `passed`, but `taken`."""
+    saved = [folder for folder in passed if own_checkpoints(folder)]
+    if not saved:
+        folders = ", ".join(f"'{folder}'" for folder in passed)
+        return f"{folders}: another run's; this new run saves to '{taken}'"
+    last = own_checkpoints(saved[-1])[-1].name
+    return (
+        f"'{saved[-1]}' holds another run, up to {last}: this is a new run, which saves to '{taken}'; to continue that "
+        f"one, when it has ended, give --resume_path {saved[-1]}"
+    )
 
 
 def _is_run_of(checkpoint: Path, directory: Path, name: str) -> bool:

@@ -95,6 +95,25 @@ def test_a_living_run_keeps_its_folder(tmp_path):
     assert claim(tmp_path, "run", None, None, ["e"]).folder.name == "run-2"  # nothing was saved there
 
 
+def test_a_new_run_says_which_one_it_does_not_continue(tmp_path, caplog):
+    first = claim(tmp_path, "run", None, None, ["a"])
+    second = claim(tmp_path, "run", None, None, ["b"])
+    assert f"'{tmp_path}/run': another run's; this new run saves to '{tmp_path}/run-2'" in caplog.text
+    publish_one(first.folder, 1, 1.0)
+    publish_one(first.folder, 3, 2.0)
+    first.release()
+    caplog.clear()
+    third = claim(tmp_path, "run", None, None, ["c"], lambda name: name != "run")  # whose logs are there too
+    assert f"'{tmp_path}/run' holds another run, up to step_00000003: this is a new run" in caplog.text
+    assert f"saves to '{third.folder}'" in caplog.text
+    assert caplog.text.rstrip().endswith(f"give --resume_path {tmp_path}/run")
+    caplog.clear()
+    for held in (second, third):
+        held.release()
+    claim(tmp_path, "other", None, None, ["d"]).release()
+    assert caplog.text == ""
+
+
 def test_one_killed_is_dead_though_its_process_id_is_given_again(tmp_path):
     held = claim(tmp_path, "run", None, None, ["a"])
     killed(held)
