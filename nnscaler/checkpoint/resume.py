@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnscaler.checkpoint.checksums import CorruptCheckpoint
 from nnscaler.checkpoint.claim import find_own, saved_since
@@ -91,6 +91,24 @@ def without_damaged(checkpoints: list[Path]) -> list[Path]:
 
 def _warn(damage: CorruptCheckpoint) -> None:
     logger.warning("%s; falling back to the newest complete checkpoint before it", damage)
+
+
+def check_fits(path: Path, model: nn.Module, name: str, prefix: str) -> None:
+    """Compares a model, which is on the meta device, with what a checkpoint or merged file says that it holds.
+
+    name    of the model, for people
+    prefix  what stands before the names of the user's own files in the model's names
+    Raises UserError for a parameter that is not there or has another shape, and CorruptCheckpoint for damage.
+    """
+    state = MergedFile.open(path).state if path.is_file() else TrainerState.read(path)
+    for own, parameter in model.named_parameters():
+        stored = state.parameters.get(state.tied.get(own, own))
+        if stored is None or tuple(stored["shape"]) != tuple(parameter.shape):
+            has = "is missing" if stored is None else f"has shape {stored['shape']}"
+            raise UserError(
+                f"checkpoint '{path}' does not fit the model {name}: {own.removeprefix(prefix)} {has}, and the model's "
+                f"has shape {list(parameter.shape)}"
+            )
 
 
 def resume(

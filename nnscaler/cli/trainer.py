@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from nnscaler.checkpoint.checksums import CorruptCheckpoint
+from nnscaler.checkpoint.folder import is_checkpoint
 from nnscaler.cli.config import TrainerArgs
 from nnscaler.cli.precision import with_precision
 from nnscaler.compiler import Source, compile_model
@@ -65,7 +69,8 @@ class Trainer:
             checkpoint = self.args.checkpoint
             jobs = sorted({name for name in from_all(job()) if name is not None})
             begin = from_rank_0(lambda: where_to_begin(checkpoint.directory, checkpoint.resume, jobs), device)
-            with compiled(source, self.args.compute, self.gen_folder, device, self._check_weights):
+            judge = partial(self._check_weights, begin[0])
+            with compiled(source, self.args.compute, self.gen_folder, device, judge):
                 run = TrainingRun(self.args, self.gen_folder, device, source, dataset, *begin, jobs, self.watch)
             if self.watch is not None:
                 wait_for_steps_of(predicted_step_seconds(self.gen_folder), self.watch)
@@ -160,8 +165,15 @@ class Trainer:
             document_length=self.args.dataset.mean_document,
         )
 
-    def _check_weights(self, model: nn.Module) -> None:
-        """Raises UserError where the weights' files do not fit the model."""
+    def _check_weights(self, resume_from: list[Path], model: nn.Module) -> None:
+        """Raises UserError where the checkpoint or the weights' files do not fit the model."""
+        from nnscaler.checkpoint.resume import check_fits  # see `run`
+
+        named, prefix = self.args.model.name or type(model).__name__, self.args.model.weight_prefix
+        if resume_from and (resume_from[0].is_file() or is_checkpoint(resume_from[0])):
+            with suppress(CorruptCheckpoint):  # loading meets it again, and takes the next
+                check_fits(resume_from[0], model, named, prefix)
+            return
         weights = self.args.checkpoint.resume or self.args.model.weights
         if weights is not None and WeightFiles.find(weights) is not None:
-            check_weights(weights, model, self.args.model.weight_prefix)
+            check_weights(weights, model, prefix)

@@ -23,9 +23,11 @@ from nnscaler.checkpoint.merge import merge_to_file
 from nnscaler.checkpoint.randomness import as_tensors, random_states, set_random_states
 from nnscaler.checkpoint.stored import Checkpoint
 from nnscaler.cli.loop import TrainingRun
+from nnscaler.cli.trainer import Trainer
 from nnscaler.data.training import PackedDataset
+from nnscaler.models.causal_lm import CausalLM
 from tests import tiny
-from tests.checkpoint.jobs import assert_equal, final, losses, random_tensors, tensors, train
+from tests.checkpoint.jobs import assert_equal, final, job, losses, random_tensors, tensors, train
 from tests.launch import run
 from tests.parity import SEED, TOLERANCE, Case, plain_loop
 
@@ -154,6 +156,27 @@ def test_a_merged_file_resumes_on_any_number_of_processes(folder, saved, tmp_pat
         name = f"merged-{case.name}"
         run(case.runtime, train, case, folder, 12, name, {"resume": tmp_path / "merged.ckpt"}, init=False)
         assert losses(folder, name) == pytest.approx(losses(folder, "straight")[5:], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            {"vocab_size": 100},
+            r"model\.embed_tokens\.weight has shape \[96, 32\], and the model's has shape \[100, 32\]",
+        ),
+        ({"num_hidden_layers": 3}, r"model\.layers\.2\.\S+ is missing, and the model's has shape"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_before_planning(folder, saved, tmp_path, changed, said):
+    merge_to_file(Checkpoint.open(saved), tmp_path / "merged.ckpt")
+    for resume in (saved, tmp_path / "merged.ckpt"):
+        args = job(Case(1, 1, accumulation=2), folder, 12, "other", resume=resume)
+        make = lambda: CausalLM(tiny.config(**changed))  # noqa: E731
+        other = dataclasses.replace(args, model=dataclasses.replace(args.model, make=make, name="other"))
+        with pytest.raises(UserError, match=rf"^checkpoint '{resume}' does not fit the model other: {said}"):
+            Trainer(other).run()
+        assert not (folder / "code" / "other" / "plan.json").exists()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
