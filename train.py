@@ -168,7 +168,7 @@ def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
     validation = PackedDataset.open(evaluated, "eval_dataset_path") if evaluated else None
     positions = dataset.positions
     if validation is not None and dataset.document_mask:
-        positions = max(positions, validation.document_lengths.longest)
+        positions = max(positions, validation.document_lengths.positions)
     prepare_config(config, positions, inputs.attn_implementation, dataset.document_mask)
     loss = in_chunks if inputs.enable_chunk_loss else None
     prepared = Path(inputs.sources[0].path) if inputs.sources else None  # with the tokenizer, if the model has none

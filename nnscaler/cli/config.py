@@ -111,7 +111,7 @@ class DatasetConfig:
     @property
     def positions(self) -> int:
         """How many positions a model is to know."""
-        return self.dataset.document_lengths.longest if self.dataset and self.document_mask else self.length
+        return self.dataset.document_lengths.positions if self.dataset and self.document_mask else self.length
 
     @property
     def mean_document(self) -> int | None:

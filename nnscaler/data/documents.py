@@ -1,7 +1,8 @@
 """Documents in packed rows: where they begin, how long they are, and what keeps them apart in a batch.
 
-A row consists of documents. Where it begins with the rest of a document of the row before, that rest counts as a
-document of its own: it does not see what came before, and its positions begin at 0.
+A row consists of documents, and perhaps of padding behind them, which begins where another document would. Where a row
+begins with the rest of a document of the row before, that rest counts as a document of its own: it does not see what
+came before, and its positions begin at 0.
 """
 
 from __future__ import annotations
@@ -73,12 +74,16 @@ def document_inputs(starts: Sequence[Places], length: int) -> dict[str, Tensor]:
 class DocumentLengths:
     """How long the documents of a dataset are, in tokens, as they are in its rows.
 
+    Attention works on padding too, apart from documents: `of_token` and `positions` count each row's as one more.
+
     documents  how many there are
     mean       of all documents
     longest    of all documents
     of_token   length of a token's own document, on average over all tokens; the work of attention is in proportion to
                it
     cut        how many documents were longer than a row, and so were cut
+    padded     how many rows end in padding
+    positions  how many positions a model is to know
     """
 
     documents: int
@@ -86,20 +91,43 @@ class DocumentLengths:
     longest: int
     of_token: float
     cut: int
+    padded: int
+    positions: int
 
     @staticmethod
-    def between(starts: Places, rows: int, length: int) -> DocumentLengths:
-        """The lengths of documents that begin at `starts`, in rows that are laid end to end."""
+    def between(starts: Places, padding: Places, rows: int, length: int) -> DocumentLengths:
+        """The lengths of documents that begin at `starts`, in rows that are laid end to end. At those of the places
+        that are in `padding` too, padding begins."""
         end = [rows * length]
-        lengths = np.diff(np.concatenate([np.union1d(starts, np.arange(rows) * length), end]))
+        begins = np.union1d(starts, np.arange(rows) * length)
+        every = np.diff(np.concatenate([begins, end]))
+        lengths = every[~np.isin(begins, padding)]
         before = np.diff(np.concatenate([starts, end]))
-        squares = float(np.square(lengths.astype(np.float64)).sum())
+        squares = float(np.square(every.astype(np.float64)).sum())
         return DocumentLengths(
-            len(lengths), float(lengths.mean()), int(lengths.max()), squares / end[0], int((before > length).sum())
-        )
+            documents=len(lengths), mean=float(lengths.sum()) / max(1, len(lengths)),
+            longest=int(lengths.max(initial=0)), of_token=squares / end[0], cut=int((before > length).sum()),
+            padded=len(padding), positions=int(every.max()),
+        )  # fmt: skip
 
     def __str__(self) -> str:
+        padded = f"; {self.padded:,} of the rows end in padding" if self.padded else ""
         return (
-            f"{self.documents:,} documents of {self.mean:,.0f} tokens on average, {self.longest:,} at most; a token "
-            f"stands in one of {self.of_token:,.0f}"
+            f"{self.documents:,} documents of {self.mean:,.0f} tokens on average, {self.longest:,} at most{padded}; "
+            f"attention has as much to do as if each had {self.of_token:,.0f}"
         )
+
+
+def padding_starts(starts: Places, ids: Places, labels: Places, ignored: int) -> Places:
+    """Where padding begins in rows that are laid end to end: at the last of a row's documents, if nothing in it is
+    learned and all of its tokens are one and the same.
+
+    starts       of documents
+    ids, labels  [rows, length], the labels at their tokens' own places; `ignored`: nothing is learned
+    """
+    rows, length = ids.shape
+    ends = np.arange(1, rows + 1) * length
+    begins = np.union1d(starts, ends - length)
+    alike = np.logical_and.reduceat(((labels == ignored) & (ids == ids[:, -1:])).reshape(-1), begins)
+    last = np.searchsorted(begins, ends) - 1
+    return begins[last[alike[last]]]

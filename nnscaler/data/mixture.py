@@ -71,9 +71,14 @@ class Mixture:
         documents = sum(each.documents for each in found)
         of_token = np.average([each.of_token for each in found], weights=self.shares)
         return DocumentLengths(
-            documents, len(self) * self.sequence_length / documents, max(each.longest for each in found),
-            float(of_token), sum(each.cut for each in found),
-        )  # fmt: skip
+            documents=documents,
+            mean=sum(each.documents * each.mean for each in found) / max(1, documents),
+            longest=max(each.longest for each in found),
+            of_token=float(of_token),
+            cut=sum(each.cut for each in found),
+            padded=sum(each.padded for each in found),
+            positions=max(each.positions for each in found),
+        )
 
     def seen(self, seed: int, consumed: int) -> list[int]:
         """How many of the first samples come from each dataset."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from nnscaler.data.documents import COLUMNS as DOCUMENT_COLUMNS
-from nnscaler.data.documents import POSITIONS, DocumentLengths, Places, document_starts
+from nnscaler.data.documents import POSITIONS, DocumentLengths, Places, document_starts, padding_starts
 from nnscaler.data.files import COLUMN, DOCUMENT_STARTS, LABELS, PROVENANCE, TOKEN_IDS
 from nnscaler.errors import UserError
 
@@ -103,7 +103,9 @@ class PackedDataset:
     @property
     def asks_for_documents(self) -> bool:
         """Whether a column that bookcorpus.py did not write says that rows hold several documents."""
-        return self.documents not in (None, DOCUMENT_STARTS) and self.document_lengths.documents > len(self)
+        if self.documents in (None, DOCUMENT_STARTS):
+            return False
+        return self.document_lengths.documents + self.document_lengths.padded > len(self)
 
     def row(self, number: int) -> Row:
         """The columns of a row that training reads, as arrays; `document_starts` is there where a column gives them."""
@@ -118,19 +120,25 @@ class PackedDataset:
 
     @cached_property
     def document_lengths(self) -> DocumentLengths:
-        """How long documents are; their column is read once. Raises UserError where there is none, or it is something
-        else."""
+        """How long documents are; their column is read once, and where rows have labels, these and the ids, which tell
+        padding. Raises UserError where there is no such column, or it is something else."""
         if self.documents is None:
             raise UserError(
                 f"dataset '{self.path}' does not say where documents begin; make it anew with bookcorpus.py, or give "
                 f"it a column {DOCUMENT_STARTS} or {POSITIONS}"
             )
-        length, before, starts = self.sequence_length, 0, []
-        for part in self._parts(self.documents):
+        length, before = self.sequence_length, 0
+        starts, padding = [], [np.empty(0, np.int64)]
+        columns = [self.documents, *([COLUMN, LABELS] if self.has_labels else [])]
+        for part, *tokens in zip(*map(self._parts, columns), strict=True):
             counts, values = part.value_lengths().to_numpy(), part.flatten().to_numpy(zero_copy_only=False)
-            starts.append(document_starts(self.documents, values, counts, length) + before)
+            found = document_starts(self.documents, values, counts, length)
+            starts.append(found + before)
+            if tokens:
+                ids, labels = (each.flatten().to_numpy().reshape(-1, length) for each in tokens)
+                padding.append(padding_starts(found, ids, labels, IGNORED) + before)
             before += len(part) * length
-        return DocumentLengths.between(np.concatenate(starts), len(self), length)
+        return DocumentLengths.between(np.concatenate(starts), np.concatenate(padding), len(self), length)
 
     def token_ids(self) -> TokenIds:
         """The smallest and the largest id, in labels too.

@@ -53,7 +53,7 @@ def test_a_run_keeps_documents_apart_and_says_how_long_they_are(call, caplog):
     tiny.write_dataset(Path("validation"), rows=3, starts=[[0, 30]] * 3)
     flags = ("--document_mask", "--eval_dataset_path", "validation", "--max_train_steps", "2", "--name", "run")
     call("--dataset_path", "data=1", "validation=2", *flags)
-    assert "documents are kept apart: 51 documents of 14 tokens on average, 32 at most; a token stands in one of" in (
+    assert "documents are kept apart: 51 documents of 14 tokens on average, 32 at most; attention has as much" in (
         caplog.text
     )
     assert "5 documents are longer than the 32 tokens of a sequence: each goes on in the next one" in caplog.text

@@ -227,7 +227,7 @@ def test_conversations_are_whole_in_rows_that_training_reads(tmp_path, cut):
     assert parts == wanted
     long = sum(len(one) > 64 for one in whole)
     noted = json.loads((out / "packing.json").read_text())
-    assert noted["documents"] == fitting.documents == wanted.total()
+    assert noted["documents"] == fitting.documents == wanted.total() == dataset.document_lengths.documents
     assert noted["padding"] == padding
     assert noted["tokens"] + padding == 64 * len(dataset) == 64 * noted["sequences"]
     assert noted["learned"] == sum(sum(label != -100 for label in labels) for _, labels in wanted.elements())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import datasets
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nnscaler.data.documents import DocumentLengths, document_inputs, document_starts
+from nnscaler.data.mixture import Mixture
 from nnscaler.data.packed import PackedDataset
 from nnscaler.data.training import Batch, Batches, Share, Shuffled
 from nnscaler.errors import UserError
@@ -121,8 +124,47 @@ def test_lengths_of_documents(tmp_path, monkeypatch) -> None:
     # Of 2 tokens; of 7, cut into 2, 4 and 1; of 3.
     dataset = saved(tmp_path, input_ids=[[1] * 4] * 3, document_starts=[[0, 2], [], [1]])
     found = dataset.document_lengths
-    assert found == DocumentLengths(5, 12 / 5, 4, (4 + 4 + 16 + 1 + 9) / 12, cut=1)
+    of_token = (4 + 4 + 16 + 1 + 9) / 12
+    assert found == DocumentLengths(
+        documents=5, mean=12 / 5, longest=4, of_token=of_token, cut=1, padded=0, positions=4
+    )
     assert dataset.document_lengths is found
+
+
+def test_padding_is_no_document(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("nnscaler.data.packed.SCANNED", 16)  # two rows at a time
+    no = -100
+    rows = [
+        ([5, 6, 5, 6, 7, 0, 0, 0], [no, 6, no, 6, 7, no, no, no], [0, 2, 5]),  # of 2 and 3, and padding
+        ([5, 6, 7, 5, 6, 7, 8, 0], [no, 6, 7, no, 6, 7, 8, no], [0, 3, 7]),  # one token of padding
+        ([5, 6, 5, 6, 7, 8, 9, 9], [no, 6, no, no, no, no, no, no], [0, 2]),  # nothing is learned of a document
+        ([5, 6, 7, 8, 9, 9, 9, 9], [no, 6, 7, 8, 9, 9, 9, 9], [0, 4]),  # all alike, and learned
+        ([5, 6, 0, 0, 0, 0, 0, 0], [no, 6, no, no, no, no, no, no], [0, 2]),
+    ]
+    ids, labels, starts = ([row[index] for row in rows] for index in range(3))
+    dataset = saved(tmp_path / "labelled", input_ids=ids, labels=labels, document_starts=starts)
+    lengths = [2, 3, 3, 4, 2, 6, 4, 4, 2]
+    squares = sum(length**2 for length in [*lengths, 3, 1, 6])  # attention works on padding too
+    found = dataset.document_lengths
+    assert found == DocumentLengths(
+        documents=9, mean=sum(lengths) / 9, longest=6, of_token=squares / 40, cut=0, padded=3, positions=6
+    )
+    assert str(found) == (
+        "9 documents of 3 tokens on average, 6 at most; 3 of the rows end in padding; attention has as much to do as "
+        "if each had 4"
+    )
+    assert Mixture.of([dataset, dataset], [1, 3], "x").document_lengths == dataclasses.replace(
+        found, documents=18, padded=6
+    )
+    # Without labels, nothing tells padding from a document.
+    plain = saved(tmp_path / "plain", input_ids=ids, document_starts=starts)
+    assert plain.document_lengths.documents == 12
+    # A column of positions says so still, where each row has but one document, and padding.
+    positions = [[0, 1, 0, 1, 2, 3, 4, 5]]
+    anew = saved(tmp_path / "anew", input_ids=ids[4:], labels=labels[4:], position_ids=positions)
+    found = anew.document_lengths
+    assert (found.documents, found.longest, found.positions) == (1, 2, 6)
+    assert anew.asks_for_documents
 
 
 @pytest.mark.parametrize("column", [[[0.5]], [[None]]])
