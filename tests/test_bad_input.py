@@ -98,7 +98,7 @@ PIPELINE = (*PLAN, "--plan_ngpus", "2", "--explore_pipeline")
         ((*MODEL, "--sequence_length", "1", "--run_mode", "compile"), "sequence_length is 1; it must be at least 2"),
         ((*PLAN, "--hardware", "b9000"), "hardware is 'b9000'; known are a100"),
         ((*PLAN, "--hardware", "{}/model/config.json"), "does not describe a machine"),
-        ((*PLAN, "--recompute_modules", "LlamaBlock"), "'LlamaBlock', which is not in the model; CausalLM, Embedding"),
+        ((*PLAN, "--recompute_modules", "LlamaBlock"), "not in the model; its modules are CausalLM, Embedding"),
         ((*PLAN, "--recompute_modules", "LlamaModel"), "contains LlamaDecoderLayer; name those instead"),
         (
             (*PLAN, "--gpu_mem_constraint", "0.0001", "--hardware", "h100"),

@@ -187,7 +187,9 @@ def test_a_tokenizer_with_more_ids_than_the_model(tokenizer_path: Path, command:
 
 
 def test_models_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no such directory: no/such; .* bundled are .*Meta-Llama-3-70B"):
+    with pytest.raises(
+        UserError, match=r"no such directory: no/such; .* come with this package are .*Meta-Llama-3-70B"
+    ):
         load_config("no/such")
     with pytest.raises(UserError, match=r"is not a model: it has no config\.json"):
         load_config(str(tmp_path))

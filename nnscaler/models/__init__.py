@@ -36,7 +36,9 @@ def load_config(model_id: str) -> PretrainedConfig:
     except UserError as error:
         if model_id not in BUNDLED:
             reason = str(error) if online else f"no such directory: {model_id}; the Hugging Face hub cannot be reached"
-            raise UserError(f"{reason}; bundled are {', '.join(BUNDLED)}") from error
+            raise UserError(
+                f"{reason}; the configurations that come with this package are {', '.join(BUNDLED)}"
+            ) from error
     reason = "the hub does not give it to us" if online else "the hub cannot be reached"
     logger.warning("%s: using the bundled configuration, because %s", model_id, reason)
     values = json.loads(BUNDLED[model_id].read_text(encoding="utf-8"))

@@ -139,8 +139,9 @@ class _Search:
                 return
             self.told = time.perf_counter()
             known = f"the best plan takes {best:.4g} s a micro-batch" if best < inf else f"no {faster}plan found yet"
-            limit = f", and none can take less than {bound:.4g} s" if bound > 0 else ""
-            logger.info("planning on %s: %s%s; %.0f s left", mesh, known, limit, self.until - time.process_time())
+            limit = f", and none takes less than {bound:.4g} s" if bound > 0 else ""
+            left = self.until - time.process_time()
+            logger.info("planning on %s: %s%s; the search ends in %.0f s at the latest", mesh, known, limit, left)
 
         try:
             solved = solve(program, self.memory, below=below, seconds=seconds, watch=watch)
@@ -191,9 +192,8 @@ def nodes_to_recompute(graph: Graph, modules: Sequence[str]) -> dict[str, frozen
     known = {kind for block in graph.all_blocks() for node in block.nodes for kind in node.module_types}
     for module in modules:
         if module not in known:
-            raise UserError(
-                f"recompute_modules has '{module}', which is not in the model; {', '.join(sorted(known))} are"
-            )
+            has = ", ".join(sorted(known))
+            raise UserError(f"recompute_modules names '{module}', which is not in the model; its modules are {has}")
     for block in graph.all_blocks():
         inside = [node for node in block.nodes if set(modules).intersection(node.module_types)]
         calls = [node for node in inside if isinstance(node, Call)]
