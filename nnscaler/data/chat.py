@@ -13,6 +13,7 @@ from nnscaler.errors import UserError
 
 ASSISTANT = "assistant"
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # around what the assistant says, in templates that say it
+_MISSING = re.compile(r"has no attribute '(\w+)'")  # in what jinja says
 
 Message = Mapping[str, Any]
 
@@ -96,7 +97,8 @@ class ChatTemplate:
                 return_assistant_tokens_mask=marks, **self._variables,
             )  # fmt: skip
         except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise UserError(f"{place}: the chat template refuses the conversation: {_first_line(error)}") from error
+            complaint = f"the chat template refuses the conversation: {_first_line(error)}"
+            raise UserError(f"{place}: {complaint}{_who_lacks_it(error, messages)}") from error
         return texts[0], spans[0] if marks else []
 
 
@@ -109,6 +111,13 @@ def checked(messages: Any, place: str) -> list[Message]:
     if not isinstance(messages, list) or not all(isinstance(one, dict) and "role" in one for one in messages):
         raise UserError(f"{place}: a conversation is a list of messages, each with a role and a content")
     return [{name: value for name, value in message.items() if value is not None} for message in messages]
+
+
+def _who_lacks_it(error: Exception, messages: Sequence[Message]) -> str:
+    """Which message lacks what a template misses, in parentheses; empty: it is not known."""
+    missing = _MISSING.search(str(error))
+    lacking = [number for number, one in enumerate(messages) if missing and missing[1] not in one]
+    return f" (message {lacking[0] + 1} has only {', '.join(messages[lacking[0]])})" if lacking else ""
 
 
 def _first_line(error: Exception) -> str:

@@ -33,6 +33,9 @@ BLOCK = 1 << 18  # characters or bytes read at a time
 DEFAULT_COLUMN = "text"
 DELIMITERS = ",;\t|"  # of the fields of a CSV file, the likelier first
 LINES_SEEN = 50  # of a CSV file, to find out how its fields are separated
+OTHER_COLUMNS = (
+    "--messages_column names one of conversations; in JSON, --text_column outer.inner names one within another"
+)
 HALF_PAIR = re.compile(r"[\ud800-\udfff]")  # JSON may spell half a surrogate pair, which no tokenizer takes
 
 
@@ -224,7 +227,8 @@ def _read_parquet(file: IO[bytes], path: Path, column: str | None, encoding: str
         ]
         column = _choose_column(strings, schema.names, column, path)
         if column not in strings:
-            raise UserError(f"{path}: column {column!r} holds {schema.field(column).type}, not text")
+            held = schema.field(column).type
+            raise UserError(f"{path}: column {column!r} holds {_not_text(str(held), pa.types.is_nested(held))}")
         for batch in parquet.iter_batches(_rows_at_once(parquet), columns=[column]):
             for text in batch.column(0).cast(pa.large_binary()).to_pylist():
                 yield text.decode(errors=REPLACE) if text else ""
@@ -279,7 +283,8 @@ def _row_text(row: Any, column: str | None, place: str) -> tuple[str, str]:
     if text is None:
         text = ""
     if not isinstance(text, str):
-        raise UserError(f"{place}: column {column!r} holds {type(text).__name__}, not text")
+        what = _not_text(type(text).__name__, isinstance(text, list | dict))
+        raise UserError(f"{place}: column {column!r} holds {what}")
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -296,12 +301,21 @@ def _inner(row: dict[str, Any], column: str) -> Any:
     return value
 
 
+def _not_text(held: str, nested: bool) -> str:
+    return f"{held}, not text" + (f"; {OTHER_COLUMNS}" if nested else "")
+
+
 def _choose_column(strings: list[str], columns: list[str], wanted: str | None, place: str | Path) -> str:
     wanted = wanted if wanted is not None or DEFAULT_COLUMN not in columns else DEFAULT_COLUMN
     if wanted is None and len(strings) == 1:
         return strings[0]
     if wanted is None or wanted not in columns:
         problem = f"there is no column {wanted!r}" if wanted else "it is not clear which column holds the text"
-        choices = f"choose one of {', '.join(columns)} with --text_column" if columns else "there is none at all"
+        if strings:
+            choices = f"choose one of {', '.join(strings)} with --text_column"
+        elif columns:
+            choices = f"none of {', '.join(columns)} holds text; {OTHER_COLUMNS}"
+        else:
+            choices = "there is none at all"
         raise UserError(f"{place}: {problem}; {choices}")
     return wanted

@@ -297,6 +297,19 @@ def test_a_row_longer_than_what_is_read_at_once(suffix: str, tmp_path: Path, com
 # What is wrong, the file (name and content) or None for a good one, other flags, and what the one line must say.
 BAD_INPUT: list[tuple[str, tuple[str, bytes] | None, dict[str, Any], list[str]]] = [
     ("no text column", ("a.jsonl", b'{"title": "x", "body": "y"}'), {}, ["line 1", "title, body", "--text_column"]),
+    ("one of two", ("a.jsonl", b'{"id": 1, "a": "x", "b": "y"}'), {}, ["choose one of a, b with --text_column"]),
+    (
+        "forgotten flag",
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": "x"}]}'),
+        {},
+        ["line 1", "none of messages holds text; --messages_column names one of conversations"],
+    ),
+    (
+        "conversations as text",
+        ("a.jsonl", b'{"messages": [{"role": "user"}]}'),
+        {"text_column": "messages"},
+        ["line 1", "'messages' holds list, not text; --messages_column"],
+    ),
     ("wrong text column", ("a.csv", b"id,text\n1,x"), {"text_column": "txt"}, ["'txt'", "id, text"]),
     ("column of numbers", ("a.jsonl", b'{"text": "x"}\n{"text": 5}'), {}, ["line 2", "'text' holds int"]),
     ("rows that are no objects", ("a.jsonl", b"[1]"), {}, ["line 1", "list"]),

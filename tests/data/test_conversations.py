@@ -147,6 +147,11 @@ def test_completions_are_learned_from_where_they_begin(prompt, completion):
     ("row", "template", "said"),
     [
         ({"text": "x"}, CHATML, "row 1: there is no 'messages'; the row has text"),
+        (
+            {"messages": [turn("user", "x"), {"role": "assistant", "text": "y"}]},
+            CHATML,
+            r"no attribute 'content' \(message 2 has only role, text\)",
+        ),
         (["x"], CHATML, "row 1: a row must have columns by name, not be list"),
         ({"messages": "x"}, CHATML, "row 1: a conversation is a list of messages, each with a role and a content"),
         ({"messages": [{"content": "x"}]}, CHATML, "a conversation is a list of messages"),
