@@ -212,6 +212,7 @@ def main() -> None:
         from nnscaler.report import explain, read_plan
 
         print(explain(read_plan(trainer.gen_folder)))
+        print(f"more in    {trainer.gen_folder / 'plan.html'}")
 
 
 if __name__ == "__main__":

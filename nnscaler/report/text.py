@@ -10,9 +10,11 @@ from nnscaler.report.spelling import gib, percent, seconds
 from nnscaler.report.spelling import step as step_text
 from nnscaler.schedules import Schedule
 
+SHOWN = 4  # collectives that are named
+
 
 def explain(values: Mapping[str, Any]) -> str:
-    """About 25 lines on a plan; for a pipeline, a few and one for each stage. `values`: those of plan.json"""
+    """A screenful of lines on a plan; for a pipeline, a few and one for each stage. `values`: those of plan.json"""
     if "pipeline" in values:
         return _explain_pipeline(values)
     predicted = values["predicted"]
@@ -28,7 +30,7 @@ def explain(values: Mapping[str, Any]) -> str:
         *_host(predicted),
         *(f"recompute  {text}" for text in recompute(values)),
         f"search     {proven(predicted)}",
-        *_named("moves", [transfer(one) for one in largest(values)]),
+        *_named("exposed", exposed(values)),
         *_named("limits", [f"{one['limit']}, {percent(one['share'])}: {one['text']}" for one in main_limits(values)]),
         *_named("would help", [f"{one['change']}: {one['text']}" for one in values["advice"]]),
     ]
@@ -106,12 +108,14 @@ def transfer(one: Mapping[str, Any]) -> str:
     return f"{what}: {size}, {seconds(one['seconds'])}{hidden} ({one['origin']})"
 
 
-def largest(values: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The collective that takes longest; and the one that takes longest among those that computation does not hide
-    whole."""
-    first = [one for one in values["collectives"] if not one["local"]][:1]
-    exposed = [one for one in values["collectives"] if not one["local"] and one["hidden"] < one["seconds"]][:1]
-    return first if first == exposed else [*first, *exposed]
+def exposed(values: Mapping[str, Any]) -> list[str]:
+    """A line for each of the collectives that computation waits for longest, and one for all others that it waits
+    for."""
+    waits = [(one["seconds"] - one["hidden"], one) for one in values["collectives"] if not one["local"]]
+    waits = sorted((pair for pair in waits if pair[0] > 0), key=lambda pair: -pair[0])
+    rest = [wait for wait, _ in waits[SHOWN:]]
+    more = [f"{len(rest)} more: computation waits {seconds(sum(rest))} for them"] if rest else []
+    return [*(transfer(one) for _, one in waits[:SHOWN]), *more]
 
 
 def main_limits(values: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -31,6 +31,8 @@ from nnscaler.report import compare, explain, plan_report, read_plan
 from nnscaler.report.categories import COPIES
 from nnscaler.report.collectives import _hidden
 from nnscaler.report.page import plan_page
+from nnscaler.report.spelling import seconds
+from nnscaler.report.text import exposed, transfer
 from nnscaler.report.values import Work
 from nnscaler.trace import trace
 from tests import tiny
@@ -224,6 +226,21 @@ def test_collectives_say_what_moves(graph, slow):
             assert one["seconds"] == pytest.approx(4 * (1e-6 + one["size"] * 3 / 4 / 1e8), rel=1e-2), "and copies"
 
 
+def test_what_computation_waits_for_is_named_the_longest_first(graph, slow):
+    values = plan_report(find_plan(graph, [Mesh((4,))], slow))
+    moved = [one for one in values["collectives"] if not one["local"]]
+    for one, hidden in zip(moved, (1.0, 0.6, *[0.0] * len(moved)), strict=False):  # the longest costs nothing
+        one["hidden"] = hidden * one["seconds"]
+    waits = sorted(((one["seconds"] - one["hidden"], transfer(one)) for one in moved[1:]), key=lambda pair: -pair[0])
+    lines = exposed(values)
+    assert lines[:4] == [text for _, text in waits[:4]]
+    assert lines[4:] == [f"{len(waits) - 4} more: computation waits {seconds(sum(w for w, _ in waits[4:]))} for them"]
+    assert f"exposed    {lines[0]}" in explain(values)
+    for one in moved:
+        one["hidden"] = one["seconds"]
+    assert exposed(values) == []
+
+
 def test_the_bundled_profile_is_named(graph):
     origins = plan_report(find_plan(graph, [Mesh((1,), 2)], load_hardware("h100")))["origins"]
     assert {one["origin"] for one in origins if one["what"] in ("reduce_scatter", "all_gather")} == {"profile"}
@@ -382,8 +399,8 @@ def test_explaining_an_8b_model(tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     values = json.loads((tmp_path / "llama" / "plan.json").read_text())
     predicted = values["predicted"]
-    assert text.rstrip("\n") == explain(values)
-    assert len(text.splitlines()) <= 35
+    assert text == f"{explain(values)}\nmore in    {tmp_path / 'llama' / 'plan.html'}\n"
+    assert len(text.splitlines()) <= 40
     assert "on 1 copy x 8 devices of H100" in text
     tokens = 4 * 131072 / 8 / predicted["step_seconds"]
     assert f"{tokens:,.0f} tokens/s/GPU" in text
