@@ -19,7 +19,7 @@ def block_section(name: str, block: Values, values: Values) -> Markup:
     calls = f"called {block['calls']} times" if block["calls"] > 1 else "called once"
     return tag(
         "section", tag("h3", name, tag("small", f" {calls}")), *_levels(block), *_pieces(name, values),
-        _operators(name, block, values), *_parameters(block),
+        _operators(name, block, values), *_parameters(name, block, values),
     )  # fmt: skip
 
 
@@ -116,15 +116,20 @@ def _moves(name: str, values: Values) -> dict[str, dict[tuple[str, str], tuple[s
     return found
 
 
-def _parameters(block: Values) -> list[Markup]:
+def _parameters(name: str, block: Values, values: Values) -> list[Markup]:
     if not block["parameters"]:
         return []
     kinds = list(dict.fromkeys(kind for one in block["parameters"] for kind in one["bytes"]))
-    shared = any(_exchanged(one) for one in block["parameters"])
+    shared = any(one["trained"] and one["owners"] > 1 for one in block["parameters"])
+    resharded = {
+        one["what"]
+        for one in values["collectives"]
+        if one["block"] == name and one["phase"] == "backward" and one["move"] and not one["local"]
+    }
     rows = [
         [
             one["tensor"] if one["trained"] else f"{one['tensor']} (not trained)", one["count"], one["layout"],
-            *((one["owners"], _exchanged(one)) if shared else ()),
+            *((one["owners"], _exchanged(one, one["tensor"] in resharded)) if shared else ()),
             *(or_blank(one["bytes"].get(kind, 0), gib) for kind in kinds),
             or_blank(one["update_seconds"], seconds),
         ]
@@ -135,8 +140,13 @@ def _parameters(block: Values) -> list[Markup]:
     return [table(head, rows)]
 
 
-def _exchanged(parameter: Values) -> str:
-    """When the ranks that hold the same shard of a parameter add up its gradient."""
-    if not parameter["trained"] or parameter["owners"] == 1:
+def _exchanged(parameter: Values, resharded: bool) -> str:
+    """When the ranks that use a parameter add up its gradient.
+
+    resharded  whether collectives of the table above do that
+    """
+    if not parameter["trained"]:
         return ""
-    return "once a step" if parameter["exchanged_once"] else "each micro-batch"
+    if parameter["owners"] > 1:
+        return "once a step" if parameter["exchanged_once"] else "each micro-batch"
+    return "each micro-batch, above" if resharded else "never: one rank uses it"

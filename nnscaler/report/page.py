@@ -111,7 +111,8 @@ def _notation(values: Values) -> Markup:
         tag("ul", *entries, class_="notation"),
         tag(
             "p",
-            "Split is the annotated name along which the work is divided. Times are those of a step, for all calls and "
+            "Split is the annotated name along which the work is divided: *1 is dimension 1, counted from 0, of those "
+            "that * stands for in an annotation, and - is none. Times are those of a step, for all calls and "
             "micro-batches; again is what backward computes once more. Kept is what backward needs of the results."
             f"{several}",
             class_="faint",
@@ -122,7 +123,7 @@ def _notation(values: Values) -> Markup:
 def _collectives(values: Values) -> Markup:
     rows = [
         [
-            tag("b", one["collective"]), f"{one['block']}.{one['what']}", one["phase"], one["move"].replace("->", "→"),
+            tag("b", one["collective"]), f"{one['block']}.{one['what']}", one["phase"], _move(one),
             one["devices"],
             f"{one['calls']:.0f}", gib(one["size"]), seconds(one["seconds"]), or_blank(one["hidden"], seconds),
             one["origin"],
@@ -130,8 +131,15 @@ def _collectives(values: Values) -> Markup:
         for one in values["collectives"]
         if not one["local"]
     ]  # fmt: skip
-    head = ["collective", "of", "when", "layouts", ">devices", ">calls", ">bytes", ">time", ">hidden", "origin"]
+    head = ["collective", "of", "when", "layouts", ">devices", ">calls a step", ">bytes a call",
+            ">time a step", ">hidden of it", "origin"]  # fmt: skip
     return tag("section", tag("h2", "Communication"), table(head, rows) if rows else tag("p", "There is none."))
+
+
+def _move(one: Values) -> str:
+    """The layouts that a collective brings a tensor from and to. Its gradient goes the other way in backward."""
+    layouts = one["move"].split(" -> ")
+    return " → ".join(layouts[::-1] if one["phase"] == "backward" else layouts)
 
 
 def _origins(values: Values) -> Markup:

@@ -326,6 +326,26 @@ def test_the_page_is_well_formed_and_needs_nothing_else(compiled):
     assert sum(lengths) == pytest.approx(100, abs=0.1), "the bar of the step's time is full"
 
 
+def test_the_page_says_which_way_and_when_each_tensor_goes(graph, slow):
+    """Gradients go from the layout of use to that of storage; each trained parameter has a word on its gradient."""
+    values = plan_report(find_plan(graph, [Mesh((4,))], slow))
+    moved = next(one for one in values["collectives"] if one["move"] and not one["local"])
+    name, block = next((name, block) for name, block in values["costs"].items() if len(block["parameters"]) > 3)
+    used = [one["tensor"] for one in block["parameters"]]
+    values["collectives"] = []
+    for phase, what in (("forward", "there"), ("backward", "back"), ("backward", used[0])):
+        one = {**moved, "block": name, "what": what, "phase": phase, "move": "S(0) -> R*"}
+        values["collectives"].append(one)
+    for one, (owners, once) in zip(block["parameters"], ((1, False), (1, False), (4, True), (4, False)), strict=False):
+        one.update(owners=owners, exchanged_once=once, trained=True)
+    page = ElementTree.fromstring(plan_page(values).removeprefix("<!DOCTYPE html>"))
+    rows = [["".join(cell.itertext()) for cell in row] for row in page.iter("tr")]
+    assert next(row for row in rows if f"{name}.there" in row)[3] == "S(0) → R*"
+    assert next(row for row in rows if f"{name}.back" in row)[3] == "R* → S(0)"
+    said = [next(row for row in rows if row[0] == tensor)[4] for tensor in used[:4]]
+    assert said == ["each micro-batch, above", "never: one rank uses it", "once a step", "each micro-batch"]
+
+
 def test_a_page_shows_odd_names_as_they_are(compiled):
     values = copy.deepcopy(read_plan(compiled / "a"))
     values["model"] = '<b class="x">&'
