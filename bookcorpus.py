@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnscaler.cli.flags import parse
 from nnscaler.command import run
+from nnscaler.counting import counted
 from nnscaler.directory import check_new
 from nnscaler.errors import UserError
 from nnscaler.options import REQUIRED, check, path, text, whole
@@ -111,7 +112,7 @@ def main() -> None:
         print(f"{what:<10} {found}")
     if corpus.replaced:
         count = sum(corpus.replaced.values())
-        print(f"replaced   {count:,} characters that could not be read, in {listed(corpus.replaced)}")
+        print(f"replaced   {counted(count, 'character')} that could not be read, in {listed(corpus.replaced)}")
         print("           --encoding says how files of text are to be read")
     if corpus.silent:
         print(f"no text    in {listed(corpus.silent)}")
@@ -135,12 +136,12 @@ def pack_text(options: Options, corpus: Corpus, tokenizer: Any, threads: int) ->
             "tokenizer": options.tokenizer_path_or_name,
         },
     )
-    empty = f" and {packing.empty_documents:,} empty ones skipped" if packing.empty_documents else ""
+    empty = f"; skipped because they are empty: {packing.empty_documents:,}" if packing.empty_documents else ""
     yield "documents", f"{packing.documents:,}{empty}"
     yield "tokens", f"{packing.tokens:,} with bos and eos, {packing.tokens / packing.seconds:,.0f} tokens/s"
     yield "sequences", f"{packing.sequences:,} of {packing.sequence_length:,} tokens"
-    yield "continued", f"{packing.continued:,} sequences begin within a document"
-    yield "tail", f"{packing.tail:,} tokens left out"
+    yield "continued", f"{counted(packing.continued, 'sequence')} beginning within a document"
+    yield "tail", f"{counted(packing.tail, 'token')} left out"
 
 
 def pack_conversations(options: Options, corpus: Corpus, tokenizer: Any, threads: int) -> Iterator[tuple[str, str]]:
@@ -167,7 +168,7 @@ def pack_conversations(options: Options, corpus: Corpus, tokenizer: Any, threads
             "chat_template": template,
         },
     )
-    yield "packed", f"{fitting.documents:,} conversations, {fitting.cut:,} of them cut"
+    yield "packed", f"{counted(fitting.documents, 'conversation')}, {fitting.cut:,} of them cut"
     yield "left out", f"{fitting.dropped:,} too long, and {fitting.unlearned:,} in which nothing would be learned"
     speed = f"{fitting.tokens / fitting.seconds:,.0f} tokens/s"
     yield "tokens", f"{fitting.tokens:,}, of which {fitting.learned:,} are learned, {speed}"

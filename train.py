@@ -70,7 +70,8 @@ class Inputs:
         None, "dataset like it that is evaluated between steps, and not trained on (default: no validation)"
     )
     enable_chunk_loss: bool = switch(
-        "compute the last projection and the loss in chunks of 2048 tokens, so that all logits are never there at once",
+        "compute the last projection and the loss in chunks of 2048 tokens, so that memory never holds all logits "
+        "at once",
         flag="enable-chunk-loss",
     )
     attn_implementation: str = text(

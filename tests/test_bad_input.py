@@ -78,14 +78,17 @@ PIPELINE = (*PLAN, "--plan_ngpus", "2", "--explore_pipeline")
         ((*MODEL, *DATA, "--sequence_length", "64"), "sequence_length is 64, but the dataset has 32"),
         ((*MODEL, *DATA, "--eval_dataset_path", "{}/nowhere"), "/nowhere', which does not exist"),
         ((*MODEL, *DATA, "--eval_dataset_path", "{}/model"), "error: eval_dataset_path is '"),
-        ((*MODEL, *DATA, "--eval_dataset_path", "{}/large_id"), "whose sequences have 2 tokens, and those that"),
+        (
+            (*MODEL, *DATA, "--eval_dataset_path", "{}/large_id"),
+            "whose sequences have 2 tokens, but those of dataset_path have 32",
+        ),
         (
             ("--model_id", "{}/small_vocabulary", *DATA),
             "from 0 to 95, and the model knows those from 0 to 15",
         ),
         (
             (*MODEL, "--dataset_path", "{}/large_id"),
-            "those from 0 to 95 (another one is in row 300 first",
+            "those from 0 to 95 (the first other one is in row 300)",
         ),
         ((*MODEL, "--dataset_path", "{}/negative_id"), "holds token ids from -1 to 1"),
         (
@@ -118,7 +121,7 @@ PIPELINE = (*PLAN, "--plan_ngpus", "2", "--explore_pipeline")
             "grad_accumulation_steps is 1; pipeline schedule 1f1b with 2 stages on 2 ranks needs at least 2",
         ),
         ((*PLAN, "--gpu_mem_constraint", "-1"), "gpu_mem_constraint is -1.0; it must be more than 0"),
-        ((*PLAN, "--document_length", "8"), "document_length is 8, which goes with document_mask"),
+        ((*PLAN, "--document_length", "8"), "document_length is 8, which needs --document_mask"),
         (
             (*PLAN, "--document_mask", "--document_length", "64"),
             "document_length is 64; it must be at most sequence_length=32",

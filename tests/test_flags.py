@@ -115,7 +115,7 @@ def test_wrong_flags_of_train(monkeypatch, capsys, tmp_path, flags, said):
 @pytest.mark.parametrize(
     ("main", "flags", "said"),
     [
-        (train.main, ("--model_id", "m", "--dataset_path", "a=1", "b"), "dataset_path is 'b', without a weight"),
+        (train.main, ("--model_id", "m", "--dataset_path", "a=1", "b"), "dataset_path is 'b', which has no weight"),
         (train.main, ("--model_id", "m", "--dataset_path", ""), "--dataset_path is ''; it must be texts that are not"),
         (train.main, ("--model_id", "m"), "neither dataset_path nor sequence_length is given"),
         (train.main, ("--model_id", "m", "--sequence_length", "8"), "training needs a dataset_path"),

@@ -93,7 +93,7 @@ class DatasetConfig:
             raise UserError(f"sequence_length is {self.length}; it must be at least 2")
         length, dataset = self.document_length, self.dataset
         if length is not None and not self.document_mask:
-            raise UserError(f"document_length is {length}, which goes with document_mask")
+            raise UserError(f"document_length is {length}, which needs --document_mask")
         if length is not None and length > self.length:
             raise UserError(f"document_length is {length}; it must be at most sequence_length={self.length}")
         if dataset is not None and self.document_mask and length not in (None, self.mean_document):
@@ -131,7 +131,8 @@ class EvaluationConfig:
         flag="eval_interval", least=1, most=MOST_STEPS,
     )  # fmt: skip
     steps: int | None = whole(
-        None, "evaluate only the first samples of eval_dataset_path, as many as so many steps train on (default: all)",
+        None, "how much of eval_dataset_path is evaluated: as many samples, from its first, as this many steps of "
+        "training take (default: all)",
         flag="eval_steps", least=1, most=MOST_STEPS,
     )  # fmt: skip
 
@@ -265,7 +266,7 @@ class TrainerArgs:
         if validation is not None and validation.sequence_length != self.dataset.length:
             raise UserError(
                 f"eval_dataset_path is '{validation.path}', whose sequences have {validation.sequence_length} tokens, "
-                f"and those that are trained on {self.dataset.length}"
+                f"but those of dataset_path have {self.dataset.length}"
             )
         if validation is not None:
             _check_documents(validation, self.dataset.document_mask)

@@ -22,7 +22,7 @@ from nnscaler.options import REQUIRED, Rule, rules_of, spelled
 
 T = TypeVar("T")
 
-CONFIG_HELP = "YAML or JSON file of flags by name, without the hyphens in front; the command line goes before the file"
+CONFIG_HELP = "YAML or JSON file of flags by name, without the hyphens in front; the command line takes precedence"
 _SHOWN = {int: "N", float: "X", str: "NAME", Path: "PATH", tuple: "NAME,...", dict: "FIELD=VALUE", bool: "true|false"}
 
 

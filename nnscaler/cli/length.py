@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from nnscaler.cli.config import TrainerArgs
+from nnscaler.counting import counted
 from nnscaler.errors import UserError
 
 
@@ -47,4 +48,5 @@ class RunLength:
         """What was seen, and what is left, for people."""
         of = self.rows - consumed % self.rows if self.samples is None else self.samples - consumed
         where = " of this epoch" if self.samples is None else ""
-        return f"{consumed:,} samples seen, {consumed / self.rows:.2f} epochs of {self.rows:,}; {of:,}{where} left"
+        epochs = f"{consumed / self.rows:.2f} epochs of {counted(self.rows, 'sample')} each"
+        return f"{counted(consumed, 'sample')} seen, which is {epochs}; {counted(of, 'sample')}{where} left"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import islice
@@ -28,6 +29,7 @@ from nnscaler.cli.length import RunLength
 from nnscaler.cli.log import RunLog, is_free, log_folder
 from nnscaler.cli.progress import Progress, StepSize
 from nnscaler.compiler import Source
+from nnscaler.counting import counted
 from nnscaler.data.mixture import Dataset, Mixture, samples_of
 from nnscaler.data.training import Batches, Counts, First, Share
 from nnscaler.errors import UserError
@@ -40,6 +42,18 @@ from nnscaler.runtime.loads import ExpertLoads
 from nnscaler.watch import Watch
 
 logger = logging.getLogger(__name__)
+
+
+SCHEDULE = {
+    "lr": "peak", "schedule": "kind", "warmup_steps": "steps of warm-up", "minimum": "fraction of the peak at the end",
+    "steps": "steps in all",
+}  # fmt: skip
+
+
+def changes_of_schedule(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two schedules of the learning rate, in words; empty: nothing does."""
+    names = [name for name in now if before.get(name) != now[name]]
+    return "; ".join(f"{SCHEDULE[name]} {now[name]}, which was {before.get(name)}" for name in names)
 
 
 class TrainingRun:
@@ -117,8 +131,9 @@ class TrainingRun:
                 "the checkpoint was trained on the mixture %s (name: rows, share), this one is %s: samples may come "
                 "twice or not", state.mixture, self._mixture(),
             )  # fmt: skip
-        if state is not None and state.schedule != self._schedule():
-            logger.warning("the learning rate was to follow %s; now it follows %s", state.schedule, self._schedule())
+        changes = changes_of_schedule(state.schedule, self._schedule()) if state is not None else ""
+        if changes:
+            logger.warning("the learning rate no longer follows the checkpoint's schedule: %s", changes)
 
     def _claim_folder(self, loaded: Path | None, own: Path | None, jobs: list[str]) -> tuple[Path, str]:
         """Claims the folder for this run's checkpoints. Returns it, and the run's own name."""
@@ -148,7 +163,7 @@ class TrainingRun:
     def _train(self) -> None:
         args = self.args
         if self.step >= self.steps:
-            logger.info("nothing to do: step %d of %d is reached", self.step, self.steps)
+            logger.info("nothing to do: the run ends at step %d, and step %d is reached", self.steps, self.step)
             return
         samples = samples_of(self.dataset, self.seed)
         if self.length.samples is not None:
@@ -219,7 +234,7 @@ class TrainingRun:
             logger.info("%s step %d; checkpoints in %s", reason, self.step, self.folder)
             logger.info(self.length.describe(self.consumed))
             for name, seen in self._seen().items():
-                logger.info("%s: %d samples seen", name, seen)
+                logger.info("%s: %s seen", name, counted(seen, "sample"))
 
     def _termination(self) -> Termination:
         store = self.watch.store if self.watch is not None else None

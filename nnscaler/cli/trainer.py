@@ -104,8 +104,8 @@ class Trainer:
             logger.info("documents are kept apart: %s", lengths)
             if lengths.cut:
                 logger.warning(
-                    "%d documents are longer than the %d tokens of a sequence: each goes on in the next one as a "
-                    "document of its own, from position 0", lengths.cut, dataset.sequence_length,
+                    "documents longer than the %d tokens of a sequence: %d; each goes on in the next one as a document "
+                    "of its own, from position 0", dataset.sequence_length, lengths.cut,
                 )  # fmt: skip
         compute = self.args.compute
         copies = compute.runtime_ngpus // compute.plan_ngpus
@@ -125,10 +125,11 @@ class Trainer:
             smallest, largest = dataset.token_ids()
             if smallest < 0 or largest >= vocabulary:
                 row = dataset.first_row_outside(vocabulary)
-                place = f"in row {row} first" if row is not None else "in its labels"
+                place = f"in row {row}" if row is not None else "among its labels"
                 raise UserError(
                     f"dataset '{dataset.path}' holds token ids from {smallest} to {largest}, and the model knows those "
-                    f"from 0 to {vocabulary - 1} (another one is {place}); prepare it with the model's own tokenizer"
+                    f"from 0 to {vocabulary - 1} (the first other one is {place}); prepare it with the model's own "
+                    "tokenizer"
                 )
         for name, id_ in dataset.marks().items():
             known = self.args.model.marks.get(name, ())

@@ -184,8 +184,8 @@ def pack_conversations(
         fitting.sequences = writer.rows
         if not fitting.sequences:
             raise UserError(
-                f"no conversation is left: {fitting.dropped:,} are longer than {length:,} tokens, and in "
-                f"{fitting.unlearned:,} nothing would be learned"
+                f"no conversation is left: {fitting.dropped:,} longer than {length:,} tokens, and "
+                f"{fitting.unlearned:,} in which nothing would be learned"
             )
         fitting.smallest_id, fitting.largest_id = writer.smallest_id, writer.largest_id
         fitting.seconds = time.perf_counter() - start

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnscaler.counting import counted
 from nnscaler.data.files import DOCUMENT_STARTS
 from nnscaler.errors import UserError
 
@@ -113,8 +114,8 @@ class DocumentLengths:
     def __str__(self) -> str:
         padded = f"; {self.padded:,} of the rows end in padding" if self.padded else ""
         return (
-            f"{self.documents:,} documents of {self.mean:,.0f} tokens on average, {self.longest:,} at most{padded}; "
-            f"attention has as much to do as if each had {self.of_token:,.0f}"
+            f"{counted(self.documents, 'document')} of {self.mean:,.0f} tokens on average, {self.longest:,} at most"
+            f"{padded}; attention has as much to do as if each had {self.of_token:,.0f}"
         )
 
 

@@ -48,7 +48,9 @@ def check_encoding(name: str) -> None:
     try:
         io.TextIOWrapper(io.BytesIO(), encoding=name)
     except (LookupError, ValueError) as error:
-        raise UserError(f"encoding is '{name}', which Python does not know; utf-8, utf-16, latin-1 are some") from error
+        raise UserError(
+            f"encoding is '{name}', which Python does not know; it knows utf-8, utf-16, latin-1 and others"
+        ) from error
 
 
 def open_text(file: IO[bytes], path: Path, encoding: str | None, newline: str = "") -> io.TextIOWrapper:

@@ -43,8 +43,8 @@ class Mixture:
         for part in parts[1:]:
             if part.sequence_length != parts[0].sequence_length:
                 raise UserError(
-                    f"{flag} is '{part.path}', whose sequences have {part.sequence_length} tokens, and those of "
-                    f"'{parts[0].path}' {parts[0].sequence_length}"
+                    f"{flag} is '{part.path}', whose sequences have {part.sequence_length} tokens, but those of "
+                    f"'{parts[0].path}' have {parts[0].sequence_length}"
                 )
         return Mixture(tuple(parts), tuple(shares_of(weights, [str(part.path) for part in parts], flag)))
 

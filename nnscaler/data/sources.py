@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from nnscaler import hub
+from nnscaler.counting import counted
 from nnscaler.data.encoding import Replaced
 from nnscaler.data.readers import READERS, Document, Row, kind, read_documents, read_rows, reading
 from nnscaler.errors import UserError
@@ -185,7 +186,7 @@ def _say_left_out(folder: Path, what: str, names: Counter[str]) -> None:
     if names:
         listed = ", ".join(f"{name} {count}" if count > 1 else name for name, count in names.most_common(5))
         more = ", ..." if len(names) > 5 else ""
-        logger.info("%s: %d files %s are left out (%s%s)", folder, names.total(), what, listed, more)
+        logger.info("%s: left out %s %s (%s%s)", folder, counted(names.total(), "file"), what, listed, more)
 
 
 def _hub_files(name: str, split: str) -> list[Path]:

@@ -33,7 +33,10 @@ class WeightedDataset:
         sources = [WeightedDataset._read(text, flag) for text in texts]
         for place, source in enumerate(sources):
             if len(sources) > 1 and source.weight is None:
-                raise UserError(f"{flag} is '{source.path}', without a weight; one of several needs one: PATH=WEIGHT")
+                raise UserError(
+                    f"{flag} is '{source.path}', which has no weight; where there are several datasets, each "
+                    "needs one: PATH=WEIGHT"
+                )
             if source.path in [other.path for other in sources[:place]]:
                 raise UserError(f"{flag} has '{source.path}' twice")
         shares_of([source.weight or 1.0 for source in sources], [source.path for source in sources], flag)

@@ -56,6 +56,6 @@ def test_a_run_keeps_documents_apart_and_says_how_long_they_are(call, caplog):
     assert "documents are kept apart: 51 documents of 14 tokens on average, 32 at most; attention has as much" in (
         caplog.text
     )
-    assert "5 documents are longer than the 32 tokens of a sequence: each goes on in the next one" in caplog.text
+    assert "documents longer than the 32 tokens of a sequence: 5; each goes on in the next one" in caplog.text
     lines = [json.loads(line) for line in Path("runs", "run", "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["eval_loss"] is not None

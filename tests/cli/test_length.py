@@ -19,6 +19,7 @@ from nnscaler.cli.config import CheckpointConfig, DatasetConfig, ModelConfig, Tr
 from nnscaler.cli.length import RunLength
 from nnscaler.cli.trainer import Trainer
 from nnscaler.config import ComputeConfig
+from nnscaler.counting import counted
 from nnscaler.data.training import Batches, First, Share, Shuffled
 from nnscaler.errors import UserError
 from tests import tiny
@@ -68,12 +69,12 @@ def test_nothing_is_lost_or_twice_over_resumes(rows, epochs, shares, stops, inco
         assert len(order) == consumed - before
         seen += order
         said = length.describe(consumed)
-        assert said.startswith(f"{len(seen)} samples seen")
+        assert said.startswith(f"{counted(len(seen), 'sample')} seen, ")
     total = max(1, round(epochs * rows))
     left = total - len(seen)
     assert 0 <= left < share.step_samples
     assert left == 0 or incomplete == "drop"
-    assert f"; {left} left" in said
+    assert said.endswith(f"; {counted(left, 'sample')} left")
     counts = [seen.count(number + 1) for number in range(rows)]
     assert max(counts) - min(counts) <= 1 + (incomplete == "drop")
     assert sum(counts) == len(seen)
@@ -83,8 +84,9 @@ def test_steps_and_epochs_exclude_each_other():
     with pytest.raises(UserError, match=r"max_train_steps is 3 and num_train_epochs 2\.0; one of them says how long"):
         of_length(max_train_steps=3, num_train_epochs=2.0)
     assert RunLength.of(of_length(max_train_steps=3), 5, 4, 0, 0).describe(12) == (
-        "12 samples seen, 2.40 epochs of 5; 3 of this epoch left"
+        "12 samples seen, which is 2.40 epochs of 5 samples each; 3 samples of this epoch left"
     )
+    assert RunLength(3, 5, 5).describe(4) == "4 samples seen, which is 0.80 epochs of 5 samples each; 1 sample left"
     with pytest.raises(UserError, match="a step takes 8 samples, and there are 5 to train on; --incomplete_step train"):
         RunLength.of(of_length(incomplete_step="drop"), 5, 8, 0, 0)
 

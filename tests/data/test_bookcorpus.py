@@ -154,9 +154,9 @@ def test_dataset_and_provenance(
         "data-00000-of-00001.arrow", "dataset_info.json", "packing.json", "state.json",
     ]  # fmt: skip
     printed = capsys.readouterr().out
-    assert "documents  3 and 2 empty ones skipped" in printed
+    assert "documents  3; skipped because they are empty: 2" in printed
     assert f"sequences  {tokens // 6}" in printed
-    assert f"continued  {len(continued)} sequences begin within a document" in printed
+    assert f"continued  {len(continued)} sequences beginning within a document" in printed
     assert f"tail       {tokens % 6} tokens" in printed
     assert "tokens/s" in printed
 
@@ -257,10 +257,10 @@ def test_what_is_read_of_a_folder_with_links_and_a_card(
         (data / name).write_text("")
     expected = reference(["first " * 9, "second " * 9])
     assert ids(command(data)) == expected[: len(expected) // 8 * 8]
-    assert "3 files about the data are left out" in caplog.text
+    assert "left out 3 files about the data (" in caplog.text
     assert "README.md" in caplog.text
-    assert "1 files of other types are left out (.png)" in caplog.text
-    assert "1 files that links lead to a second time are left out (z.txt)" in caplog.text
+    assert "left out 1 file of other types (.png)" in caplog.text
+    assert "left out 1 file that links lead to a second time (z.txt)" in caplog.text
     assert f"no text    in {data}/empty.jsonl" in capsys.readouterr().out
 
 

@@ -259,7 +259,7 @@ def test_nothing_that_is_left_is_said(tmp_path):
     corpus = write(tmp_path / "talk.jsonl", [{"messages": [turn("user", "x" * 90), turn("assistant", "y")]}])
     tokenizer = make_tokenizer()
     speech = Speech(tokenizer, MESSAGES, None, False)
-    with pytest.raises(UserError, match="no conversation is left: 1 are longer than 16 tokens"):
+    with pytest.raises(UserError, match="no conversation is left: 1 longer than 16 tokens, and 0 in which"):
         pack_conversations(corpus, speech, tokenizer, tmp_path / "out", 16, 1, False, {})
     assert not (tmp_path / "out").exists()
 

@@ -102,7 +102,7 @@ def test_every_dataset_has_epochs_and_an_order_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("texts", "said"),
     [
-        (["a=0.5", "b"], "is 'b', without a weight; one of several needs one: PATH=WEIGHT"),
+        (["a=0.5", "b"], "is 'b', which has no weight; where there are several datasets, each needs one: PATH=WEIGHT"),
         (["a=0.5", "b=0"], "gives 'b' the weight 0; it must be more than 0"),
         (["a=0.5", "b=nan"], "gives 'b' the weight nan; it must be more than 0"),
         (["a=1", "a=2"], "has 'a' twice"),
@@ -124,7 +124,7 @@ def test_rows_of_different_lengths_are_refused(tmp_path):
     write(tmp_path / "a", 3, 0)
     datasets.Dataset.from_dict({"input_ids": [[1, 2]]}).save_to_disk(str(tmp_path / "b"))
     sources = [WeightedDataset(str(tmp_path / "a"), 0.5), WeightedDataset(str(tmp_path / "b"), 0.5)]
-    with pytest.raises(UserError, match=r"b', whose sequences have 2 tokens, and those of '.*a' 32"):
+    with pytest.raises(UserError, match=r"b', whose sequences have 2 tokens, but those of '.*a' have 32"):
         open_sources(sources)
 
 
