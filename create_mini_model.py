@@ -34,8 +34,8 @@ class Options:
     )
     seed: int = whole(0, "seed of the random weights", least=0, most=2**63 - 1)
     tokenizer: str | None = text(
-        None, "tokenizer to copy beside the weights: a directory, or a model on the hub (default: that of --model_id, "
-        "if it can be had)", shown="TOKENIZER",
+        None, "tokenizer to copy beside the weights, whose bos and eos ids the configuration then has: a directory, or "
+        "a model on the hub (default: that of --model_id, if it can be had)", shown="TOKENIZER",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -57,6 +57,10 @@ def main() -> None:
             "the tokenizer has %d ids, more than vocab_size %d: data with those beyond cannot be trained on",
             len(tokenizer), config.vocab_size,
         )  # fmt: skip
+
+    if options.tokenizer is not None:  # which may end a document with another token than the large model's
+        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+        config.update({name: id_ for name, id_ in ids.items() if id_ is not None and name not in options.set})
 
     output = options.output_id
     with new_directory(output) as directory:

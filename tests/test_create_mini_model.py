@@ -121,6 +121,18 @@ def test_the_tokenizer_comes_along(command: Any, tokenizer_path: Path, caplog: p
     assert (third / "config.json").read_bytes() == (second / "config.json").read_bytes()
 
 
+def test_the_configuration_has_the_ids_of_another_tokenizer(command: Any, tokenizer_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    tokenizer.eos_token = "b"
+    tokenizer.save_pretrained(tokenizer_path)
+    sizes = [f"--set={change}" for change in SMALL if "token_id" not in change]
+    flags = [*sizes, "--set=bos_token_id=7", f"--tokenizer={tokenizer_path}"]
+    config = AutoConfig.from_pretrained(command(*flags, small=False))
+    assert (config.bos_token_id, config.eos_token_id) == (7, 1)
+    config = AutoConfig.from_pretrained(command(*flags, "--set=eos_token_id=5", small=False, out="said"))
+    assert config.eos_token_id == 5
+
+
 def test_lists_with_an_entry_a_layer_follow_the_number_of_layers() -> None:
     config = changed_config(AutoConfig.for_model("qwen3", num_hidden_layers=8), {"num_hidden_layers": "3"})
     assert config.layer_types == ["full_attention"] * 3
