@@ -39,21 +39,24 @@ def _each(values: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
     yield OPTIMIZER, "roofline", values["predicted"]["seconds_by_category"][OPTIMIZER]
 
 
-def measuring(values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """[{change, text}]: what to measure next, of computation and of communication."""
+def measuring(values: Mapping[str, Any], timed: bool) -> list[dict[str, Any]]:
+    """[{change, helps, text}]: what to measure next, of computation and of communication.
+
+    timed  whether everything has been timed that can be, of computation
+    """
     collectives = {one["collective"] for one in values["collectives"]}
     unmeasured = [one for one in values["origins"] if one["origin"] != "measured" and one["share"] >= 0.01]
     advice = []
     computed = [one for one in unmeasured if one["what"] not in collectives]
-    if computed:
+    if computed and not timed:
         share, origin = percent(computed[0]["share"]), computed[0]["origin"]
         text = (
             f"{share} of the step's time rests on a {origin} figure: planning where the device is present measures it"
         )
-        advice.append({"change": f"profile {computed[0]['what']}", "text": text})
+        advice.append({"change": f"profile {computed[0]['what']}", "helps": True, "text": text})
     moved = [one for one in unmeasured if one["what"] in collectives]
     if moved:
         share = sum(one["share"] for one in moved)
         text = f"{percent(share)} of the step's time rests on unmeasured communication: {MEASURE_COMMUNICATION}"
-        advice.append({"change": "profile communication", "text": text})
+        advice.append({"change": "profile communication", "helps": True, "text": text})
     return advice

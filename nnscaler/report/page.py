@@ -14,6 +14,7 @@ from nnscaler.report.markup import Markup, table, tag
 from nnscaler.report.pipeline import pipeline_sections
 from nnscaler.report.spelling import LEGEND, gib, or_blank, percent, seconds
 from nnscaler.report.text import proven
+from nnscaler.report.would_help import advice_tables
 
 Values = Mapping[str, Any]
 
@@ -94,10 +95,13 @@ def _advice(values: Values) -> Markup:
     )
     planned = any("speed" in one for one in values["advice"])
     note = [] if planned else [tag("p", "Compile with --explain to plan with more memory and devices.", class_="faint")]
-    helps = table(
-        ["what would help", "by how much"], [[tag("b", one["change"]), one["text"]] for one in values["advice"]]
+    return tag(
+        "section",
+        tag("h2", "What limits the plan, and what would help"),
+        limits,
+        *advice_tables(values["advice"]),
+        *note,
     )
-    return tag("section", tag("h2", "What limits the plan, and what would help"), limits, helps, *note)
 
 
 def _notation(values: Values) -> Markup:

@@ -23,7 +23,7 @@ from nnscaler.report.spelling import gib, seconds
 from nnscaler.report.text import recompute
 from nnscaler.report.timeline import timeline
 from nnscaler.report.values import Work, plan_report, rounded, speed_of
-from nnscaler.report.would_help import Replan, would_help
+from nnscaler.report.would_help import Replan, advice_tables, would_help
 from nnscaler.schedules import Schedule
 
 Values = Mapping[str, Any]
@@ -113,8 +113,7 @@ def pipeline_sections(values: Values, name: str) -> Iterator[Markup]:
     note = "Seconds are those of a micro-batch; what is sent is a device's part. Each stage has a page of its own."
     yield tag("section", tag("h2", "Stages"), table(head, rows), tag("p", note, class_="faint"))
     if values["advice"]:
-        helps = table(["what would help", "by how much"], [[one["change"], one["text"]] for one in values["advice"]])
-        yield tag("section", tag("h2", "What would help"), helps)
+        yield tag("section", tag("h2", "What would help"), *advice_tables(values["advice"]))
     shared = [f"{name}: stages {', '.join(map(str, users))}" for name, users in pipeline["shared"].items()]
     if shared:
         yield tag("section", tag("h2", "Parameters of several stages"), tag("p", "; ".join(shared)))

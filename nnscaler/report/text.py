@@ -8,6 +8,7 @@ from typing import Any
 from nnscaler.report.about import plan_title, work_of
 from nnscaler.report.spelling import gib, percent, seconds
 from nnscaler.report.spelling import step as step_text
+from nnscaler.report.would_help import apart
 from nnscaler.schedules import Schedule
 
 SHOWN = 4  # collectives that are named
@@ -32,7 +33,7 @@ def explain(values: Mapping[str, Any]) -> str:
         f"search     {proven(predicted)}",
         *_named("exposed", exposed(values)),
         *_named("limits", [f"{one['limit']}, {percent(one['share'])}: {one['text']}" for one in main_limits(values)]),
-        *_named("would help", [f"{one['change']}: {one['text']}" for one in values["advice"]]),
+        *_advice(values),
     ]
     return "\n".join(lines)
 
@@ -62,7 +63,7 @@ def _explain_pipeline(values: Mapping[str, Any]) -> str:
             f"           {seconds(predicted['update_seconds'])} of it update parameters; ranks compute {computing}",
             f"memory     {gib(used)} of {gib(limit)} that the plan may use, on the rank that needs most",
             *(f"{f'stage {index}':<10} {line}" for index, line in enumerate(_stage_lines(values))),
-            *_named("would help", [f"{one['change']}: {one['text']}" for one in values["advice"]]),
+            *_advice(values),
         ]
     )
 
@@ -77,6 +78,11 @@ def _stage_lines(values: Mapping[str, Any]) -> Iterator[str]:
             f"backward {seconds(stage['backward_seconds'])}; {gib(stage['memory_bytes'])}{away}, "
             f"{stage['in_flight']} in flight{again}"
         )
+
+
+def _advice(values: Mapping[str, Any]) -> Iterator[str]:
+    for label, changes in zip(("would help", "would not"), apart(values["advice"]), strict=True):
+        yield from _named(label, [f"{one['change']}: {one['text']}" for one in changes])
 
 
 def proven(predicted: Mapping[str, Any]) -> str:

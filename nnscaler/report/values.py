@@ -5,7 +5,8 @@ schema, units, about: what the file is, and what the plan was made for; see `nns
 predicted     headline figures, and their parts. `gap`: the largest part of its time that the plan may lose to the best
               plan on the meshes that were tried, as far as that is proven
 limits        what the step's time and the device's memory go into, the most important first
-advice        what would help: measuring; and, where it was asked for, more memory or devices (`would_help`)
+advice        what would help, or would not: measuring; and, where it was asked for, more memory or devices
+              (`would_help`)
 origins       the share of the step that rests on each kind of figure: measured, profile (bundled), roofline
               (arithmetic)
 sources       where the hardware's figures come from
@@ -86,7 +87,8 @@ def plan_report(plan: Plan, work: Work | None = None, replan: Replan | None = No
     ]
     values["limits"] = limits_of(values)
     values["origins"] = origins_of(values)
-    values["advice"] = [*(would_help(plan, replan) if replan else ()), *measuring(values)]
+    timed = costs.times is not None or costs.hardware.name == "CPU"  # where no operator is timed
+    values["advice"] = [*(would_help(plan, replan) if replan else ()), *measuring(values, timed)]
     values["sources"] = {
         "hardware": costs.hardware.source,
         "profile": costs.hardware.profile.source,

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from nnscaler.errors import UserError
 from nnscaler.pipeline.plan import PipelinePlan
 from nnscaler.plan import GIB, Plan
+from nnscaler.report.markup import Markup, table, tag
 
 logger = logging.getLogger(__name__)
 
 MORE_MEMORY = 20  # GiB
+NO_GAIN = "no faster"
 AnyPlan = Plan | PipelinePlan
 Change = dict[str, Any]  # field of ComputeConfig -> its value
 Replan = Callable[[Change], AnyPlan]
 
 
 def would_help(plan: AnyPlan, replan: Replan) -> list[dict[str, Any]]:
-    """[{change, step_seconds, devices, speed, text}]. Each change has really been planned.
+    """[{change, helps, step_seconds, devices, speed, text}]. Each change has really been planned.
 
     replan  plans the same graph with a changed configuration
     speed   samples a second, relative to this plan's
+    helps   whether these are more
     """
     advice = []
     for change, what in _changes(plan):
@@ -30,7 +33,7 @@ def would_help(plan: AnyPlan, replan: Replan) -> list[dict[str, Any]]:
         try:
             found = replan(change)
         except UserError as error:
-            advice.append({"change": what, "text": str(error)})
+            advice.append({"change": what, "helps": False, "text": str(error)})
             continue
         advice.append(_compared(what, plan, found))
     return advice
@@ -39,11 +42,12 @@ def would_help(plan: AnyPlan, replan: Replan) -> list[dict[str, Any]]:
 def _changes(plan: AnyPlan) -> Iterator[tuple[Change, str]]:
     devices, replicas = plan.mesh.plan_ngpus, plan.mesh.replicas
     yield {"gpu_mem_constraint": plan.memory_limit / GIB + MORE_MEMORY}, f"+{MORE_MEMORY} GiB a device"
+    more = f"+{devices * replicas} device{'s' if devices * replicas > 1 else ''}"
     yield (
         {"plan_ngpus": 2 * devices, "runtime_ngpus": 2 * devices * replicas},
-        f"+{devices * replicas} devices, each copy split over {2 * devices}",
+        f"{more}, each copy split over {2 * devices}",
     )
-    yield {"runtime_ngpus": 2 * devices * replicas}, f"+{devices * replicas} devices, in {2 * replicas} copies"
+    yield {"runtime_ngpus": 2 * devices * replicas}, f"{more}, in {2 * replicas} copies"
 
 
 def _compared(what: str, plan: AnyPlan, found: AnyPlan) -> dict[str, Any]:
@@ -51,11 +55,27 @@ def _compared(what: str, plan: AnyPlan, found: AnyPlan) -> dict[str, Any]:
     devices = found.mesh.runtime_ngpus / plan.mesh.runtime_ngpus
     each = "" if devices == 1 else f" ({speed / devices:.2f} x a device)"
     samples = "" if found.mesh.replicas == plan.mesh.replicas else " of twice the samples"
-    gain = f"{speed:.3g} x as fast{each}" if abs(speed - 1) >= 5e-4 else "no faster"
+    gain = f"{speed:.3g} x as fast{each}" if abs(speed - 1) >= 5e-4 else NO_GAIN
     return {
         "change": what,
+        "helps": speed > 1 and gain != NO_GAIN,
         "step_seconds": found.step_seconds,
         "devices": found.mesh.runtime_ngpus,
         "speed": speed,
         "text": f"{gain}: {found.step_seconds:.4g} s a step{samples}, {found.memory_bytes / GIB:.1f} GiB a device",
     }
+
+
+def apart(advice: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """The changes that help, and those that do not."""
+    return [one for one in advice if one.get("helps", True)], [one for one in advice if not one.get("helps", True)]
+
+
+def advice_tables(advice: Sequence[Mapping[str, Any]]) -> list[Markup]:
+    """For a page: a table of the changes that help, and one of those that do not."""
+    heads = (["what would help", "by how much"], ["what would not help", "why"])
+    return [
+        table(head, [[tag("b", one["change"]), one["text"]] for one in changes])
+        for head, changes in zip(heads, apart(advice), strict=True)
+        if changes
+    ]
