@@ -26,7 +26,7 @@ def compiled(tmp_path_factory):
     config = tiny.config(num_hidden_layers=4, tie_word_embeddings=True)
     prepare_config(config, tiny.LENGTH, "auto")
     inputs = {name: torch.empty((1, tiny.LENGTH), dtype=torch.int64, device="meta") for name in ("input_ids", "labels")}
-    source = Source(lambda: CausalLM(config), inputs, tokens=tiny.LENGTH, flops=(2e6, 1e6))
+    source = Source(lambda: CausalLM(config), inputs, tokens=tiny.LENGTH)
     compute = ComputeConfig(
         4, 8, micro_batches=COUNT, hardware=tiny.write_hardware(folder),
         explore_pipeline=True, pipeline_schedule="zb-v", pipeline_nstages=STAGES,
