@@ -310,12 +310,13 @@ def _choose_column(strings: list[str], columns: list[str], wanted: str | None, p
     if wanted is None and len(strings) == 1:
         return strings[0]
     if wanted is None or wanted not in columns:
-        problem = f"there is no column {wanted!r}" if wanted else "it is not clear which column holds the text"
+        if wanted:
+            problem = f"there is no column {wanted!r}"
+        else:
+            problem = "it is not clear which column holds the text" if strings else "no column holds text"
         if strings:
             choices = f"choose one of {', '.join(strings)} with --text_column"
-        elif columns:
-            choices = f"none of {', '.join(columns)} holds text; {OTHER_COLUMNS}"
         else:
-            choices = "there is none at all"
+            choices = f"the row has {', '.join(columns) or 'nothing'}; {OTHER_COLUMNS}"
         raise UserError(f"{place}: {problem}; {choices}")
     return wanted

@@ -302,7 +302,7 @@ BAD_INPUT: list[tuple[str, tuple[str, bytes] | None, dict[str, Any], list[str]]]
         "forgotten flag",
         ("a.jsonl", b'{"messages": [{"role": "user", "content": "x"}]}'),
         {},
-        ["line 1", "none of messages holds text; --messages_column names one of conversations"],
+        ["line 1", "no column holds text; the row has messages; --messages_column names one of conversations"],
     ),
     (
         "conversations as text",
