@@ -98,7 +98,8 @@ def check_fits(path: Path, model: nn.Module, name: str, prefix: str) -> None:
 
     name    of the model, for people
     prefix  what stands before the names of the user's own files in the model's names
-    Raises UserError for a parameter that is not there or has another shape, and CorruptCheckpoint for damage.
+    Raises UserError for a parameter that is not there or has another shape, and for a tensor that the model lacks;
+    CorruptCheckpoint for damage.
     """
     state = MergedFile.open(path).state if path.is_file() else TrainerState.read(path)
     for own, parameter in model.named_parameters():
@@ -109,6 +110,13 @@ def check_fits(path: Path, model: nn.Module, name: str, prefix: str) -> None:
                 f"checkpoint '{path}' does not fit the model {name}: {own.removeprefix(prefix)} {has}, and the model's "
                 f"has shape {list(parameter.shape)}"
             )
+    places = model.state_dict().keys()
+    left = next((own for own in state.parameters if own not in places), None)
+    if left is not None:
+        raise UserError(
+            f"checkpoint '{path}' does not fit the model {name}: it holds {left.removeprefix(prefix)}, which the model "
+            "does not have"
+        )
 
 
 def resume(

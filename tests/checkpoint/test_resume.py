@@ -166,6 +166,7 @@ def test_a_merged_file_resumes_on_any_number_of_processes(folder, saved, tmp_pat
             r"model\.embed_tokens\.weight has shape \[96, 32\], and the model's has shape \[100, 32\]",
         ),
         ({"num_hidden_layers": 3}, r"model\.layers\.2\.\S+ is missing, and the model's has shape"),
+        ({"num_hidden_layers": 1}, r"it holds model\.layers\.1\.\S+, which the model does not have"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused_before_planning(folder, saved, tmp_path, changed, said):
