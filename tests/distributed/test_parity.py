@@ -16,7 +16,7 @@ from nnscaler.checkpoint.merge import Checkpoint
 from nnscaler.recompute import ON_DEVICE, ON_HOST
 from tests import tiny
 from tests.launch import run
-from tests.parity import STEPS, TOLERANCE, Case, plain_loop, train_all
+from tests.parity import STEPS, TOLERANCE, Case, plain_loops, train_all
 
 EACH = tuple(level.name for level in reversed(ON_DEVICE))
 AWAY = tuple(level.name for level in reversed(ON_HOST))
@@ -35,16 +35,7 @@ def rows(folder):
 
 @pytest.fixture(scope="module")
 def reference(rows):
-    """The plain loop's result for a case; computed once for cases that come to the same."""
-    known: dict[object, tuple[list[float], dict[str, Tensor]]] = {}
-
-    def get(case: Case) -> tuple[list[float], dict[str, Tensor]]:
-        key = (case.sequences, *case.model.items())
-        if key not in known:
-            known[key] = plain_loop(rows, [case.sequences] * STEPS, **case.model)
-        return known[key]
-
-    return get
+    return plain_loops(rows)
 
 
 def compare(case: Case, folder: Path, reference) -> None:

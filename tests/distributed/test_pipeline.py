@@ -19,7 +19,7 @@ from nnscaler.cli.config import CheckpointConfig
 from nnscaler.cli.trainer import Trainer
 from tests import tiny
 from tests.launch import run
-from tests.parity import STEPS, TOLERANCE, Case, arguments, plain_loop, train_all
+from tests.parity import TOLERANCE, Case, arguments, plain_loops, train_all
 
 RECOMPUTED = ("LlamaDecoderLayer",)
 
@@ -68,17 +68,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(folder):
-    """The plain loop's result for a case; computed once for cases that come to the same."""
-    rows = tiny.write_dataset(folder / "data")
-    known: dict[object, tuple[list[float], dict[str, Tensor]]] = {}
-
-    def get(case: Case) -> tuple[list[float], dict[str, Tensor]]:
-        key = (case.sequences, *case.model.values())
-        if key not in known:
-            known[key] = plain_loop(rows, [case.sequences] * STEPS, **case.model)
-        return known[key]
-
-    return get
+    return plain_loops(tiny.write_dataset(folder / "data"))
 
 
 def losses_of(folder: Path, name: str) -> list[float]:
