@@ -258,6 +258,9 @@ class _Copy:
             self.pool.read(self.buffer, self.fetched)
 
     def __del__(self) -> None:
+        if self.fetched is not None:
+            # Nobody may have asked for it: then the copy may still be under way to memory that is free now.
+            self.pool.wait(self.buffer.read)
         self.pool.give_back(self.buffer)
 
 
