@@ -92,3 +92,17 @@ def test_a_log_folder_is_one_runs(tmp_path):
     (tmp_path / "run" / "run.json").unlink()  # an older form's
     assert not is_free(tmp_path / "run")
     assert is_free(tmp_path / "code")
+
+
+def test_the_line_of_a_run_has_what_was_last_known(tmp_path):
+    """What an interval does not report stays, what is no longer finite goes; steps count from where it began."""
+    with RunLog(tmp_path, "me", 9, 4) as log:
+        log.write(5, {"loss": 2.00004, "tokens_per_second_per_gpu": 1234.6, "mfu": 0.5012, "mfu_causal": 0.2504})
+        speed = "1235 tokens/s/GPU, causal MFU 25.0 % (50.1 % by the document's formula)"
+        assert log._bar.postfix == f"loss 2.0000, {speed}"
+        log.write(6, {"eval_loss": 1.5})
+        assert log._bar.postfix == f"loss 2.0000, validation 1.5000, {speed}"
+        log.write(7, {"loss": float("nan")})
+        assert log._bar.postfix == f"loss not finite, validation 1.5000, {speed}"
+        log.advance()
+        assert (log._bar.n, log._bar.total) == (5, 9)

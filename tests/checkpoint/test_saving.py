@@ -91,6 +91,44 @@ def test_due_by_steps_and_by_minutes(monkeypatch):
     now += 1
     assert [by_time.after(step)[0] for step in (2, 3)] == [True, False]
     assert not any(never.after(step)[0] for step in range(1, 4))
+    now += 119
+    assert by_time.after(4) == (False, False), "minutes count from the last save"
+    by_steps.postpone()
+    assert [by_steps.after(step)[0] for step in (8, 9, 10, 11, 12)] == [True, True, False, False, True], "once"
+    both = Due(3, 2)
+    now += 100
+    assert both.after(3)[0]
+    now += 100
+    assert not both.after(4)[0], "of either kind"
+    assert never.after(4, stop=True) == (False, True)
+
+
+def test_what_a_checkpoint_takes_is_told_in_seconds(tmp_path, monkeypatch, caplog):
+    """Of 4 processes here, each with 3 MiB of its own, and 1 MiB that all have: 13 MiB, at a second for 8 MiB."""
+    monkeypatch.setattr(saver, "_PROBE", 2**23)
+    monkeypatch.setattr(saver, "LARGE", 13 * 2**20)
+    clock = iter(range(100))
+    monkeypatch.setattr(saver, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    made = saver.Saver.__new__(saver.Saver)
+    part = lambda mebibytes: SimpleNamespace(tensor=torch.empty(mebibytes * 2**18))  # noqa: E731
+    made.run, made._owned, made._fixed = tmp_path, [part(1), part(2)], [part(1)]
+
+    def told(limit: str) -> list[str]:
+        monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", limit)
+        made._told_limit = False
+        caplog.clear()
+        for _ in range(2):
+            made.predict_seconds()
+        return [record.getMessage() for record in caplog.records]
+
+    (line,) = told("1.6")
+    assert line.startswith("a checkpoint is to take 2 s: for one to be saved on SIGTERM, torchrun needs ")
+    assert line.endswith("--shutdown-timeout 4 or more")
+    assert told("1.7") == [], "13/8 of a second are less"
+    monkeypatch.setattr(saver, "LARGE", 13 * 2**20 + 1)
+    assert told("1.6") == []
 
 
 def test_a_run_keeps_what_it_should(folder):

@@ -40,6 +40,11 @@ def test_the_first_samples_of_so_many_steps_are_evaluated(steps, rows):
     assert found == {"eval_loss": pytest.approx(wanted), "eval_perplexity": pytest.approx(math.exp(wanted))}
 
 
+def test_every_evaluation_is_of_the_same_samples():
+    twice = evaluation(20, 1)
+    assert [twice.run()["eval_loss"] for _ in range(3)] == pytest.approx([3.5] * 3)
+
+
 def test_it_ends_where_the_run_is_told_to():
     assert evaluation(20, None, batches=2).run() == {}
 

@@ -47,3 +47,37 @@ def test_steps_that_are_not_finite_and_ranks_without_a_loss_count_for_nothing():
     assert found.report(3)["loss"] == pytest.approx(6 / 4)
     assert silent.report(3)["loss"] is None
     assert found.report(4)["loss"] is None, "of no step"
+
+
+def test_operations_over_what_devices_could_do_and_the_most_memory(monkeypatch):
+    """Three steps of 6 sequences in 2 s each, on 4 GPUs of 50 operations a second: 0.75 sequences a second and GPU."""
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: now))
+    resets = []
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**29)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: resets.append(now))
+    now = 100.0
+    found = Progress(StepSize(6, 32, Mesh((2,), 2), (40.0, 20.0), 50.0), 0, True, CPU)
+    unknown = Progress(StepSize(6, 32, Mesh((2,), 2), (40.0, 20.0), None), 0, True, CPU)
+    on_cpu = Progress(StepSize(6, 32, Mesh((2,), 2), (40.0, 20.0), 50.0), 0, True, CPU)
+    found._device = unknown._device = torch.device("cuda")
+    now = 106.0
+    report = found.report(3)
+    assert report["mfu"] == pytest.approx(40 * 0.75 / 50)
+    assert report["mfu_causal"] == pytest.approx(20 * 0.75 / 50)
+    assert report["peak_memory_gib"] == 1.5
+    assert resets == [106.0], "the next report is of what comes after this one"
+    assert not {"mfu", "mfu_causal"} & {*unknown.report(3), *on_cpu.report(3)}
+
+
+def test_labels_of_a_pipeline_are_counted_where_the_loss_is(monkeypatch):
+    """Of 2 stages of 2 devices each, in 3 copies, the last stage's count 24 labels: 12 in all, as both see the same."""
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: now))
+    now = 100.0
+    found = Progress(StepSize(6, 32, Mesh((2,), 3, pipeline=2), None, None), 0, True, CPU)
+    found.add(torch.tensor(48.0, dtype=torch.float64), SimpleNamespace(labels=24, padding=48), ONE)
+    now = 102.0
+    report = found.report(1)
+    assert report["labels_per_second_per_gpu"] == pytest.approx(24 / 2 / 2.0 / 12)
+    assert report["padding"] == pytest.approx(48 / 2 / (6 * 32))
+    assert report["tokens_per_second_per_gpu"] == pytest.approx(6 * 32 / 2.0 / 12)
+    assert report["loss"] == pytest.approx(2.0)

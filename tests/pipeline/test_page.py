@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import prod
 from xml.etree import ElementTree
 
 import pytest
@@ -56,6 +57,40 @@ def test_values_hold_schedule_and_stages(compiled):
     assert values["predicted"]["tokens_per_second_per_gpu"] == pytest.approx(tokens, rel=1e-5)
     assert pipeline["shared"] == {"model.model.embed_tokens.weight": [0, 3]}
     assert [one["in_flight"] for one in pipeline["stages"]] == [4, 3, 2, 1]
+
+
+def test_stages_have_the_seconds_and_bytes_of_their_plans(compiled):
+    """A micro-batch's, by what the stage's operators and collectives take in a step of COUNT micro-batches."""
+    values = read_plan(compiled)
+    pipeline, step = values["pipeline"], values["predicted"]["step_seconds"]
+    for index, (stage, report) in enumerate(zip(pipeline["stages"], values["stages"], strict=True)):
+        units = [unit["seconds"] for block in report["costs"].values() for unit in block["units"] if "seconds" in unit]
+        moved = [one for one in report["collectives"] if one["phase"] != "update"]
+        phases = {
+            phase: sum(unit[phase] for unit in units)
+            + sum(one["seconds"] - one["hidden"] for one in moved if one["phase"] == phase)
+            for phase in ("forward", "backward", "again")
+        }
+        assert stage["forward_seconds"] == pytest.approx(phases["forward"] / COUNT, rel=1e-4)
+        assert stage["backward_seconds"] == pytest.approx((phases["backward"] + phases["again"]) / COUNT, rel=1e-4)
+        spans = [span for span in pipeline["timeline"] if span[2] == index]
+        assert [span[5] - span[4] for span in spans if span[1] == "F"] == pytest.approx(
+            [stage["forward_seconds"]] * COUNT, rel=1e-4
+        )
+        update = report["predicted"]["step_seconds"] / COUNT - stage["forward_seconds"] - stage["backward_seconds"]
+        assert 0 < update * COUNT <= values["predicted"]["update_seconds"] * (1 + 1e-5)
+        assert stage["memory_bytes"] == report["predicted"]["memory_bytes"]
+        assert stage["host_bytes"] == 0
+        assert stage["blocks"] == {"llama_decoder_layer": 1}
+    for rank, share in enumerate(pipeline["computing"]):
+        works = [span[5] - span[4] for span in pipeline["timeline"] if span[0] == rank]
+        assert share == pytest.approx(sum(works) / step, rel=1e-4)
+    assert 0 < min(pipeline["computing"]) <= max(pipeline["computing"]) < 1
+    for sent, receiving in zip(pipeline["crossing"], values["stages"][1:], strict=True):
+        (one,) = sent
+        assert (one["dtype"], one["gradient"]) == ("bfloat16", True)
+        assert one["shape"] in ([1, tiny.LENGTH, 32], [1, tiny.LENGTH // 2, 32], [1, tiny.LENGTH, 16])
+        assert receiving["predicted"]["bytes_by_category"]["communication buffers"] >= COUNT * 2 * prod(one["shape"])
 
 
 def test_the_page_draws_every_work_and_needs_nothing_else(compiled):
