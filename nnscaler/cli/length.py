@@ -46,7 +46,7 @@ class RunLength:
 
     def describe(self, consumed: int) -> str:
         """What was seen, and what is left, for people."""
-        of = self.rows - consumed % self.rows if self.samples is None else self.samples - consumed
+        of = -consumed % self.rows if self.samples is None else self.samples - consumed
         where = " of this epoch" if self.samples is None else ""
         epochs = f"{consumed / self.rows:.2f} epochs of {counted(self.rows, 'sample')} each"
         return f"{counted(consumed, 'sample')} seen, which is {epochs}; {counted(of, 'sample')}{where} left"

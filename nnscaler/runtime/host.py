@@ -9,13 +9,16 @@ The optimizer's state comes to the device for its update, bucket by bucket, and 
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from nnscaler.errors import UserError
 
 SMALL = 2**16  # bytes; what is smaller stays on an accelerator, where each copy costs a launch
 
@@ -106,15 +109,21 @@ class HostPool:
         self.bytes = 0  # taken so far
         self._free: dict[int, list[_Buffer]] = defaultdict(list)
         self._on_accelerator = device.type == "cuda"
+        self._locked: list[int] = []  # addresses
         if self._on_accelerator:
             self._out, self._back = torch.cuda.Stream(device), torch.cuda.Stream(device)
+            weakref.finalize(self, _unlock, (self._out, self._back), self._locked).atexit = False
 
     def take(self, size: int) -> _Buffer:
         """A buffer of `size` bytes that nobody uses."""
         if self._free[size]:
             return self._free[size].pop()
         self.bytes += size
-        return _Buffer(_page_locked(size) if self._on_accelerator else torch.zeros(size, dtype=torch.uint8))
+        memory = torch.zeros(size, dtype=torch.uint8)
+        if self._on_accelerator:
+            _lock(memory)
+            self._locked.append(memory.data_ptr())
+        return _Buffer(memory)
 
     def give_back(self, buffer: _Buffer) -> None:
         """Makes a buffer free for others. It may still be read from: `write` waits for that."""
@@ -295,10 +304,19 @@ def _bytes_of(tensor: Tensor) -> Tensor:
     return flat.view(torch.uint8)
 
 
-def _page_locked(size: int) -> Tensor:
-    """Page-locked bytes. torch's own allocator rounds sizes up to a power of two."""
-    memory = torch.zeros(size, dtype=torch.uint8)
-    code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0)
+def _lock(memory: Tensor) -> None:
+    """Locks the pages of a tensor. torch's own allocator of locked pages rounds sizes up to a power of two."""
+    code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
     if int(code):
-        raise RuntimeError(f"the machine gives no more page-locked memory: {size / 2**30:.2f} GiB refused")
-    return memory
+        raise UserError(
+            f"the machine gives no more page-locked memory: {memory.nbytes / 2**30:.2f} GiB refused; plan with less by "
+            "--host_mem_constraint, or with none by --offload off"
+        )
+
+
+def _unlock(streams: Sequence[torch.cuda.Stream], addresses: list[int]) -> None:
+    """Before memory that copies may still be under way to is given back to the machine."""
+    for stream in streams:
+        stream.synchronize()
+    for address in addresses:
+        torch.cuda.cudart().cudaHostUnregister(address)

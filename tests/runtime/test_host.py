@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nnscaler.runtime import gathering
+from nnscaler.errors import UserError
+from nnscaler.runtime import gathering, host
 from nnscaler.runtime.host import HostMemory, _Copy, _Kept
 
 WIDTH, ROWS, CALLS = 16, 8, 6
@@ -141,3 +143,10 @@ def test_a_gathered_weight_is_known_by_its_memory_while_it_is_there(monkeypatch:
     address = weight.untyped_storage().data_ptr()
     del weight
     assert address not in gathers._alive
+
+
+def test_a_machine_that_locks_no_more_pages_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuses = SimpleNamespace(cudaHostRegister=lambda address, size, flags: 2)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: refuses)
+    with pytest.raises(UserError, match=r"no more page-locked memory: 0\.25 GiB refused; .*--host_mem_constraint"):
+        host._lock(torch.empty(2**28, dtype=torch.uint8))
