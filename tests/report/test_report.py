@@ -94,6 +94,15 @@ def test_hidden_copies_are_those_of_activations_and_of_state(graph, tmp_path, mo
     state = kinds.pop("optimizer state")
     kept = sum(kinds.values())
     assert min(state, kept) > 0
+    held = predicted["bytes_by_category"]
+    assert sum(held.values()) == pytest.approx(plan.memory_bytes, rel=1e-4)
+    weights = sum(meta.numel for meta in graph.parameters.values() if meta.requires_grad)
+    everywhere = {"master weights": 4 * weights, "moments": 8 * weights}
+    away = state / sum(everywhere.values())
+    assert {kind: held[kind] for kind in everywhere} == pytest.approx(
+        {kind: size * (1 - away) for kind, size in everywhere.items()}, rel=1e-4
+    )
+    assert predicted["host_bytes"] == pytest.approx(kept + state, rel=1e-5)
     exposed = predicted["seconds_by_category"].get("copies to the host exposed", 0.0)
     seconds = 3 * kept * (1 / 1e10 + 1 / 2e10) + state / 5e9
     assert predicted["hidden_copies_seconds"] == pytest.approx(seconds - exposed, rel=1e-4)
@@ -191,6 +200,12 @@ def test_one_product_by_hand(tmp_path, link, micro_batches):
     assert values["predicted"]["hidden_seconds"]["communication hidden"] == pytest.approx(hidden, rel=1e-4)
     assert seconds["communication exposed"] == pytest.approx(exchange - hidden + weight / 2 / link, rel=1e-4)
     assert seconds["recompute"] == 0
+    moved = {one["what"]: one for one in values["collectives"]}
+    figures = {what: [one[field] for field in ("phase", "devices", "calls", "size")] for what, one in moved.items()}
+    assert figures == {"gradients": ["backward", 2, 1, weight], "weights": ["update", 2, 1, weight]}
+    assert moved["gradients"]["seconds"] == pytest.approx(exchange, rel=1e-4)
+    assert moved["gradients"]["hidden"] == pytest.approx(hidden, rel=1e-4)
+    assert moved["weights"]["seconds"] == pytest.approx(weight / 2 / link, rel=1e-4)
     held = values["predicted"]["bytes_by_category"]
     assert held["parameters"] == weight
     assert held["gradients"] == (weight if micro_batches > 1 else weight / 2)
