@@ -69,6 +69,27 @@ def test_each_row_is_once_in_each_epoch_and_a_run_goes_on_anywhere(files, lanes,
         assert drawn(dataset, range(min(start, rows), 3 * rows), seed) == found[min(start, rows) :]
 
 
+def test_what_rows_have_besides_tokens_is_read_with_them(tmp_path):
+    """Also where the first of the files has no rows."""
+    kinds = {"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32()), "document_starts": pa.list_(pa.int32())}
+    rows = {"input_ids": [[5, 6, 7]], "labels": [[-100, 6, 7]], "document_starts": [[0, 2]]}
+    for name, content in {"a": {column: [] for column in kinds}, "b": rows}.items():
+        pq.write_table(pa.table(content, schema=pa.schema(list(kinds.items()))), tmp_path / f"{name}.parquet")
+    dataset = StreamedDataset.open(str(tmp_path))
+    assert (len(dataset), dataset.sequence_length, dataset.documents) == (1, LENGTH, "document_starts")
+    assert dataset.token_ids() == (5, 7), "of tokens alone"
+    found = Streaming(dataset, 5).sample(3)
+    assert {name: list(values) for name, values in found.items()} == {name: values[0] for name, values in rows.items()}
+    for column in ("labels", "document_starts"):
+        del rows[column], kinds[column]
+    (tmp_path / "bare").mkdir()
+    pq.write_table(pa.table(rows, schema=pa.schema(list(kinds.items()))), tmp_path / "bare" / "a.parquet")
+    bare = StreamedDataset.open(str(tmp_path / "bare"))
+    assert (bare.documents, bare.columns) == (None, ("input_ids",))
+    pq.write_table(pa.table(rows), tmp_path / "bare" / "a.parquet", write_statistics=False)
+    assert StreamedDataset.open(str(tmp_path / "bare")).token_ids() == (0, 0), "the footers do not tell"
+
+
 def test_every_epoch_and_seed_has_an_order_of_its_own(tmp_path):
     dataset = StreamedDataset.open(str(write(tmp_path, [[30], [30, 20], [40]])))
     first, second = drawn(dataset, range(120)), drawn(dataset, range(120, 240))

@@ -87,6 +87,15 @@ def test_limits_are_shares_of_the_step():
     )
     assert list(found) == ["arithmetic", "memory", "communication", "memory bandwidth", "optimizer"]
     assert found["arithmetic"]["text"] == "matmul and attention, at the rates that the device reaches"
+    more = values_of()
+    more["predicted"]["seconds_by_category"] |= {"linear_loss": 20.0}
+    assert limits_of(more)[0]["text"] == "matmul, linear_loss and attention, at the rates that the device reaches"
+    more["predicted"]["seconds_by_category"] = {
+        name: value
+        for name, value in more["predicted"]["seconds_by_category"].items()
+        if name != "linear_loss" and name != "attention"
+    }
+    assert limits_of(more)[0]["text"].startswith("matmul, at")
     assert found["communication"]["text"].startswith("12.0 s by which computation takes longer; 6.00 s are hidden")
     assert found["memory"]["text"] == (
         "30.0 GiB of 40.0 GiB are used; 10.0 s of computing and gathering again to stay within it, 3.00 s of copies to "

@@ -1,0 +1,149 @@
+"""What the cost model says of exchanges, updates and the optimizer's state, and what the search says of its plan: each
+figure worked out by hand."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nnscaler.graph import TensorMeta
+from nnscaler.hardware import Hardware
+from nnscaler.hardware.communication import Timing
+from nnscaler.mesh import Mesh
+from nnscaler.placement import REPLICATE, Shard
+from nnscaler.plan import GIB
+from nnscaler.planner import costs, find_plan, search
+from nnscaler.planner.costs import CostModel
+from nnscaler.planner.solve import OutOfTime
+from tests.planner.test_by_hand import LINK, MEMORY, graph, machine
+
+__all__ = ["graph", "machine"]
+
+WEIGHT = TensorMeta((10, 10), torch.bfloat16, True)
+NORM = TensorMeta((10,), torch.float32, True)
+
+
+@pytest.fixture(autouse=True)
+def small_buckets(monkeypatch):
+    monkeypatch.setattr(costs, "BUCKET_ELEMENTS", 1000)
+
+
+def test_buffers_of_exchanges_are_buckets(machine):
+    """Of 4000 bytes: six on their way, with the part of each that comes back, and two that are being filled."""
+    model = CostModel(machine, Mesh((4,), 2))
+    assert model.exchange_buffers(20_000) == 4000 * (6 + 2 + 6 / 8)
+    assert model.exchange_buffers(3500) == 4000 * (4 + 4 / 8), "of four buckets"
+    assert model.exchange_buffers(6500) == 4000 * (7 + 6 / 8), "of seven"
+    assert model.exchange_buffers(500) == 2000 * (1 + 1 / 8), "of a part of one"
+
+
+def test_the_optimizer_s_state(machine):
+    """A bf16 weight has a master weight, an fp32 one is its own; both have two moments. Three buckets are staged."""
+    model = CostModel(machine, Mesh((4,), 2))
+    assert model.state_memory([WEIGHT, NORM]) == (100 * (4 + 8) + 10 * 8) / 8
+    assert model.staging_memory(20_000) == 3 * 1000 * 12 / 2
+    assert model.staging_memory(500) == 3 * 500 * 12 / 2
+    held = model.parameter_memory(NORM, (REPLICATE,))
+    assert held == {"parameters": 40, "gradients": 40 / 8, "master weights": 0, "moments": 80 / 8}
+    held = model.parameter_memory(replace(WEIGHT, shape=(12, 10)), (Shard(0),), exchanged_once=True)
+    assert held == {"parameters": 60, "gradients": 120, "master weights": 60, "moments": 120}, "3 rows of 10"
+    assert model.parameter_memory(replace(WEIGHT, requires_grad=False), (REPLICATE,)) == {"parameters": 200}
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_an_update_by_hand(machine, once):
+    """100 elements on two copies, in 4 micro-batches: of the 50 owned ones 46 bytes each are read and written once a
+    step, and the bf16 weights travel. In each micro-batch a gradient of 2 bytes becomes one of 4, which three of four
+    add to what was there: to all elements, or to the owned ones that come of an exchange."""
+    model = CostModel(machine, Mesh((1,), 2))
+    step = 50 * 46 / MEMORY + 2 * 100 / 2 / LINK
+    added = 0.75 * 4 * (2 * 100 if once else 3 * 50)
+    found = model.update(WEIGHT, (REPLICATE,), 4, once)
+    assert found == pytest.approx(step / 4 + (100 * (2 + 4) + added) / MEMORY)
+    assert model.gradient_exchange(WEIGHT, (REPLICATE,)) == pytest.approx(4 * 100 / 2 / LINK)
+    assert model.exchange_buffer(WEIGHT, (REPLICATE,)) == 4 * 100 * (1 + 1 / 2)
+
+
+def test_groups_of_collectives_by_axis_and_node(machine, monkeypatch):
+    """(size of the group, whether it spans nodes, devices of it on each node)"""
+    asked = []
+
+    def seconds(self, name, *group):
+        asked.append(group)
+        return Timing(3.0, "profile")
+
+    monkeypatch.setattr(Hardware, "collective_seconds", seconds)
+
+    def groups(per_node: int, mesh: Mesh) -> list[tuple]:
+        asked.clear()
+        model = CostModel(replace(machine, devices_per_node=per_node), mesh)
+        for axis in mesh.axes:
+            model.collective("all_gather", 64.0, axis)
+        return [group[1:] for group in asked]
+
+    assert groups(16, Mesh((8,))) == [(8, False, 8)]
+    assert groups(4, Mesh((8,))) == [(8, True, 4)]
+    assert groups(8, Mesh((2, 4))) == [(2, False, 2), (4, False, 4)]
+    assert groups(4, Mesh((2, 4))) == [(2, True, 1), (4, False, 4)]
+    assert groups(2, Mesh((2, 4))) == [(2, True, 1), (4, True, 2)]
+    assert groups(8, Mesh((4, 4))) == [(4, True, 2), (4, False, 4)]
+    asked.clear()
+    model = CostModel(replace(machine, devices_per_node=4), Mesh((2, 4), 2))
+    assert model.among_owners("all_gather", 500.0, (Shard(0), REPLICATE)) == (3.0 * 500 / 4000, "profile")
+    assert asked == [(4000, 8, True, 4)], "a whole bucket over two copies of four"
+    asked.clear()
+    model = CostModel(replace(machine, devices_per_node=16), Mesh((2, 4), 2))
+    model.among_owners("all_gather", 500.0, (REPLICATE, Shard(0)))
+    assert asked == [(4000, 4, False, 4)]
+    assert CostModel(machine, Mesh((2, 4))).among_owners("all_gather", 500.0, (Shard(0), Shard(1))).seconds == 0.0
+
+
+def test_the_search_says_how_far_its_plan_may_be_from_the_best(graph, machine, monkeypatch, caplog):
+    solve = search.solve
+
+    def loosely(*arguments, **keywords):
+        solved = solve(*arguments, **keywords)
+        return replace(solved, bound=0.8 * solved.bound)
+
+    caplog.set_level(logging.INFO)
+    best = find_plan(graph, [Mesh((2,))], machine, micro_batches=3, memory=2.0 * GIB)
+    assert best.gap < 1e-3
+    assert "may save" not in caplog.text
+    assert f": {best.step_seconds:.3g} s a step, {best.memory_bytes / GIB:.3g} GiB of 2 GiB a device" in caplog.text
+    monkeypatch.setattr(search, "solve", loosely)
+    plan = find_plan(graph, [Mesh((2,))], machine, micro_batches=3)
+    assert plan.bound == pytest.approx(0.8 * best.step_seconds, rel=1e-3)
+    assert plan.gap == pytest.approx(0.2, rel=1e-3)
+    assert "s a step (a faster one may save up to 20 %)" in caplog.text
+    assert plan.memory_limit == 0.9 * machine.memory
+
+
+def test_when_time_is_out_the_plan_of_least_memory_is_taken(graph, machine, monkeypatch, caplog):
+    def too_late(*arguments, **keywords):
+        raise OutOfTime(1e-9)
+
+    best = find_plan(graph, [Mesh((2,))], machine)
+    monkeypatch.setattr(search, "solve", too_late)
+    caplog.set_level(logging.INFO)
+    plan = find_plan(graph, [Mesh((2,))], machine)
+    assert plan.memory_bytes <= best.memory_bytes
+    assert plan.bound == 1e-9
+    assert "out of time; the plan that takes least memory is taken" in caplog.text
+
+
+def test_a_mesh_is_searched_only_where_it_could_save_a_thousandth(graph, machine, monkeypatch):
+    asked, floor = [], []
+    solve = search.solve
+    monkeypatch.setattr(search, "solve", lambda program, *a, **k: asked.append(program) or solve(program, *a, **k))
+    monkeypatch.setattr(search, "least_seconds", lambda program: floor[0] * best)
+    best = find_plan(graph, [Mesh((2,))], machine, pieces=False).step_seconds
+    assert len(asked) == 1
+    for share, searches in ((0.9985, 2), (0.9995, 1)):
+        asked.clear()
+        floor[:] = [share]
+        plan = find_plan(graph, [Mesh((2,)), Mesh((1, 2))], machine, pieces=False)
+        assert len(asked) == searches
+        assert plan.gap <= 1.001e-3, "what was not searched could save no more"
