@@ -9,6 +9,7 @@ The optimizer's state comes to the device for its update, bucket by bucket, and 
 
 from __future__ import annotations
 
+import mmap
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -119,10 +120,10 @@ class HostPool:
         if self._free[size]:
             return self._free[size].pop()
         self.bytes += size
-        memory = torch.zeros(size, dtype=torch.uint8)
-        if self._on_accelerator:
-            _lock(memory)
-            self._locked.append(memory.data_ptr())
+        if not self._on_accelerator:
+            return _Buffer(torch.zeros(size, dtype=torch.uint8))
+        memory = _page_locked(size)
+        self._locked.append(memory.data_ptr())
         return _Buffer(memory)
 
     def give_back(self, buffer: _Buffer) -> None:
@@ -234,7 +235,7 @@ class _Kept:
             tensor = tensor.contiguous()
         key = tensor.data_ptr(), tensor.nbytes
         if key not in self._copies:
-            self._copies[key] = _Copy(self.pool, _bytes_of(tensor))
+            self._copies[key] = _Copy(self.pool, self.pool.take(tensor.nbytes), _bytes_of(tensor))
             self._here.append(tensor)
         return _Sent(self, self._copies[key], tensor)
 
@@ -255,11 +256,10 @@ class _Kept:
 class _Copy:
     """Bytes of the device that are on the host; once they are fetched, they are on the device again."""
 
-    def __init__(self, pool: HostPool, source: Tensor) -> None:
-        self.pool = pool
-        self.buffer = pool.take(source.numel())
-        pool.write(self.buffer, source)
+    def __init__(self, pool: HostPool, buffer: _Buffer, source: Tensor) -> None:
+        self.pool, self.buffer = pool, buffer
         self.fetched: Tensor | None = None
+        pool.write(buffer, source)
 
     def fetch(self) -> None:
         if self.fetched is None:
@@ -304,14 +304,17 @@ def _bytes_of(tensor: Tensor) -> Tensor:
     return flat.view(torch.uint8)
 
 
-def _lock(memory: Tensor) -> None:
-    """Locks the pages of a tensor. torch's own allocator of locked pages rounds sizes up to a power of two."""
-    code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+def _page_locked(size: int) -> Tensor:
+    """Page-locked bytes, in pages of their own: a page can be locked once. torch's own allocator of such memory rounds
+    sizes up to a power of two."""
+    memory = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+    code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0)
     if int(code):
         raise UserError(
-            f"the machine gives no more page-locked memory: {memory.nbytes / 2**30:.2f} GiB refused; plan with less by "
+            f"the machine gives no more page-locked memory: {size / 2**30:.2f} GiB refused; plan with less by "
             "--host_mem_constraint, or with none by --offload off"
         )
+    return memory
 
 
 def _unlock(streams: Sequence[torch.cuda.Stream], addresses: list[int]) -> None:

@@ -149,4 +149,4 @@ def test_a_machine_that_locks_no_more_pages_says_what_to_do(monkeypatch: pytest.
     refuses = SimpleNamespace(cudaHostRegister=lambda address, size, flags: 2)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: refuses)
     with pytest.raises(UserError, match=r"no more page-locked memory: 0\.25 GiB refused; .*--host_mem_constraint"):
-        host._lock(torch.empty(2**28, dtype=torch.uint8))
+        host._page_locked(2**28)

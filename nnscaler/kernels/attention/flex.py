@@ -11,16 +11,20 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_bloc
 
 from nnscaler.kernels.attention.asked import Asked
 
+KINDS = 1024  # of calls that are compiled for, at most
+
 
 def run(q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> Tensor:
     """query [b, l, h, d], key [b, s, k, d], value [b, s, k, e] -> [b, l, h, e]"""
     grouped = q.shape[2] != k.shape[2]
     attend = _compiled() if q.is_cuda else flex_attention
     options: dict[str, Any] = {"return_aux": AuxRequest(lse=True)} if asked.sinks is not None else {}
-    found = attend(
-        *(x.transpose(1, 2) for x in (q, k, v)), score_mod=_changed_scores(asked), scale=asked.scale,
-        block_mask=_mask(asked, q.shape[1], k.shape[1], q.device), enable_gqa=grouped, **options,
-    )  # fmt: skip
+    # Each kind of layer, and each size, is compiled for. Beyond its limit torch would hold all scores in memory.
+    with torch._dynamo.config.patch(recompile_limit=KINDS, accumulated_recompile_limit=KINDS):
+        found = attend(
+            *(x.transpose(1, 2) for x in (q, k, v)), score_mod=_changed_scores(asked), scale=asked.scale,
+            block_mask=_mask(asked, q.shape[1], k.shape[1], q.device), enable_gqa=grouped, **options,
+        )  # fmt: skip
     if asked.sinks is None:
         return found.transpose(1, 2)
     result, aux = found
@@ -31,7 +35,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> Tensor:
 
 @functools.cache
 def _compiled() -> Any:
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention)
 
 
 def _changed_scores(asked: Asked) -> Any:

@@ -25,6 +25,7 @@ def flash_attention(module: str, cap: float | None, unlimited: int | None) -> Ru
     unlimited  the value that means: a window has no end
     """
     library = importlib.import_module(module)
+    attend, attend_documents = library.flash_attn_func, library.flash_attn_varlen_func
 
     def run(q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> Tensor:
         # Where keys come after the last row's place, the library takes each row for one that stands later.
@@ -42,10 +43,10 @@ def flash_attention(module: str, cap: float | None, unlimited: int | None) -> Ru
         if asked.slopes is not None:
             options["alibi_slopes"] = asked.slopes.float()
         if asked.documents is None:
-            return _first(library.flash_attn_func(q, k, v, **options))
+            return _first(attend(q, k, v, **options))
         rows, keys, longest = boundaries(asked.documents, asked.first, q.shape[1])
         options |= {"cu_seqlens_q": rows, "cu_seqlens_k": keys, "max_seqlen_q": longest, "max_seqlen_k": longest}
-        found = library.flash_attn_varlen_func(*(x.flatten(0, 1) for x in (q, k, v)), **options)
+        found = attend_documents(*(x.flatten(0, 1) for x in (q, k, v)), **options)
         return _first(found).unflatten(0, q.shape[:2])
 
     return run
