@@ -10,8 +10,11 @@ import torch
 
 from nnscaler.checkpoint.folder import complete_checkpoints
 from nnscaler.checkpoint.stored import Checkpoint
+from nnscaler.cli import loop
 from nnscaler.cli.config import LRSchedulerConfig
+from nnscaler.cli.progress import StepSize
 from nnscaler.cli.trainer import Trainer
+from nnscaler.report.values import read_plan
 from nnscaler.runtime.optimizer import OptimizerConfig
 from tests import tiny
 from tests.checkpoint.jobs import job
@@ -46,16 +49,18 @@ def test_a_warm_up_as_long_as_the_run():
     assert [found.factor(step, 4) for step in range(4)] == [0.2, 0.4, 0.6, 0.8]
 
 
-def test_a_run_steps_with_the_factors(tmp_path):
+def test_a_run_steps_with_the_factors(tmp_path, monkeypatch):
     """Adam's first step changes every element with a gradient by the rate itself, whatever the gradient's size: norms,
     which begin at 1 and do not decay, show it."""
     tiny.write_hardware(tmp_path)
     tiny.write_dataset(tmp_path / "data")
     args = dataclasses.replace(
-        job(Case(1, 1), tmp_path, 4, "rate", interval=1, keep=0),
+        job(Case(1, 1, accumulation=2, micro_batch=2), tmp_path, 4, "rate", interval=1, keep=0),
         optimizer=OptimizerConfig(lr=8e-3, eps=1e-12),
         lr_scheduler=LRSchedulerConfig("linear", warmup_steps=1, minimum=0.5),
     )
+    sizes: list[StepSize] = []
+    monkeypatch.setattr(loop, "StepSize", lambda *given: sizes.append(StepSize(*given)) or sizes[-1])
     Trainer(args).run()
     lines = [json.loads(line) for line in (tmp_path / "runs" / "rate" / "metrics.jsonl").open()]
     assert [line["lr"] for line in lines] == pytest.approx(
@@ -64,3 +69,14 @@ def test_a_run_steps_with_the_factors(tmp_path):
     first, *_ = complete_checkpoints(tmp_path / "checkpoints" / "rate")
     norm = Checkpoint.open(first).read("model.model.model.norm.weight", (32,))
     torch.testing.assert_close((norm - 1).abs(), torch.full((32,), 4e-3), rtol=1e-3, atol=0)
+    # What speed is reckoned with: sequences of a step, and operations of one of them.
+    (size,) = sizes
+    predicted = read_plan(args.gen_savedir / "rate")["predicted"]
+    sequences = args.micro_batch_size
+    assert sequences > 1
+    operations = [predicted[name] / sequences for name in ("micro_batch_flops", "micro_batch_flops_causal")]
+    assert list(size.flops) == pytest.approx(operations)
+    assert (size.samples, size.tokens) == (sequences * args.compute.micro_batches, tiny.LENGTH)
+    assert size.peak == args.compute.find_hardware().flops["float32"]
+    samples = len(args.dataset.dataset)
+    assert [line["epoch"] for line in lines] == pytest.approx([step * size.samples / samples for step in range(1, 5)])

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
+from nnscaler.graph import Call
 from nnscaler.mesh import Mesh
+from nnscaler.pipeline.cut import cut, pivots
 from nnscaler.pipeline.plan import PipelinePlan, forward_seconds, update_seconds
 from nnscaler.pipeline.simulate import Timeline
-from nnscaler.pipeline.stages import StagePlanner
+from nnscaler.pipeline.stages import StagePlanner, _likeness
 from nnscaler.plan import Key, Plan
 from nnscaler.recompute import KEEPS_ALL, LEVELS
 from nnscaler.schedules import Schedule
+from tests.pipeline.test_cut import llama
 
 HOST = next(level for level in LEVELS if level.on_host)
 SECONDS = {
@@ -100,3 +104,26 @@ def test_where_only_the_sum_is_known_backward_is_twice_forward():
     assert (guess.forward, guess.backward, guess.inputs, guess.weights) == (3.0, 6.0, 3.0, 3.0)
     guess = planner(fused=True)._guess(9.0)
     assert (guess.forward, guess.backward, guess.inputs, guess.weights) == (3.0, 6.0, 6.0, 0.0)
+
+
+def test_a_plan_is_taken_for_another_stage_only_where_that_does_the_same():
+    whole = llama()
+    first, second, third, last = (stage.graph for stage in cut(whole, pivots(whole)[1:]))
+    assert _likeness(second) == _likeness(third), "they differ in names alone"
+    assert len({_likeness(graph) for graph in (first, second, last)}) == 3
+    root = second.root
+    (call,) = (node for node in root.nodes if isinstance(node, Call))
+    (sent,) = root.outputs
+
+    def with_root(**changes):
+        own = second.blocks[call.block]
+        return replace(second, root=replace(root, **changes), blocks={call.block: own, "another": own})
+
+    others = [
+        with_root(nodes=[replace(node, block="another") if node is call else node for node in root.nodes]),
+        with_root(nodes=[replace(node, op=f"{node.op} else") if node is not call else node for node in root.nodes]),
+        with_root(tensors={**root.tensors, sent: replace(root.tensors[sent], requires_grad=False)}),
+        with_root(outputs=list(root.inputs)),
+    ]
+    assert len(root.nodes) > 1, "the second of them is another graph"
+    assert not {_likeness(other) for other in others} & {_likeness(second)}
