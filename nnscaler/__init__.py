@@ -8,7 +8,7 @@ from nnscaler.lazy import lazily
 if TYPE_CHECKING:
     from nnscaler.compiler import Source, compile_model
     from nnscaler.config import ComputeConfig, OptimizerConfig
-    from nnscaler.operators import register_op
+    from nnscaler.operators import register_op, verify_op
     from nnscaler.parallel import parallelize
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "compile_model",
     "parallelize",
     "register_op",
+    "verify_op",
 ]
 
 __getattr__ = lazily(
@@ -30,5 +31,6 @@ __getattr__ = lazily(
         "compile_model": "nnscaler.compiler",
         "parallelize": "nnscaler.parallel",
         "register_op": "nnscaler.operators",
+        "verify_op": "nnscaler.operators",
     },
 )

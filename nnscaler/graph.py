@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from nnscaler.constants import constant_text
 from nnscaler.folding import folded
 
 
@@ -204,17 +205,15 @@ def refs(value: Any) -> Iterator[str]:
 
 
 def format_argument(value: Any) -> str:
-    """A node's argument as Python source."""
-    if isinstance(value, (Ref, torch.dtype, torch.layout, torch.memory_format)):
+    """A node's argument as Python source. Raises UserError for one that cannot be written so."""
+    if isinstance(value, Ref):
         return str(value)
-    if isinstance(value, torch.device):
-        return repr(value.type)
     if isinstance(value, (list, tuple)):
         inner = ", ".join(format_argument(item) for item in value)
         return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return f'float("{value}")'
-    return repr(value)
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{format_argument(key)}: {format_argument(item)}' for key, item in value.items())}}}"
+    return constant_text(value)
 
 
 def format_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:

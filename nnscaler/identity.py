@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
 from nnscaler.config import ComputeConfig
+from nnscaler.operators.arguments import written_by_user
 from nnscaler.operators.registry import all_registered
 from nnscaler.source import Source, versions
 from nnscaler.trace import find_strategy, observed
@@ -71,7 +73,7 @@ def _sources(model: nn.Module) -> dict[str, str]:
     """Name of a module -> digest of its file, for all modules that define the model's classes or registered
     operators."""
     names = {kind.__module__ for part in model.modules() for kind in type(part).__mro__}
-    names.update(operator.function.__module__ for operator in all_registered() if operator.function is not None)
+    names.update(written_by_user(operator.function).__module__ for operator in all_registered() if operator.function)
     outside = {"builtins", "abc", "typing", "collections"}
     names = {name for name in names if name not in outside and name.split(".")[0] not in ("torch", "nnscaler")}
     found = {}
@@ -89,6 +91,11 @@ def _content(value: Any) -> str:
         return f"{[f'{key}: {_content(item)}' for key, item in value.items()]}"
     if isinstance(value, (list, tuple)):
         return f"{[_content(item) for item in value]}"
+    if isinstance(value, functools.partial):
+        return _content([value.func, value.args, value.keywords])
+    if isinstance(value, MethodType) and written_by_user(value) is not value:  # an apply
+        parts = {name: getattr(part, "__func__", part) for name, part in vars(written_by_user(value)).items()}
+        return _content({name: part for name, part in parts.items() if isinstance(part, FunctionType)})
     if isinstance(value, FunctionType):
         made_with = [cell.cell_contents for cell in value.__closure__ or ()]
         made_with += [value.__defaults__, value.__kwdefaults__]

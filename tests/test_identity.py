@@ -1,5 +1,6 @@
 """A compiled directory is used for nothing but what it was compiled for, and replaces nothing that no compile wrote."""
 
+import functools
 import importlib
 import os
 import sys
@@ -105,6 +106,35 @@ def test_another_operator_is_compiled_again(written, monkeypatch):
     assert any(text.startswith("operators.test_identity_op") for text in first)
     register_op("a^ b -> a^ b")(test_identity_op)
     assert written.differences() != first
+
+
+@pytest.mark.parametrize("kind", ["autograd", "partial", "compiled"])
+def test_an_operator_with_other_code_behind_it_is_compiled_again(written, monkeypatch, kind):
+    monkeypatch.setattr(registry, "_operators", dict(registry._operators))
+
+    def registered(factor: int) -> list[str]:
+        class TestIdentity(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x
+
+            @staticmethod
+            def backward(ctx, gradient):
+                return gradient * factor
+
+        function = {
+            "autograd": TestIdentity.apply,
+            "partial": functools.partial(lambda x, by: x * by, by=factor),
+            "compiled": torch.compile(lambda x: x * factor),
+        }[kind]
+        monkeypatch.delitem(registry._operators, "test_identity_op", raising=False)
+        register_op("a b -> a b", name="test_identity_op")(function)
+        return written.differences()
+
+    first = registered(2)
+    assert any(text.startswith("operators.test_identity_op") for text in first)
+    assert registered(2) == first
+    assert registered(3) != first
 
 
 def test_what_is_executed_to_be_traced_is_compiled_again(written):

@@ -6,7 +6,6 @@ import os
 import re
 import runpy
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,25 +16,10 @@ from nnscaler import ComputeConfig, OptimizerConfig, UserError, parallelize
 from nnscaler.parallel import ParallelizedModel
 from tests import tiny
 from tests.launch import run
+from tests.plainly import SETTINGS, update_plainly
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "training-loop.rst"
 TOLERANCE = 1e-6
-
-
-def update_plainly(net: nn.Module, config: OptimizerConfig) -> tuple[torch.optim.Optimizer, Callable[[], None]]:
-    """What PyTorch does, said plainly: AdamW with decay of matrices alone, and a step with the gradient cut."""
-    groups = [
-        {"params": [p for p in net.parameters() if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in net.parameters() if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
-
-    def update() -> None:
-        torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip_gnorm)
-        adamw.step()
-        adamw.zero_grad()
-
-    return adamw, update
 
 
 def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -82,7 +66,6 @@ def test_the_loop_of_the_document_is_that_of_plain_pytorch(tmp_path, world):
 
 
 WIDTH, WORDS, IGNORED = 32, 12, -100
-SETTINGS = OptimizerConfig(lr=0.02, eps=1e-6, clip_gnorm=0.7, weight_decay=0.3)
 
 
 class Block(nn.Module):

@@ -24,6 +24,7 @@ BARRED = {
 }
 WORDS = (
     "annotation",
+    "constants",
     "errors",
     "folding",
     "graph",

@@ -1,7 +1,9 @@
 """What the compiler knows about operators. Importing this package fills the table of them."""
 
 from nnscaler.operators import attention, convolution, copies, experts, index, loss, matmul, pointwise, reduce, view
-from nnscaler.operators.registry import Operator, arguments, bind, operator_of, register_op, registered, spell
+from nnscaler.operators.register import register_op
+from nnscaler.operators.registry import Operator, arguments, bind, operator_of, registered, spell
+from nnscaler.operators.verify import verify_op
 
 __all__ = [
     "Operator",
@@ -20,5 +22,6 @@ __all__ = [
     "register_op",
     "registered",
     "spell",
+    "verify_op",
     "view",
 ]

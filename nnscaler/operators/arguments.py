@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -63,3 +63,28 @@ def by_name(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str
             f"operator {op} is {overload(op)._schema}; called with {len(args)} arguments and {list(kwargs)}"
         )
     return {parameter.name: given.get(parameter.name, parameter.default) for parameter in known}
+
+
+def written_by_user(function: Callable[..., Any]) -> Any:
+    """What the user wrote of a registered function: of `apply` its class, of a compiled function what was compiled."""
+    owner = getattr(function, "__self__", None)
+    if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
+        return owner
+    return inspect.unwrap(function)
+
+
+@cache
+def signature_of(function: Callable[..., Any]) -> inspect.Signature:
+    """The parameters of a registered function; of an autograd function's `apply`, those that `forward` takes of it.
+
+    Raises UserError where Python cannot tell them.
+    """
+    written = written_by_user(function)
+    if not (isinstance(written, type) and issubclass(written, torch.autograd.Function)):
+        try:
+            return inspect.signature(written)
+        except ValueError:
+            raise UserError(f"the parameters of {written} are not known; wrap its call in a Python function") from None
+    signature = inspect.signature(written.forward)
+    takes_context = written.setup_context is torch.autograd.Function.setup_context
+    return signature.replace(parameters=list(signature.parameters.values())[takes_context:])

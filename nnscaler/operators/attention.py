@@ -13,7 +13,8 @@ from nnscaler.annotation import Shape
 from nnscaler.graph import Node, TensorMeta
 from nnscaler.kernels import Asked, attend
 from nnscaler.operators.annotating import write
-from nnscaler.operators.registry import Flops, arguments, family, register_op, save_both
+from nnscaler.operators.register import register_op
+from nnscaler.operators.registry import Flops, arguments, family, save_both
 
 Window = tuple[int | None, int | None]
 ALL: Window = (None, None)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nnscaler.operators.registry import register_op, save_nothing
+from nnscaler.operators.register import register_op
+from nnscaler.operators.registry import save_nothing
 
 
 @register_op("*^ -> *^", saves=save_nothing, among_copies="nnscaler.runtime.copies.average_among_copies")

@@ -7,23 +7,25 @@ from typing import Any
 
 from torch import Tensor
 
-from nnscaler.annotation import Shape
 from nnscaler.graph import Node, TensorMeta
 from nnscaler.kernels import gate_named, kept_bytes, mix, note_choice
-from nnscaler.operators.registry import arguments, register_op
+from nnscaler.operators.register import register_op
+from nnscaler.operators.registry import arguments
 
 
-def annotation(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
+def annotation(
+    hidden: Tensor, chosen: Tensor, scores: Tensor, up: Tensor, down: Tensor, up_bias: Tensor | None = None,
+    *, transposed: bool = False, **_: Any,
+) -> str:  # fmt: skip
     """The annotation: t tokens, k choices, n experts of inner size f, and c for the two halves of the first product.
 
     Where experts are split inside, each device gives a term of the sum. Tokens and experts may be split at the same
     time.
     """
-    given = arguments(node)
-    inner = "c^ f+" if len(inputs[3]) == 4 else "(f+ c^)"
-    up, down = (f"n^ d^ {inner}", "n^ f+ d^") if given["transposed"] else (f"n^ {inner} d^", "n^ d^ f+")
-    bias = "" if len(inputs) == 5 else f", n^ {inner}"
-    return f"t d^, t k^, t k^, {up}, {down}{bias} -> t d^ | t n"
+    inner = "c^ f+" if up.dim() == 4 else "(f+ c^)"
+    first, second = (f"n^ d^ {inner}", "n^ f+ d^") if transposed else (f"n^ {inner} d^", "n^ d^ f+")
+    bias = "" if up_bias is None else f", n^ {inner}"
+    return f"t d^, t k^, t k^, {first}, {second}{bias} -> t d^ | t n"
 
 
 def experts_flops(sizes: dict[str, int], node: Node) -> float:

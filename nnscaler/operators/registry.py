@@ -7,8 +7,6 @@ only the entry; they name no operator.
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -20,7 +18,7 @@ import torch
 from nnscaler.annotation import Annotation, Bound, Shape
 from nnscaler.errors import UserError
 from nnscaler.graph import Block, Node, Ref, TensorMeta, format_argument, map_refs, refs
-from nnscaler.operators.arguments import by_name, overload
+from nnscaler.operators.arguments import by_name, overload, signature_of
 from nnscaler.operators.spelling import METHOD, Text, WrittenCall, write
 
 Annotate = Callable[[Node, Sequence[Shape], Sequence[Shape]], str]  # (node, input shapes, output shapes) -> annotation
@@ -189,12 +187,9 @@ def arguments(node: Node) -> dict[str, Any]:
     function = operator_of(node).function
     if function is None:
         return by_name(node.op, node.args, node.kwargs)
-    bound = _signature(function).bind(*node.args, **node.kwargs)
+    bound = signature_of(function).bind(*node.args, **node.kwargs)
     bound.apply_defaults()
     return bound.arguments
-
-
-_signature = functools.cache(inspect.signature)
 
 
 def bind(node: Node, block: Block) -> Bound:
@@ -212,7 +207,8 @@ def bind(node: Node, block: Block) -> Bound:
     try:
         return Annotation.parse(operator.annotate(node, inputs, outputs)).bind(inputs, outputs)
     except UserError as error:
-        raise UserError(f"operator {node.op} at {node.source or 'an unknown line'}: {error}") from None
+        place = f" at {node.source}" if node.source else ""
+        raise UserError(f"operator {node.op}{place}: {error}") from None
 
 
 def _draws_random_numbers(node: Node) -> UserError:
@@ -246,110 +242,6 @@ def spell(
 LeafTracer = Callable[[Operator, tuple[Any, ...], dict[str, Any]], Any]
 leaf_tracer: ContextVar[LeafTracer | None] = ContextVar("leaf_tracer", default=None)
 """Set while a model is traced: takes a registered operator's call instead of the function itself."""
-
-
-def register_op(
-    annotation: str | Annotate,
-    *,
-    name: str | None = None,
-    flops: Flops | None = None,
-    unmasked: Flops | None = None,
-    backward: float | BackwardRatio | None = None,
-    saves: Saves = save_inputs,
-    keeps: Workspace = no_workspace,
-    workspace: Workspace = no_workspace,
-    along: Mapping[str, Callable[..., Any] | str] | None = None,
-    exchanges: Mapping[str, Exchange] | None = None,
-    among_copies: Callable[..., Any] | str | None = None,
-    examples: Examples | None = None,
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers a function of tensors as one operator that the compiler may split as its annotation says.
-
-    The decorated function becomes one node of the traced graph, whatever it does inside, and generated code calls it on
-    each device's shards. Its tensor arguments, in the order of its signature, are the annotation's inputs; other
-    arguments are constants and are not annotated. A tensor may be left out, or be None, where the function allows it:
-    what the annotation says of it is then left out too.
-
-        @register_op("b l d^, n^ d^, b l -> b l")
-        def chunk_linear_cross_entropy(hidden_states, weight, labels, padding_idx, chunk_size=1024): ...
-
-    annotation  see `nnscaler.annotation`; or a function (node, input shapes, output shapes) -> annotation text
-    name        the operator's name in graphs and plans; the function's own by default
-    flops       (local size of each annotated name, node) -> forward operations; 0 (memory-bound) by default
-    unmasked    the same if no mask hid anything, for figures that count so; `flops` by default
-    backward    backward operations as a multiple of forward's, or a function (node, inputs) of them; by default once
-                for each input that has a gradient
-    saves       which tensors backward keeps; the inputs by default
-    keeps       (local size of each annotated name, node, local inputs) -> bytes that backward keeps beside these; none
-                by default
-    workspace   (local size of each annotated name, node, local inputs) -> bytes that a call holds inside itself, beside
-                its tensors and their gradients; none by default
-    along       for names along which shards need to know of each other: the function to call instead, with the mesh
-                axis (`nnscaler.runtime.axes.Axis`) before the other arguments; or its name `module.function`
-    exchanges   for names in `along`: (local size of each annotated name, devices, local inputs) -> bytes of a device
-                that its function sends to others, and keeps where they arrive; as many come back. By default, what is
-                sharded of inputs and outputs is sent
-    among_copies  the function to call instead where several copies of the model train on different samples, with their
-                group (an `Axis`) before the other arguments; or its name `module.function`
-    examples    (node, local inputs) -> place of an input -> its values when a call is timed, where values decide how
-                long it takes; by default random numbers, and zeros for integers
-
-    Raises UserError where the annotation cannot be parsed or the name belongs to another function.
-    """
-    if isinstance(annotation, str):
-        Annotation.parse(annotation)
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        operator = Operator(
-            name=name or function.__name__,
-            annotate=_of_given_tensors(annotation) if isinstance(annotation, str) else annotation,
-            flops=flops or no_flops,
-            unmasked=unmasked,
-            backward=backward,
-            saves=saves,
-            keeps=keeps,
-            workspace=workspace,
-            function=function,
-            along=along or {},
-            exchanges=exchanges or {},
-            among_copies=among_copies,
-            examples=examples or no_examples,
-        )
-        known = _operators.get(operator.name)
-        if known is not None and (known.function is None or known.function.__qualname__ != function.__qualname__):
-            raise UserError(f"an operator named '{operator.name}' is already registered; choose another name=")
-        add(operator)
-        signature = inspect.signature(function)
-
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            tracer = leaf_tracer.get()
-            if tracer is None:
-                return function(*args, **kwargs)
-            bound = signature.bind(*args, **kwargs)
-            return tracer(operator, bound.args, bound.kwargs)
-
-        return call
-
-    return decorate
-
-
-def _of_given_tensors(annotation: str) -> Annotate:
-    """The annotation without the inputs that a call leaves out.
-
-    It describes the first parameters that are a tensor or None in the call, as many as it has inputs.
-    """
-    inputs, outputs = annotation.split("->")
-    described = [text.strip() for text in inputs.split(",")]
-
-    def annotate(node: Node, input_shapes: Sequence[Shape], output_shapes: Sequence[Shape]) -> str:
-        if len(input_shapes) >= len(described):
-            return annotation
-        able = [value for value in arguments(node).values() if value is None or isinstance(value, Ref)]
-        given = [text for text, value in zip(described, able) if value is not None]
-        return f"{', '.join(given)} ->{outputs}" if len(given) == len(input_shapes) else annotation
-
-    return annotate
 
 
 def registered(name: str) -> Operator:

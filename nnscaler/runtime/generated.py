@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
 
+from nnscaler.constants import imported
 from nnscaler.operators import registered
 from nnscaler.recompute.wrappers import recompute
 from nnscaler.runtime.pieces import in_pieces
 from nnscaler.runtime.regions import region
 
-__all__ = ["in_pieces", "operators", "recompute", "region", "scope"]
+__all__ = ["imported", "in_pieces", "operators", "recompute", "region", "scope"]
 
 
 def operators(*names: str) -> SimpleNamespace:
@@ -39,7 +39,7 @@ def _imported(function: Callable[..., Any] | str) -> Any:
     if not isinstance(function, str):
         return function
     module, _, name = function.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+    return imported(module, name)
 
 
 class scope:  # noqa: N801  reads as a function in generated code

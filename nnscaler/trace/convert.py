@@ -167,7 +167,10 @@ class Converter:
             return Call("call", "call", arguments, {}, (), block=target.block), len(node.meta["val"]) > 1
         args, kwargs = leaf.arguments.put(tensors)
         if not leaf.result.is_flat:
-            raise UserError(f"registered operator '{leaf.operator.name}' must return a tensor or a tuple of tensors")
+            raise UserError(
+                f"registered operator '{leaf.operator.name}' at {_source(node)} returns {leaf.result.described}; "
+                "it must return a tensor, or a tuple or list of tensors"
+            )
         name = _identifier(leaf.operator.name)
         return Node(name, leaf.operator.name, tuple(args), kwargs, ()), not leaf.result.is_tensor
 

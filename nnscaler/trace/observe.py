@@ -128,7 +128,11 @@ class Observation:
         """Records the call of a registered operator, but not what it does inside."""
         with operators_call(None), torch._C.DisableTorchFunction():
             arguments, tensors = Structure.take((args, kwargs))
-            key = call_key(operator.name, arguments, tensors)
+            try:
+                key = call_key(operator.name, arguments, tensors)
+            except UserError as error:
+                line = self.recorder.line()
+                raise UserError(f"registered operator '{operator.name}' at {line}: {error}") from None
             self.recorder.write(f"{operator.name} {self.recorder.line()} {torch.is_grad_enabled()}", (args, kwargs))
             value = self.compute(operator, key, args, kwargs)
             if key not in self.results:
@@ -147,7 +151,8 @@ class Observation:
         if key not in self.results:
             arguments, tensors = Structure.take((args, kwargs))
             try:
-                with _disable_current_modes():
+                # A compiled function runs as it is written.
+                with _disable_current_modes(), torch.compiler.set_stance("force_eager"):
                     on_meta = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors]
                     args, kwargs = arguments.put(on_meta)
                     value = operator.function(*args, **kwargs)

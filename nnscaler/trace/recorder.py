@@ -24,6 +24,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from nnscaler.constants import constant_text
 from nnscaler.errors import UserError
 from nnscaler.trace.digest import digest
 from nnscaler.trace.own_code import is_own_code, line_of
@@ -295,7 +296,10 @@ def _constant(value: Any) -> str:
         return repr(value)
     if isinstance(value, Enum):
         return f"{type(value).__qualname__}.{value.name}"
-    return f"{type(value).__qualname__} {id(value)}"
+    try:
+        return constant_text(value)  # the same in each process
+    except UserError:
+        return f"{type(value).__qualname__} {id(value)}"
 
 
 def _outline(value: Any) -> str:

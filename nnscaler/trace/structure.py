@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from nnscaler.constants import constant_text
 from nnscaler.operators.registry import LeafTracer, leaf_tracer
 
 
@@ -57,7 +58,14 @@ class Structure:
     def is_flat(self) -> bool:
         """Whether the value is a tensor, or a list or tuple of tensors only."""
         nest = [self.spec] if self.is_tensor else self.spec.children()
-        return all(item is _TENSOR for item in self.constants) and all(child.is_leaf() for child in nest)
+        of_kind = self.is_tensor or issubclass(self.spec.type, (list, tuple))
+        return of_kind and all(item is _TENSOR for item in self.constants) and all(child.is_leaf() for child in nest)
+
+    @property
+    def described(self) -> str:
+        """The value in words: its type, and what is in it."""
+        kinds = ["Tensor" if item is _TENSOR else type(item).__name__ for item in self.constants]
+        return kinds[0] if self.is_tensor else f"a {self.spec.type.__name__} of {', '.join(kinds)}"
 
     def put(self, tensors: Sequence[Any]) -> Any:
         """Builds the nested value again, with these tensors in it."""
@@ -86,10 +94,14 @@ def empty(tensor: Tensor) -> EmptyTensor:
     return EmptyTensor(tensor.shape, tensor.dtype, torch.device("cpu"))
 
 
-def call_key(key: Any, arguments: Structure, tensors: Sequence[Tensor]) -> Any:
-    """Equal for calls with equal `key`, equal constants, and equal shapes and types of tensors."""
+def call_key(operator: str, arguments: Structure, tensors: Sequence[Tensor]) -> Any:
+    """Equal for calls of the same operator with equal constants, and equal shapes and types of tensors.
+
+    Raises UserError for a constant that generated code could not have.
+    """
     types = tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors)
-    return key, str(arguments.spec), repr(arguments.constants), types
+    constants = ["" if item is _TENSOR else constant_text(item) for item in arguments.constants]
+    return operator, str(arguments.spec), tuple(constants), types
 
 
 @contextmanager

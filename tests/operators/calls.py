@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnscaler.graph import Block, Node, Ref, TensorMeta, map_refs
-from nnscaler.operators import operator_of, spell
+from nnscaler.operators import operator_of, spell, verify
 from nnscaler.operators.arguments import by_name, overload, parameters
+from nnscaler.operators.verify import meta_of
 
 
 def fixed(tensor: Tensor) -> Tensor:
@@ -27,27 +28,11 @@ def is_fixed(tensor: Tensor) -> bool:
 def node_of(op: str, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Node, Block, list[Tensor]]:
     """The call as a node of a block, with its results' types, and its tensor arguments in order: leaves that need a
     gradient where they can have one."""
-    block, tensors = Block("test", "Test"), []
-
-    def take(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            name = f"t{len(tensors)}"
-            tensors.append(value.detach().clone().requires_grad_(value.is_floating_point() and not is_fixed(value)))
-            block.tensors[name] = meta_of(tensors[-1])
-            return Ref(name)
-        if isinstance(value, dict):
-            return {key: take(item) for key, item in value.items()}
-        return type(value)(take(item) for item in value) if isinstance(value, (list, tuple)) else value
-
-    node = Node("out", op, take(tuple(args)), take(kwargs), ())
+    node, tensors = verify.node_of(op, args, kwargs, lambda one: verify.can_have_gradient(one) and not is_fixed(one))
     results = run(node, tensors)
     node.outputs = tuple(f"out{i}" for i in range(len(results)))
-    block.tensors.update({name: meta_of(result) for name, result in zip(node.outputs, results)})
-    return node, block, tensors
-
-
-def meta_of(tensor: Tensor) -> TensorMeta:
-    return TensorMeta(tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
+    named = [*zip(node.inputs, tensors), *zip(node.outputs, results)]
+    return node, Block("test", "Test", {name: meta_of(tensor) for name, tensor in named}), tensors
 
 
 def run(node: Node, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -71,15 +56,6 @@ def run_text(
 
 def _as_list(results: Any) -> list[Tensor]:
     return list(results) if isinstance(results, (list, tuple)) else [results]
-
-
-def gradients(results: Sequence[Tensor], tensors: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor | None]:
-    """Those of the tensors that need one, for `given` gradients of the results that have one."""
-    wanted = [tensor for tensor in tensors if tensor.requires_grad]
-    ends = [(result, gradient) for result, gradient in zip(results, given) if result.requires_grad]
-    if not wanted or not ends:
-        return []
-    return list(torch.autograd.grad([r for r, _ in ends], wanted, [g for _, g in ends], allow_unused=True))
 
 
 def forms(op: str, args: tuple, kwargs: dict[str, Any]) -> Iterator[tuple[tuple, dict[str, Any]]]:

@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from nnscaler.graph import Block, Node
 from nnscaler.operators import arguments, bind, operator_of
 from nnscaler.operators.registry import no_flops
+from nnscaler.operators.verify import gradients, meta_of
 from nnscaler.units import saved_by
-from tests.operators.calls import gradients, meta_of, node_of, run_text
+from tests.operators.calls import node_of, run_text
 from tests.operators.samples import known, samples
 
 SIZES = (8, 6, 10, 12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -11,65 +12,32 @@ from torch import Tensor
 from nnscaler.annotation import Split
 from nnscaler.graph import TensorMeta
 from nnscaler.operators import bind, operator_of
-from nnscaler.placement import PARTIAL, Placement, Replicate, Shard, local_shape
-from tests.operators.calls import gradients, node_of, run, run_text
+from nnscaler.operators.verify import Example
+from nnscaler.placement import Placement, local_shape
+from tests.operators.calls import node_of, run, run_text
 from tests.operators.samples import known, samples
 
 # Sizes of the samples' dimensions, all even, and how many devices divide them.
 SETTINGS = [((4, 2, 6, 4), 2), ((2, 6, 4, 6), 2), ((6, 4, 2, 6), 3)]
 
 
-def _shards(whole: Tensor, placement: Placement, devices: int) -> list[Tensor]:
-    return list(whole.chunk(devices, placement.dim)) if isinstance(placement, Shard) else [whole] * devices
-
-
-def _together(parts: list[Tensor], placement: Placement) -> Tensor:
-    if isinstance(placement, Shard):
-        return torch.cat(parts, placement.dim)
-    if placement == PARTIAL or placement == Replicate(partial_grad=True):
-        return torch.stack(parts).sum(0)
-    for part in parts[1:]:
-        torch.testing.assert_close(part, parts[0], equal_nan=True)
-    return parts[0]
-
-
 def check(op: str, args: tuple, kwargs: dict, devices: int) -> int:
     """Compares every split with the whole run; returns how many there were."""
     node, block, tensors = node_of(op, args, kwargs)
-    wholes = run(node, tensors)
-    incoming = [torch.randn_like(whole) if whole.requires_grad else whole for whole in wholes]
-    wanted = gradients(wholes, tensors, incoming)
+
+    def compute(split: Split, devices: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+        metas = [_local(block.tensors[name], place, devices) for name, place in zip(node.outputs, split.outputs)]
+        return run_text(node, inputs, metas, {split.name: devices} if split.name else None)
+
+    example = Example(node, tensors, run(node, tensors), compute)
     # Along some names a function of its own is called, with the other devices (see test_collectives).
-    ways = [way for way in bind(node, block).splits(devices) if way.name not in operator_of(node).along]
-
-    def message(way: Split):
-        call = f"{op}({node.args}, {node.kwargs}) split along {way.name} ({way.inputs} -> {way.outputs})"
-        return lambda why: f"{call}: {why}"
-
+    ways = [way for way in example.bound.splits(devices) if way.name not in operator_of(node).along]
     for way in ways:
-        shards = [_shards(tensor.detach(), place, devices) for tensor, place in zip(tensors, way.inputs)]
-        metas = [_local(block.tensors[name], place, devices) for name, place in zip(node.outputs, way.outputs)]
-        given = [_shards(gradient, place, devices) for gradient, place in zip(incoming, way.outputs)]
-        outputs, found = [], []
-        for device in range(devices):
-            local = [part[device].clone().requires_grad_(t.requires_grad) for part, t in zip(shards, tensors)]
-            results = run_text(node, local, metas, {way.name: devices} if way.name else None)
-            assert [tuple(result.shape) for result in results] == [meta.shape for meta in metas]
-            outputs.append([result.detach() for result in results])
-            found.append(gradients(results, local, [parts[device] for parts in given]))
-
-        def same(parts: list[Tensor], place: Placement, whole: Tensor, way=way) -> None:
-            torch.testing.assert_close(
-                _together(parts, place), whole.detach(), rtol=1e-6, atol=1e-6, equal_nan=True, msg=message(way)
-            )
-
-        for whole, place, parts in zip(wholes, way.outputs, zip(*outputs)):
-            same(list(parts), place, whole)
-        places = [place for place, tensor in zip(way.inputs, tensors) if tensor.requires_grad]
-        for whole, place, parts in zip(wanted, places, zip(*found)):
-            assert all((part is None) == (whole is None) for part in parts)
-            if whole is not None:
-                same(list(parts), place, whole)
+        wrong = [
+            f"{op}({node.args}, {node.kwargs}) split along {way.name} ({way.inputs} -> {way.outputs}): {one}"
+            for one in example.wrong(way, devices)
+        ]
+        assert not wrong, wrong
     return len(ways) - 1
 
 

@@ -8,7 +8,8 @@ import torch
 from nnscaler import UserError
 from nnscaler.graph import Block, Node, Ref, TensorMeta
 from nnscaler.operators import bind, spell
-from tests.operators.calls import forms, gradients, in_types, node_of, run, run_text
+from nnscaler.operators.verify import gradients
+from tests.operators.calls import forms, in_types, node_of, run, run_text
 from tests.operators.samples import known, samples
 
 SIZES = (4, 2, 6, 4)
