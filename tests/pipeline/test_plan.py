@@ -126,4 +126,4 @@ def test_a_plan_is_taken_for_another_stage_only_where_that_does_the_same():
         with_root(outputs=list(root.inputs)),
     ]
     assert len(root.nodes) > 1, "the second of them is another graph"
-    assert not {_likeness(other) for other in others} & {_likeness(second)}
+    assert _likeness(with_root()) not in {_likeness(other) for other in others}
