@@ -117,7 +117,9 @@ def test_a_plan_is_taken_for_another_stage_only_where_that_does_the_same():
 
     def with_root(**changes):
         own = second.blocks[call.block]
-        return replace(second, root=replace(root, **changes), blocks={call.block: own, "another": own})
+        return replace(
+            second, root=replace(root, **changes), blocks={call.block: own, "another": replace(own, name="another")}
+        )
 
     others = [
         with_root(nodes=[replace(node, block="another") if node is call else node for node in root.nodes]),
