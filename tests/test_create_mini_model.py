@@ -81,7 +81,9 @@ def test_the_model_loads_in_bfloat16_and_runs(command: Any, capsys: pytest.Captu
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.config.num_hidden_layers == 4
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert f"parameters  {model.num_parameters():,}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"parameters  {model.num_parameters():,}" in printed
+    assert f"size        {sum(file.stat().st_size for file in out.iterdir()) / 1e6:,.1f} MB" in printed
     with safe_open(out / "model.safetensors", "pt") as stored:
         assert stored.get_slice("model.embed_tokens.weight").get_dtype() == "BF16"
     logits = model(torch.arange(10)[None]).logits

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -155,7 +156,8 @@ def test_dataset_and_provenance(
     ]  # fmt: skip
     printed = capsys.readouterr().out
     assert "documents  3; skipped because they are empty: 2" in printed
-    assert f"sequences  {tokens // 6}" in printed
+    assert re.search(rf"tokens     {tokens:,} with bos and eos, [\d,]+ tokens/s", printed)
+    assert f"sequences  {tokens // 6} of 6 tokens" in printed
     assert f"continued  {len(continued)} sequences beginning within a document" in printed
     assert f"tail       {tokens % 6} tokens" in printed
     assert "tokens/s" in printed
