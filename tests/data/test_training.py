@@ -124,7 +124,7 @@ def test_ids_of_a_dataset_are_read_once(tmp_path, monkeypatch):
     monkeypatch.setattr(packed, "SCANNED", 8)  # two rows
     dataset = saved(tmp_path, input_ids=[[3, 4, 5, 6]] * 5 + [[3, 99, -7, 4]] + [[3, 4, 5, 6]] * 4)
     assert dataset.token_ids() == (-7, 99)
-    assert (dataset.first_row_outside(100), dataset.first_row_outside(50)) == (5, 5)
+    assert [dataset.first_row_outside(vocabulary) for vocabulary in (100, 50, 3)] == [5, 5, 0]
     monkeypatch.setattr(PackedDataset, "_scan", None)
     assert PackedDataset.open(tmp_path).token_ids() == (-7, 99)
     state = json.loads((tmp_path / "state.json").read_text())
