@@ -62,7 +62,7 @@ def late_and_poisoned(request, monkeypatch):
         for tensor in here:
             tensor.fill_(float("nan"))  # which the next to take this memory may do at once
 
-    monkeypatch.setattr(host_memory, "SMALL", 0)
+    monkeypatch.setattr(host_memory, "SMALL", 1)  # checkpoint keeps a tensor without elements
     monkeypatch.setattr(HostPool, "write", late_write)
     monkeypatch.setattr(HostPool, "read", late_read)
     monkeypatch.setattr(HostPool, "give_back", poisoned_buffer)

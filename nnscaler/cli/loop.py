@@ -231,7 +231,8 @@ class TrainingRun:
             self.saver.finish()
         if self.rank == 0:
             reason = "stopped by SIGTERM at" if self.step < self.steps else "trained to"
-            logger.info("%s step %d; checkpoints in %s", reason, self.step, self.folder)
+            saved = "no checkpoints" if args.checkpoint.interval is None else f"checkpoints in {self.folder}"
+            logger.info("%s step %d; %s", reason, self.step, saved)
             logger.info(self.length.describe(self.consumed))
             for name, seen in self._seen().items():
                 logger.info("%s: %s seen", name, counted(seen, "sample"))

@@ -57,7 +57,7 @@ def _mixture(module: Any, hidden: Tensor, chosen: Tensor, scores: Tensor) -> Ten
 
     Raises UserError for what experts do that the operator does not.
     """
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):  # which transformers 5.17 does not know yet
         raise UserError(f"{type(module).__name__} normalises what each expert gives, which is not supported")
     up, bias = ("gate_up_proj", "gate_up_proj_bias") if module.has_gate else ("up_proj", "up_proj_bias")
     gate, constants = _gate(module)

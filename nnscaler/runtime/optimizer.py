@@ -125,20 +125,24 @@ class ShardedOptimizer:
         torch._foreach_mul_(gradients, scale)
         found_infinite = (~finite).float()
         with self._beside():
-            coming = deque(self._staged[index] for index in self._order if index in self._staged)
-            for _ in range(min(STATES_AHEAD, len(coming))):
-                coming.popleft().fetch()
-            for index in self._order:
-                staged = self._staged.get(index)
-                if staged is not None:
-                    staged.wait_for_fetch()
-                    if coming:
-                        coming.popleft().fetch()
+            for index in self._with_state_here():
                 self._states[index].update(gradients[index], lr, found_infinite)
-                if staged is not None:
-                    staged.send_back()
+                if index in self._staged:
+                    self._staged[index].send_back()
                 self._states[index].publish()
         return norm
+
+    def _with_state_here(self) -> Iterator[int]:
+        """The buckets, in the order of their update. The state of each is on the device when its turn has come."""
+        coming = deque(self._staged[index] for index in self._order if index in self._staged)
+        for _ in range(min(STATES_AHEAD, len(coming))):
+            coming.popleft().fetch()
+        for index in self._order:
+            if index in self._staged:
+                self._staged[index].wait_for_fetch()
+                if coming:
+                    coming.popleft().fetch()
+            yield index
 
     @torch.no_grad()
     def publish_masters(self) -> None:
@@ -162,8 +166,8 @@ class ShardedOptimizer:
     def is_finite(self) -> bool:
         """Whether all master weights and moments that this rank owns are finite. Waits for the device."""
         self.settle()
-        tensors = [*self.masters, *(tensor for state in self.state for tensor in state.values())]
-        return bool(torch.stack([tensor.isfinite().all().to(self.device) for tensor in tensors]).all())
+        found = [t.isfinite().all() for index in self._with_state_here() for t in self._states[index].here.values()]
+        return bool(torch.stack(found).all())
 
     def finish(self) -> None:
         """Waits until the last update, and the sending of its results, is done."""
@@ -186,6 +190,7 @@ class _State:
     """The master weights and moments of one bucket, and what updates them.
 
     staged  brings them from the host and back; None: they lie on the device
+    here    master weights and moments where they are updated, on the device
     """
 
     def __init__(self, bucket: Bucket, config: OptimizerConfig, staged: StagedTensors | None) -> None:
@@ -195,17 +200,17 @@ class _State:
         if staged is None:
             self.master = bucket.owned if is_master else bucket.owned.to(torch.float32)
             self.moments = {name: torch.zeros_like(self.master) for name in names}
-            here = {"master": self.master, **self.moments}
+            self.here = {"master": self.master, **self.moments}
         else:
             there = dict(zip([*names, "master"], staged.there))
-            here = dict(zip([*names, "master"], staged.here))
+            self.here = dict(zip([*names, "master"], staged.here))
             if is_master:
-                there["master"] = here["master"] = bucket.owned
+                there["master"] = self.here["master"] = bucket.owned
             else:
                 there["master"].copy_(bucket.owned)
             self.master = there["master"]
             self.moments = {name: there[name] for name in names}
-        self._master = here["master"]  # where they are updated
+        self._master = self.here["master"]
         decays_by = zip(_decay_ranges(bucket), (config.weight_decay, 0.0))
         ranges = [(part, decay) for part, decay in decays_by if part.stop > part.start]
         self._ranges = [part for part, _ in ranges]
@@ -213,7 +218,7 @@ class _State:
         self._adam = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
         for parameter, part in zip(self._parameters(), self._ranges, strict=True):
             self._adam.state[parameter] = {"step": torch.zeros((), device=parameter.device)}
-            self._adam.state[parameter].update({name: here[name][part] for name in names})
+            self._adam.state[parameter].update({name: self.here[name][part] for name in names})
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self._adam.param_groups for parameter in group["params"]]

@@ -151,6 +151,22 @@ def test_state_on_the_host_gives_the_same_to_the_last_bit(dtype):
             assert torch.equal(ours[name], theirs[name])
 
 
+@pytest.mark.parametrize("name", ["master", "exp_avg", "exp_avg_sq"])
+def test_a_number_on_the_host_that_is_not_finite_is_found(name):
+    """In a bucket whose state comes to the device after that of others, and the state is as it was then."""
+    optimizer, _ = optimizer_of(CONFIG, torch.bfloat16, range(1, 100))
+    give(optimizer, {name: torch.ones(shape) for name, shape in SHAPES.items()})
+    optimizer.step(LABELS, 0.1)
+    before = everything(optimizer)
+    assert optimizer.is_finite()
+    assert all(torch.equal(*pair) for pair in zip(before, everything(optimizer), strict=True))
+    last = optimizer._order[-1]
+    assert last in optimizer._staged
+    tensor = optimizer.masters[last] if name == "master" else optimizer.state[last][name]
+    tensor[-1] = float("nan")
+    assert not optimizer.is_finite()
+
+
 def test_the_state_of_the_buckets_that_forward_needs_last_goes_to_the_host():
     optimizer, _ = optimizer_of(CONFIG, torch.bfloat16)
     by_use = sorted(range(len(optimizer.buckets)), key=lambda index: optimizer.buckets[index].first)
