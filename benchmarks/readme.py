@@ -49,11 +49,11 @@ def whole(one: dict[str, Any]) -> bool:
 
 
 def peer(one: dict[str, Any]) -> float | None:
-    """Tokens a second and GPU of torchtitan at the same work."""
-    found = {
-        row["sequence_length"]: float(row["tokens_per_second_per_gpu"]) for row in read("peers.json")["torchtitan"]
-    }
-    return found.get(one["sequence_length"]) if whole(one) and "device_memory_gib" not in one else None
+    """Tokens a second and GPU of torchtitan at the same work on the same devices."""
+    peers = read("peers.json")
+    found = {row["sequence_length"]: float(row["tokens_per_second_per_gpu"]) for row in peers["torchtitan"]}
+    same = whole(one) and one["device"] == peers["device"] and "device_memory_gib" not in one
+    return found.get(one["sequence_length"]) if same else None
 
 
 def headline() -> str:
@@ -168,6 +168,8 @@ def performance() -> str:
             "(``benchmarks/predictions.py``). They were not measured:",
             predictions(),
             pipelines(),
+            title("Attention"),
+            attentions(),
             title("The chunked loss"),
             "The loss of 16,384 tokens with hidden size 4096 and 128,256 words, forward and backward on\n"
             f"{read('loss.json')['device']} (``benchmarks/loss.py``). The error is that of the weight's gradient\n"
@@ -178,6 +180,21 @@ def performance() -> str:
             ".. image:: results/numerics.png\n   :alt: loss by step of plain PyTorch and of four plans",
         ]
     )
+
+
+def attentions() -> str:
+    """How fast options of attention are beside plain causal attention."""
+    result = read("attention.json")
+    text = (
+        f"Attention of {result['length']:,} tokens as models and data ask for it, forward and backward on "
+        f"{result['device']} (``benchmarks/attention.py``). The rate counts the pairs of tokens that see each other; "
+        "the last column divides it by that of plain causal attention with the same heads, timed just before."
+    )
+    rows = [
+        [row["case"], row["kernel"], f"{row['milliseconds']:.1f}", f"{row['tflops']:.0f}", f"{row['of_causal']:.0%}"]
+        for row in result["cases"]
+    ]
+    return textwrap.fill(text, 120) + "\n\n" + rst_table(["case", "kernel", "ms", "TFLOP/s", "of causal's"], rows)
 
 
 def title(text: str) -> str:
