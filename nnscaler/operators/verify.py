@@ -157,9 +157,8 @@ def _results(what: str, function: Callable[..., Any], node: Node, tensors: Seque
     value = function(*args, **kwargs)
     results = list(value) if isinstance(value, (list, tuple)) else [value]
     if not all(isinstance(one, Tensor) for one in results):
-        kind = (
-            type(value).__name__ if results == [value] else f"a {type(value).__name__} with something else than tensors"
-        )
+        kind, within = type(value).__name__, isinstance(value, (list, tuple))
+        kind = f"a {kind} with something else than tensors" if within else f"a {kind}"
         raise UserError(f"{what} returns {kind}; it must return a tensor, or a tuple or list of tensors")
     return results
 
