@@ -144,3 +144,35 @@ def test_calls_that_keep_least_come_first(tmp_path):
     levels = re.findall(r'axes, "([^"]*)"', "\n".join(calls))
     assert levels == [str(level) for level in (RECOMPUTES_ALL, KEEPS_PRODUCTS, KEEPS_ALL)]
     assert re.findall(r"in range\((.*)\)", "\n".join(lines)) == ["3", "4, 6"], "the fourth layer is called by itself"
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Inner()
+
+    def forward(self, x):
+        y = self.inner(x)
+        return (y * y.sigmoid()).sum()
+
+
+def test_a_region_gives_what_is_used_after_it_and_nothing_else(tmp_path):
+    """Two products and what lies between them are one region, which is computed again: only its result leaves it."""
+    inputs = {"x": X}
+    model, buffers = Source(Outer, inputs, torch.float32).build()
+    hardware = load_hardware(tiny.write_hardware(tmp_path))
+    plan = find_plan(trace(model, inputs, buffers), [Mesh((1,))], hardware, recompute_modules=("Inner",))
+    functions = [node for node in ast.walk(ast.parse(generate(plan))) if isinstance(node, ast.FunctionDef)]
+    (region,) = (one for one in functions if "tanh" in ast.unparse(one) and "@region" in ast.unparse(one))
+    (given,) = (node for node in ast.walk(region) if isinstance(node, ast.Return))
+    assert isinstance(given.value, ast.Name)
+    assert ast.unparse(region).count("linear") == 2

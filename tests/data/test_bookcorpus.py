@@ -230,6 +230,7 @@ def test_first_bytes_say_the_encoding(name: str, encoding: str, tmp_path: Path, 
         ("a.csv", 'id;text\n1;"{}"\n2;"{}"\n'),
         ("a.csv", "id\ttext\n1\t{}\n2\t{}\n"),
         ("a.tsv", "id\ttext\n1\t{}\n2\t{}\n"),
+        ("a.tsv.gz", "id, or number\ttext\n1\t{}\n2\t{}\n"),
         ("a.csv", 'id,text\n1,"{}"\n2,"{}"\n'),
         ("a.csv", 'text\n"{}"\n"{}"\n'),
         ("a.jsonl", '{{"data": {{"text": "{}"}}}}\n{{"data": {{"text": "{}"}}}}\n'),
@@ -237,7 +238,8 @@ def test_first_bytes_say_the_encoding(name: str, encoding: str, tmp_path: Path, 
 )
 def test_fields_of_rows(name: str, content: str, tmp_path: Path, command: Any, reference: Any) -> None:
     texts = ["hello; one, two and three", "a | b; c, d"]
-    (tmp_path / name).write_text(content.format(*texts))
+    data = content.format(*texts).encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     flags = {"text_column": "data.text"} if name == "a.jsonl" else {}
     expected = reference(texts)
     assert ids(command(tmp_path / name, **flags)) == expected[: len(expected) // 8 * 8]

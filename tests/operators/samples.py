@@ -279,6 +279,7 @@ def samples(a: int, b: int, c: int, d: int) -> dict[str, list[tuple]]:
         ],
         "index_put.default": [
             (x, [None, index(b, d)], real(a, d, c), True), (x, [index(a, d)], real(b, c), True),
+            (x, [None, index(b, d)], real(a, d, 1), True), (x, [index(a, d)], real(1, c), True),
             (x, [torch.arange(2), torch.arange(2)], real(2, c)), (x, [None, None, torch.arange(2)], real(2)),
             (x, [torch.arange(2), None, torch.arange(2)], real(2, b), False), (x, [torch.arange(a)], real()),
             (real(a, b, c, d), [None, torch.arange(2), None, torch.arange(2)], real(2, a, c)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -14,7 +15,7 @@ from nnscaler.hardware import load_hardware
 from nnscaler.mesh import Mesh
 from nnscaler.pipeline.cut import pivots
 from nnscaler.pipeline.plan import PipelinePlan, forward_seconds, update_seconds
-from nnscaler.pipeline.search import Wanted, balanced, candidates, estimated, even, find_pipeline
+from nnscaler.pipeline.search import Wanted, balanced, candidates, estimated, even, find_pipeline, quiet
 from nnscaler.pipeline.stages import Candidate, StagePlanner
 from nnscaler.placement import REPLICATE
 from nnscaler.plan import Key, Plan
@@ -217,3 +218,19 @@ def test_candidates():
         candidates(Wanted(stages=16), 4, 8, 8)
     with pytest.raises(UserError, match=r"pipeline_nstages is 4, .* allow 2 stages with 1f1b"):
         candidates(Wanted(schedule="1f1b", stages=4), 2, 8, 8)
+
+
+def test_what_is_tried_is_quiet_and_the_rest_as_before():
+    """A level that was not set is not set afterwards, so that it goes on to follow that of the whole package."""
+    package, room, other = (logging.getLogger(name) for name in ("nnscaler", "nnscaler.planner", "nnscaler.report"))
+    before = package.level
+    try:
+        for level in (logging.INFO, logging.DEBUG):
+            package.setLevel(level)
+            with quiet("planner"):
+                assert not room.isEnabledFor(logging.INFO)
+                assert room.isEnabledFor(logging.WARNING)
+                assert other.isEnabledFor(level)
+            assert room.isEnabledFor(level)
+    finally:
+        package.setLevel(before)

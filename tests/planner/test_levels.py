@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nnscaler.compiler import Source
 from nnscaler.recompute import KEEPS_ALL, KEEPS_PRODUCTS, ON_DEVICE, RECOMPUTES_ALL, RECOMPUTES_ALL_BUT_ATTENTION
+from nnscaler.recompute.keeping import keep_all, part_again
 from nnscaler.trace import trace
 from nnscaler.units import divide
 
@@ -57,6 +58,27 @@ def test_a_level_keeps_what_it_says(level):
     function = model.forward if wrapper is None else functools.partial(wrapper, model.forward)
     compiled = torch.compile(function, backend="aot_eager_decomp_partition", dynamic=False, fullgraph=True)
     assert kept(compiled, torch.randn(8, 16, requires_grad=True)) == said
+
+
+def test_what_is_computed_again_is_not_kept_but_its_inputs_are():
+    """Of x = sigmoid(x), products of it, silu(gate) * up, a product and its tanh: the last cluster alone, and the first
+    with the products after it."""
+    inputs = {"x": torch.empty((8, 16), device="meta", requires_grad=True)}
+    model, buffers = Source(Gated, inputs, torch.float32).build()
+    block = trace(model, inputs, buffers).root
+    units = divide(block)
+    base = keep_all(units, block)
+    last = len(units) - 1
+    (result,) = units[last].outputs
+    assert result in base.as_made, "backward of tanh reads its result"
+    found = part_again([last], units, base)
+    assert found.as_made == (base.as_made - {result}) | set(units[last].inputs)
+    assert found.as_used == {use for use in base.as_used if use[0] != last}
+    assert found.recomputed == {last}
+    whole = part_again(range(len(units)), units, base)
+    outside = {name for unit in units for name in unit.inputs} - {name for unit in units for name in unit.outputs}
+    assert whole.as_made == outside >= set(block.inputs)
+    assert whole.as_used == set()
 
 
 def test_levels_keep_less_and_less():

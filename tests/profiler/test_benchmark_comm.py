@@ -6,11 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from nnscaler.hardware.communication import COLLECTIVES, CommunicationTimes, CopyRates, Group
+from nnscaler.profiler import collectives
 from nnscaler.profiler.collectives import find_world, groups, table
+from tests.launch import run
 
 MODULE = "nnscaler.profiler.benchmark_comm"
 
@@ -50,6 +54,20 @@ def test_the_table_ends_with_copies():
     times = CommunicationTimes(curves, "", CopyRates(5.5e10, 5.2e10, 4.4e10))
     last = table(times).splitlines()[-1]
     assert last == "copies to the host 55.0 GB/s, back 52.0 GB/s, at once 44.0 GB/s each way"
+
+
+def keep_of_a_node(folder: Path) -> None:
+    os.environ |= {"NNSCALER_CACHE": str(folder / f"node{os.environ['RANK']}"), "LOCAL_WORLD_SIZE": "1"}
+    times = CommunicationTimes({(name, Group(2, 1)): ((1024, 1e-6),) for name in COLLECTIVES}, "a test")
+    with patch.object(collectives, "measure", lambda world: times):
+        collectives.measure_and_keep("gloo")
+
+
+def test_every_node_keeps_the_times(tmp_path):
+    """Two nodes, of one process each, whose folders are their own."""
+    run(2, keep_of_a_node, tmp_path, init=False)
+    first, second = (tmp_path / f"node{rank}" / "communication" / "cpu.json" for rank in range(2))
+    assert first.read_text() == second.read_text() != ""
 
 
 def test_groups_of_a_node():
