@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nnscaler.cli.config import (
+    AdapterConfig,
     CheckpointConfig,
     DatasetConfig,
     EvaluationConfig,
@@ -96,6 +97,7 @@ class Inputs:
 
 GROUPS: dict[str, type] = {
     "what to train": Inputs,
+    "adapters": AdapterConfig,
     "sequences": DatasetConfig,
     "the run": TrainerArgs,
     "cluster and plan": ComputeConfig,
@@ -116,6 +118,7 @@ def read_flags() -> tuple[Flags, Inputs, TrainerArgs]:
     """
     flags = parse(__doc__ or "", GROUPS, DEFAULTS)
     inputs = flags.make(Inputs)
+    flags.make(AdapterConfig)
     processes = int(os.environ.get("WORLD_SIZE", flags["plan_ngpus"]))
     args = flags.make(
         TrainerArgs,
@@ -152,6 +155,7 @@ def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
     from nnscaler.data.mixture import open_sources
     from nnscaler.data.training import PackedDataset
     from nnscaler.models import load_config, marks_of
+    from nnscaler.models.adapters import PREFIX
     from nnscaler.models.causal_lm import (
         WEIGHT_PREFIX,
         CausalLM,
@@ -172,16 +176,19 @@ def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
         positions = max(positions, validation.document_lengths.positions)
     prepare_config(config, positions, inputs.attn_implementation, dataset.document_mask)
     loss = in_chunks if inputs.enable_chunk_loss else None
+    adapters = flags.make(AdapterConfig).lora(inputs.model_id)
     prepared = Path(inputs.sources[0].path) if inputs.sources else None  # with the tokenizer, if the model has none
     reads_weights = args.run_mode == "run" and not args.checkpoint.resume
     model = ModelConfig(
-        make=lambda: CausalLM(config, loss, dataset.mean_document),
+        make=lambda: CausalLM(config, loss, dataset.mean_document, adapters),
         weights=find_weights(inputs.model_id) if reads_weights else None,
-        weight_prefix=WEIGHT_PREFIX,
+        weight_prefix=WEIGHT_PREFIX + (PREFIX if adapters is not None else ""),
         vocabulary=config.vocab_size,
         marks=marks_of(config),
-        instead={} if loss else {"--enable-chunk-loss": lambda: CausalLM(config, in_chunks, dataset.mean_document)},
-        save_assets=AssetWriter(config, DTYPES[args.precision], inputs.model_id, prepared, positions),
+        instead={}
+        if loss
+        else {"--enable-chunk-loss": lambda: CausalLM(config, in_chunks, dataset.mean_document, adapters)},
+        save_assets=AssetWriter(config, DTYPES[args.precision], inputs.model_id, prepared, positions, adapters),
         name=Path(inputs.model_id).name if Path(inputs.model_id).exists() else inputs.model_id,
     )
     return replace(
@@ -192,7 +199,14 @@ def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
 
 def planning_command(flags: Flags, model: str, args: TrainerArgs, dataset: DatasetConfig) -> str:
     """What plans the same: without the flags that the plan does not depend on, and without this computer's folders."""
-    keys = [*keys_of(Inputs), *keys_of(DatasetConfig), *keys_of(ComputeConfig), "micro_batch_size", "precision"]
+    keys = [
+        *keys_of(Inputs),
+        *keys_of(AdapterConfig),
+        *keys_of(DatasetConfig),
+        *keys_of(ComputeConfig),
+        "micro_batch_size",
+        "precision",
+    ]
     hardware = args.compute.hardware and Path(args.compute.hardware).name
     given = flags.spelled(
         [key for key in keys if not key.endswith("dataset_path")], model_id=model, sequence_length=dataset.length,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from math import nan
 from typing import Any
 
@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from nnscaler.errors import UserError
 
 
-def initial_parameters(model: nn.Module, seed: int, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """(name, value in fp32) of every parameter of a model on the meta device, one module after the other.
+def initial_parameters(
+    model: nn.Module, seed: int, device: torch.device, names: Collection[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, value in fp32) of the parameters of a model on the meta device, one module after the other: of those that
+    are named, or of all.
 
     The values depend on the seed and the module's path only: not on the plan, nor on other modules. They are what the
     `_init_weights` of the surrounding Hugging Face models makes of them. For what that leaves untouched, and for other
@@ -25,7 +28,9 @@ def initial_parameters(model: nn.Module, seed: int, device: torch.device) -> Ite
     seen: set[int] = set()
     for path, module in model.named_modules():
         own = {
-            name: parameter for name, parameter in module.named_parameters(recurse=False) if id(parameter) not in seen
+            name: parameter
+            for name, parameter in module.named_parameters(recurse=False)
+            if id(parameter) not in seen and (names is None or f"{path}.{name}".lstrip(".") in names)
         }
         if not own:
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -91,11 +91,13 @@ class LoadedModel:
         self.fixed = fixed_state(self.module, fixed)
         self.names = [name for name in self.module.specs if name in {*trained, *fixed}]
 
-    def initialise(self, seed: int) -> None:
-        """Gives parameters their first values, which depend on the seed and not on the plan."""
-        logger.info("weights are initialised from seed %d", seed)
+    def initialise(self, seed: int, names: Collection[str] | None = None) -> None:
+        """Gives parameters their first values, which depend on the seed and not on the plan: those that are named, or
+        all."""
+        what = "weights are" if names is None else f"{len(names)} new tensors are"
+        logger.info("%s initialised from seed %d", what, seed)
         wanted = self.module.parameters_to_load()
-        for name, value in initial_parameters(self.model, seed, self.module.axes.device):
+        for name, value in initial_parameters(self.model, seed, self.module.axes.device, names):
             if name in wanted:
                 self.module.load_one(name, value[self.module.box(name).slices])
         self.optimizer.load_masters()

@@ -20,6 +20,7 @@ from nnscaler.checkpoint.merge import forget_cached, progress, write_tensor
 from nnscaler.checkpoint.stored import Checkpoint
 from nnscaler.errors import UserError
 from nnscaler.models import load_config
+from nnscaler.models.adapters import CONFIG, FILE, PREFIX, is_adapter, name_in_file
 from nnscaler.models.causal_lm import build
 from nnscaler.models.conversion import to_files
 from nnscaler.models.unread import Unread
@@ -33,10 +34,13 @@ _TYPES = {
 }  # fmt: skip
 _INDEX = "model.safetensors.index.json"
 
+Shard = dict[str, Unread]
+
 
 def export_model(checkpoint: Checkpoint, directory: Path, verify: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes safetensors in the training's type with their index, config.json and tokenizer. They hold all that the
-    model's own files do, frozen parameters and buffers too.
+    model's own files do, frozen parameters and buffers too. Of a model with adapters, these alone are written, as peft
+    has them.
 
     verify  read everything again from the disk before the directory gets its name, and compare
     The directory appears whole or not at all. Raises UserError where it is not empty or cannot be written, or the
@@ -52,7 +56,13 @@ def export_model(checkpoint: Checkpoint, directory: Path, verify: bool = False, 
     shutil.rmtree(work, ignore_errors=True)
     try:
         shutil.copytree(assets, work)
-        crcs = _write(work, _shards(_tensors(checkpoint), shard_bytes))
+        if (assets / CONFIG).exists():
+            shards = {FILE: _adapters(checkpoint)}
+            for name in ("config.json", "generation_config.json"):  # which are the model's, not its adapters'
+                (work / name).unlink(missing_ok=True)
+        else:
+            shards = _shards(_tensors(checkpoint), shard_bytes)
+        crcs = _write(work, shards)
         sync(work)
         if verify:
             _check(work, crcs)
@@ -65,8 +75,24 @@ def export_model(checkpoint: Checkpoint, directory: Path, verify: bool = False, 
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _tensors(checkpoint: Checkpoint) -> dict[str, Unread]:
-    """The model's tensors as its published files have them, with their names; types are those of training."""
+def _adapters(checkpoint: Checkpoint) -> Shard:
+    """The adapters' tensors, with their names in peft's files."""
+    stored = _stored(checkpoint, f"model.{checkpoint.state.prefix}".removesuffix(PREFIX))
+    return {name_in_file(name): tensor for name, tensor in stored.items() if is_adapter(name)}
+
+
+def _tensors(checkpoint: Checkpoint) -> Shard:
+    """The model's tensors as its published files have them, with their names."""
+    found = _stored(checkpoint, f"model.{checkpoint.state.prefix}")
+    assets = checkpoint.folder / ASSETS
+    if "model_type" not in json.loads((assets / "config.json").read_text(encoding="utf-8")):
+        return found  # no model of transformers, which would have other names in its files
+    model: Any = build_on_meta(lambda: build(load_config(str(assets))))[0]
+    return to_files(found, model)
+
+
+def _stored(checkpoint: Checkpoint, prefix: str) -> Shard:
+    """The model's tensors, with their names after a prefix. Types are those of training."""
     last: dict[str, Tensor] = {}  # what was read last, whole, of which several tensors may be made
 
     def read(name: str, shape: tuple[int, ...], box: Box) -> Tensor:
@@ -75,22 +101,13 @@ def _tensors(checkpoint: Checkpoint) -> dict[str, Unread]:
             last[name] = checkpoint.read(name, shape)
         return last[name][box.slices]
 
-    prefix = f"model.{checkpoint.state.prefix}"
-    found = {
+    return {
         name.removeprefix(prefix): Unread(
             shape, checkpoint.dtype(name.removeprefix("model.")), partial(read, name, shape)
         )
         for name, shape in checkpoint.shapes().items()
         if name.startswith("model.")
     }
-    assets = checkpoint.folder / ASSETS
-    if "model_type" not in json.loads((assets / "config.json").read_text(encoding="utf-8")):
-        return found  # no model of transformers, which would have other names in its files
-    model: Any = build_on_meta(lambda: build(load_config(str(assets))))[0]
-    return to_files(found, model)
-
-
-Shard = dict[str, Unread]
 
 
 def _shards(tensors: Mapping[str, Unread], shard_bytes: int) -> dict[str, Shard]:

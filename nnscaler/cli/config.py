@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 from nnscaler.config import ComputeConfig, OptimizerConfig
 from nnscaler.directory import check_name
 from nnscaler.errors import UserError
-from nnscaler.options import REQUIRED, check, number, path, switch, text, whole
+from nnscaler.options import REQUIRED, check, number, path, switch, text, whole, words
 
 if TYPE_CHECKING:  # which a command that only answers need not wait for
+    from peft import LoraConfig
     from torch import nn
 
     from nnscaler.data.mixture import Dataset, Part
@@ -48,6 +49,45 @@ class ModelConfig:
     save_assets: Callable[[Path], None] | None = None
     name: str = ""
     instead: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Adapters. Without a rank there are none, and all weights are trained."""
+
+    lora_rank: int | None = whole(
+        None, "train LoRA adapters of this rank, and none of the model's own weights (default: train all weights)",
+        least=1, most=2**14,
+    )  # fmt: skip
+    lora_alpha: float | None = number(
+        None, "adapters' results are multiplied by lora_alpha / lora_rank (default: twice lora_rank)", above=0
+    )
+    lora_target_modules: tuple[str, ...] | None = words(
+        None, "the linear layers that get an adapter, by the ends of their names, such as q_proj v_proj (default: all "
+        "but the last projection)", shown="NAME",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check(self)
+        for name in ("lora_alpha", "lora_target_modules"):
+            value = getattr(self, name)
+            if self.lora_rank is None and value is not None:
+                shown = value if isinstance(value, float) else " ".join(value)
+                raise UserError(f"{name} is {shown}, and there is no lora_rank, without which there are no adapters")
+
+    def lora(self, model_id: str) -> LoraConfig | None:
+        """The same, as peft has it, for adapters of a model; None: there are none."""
+        if self.lora_rank is None:
+            return None
+        from peft import LoraConfig, TaskType
+
+        return LoraConfig(
+            base_model_name_or_path=model_id,
+            r=self.lora_rank,
+            lora_alpha=self.lora_alpha or 2 * self.lora_rank,  # type: ignore[arg-type]  # a fraction is as good
+            target_modules=list(self.lora_target_modules) if self.lora_target_modules else "all-linear",
+            task_type=TaskType.CAUSAL_LM,
+        )
 
 
 def _check_documents(dataset: Part, apart: bool) -> None:

@@ -34,6 +34,7 @@ from nnscaler.data.mixture import Dataset, Mixture, samples_of
 from nnscaler.data.training import Batches, Counts, First, Share
 from nnscaler.errors import UserError
 from nnscaler.loaded import LoadedModel
+from nnscaler.models.adapters import is_adapter
 from nnscaler.models.weights import load_weights
 from nnscaler.processes import from_rank_0
 from nnscaler.profiler.steps import StepProfiler
@@ -151,6 +152,9 @@ class TrainingRun:
     def _load_weights(self, directory: Path) -> None:
         logger.info("weights are read from %s", directory)
         load_weights(directory, self.module, self.loaded.model, self.args.model.weight_prefix)
+        adapters = [name for name, _ in self.loaded.model.named_parameters() if is_adapter(name)]
+        if adapters:
+            self.loaded.initialise(self.seed, adapters)
 
     def train(self) -> None:
         """Steps until `self.steps`; saves every interval and at the end."""

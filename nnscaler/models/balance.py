@@ -114,6 +114,9 @@ class _CountedOverCopies(TorchFunctionMode):
     met = False
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.bincount:  # as transformers 5.17 counts; how long its result is hangs on the values
+            experts = kwargs["minlength"]
+            function, args, kwargs = torch.histc, (args[0].float(),), {"bins": experts, "min": 0, "max": experts}
         result = function(*args, **(kwargs or {}))
         if function is not torch.histc:
             return result

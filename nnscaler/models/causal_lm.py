@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +16,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from nnscaler import hub
 from nnscaler.errors import UserError
+from nnscaler.models.adapters import adapted
 from nnscaler.models.attention import set_attention
 from nnscaler.models.balance import balancing_loss, report_routers, routers_met
 from nnscaler.models.documents import Documents, check_documents, rows_hold
 from nnscaler.models.experts import divide_gates, set_experts
 from nnscaler.models.positions import check_positions
 from nnscaler.trace import build_on_meta
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 IGNORED = -100  # label of a token that counts for nothing
 WEIGHT_PREFIX = "model."  # of `CausalLM`'s parameters, before the names that the Hugging Face model has for them
@@ -34,6 +38,7 @@ class CausalLM(nn.Module):
                  `linear_loss(hidden [b, l, d], weight [n, d], labels [b, l], ignored) -> [b, l]`
     document_length  for predictions, where documents are kept apart: tokens of the document in which a token stands, on
                  average
+    adapters     what is trained in place of the model's own weights; None: these are
 
     Raises UserError for a model that cannot be built; and, when it is traced, for a model with another loss.
     """
@@ -43,6 +48,7 @@ class CausalLM(nn.Module):
         config: PretrainedConfig,
         linear_loss: Callable[..., Tensor] | None = None,
         document_length: int | None = None,
+        adapters: LoraConfig | None = None,
     ) -> None:
         super().__init__()
         self.model = build(config)
@@ -50,6 +56,8 @@ class CausalLM(nn.Module):
         self.balanced = bool(getattr(config, "output_router_logits", False))
         if self.balanced:
             report_routers(self.model)
+        if adapters is not None:
+            self.model = adapted(self.model, adapters)
         self.linear_loss = linear_loss
         self.document_length = document_length
 

@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -18,6 +18,9 @@ from nnscaler.errors import UserError
 from nnscaler.models.exported import write_config, write_older_tokenizer
 from nnscaler.models.positions import set_trained_length
 from nnscaler.models.weights import OTHER_FORMATS, WeightFiles, how_to_convert
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +59,7 @@ class AssetWriter:
     generation_config.json, licence. A model without a tokenizer gets the one with which the dataset was prepared.
 
     sequence_length  the length of training, for config.json; None: as the configuration says
+    adapters         of the model, which are what is exported; None: its weights are
     """
 
     def __init__(
@@ -65,7 +69,9 @@ class AssetWriter:
         model_id: str,
         dataset_path: Path | None,
         sequence_length: int | None = None,
+        adapters: LoraConfig | None = None,
     ) -> None:
+        self._adapters = adapters
         self._config, self._dtype, self._sources = config, dtype, [model_id]
         self._length = sequence_length
         if dataset_path is not None and (dataset_path / PROVENANCE).exists():
@@ -74,6 +80,10 @@ class AssetWriter:
     def __call__(self, folder: Path) -> None:
         self._copy_small_files(folder)
         self._write_config(folder)
+        if self._adapters is not None:
+            adapters = copy.copy(self._adapters)
+            adapters.inference_mode = True  # for those who read it
+            adapters.save_pretrained(str(folder))
         if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             self._save_tokenizer(folder)
         write_older_tokenizer(folder)

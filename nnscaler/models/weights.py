@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nnscaler.errors import UserError
+from nnscaler.models.adapters import is_adapter, name_in_model
 from nnscaler.models.conversion import to_model
 from nnscaler.models.unread import Unread
 from nnscaler.shards import Box, ParameterSpec
@@ -146,16 +147,20 @@ def check_weights(directory: Path, model: nn.Module, prefix: str) -> None:
     files = _files(directory).for_model(model, prefix)
     tied = _tied(model)
     persistent = persistent_buffers(model)
-    names = {name: files.name_of(name.removeprefix(prefix), _removed(prefix, tied[name])) for name in tied}
-    missing = [name.removeprefix(prefix) for name, stored in names.items() if stored is None]
-    lost = [name for name in missing if prefix + name not in persistent]
+    names = {
+        name: files.name_of(name_in_model(name, prefix), _in_model(tied[name], prefix))
+        for name in tied
+        if not is_adapter(name)
+    }
+    missing = [name for name, stored in names.items() if stored is None]
+    lost = [name_in_model(name, prefix) for name in missing if name not in persistent]
     if lost:
         raise UserError(f"'{directory}' lacks {len(lost)} of the model's {len(names)} tensors: {_some(lost)}")
     tensors = {**dict(model.named_parameters()), **persistent}
     for name, stored in names.items():
         if stored is not None:
             _check_tensor(directory, stored, files.tensor(stored, tensors[name]), tensors[name])
-    known = {other for name in tied for other in (name.removeprefix(prefix), *_removed(prefix, tied[name]))}
+    known = {other for name in tied for other in _in_model([name, *tied[name]], prefix)}
     known.update(filter(None, names.values()))
     unexpected = sorted(set(files.tensors) - known)
     if unexpected:
@@ -163,23 +168,24 @@ def check_weights(directory: Path, model: nn.Module, prefix: str) -> None:
             "%s has %d tensors that the model has no place for: %s", directory, len(unexpected), _some(unexpected)
         )
     if missing:
-        logger.warning("%s lacks %d buffers, which are as new: %s", directory, len(missing), _some(missing))
+        as_new = [name_in_model(name, prefix) for name in missing]
+        logger.warning("%s lacks %d buffers, which are as new: %s", directory, len(missing), _some(as_new))
 
 
 def load_weights(directory: Path, module: TrainedModule, model: nn.Module, prefix: str) -> None:
-    """Reads this rank's slices of the parameters, and all persistent buffers, from the files.
+    """Reads this rank's slices of the parameters, and all persistent buffers, from the files. Adapters are not in them.
 
     model   what `module` was compiled from, on the meta device
     prefix  what stands before the files' names in the model's own names
     Raises UserError for parameters that the files lack, and for other shapes and types.
     """
     files = _files(directory).for_model(model, prefix)
-    specs = module.parameters_to_load()
+    specs = {name: spec for name, spec in module.parameters_to_load().items() if not is_adapter(name)}
     tied: dict[str, list[str]] = {name: [] for name in specs}
     for name, target in module.tied.items():
         tied.setdefault(target, []).append(name)
-    names = {name: files.name_of(name.removeprefix(prefix), _removed(prefix, tied[name])) for name in specs}
-    lost = [name.removeprefix(prefix) for name, stored in names.items() if stored is None]
+    names = {name: files.name_of(name_in_model(name, prefix), _in_model(tied[name], prefix)) for name in specs}
+    lost = [name_in_model(name, prefix) for name, stored in names.items() if stored is None]
     if lost:
         raise UserError(f"'{directory}' lacks {len(lost)} of the model's {len(specs)} tensors: {_some(lost)}")
     found = {}
@@ -187,9 +193,10 @@ def load_weights(directory: Path, module: TrainedModule, model: nn.Module, prefi
         assert stored is not None
         found[name] = files.tensor(stored, specs[name])
         _check_tensor(directory, stored, found[name], specs[name])
-    module.load(lambda name, box: found[name].read(box))
+    for name, tensor in found.items():
+        module.load_one(name, tensor.read(module.box(name)))
     for name in persistent_buffers(model):
-        kept = files.name_of(name.removeprefix(prefix))
+        kept = files.name_of(name_in_model(name, prefix))
         if kept is not None and name in module.specs:
             spec = module.specs[name]
             _check_tensor(directory, kept, files.tensors[kept], spec)
@@ -235,8 +242,8 @@ def _tied(model: nn.Module) -> dict[str, list[str]]:
     return tied
 
 
-def _removed(prefix: str, names: Iterable[str]) -> list[str]:
-    return [name.removeprefix(prefix) for name in names]
+def _in_model(names: Iterable[str], prefix: str) -> list[str]:
+    return [name_in_model(name, prefix) for name in names]
 
 
 def _check_tensor(directory: Path, name: str, stored: Unread, wanted: Tensor | ParameterSpec) -> None:
