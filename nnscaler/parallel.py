@@ -12,7 +12,6 @@ same micro-batches; each copy has its own.
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -30,10 +29,10 @@ from nnscaler.compiler import Source
 from nnscaler.config import ComputeConfig, OptimizerConfig
 from nnscaler.errors import UserError
 from nnscaler.loaded import LoadedModel, compiled, predicted_step_seconds
-from nnscaler.processes import check_world, join_processes, own_device, wait_for_steps_of
+from nnscaler.processes import check_world, from_rank_0, join_processes, own_device, wait_for_steps_of
+from nnscaler.signature import LossOf, MicroBatch, Numbers, Signature
 from nnscaler.trace import build_on_meta
 
-MicroBatch: TypeAlias = Mapping[str, Tensor] | Sequence[Tensor]
 Reduction: TypeAlias = Literal["mean", "sum"]
 
 _WEIGHTS = "model."  # what stands before a parameter's name among the parts of a state
@@ -45,6 +44,7 @@ def parallelize(
     compute_config: ComputeConfig | None = None,
     optimizer: OptimizerConfig | None = None,
     *,
+    loss: LossOf | None = None,
     dtype: torch.dtype | None = None,
     seed: int = 0,
     folder: str | Path | None = None,
@@ -53,12 +53,16 @@ def parallelize(
 
     module_or_factory  a module, which is left as it is; its weights are taken from rank 0. Or a function without
                        arguments that makes one; it then takes no memory, and its weights come from `seed`, as do
-                       those of a module on the meta device. Its forward returns the loss, a tensor without
-                       dimensions.
-    example_inputs     a micro-batch: forward's arguments, by name or in order. Every micro-batch has these shapes and
-                       types; values matter only where `compute_config.trace_strategy` executes the model.
+                       those of a module on the meta device
+    example_inputs     a micro-batch: forward's arguments, by name or in order. They may be nested in lists, tuples and
+                       dicts, and optional ones left out. Tensors in every micro-batch have these shapes and types;
+                       their values matter only where `compute_config.trace_strategy` executes the model. All else is a
+                       constant, the same in every micro-batch.
     compute_config     how to split; by default over all processes, with one micro-batch a step
     optimizer          AdamW's settings
+    loss               what forward returns -> the loss that is trained, one number. By default: what forward returns,
+                       where that is one number; what it calls `loss`, as a key or an attribute; or the sum, where it
+                       returns numbers alone, such as a dict of several losses
     dtype              of the parameters in computation; default: the module's own. The optimizer updates in fp32 in
                        any case.
     seed               of the weights, where a function makes the module
@@ -77,17 +81,20 @@ def parallelize(
     own = module_or_factory if isinstance(module_or_factory, nn.Module) else None
     make = module_or_factory if own is None else _copies_of(own)
     model, _ = build_on_meta(make)
-    inputs = _by_name(model, example_inputs)
-    source = Source(make, inputs, _dtype_of(model) if dtype is None else dtype, seed)
+    signature = Signature(model, example_inputs)
+    numbers = Numbers(signature, loss)
+    dtype = _dtype_of(model) if dtype is None else dtype
+    source = Source(lambda: numbers.of(make()), signature.tensors, dtype, seed)
     place = Path(folder) if folder is not None else Path(".nnscaler") / type(model).__name__
     with compiled(source, config, place, device):
+        names = from_rank_0(lambda: numbers.names, device)
         loaded = LoadedModel(place, source, optimizer or OptimizerConfig(), device)
     wait_for_steps_of(predicted_step_seconds(place))
     if own is not None and not any(parameter.is_meta for parameter in own.parameters()):
         _take_weights(loaded, own)
     else:
         loaded.initialise(seed)
-    return ParallelizedModel(loaded, config.micro_batches, inputs, loaded.optimizer.config.lr)
+    return ParallelizedModel(loaded, config.micro_batches, signature, names, loaded.optimizer.config.lr)
 
 
 class ParallelizedModel:
@@ -96,12 +103,18 @@ class ParallelizedModel:
     copies     how many copies of the model train, each on its own samples
     copy       the copy that this process belongs to, counted from 0
     optimizer  updates the model
+    numbers    the other numbers that forward returned in the last `step` or `evaluate`, each reduced as the loss was:
+               the several losses of a dict, or an accuracy, by key, attribute or place
     """
 
-    def __init__(self, loaded: LoadedModel, micro_batches: int, inputs: Mapping[str, Tensor], lr: float) -> None:
+    numbers: dict[str, Tensor]
+
+    def __init__(
+        self, loaded: LoadedModel, micro_batches: int, signature: Signature, names: Sequence[str], lr: float
+    ) -> None:
         self._loaded, self._module, self._device = loaded, loaded.module, loaded.module.axes.device
-        self._micro_batches = micro_batches
-        self._inputs = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in inputs.items()}
+        self._micro_batches, self._signature, self._names = micro_batches, signature, names
+        self.numbers = {}
         self.copies, self.copy = loaded.mesh.replicas, loaded.module.axes.replica
         self.optimizer = Optimizer(loaded, lr)
 
@@ -133,7 +146,7 @@ class ParallelizedModel:
             )
         divisor = self._divisor(len(batches), reduction, count)
         total = self._module.accumulate(batches)
-        self.optimizer._pending = divisor, total
+        self.optimizer._pending = divisor, total.reshape(-1)[0]
         return self._over_all(total, divisor)
 
     def evaluate(
@@ -171,15 +184,7 @@ class ParallelizedModel:
         return [replace(part, name=part.name.removeprefix(_WEIGHTS)) for part in (*owned, *self._loaded.fixed)]
 
     def _on_device(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
-        given = _named(list(self._inputs), micro_batch)
-        unknown = [name for name in given if name not in self._inputs]
-        if unknown:
-            raise UserError(f"a micro-batch has '{unknown[0]}'; the example has {', '.join(self._inputs)}")
-        for name, (shape, dtype) in self._inputs.items():
-            tensor = given.get(name)
-            if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != dtype:
-                found = "missing" if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
-                raise UserError(f"input '{name}' of a micro-batch is {found}; the example was {list(shape)} {dtype}")
+        given = self._signature.named(micro_batch)
         return {name: tensor.to(self._device, non_blocking=True) for name, tensor in given.items()}
 
     def _divisor(self, micro_batches: int, reduction: str, count: float | None) -> float:
@@ -192,13 +197,20 @@ class ParallelizedModel:
             return 1 / self.copies
         return micro_batches if count is None else count
 
-    def _over_all(self, total: Tensor, divisor: float) -> Tensor:
-        """All copies' losses over all copies' divisors."""
+    def _over_all(self, totals: Tensor, divisor: float) -> Tensor:
+        """All copies' losses over all copies' divisors; likewise `numbers`.
+
+        totals  [1 + the number of `numbers`], the loss first; or, where there are no other numbers or this process has
+                none of them, without dimensions
+        """
         mesh = self._loaded.mesh
-        sums = torch.stack([total * mesh.pipeline, torch.full_like(total, divisor)]) / mesh.plan_ngpus
+        totals = totals.expand(1 + len(self._names)) * mesh.pipeline
+        sums = torch.cat([totals, totals.new_full((1,), divisor)]) / mesh.plan_ngpus
         if dist.is_initialized():
             dist.all_reduce(sums)
-        return sums[0] / sums[1].clamp(min=1)
+        loss, *others = (sums[:-1] / sums[-1].clamp(min=1)).unbind()
+        self.numbers = dict(zip(self._names, others, strict=True))
+        return loss
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -270,23 +282,6 @@ def _dtype_of(model: nn.Module) -> torch.dtype:
         found = ", ".join(sorted(map(str, kinds))) or "none"
         raise UserError(f"the types of the module's parameters are {found}; dtype says in which it is to compute")
     return kinds.pop()
-
-
-def _by_name(module: nn.Module, example: MicroBatch) -> dict[str, Tensor]:
-    """An example micro-batch by the names of forward's arguments."""
-    given = _named(list(inspect.signature(module.forward).parameters), example)
-    for name, value in given.items():
-        if not isinstance(value, Tensor):
-            raise UserError(f"example input '{name}' is a {type(value).__name__}; it must be a tensor")
-    return given
-
-
-def _named(names: Sequence[str], micro_batch: MicroBatch) -> dict[str, Tensor]:
-    if isinstance(micro_batch, Mapping):
-        return dict(micro_batch)
-    if len(micro_batch) > len(names):
-        raise UserError(f"a micro-batch has {len(micro_batch)} tensors; the inputs are {', '.join(names)}")
-    return dict(zip(names, micro_batch))
 
 
 @torch.no_grad()

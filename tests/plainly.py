@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from nnscaler import ComputeConfig, OptimizerConfig, parallelize
-from nnscaler.parallel import MicroBatch
+from nnscaler.signature import MicroBatch
 from tests import tiny
 from tests.launch import run
 
-SETTINGS = OptimizerConfig(lr=0.02, eps=1e-6, clip_gnorm=0.7, weight_decay=0.3)
+# Some gradients, such as those of attention's biases of keys, are rounding errors alone: eps is far above these.
+SETTINGS = OptimizerConfig(lr=0.02, eps=1e-3, clip_gnorm=0.7, weight_decay=0.3)
 TOLERANCE = 1e-5
 
 
@@ -36,59 +39,81 @@ def update_plainly(net: nn.Module, config: OptimizerConfig) -> tuple[torch.optim
     return adamw, update
 
 
-def train_plainly(
-    net: nn.Module, batches: Sequence[MicroBatch], loss_of: Callable[[Any], Tensor] = lambda output: output
-) -> tuple[list[float], dict[str, Tensor]]:
+@dataclass
+class Case:
+    """What is trained.
+
+    net      the module, and `batches`: a step's each
+    loss_of  what the module returns -> the loss
+    compute  fields of ComputeConfig; by default the module is split over all processes
+    options  further arguments of `nnscaler.parallelize`
+    """
+
+    net: nn.Module
+    batches: Sequence[MicroBatch]
+    loss_of: Callable[[Any], Tensor] = lambda output: output
+    compute: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __reduce__(self) -> Any:  # `loss_of` stays here
+        return _case, (self.net, self.batches, self.compute, self.options)
+
+
+def _case(net: nn.Module, batches: Sequence[MicroBatch], compute: dict[str, Any], options: dict[str, Any]) -> Case:
+    return Case(net, batches, compute=compute, options=options)
+
+
+def train_plainly(case: Case) -> tuple[list[float], dict[str, Tensor]]:
     """A step for each batch. Returns the losses, and the weights at the end."""
+    net = copy.deepcopy(case.net)
     _, update = update_plainly(net, SETTINGS)
     losses = []
-    for batch in batches:
-        loss = loss_of(net(**batch) if isinstance(batch, dict) else net(*batch))
+    for batch in case.batches:
+        loss = case.loss_of(net(**batch) if isinstance(batch, dict) else net(*batch))
         loss.backward()
         update()
         losses.append(loss.item())
     return losses, net.state_dict()
 
 
-def train_here(
-    folder: Path, net: nn.Module, batches: Sequence[MicroBatch], config: dict[str, Any], options: dict[str, Any]
-) -> None:
-    """The same by this process's part of the plan that `nnscaler.parallelize` finds with `options`. Rank 0 saves it."""
-    compute = ComputeConfig(hardware=str(folder / "hardware.json"), **config)
-    model = parallelize(net, batches[0], compute, SETTINGS, folder=folder / "code", **options)
-    losses = []
-    for batch in batches:
-        losses.append(model.step([batch]).item())
-        model.optimizer.step()
-    state = model.state_dict()
-    if state:
-        torch.save((losses, state), folder / "found.pt")
+def train_here(folder: Path) -> None:
+    """The same by this process's parts of the plans that `nnscaler.parallelize` finds. Rank 0 saves it."""
+    world = int(os.environ["WORLD_SIZE"])
+    cases: dict[str, Case] = torch.load(folder / "cases.pt", weights_only=False)
+    for name, case in cases.items():
+        compute = {"plan_ngpus": world, "runtime_ngpus": world, **case.compute}
+        config = ComputeConfig(hardware=str(folder / "hardware.json"), **compute)
+        model = parallelize(case.net, case.batches[0], config, SETTINGS, folder=folder / name, **case.options)
+        losses, numbers = [], []
+        for batch in case.batches:
+            losses.append(model.step([batch] * config.micro_batches).item())
+            numbers.append({name: number.item() for name, number in model.numbers.items()})
+            model.optimizer.step()
+        state = model.state_dict()
+        if state:
+            torch.save((losses, state, numbers), folder / f"{name}.pt")
 
 
-def check(
-    folder: Path,
-    net: nn.Module,
-    batches: Sequence[MicroBatch],
-    loss_of: Callable[[Any], Tensor] = lambda output: output,
-    world: int = 2,
-    **options: Any,
-) -> set[tuple[str, str]]:
-    """Asserts that a module, split over `world` processes, learns as the plain one does.
+def check(folder: Path, cases: dict[str, Case], world: int = 2) -> dict[str, list[dict[str, float]]]:
+    """Asserts that modules, each compiled in a folder of its name, learn in `world` processes as the plain ones do.
 
-    options  further arguments of `nnscaler.parallelize`
-    Returns (operator, along what it was split), for each operator call of the plan.
+    Returns what else they gave: name of a case -> the numbers of each step.
     """
     tiny.write_hardware(folder)
-    wanted_losses, wanted = train_plainly(copy.deepcopy(net), batches, loss_of)
-    config = {"plan_ngpus": world, "runtime_ngpus": world}
-    run(world, train_here, folder, net, batches, config, options, init=False)
-    losses, found = torch.load(folder / "found.pt")
-    for index, loss in enumerate(wanted_losses):
-        assert abs(losses[index] - loss) < TOLERANCE * max(1, abs(loss)), (losses, wanted_losses)
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert tiny.close(found[name], tensor) < TOLERANCE, name
-    return splits(folder / "code")
+    torch.save(cases, folder / "cases.pt")
+    run(world, train_here, folder, init=False)
+    given = {}
+    for name, case in cases.items():
+        losses, found, given[name] = torch.load(folder / f"{name}.pt")
+        wanted_losses, wanted = train_plainly(case)
+        for loss, wanted_loss in zip(losses, wanted_losses, strict=True):
+            assert abs(loss - wanted_loss) < TOLERANCE * max(1, abs(wanted_loss)), (name, losses, wanted_losses)
+        assert found.keys() == wanted.keys(), name
+        for weight, tensor in wanted.items():
+            torch.testing.assert_close(
+                found[weight], tensor.float(), rtol=TOLERANCE, atol=TOLERANCE, msg=f"{name}: {weight}"
+            )
+    return given
 
 
 def splits(code: Path) -> set[tuple[str, str]]:

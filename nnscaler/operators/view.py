@@ -156,6 +156,18 @@ def along_dims(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) ->
     return write([dims], [dims])
 
 
+def joined(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
+    """As `along_dim`. Among tensors of any rank may be some of shape [0], which PyTorch passes over."""
+    names = dim_names(outputs[0])
+    (whole,) = dims_of(node, len(names))
+
+    def tensor(own: str) -> list[str]:
+        return [f"{own}^" if i == whole else name for i, name in enumerate(names)]
+
+    empty = [len(shape) != len(names) for shape in inputs]
+    return write([["?"] if none else tensor(f"i{k}") for k, none in enumerate(empty)], [tensor("o")])
+
+
 def triangle(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
     names = dim_names(inputs[0])
     dims = [*names[:-2], *(f"{name}^" for name in names[-2:])]
@@ -194,7 +206,7 @@ views("narrow.default chunk.default", along_dim)
 views("split.Tensor split.sizes", along_dim, "{self}.split({split_size}, **)")
 views("split_with_sizes.default", along_dim, "{self}.split({split_sizes}, **)")
 views("select.int unbind.int", select)
-family("cat.default", along_dim, FUNCTION, saves=save_nothing)
+family("cat.default", joined, FUNCTION, saves=save_nothing)
 family("stack.default", stack, FUNCTION, saves=save_nothing)
 family("constant_pad_nd.default", pad, "F.pad({self}, {pad}, **)", saves=save_nothing)
 family("pad.default", pad, "F.pad(*)", saves=saves_padded)

@@ -141,32 +141,34 @@ class ParallelModule(nn.Module):
     def accumulate(self, micro_batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
         """Runs forward and backward of a step's micro-batches, and fills `Bucket.gradient`.
 
-        Returns the sum of their losses, fp64. Raises UserError where forward gives anything but a loss.
+        Returns the sum of their losses, fp64; where forward gives several numbers in a row, of which the first is the
+        loss, the sums of each. Raises UserError where forward gives anything else.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.axes.device)
         for inputs in micro_batches:
-            loss = self._loss(inputs)
-            loss.backward()
+            numbers = self._numbers(inputs)
+            loss_of(numbers).backward()
             self.reducer.end_micro_batch()
             self.axes.host.clear()
-            total += loss.detach()
+            total = total + numbers.detach()
         self.reducer.finish()
         return total
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
-        """The sum of the losses of any number of micro-batches, by forward alone. Raises UserError as `accumulate`."""
+        """As `accumulate`, of any number of micro-batches, by forward alone."""
         total = torch.zeros((), dtype=torch.float64, device=self.axes.device)
         for inputs in micro_batches:
-            total += self._loss(inputs)
+            total = total + self._numbers(inputs)
         return total
 
-    def _loss(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        loss = self(**inputs)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            found = list(loss.shape) if isinstance(loss, Tensor) else f"{len(loss)} results"
+    def _numbers(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """What forward gives: the loss, without dimensions; or a row of numbers."""
+        numbers = self(**inputs)
+        if not isinstance(numbers, Tensor) or numbers.dim() > 1:
+            found = list(numbers.shape) if isinstance(numbers, Tensor) else f"{len(numbers)} results"
             raise UserError(f"forward gives {found}; what is trained must give one number, the loss")
-        return loss
+        return numbers
 
     def hold_unused(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes tensors of the model that its forward does not use, on the CPU, so that they are loaded and saved like
@@ -206,6 +208,11 @@ class ParallelModule(nn.Module):
     def box(self, name: str) -> Box:
         """The part of a whole parameter that this rank computes with."""
         return self.specs[name].box(self.axes.mesh, self.axes.place)
+
+
+def loss_of(numbers: Tensor) -> Tensor:
+    """Of what a model's forward gives, what is trained."""
+    return numbers.reshape(-1)[0] if numbers.dim() else numbers
 
 
 def _load_source(path: Path) -> ModuleType:

@@ -23,7 +23,7 @@ from nnscaler.mesh import Mesh
 from nnscaler.runtime.axes import Axes
 from nnscaler.runtime.buckets import Bucket, GradientReducer
 from nnscaler.runtime.forward import ForwardOnly
-from nnscaler.runtime.module import ParallelModule, ReadPart
+from nnscaler.runtime.module import ParallelModule, ReadPart, loss_of
 from nnscaler.schedules import Schedule, torch_schedule
 from nnscaler.shards import Box, ParameterSpec
 
@@ -63,8 +63,9 @@ class PipelineModule:
         self._schedule = torch_schedule(
             self.schedule,
             [self._torch_stage(index, pipeline["crossing"], pipeline["splits"][index]) for index in self.stages],
-            lambda output, target: output,  # the last stage's output is the loss
+            self._loss,
         )
+        self._numbers: list[Tensor] = []  # what the last stage gave in a step
         self._forward = ForwardOnly(self.schedule, self.stages, pipeline["crossing"], self.axes)
 
     def _torch_stage(self, index: int, crossing: list[list[dict[str, Any]]], splits: bool) -> _Stage:
@@ -91,31 +92,35 @@ class PipelineModule:
     def accumulate(self, micro_batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
         """Runs the schedule over a step's micro-batches, and fills `Bucket.gradient`.
 
-        Returns the sum of their losses, fp64, where `gives_loss`; else 0.
+        Returns what `ParallelModule.accumulate` does where `gives_loss`; else 0.
         """
         batches = list(micro_batches)
-        inputs = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-        losses: list[Tensor] = []
+        inputs = {name: torch.stack([batch[name] for batch in batches]) for name in batches[0]}
         target = next(iter(inputs.values())) if self.gives_loss else None
-        self._schedule.step(target=target, losses=losses, return_outputs=False, **inputs)
+        self._numbers.clear()
+        self._schedule.step(target=target, return_outputs=False, **inputs)
         for stage in self.stages.values():
             stage.reducer.finish()
         for parameter in self._shared:
             parameter.add_gradients()
         total = torch.zeros((), dtype=torch.float64, device=self.axes.device)
-        for loss in losses:
-            total += loss.detach()
+        for numbers in self._numbers:
+            total = total + numbers
         return total
+
+    def _loss(self, numbers: Tensor, target: Tensor) -> Tensor:
+        """The loss, of what the last stage gives for a micro-batch."""
+        self._numbers.append(numbers.detach())
+        return loss_of(numbers)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
-        """The sum of the losses of any number of micro-batches, as many on each rank, by forward alone; 0 on ranks
-        without the last stage."""
+        """As `accumulate`, of any number of micro-batches, as many on each rank, by forward alone."""
         total = torch.zeros((), dtype=torch.float64, device=self.axes.device)
         left = iter(micro_batches)
         while some := list(islice(left, self.schedule.micro_batches)):
             for loss in self._forward.run(some):
-                total += loss
+                total = total + loss
         return total
 
     def hold_unused(self, tensors: Mapping[str, Tensor]) -> None:
@@ -208,7 +213,7 @@ def _nothing() -> None:
 
 
 class _StageModule(nn.Module):
-    """A stage as torch calls it: what it received comes by place, the model's inputs by name."""
+    """A stage as torch calls it: what it received comes by place, the model's inputs by name, in rows of one."""
 
     def __init__(self, module: ParallelModule, received: list[str]) -> None:
         super().__init__()
@@ -218,7 +223,7 @@ class _StageModule(nn.Module):
         self.weights = nn.ParameterList(module.trained)
 
     def forward(self, *received: Tensor, **inputs: Tensor) -> Any:
-        return self._run(**dict(zip(self._received, received, strict=True)), **{n: inputs[n] for n in self._own})
+        return self._run(**dict(zip(self._received, received, strict=True)), **{n: inputs[n][0] for n in self._own})
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ def samples(a: int, b: int, c: int, d: int) -> dict[str, list[tuple]]:
         "chunk.default": [(x, 2, -1), (x, 2)],
         "select.int": [(x, 1, 0), (x, -1, 1), (x, 0, -1)],
         "unbind.int": [(x, 1), (x,), (x, -1)],
-        "cat.default": [([real(a, b), real(a, c)], 1), ([real(a, b), real(c, b)],), ([x, x], -1)],
+        "cat.default": [([real(a, b), real(a, c)], 1), ([real(a, b), real(c, b)],), ([real(0), x, x], -1)],
         "stack.default": [([real(a, b), real(a, b)], 1), ([real(a), real(a), real(a)],), ([x, x], -1)],
         "constant_pad_nd.default": [(x, [1, 2], 0.0), (x, [1, 0, 0, 1]), (x, [-1, 2], 1.5), (x, [0, 1], 2)],
         "pad.default": [(x, [1, 2]), (x, [0, 0, 1, 0], "constant", 1.5), (real(a, b, 4), [1, 2], "reflect")],

@@ -22,10 +22,10 @@ def batch(number: int) -> tuple[Tensor, Tensor]:
 
 def test_operators_of_all_kinds_split_over_two_processes_are_the_plain_functions(tmp_path):
     torch.manual_seed(0)
-    splits = plainly.check(tmp_path, own.Net(), [batch(number) for number in range(3)])
-    split = {op for op, name in splits if name != "-"}
+    plainly.check(tmp_path, {"own": plainly.Case(own.Net(), [batch(number) for number in range(3)])})
+    split = {op for op, name in plainly.splits(tmp_path / "own") if name != "-"}
     assert split >= {*(f"own_{kind}" for kind in KINDS), "Scaled", "Negated"}
-    code = (tmp_path / "code" / "gencode_stage0.py").read_text()
+    code = (tmp_path / "own" / "gencode_stage0.py").read_text()
     assert "imported('tests.operators.own', 'squashed')" in code
     assert "imported('tests.operators.own', 'Side')['RIGHT']" in code
 
