@@ -5,6 +5,7 @@ They import no torch, so that a command can print its help, or refuse a flag, at
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from nnscaler.schedules import KINDS
 from nnscaler.trace.strategies import STRATEGIES, find_strategy
 
 if TYPE_CHECKING:
+    from nnscaler.graph import Graph
     from nnscaler.hardware import Hardware
     from nnscaler.mesh import Mesh
 
@@ -37,6 +39,12 @@ class ComputeConfig:
     trace_strategy: str = text(
         "reuse_cache", "how the model is traced; "
         + "; ".join(f"{name}: {strategy.summary}" for name, strategy in STRATEGIES.items()), choices=tuple(STRATEGIES),
+    )  # fmt: skip
+    pas_policy: str | Callable[[Graph], object] = text(
+        "autodist", "what is fixed of the plan before it is sought; autodist: nothing; dp: all that can be split along "
+        "samples is, and weights are whole; tp: products with weights are split along a dimension of the weight, and "
+        "nothing along samples. Or a function of the graph (`nnscaler.graph.Graph`), which pins what it wants by "
+        "`Node.pin` and `Graph.store`", choices=("autodist", "dp", "tp"), or_function=True,
     )  # fmt: skip
     gpu_mem_constraint: float | None = number(
         None, "memory of a device that the plan may use, in GiB (default: 90 % of what the device has)",

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from nnscaler.constants import constant_text
+from nnscaler.errors import UserError
 from nnscaler.folding import folded
 
 
@@ -62,6 +63,7 @@ class Node:
     module_types   class names from the block's own module inwards to that one
     source         the line of the user's code
     no_grad        whether it was called under `torch.no_grad`
+    pinned         the annotated names along which alone it may be split, see `pin`; None: the planner chooses
     """
 
     name: str
@@ -74,6 +76,11 @@ class Node:
     module_types: tuple[str, ...] = ()
     source: str = ""
     no_grad: bool = False
+    pinned: tuple[str | None, ...] | None = None
+
+    def pin(self, *names: str | None) -> None:
+        """On each axis of devices, it is split along one of these names of its annotation; None: or not at all."""
+        self.pinned = names
 
     @property
     def inputs(self) -> list[str]:
@@ -146,6 +153,7 @@ class Graph:
     buffers     full name -> value of the tensors that are not trained
     tied        another name of a parameter -> its name in `parameters`
     record      equal for models that would be traced to an equal graph; empty where the model was executed
+    stored      name of a parameter -> the dimensions along which alone it may be sharded, see `store`
     """
 
     root: Block
@@ -154,6 +162,17 @@ class Graph:
     buffers: dict[str, torch.Tensor]
     tied: dict[str, str] = field(default_factory=dict)
     record: str = ""
+    stored: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
+
+    def store(self, parameter: str, *dims: int | None) -> None:
+        """On each axis of devices, a parameter or buffer is sharded along one of these dimensions; None: or whole.
+
+        Parameters of calls of one block are stored alike. Raises UserError where the model has no such parameter.
+        """
+        name = self.tied.get(parameter, parameter)
+        if name not in self.parameters:
+            raise UserError(f"the model uses no parameter '{parameter}'; it has {', '.join(self.parameters)}")
+        self.stored[name] = dims
 
     def all_blocks(self) -> list[Block]:
         """The root, and the blocks that it calls."""

@@ -37,13 +37,14 @@ def identity(source: Source, model: nn.Module, config: ComputeConfig, record: st
         record = UNKNOWN if executes else observed(model, source.inputs)
     return {
         "model": record,
-        "sources": _sources(model),
+        "sources": _sources(model, config),
         "inputs": {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in source.inputs.items()},
         "dtype": str(source.dtype),
         "config": {
             **asdict(config),
             "recompute_modules": list(config.recompute_modules or [None]),
             "pipeline_pivots": list(config.pipeline_pivots),
+            "pas_policy": _content(config.pas_policy),
         },
         "hardware": config.find_hardware().identity(),
         "operators": {operator.name: _digest(_content(operator)) for operator in all_registered()},
@@ -69,11 +70,12 @@ def differences(directory: Path, wanted: Mapping[str, Any]) -> list[str] | None:
     ]
 
 
-def _sources(model: nn.Module) -> dict[str, str]:
-    """Name of a module -> digest of its file, for all modules that define the model's classes or registered
-    operators."""
+def _sources(model: nn.Module, config: ComputeConfig) -> dict[str, str]:
+    """Name of a module -> digest of its file, for all modules that define the model's classes, registered operators, or
+    the policy."""
     names = {kind.__module__ for part in model.modules() for kind in type(part).__mro__}
     names.update(written_by_user(operator.function).__module__ for operator in all_registered() if operator.function)
+    names.add(getattr(config.pas_policy, "__module__", "builtins"))
     outside = {"builtins", "abc", "typing", "collections"}
     names = {name for name in names if name not in outside and name.split(".")[0] not in ("torch", "nnscaler")}
     found = {}
@@ -96,6 +98,8 @@ def _content(value: Any) -> str:
     if isinstance(value, MethodType) and written_by_user(value) is not value:  # an apply
         parts = {name: getattr(part, "__func__", part) for name, part in vars(written_by_user(value)).items()}
         return _content({name: part for name, part in parts.items() if isinstance(part, FunctionType)})
+    if isinstance(value, MethodType):
+        return _content(value.__func__)
     if isinstance(value, FunctionType):
         made_with = [cell.cell_contents for cell in value.__closure__ or ()]
         made_with += [value.__defaults__, value.__kwdefaults__]

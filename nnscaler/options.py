@@ -48,6 +48,7 @@ class Rule:
     judge     called with (value, name); raises UserError where the value is not allowed
     shown     what stands for the value in a command's help
     several   of a tuple: on the command line its texts are words of their own, without commas between them
+    or_function  whether a function may stand in its place, which no command line can give
     """
 
     kind: type
@@ -62,6 +63,7 @@ class Rule:
     judge: Callable[[Any, str], None] | None = None
     shown: str | None = None
     several: bool = False
+    or_function: bool = False
 
     def key(self, name: str) -> str:
         """The name by which a command's values hold the field `name`."""
@@ -73,7 +75,7 @@ class Rule:
 
     def check(self, name: str, value: Any) -> None:
         """Raises UserError, which calls the value `name`, where it is not allowed."""
-        if value is None and (self.optional or self.default is None):
+        if (value is None and (self.optional or self.default is None)) or (self.or_function and callable(value)):
             return
         if not self._is_of_kind(value):
             kind = "texts that are not empty" if self.several else _KINDS[self.kind]

@@ -29,6 +29,7 @@ from nnscaler.compiler import Source
 from nnscaler.config import ComputeConfig, OptimizerConfig
 from nnscaler.errors import UserError
 from nnscaler.loaded import LoadedModel, compiled, predicted_step_seconds
+from nnscaler.planner.policies import Policy
 from nnscaler.processes import check_world, from_rank_0, join_processes, own_device, wait_for_steps_of
 from nnscaler.signature import LossOf, MicroBatch, Numbers, Signature
 from nnscaler.trace import build_on_meta
@@ -45,6 +46,7 @@ def parallelize(
     optimizer: OptimizerConfig | None = None,
     *,
     loss: LossOf | None = None,
+    pas_policy: str | Policy | None = None,
     dtype: torch.dtype | None = None,
     seed: int = 0,
     folder: str | Path | None = None,
@@ -63,6 +65,8 @@ def parallelize(
     loss               what forward returns -> the loss that is trained, one number. By default: what forward returns,
                        where that is one number; what it calls `loss`, as a key or an attribute; or the sum, where it
                        returns numbers alone, such as a dict of several losses
+    pas_policy         what is fixed of the plan before it is sought: that of `compute_config`, where it is not given.
+                       autodist, dp, tp, or a function of the graph; see `nnscaler.planner.policies.apply_policy`
     dtype              of the parameters in computation; default: the module's own. The optimizer updates in fp32 in
                        any case.
     seed               of the weights, where a function makes the module
@@ -74,6 +78,8 @@ def parallelize(
     """
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
     config = compute_config or ComputeConfig(world, world)
+    if pas_policy is not None:
+        config = replace(config, pas_policy=pas_policy)
     check_world(config.runtime_ngpus)
     device = own_device()
     if world > 1 and not dist.is_initialized():

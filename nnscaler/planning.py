@@ -17,6 +17,7 @@ from nnscaler.pipeline.plan import PipelinePlan
 from nnscaler.pipeline.search import Wanted, find_pipeline, quiet
 from nnscaler.plan import GIB, Plan
 from nnscaler.planner import NothingFits, find_plan
+from nnscaler.planner.policies import apply_policy
 from nnscaler.profiler.operators import OperatorTimes
 from nnscaler.source import Source
 from nnscaler.trace import trace
@@ -33,7 +34,8 @@ Planning = Callable[[], Plan | PipelinePlan]
 def plan_for(
     graph: Graph, config: ComputeConfig, hardware: Hardware, times: OperatorTimes | None
 ) -> Plan | PipelinePlan:
-    """The best plan, with or without a pipeline. Raises UserError where there is none."""
+    """The best plan, with or without a pipeline, as the policy has it. Raises UserError where there is none."""
+    apply_policy(graph, config.pas_policy, config.plan_ngpus)
     memory = None if config.gpu_mem_constraint is None else config.gpu_mem_constraint * GIB
     fused, seconds, meshes = hardware.name != "CPU", config.search_seconds, config.meshes(hardware)
     host = config.host_bytes(hardware)

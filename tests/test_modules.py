@@ -132,6 +132,13 @@ def encoder_batch(seed: int) -> dict[str, Any]:
     return {"x": normal(seed, 8, 6, WIDTH), "labels": labels(seed, 8), "padding": padding, "smoothing": 0.1}
 
 
+def images(count: int) -> list[dict[str, Tensor]]:
+    return [
+        {"images": normal(seed, 8, 3, 8, 8), "labels": labels(seed, 8), "factor": torch.tensor(0.1 * seed)}
+        for seed in range(count)
+    ]
+
+
 def nested_batch(seed: int) -> tuple[Any, ...]:
     return {"x": normal(seed, 8, WIDTH), "target": (labels(seed, 8), None)}, normal(seed, 8)
 
@@ -167,18 +174,14 @@ PIPELINE = {"micro_batches": 2, "explore_pipeline": True, "pipeline_nstages": 2}
 
 def cases() -> dict[str, Case]:
     torch.manual_seed(0)
-    images = [
-        {"images": normal(seed, 8, 3, 8, 8), "labels": labels(seed, 8), "factor": torch.tensor(0.1 * seed)}
-        for seed in range(3)
-    ]
     by_name = [{"batch": nested_batch(seed)[0], "gate": normal(seed, 8, 1), "mode": "sum"} for seed in range(2)]
     mask = torch.arange(8).expand(4, 8) < torch.arange(4)[:, None] + 4
     asked = [words(seed, attention_mask=mask.long(), labels=labels(seed, 4) % 2) for seed in range(2)]
     return {
         "encoder": Case(Encoder(), [encoder_batch(seed) for seed in range(3)]),
-        "vision": Case(Vision(), images, total),
-        "pipeline": Case(Vision(), images, total, compute=PIPELINE),
-        "copies": Case(Vision(), images[:2], total, compute={"plan_ngpus": 1, "micro_batches": 2}),
+        "vision": Case(Vision(), images(3), total),
+        "pipeline": Case(Vision(), images(3), total, compute=PIPELINE),
+        "copies": Case(Vision(), images(2), total, compute={"plan_ngpus": 1, "micro_batches": 2}),
         "nested": Case(Nested(), [nested_batch(seed) for seed in range(3)], loss_of),
         "keywords": Case(Nested(), by_name, loss_of),
         "pair": Case(Pair(), [(normal(seed, 8, WIDTH),) for seed in range(3)], second, options={"loss": second}),

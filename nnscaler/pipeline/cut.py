@@ -118,5 +118,6 @@ def _stage(
     used = {path for _, _, path in stage.parameter_uses()}
     stage.parameters = {path: meta for path, meta in graph.parameters.items() if path in used}
     stage.buffers = {path: tensor for path, tensor in graph.buffers.items() if path in used}
+    stage.stored = {path: dims for path, dims in graph.stored.items() if path in used}
     stage.tied = {name: path for name, path in graph.tied.items() if path in used}
     return stage

@@ -312,11 +312,11 @@ def _likeness(graph: Graph) -> object:
     """Equal for graphs that differ only in the names of tensors of the root block, and of parameters."""
     place = {name: index for index, name in enumerate(_names(graph))}
     nodes = tuple(
-        (node.op, node.block if isinstance(node, Call) else "", tuple(place[name] for name in node.inputs))
+        (node.op, node.block if isinstance(node, Call) else "", tuple(place[name] for name in node.inputs), node.pinned)
         for node in graph.root.nodes
     )
     parameters = {path: index for index, path in enumerate(dict.fromkeys(path for *_, path in graph.parameter_uses()))}
-    uses = tuple(parameters[path] for *_, path in graph.parameter_uses())
+    uses = tuple((parameters[path], graph.stored.get(path)) for *_, path in graph.parameter_uses())
     metas = tuple(graph.root.tensors[name] for name in _names(graph))
     return nodes, uses, metas, tuple(place[name] for name in graph.root.outputs)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 
 from nnscaler.annotation import Bound, Split
+from nnscaler.errors import UserError
 from nnscaler.graph import Block, TensorMeta
 from nnscaler.mesh import Mesh
 from nnscaler.operators import bind, operator_of
@@ -57,20 +58,43 @@ class Option:
 Assignment = tuple[Split, ...]  # for one mesh axis: how each node of the unit is split
 
 
+class CannotBePinned(UserError):  # noqa: N818
+    """A policy pins what no plan on a mesh can do."""
+
+
 def unit_options(unit: Unit, block: Block, costs: CostModel) -> list[Option]:
-    """All options of a unit. Of those that lead to the same layouts of inputs and outputs, the first is taken."""
+    """All options of a unit. Of those that lead to the same layouts of inputs and outputs, the first is taken.
+
+    Raises CannotBePinned where a policy leaves none.
+    """
     bounds = [bind(node, block) for node in unit.nodes]
-    splits = list(_assignments(unit, block, bounds))
+    splits = list(assignments(unit, block, bounds))
     whole = [assignment for assignment in splits if all(split.name is None for split in assignment)]
+    allowed = [assignment for assignment in splits if _is_as_pinned(unit, assignment)]
     found: dict[object, Option] = {}
-    for chosen in product(*(splits if devices > 1 else whole for devices in costs.mesh.sizes)):
+    for chosen in product(*(allowed if devices > 1 else whole for devices in costs.mesh.sizes)):
         option = _option(unit, block, bounds, chosen, costs)
         if option is not None:
             found.setdefault((option.inputs, option.outputs), option)
+    if not found:
+        raise _cannot_be_pinned(unit, bounds, costs.mesh)
     return list(found.values())
 
 
-def _assignments(unit: Unit, block: Block, bounds: Sequence[Bound]) -> Iterator[Assignment]:
+def _is_as_pinned(unit: Unit, assignment: Assignment) -> bool:
+    return all(node.pinned is None or split.name in node.pinned for node, split in zip(unit.nodes, assignment))
+
+
+def _cannot_be_pinned(unit: Unit, bounds: Sequence[Bound], mesh: Mesh) -> CannotBePinned:
+    pins = [
+        f"{node.op} '{node.name}' to {' or '.join(map(str, node.pinned))} (its sizes are {bound.sizes})"
+        for node, bound in zip(unit.nodes, bounds)
+        if node.pinned is not None
+    ]
+    return CannotBePinned(f"on {mesh} the policy cannot pin {', and '.join(pins)}")
+
+
+def assignments(unit: Unit, block: Block, bounds: Sequence[Bound]) -> Iterator[Assignment]:
     """The ways to split all nodes of a unit on one axis such that no tensor inside it needs resharding."""
 
     def extend(index: int, layouts: dict[str, Placement], chosen: Assignment) -> Iterator[Assignment]:

@@ -8,16 +8,16 @@ it; they may differ in their recompute level, and a plan says how many calls hav
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import gcd
 
 from nnscaler.graph import Block, Call, Graph, TensorMeta
 from nnscaler.mesh import Mesh
 from nnscaler.pieces import Stretch, stretches
-from nnscaler.placement import REPLICATE, SHARED, Placements, local_shape
+from nnscaler.placement import REPLICATE, SHARED, Placements, Shard, local_shape
 from nnscaler.planner.costs import CostModel, Seconds
-from nnscaler.planner.options import Option, is_alias, layouts_of, unit_options
+from nnscaler.planner.options import CannotBePinned, Option, is_alias, layouts_of, unit_options
 from nnscaler.recompute import KEEPS_ALL, ON_DEVICE, ON_HOST, RECOMPUTES_ALL, Level, recomputes
 from nnscaler.sizes import PREFETCH_BYTES
 from nnscaler.units import Unit, divide
@@ -222,7 +222,20 @@ class _Builder:
         """The layouts in which a tensor of the model may be stored: buffers, which are small, only whole."""
         if paths & self.graph.buffers.keys():
             return [(REPLICATE,) * len(self.mesh.sizes)]
-        return layouts_of(meta.shape, self.mesh, SHARED if meta.requires_grad else REPLICATE)
+        found = layouts_of(meta.shape, self.mesh, SHARED if meta.requires_grad else REPLICATE)
+        for path in sorted(paths & self.graph.stored.keys()):
+            dims = self.graph.stored[path]
+            found = [layout for layout in found if self._is_stored_along(layout, dims)]
+            if not found:
+                along = " or ".join(map(str, dims))
+                raise CannotBePinned(
+                    f"on {self.mesh} the policy cannot store '{path}' {list(meta.shape)} along {along}"
+                )
+        return found
+
+    def _is_stored_along(self, layout: Placements, dims: Sequence[int | None]) -> bool:
+        places = [place for place, devices in zip(layout, self.mesh.sizes) if devices > 1]
+        return all((place.dim if isinstance(place, Shard) else None) in dims for place in places)
 
     def _parameter_options(self, meta: TensorMeta, layout: Placements) -> Iterator[Option]:
         """The ways to train a parameter that is stored so: exchange its gradient in each micro-batch, or once a

@@ -16,6 +16,7 @@ from nnscaler.mesh import Mesh
 from nnscaler.placement import Placements
 from nnscaler.plan import GIB, Key, Plan
 from nnscaler.planner.costs import CostModel
+from nnscaler.planner.options import CannotBePinned
 from nnscaler.planner.price import Price, price
 from nnscaler.planner.problem import Problem, Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution
@@ -77,7 +78,14 @@ def find_plan(
     def problem(model: CostModel, *sparing: Any) -> Problem:
         return build_problem(graph, model, again, micro_batches, layouts, in_flight, *sparing)
 
-    programs = [Program(problem(model, 0.0, False)) for model in costs]
+    programs, refused = [], None
+    for model in costs:
+        try:
+            programs.append(Program(problem(model, 0.0, False)))
+        except CannotBePinned as error:
+            refused = refused or error
+    if refused is not None and not programs:
+        raise refused
     search = _Search(memory, time.process_time() + seconds)
     for left, program in enumerate(programs, 1 - len(programs)):
         search.on(program, -left)
@@ -85,7 +93,7 @@ def find_plan(
         if search.may_gain(program, SPARING):
             search.on(Program(problem(program.problem.costs, host, pieces)), -left)
     if search.found is None:
-        raise DoesNotFit(*_least(problem(costs[0], host, pieces)), memory)
+        raise DoesNotFit(*_least(problem(programs[0].problem.costs, host, pieces)), memory)
     found = search.found
     plan = _to_plan(graph, found.problem, found.solution, found.price, micro_batches)
     plan.costs, plan.memory_limit, plan.bound = found.problem.costs, memory, search.bound * micro_batches
