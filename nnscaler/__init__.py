@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from nnscaler.config import ComputeConfig, OptimizerConfig
     from nnscaler.operators import register_op, verify_op
     from nnscaler.parallel import parallelize
+    from nnscaler.plain import same_dropout
 
 __all__ = [
     "ComputeConfig",
@@ -19,6 +20,7 @@ __all__ = [
     "compile_model",
     "parallelize",
     "register_op",
+    "same_dropout",
     "verify_op",
 ]
 
@@ -31,6 +33,7 @@ __getattr__ = lazily(
         "compile_model": "nnscaler.compiler",
         "parallelize": "nnscaler.parallel",
         "register_op": "nnscaler.operators",
+        "same_dropout": "nnscaler.plain",
         "verify_op": "nnscaler.operators",
     },
 )

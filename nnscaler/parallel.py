@@ -69,7 +69,7 @@ def parallelize(
                        autodist, dp, tp, or a function of the graph; see `nnscaler.planner.policies.apply_policy`
     dtype              of the parameters in computation; default: the module's own. The optimizer updates in fp32 in
                        any case.
-    seed               of the weights, where a function makes the module
+    seed               of what is dropped at random; and of the weights, where a function makes the module
     folder             for the plan and the generated code. They are used again if nothing that they depend on has
                        changed. Default: `.nnscaler/<name of the module's class>`
 
@@ -100,7 +100,7 @@ def parallelize(
         _take_weights(loaded, own)
     else:
         loaded.initialise(seed)
-    return ParallelizedModel(loaded, config.micro_batches, signature, names, loaded.optimizer.config.lr)
+    return ParallelizedModel(loaded, config.micro_batches, signature, names, loaded.optimizer.config.lr, seed)
 
 
 class ParallelizedModel:
@@ -116,10 +116,11 @@ class ParallelizedModel:
     numbers: dict[str, Tensor]
 
     def __init__(
-        self, loaded: LoadedModel, micro_batches: int, signature: Signature, names: Sequence[str], lr: float
+        self, loaded: LoadedModel, micro_batches: int, signature: Signature, names: Sequence[str], lr: float, seed: int
     ) -> None:
         self._loaded, self._module, self._device = loaded, loaded.module, loaded.module.axes.device
         self._micro_batches, self._signature, self._names = micro_batches, signature, names
+        self._seed = seed
         self.numbers = {}
         self.copies, self.copy = loaded.mesh.replicas, loaded.module.axes.replica
         self.optimizer = Optimizer(loaded, lr)
@@ -143,6 +144,9 @@ class ParallelizedModel:
             net(*a) + net(*b) + net(*c) + net(*d)             step([a, b], "sum"), step([c, d], "sum")
             (net(*a) + net(*b) + net(*c) + net(*d)) / 100     step([a, b], count=60), step([c, d], count=40)
 
+        What is dropped at random depends on the module's seed, on how many steps the optimizer has taken, and on the
+        micro-batch; not on the plan. Micro-batch m of copy r is number m * copies + r.
+
         Returns that loss, of all copies, on every process: fp64, without dimensions, on the device.
         """
         batches = [self._on_device(one) for one in micro_batches]
@@ -151,15 +155,15 @@ class ParallelizedModel:
                 f"step got {len(batches)} micro-batches; the plan is for micro_batches={self._micro_batches} of them"
             )
         divisor = self._divisor(len(batches), reduction, count)
-        total = self._module.accumulate(batches)
+        total = self._module.accumulate(batches, self._seed, self.optimizer._taken)
         self.optimizer._pending = divisor, total.reshape(-1)[0]
         return self._over_all(total, divisor)
 
     def evaluate(
         self, micro_batches: Iterable[MicroBatch], reduction: Reduction = "mean", count: float | None = None
     ) -> Tensor:
-        """The loss as `step` gives it, without gradients, of any number of micro-batches, as many on each process of
-        this copy. Collective."""
+        """The loss as `step` gives it, without gradients and with nothing dropped, of any number of micro-batches, as
+        many on each process of this copy. Collective."""
         batches = [self._on_device(one) for one in micro_batches]
         divisor = self._divisor(len(batches), reduction, count)
         return self._over_all(self._module.evaluate(batches), divisor)
@@ -227,7 +231,7 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, loaded: LoadedModel, lr: float) -> None:
-        self._sharded = loaded.optimizer
+        self._sharded, self._taken = loaded.optimizer, 0
         self._pending: tuple[float, Tensor] | None = None
         super().__init__(self._sharded.masters, {"lr": lr})
 
@@ -240,23 +244,26 @@ class Optimizer(torch.optim.Optimizer):
         if self._pending is None:
             raise UserError("optimizer.step() without a step of the model before it: there is no gradient")
         (divisor, total), self._pending = self._pending, None
+        self._taken += 1
         return self._sharded.step(divisor, self.param_groups[0]["lr"], total)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         pass
 
     def state_dict(self) -> dict[str, Any]:
-        """The moments on rank 0, whole, on the CPU: `exp_avg.<name of the weight>`, ...; `steps` and `lr`; nothing on
-        other ranks. Collective. Every plan can load them."""
+        """The moments on rank 0, whole, on the CPU: `exp_avg.<name of the weight>`, ...; `steps`, which changed the
+        weights; all that were `taken`; and `lr`; nothing on other ranks. Collective. Every plan can load them."""
         self._sharded.finish()
         state: dict[str, Any] = dict(gather_whole(self._moments()))
-        return {**state, "steps": self._sharded.steps, "lr": self.param_groups[0]["lr"]} if state else {}
+        counts = {"steps": self._sharded.steps, "taken": self._taken}
+        return {**state, **counts, "lr": self.param_groups[0]["lr"]} if state else {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes what `state_dict` of any plan gave, on every process. Raises UserError where it is of another model."""
         self._sharded.finish()
         scatter_whole(self._moments(), state_dict)
         self._sharded.set_steps(state_dict["steps"])
+        self._taken = state_dict.get("taken", state_dict["steps"])
         self.param_groups[0]["lr"] = state_dict["lr"]
 
     def _moments(self) -> list[Part]:

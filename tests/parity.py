@@ -13,10 +13,11 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
-from nnscaler import planner, planning
+from nnscaler import planner, planning, same_dropout
 from nnscaler.cli.config import CheckpointConfig, DatasetConfig, LogConfig, LRSchedulerConfig, ModelConfig, TrainerArgs
 from nnscaler.cli.trainer import Trainer
 from nnscaler.compiler import ComputeConfig
@@ -59,6 +60,7 @@ class Case:
     schedule: str | None = None  # of a pipeline, and how many stages it has
     stages: int = 1
     documents: bool = False  # whether those of the dataset are kept apart
+    dropout: bool = False  # whether attention's weights, and elements inside each MLP, are dropped
 
     @property
     def name(self) -> str:
@@ -69,7 +71,7 @@ class Case:
             name.replace(",", "").replace(" ", "-") for name in self.levels
         ]
         flags += [f"{self.schedule}{self.stages}"] if self.schedule else []
-        flags += ["documents"] * self.documents
+        flags += ["documents"] * self.documents + ["dropout"] * self.dropout
         return "-".join([*flags, self.hardware.removesuffix(".json")])
 
     @property
@@ -79,6 +81,7 @@ class Case:
             "tie_word_embeddings": self.tied,
             "num_key_value_heads": self.key_value_heads,
             "num_hidden_layers": self.layers,
+            "attention_dropout": 0.3 * self.dropout,
         }
 
     @property
@@ -105,7 +108,7 @@ def arguments(case: Case, folder: Path) -> TrainerArgs:
     return TrainerArgs(
         name=case.name,
         model=ModelConfig(
-            make=lambda: CausalLM(config, loss, dataset.mean_document),
+            make=lambda: with_dropout(CausalLM(config, loss, dataset.mean_document)),
             weight_prefix=WEIGHT_PREFIX,
             vocabulary=tiny.VOCABULARY,
         ),
@@ -160,6 +163,14 @@ def planned(levels: tuple[str, ...], pieces: int) -> Iterator[None]:
         yield
 
 
+def with_dropout(model: CausalLM) -> CausalLM:
+    """The model; where it drops attention's weights, each layer's MLP drops too, what is split as its weights are."""
+    for module in model.modules() if model.model.config.attention_dropout else ():
+        if isinstance(module, LlamaMLP):
+            module.act_fn = nn.Sequential(module.act_fn, nn.Dropout(0.3))
+    return model
+
+
 def plain_loop(
     rows: np.ndarray, sequences: list[int], starts: Sequence[Sequence[int]] | None = None, **changes: object
 ) -> tuple[list[float], dict[str, Tensor]]:
@@ -174,7 +185,7 @@ def plain_loop(
     config = tiny.config(**changes)
     prepare_config(config, tiny.LENGTH, "eager")
     meta, _ = build_on_meta(lambda: CausalLM(config))
-    model = CausalLM(config)
+    model = with_dropout(CausalLM(config))
     with torch.no_grad():
         for name, value in initial_parameters(meta, SEED, torch.device("cpu")):
             model.get_parameter(name).copy_(value)
@@ -199,7 +210,10 @@ def plain_loops(
 def train_plainly(
     model: CausalLM, rows: np.ndarray, sequences: list[int], starts: Sequence[Sequence[int]] | None = None
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """Trains a model as `plain_loop` says. `rows` are the dataset's sequences [rows, length]."""
+    """Trains a model as `plain_loop` says. `rows` are the dataset's sequences [rows, length].
+
+    Where the model drops at random, each sequence is a micro-batch.
+    """
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
     optimizer = torch.optim.AdamW(
@@ -208,13 +222,14 @@ def train_plainly(
     )  # fmt: skip
     order = np.concatenate([np.random.default_rng((SEED, epoch)).permutation(len(rows)) for epoch in range(10)])
     losses, consumed = [], 0
-    for count in sequences:
+    for step, count in enumerate(sequences):
         total, labels = 0.0, 0
-        for number in order[consumed : consumed + count]:
+        for micro_batch, number in enumerate(order[consumed : consumed + count]):
             tokens = torch.from_numpy(rows[number].astype(np.int64))
             for document in tokens.tensor_split([] if starts is None else list(starts[number][1:])):
                 if len(document) > 1:
-                    logits = model.model(input_ids=document.unsqueeze(0)).logits
+                    with same_dropout(model, SEED, step, micro_batch):
+                        logits = model.model(input_ids=document.unsqueeze(0)).logits
                     loss = torch.nn.functional.cross_entropy(logits[0, :-1], document[1:], reduction="sum")
                     loss.backward()
                     total += loss.item()

@@ -5,6 +5,8 @@ import torch
 
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from nnscaler.kernels import add_gradient, add_product, rounded_in_place, scale_gradient, softmax_loss
+from nnscaler.kernels.random import draws_of, dropout, kept, kept_at_once, numbers_of, place_of, together
+from nnscaler.operators.attention import attention
 from tests import tiny
 
 pytestmark = [
@@ -89,3 +91,41 @@ def test_a_label_that_is_no_word_shows():
         torch.zeros(3, 300, device="cuda"), torch.tensor([299, 300, -1], device="cuda"), PADDING, None, True
     )
     assert losses.isnan().tolist() == [False, True, True]
+
+
+SHAPE = (2, 64, 1024)
+DRAWS, PLACE = draws_of(seed=-5, step=10**6, micro_batch=7), place_of("layers.3", 1)
+
+
+def test_what_is_dropped_is_the_same_as_on_a_cpu():
+    numbers = together(numbers_of(SHAPE)) + 2**33
+    given = DRAWS.cuda(), PLACE.cuda(), numbers.cuda()
+    for function in (kept, kept_at_once):
+        assert torch.equal(function(0.1, *given).cpu(), kept(0.1, DRAWS, PLACE, numbers))
+
+
+def test_dropout_inside_a_compiled_region():
+    x, gradient = torch.randn(SHAPE), torch.randn(SHAPE)
+
+    def run(call, device):
+        mine = x.to(device).requires_grad_()
+        result = call(mine, 0.1, DRAWS.to(device), PLACE.to(device), numbers_of(SHAPE, device))
+        return [y.cpu() for y in (result.detach(), *torch.autograd.grad(result, mine, gradient.to(device)))]
+
+    compiled = torch.compile(torch.ops.nnscaler.dropout, fullgraph=True, dynamic=False)
+    for found, wanted in zip(run(compiled, torch.device("cuda")), run(dropout, torch.device("cpu"))):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_attention_drops_the_same_weights():
+    inputs = [torch.randn(shape) for shape in ((2, 4, 96, 16), (2, 2, 96, 16), (2, 2, 96, 16))]
+    batches, heads, *_ = numbers_of((2, 4, 96, 96))
+    which = {"draws": DRAWS, "place": PLACE, "batches": batches, "heads": heads}
+
+    def run(device):
+        mine = [x.to(device).requires_grad_() for x in inputs]
+        result = attention(*mine, dropout=0.2, **{name: x.to(device) for name, x in which.items()})
+        return [y.cpu() for y in (result.detach(), *torch.autograd.grad(result.square().sum(), mine))]
+
+    for found, wanted in zip(run("cuda"), run("cpu")):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)

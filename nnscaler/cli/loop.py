@@ -188,7 +188,8 @@ class TrainingRun:
                 counts = Counts()
                 reported = (self.step + 1) % args.log.interval == 0 or self.step + 1 == self.steps
                 with loads.counted() if reported else nullcontext():
-                    loss = self.module.accumulate(counts.of(islice(ahead, self.share.micro_batches)))
+                    batches = counts.of(islice(ahead, self.share.micro_batches))
+                    loss = self.module.accumulate(batches, self.seed, self.step)
                 rate = args.optimizer.lr * args.lr_scheduler.factor(self.step, self.steps)
                 report: dict[str, float | None] = {}
                 with termination.updating:

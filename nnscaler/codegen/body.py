@@ -97,7 +97,8 @@ class Body:
     def _region(self, region: Region, index: int) -> list[str]:
         """The lines that call a region; its function is added to `functions`. A single operator is written in place."""
         computing = [node for unit in region.units for node in unit.nodes if not operator_of(node).alias]
-        if len(computing) < 2 and not region.recomputed and region.stretch is None:
+        composed = any(operator_of(node).composed for node in computing)
+        if len(computing) < 2 and not (composed or region.recomputed) and region.stretch is None:
             return [line for unit in region.units for line in self._nodes(unit.nodes)]
         lines: list[str] = []
         inside = {name for unit in region.units for node in unit.nodes for name in node.outputs}

@@ -94,6 +94,7 @@ def _attention_by(kernel: str) -> Callable[..., tuple[Tensor, None]]:
             "window": _window(seen, key.shape[2]),
             "softcap": options.pop("softcap", None),
             "kernel": kernel if kernel != "auto" else None,
+            "dropout": options.pop("dropout", None) or None,
         }
         _check(where, options)
         return attention(query, key, value, **{name: x for name, x in given.items() if x is not None}), None
@@ -110,12 +111,6 @@ def _window(seen: Seen, length: int) -> tuple[int | None, int | None] | None:
 
 def _check(where: str, options: dict[str, Any]) -> None:
     """Raises UserError for an option that would change attention's result, and is not honoured."""
-    dropout = options.pop("dropout", 0.0)
-    if dropout:
-        raise UserError(
-            f"{where} drops attention's weights with probability {dropout}, which is not supported; train without, by "
-            "--set attention_dropout=0 (attn_pdrop=0 in some models)"
-        )
     for name, value in options.items():
         if name not in _HARMLESS and value is not None and value is not False:
             what = f"{_MEANING[name]}: option {name}" if name in _MEANING else f"the option {name}"

@@ -1,6 +1,18 @@
 """What the compiler knows about operators. Importing this package fills the table of them."""
 
-from nnscaler.operators import attention, convolution, copies, experts, index, loss, matmul, pointwise, reduce, view
+from nnscaler.operators import (
+    attention,
+    convolution,
+    copies,
+    experts,
+    index,
+    loss,
+    matmul,
+    pointwise,
+    random,
+    reduce,
+    view,
+)
 from nnscaler.operators.register import register_op
 from nnscaler.operators.registry import Operator, arguments, bind, operator_of, registered, spell
 from nnscaler.operators.verify import verify_op
@@ -18,6 +30,7 @@ __all__ = [
     "matmul",
     "operator_of",
     "pointwise",
+    "random",
     "reduce",
     "register_op",
     "registered",

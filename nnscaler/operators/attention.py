@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from nnscaler.annotation import Shape
+from nnscaler.errors import UserError
 from nnscaler.graph import Node, TensorMeta
-from nnscaler.kernels import Asked, attend
+from nnscaler.kernels import Asked, Dropped, attend
+from nnscaler.kernels.random import numbers_of
 from nnscaler.operators.annotating import write
 from nnscaler.operators.register import register_op
-from nnscaler.operators.registry import Flops, arguments, family, save_both
+from nnscaler.operators.registry import Counters, Flops, arguments, family, save_both
 
 Window = tuple[int | None, int | None]
 ALL: Window = (None, None)
@@ -81,14 +83,31 @@ def document_examples(node: Node, inputs: Sequence[TensorMeta]) -> dict[int, Ten
     return {place: (torch.arange(shape[1]) // length).expand(shape)}
 
 
+def drops(node: Node) -> bool:
+    given = arguments(node)
+    return bool(given["dropout"]) and given["draws"] is None
+
+
+def count_weights(node: Node, inputs: Sequence[Shape], counters: Counters) -> None:
+    weights = (*inputs[0][:3], inputs[1][2])
+    node.kwargs |= {
+        "draws": counters.draws,
+        "place": counters.place(),
+        "batches": counters.numbers(weights, 0),
+        "heads": counters.numbers(weights, 1),
+    }
+
+
 @register_op(
-    "b (k g^) l d^, b k s^ d^, b k s^ e^, (k g^), (k g^), b s^ -> b l (k g^) e^",
+    "b (k g^) l d^, b k s^ d^, b k s^ e^, (k g^), (k g^), b s^, 1 5, (), b, (k g^) -> b l (k g^) e^",
     flops=attention_flops,
     unmasked=unmasked_flops,
     backward=attention_backward,
     saves=save_both,
     along={"l": "nnscaler.runtime.attention.attention_along_l"},
     examples=document_examples,
+    draws=drops,
+    counted=count_weights,
 )
 def attention(
     query: Tensor,
@@ -97,12 +116,17 @@ def attention(
     sinks: Tensor | None = None,
     slopes: Tensor | None = None,
     documents: Tensor | None = None,
+    draws: Tensor | None = None,
+    place: Tensor | None = None,
+    batches: Tensor | None = None,
+    heads: Tensor | None = None,
     scale: float | None = None,
     is_causal: bool = True,
     window: Window = ALL,
     softcap: float | None = None,
     kernel: str = "auto",
     document_length: int | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Softmax attention with grouped key-value heads, and all that models ask of it.
 
@@ -119,11 +143,38 @@ def attention(
     kernel     a name of `nnscaler.kernels.KERNELS`, or auto
     document_length  for predictions alone: tokens of the document in which a token stands, on average; None: as many as
                there are keys
+    dropout    with which probability a weight is dropped after the softmax; the others are divided by 1 - dropout
+    draws, place, batches, heads  tell which (see `nnscaler.kernels.Dropped`). A compiled model passes them; without
+               them, each call draws anew
     """
     first = key.shape[2] - query.shape[2]
+    dropped = dropped_weights(dropout, query, key, draws, place, batches, heads)
     return attention_of_rows(
-        query, key, value, first, sinks, slopes, documents, scale, is_causal, window, softcap, kernel
+        query, key, value, first, sinks, slopes, documents, dropped, scale, is_causal, window, softcap, kernel
     )
+
+
+def dropped_weights(
+    p: float,
+    query: Tensor,
+    key: Tensor,
+    draws: Tensor | None,
+    place: Tensor | None,
+    batches: Tensor | None,
+    heads: Tensor | None,
+) -> Dropped | None:
+    """Which weights a call of `attention` drops. Raises UserError for a probability that is none."""
+    if not 0 <= p <= 1:
+        raise UserError(f"attention drops its weights with probability {p}; it must be from 0 to 1")
+    if not p:
+        return None
+    if draws is None or place is None or batches is None or heads is None:
+        shape = (*query.shape[:3], key.shape[2])
+        batches, heads = (numbers_of(shape, query.device)[dim] for dim in (0, 1))
+        draws = torch.randint(2**32, (1, 5), device=query.device)
+        draws[0, 4] = 1
+        place = draws[0, 0]
+    return Dropped(p, draws, place, batches, heads, key.shape[2])
 
 
 def attention_of_rows(
@@ -134,6 +185,7 @@ def attention_of_rows(
     sinks: Tensor | None,
     slopes: Tensor | None,
     documents: Tensor | None,
+    dropped: Dropped | None,
     scale: float | None,
     is_causal: bool,
     window: Window,
@@ -142,7 +194,7 @@ def attention_of_rows(
 ) -> Tensor:
     """`attention` of some rows of the query. The first of them has place `first` among the keys."""
     scale = query.shape[3] ** -0.5 if scale is None else scale
-    asked = Asked(scale, first, *reach(is_causal, window), softcap, sinks, slopes, documents)
+    asked = Asked(scale, first, *reach(is_causal, window), softcap, sinks, slopes, documents, dropped)
     return attend(query, key, value, asked, kernel)
 
 

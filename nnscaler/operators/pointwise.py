@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from nnscaler.annotation import Shape
 from nnscaler.graph import Node
 from nnscaler.operators.annotating import dim_names, write
-from nnscaler.operators.registry import arguments, backward_reads, family, save_both, save_nothing
+from nnscaler.operators.registry import backward_reads, family, save_both, save_nothing
 from nnscaler.operators.spelling import FUNCTION, WrittenCall, infix
 
 
@@ -25,17 +25,6 @@ def like_the_first(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]
     """The result is like the first tensor; only the type of the second matters."""
     names = dim_names(outputs[0])
     return f"{' '.join(names) or '()'}, ? -> {' '.join(names) or '()'}"
-
-
-def identity(call: WrittenCall) -> str:
-    """The input itself, whatever the other arguments say."""
-    call.unwritten.clear()
-    return call["input"]
-
-
-def drops(node: Node) -> bool:
-    given = arguments(node)
-    return bool(given["train"] and given["p"])
 
 
 def cast(call: WrittenCall) -> str:
@@ -80,14 +69,6 @@ family("zeros_like.default ones_like.default", broadcast, FUNCTION, saves=save_n
 family("full_like.default empty_like.default", broadcast, FUNCTION, saves=save_nothing)
 family("floor.default ceil.default round.default round.decimals", broadcast, saves=save_nothing)
 family("trunc.default sign.default", broadcast, saves=save_nothing)
-family(
-    "dropout.default feature_dropout.default alpha_dropout.default",
-    broadcast,
-    identity,
-    saves=save_nothing,
-    draws=drops,
-    alias=True,
-)
 family("copy.default", broadcast, copied, saves=save_nothing)
 # No gradient at all: comparisons, logic, tests.
 family(

@@ -16,6 +16,7 @@ from nnscaler.operators.arguments import REQUIRED, signature_of, written_by_user
 from nnscaler.operators.registry import (
     Annotate,
     BackwardRatio,
+    Counted,
     Examples,
     Exchange,
     Flops,
@@ -26,6 +27,7 @@ from nnscaler.operators.registry import (
     arguments,
     find,
     leaf_tracer,
+    never,
     no_examples,
     no_flops,
     no_workspace,
@@ -48,6 +50,8 @@ def register_op(
     exchanges: Mapping[str, Exchange] | None = None,
     among_copies: Callable[..., Any] | str | None = None,
     examples: Examples | None = None,
+    draws: Callable[[Node], bool] = never,
+    counted: Counted | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function of tensors as one operator that the compiler may split as its annotation says.
 
@@ -89,6 +93,9 @@ def register_op(
                 group (an `Axis`) before the other arguments; or its name `module.function`
     examples    (node, local inputs) -> place of an input -> its values when a call is timed, where values decide how
                 long it takes; by default random numbers, and zeros for integers
+    draws       whether a call draws random numbers that depend on what was drawn before; never, by default
+    counted     (node, input shapes, counters): changes such a call into one that draws by counting, whatever the plan,
+                see `nnscaler.kernels.random`; by default it is refused
 
     Raises UserError where the annotation cannot be parsed, the function has no name, or the name belongs to another
     function.
@@ -115,6 +122,8 @@ def register_op(
             exchanges=exchanges or {},
             among_copies=among_copies,
             examples=examples or no_examples,
+            draws=draws,
+            counted=counted,
         )
         known = find(operator.name)
         if known is not None and (known.function is None or _full_name(known.function) != _full_name(function)):

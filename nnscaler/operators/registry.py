@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -28,6 +28,23 @@ BackwardRatio = Callable[[Node, Sequence[TensorMeta]], float]  # (node, inputs) 
 Exchange = Callable[[dict[str, int], int, Sequence[TensorMeta]], float]  # (local sizes, devices, inputs) -> bytes
 Examples = Callable[[Node, Sequence[TensorMeta]], dict[int, torch.Tensor]]  # (node, inputs) -> values of some inputs
 Saves = Callable[[Node, Sequence[TensorMeta], Sequence[TensorMeta]], list[str]]  # (node, inputs, outputs) -> tensors
+
+
+class Counters(Protocol):
+    """What a call needs that draws random numbers by counting (see `nnscaler.kernels.random`): tensors of its block."""
+
+    @property
+    def draws(self) -> Ref:
+        """What the micro-batch draws."""
+
+    def place(self) -> Ref:
+        """The call's place in the model."""
+
+    def numbers(self, shape: Shape, dim: int) -> Ref:
+        """By how much each index along a dimension of a whole tensor raises an element's number."""
+
+
+Counted = Callable[[Node, Sequence[Shape], Counters], None]  # (node, input shapes, counters): changes the node
 
 
 def save_nothing(node: Node, inputs: Sequence[TensorMeta], outputs: Sequence[TensorMeta]) -> list[str]:
@@ -113,7 +130,9 @@ class Operator:
     saves       names of the tensors that backward reads
     keeps       bytes that backward keeps of a call beside tensors that go in and come out
     workspace   bytes that a call holds inside itself, beside its tensors and their gradients
-    draws       whether a call draws random numbers
+    draws       whether a call draws random numbers that depend on what was drawn before
+    counted     makes such a call one that draws by counting; None: it is refused
+    composed    it runs as many kernels where it is not compiled
     alias       the result is a view: no time, no memory
     function    the Python function that generated code calls; None for ATen operators
     along       annotated name -> the way to compute the shards of a split along it, where `function` on the shards does
@@ -138,6 +157,8 @@ class Operator:
     keeps: Workspace = no_workspace
     workspace: Workspace = no_workspace
     draws: Callable[[Node], bool] = never
+    counted: Counted | None = None
+    composed: bool = False
     alias: bool = False
     function: Callable[..., Any] | None = None
     along: Mapping[str, Callable[..., Any] | str] = field(default_factory=dict)
@@ -212,11 +233,8 @@ def bind(node: Node, block: Block) -> Bound:
 
 
 def _draws_random_numbers(node: Node) -> UserError:
-    given = ", ".join(
-        f"{name}={format_argument(value)}"
-        for name, value in by_name(node.op, node.args, node.kwargs).items()
-        if isinstance(value, (int, float))
-    )
+    known = arguments(node) if node.op in _operators else by_name(node.op, node.args, node.kwargs)
+    given = ", ".join(f"{name}={format_argument(x)}" for name, x in known.items() if isinstance(x, (int, float)))
     return UserError(
         f"operator {node.op} at {node.source or 'an unknown line'} draws random numbers ({given}), which the compiler "
         "does not support; set dropout to 0 in the model's configuration, or call .eval() on the module"

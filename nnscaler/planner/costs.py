@@ -106,9 +106,14 @@ class CostModel:
         The transient bytes are held while backward of the unit runs: the gradients of its inputs and outputs. The inner
         bytes are those of inner tensors that backward keeps.
         """
+        inside = sum(
+            operator_of(local.node).keeps(local.sizes, local.node, local.inputs)
+            for local in nodes
+            if any(block.tensors[name].requires_grad for name in local.node.outputs)
+        )
         if unit.kind == "cheap" and self.fused:
-            return self._cluster(unit, block, layouts)
-        seconds, transient, inside = NO_TIME, 0.0, 0.0
+            return *self._cluster(unit, block, layouts), inside
+        seconds, transient = NO_TIME, 0.0
         kept: set[str] = set()
         for local in nodes:
             node = local.node
@@ -117,24 +122,22 @@ class CostModel:
             seconds += self._node(local, block) + self._exchange(local, block)
             held = operator_of(node).workspace(local.sizes, node, local.inputs)
             transient = max(transient, sum(local.bytes) + held)
-            if kept_by := saved_by(node, block):
-                inside += operator_of(node).keeps(local.sizes, node, local.inputs)
-            kept.update(kept_by)
+            kept.update(saved_by(node, block))
             if local.axis is not None:  # what it computes before the exchange is kept beside what it gives
                 inside += self._travelling(local) or sum(local.bytes[len(node.inputs) :])
         if unit.kind == "cheap":  # what others save of themselves is their output, or what it is a view of
             inner = {name for node in unit.nodes for name in node.outputs} - set(unit.outputs)
-            inside = sum(self.local_bytes(block.tensors[name], layouts[name]) for name in kept & inner)
+            inside += sum(self.local_bytes(block.tensors[name], layouts[name]) for name in kept & inner)
         return seconds, transient, inside
 
-    def _cluster(self, unit: Unit, block: Block, layouts: Mapping[str, Placements]) -> tuple[Seconds, float, float]:
-        """The cost of a fused cluster.
+    def _cluster(self, unit: Unit, block: Block, layouts: Mapping[str, Placements]) -> tuple[Seconds, float]:
+        """The time and the transient bytes of a fused cluster.
 
         Forward reads its inputs and writes its outputs. Backward reads the tensors that it needs and the gradients of
         the outputs, and writes the gradients of the inputs.
         """
         if all(operator_of(node).alias for node in unit.nodes):
-            return NO_TIME, 0.0, 0.0
+            return NO_TIME, 0.0
         size = {name: self.local_bytes(block.tensors[name], layouts[name]) for name in (*unit.inputs, *unit.outputs)}
         read, written = (sum(size[name] for name in names) for names in (unit.inputs, unit.outputs))
         forward = self._roofline(0.0, read + written)
@@ -144,7 +147,7 @@ class CostModel:
             given = sum(size[name] for name in unit.outputs if block.tensors[name].requires_grad)
             made = sum(size[name] for name in unit.inputs if block.tensors[name].requires_grad)
             backward = self._roofline(0.0, needed + given + made)
-        return Seconds(forward, backward), float(read + written), 0.0
+        return Seconds(forward, backward), float(read + written)
 
     def _node(self, local: Local, block: Block) -> Seconds:
         """Seconds of one node."""

@@ -27,8 +27,8 @@ class Option:
                      gradient in each micro-batch, which runs beside backward (as `backward`)
     memory           bytes that are held all the time, by what they are
     transient        bytes that are held while it runs
-    inner_bytes      bytes of inner tensors that backward keeps: those of a cluster that is not fused, or of an
-                     operator whose function communicates
+    inner_bytes      bytes of inner tensors that backward keeps: those of a cluster that is not fused, of an operator
+                     whose function communicates, and what operators keep beside their tensors
     ways             (node name, how it runs) of each node of the unit
 
     Of parameters only:

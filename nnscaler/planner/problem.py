@@ -346,12 +346,12 @@ class _Body:
             self._open(tensor, (self.builder.interface[call.block, "output", index], 0))
 
     def _unit(self, index: int, unit: Unit) -> None:
-        options = tuple(unit_options(unit, self.block, self.problem.costs))
+        options, fused = tuple(unit_options(unit, self.block, self.problem.costs)), self.problem.costs.fused
         recomputed_at = frozenset(level for level, kept in self.kept_at.items() if index in kept.recomputed)
         inner_kept_at = frozenset(
             level
             for level, kept in self.kept_at.items()
-            if index not in kept.recomputed and (kept.keeps_inner or unit.kind == "registered")
+            if index not in kept.recomputed and (kept.keeps_inner or fused or unit.kind == "registered")
         )
         count = 0 if is_alias(unit) else self.count
         decision = self.builder.decide(

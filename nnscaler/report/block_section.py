@@ -8,7 +8,7 @@ from typing import Any
 
 from nnscaler.report.charts import bar, colours, legend, swatch
 from nnscaler.report.markup import Markup, table, tag
-from nnscaler.report.spelling import gib, or_blank, percent, seconds
+from nnscaler.report.spelling import gib, or_blank, percent, seconds, short_name
 
 Values = Mapping[str, Any]
 _HEAD = ["operator", "split", "layouts in → out", ">forward", ">backward", ">again", ">of the step", ">kept"]
@@ -87,8 +87,8 @@ def _operators(name: str, block: Values, values: Values) -> Markup:
 
 
 def _operators_of(unit: Values) -> str:
-    """The names of the operators in a unit, without `aten.` and overloads."""
-    names = [name.removeprefix("aten.").partition(".")[0] for name in unit["operators"]]
+    """The names of the operators in a unit, without namespaces and overloads."""
+    names = [short_name(name) for name in unit["operators"]]
     shown = list(dict.fromkeys(names))
     return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "")
 

@@ -9,6 +9,7 @@ from nnscaler.plan import Key, Plan
 from nnscaler.planner.costs import STATE, CostModel
 from nnscaler.report.collectives import CollectiveCost
 from nnscaler.report.parameters import ParameterGroup
+from nnscaler.report.spelling import short_name
 from nnscaler.units import Unit, divide
 
 MATMUL = "matmul"
@@ -29,7 +30,7 @@ def category_of(unit: Unit) -> str:
     operator = operator_of(unit.main)
     if operator.flops is contraction_flops:
         return MATMUL
-    return operator.name.removeprefix("aten.").partition(".")[0]
+    return short_name(operator.name)
 
 
 def costs_of(plan: Plan) -> CostModel:

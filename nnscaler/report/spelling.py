@@ -74,3 +74,8 @@ def step(predicted: Mapping[str, Any]) -> str:
         causal, full = percent(predicted["mfu_causal"]), percent(predicted["mfu"])
         parts.append(f"causal MFU {causal} ({full} by the document's formula)")
     return ", ".join([*parts, f"{seconds(predicted['step_seconds'])} a step"])
+
+
+def short_name(op: str) -> str:
+    """An operator's name in short: `linear` for the overload `aten.linear.default`."""
+    return op.removeprefix("aten.").removeprefix("nnscaler.").partition(".")[0]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nnscaler.operators.attention import ALL, Window, attention_of_rows, reach
+from nnscaler.operators.attention import ALL, Window, attention_of_rows, dropped_weights, reach
 from nnscaler.runtime import collectives
 from nnscaler.runtime.axis import Axis
 from nnscaler.runtime.dealing import Rows, rows_of, rows_of_one
@@ -22,26 +23,33 @@ def attention_along_l(
     sinks: Tensor | None = None,
     slopes: Tensor | None = None,
     documents: Tensor | None = None,
+    draws: Tensor | None = None,
+    place: Tensor | None = None,
+    batches: Tensor | None = None,
+    heads: Tensor | None = None,
     scale: float | None = None,
     is_causal: bool = True,
     window: Window = ALL,
     softcap: float | None = None,
     kernel: str = "auto",
     document_length: int | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """`attention` of this device's rows of the query with all keys and values (context parallelism).
 
     The rows are dealt out to the devices, so that all have about the same work. They are sent there, and the results
     back. Each sequence of a batch is dealt out by its own documents, which all devices know.
     """
+    dropped = dropped_weights(dropout, query, key, draws, place, batches, heads)
     limits, options = reach(is_causal, window), (scale, is_causal, window, softcap, kernel)
     if documents is None:
         rows = rows_of_one(key.shape[2])
-        return _dealt_out(axis, query, key, value, rows, limits, (sinks, slopes, None, *options))
+        return _dealt_out(axis, query, key, value, rows, limits, (sinks, slopes, None, dropped, *options))
     found = []
     for i, rows in enumerate(rows_of(documents)):
         one = slice(i, i + 1)
-        given = (sinks, slopes, documents[one], *options)
+        drops = None if dropped is None else replace(dropped, batches=dropped.batches[one])
+        given = (sinks, slopes, documents[one], drops, *options)
         found.append(_dealt_out(axis, query[one], key[one], value[one], rows, limits, given))
     return torch.cat(found)
 
@@ -66,19 +74,25 @@ def _dealt_out(
     for piece, count in _runs([piece for piece, owner in enumerate(owners) if owner == axis.rank]):
         part = query[:, :, done : done + count * size]
         first = begin + piece * size
-        found.append(_of_rows(part, key, value, first, rows, given))
+        found.append(_of_rows(part, key, value, begin, first, rows, given))
         done += count * size
     result = torch.cat(found, 1) if len(found) > 1 else found[0]
     return collectives.collect(result, axis, 1, owners) if travels else result
 
 
-def _of_rows(query: Tensor, key: Tensor, value: Tensor, first: int, rows: Rows, given: tuple[Any, ...]) -> Tensor:
-    """Attention of neighbouring rows, the first of which stands at key `first`, with the documents that they are of."""
-    sinks, slopes, documents, *options = given
+def _of_rows(
+    query: Tensor, key: Tensor, value: Tensor, begin: int, first: int, rows: Rows, given: tuple[Any, ...]
+) -> Tensor:
+    """Attention of neighbouring rows, with the documents that they are of. The first of them stands at key `first`, and
+    the whole query's first row at key `begin`."""
+    sinks, slopes, documents, dropped, *options = given
+    if dropped is not None:
+        dropped = replace(dropped, start=(first - begin) * dropped.row)
     if documents is not None:
         seen = slice(int(rows.starts[first]), int(rows.ends[first + query.shape[2] - 1]))
         key, value, documents, first = key[:, :, seen], value[:, :, seen], documents[:, seen], first - seen.start
-    return attention_of_rows(query, key, value, first, sinks, slopes, documents, *options)
+        dropped = dropped and dropped.from_key(seen.start)
+    return attention_of_rows(query, key, value, first, sinks, slopes, documents, dropped, *options)
 
 
 def _runs(pieces: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from nnscaler.errors import UserError
 from nnscaler.kernels import are_slow, widen_slow_products
+from nnscaler.kernels.random import DRAWS
 from nnscaler.mesh import Mesh
 from nnscaler.placement import Replicate
 from nnscaler.runtime.axes import Axes
 from nnscaler.runtime.buckets import Bucket, GradientReducer, make_buckets
+from nnscaler.runtime.draws import with_draws, without_draws
 from nnscaler.runtime.gathering import Gathers
 from nnscaler.runtime.host import HostMemory
 from nnscaler.runtime.optimizer import buckets_of, decays
@@ -138,14 +140,21 @@ class ParallelModule(nn.Module):
         with self.gathers.hooks() if self._gathers_again else nullcontext():
             return self._code.forward(self._weights, self.axes, *(inputs[name] for name in self.input_names))
 
-    def accumulate(self, micro_batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
+    @property
+    def drops(self) -> bool:
+        """Whether training draws random numbers."""
+        return DRAWS in self.input_names
+
+    def accumulate(self, micro_batches: Iterable[Mapping[str, Tensor]], seed: int = 0, step: int = 0) -> Tensor:
         """Runs forward and backward of a step's micro-batches, and fills `Bucket.gradient`.
+
+        seed, step  on which it depends what is dropped at random; steps are counted from 0
 
         Returns the sum of their losses, fp64; where forward gives several numbers in a row, of which the first is the
         loss, the sums of each. Raises UserError where forward gives anything else.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.axes.device)
-        for inputs in micro_batches:
+        for inputs in with_draws(micro_batches, self.axes, seed, step) if self.drops else micro_batches:
             numbers = self._numbers(inputs)
             loss_of(numbers).backward()
             self.reducer.end_micro_batch()
@@ -156,9 +165,9 @@ class ParallelModule(nn.Module):
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
-        """As `accumulate`, of any number of micro-batches, by forward alone."""
+        """As `accumulate`, of any number of micro-batches, by forward alone, in which nothing is dropped."""
         total = torch.zeros((), dtype=torch.float64, device=self.axes.device)
-        for inputs in micro_batches:
+        for inputs in without_draws(micro_batches, self.axes) if self.drops else micro_batches:
             total = total + self._numbers(inputs)
         return total
 

@@ -22,6 +22,7 @@ from torch.distributed.pipelining import PipelineStage
 from nnscaler.mesh import Mesh
 from nnscaler.runtime.axes import Axes
 from nnscaler.runtime.buckets import Bucket, GradientReducer
+from nnscaler.runtime.draws import with_draws, without_draws
 from nnscaler.runtime.forward import ForwardOnly
 from nnscaler.runtime.module import ParallelModule, ReadPart, loss_of
 from nnscaler.schedules import Schedule, torch_schedule
@@ -89,12 +90,12 @@ class PipelineModule:
             for same in zip(*mine.values(), strict=True):
                 yield _SharedParameter(same, groups[ranks])
 
-    def accumulate(self, micro_batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
-        """Runs the schedule over a step's micro-batches, and fills `Bucket.gradient`.
+    def accumulate(self, micro_batches: Iterable[Mapping[str, Tensor]], seed: int = 0, step: int = 0) -> Tensor:
+        """Runs the schedule over a step's micro-batches, and fills `Bucket.gradient`. As `ParallelModule.accumulate`.
 
         Returns what `ParallelModule.accumulate` does where `gives_loss`; else 0.
         """
-        batches = list(micro_batches)
+        batches = list(with_draws(micro_batches, self.axes, seed, step))
         inputs = {name: torch.stack([batch[name] for batch in batches]) for name in batches[0]}
         target = next(iter(inputs.values())) if self.gives_loss else None
         self._numbers.clear()
@@ -117,7 +118,7 @@ class PipelineModule:
     def evaluate(self, micro_batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
         """As `accumulate`, of any number of micro-batches, as many on each rank, by forward alone."""
         total = torch.zeros((), dtype=torch.float64, device=self.axes.device)
-        left = iter(micro_batches)
+        left = without_draws(micro_batches, self.axes)
         while some := list(islice(left, self.schedule.micro_batches)):
             for loss in self._forward.run(some):
                 total = total + loss

@@ -69,7 +69,7 @@ class Converter:
                 tensor = self.input_names[len(block.inputs)] if self.input_names else node.name
             else:
                 tensor = path.replace(".", "_")
-            tensor = _unused(_identifier(tensor), set(block.tensors))
+            tensor = unused(_identifier(tensor), set(block.tensors))
             env[node] = Ref(tensor)
             block.tensors[tensor] = _meta(value)
             if spec.kind == InputKind.USER_INPUT:
@@ -145,7 +145,7 @@ class Converter:
         value = node.meta["val"]
         values = list(value) if isinstance(value, (list, tuple)) else [value]
         names = [made.name] if len(values) == 1 else [f"{made.name}_{i}" for i in range(len(values))]
-        names = [_unused(name, set(block.tensors)) for name in names]
+        names = [unused(name, set(block.tensors)) for name in names]
         for name, item in zip(names, values):
             if not isinstance(item, Tensor):
                 raise UserError(f"operator {op} at {source} returns {type(item).__name__}; only tensors are supported")
@@ -273,10 +273,10 @@ def _name_after_modules(block: Block) -> None:
         role = _role(node.module)
         deeper = following is not None and following.module.startswith(f"{node.module}.")
         if node.module and leaves_module and not deeper and len(node.outputs) == 1:
-            renamed[node.outputs[0]] = _unused(_identifier(role), taken)
+            renamed[node.outputs[0]] = unused(_identifier(role), taken)
         for name in node.outputs:
             if name not in renamed:
-                renamed[name] = _unused(name, taken)
+                renamed[name] = unused(name, taken)
     for node in block.nodes:
         node.args = map_refs(node.args, lambda ref: Ref(renamed.get(ref.name, ref.name)))
         node.kwargs = map_refs(node.kwargs, lambda ref: Ref(renamed.get(ref.name, ref.name)))
@@ -292,7 +292,7 @@ def _role(module: str) -> str:
     return f"{before}_{last}" if last.isdigit() else last
 
 
-def _unused(name: str, taken: set[str]) -> str:
+def unused(name: str, taken: set[str]) -> str:
     candidate, count = name, 1
     while candidate in taken:
         count += 1

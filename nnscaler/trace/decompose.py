@@ -25,6 +25,8 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
 
     An operator that is not composed of others stays. It is refused later, by its name.
     """
+    for module in _graphs(program.graph_module):
+        _keep_dropout(module)
     for _ in range(_ROUNDS):
         targets = {node.target for module in _graphs(program.graph_module) for node in module.graph.nodes}
         composed = _compositions([target for target in targets if isinstance(target, OpOverload)])
@@ -37,6 +39,26 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
 
 def _graphs(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
     return (inner for inner in module.modules() if isinstance(inner, fx.GraphModule))
+
+
+def _keep_dropout(module: fx.GraphModule) -> None:
+    """Makes dropout one operator that is not decomposed, also where it writes into a tensor that is no view."""
+    by_element, by_feature = torch.ops.aten.dropout.default, torch.ops.aten.feature_dropout.default
+    in_place = {torch.ops.aten.dropout_.default: by_element, torch.ops.aten.feature_dropout_.default: by_feature}
+    for node in module.graph.nodes:
+        target = in_place.get(node.target, node.target)
+        if target not in in_place.values() or not (node.args[1] and node.args[2]):
+            continue
+        x = node.args[0]
+        if target is not node.target:
+            made_by = find(str(x.target))
+            if made_by is None or made_by.alias:
+                continue  # which is refused
+            for user in [user for user in x.users if user > node]:
+                user.replace_input_with(x, node)
+        node.target, node.kwargs = torch.ops.nnscaler.drop.default, {}
+        node.args = (x, node.args[1], target is by_feature)
+    module.recompile()
 
 
 def _is_mutable(target: Any) -> bool:

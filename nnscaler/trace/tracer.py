@@ -20,6 +20,7 @@ from nnscaler.graph import Block, Call, Graph, TensorMeta
 from nnscaler.trace.convert import CallTarget, Converter
 from nnscaler.trace.decompose import decompose
 from nnscaler.trace.digest import digest
+from nnscaler.trace.draws import count_draws
 from nnscaler.trace.execute import Execution, execute
 from nnscaler.trace.fake import fake, fake_mode, fake_weights
 from nnscaler.trace.gradients import mark_gradients
@@ -226,5 +227,6 @@ def _assemble(
     graph.parameters = {path: meta for path, meta in metas.items() if path in used}
     graph.buffers = {path: tensor for path, tensor in fixed.items() if path in used}
     graph.tied = {name: path for name, path in names.items() if name != path and path in used}
+    count_draws(graph, model)
     mark_gradients(graph)
     return graph

@@ -28,9 +28,9 @@ def train_with_bad_steps(folder, steps, name, bad):
     """On rank 1 alone, the loss of some steps is infinite."""
     accumulate, count = ParallelModule.accumulate, 0
 
-    def poisoned(module, micro_batches):
+    def poisoned(module, micro_batches, *drawn):
         nonlocal count
-        loss, count = accumulate(module, micro_batches), count + 1
+        loss, count = accumulate(module, micro_batches, *drawn), count + 1
         return loss * float("inf") if os.environ["RANK"] == "1" and count in bad else loss
 
     with patch.object(ParallelModule, "accumulate", poisoned):

@@ -271,7 +271,7 @@ def hold_step(folder: Path, name: str, wanted: Path) -> tuple[list[str], dict[st
     """
     accumulate, count, states = ParallelModule.accumulate, 0, {}
 
-    def held(module: ParallelModule, micro_batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
+    def held(module: ParallelModule, micro_batches: Iterable[Mapping[str, Tensor]], *drawn: int) -> Tensor:
         nonlocal count, states
         count += 1
         if count == 4:
@@ -282,7 +282,7 @@ def hold_step(folder: Path, name: str, wanted: Path) -> tuple[list[str], dict[st
             deadline = time.monotonic() + 240
             while not wanted.exists() and time.monotonic() < deadline:
                 time.sleep(0.01)
-        return accumulate(module, micro_batches)
+        return accumulate(module, micro_batches, *drawn)
 
     with patch.object(ParallelModule, "accumulate", held), messages() as said:
         train(TWO, folder, 1000, name, {"interval": 0})

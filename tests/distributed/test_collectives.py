@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from nnscaler.kernels.random import draws_of, numbers_of, place_of
 from nnscaler.mesh import Mesh
 from nnscaler.placement import PARTIAL, REPLICATE, SHARED, Shard
 from nnscaler.reshard import reshards
@@ -122,6 +123,8 @@ OPTIONS = [
     {"window": (20, None), "softcap": 0.8, "sinks": True},
     {"window": (3, 6), "is_causal": False, "slopes": True},
     {"documents": True, "window": (9, None), "slopes": True, "sinks": True, "scale": 0.3},
+    {"dropout": 0.3},
+    {"dropout": 0.3, "documents": True, "window": (9, None)},
 ]
 
 
@@ -134,6 +137,7 @@ def attention_of_shards(length: int, sizes: tuple[int, ...]) -> None:
     shapes = [(2, 4, length, 6), (2, 2, length, 6), (2, 2, length, 5), (4,), (4,)]
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
     gradient = torch.randn(2, length, 4, 5, generator=generator, dtype=torch.float64)
+    numbers = numbers_of((2, 4, length, length))
     documents = torch.stack([(torch.arange(length) // 5), torch.arange(length).mul(3).sub(1).clamp(0, length)])
 
     def rows(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -146,6 +150,8 @@ def attention_of_shards(length: int, sizes: tuple[int, ...]) -> None:
         given: dict[str, Any] = dict(options)
         own = {"sinks": tensors[3], "slopes": tensors[4], "documents": documents}
         given.update({name: tensor for name, tensor in own.items() if name in given})
+        if "dropout" in given:
+            given |= {"draws": draws_of(1, 2, 3), "place": place_of("attention", 0)}
         names = [name for name in ("sinks", "slopes") if name in given]
         whole = [*tensors[:3], *(given[name] for name in names)]
         wanted = written_out(*tensors[:3], **given)
@@ -153,6 +159,8 @@ def attention_of_shards(length: int, sizes: tuple[int, ...]) -> None:
 
         mine = [heads(x, 0 if x.dim() == 1 else 1).detach() for x in whole]
         mine = [x.requires_grad_() for x in [rows(mine[0], 2), *mine[1:]]]
+        if "dropout" in given:
+            given |= {"batches": numbers[0], "heads": heads(numbers[1], 0)}
         found = attention_along_l(axis, *mine[:3], **{**given, **dict(zip(names, mine[3:]))})
         torch.testing.assert_close(found, heads(rows(wanted, 1), 2))
         gradients = torch.autograd.grad(found, mine, heads(rows(gradient, 1), 2).contiguous())

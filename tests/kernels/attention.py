@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from nnscaler.kernels.random import dropout as drop
+from nnscaler.kernels.random import numbers_of
+
 
 def written_out(
     query: Tensor,
@@ -19,6 +22,10 @@ def written_out(
     is_causal: bool = True,
     window: tuple[int | None, int | None] = (None, None),
     softcap: float | None = None,
+    dropout: float = 0.0,
+    draws: Tensor | None = None,
+    place: Tensor | None = None,
+    **_: Tensor,
 ) -> Tensor:
     """As `nnscaler.operators.attention.attention`, all scores at once and by autograd: [b, l, h, e]."""
     groups = query.shape[1] // key.shape[1]
@@ -27,8 +34,7 @@ def written_out(
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
     rows, keys = scores.shape[2:]
-    place = torch.arange(keys - rows, keys).unsqueeze(1)
-    after = torch.arange(keys) - place
+    after = torch.arange(keys) - torch.arange(keys - rows, keys).unsqueeze(1)
     if slopes is not None:
         scores = scores - slopes.view(-1, 1, 1) * after.abs()
     hidden = (after > 0) if is_causal else torch.zeros_like(after, dtype=torch.bool)
@@ -43,4 +49,6 @@ def written_out(
     if sinks is not None:
         scores = torch.cat([scores, sinks.view(-1, 1, 1).expand(*scores.shape[:3], 1)], -1)
     weights = scores.softmax(3)[..., :keys]
+    if dropout:
+        weights = drop(weights, dropout, draws, place, numbers_of(weights.shape))
     return (weights @ value).transpose(1, 2)

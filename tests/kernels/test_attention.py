@@ -18,7 +18,8 @@ from torch import Tensor
 from nnscaler import UserError
 from nnscaler.kernels import KERNELS, Asked, attend
 from nnscaler.kernels.attention import choice, libraries, probe, rows
-from nnscaler.operators.attention import attention
+from nnscaler.kernels.random import draws_of, numbers_of, place_of
+from nnscaler.operators.attention import attention, dropped_weights
 from tests.kernels.attention import written_out
 
 SIZES = [(4, 4, 7, 7), (4, 2, 7, 7), (4, 2, 5, 9)]  # heads, key-value heads, rows, keys
@@ -50,6 +51,9 @@ OPTIONS: list[dict[str, Any]] = [
     {"documents": True, "is_causal": False},
     {"documents": True, "is_causal": False, "window": (2, 1)},
     {"documents": True, "window": (1, None), "softcap": 2.0, "sinks": True, "slopes": True, "scale": 0.4},
+    {"dropout": 0.3},
+    {"dropout": 0.5, "is_causal": False, "window": (2, 1), "documents": True, "sinks": True, "slopes": True},
+    {"dropout": 0.4, "window": (2, None), "softcap": 0.7},
 ]
 
 
@@ -63,6 +67,9 @@ def options_of(asked: dict[str, Any], tensors: list[Tensor]) -> tuple[list[Tenso
             used.append(tensor)
     if given.pop("documents", False):
         given["documents"] = torch.tensor([[0, 0, 0, 1, 1, 5, 5, 5, 2], [3, 1, 1, 1, 1, 1, 1, 0, 0]])[:, : key.shape[2]]
+    if "dropout" in given:
+        batches, heads, *_ = numbers_of((*query.shape[:3], key.shape[2]))
+        given |= {"draws": draws_of(1, 2, 3), "place": place_of("attention", 0), "batches": batches, "heads": heads}
     return used, given
 
 
@@ -147,6 +154,8 @@ def through(kernel: str, q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tenso
     right = 0 if given.get("is_causal", True) else right
     asked = Asked(given.get("scale", 6**-0.5), k.shape[2] - q.shape[2], left, right, given.get("softcap"))
     asked = replace(asked, **{name: given[name] for name in ("sinks", "slopes", "documents") if name in given})
+    which = [given.get(name) for name in ("draws", "place", "batches", "heads")]
+    asked = replace(asked, dropped=dropped_weights(given.get("dropout", 0.0), q, k, *which))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     k, v, asked = choice._in_reach(q.shape[1], k, v, asked)
     able = asked.options(q.shape[1], k.shape[1]) <= KERNELS[kernel].can
@@ -179,6 +188,14 @@ def test_a_kernel_is_not_asked_for_what_it_does_not_do():
     with pytest.raises(UserError, match=r"'cudnn' has no sinks and windows, .*one of auto, flash_attention_4"):
         attention(query, key, value, sinks, window=(2, None), kernel="cudnn")
     attention(query, key, value, window=(6, None), kernel="sdpa")  # which hides nothing
+
+
+def test_uncompiled_attention_drops_anew_in_each_call():
+    query, key, value, *_ = inputs(4, 2, 7, 7)
+    first, second = (attention(query, key, value, dropout=0.5) for _ in range(2))
+    assert not torch.equal(first, second)
+    with pytest.raises(UserError, match=r"drops its weights with probability 1\.5; it must be from 0 to 1"):
+        attention(query, key, value, dropout=1.5)
 
 
 def test_a_kernel_that_is_not_installed_is_named():

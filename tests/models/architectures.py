@@ -74,7 +74,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "ernie4_5": {},
     "helium": {},
     "exaone4": {},
-    "minicpm3": {"num_key_value_heads": 4},
+    "minicpm3": {"num_key_value_heads": 4, "dim_model_base": 16},
     "mixtral": {},
     "qwen3_moe": {},
     "olmoe": {},
@@ -90,11 +90,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def config_of(name: str, **changes: Any) -> PretrainedConfig:
-    """A tiny configuration of an architecture, without dropout."""
+def config_of(name: str, drops: bool = False, **changes: Any) -> PretrainedConfig:
+    """A tiny configuration of an architecture. drops: with the dropout that its class has; else without"""
     known = AutoConfig.for_model(name)
     fields = {}
-    for field, value in {**SIZES, **NO_DROPOUT, **EXPERTS}.items():
+    for field, value in {**SIZES, **({} if drops else NO_DROPOUT), **EXPERTS}.items():
         spelled = known.attribute_map.get(field, field)
         if spelled in known.to_dict():
             fields[spelled] = value

@@ -38,7 +38,7 @@ def prepare(folder: Path, names: list[str]) -> None:
     tiny.write_dataset(folder / "data", rows=8)
     tiny.write_hardware(folder)
     for name in names:
-        config = config_of(name)
+        config = config_of(name, drops=True)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.load_state_dict(random_weights(config), strict=False)
         model.save_pretrained(folder / "models" / name)

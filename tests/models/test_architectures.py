@@ -95,7 +95,7 @@ def test_compiled(name, chunked, implementation, changes, tmp_path):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("llama", {"attention_dropout": 0.5}, "drops attention's weights with probability 0.5, .*attention_dropout=0"),
+        ("llama", {"attention_dropout": 1.5}, r"drops its weights with probability 1\.5; it must be from 0 to 1"),
         ("llama", {"hidden_act": "none"}, "cannot build a llama language model: KeyError"),
     ],
 )
@@ -150,8 +150,7 @@ def test_options_nobody_has_heard_of_are_refused():
         attend(module, q, q, q, None, news=1.0)
     with pytest.raises(UserError, match="a mask of its own"):
         attend(module, q, q, q, torch.zeros(1, 1, 4, 4))
-    with pytest.raises(UserError, match="drops attention's weights with probability"):
-        attend(module, q, q, q, None, dropout=0.5)
+    assert not torch.equal(causal, attend(module, q, q, q, None, dropout=0.5)[0])
 
 
 def test_what_masks_let_rows_see():

@@ -7,6 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from nnscaler.kernels.random import draws_of, numbers_of, place_of
 from nnscaler.operators import registry
 from tests.operators.calls import fixed
 
@@ -35,6 +36,13 @@ UNARY = tuple(
 UNARY_POSITIVE = ["log", "log2", "log10", "log1p", "rsqrt", "sqrt", "reciprocal"]
 BINARY = ["add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor", "rsub.Tensor", "maximum.default", "minimum.default"]
 COMPARE = ["eq", "ne", "lt", "le", "gt", "ge"]
+
+
+DRAWS, PLACE = draws_of(seed=3, step=1, micro_batch=2), place_of("layers.0", 1)
+
+
+def _numbers_of_weights(*shape: int) -> dict[str, Tensor]:
+    return dict(zip(("batches", "heads"), numbers_of(shape)))
 
 
 @cache
@@ -317,6 +325,11 @@ def samples(a: int, b: int, c: int, d: int) -> dict[str, list[tuple]]:
         ],
     }  # fmt: skip
     return {f"aten.{name}": [_arguments(call) for call in found] for name, found in calls.items()} | {
+        "nnscaler.dropout.default": [
+            ((x, 0.5, DRAWS, PLACE, numbers_of(x.shape)), {}),
+            ((x, 0.25, DRAWS, PLACE, numbers_of(x.shape[:2])), {}),  # all of a channel together
+            ((real(b), 1.0, DRAWS, PLACE, numbers_of((b,))), {}),
+        ],
         "attention": [
             ((real(a, 2 * b, c, d), real(a, b, c, d), real(a, b, c, d)), {}),
             ((real(a, b, c, d), real(a, b, 6, d), real(a, b, 6, d)), {"scale": 0.3, "is_causal": False}),
@@ -328,6 +341,10 @@ def samples(a: int, b: int, c: int, d: int) -> dict[str, list[tuple]]:
             (
                 (real(a, 2 * b, c, d), real(a, b, c, d), real(a, b, c, d), real(2 * b)),
                 {"documents": index(2, a, c).sort(1).values, "softcap": 2.0},
+            ),
+            (
+                (real(a, 2 * b, c, d), real(a, b, c, d), real(a, b, c, d)),
+                {"dropout": 0.5, "draws": DRAWS, "place": PLACE, **_numbers_of_weights(a, 2 * b, c, c)},
             ),
         ],
         "average_over_copies": [((fixed(real(a, b)),), {}), ((fixed(real()),), {})],
@@ -366,5 +383,5 @@ def _arguments(call: tuple) -> tuple[tuple, dict]:
 
 def known() -> list[str]:
     """Operators of the tables, without those that a test registers."""
-    own = ("attention", "average_over_copies", "experts")
+    own = ("attention", "average_over_copies", "experts", "nnscaler.dropout.default")
     return [name for name in registry.names() if name.startswith("aten.") or name in own]

@@ -21,6 +21,7 @@ from tests.operators.samples import known, samples
 
 SIZES = (8, 6, 10, 12)
 KEEPS_MORE = {
+    "nnscaler.dropout.default": "a byte, not an element, for each element",
     "aten.cross_entropy_loss.default": "sums of weights, probabilities",
     "aten.group_norm.default": "a mean and a deviation for each group",
     "aten.log_sigmoid.default": "a buffer, on CPUs only",

@@ -69,7 +69,6 @@ def test_an_argument_that_the_text_does_not_know_is_refused_by_name(op, args, kw
 
 
 DRAWN = [
-    ("dropout.default", (torch.zeros(2), 0.5, True), "p=0.5"),
     ("alpha_dropout.default", (torch.zeros(2), 0.5, True), "p=0.5"),
     ("bernoulli.default", (torch.zeros(2),), ""),
     ("rand_like.default", (torch.zeros(2),), ""),

@@ -2,9 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Dropped:
+    """Which weights [b, h, l, s] are dropped, as `nnscaler.kernels.random` draws; the others are divided by 1 - p.
+
+    p        the probability that a weight is dropped
+    draws    of the micro-batch
+    place    in the model
+    batches  [b]: numbers of the whole tensor of weights along its first dimension, here
+    heads    [h]: the same along its second
+    row      by how much the number rises from one row to the next: how many keys there are in the whole
+    start    number, in a head, of the first row's weight for the first key
+    """
+
+    p: float
+    draws: Tensor
+    place: Tensor
+    batches: Tensor
+    heads: Tensor
+    row: int
+    start: int = 0
+
+    def from_key(self, key: int) -> Dropped:
+        """The same, of keys that begin with this one."""
+        return replace(self, start=self.start + key)
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,6 +45,7 @@ class Asked:
     sinks      [h]: for each head, a score that takes part in the softmax but has no value
     slopes     [h]: for each head, by how much a score falls with each place between a row and the key (ALiBi)
     documents  [b, s] integers: a row sees only keys with the same number as at its place; equal numbers are neighbours
+    dropped    which weights, after the softmax, are dropped; None: none
     """
 
     scale: float
@@ -29,6 +56,7 @@ class Asked:
     sinks: Tensor | None = None
     slopes: Tensor | None = None
     documents: Tensor | None = None
+    dropped: Dropped | None = None
 
     def options(self, rows: int, keys: int) -> frozenset[str]:
         """The options that this call uses and not every kernel has, by their names in `kernels.attention.choice`."""
@@ -38,6 +66,7 @@ class Asked:
             "sinks": self.sinks is not None,
             "ALiBi": self.slopes is not None,
             "documents": self.documents is not None,
+            "dropout": self.dropped is not None,
             # Kernels count each document's places from its end, which must be that of its rows and of its keys.
             "documents with later keys": self.documents is not None and self.right != 0 and self.first + rows != keys,
         }

@@ -8,6 +8,7 @@ flash_attention_2  flash-attn                           rows            plain Py
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from nnscaler.kernels.attention.asked import Asked
 from nnscaler.kernels.attention.libraries import Run, cudnn, flash_attention, sdpa
 from nnscaler.kernels.attention.probe import Kind, fastest, kind_of
 from nnscaler.kernels.attention.rows import attend_by_rows
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ KERNELS: dict[str, Kernel] = {
     "cudnn": Kernel(cudnn),
     "sdpa": Kernel(sdpa),
     "flex_attention": Kernel(_flex, _ALL),
-    "rows": Kernel(lambda: attend_by_rows, _ALL),
+    "rows": Kernel(lambda: attend_by_rows, _ALL | {"dropout"}),
 }
 
 
@@ -98,7 +101,8 @@ def _in_reach(rows: int, key: Tensor, value: Tensor, asked: Asked) -> tuple[Tens
     left = None if asked.left is None or asked.left >= first + rows - 1 else asked.left
     right = None if asked.right is None or first + asked.right >= keys - 1 else asked.right
     documents = None if asked.documents is None else asked.documents[:, begin:end]
-    asked = replace(asked, first=first, left=left, right=right, documents=documents)
+    dropped = None if asked.dropped is None else asked.dropped.from_key(begin)
+    asked = replace(asked, first=first, left=left, right=right, documents=documents, dropped=dropped)
     return key[:, begin:end], value[:, begin:end], asked
 
 
@@ -125,6 +129,9 @@ def _probed(kind: Kind, options: frozenset[str]) -> str:
     Otherwise a checkpoint around the call would count what the probe keeps for its own backward.
     """
     able = {name: kernel.load for name, kernel in KERNELS.items() if options <= kernel.can and name != "rows"}
+    if not able:
+        logger.warning("no fast kernel of attention has %s: it is computed by plain PyTorch", " and ".join(options))
+        return "rows"
 
     def probe() -> str | None:
         with torch.cuda.device(kind.device):

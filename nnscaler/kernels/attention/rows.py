@@ -7,14 +7,15 @@ backward needs one number a row: the logarithm of the sum in its softmax.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nnscaler.kernels.attention.asked import Asked
+from nnscaler.kernels.attention.asked import Asked, Dropped
+from nnscaler.kernels.random import kept_at_once, scale_of
 
 _SCORES = 2**22
 
@@ -24,16 +25,20 @@ def attend_by_rows(query: Tensor, key: Tensor, value: Tensor, asked: Asked) -> T
     inputs."""
     limits = (asked.first, asked.left, asked.right)
     tensors = (query, key, value, asked.sinks, asked.slopes, asked.documents)
-    return torch.ops.nnscaler.attention_by_rows(*tensors, asked.scale, asked.softcap, *limits)[0]
+    dropped = asked.dropped
+    numbers = [] if dropped is None else [dropped.draws, dropped.place, dropped.batches, dropped.heads]
+    drops = (0.0, 0, 0) if dropped is None else (dropped.p, dropped.row, dropped.start)
+    return torch.ops.nnscaler.attention_by_rows(*tensors, numbers, asked.scale, asked.softcap, *limits, *drops)[0]
 
 
 @torch.library.custom_op("nnscaler::attention_by_rows", mutates_args=())
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, slopes: Tensor | None,
-    documents: Tensor | None, scale: float, softcap: float | None, first: int, left: int | None,
-    right: int | None,
+    documents: Tensor | None, numbers: Sequence[Tensor], scale: float, softcap: float | None, first: int,
+    left: int | None, right: int | None, p: float, row: int, start: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    call = _Call(query, key, value, Asked(scale, first, left, right, softcap, sinks, slopes, documents))
+    dropped = _dropped(numbers, p, row, start)
+    call = _Call(query, key, value, Asked(scale, first, left, right, softcap, sinks, slopes, documents, dropped))
     result = query.new_empty((*query.shape[:3], value.shape[3]))
     sums = query.new_empty((query.shape[0], query.shape[2], query.shape[1]), dtype=call.dtype)
     for rows, keys in call.chunks():
@@ -41,7 +46,10 @@ def _forward(
         total = scores.logsumexp(-1, keepdim=True)
         if sinks is not None:
             total = torch.logaddexp(total, call.by_head(sinks))
-        result[:, rows] = call.ungrouped(_of_each(torch.exp(scores - total), call.value[:, :, keys])).to(result.dtype)
+        weights = torch.exp(scores - total)
+        if dropped is not None:
+            weights *= call.kept(dropped, rows, keys)
+        result[:, rows] = call.ungrouped(_of_each(weights, call.value[:, :, keys])).to(result.dtype)
         sums[:, :, rows] = total.flatten(1, 2).squeeze(-1)
     return result, sums
 
@@ -55,15 +63,18 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tenso
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, scale, softcap, first, left, right = inputs
-    ctx.save_for_backward(*tensors, *output)
+    *tensors, numbers, scale, softcap, first, left, right, p, row, start = inputs
+    ctx.save_for_backward(*tensors, *output, *numbers)
     ctx.asked = Asked(scale, first, left, right, softcap)
+    ctx.drops = p, row, start
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Any, ...]:
-    query, key, value, sinks, slopes, documents, result, sums = ctx.saved_tensors
-    call = _Call(query, key, value, replace(ctx.asked, sinks=sinks, slopes=slopes, documents=documents))
+    query, key, value, sinks, slopes, documents, result, sums, *numbers = ctx.saved_tensors
+    dropped = _dropped(numbers, *ctx.drops)
+    asked = replace(ctx.asked, sinks=sinks, slopes=slopes, documents=documents, dropped=dropped)
+    call = _Call(query, key, value, asked)
     d_query, d_key, d_value = (torch.zeros_like(x) for x in (call.query, call.key, call.value))
     d_sinks, d_slopes = (None if x is None else torch.zeros_like(x, dtype=call.dtype) for x in (sinks, slopes))
     for rows, keys in call.chunks():
@@ -73,8 +84,14 @@ def _backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Any, ...]:
         weights = torch.exp(scores - total)
         # Each weight's gradient beside the mean of them all, which the softmax takes away.
         mean = (given * call.grouped(result[:, rows])).sum(-1, keepdim=True)
-        d_value[:, :, keys] += _of_all(weights, given)
-        d_scores = weights * (_of_each(given, call.value[:, :, keys].mT) - mean)
+        d_weights = _of_each(given, call.value[:, :, keys].mT)
+        if dropped is None:
+            d_value[:, :, keys] += _of_all(weights, given)
+        else:
+            kept = call.kept(dropped, rows, keys)
+            d_value[:, :, keys] += _of_all(weights * kept, given)
+            d_weights *= kept
+        d_scores = weights * (d_weights - mean)
         if d_sinks is not None:
             d_sinks -= (torch.exp(call.by_head(sinks) - total) * mean).sum((0, 3, 4)).flatten()
         if d_slopes is not None:
@@ -86,7 +103,16 @@ def _backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Any, ...]:
         d_key[:, :, keys] += _of_all(d_scores, call.query[:, :, :, rows])
     found = [call.ungrouped(d_query), d_key.transpose(1, 2), d_value.transpose(1, 2), d_sinks, d_slopes]
     kinds = (query, key, value, sinks, slopes)
-    return *(x if x is None else x.to(kind.dtype) for x, kind in zip(found, kinds)), *(None,) * 6
+    without = None, [None for _ in numbers], *(None,) * 8
+    return *(x if x is None else x.to(kind.dtype) for x, kind in zip(found, kinds)), *without
+
+
+def _dropped(numbers: Sequence[Tensor], p: float, row: int, start: int) -> Dropped | None:
+    """What `numbers` (draws, place, batches, heads) say together with the rest; None: nothing is dropped."""
+    if not numbers:
+        return None
+    draws, place, batches, heads = numbers
+    return Dropped(p, draws, place, batches, heads, row, start)
 
 
 _forward.register_autograd(_backward, setup_context=_keep)
@@ -158,6 +184,14 @@ class _Call:
             own = self.asked.documents[:, self.asked.first :][:, rows]
             hidden = hidden | (own.unsqueeze(2) != self.asked.documents[:, keys].unsqueeze(1))[:, None, None]
         return hidden
+
+    def kept(self, dropped: Dropped, rows: slice, keys: slice) -> Tensor:
+        """By what weights are multiplied: [b, k, g, rows, keys]."""
+        by_row = torch.arange(rows.start, rows.stop, device=self.query.device).unsqueeze(1) * dropped.row
+        heads = dropped.batches.view(-1, 1, 1, 1, 1) + dropped.heads.view(-1, self.groups, 1, 1)
+        numbers = heads + (by_row + self.others(keys) + dropped.start)
+        stays = kept_at_once(dropped.p, dropped.draws, dropped.place, numbers)
+        return stays * scale_of(dropped.p, dropped.draws, self.dtype)
 
     def distance(self, rows: slice, keys: slice) -> Tensor:
         """[rows, keys]"""
