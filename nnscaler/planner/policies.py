@@ -73,7 +73,7 @@ def _data_parallel(graph: Graph, devices: int) -> None:
         )
     samples = _along_samples(graph)
     for block in graph.all_blocks():
-        for unit, ways in _ways(block):
+        for unit, ways in ways_of(block):
             own = [samples.get((block.name, node.name)) for node in unit.nodes]
             ways = [way for way in ways if all(not name or split.name in (None, name) for split, name in zip(way, own))]
             most = max(ways, key=lambda way: sum(bool(name) and split.name == name for split, name in zip(way, own)))
@@ -87,7 +87,7 @@ def _tensor_parallel(graph: Graph, devices: int) -> None:
     samples = _along_samples(graph)
     for block in graph.all_blocks():
         weights = _weights(block)
-        for unit, ways in _ways(block):
+        for unit, ways in ways_of(block):
             own = [samples.get((block.name, node.name)) for node in unit.nodes]
             ways = [way for way in ways if not any(name in split.names for name, split in zip(own, way))]
             if unit.kind != "cheap":
@@ -103,7 +103,7 @@ def _tensor_parallel(graph: Graph, devices: int) -> None:
                 node.pin(*dict.fromkeys(way[index].name for way in ways))
 
 
-def _ways(block: Block) -> Iterator[tuple[Unit, list[Assignment]]]:
+def ways_of(block: Block) -> Iterator[tuple[Unit, list[Assignment]]]:
     """The units of a block that are no calls, and all ways to split each on one axis."""
     for unit in divide(block):
         if unit.kind != "call":
