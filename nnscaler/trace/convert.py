@@ -186,11 +186,13 @@ class Converter:
             return getattr(module, str(body.target)), arguments, bool(enabled)  # type: ignore[union-attr]
         if op == "wrap_with_autocast":
             _, _, enabled, _, body, *arguments = node.args
+            inside = getattr(module, str(body.target))  # type: ignore[union-attr]
             if enabled:
+                line = next(filter(None, map(_source, inside.graph.nodes)), "an unknown line")
                 raise UserError(
-                    f"torch.autocast inside the model is not supported (at {_source(node)}); cast explicitly"
+                    f"torch.autocast inside the model is not supported (it is on at {line}); cast explicitly"
                 )
-            return getattr(module, str(body.target)), arguments, None  # type: ignore[union-attr]
+            return inside, arguments, None
         return None
 
 

@@ -37,6 +37,30 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
     return program
 
 
+def written(program: ExportedProgram) -> Iterator[str]:
+    """Parameters and buffers into which a program writes through an alias, such as a detached one: torch's signature of
+    the program does not name these."""
+    signature = program.graph_signature
+    held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    for node in program.graph.nodes:
+        if _is_mutable(node.target):
+            for argument, given in zip(node.target._schema.arguments, node.args):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    name = held.get(_base(given).name)
+                    if name is not None:
+                        yield f"'{name}' by {node.target}"
+
+
+def _base(node: fx.Node) -> fx.Node:
+    """The tensor that a node's result is a view of."""
+    while node.op == "call_function" and isinstance(node.target, OpOverload):
+        results = node.target._schema.returns
+        if not results or results[0].alias_info is None:
+            break
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
 def _graphs(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
     return (inner for inner in module.modules() if isinstance(inner, fx.GraphModule))
 

@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from nnscaler.errors import UserError
 from nnscaler.graph import Block, Call, Graph, TensorMeta
 from nnscaler.trace.convert import CallTarget, Converter
-from nnscaler.trace.decompose import decompose
+from nnscaler.trace.decompose import decompose, written
 from nnscaler.trace.digest import digest
 from nnscaler.trace.draws import count_draws
 from nnscaler.trace.execute import Execution, execute
@@ -145,6 +145,7 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     program = export(module, args, kwargs, strict=False)
     signature = program.graph_signature
     changed = [*signature.buffers_to_mutate.values(), *getattr(signature, "parameters_to_mutate", {}).values()]
+    changed += written(program)
     if changed:
         raise UserError(f"forward changes {changed[0]}; what a step changes are trained parameters alone")
     return decompose(program)

@@ -54,6 +54,22 @@ def backward_hook():
     return model
 
 
+class Limited(nn.Module):
+    """Shortens rows of its weight in forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Embedding(4, WIDTH, max_norm=1.0)
+
+    def forward(self, x):
+        return self.rows(x[..., 0].long() * 0) + x
+
+
+def in_bfloat16(layer):
+    with torch.autocast("cpu", torch.bfloat16):
+        return layer.linear(layer.linear.weight)
+
+
 def unregistered():
     model = stack(lambda layer: layer.parts["a"][0].weight, sets(parts=lambda i: {"a": [nn.Linear(WIDTH, WIDTH)]}))
     return model()
@@ -87,6 +103,11 @@ REFUSED = {
     "vmap": (
         stack(lambda layer: torch.func.vmap(torch.sum)(layer.linear.weight)),
         r"torch.func \(vmap, grad, jvp\) at test_refused_layers.py:\d+ is not traced",
+    ),
+    "a limit": (lambda: Stack([Limited()]), "forward changes '.*rows.weight' by aten.embedding_renorm_"),
+    "autocast": (
+        stack(lambda layer: in_bfloat16(layer).sum()),
+        r"autocast inside .* \(it is on at layers.py:\d+\)",
     ),
     "a read": (
         stack(lambda layer: layer.linear.weight.sum().item()),
