@@ -27,7 +27,7 @@ from nnscaler.checkpoint.sharded import Part, owned_state
 from nnscaler.checkpoint.whole import gather_whole, scatter_whole
 from nnscaler.compiler import Source
 from nnscaler.config import ComputeConfig, OptimizerConfig
-from nnscaler.errors import UserError
+from nnscaler.errors import UserError, told_briefly
 from nnscaler.loaded import LoadedModel, compiled, predicted_step_seconds
 from nnscaler.planner.policies import Policy
 from nnscaler.processes import check_world, from_rank_0, join_processes, own_device, wait_for_steps_of
@@ -39,6 +39,7 @@ Reduction: TypeAlias = Literal["mean", "sum"]
 _WEIGHTS = "model."  # what stands before a parameter's name among the parts of a state
 
 
+@told_briefly
 def parallelize(
     module_or_factory: nn.Module | Callable[[], nn.Module],
     example_inputs: MicroBatch,
@@ -125,6 +126,7 @@ class ParallelizedModel:
         self.copies, self.copy = loaded.mesh.replicas, loaded.module.axes.replica
         self.optimizer = Optimizer(loaded, lr)
 
+    @told_briefly
     def step(
         self, micro_batches: Iterable[MicroBatch], reduction: Reduction = "mean", count: float | None = None
     ) -> Tensor:
@@ -159,6 +161,7 @@ class ParallelizedModel:
         self.optimizer._pending = divisor, total.reshape(-1)[0]
         return self._over_all(total, divisor)
 
+    @told_briefly
     def evaluate(
         self, micro_batches: Iterable[MicroBatch], reduction: Reduction = "mean", count: float | None = None
     ) -> Tensor:
@@ -175,6 +178,7 @@ class ParallelizedModel:
         state = gather_whole(self._weights())
         return state | {name: state[target] for name, target in self._module.tied.items() if target in state}
 
+    @told_briefly
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes weights that `state_dict` of any plan, or of the module itself, gave. Every process gives them; of a
         file that `torch.load(..., mmap=True)` opened, it reads no more than its share.
@@ -235,6 +239,7 @@ class Optimizer(torch.optim.Optimizer):
         self._pending: tuple[float, Tensor] | None = None
         super().__init__(self._sharded.masters, {"lr": lr})
 
+    @told_briefly
     def step(self) -> Tensor:  # type: ignore[override]  # a closure would be a step of the model
         """Clips the gradient of the last `ParallelizedModel.step`, and updates the weights with it. Collective.
 
@@ -258,6 +263,7 @@ class Optimizer(torch.optim.Optimizer):
         counts = {"steps": self._sharded.steps, "taken": self._taken}
         return {**state, **counts, "lr": self.param_groups[0]["lr"]} if state else {}
 
+    @told_briefly
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes what `state_dict` of any plan gave, on every process. Raises UserError where it is of another model."""
         self._sharded.finish()

@@ -255,6 +255,13 @@ def test_what_has_no_loss_is_told_so_in_one_line(results, loss, wrong, tmp_path)
         parallelize(Returns(results), torch.randn(8, WIDTH), loss=loss, folder=tmp_path / "code")
 
 
+def test_errors_come_without_the_way_through_the_package(tmp_path):
+    with pytest.raises(UserError) as found:
+        parallelize(Returns(lambda x: x), torch.randn(8, WIDTH), folder=tmp_path / "code")
+    assert [frame.name for frame in found.traceback][1:] == ["called"]
+    assert found.value.__suppress_context__
+
+
 def test_what_is_the_loss_by_itself(tmp_path):
     x = torch.randn(8, WIDTH)
     for index, (results, wanted) in enumerate([

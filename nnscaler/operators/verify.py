@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nnscaler.annotation import Bound, Split
-from nnscaler.errors import UserError
+from nnscaler.errors import UserError, told_briefly
 from nnscaler.graph import Block, Node, Ref, TensorMeta, map_refs
 from nnscaler.operators.registry import Operator, bind
 from nnscaler.placement import PARTIAL, Placement, Replicate, Shard, local_shape
@@ -21,6 +21,7 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, tor
 Compute = Callable[[Split, int, Sequence[Tensor]], list[Tensor]]  # (split, devices, a device's inputs) -> its results
 
 
+@told_briefly
 def verify_op(
     function: Callable[..., Any], example_args: Sequence[Any] = (), example_kwargs: Mapping[str, Any] | None = None
 ) -> list[str]:
