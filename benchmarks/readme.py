@@ -106,7 +106,8 @@ def models() -> str:
     text = (
         f"{len(equal)} of {len(rows)} architectures, tiny and with random weights, give on two and on four processes "
         "what plain ``transformers`` gives in one (``benchmarks/models.py``): losses and weights of three steps to "
-        f"1e-5 in fp32, and exported files with the model's own keys. They are {', '.join(equal)}."
+        "1e-5 in fp32, with the dropout that each has by default, and exported files with the model's own keys. "
+        f"They are {', '.join(equal)}."
     )
     return "\n\n".join(
         [

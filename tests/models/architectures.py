@@ -74,7 +74,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "ernie4_5": {},
     "helium": {},
     "exaone4": {},
-    "minicpm3": {"num_key_value_heads": 4, "dim_model_base": 16},
+    "minicpm3": {"num_key_value_heads": 4, "dim_model_base": 16},  # logits are divided by hidden_size / dim_model_base
     "mixtral": {},
     "qwen3_moe": {},
     "olmoe": {},
