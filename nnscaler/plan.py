@@ -20,10 +20,11 @@ class Key(NamedTuple):
     """What seconds or bytes are for.
 
     category  of seconds: "forward", "backward", "again" (recomputed in backward), "reshard", "reshard backward",
-              "reshard again" (resharded again in backward), "update", "exchange" (communication that is not hidden),
-              "copies" (to the host and back, not hidden); of bytes: "parameter", "saved" (kept for backward), "inside"
-              (kept of a unit's inner tensors), "working" (held while an operator runs), "buffers" (of communication),
-              "state" (of the optimizer, on the host)
+              "reshard again" (resharded again in backward), "cast" and "cast again" (of master weights, to be
+              gathered), "update", "exchange" (communication that is not hidden), "copies" (to the host and back, not
+              hidden); of bytes: "parameter", "saved" (kept for backward), "inside" (kept of a unit's inner tensors),
+              "working" (held while an operator runs), "buffers" (of communication), "state" (of the optimizer, on the
+              host)
     block     the name of the block
     name      the name of a unit, tensor or parameter in the block
     detail    the recompute level; the layouts between which a tensor is resharded; or what of a parameter it is
@@ -59,6 +60,8 @@ class Plan:
     outputs         block -> the layouts of its outputs
     parameters      full name -> the layout in which it is stored
     exchanged_once  full names of parameters whose gradient is exchanged once a step, rather than in each micro-batch
+    master_only     full names of parameters of which only the fp32 master weight is stored; they are cast when they are
+                    gathered
     levels          block -> recompute level -> how many of its calls have it
     recomputed      block -> names of the nodes that the user wants recomputed
     pieces          (block, name of a stretch) -> in how many pieces it is computed; see `nnscaler.pieces`
@@ -86,6 +89,7 @@ class Plan:
     outputs: dict[str, list[Placements]] = field(default_factory=dict)
     parameters: dict[str, Placements] = field(default_factory=dict)
     exchanged_once: set[str] = field(default_factory=set)
+    master_only: set[str] = field(default_factory=set)
     levels: dict[str, dict[Level, int]] = field(default_factory=dict)
     recomputed: dict[str, set[str]] = field(default_factory=dict)
     pieces: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -165,6 +169,7 @@ class Plan:
             "trained": meta.requires_grad,
             "layout": format_placements(self.parameters[name]),
             "exchanged_once": name in self.exchanged_once,
+            "master_only": name in self.master_only,
         }
 
     def _node_json(self, block: str, name: str, op: str) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class ParameterSpec:
     trained         whether it is trained
     exchanged_once  True: its gradient is summed whole over the micro-batches of a step, and exchanged after the last.
                     False: it is exchanged in each micro-batch, and a rank sums the part that it owns.
+    master_only     only its master weight is stored, in fp32; it is cast to `dtype` when it is gathered
     """
 
     shape: tuple[int, ...]
@@ -46,13 +47,19 @@ class ParameterSpec:
     layout: Placements
     trained: bool
     exchanged_once: bool = False
+    master_only: bool = False
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The type in which a rank holds it."""
+        return torch.float32 if self.master_only else self.dtype
 
     @staticmethod
     def from_json(fields: Mapping[str, Any]) -> ParameterSpec:
         """From the entry of a parameter in plan.json."""
         layout = tuple(parse_placement(text) for text in fields["layout"].split(","))
-        dtype = getattr(torch, fields["dtype"])
-        return ParameterSpec(tuple(fields["shape"]), dtype, layout, fields["trained"], fields["exchanged_once"])
+        ways = {way: fields[way] for way in ("trained", "exchanged_once", "master_only")}
+        return ParameterSpec(tuple(fields["shape"]), getattr(torch, fields["dtype"]), layout, **ways)
 
     def box(self, mesh: Mesh, place: tuple[int, ...]) -> Box:
         """The part that the device at this place on the mesh axes holds."""

@@ -26,8 +26,10 @@ from nnscaler.first_values import initial_parameters
 from nnscaler.models.causal_lm import WEIGHT_PREFIX, CausalLM, prepare_config
 from nnscaler.pieces import stretches
 from nnscaler.pipeline import stages
+from nnscaler.placement import Shard
 from nnscaler.plan import Key, Plan
 from nnscaler.recompute import level_of
+from nnscaler.reshard import only_gathers, reshards
 from nnscaler.runtime import regions
 from nnscaler.runtime.optimizer import OptimizerConfig
 from nnscaler.trace import build_on_meta
@@ -55,6 +57,8 @@ class Case:
     layers: int = 2
     levels: tuple[str, ...] = ()  # recompute level of each layer, in place of what the planner chose
     pieces: int = 0  # in how many each layer's regions are computed, in place of what the planner chose
+    master_only: bool = False  # whether weights that are gathered are stored as master weights alone, likewise
+    precision: str = "fp32"
     compiled: bool = False  # whether regions are compiled, as on an accelerator
     hardware: str = "hardware.json"
     schedule: str | None = None  # of a pipeline, and how many stages it has
@@ -67,6 +71,7 @@ class Case:
         flags = [f"{self.plan}x{self.runtime}", f"acc{self.accumulation}", f"batch{self.micro_batch}"]
         flags += ["chunk"] * self.chunk_loss + list(self.recompute) + ["tied"] * self.tied
         flags += ["compiled"] * self.compiled + [f"pieces{self.pieces}"] * bool(self.pieces)
+        flags += ["masters"] * self.master_only + [self.precision] * (self.precision != "fp32")
         flags += [f"kv{self.key_value_heads}"] * (self.key_value_heads != 4) + [
             name.replace(",", "").replace(" ", "-") for name in self.levels
         ]
@@ -118,7 +123,7 @@ def arguments(case: Case, folder: Path) -> TrainerArgs:
         lr_scheduler=LRSchedulerConfig("constant"),
         checkpoint=CheckpointConfig(folder / "checkpoints", interval=0),
         log=LogConfig(folder / "runs"),
-        precision="fp32",
+        precision=case.precision,
         micro_batch_size=case.micro_batch,
         max_train_steps=STEPS,
         seed=SEED,
@@ -130,7 +135,7 @@ def train_all(cases: list[Case], folder: Path) -> None:
     """On every rank: trains each case, one after the other."""
     for index, case in enumerate(cases):
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(index)  # where they meet, each time anew
-        with planned(case.levels, case.pieces), compiled_regions() if case.compiled else nullcontext():
+        with planned(case), compiled_regions() if case.compiled else nullcontext():
             Trainer(arguments(case, folder)).run()
 
 
@@ -143,20 +148,22 @@ def compiled_regions() -> Iterator[None]:
 
 
 @contextmanager
-def planned(levels: tuple[str, ...], pieces: int) -> Iterator[None]:
-    """Inside, plans get these recompute levels for their layers (each stage of a pipeline the first of them), and these
-    pieces for the layers' regions."""
+def planned(case: Case) -> Iterator[None]:
+    """Inside, plans get the case's recompute levels for their layers (each stage of a pipeline the first of them), its
+    pieces for the layers' regions, and weights without a copy beside their masters, if it has them."""
 
     def find_plan(*args: Any, **kwargs: Any) -> Plan:
         plan = planner.find_plan(*args, **kwargs)
-        if levels:
-            mine = levels[: len(plan.graph.calls("llama_decoder_layer"))]
+        if case.levels:
+            mine = case.levels[: len(plan.graph.calls("llama_decoder_layer"))]
             plan.levels["llama_decoder_layer"] = {level_of(name): mine.count(name) for name in mine}
-        if pieces:
+        if case.pieces:
             layer = plan.graph.blocks["llama_decoder_layer"]
-            plan.pieces = {(layer.name, one.name): pieces for one in stretches(layer)}
+            plan.pieces = {(layer.name, one.name): case.pieces for one in stretches(layer)}
         if any(level.on_host for level in plan.levels["llama_decoder_layer"]):
             plan.host[Key("state")] = 1e9  # more than there is: all of the optimizer's state
+        if case.master_only:
+            plan.master_only = gathered(plan)
         return plan
 
     with patch.object(planning, "find_plan", find_plan), patch.object(stages, "find_plan", find_plan):
@@ -169,6 +176,26 @@ def with_dropout(model: CausalLM) -> CausalLM:
         if isinstance(module, LlamaMLP):
             module.act_fn = nn.Sequential(module.act_fn, nn.Dropout(0.3))
     return model
+
+
+def gathered(plan: Plan) -> set[str]:
+    """The trained parameters that are stored in shards without a second owner, and gathered wherever they are used."""
+    alone = {
+        path
+        for path, layout in plan.parameters.items()
+        if plan.graph.parameters[path].requires_grad and all(isinstance(place, Shard) for place in layout)
+    }
+    for block, tensor, path in plan.graph.parameter_uses():
+        used = [
+            layout
+            for node in block.nodes
+            if tensor in node.inputs
+            for name, layout in zip(node.inputs, plan.nodes[block.name, node.name].inputs)
+            if name == tensor
+        ]
+        if not all(only_gathers(reshards(plan.parameters[path], layout), True) for layout in used):
+            alone.discard(path)
+    return alone if plan.mesh.replicas == 1 else set()
 
 
 def plain_loop(

@@ -85,9 +85,17 @@ class Body:
         return text if local == meta.shape else f"{text} of {list(meta.shape)}, {format_placements(layout)}"
 
     def _stored(self, tensor: str) -> Placements:
+        return self.plan.parameters[self._path(tensor)]
+
+    def _is_master(self, tensor: str) -> bool:
+        """Whether a tensor is a parameter of which only the master weight is stored."""
+        return tensor in self.block.parameters and self._path(tensor) in self.plan.master_only
+
+    def _path(self, tensor: str) -> str:
+        """The full name of a parameter of the block, in one of its calls."""
         for block, name, path in self.plan.graph.parameter_uses():
             if block is self.block and name == tensor:
-                return self.plan.parameters[path]
+                return path
         raise AssertionError(f"parameter {tensor} of block {self.block.name} is never bound")
 
     def _define(self, tensor: str, layout: Placements, expression: str) -> None:
@@ -240,11 +248,14 @@ class Body:
             assert found is not None, (tensor, source, layout)
             changes = [one for one in found if self._does_something(one, tensor)]
             expression = self.names[tensor, source]
-            if changes and self._is_gathered_weight(tensor, changes):
+            is_gathered = bool(changes) and self._is_gathered_weight(tensor, changes)
+            assert is_gathered or not self._is_master(tensor), f"{tensor} is stored in fp32, and not gathered"
+            if is_gathered:
                 variable = self._fresh(f"{tensor}_{_tag(layout)}")
                 shards = "".join(f", ({self._axis(one.axis)}, {_dim(one.source)})" for one in changes)
-                again = ", again=True" if (self.block.name, tensor) in self.plan.gathered_again else ""
-                lines.append(f"{variable} = axes.gathers.weight({expression}{shards}{again})")
+                how = f", dtype={self.block.tensors[tensor].dtype}" if self._is_master(tensor) else ""
+                how += ", again=True" if (self.block.name, tensor) in self.plan.gathered_again else ""
+                lines.append(f"{variable} = axes.gathers.weight({expression}{shards}{how})")
                 expression = variable
             elif changes:
                 variable = self._fresh(f"{tensor}_{_tag(layout)}")

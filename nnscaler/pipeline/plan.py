@@ -84,5 +84,5 @@ def forward_seconds(stage: Plan) -> float:
     return sum(
         seconds
         for key, seconds in stage.seconds.items()
-        if key.category in ("forward", "reshard") or (key.category in BESIDE and key.name == "forward")
+        if key.category in ("forward", "reshard", "cast") or (key.category in BESIDE and key.name == "forward")
     )

@@ -5,8 +5,8 @@ same number of pivots; then cut points move towards stages of equal time, as lon
 layout of what crosses is chosen once for each number of pipeline ranks. Finally, those schedules are planned whose
 estimate is faster than the best plan so far, the most promising first.
 
-All this is done with the device's memory alone, and then again with what saves memory at a price, the host and pieces,
-for those schedules that more memory would make faster.
+All this is done with the device's memory alone, and then again with what saves memory at a price, such as the host and
+pieces, for those schedules that more memory would make faster.
 """
 
 from __future__ import annotations
@@ -94,11 +94,11 @@ def find_pipeline(
             refused = f"without a pipeline: {error}"
             logger.info("%s", refused)
 
-    def planners(until: float, **sparing: Any) -> dict[int, StagePlanner]:
+    def planners(until: float, **saving: Any) -> dict[int, StagePlanner]:
         return {
             ranks: StagePlanner(
                 graph, Mesh((meshes[0].plan_ngpus // ranks,), meshes[0].replicas),
-                hardware, memory, recompute_modules, fused, times, begins, until, **sparing,
+                hardware, memory, recompute_modules, fused, times, begins, until, **saving,
             )
             for ranks in {schedule.ranks for schedule in schedules if schedule is not None}
         }  # fmt: skip
@@ -110,7 +110,7 @@ def find_pipeline(
     free = {ranks: replace(planner, memory=inf, estimated={}) for ranks, planner in alone.items()}
     gaining = [schedule for schedule in pipelines if search.may_gain(schedule, free[schedule.ranks])]
     if search.best is None or time.process_time() < until:
-        search.among(gaining, planners(until, host=host, pieces=True))
+        search.among(gaining, planners(until, host=host, sparing=True))
     if search.best is None:
         raise NothingFits(f"no pipeline fits; the last that was tried, {search.refused}")
     return search.best

@@ -90,7 +90,7 @@ class StagePlanner:
     memory     bytes a device that the stages of a rank may use together
     until      when the search is to end, by `time.process_time`
     host       bytes a device of the host's memory that the stages of a rank may use together
-    pieces     whether stages may compute in pieces
+    sparing    whether what else saves memory at a price is tried; see `build_problem`
     layout     of what crosses, once it has been chosen
     cuts       counts of pivots -> the stages' graphs
     stages     candidate -> its stages
@@ -109,7 +109,7 @@ class StagePlanner:
     begins: list[int]
     until: float = inf
     host: float = 0.0
-    pieces: bool = False
+    sparing: bool = False
     layout: Placements | None = None
     cuts: dict[tuple[int, ...], list[StageGraph]] = field(default_factory=dict)
     stages: dict[Candidate, list[_Stage]] = field(default_factory=dict)
@@ -211,7 +211,7 @@ class StagePlanner:
             costs = CostModel(self.hardware, self.mesh, self.fused, self.times)
             again = recomputing(graph, self._recomputed(graph))
             self.problems[stage.like] = build_problem(
-                graph, costs, again, stage.count, stage.layouts, host=self.host, pieces=self.pieces
+                graph, costs, again, stage.count, stage.layouts, host=self.host, sparing=self.sparing
             )
         return self.problems[stage.like]
 
@@ -228,7 +228,7 @@ class StagePlanner:
         plan = find_plan(
             graph, [self.mesh], self.hardware, memory=limit - stage.receive_buffers,
             recompute_modules=self._recomputed(graph), micro_batches=stage.count, fused=self.fused, times=self.times,
-            layouts=stage.layouts, in_flight=stage.held, host=host, pieces=self.pieces,
+            layouts=stage.layouts, in_flight=stage.held, host=host, sparing=self.sparing,
             seconds=max(self.until - time.process_time(), LEAST_SECONDS),
         )  # fmt: skip
         plan.memory[Key("buffers", "", "received")] = stage.receive_buffers
@@ -351,6 +351,7 @@ def _renamed(plan: Plan, graph: Graph) -> Plan:
         nodes={place(old): value for old, value in plan.nodes.items()},
         parameters={paths[old]: layout for old, layout in plan.parameters.items()},
         exchanged_once={paths[old] for old in plan.exchanged_once},
+        master_only={paths[old] for old in plan.master_only},
         gathered_again={place(old) for old in plan.gathered_again},
         recomputed={
             block: {place((block, name))[1] for name in found} for block, found in plan.recomputed.items()

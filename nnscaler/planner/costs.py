@@ -10,8 +10,10 @@ All devices do the same work on equal shards, so times are those of one device.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
+
+import torch
 
 from nnscaler.graph import Block, Node, TensorMeta
 from nnscaler.hardware import Hardware, Timing
@@ -36,6 +38,11 @@ LOCAL = ("slice", "pad", "divide")  # local: no other device takes part in these
 def master_bytes(meta: TensorMeta) -> int:
     """Bytes an element of the fp32 master weight beside a parameter: one in fp32 is its own."""
     return 0 if meta.dtype.itemsize == MASTER_BYTES else MASTER_BYTES
+
+
+def in_fp32(meta: TensorMeta) -> TensorMeta:
+    """A parameter that is stored as its master weight alone, as it is stored."""
+    return replace(meta, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -268,11 +275,23 @@ class CostModel:
         elements = self.local_bytes(meta, placements) / meta.dtype.itemsize
         return self.among_owners("reduce_scatter", elements * GRADIENT_BYTES, placements).seconds
 
+    def cast(self, meta: TensorMeta, placements: Placements) -> float:
+        """Seconds of casting a shard of a parameter from fp32, where that is all that is stored of it."""
+        elements = self.local_bytes(meta, placements) / meta.dtype.itemsize
+        return self._roofline(0.0, elements * (MASTER_BYTES + meta.dtype.itemsize))
+
     def weight_exchange(self, meta: TensorMeta, placements: Placements) -> float:
         """Seconds in which the owners of a parameter send each other the parts that they updated."""
         return self.among_owners("all_gather", self.local_bytes(meta, placements), placements).seconds
 
-    def update(self, meta: TensorMeta, placements: Placements, micro_batches: int, exchanged_once: bool) -> float:
+    def update(
+        self,
+        meta: TensorMeta,
+        placements: Placements,
+        micro_batches: int,
+        exchanged_once: bool,
+        master_only: bool = False,
+    ) -> float:
         """Seconds of a parameter's update, as a part of one micro-batch's time.
 
         Once a step, the owners update their parts and send them to each other; these seconds are divided by
@@ -282,7 +301,9 @@ class CostModel:
         elements = self.local_bytes(meta, placements) / meta.dtype.itemsize
         owned = elements / self.owners(placements)
         # The gradient is read for its norm, scaled, and read again.
-        state = 2 * (MASTER_BYTES + MOMENT_BYTES) + 4 * GRADIENT_BYTES + MASTER_BYTES + meta.dtype.itemsize
+        state = 2 * (MASTER_BYTES + MOMENT_BYTES) + 4 * GRADIENT_BYTES
+        if master_bytes(meta) and not master_only:  # which is read once more, and written as the parameter
+            state += MASTER_BYTES + meta.dtype.itemsize
         update = owned * state / self.hardware.memory_bandwidth
         # The first micro-batch's is copied, those of the others are added: all of it, or what comes of the exchange.
         added = (elements * 2 if exchanged_once else owned * 3) * (1 - 1 / micro_batches)

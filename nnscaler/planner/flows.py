@@ -53,6 +53,7 @@ class Flows:
     """Adds the variables, rows and charges of all flows to a program.
 
     resharded  index of a flow -> its variables y
+    again      (index of a flow, from, to) -> how often a micro-batch's backward does this again, as a sum
     kept       (index of a flow, layout, level) -> the variable k
     in_call    (index of a flow, layout, level) -> the variable j: whether one call would keep it so, on the host
     gathered   (index of a flow, from, to) -> the variable g: backward gathers it again
@@ -61,6 +62,7 @@ class Flows:
     def __init__(self, choices: Choices) -> None:
         self.choices, self.problem, self.statement = choices, choices.problem, choices.statement
         self.resharded: dict[int, list[int]] = {}
+        self.again: dict[tuple[int, Placements, Placements], Terms] = {}
         self.kept: dict[tuple[int, Placements, Level], int] = {}
         self.in_call: dict[tuple[int, Placements, Level], int] = {}
         self.gathered: dict[tuple[int, Placements, Placements], int] = {}
@@ -102,15 +104,16 @@ class Flows:
                 if source == target:
                     continue
                 if (source, target) not in resharded:
-                    resharded[source, target] = self._reshard(flow, source, target)
+                    resharded[source, target] = self._reshard(index, source, target)
                 self.statement.above(resharded[source, target], [(e, 1.0)])
         self.resharded[index] = list(resharded.values())
         again = self._gather_again(index, made, resharded)
         for level in self.problem.levels[flow.block]:
             self._keep(index, level, set(map(storage, made)), again)
 
-    def _reshard(self, flow: Flow, source: Placements, target: Placements) -> int:
+    def _reshard(self, index: int, source: Placements, target: Placements) -> int:
         """Makes the variable y_fps and its charges, and the rows (again)."""
+        flow = self.problem.flows[index]
         seconds = resharding(self.problem, flow, source, target) or NO_TIME
         place = (flow.block, flow.tensor, f"{format_placements(source)} -> {format_placements(target)}")
         hidden = beside(flow, source, target)
@@ -119,14 +122,18 @@ class Flows:
         self.statement.charge(forward, Key("reshard", *place), y, flow.count * seconds.forward)
         self.statement.charge(backward, Key("reshard backward", *place), y, flow.count * seconds.backward)
         calls = float(self.problem.calls[flow.block])
+        again = self.again[index, source, target] = []
         for level in (level for level in self.problem.levels[flow.block] if level in flow.resharded_again_at):
             key = Key("reshard again", *place)
             if flow.block not in self.choices.n:
-                self.statement.charge(backward, key, y, flow.count * seconds.forward)
+                again.append((y, float(flow.count)))
             elif seconds.forward:
                 repeated = self.statement.least(bound=calls)
-                self.statement.charge(backward, key, repeated, flow.count / calls * seconds.forward)
+                again.append((repeated, flow.count / calls))
                 self.statement.above(repeated, [(self.choices.n[flow.block][level], 1.0), (y, calls)], -calls)
+            else:
+                continue
+            self.statement.charge(backward, key, again[-1][0], again[-1][1] * seconds.forward)
         return y
 
     def _pairs(
@@ -207,6 +214,7 @@ class Flows:
                 g = self.statement.choice()
                 key = Key("reshard again", flow.block, flow.tensor, move)
                 self.statement.charge(Account.BACKWARD, key, g, flow.count * seconds.forward)
+                self.again[index, source, target].append((g, float(flow.count)))
                 self.statement.row([(g, 1.0), *minus(made[source])], upper=0.0)
                 terms.setdefault(target, []).append((g, -float(self.problem.calls[flow.block])))
                 self.gathered[index, source, target] = g

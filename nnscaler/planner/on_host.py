@@ -5,7 +5,7 @@ Data      w, r, wr       bytes/s to the host, back from it, and each way when bo
           c              seconds that computation loses for each second of copies beside it
           W              bytes of the host's memory
           S              bytes of the optimizer's state, in P equal parts;  T bytes on the device for those being
-                         updated
+                         updated;  S_do, of S, the master weight that option o stores as the parameter itself
 Variables k_fsl          calls at level l that keep f in layout s, as there
           j_fsl >= 0     the same of one call: whether it would keep f in s
           u_bl in {0,1}  some call of block b has level l
@@ -15,7 +15,7 @@ Variables k_fsl          calls at level l that keep f in layout s, as there
           X >= 0         seconds by which the optimizer's state makes a step longer
 
 minimise      sum_bl (O_bl + I_bl) + X / m, beside the rest
-subject to    n_bl <= N_b u_bl;  h <= P v                                                                         (some)
+subject to    n_bl <= N_b u_bl;  h <= P v;  h S / P + sum_d S_do x_do <= S                                        (some)
               D_b >= 2 sum_f b_fs j_fsl, if u_bl = 1: what two calls keep                                   (on its way)
               O_bl >= c C, O_bl >= C - (1 - c) F, where C = sum_f b_fs k_fsl / w n_f / N_b, and F = the time of forward
                    of these calls: a call's copies run beside the next one; I_bl with r and backward           (hiding)
@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from nnscaler.plan import Key
 from nnscaler.planner.choices import Choices
+from nnscaler.planner.costs import STORED
 from nnscaler.planner.flows import Flows
 from nnscaler.planner.statement import Account, Quantity, Terms
 from nnscaler.recompute import Level
@@ -113,6 +114,13 @@ class OnHost:
         """The variable X, and the memory of the optimizer's state."""
         self.statement.row([(self.parts, 1.0), (self.some, -float(PARTS))], upper=0.0)
         part = self.problem.optimizer_state / PARTS
+        stays = [
+            (x, decision.count * option.memory[STORED])
+            for decision, xs in zip(self.problem.decisions, self.choices.x)
+            for x, option in zip(xs, decision.options)
+            if option.master_only
+        ]
+        self.statement.row([(self.parts, part), *stays], upper=self.problem.optimizer_state, quantity=Quantity.BYTES)
         self.statement.charge(Account.DEVICE, Key("state", "", "on the host"), self.parts, -part)
         self.statement.charge(Account.HOST, Key("state"), self.parts, part)
         self.statement.charge(Account.DEVICE, Key("buffers", "", "state"), self.some, self.problem.staging)

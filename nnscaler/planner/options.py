@@ -36,6 +36,8 @@ class Option:
     exchanged_once    True: the gradient is exchanged once a step, in its last micro-batch. False: in each micro-batch.
     last_exchange     seconds of that one exchange, which runs beside the last micro-batch's backward
     exchange_buffers  bytes of the buffers for exchanging the gradient in each micro-batch
+    master_only       only its master weight is stored, in fp32; it is cast when it is gathered, in which way alone it
+                      can be used
     """
 
     inputs: tuple[Placements, ...]
@@ -48,6 +50,7 @@ class Option:
     exchanged_once: bool = False
     last_exchange: float = 0.0
     exchange_buffers: float = 0.0
+    master_only: bool = False
 
     @property
     def held(self) -> float:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from math import gcd
 
 from nnscaler.graph import Block, Call, Graph, TensorMeta
 from nnscaler.mesh import Mesh
 from nnscaler.pieces import Stretch, stretches
 from nnscaler.placement import REPLICATE, SHARED, Placements, Shard, local_shape
-from nnscaler.planner.costs import CostModel, Seconds
+from nnscaler.planner.costs import CostModel, Seconds, in_fp32, master_bytes
 from nnscaler.planner.options import CannotBePinned, Option, is_alias, layouts_of, unit_options
 from nnscaler.recompute import KEEPS_ALL, ON_DEVICE, ON_HOST, RECOMPUTES_ALL, Level, recomputes
 from nnscaler.sizes import PREFETCH_BYTES
@@ -155,7 +156,7 @@ def build_problem(
     layouts: Mapping[str, Placements] | None = None,
     in_flight: int = 1,
     host: float = 0.0,
-    pieces: bool = True,
+    sparing: bool = True,
 ) -> Problem:
     """States the planning problem of a graph.
 
@@ -163,7 +164,8 @@ def build_problem(
     layouts        name of a parameter, or of an input or output of the graph -> its layout, where that is given
     in_flight      micro-batches whose activations are held at a time
     host           bytes of the host's memory that the plan may use for each device; 0: none
-    pieces         whether stretches of units may be computed in pieces
+    sparing        whether what saves memory at a price may be done: stretches of units computed in pieces, and weights
+                   stored as their master weights alone
     """
     trained = [meta for meta in graph.parameters.values() if meta.requires_grad]
     elements = sum(meta.numel for meta in trained)
@@ -171,12 +173,12 @@ def build_problem(
     problem = Problem(costs, micro_batches=micro_batches, exchange_buffers=buffers, in_flight=in_flight, host=host)
     problem.optimizer_state, problem.staging = costs.state_memory(trained), costs.staging_memory(elements)
     problem.gathered_early = min(PREFETCH_BYTES, sum(meta.nbytes for meta in trained))
-    builder = _Builder(graph, problem, recomputing, layouts or {})
+    builder = _Builder(graph, problem, recomputing, layouts or {}, sparing)
     builder.decide_parameters()
     for block in [*graph.blocks.values(), graph.root]:
         body = _Body(builder, block)
         body.build()
-        if pieces:
+        if sparing:
             body.divide_stretches()
     return builder.problem
 
@@ -189,6 +191,7 @@ class _Builder:
     problem: Problem
     recomputing: Recomputing
     layouts: Mapping[str, Placements]
+    sparing: bool
     interface: dict[tuple[str, str, int], int] = field(default_factory=dict)  # (block, side, index) -> decision
 
     @property
@@ -238,23 +241,26 @@ class _Builder:
         return all((place.dim if isinstance(place, Shard) else None) in dims for place in places)
 
     def _parameter_options(self, meta: TensorMeta, layout: Placements) -> Iterator[Option]:
-        """The ways to train a parameter that is stored so: exchange its gradient in each micro-batch, or once a
-        step."""
+        """The ways to train a parameter that is stored so: exchange its gradient in each micro-batch, or once a step;
+        and store its master weight alone, where a rank owns all of its shard."""
         costs, micro_batches = self.problem.costs, self.problem.micro_batches
         if not meta.requires_grad:
             yield Option((), (layout,), memory=costs.parameter_memory(meta, layout))
             return
         alone, exchange = costs.owners(layout) == 1, costs.gradient_exchange(meta, layout)
-        for once in sorted({alone, alone or micro_batches > 1}):
-            seconds = Seconds(costs.update(meta, layout, micro_batches, once), 0.0 if once else exchange)
+        gathered = alone and any(isinstance(place, Shard) for place in layout)
+        may_be_only = self.sparing and gathered and master_bytes(meta) > 0
+        for once, master_only in product(sorted({alone, alone or micro_batches > 1}), sorted({False, may_be_only})):
+            update = costs.update(meta, layout, micro_batches, once, master_only)
             yield Option(
                 (),
                 (layout,),
-                seconds,
-                costs.parameter_memory(meta, layout, once),
+                Seconds(update, 0.0 if once else exchange),
+                costs.parameter_memory(in_fp32(meta) if master_only else meta, layout, once),
                 last_exchange=exchange if once else 0.0,
                 exchange_buffers=0.0 if once else costs.exchange_buffer(meta, layout),
                 exchanged_once=once and not alone,
+                master_only=master_only,
             )
 
 

@@ -58,8 +58,8 @@ subject to    sum_o x_do = 1                                                    
               sum_d n_d m_do x_do + A (sum_f b_fs n_f / N_b k_fsl + sum_d i_do z_dol), where l keeps it on the device,
                        + U + sum_b V_b + a G + H <= M                                                          (memory)
 The rows (choice) and (levels) are stated in `nnscaler.planner.choices`; those from (making) to (gathering), in
-`nnscaler.planner.flows`; what is computed in pieces, in `nnscaler.planner.pieces`; what lies on the host, in
-`nnscaler.planner.on_host`; and all others here.
+`nnscaler.planner.flows`; weights without a copy beside their masters, in `nnscaler.planner.masters`; what is computed
+in pieces, in `nnscaler.planner.pieces`; what lies on the host, in `nnscaler.planner.on_host`; and all others here.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ import numpy as np
 from nnscaler.plan import Key
 from nnscaler.planner.choices import Choices
 from nnscaler.planner.flows import Flows
+from nnscaler.planner.masters import Masters
 from nnscaler.planner.on_host import OnHost
 from nnscaler.planner.pieces import InPieces
 from nnscaler.planner.problem import Flow, Problem
@@ -111,6 +112,7 @@ class Program:
         self.problem, self.choices = problem, Choices(problem)
         self.statement, self.x, self.n = self.choices.statement, self.choices.x, self.choices.n
         self.flows = Flows(self.choices)
+        Masters(self.choices, self.flows)
         self._weigh()
         self._hide()
         self.pieces = InPieces(self.choices, self.flows)

@@ -27,7 +27,7 @@ from nnscaler.profiler.operators import OperatorTimes
 logger = logging.getLogger(__name__)
 
 WORTH = 1e-3  # part of the step time that a mesh of more axes must save
-SPARING = 5e-3  # part of it that the host's memory, and pieces, must save
+SPARING = 5e-3  # part of it that what saves memory at a price must save
 LEAST_SECONDS = 5.0  # of the search for the plan that takes least memory, where time is out
 NEAR = 2 * WORTH  # a plan is called the best where it is proven to be so near to it
 TOLERANCE = 1e-5  # of a solver, in the memory row
@@ -49,7 +49,7 @@ def find_plan(
     in_flight: int = 1,
     seconds: float = SEARCH_SECONDS,
     host: float = 0.0,
-    pieces: bool = True,
+    sparing: bool = True,
 ) -> Plan:
     """The plan of least predicted step time on one of the meshes, which all have as many devices and as many copies.
 
@@ -63,10 +63,10 @@ def find_plan(
     in_flight          micro-batches whose activations are held at a time
     seconds            of processor time, after which the best plan so far is taken
     host               bytes of the host's memory that the plan may use for each device
-    pieces             whether stretches of operators may be computed in pieces
+    sparing            whether what else saves memory at a price is tried: see `build_problem`
 
-    The host's memory, and pieces, save memory at a price. So they are tried only where more memory would make the plan
-    faster, or where no plan fits.
+    The host's memory, and what else is sparing, are tried only where more memory would make the plan faster, or where
+    no plan fits.
 
     Raises DoesNotFit where no plan fits, and UserError for an unknown class name.
     """
@@ -75,8 +75,8 @@ def find_plan(
     started = time.perf_counter()
     costs = [CostModel(hardware, mesh, fused, times) for mesh in meshes]
 
-    def problem(model: CostModel, *sparing: Any) -> Problem:
-        return build_problem(graph, model, again, micro_batches, layouts, in_flight, *sparing)
+    def problem(model: CostModel, *saving: Any) -> Problem:
+        return build_problem(graph, model, again, micro_batches, layouts, in_flight, *saving)
 
     programs, refused = [], None
     for model in costs:
@@ -89,11 +89,11 @@ def find_plan(
     search = _Search(memory, time.process_time() + seconds)
     for left, program in enumerate(programs, 1 - len(programs)):
         search.on(program, -left)
-    for left, program in enumerate(programs if host or pieces else (), 1 - len(programs)):
+    for left, program in enumerate(programs if host or sparing else (), 1 - len(programs)):
         if search.may_gain(program, SPARING):
-            search.on(Program(problem(program.problem.costs, host, pieces)), -left)
+            search.on(Program(problem(program.problem.costs, host, sparing)), -left)
     if search.found is None:
-        raise DoesNotFit(*_least(problem(programs[0].problem.costs, host, pieces)), memory)
+        raise DoesNotFit(*_least(problem(programs[0].problem.costs, host, sparing)), memory)
     found = search.found
     plan = _to_plan(graph, found.problem, found.solution, found.price, micro_batches)
     plan.costs, plan.memory_limit, plan.bound = found.problem.costs, memory, search.bound * micro_batches
@@ -263,6 +263,8 @@ def _to_plan(
         plan.parameters[path] = option.outputs[0]
         if option.exchanged_once:
             plan.exchanged_once.add(path)
+        if option.master_only:
+            plan.master_only.add(path)
     for index in solution.gathered_again:
         flow = problem.flows[index]
         plan.gathered_again.add((flow.block, flow.tensor))

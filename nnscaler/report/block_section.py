@@ -128,7 +128,8 @@ def _parameters(name: str, block: Values, values: Values) -> list[Markup]:
     }
     rows = [
         [
-            one["tensor"] if one["trained"] else f"{one['tensor']} (not trained)", one["count"], one["layout"],
+            one["tensor"] if one["trained"] else f"{one['tensor']} (not trained)", one["count"],
+            f"{one['layout']}{', fp32' if one['master_only'] else ''}",
             *((one["owners"], _exchanged(one, one["tensor"] in resharded)) if shared else ()),
             *(or_blank(one["bytes"].get(kind, 0), gib) for kind in kinds),
             or_blank(one["update_seconds"], seconds),
@@ -137,7 +138,9 @@ def _parameters(name: str, block: Values, values: Values) -> list[Markup]:
     ]  # fmt: skip
     exchange = [">ranks with the same shard", "gradient exchanged"] if shared else []
     head = ["parameter", ">how many", "layout", *exchange, *(f">{kind}" for kind in kinds), ">update"]
-    return [table(head, rows)]
+    text = "fp32: only the master weight is stored, and cast when it is gathered."
+    meaning = [tag("p", text, class_="faint")] if any(one["master_only"] for one in block["parameters"]) else []
+    return [table(head, rows), *meaning]
 
 
 def _exchanged(parameter: Values, resharded: bool) -> str:

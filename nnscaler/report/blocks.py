@@ -117,6 +117,7 @@ def _parameter(group: ParameterGroup) -> dict[str, Any]:
         "layout": format_placements(group.layout),
         "owners": group.owners,
         "exchanged_once": group.exchanged_once,
+        "master_only": group.master_only,
         "trained": group.trained,
         "bytes": group.memory,
         "update_seconds": group.update_seconds,

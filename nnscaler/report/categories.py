@@ -20,6 +20,7 @@ HIDDEN = "communication hidden"
 OPTIMIZER = "optimizer"
 WORKING = "working memory"
 BUFFERS = "communication buffers"
+CASTS = "casts of master weights"
 COPIES = "copies to the host exposed"
 
 
@@ -66,8 +67,9 @@ def seconds_by_category(
     for one in collectives:
         rest[MEMORY_BOUND if one.local else EXPOSED] += one.seconds - one.hidden
     rest[OPTIMIZER] += sum(group.update_seconds for group in parameters)
-    if copies := sum(value for key, value in plan.seconds.items() if key.category == "copies"):
-        rest[COPIES] = copies * plan.micro_batches
+    for what, categories in ((CASTS, ("cast", "cast again")), (COPIES, ("copies",))):
+        if seconds := sum(value for key, value in plan.seconds.items() if key.category in categories):
+            rest[what] = seconds * plan.micro_batches
     first = {MATMUL: own.pop(MATMUL)} if MATMUL in own else {}
     return {**first, **own, **rest}, sum(one.hidden for one in collectives)
 

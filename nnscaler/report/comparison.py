@@ -76,7 +76,7 @@ def _placements(values: Mapping[str, Any]) -> dict[str, str]:
 
 def _parameters(values: Mapping[str, Any]) -> dict[str, str]:
     return {
-        f"{name}.{one['tensor']}": one["layout"]
+        f"{name}.{one['tensor']}": f"{one['layout']}{', fp32' if one['master_only'] else ''}"
         for name, block in values["costs"].items()
         for one in block["parameters"]
     }

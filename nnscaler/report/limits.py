@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nnscaler.recompute import level_of
-from nnscaler.report.categories import COPIES, EXPOSED, HIDDEN, MEMORY_BOUND, OPTIMIZER, RECOMPUTE
+from nnscaler.report.categories import CASTS, COPIES, EXPOSED, HIDDEN, MEMORY_BOUND, OPTIMIZER, RECOMPUTE
 from nnscaler.report.spelling import gib, percent, seconds
 
 FULL = 0.99  # of the limit: above it a plan says so
@@ -20,7 +20,7 @@ def limits_of(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     arithmetic = {
         name: value
         for name, value in by_category.items()
-        if name not in (MEMORY_BOUND, RECOMPUTE, EXPOSED, OPTIMIZER, COPIES)
+        if name not in (MEMORY_BOUND, RECOMPUTE, EXPOSED, OPTIMIZER, CASTS, COPIES)
     }
     hidden, exposed = predicted["hidden_seconds"][HIDDEN], by_category[EXPOSED]
     waits = f"{seconds(exposed)} by which computation takes longer; {seconds(hidden)} are hidden behind it"
@@ -51,11 +51,13 @@ def _memory(values: Mapping[str, Any]) -> tuple[float, str]:
     )
     again += sum(one["seconds"] for one in values["collectives"] if one["phase"] == "again")
     spent = f"{seconds(again)} of computing and gathering again to stay within it" if again else "nothing is done twice"
-    copies = values["predicted"]["seconds_by_category"].get(COPIES, 0.0)
+    casts, copies = (values["predicted"]["seconds_by_category"].get(what, 0.0) for what in (CASTS, COPIES))
+    if casts:
+        spent += f", {seconds(casts)} of casting master weights"
     if copies:
         spent += f", {seconds(copies)} of copies to the host and back that nothing hides"
     full = f", {percent(used / limit)} of it" if used > FULL * limit else ""
-    return again + copies, f"{gib(used)} of {gib(limit)} are used{full}; {spent}"
+    return again + casts + copies, f"{gib(used)} of {gib(limit)} are used{full}; {spent}"
 
 
 def _and(names: Mapping[str, float]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from nnscaler.placement import Placements
 from nnscaler.plan import Key, Plan
-from nnscaler.planner.costs import STORED, CostModel
+from nnscaler.planner.costs import STORED, CostModel, in_fp32
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class ParameterGroup:
     owners          how many ranks hold the same shard of it; they share its optimizer state
     exchanged_once  whether its gradient is exchanged once a step, rather than in each micro-batch
     elements        elements of one device's shard of one of them
+    master_only     whether only the master weight is stored, in fp32; then that is what `memory` calls parameters
     trained         whether it is trained
     memory          category -> bytes of a device, for all of them
     update_seconds  seconds of a step on one device, for all of them
@@ -29,6 +30,7 @@ class ParameterGroup:
     layout: Placements
     owners: int
     exchanged_once: bool
+    master_only: bool
     elements: int
     trained: bool
     memory: dict[str, float]
@@ -47,7 +49,8 @@ def parameter_groups(plan: Plan, costs: CostModel) -> list[ParameterGroup]:
         path = paths[block, tensor]
         layout, once = plan.parameters[path], path in plan.exchanged_once
         meta = blocks[block].tensors[tensor]
-        count = round(size / costs.local_bytes(meta, layout))
+        stored = in_fp32(meta) if path in plan.master_only else meta
+        count = round(size / costs.local_bytes(stored, layout))
         update = plan.seconds.get(Key("update", block, tensor), 0.0) * plan.micro_batches
         exchange = count * costs.weight_exchange(meta, layout) if meta.requires_grad else 0.0
         groups.append(
@@ -58,9 +61,10 @@ def parameter_groups(plan: Plan, costs: CostModel) -> list[ParameterGroup]:
                 layout=layout,
                 owners=costs.owners(layout),
                 exchanged_once=once,
+                master_only=path in plan.master_only,
                 elements=costs.local_bytes(meta, layout) // meta.dtype.itemsize,
                 trained=meta.requires_grad,
-                memory={what: count * one for what, one in costs.parameter_memory(meta, layout, once).items()},
+                memory={what: count * one for what, one in costs.parameter_memory(stored, layout, once).items()},
                 update_seconds=update - exchange,
             )
         )

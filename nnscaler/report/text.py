@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from nnscaler.report.about import plan_title, work_of
@@ -95,15 +95,22 @@ def proven(predicted: Mapping[str, Any]) -> str:
 
 
 def recompute(values: Mapping[str, Any]) -> list[str]:
-    """A line for each block that is called several times: its calls by level, and what is computed in pieces."""
+    """A line for each block that is called several times: its calls by level, what is computed in pieces, and how many
+    of its weights are stored as master weights alone."""
     pieces = {name: block["pieces"].items() for name, block in values["blocks"].items()}
     return [
         f"{name}: "
         + ", ".join(f"{level['calls']} {what}" for what, level in block["levels"].items())
         + "".join(f"; up to {last} in {count} pieces" for last, count in pieces[name])
+        + _master_only(block["parameters"])
         for name, block in values["costs"].items()
         if block["calls"] > 1
     ]
+
+
+def _master_only(parameters: Sequence[Mapping[str, Any]]) -> str:
+    count = sum(one["master_only"] for one in parameters)
+    return f"; {count} of {len(parameters)} weights stored in fp32 alone" if count else ""
 
 
 def transfer(one: Mapping[str, Any]) -> str:

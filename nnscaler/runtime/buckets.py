@@ -151,7 +151,7 @@ def make_buckets(
     groups: dict[object, tuple[Axis, list[str]]] = {}
     for name in sorted((name for name, spec in specs.items() if spec.trained), key=lambda name: not decays[name]):
         owners = axes.owners(specs[name].layout)
-        key = (id(owners.group), specs[name].dtype, specs[name].exchanged_once, name if name in alone else None)
+        key = (id(owners.group), specs[name].stored_dtype, specs[name].exchanged_once, name if name in alone else None)
         groups.setdefault(key, (owners, []))[1].append(name)
     places = {name: place for place, name in enumerate(specs)}
     buckets: list[Bucket] = []
@@ -162,7 +162,9 @@ def make_buckets(
             slots.append(Slot(name, specs[name], specs[name].box(axes.mesh, axes.place), at))
             at = _round_up(slots[-1].stop, _ALIGNMENT)
         size = _round_up(min(elements, at), _ALIGNMENT * owners.size)
-        flat = torch.zeros(_round_up(at, _ALIGNMENT * owners.size), dtype=specs[names[0]].dtype, device=axes.device)
+        flat = torch.zeros(
+            _round_up(at, _ALIGNMENT * owners.size), dtype=specs[names[0]].stored_dtype, device=axes.device
+        )
         for start in range(0, len(flat), size):
             stop = min(start + size, len(flat))
             inside = [

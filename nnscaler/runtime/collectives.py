@@ -110,10 +110,13 @@ def _divided(x: Tensor, axis: Axis) -> Tensor:
     return x / axis.size
 
 
-def start_gather(x: Tensor, axis: Axis) -> tuple[Tensor, dist.Work | None]:
-    """Starts gathering all shards: ([n, *shape], work); the tensor is complete once the work is."""
-    x = x.contiguous()
-    result = x.new_empty((axis.size, *x.shape))
+def start_gather(x: Tensor, axis: Axis, dtype: torch.dtype | None = None) -> tuple[Tensor, dist.Work | None]:
+    """Starts gathering all shards: ([n, *shape], work); the tensor is complete once the work is.
+
+    dtype  to which they are cast before; None: they are not
+    """
+    result = x.new_empty((axis.size, *x.shape), dtype=dtype)
+    x = x.contiguous() if x.dtype == result.dtype else result[axis.rank].copy_(x)  # sent from where it belongs
     return result, all_gather_single(result.flatten(0, 1) if x.dim() else result, x, group=axis.group, async_op=True)
 
 

@@ -1,8 +1,9 @@
 """Weights that are stored in shards, and gathered for use (ZeRO-3).
 
 The weights of a block are gathered just before the block uses them. After the first micro-batch the order of the
-gathers is known. From then on, the next ones are started early, and run beside the computation. Gradients are
-reduce-scattered to the shards beside backward, in fp32.
+gathers is known. From then on, the next ones are started early, and run beside the computation. Where the shard is the
+fp32 master weight, it is cast into the buffer of its gather. Gradients are reduce-scattered to the shards beside
+backward, in fp32.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -26,39 +28,50 @@ Defer = Callable[[Tensor, dist.Work | None, Tensor], None]  # defer(parameter, t
 AwaitUpdate = Callable[[Tensor], None]  # wait(parameter): what is computed next comes after its update
 
 
-@dataclass(eq=False)
-class _Gather:
-    """How a weight is gathered from its shard.
+@dataclass(frozen=True, eq=False)
+class _Sharded:
+    """A weight that is gathered from shards.
 
     shard      this device's shard
     shardings  (axis, dimension), ..., in the order in which they are gathered
-    wait       makes what is computed next come after the update of a parameter
-    started    the result of the first gather, and its work, once it has been started
+    dtype      of the whole weight
     """
 
     shard: Tensor
     shardings: Sequence[ShardedAlong]
-    wait: AwaitUpdate
-    started: tuple[Tensor, dist.Work | None] | None = None
+    dtype: torch.dtype
 
     @property
     def bytes(self) -> int:
-        size = self.shard.nbytes
-        for axis, _ in self.shardings:
-            size *= axis.size
-        return size
+        """Of the whole weight."""
+        return self.shard.numel() * self.dtype.itemsize * prod(axis.size for axis, _ in self.shardings)
+
+
+@dataclass(eq=False)
+class _Gather:
+    """How a weight is gathered.
+
+    wait     makes what is computed next come after the update of a parameter
+    started  the result of the first gather, and its work, once it has been started
+    """
+
+    weight: _Sharded
+    wait: AwaitUpdate
+    started: tuple[Tensor, dist.Work | None] | None = None
 
     def start(self) -> None:
-        self.wait(self.shard)
-        self.started = start_gather(self.shard.detach(), self.shardings[0][0])
+        self.wait(self.weight.shard)
+        axis, _ = self.weight.shardings[0]
+        self.started = start_gather(self.weight.shard.detach(), axis, self.weight.dtype)
 
     def finish(self) -> Tensor:
         if self.started is None:
             self.start()
         assert self.started is not None
-        whole = finish_gather(*self.started, self.shardings[0][1])
+        (_, dim), *others = self.weight.shardings
+        whole = finish_gather(*self.started, dim)
         self.started = None
-        for axis, dim in self.shardings[1:]:
+        for axis, dim in others:
             whole = finish_gather(*start_gather(whole, axis), dim)
         return whole
 
@@ -72,7 +85,7 @@ class Gathers:
 
     def __init__(self, defer: Defer, wait: AwaitUpdate = lambda parameter: None) -> None:
         self.defer, self.wait = defer, wait
-        self._order: list[tuple[Tensor, Sequence[ShardedAlong]]] = []  # what was gathered in the last micro-batch
+        self._order: list[_Sharded] = []  # what was gathered in the last micro-batch
         self._next = 0  # place in the order of the next one that is needed
         self._early: deque[_Gather] = deque()  # those started from there on
         # address -> gathered weight that lies there, and how backward gathers it again, if it does
@@ -84,16 +97,20 @@ class Gathers:
         self._forget(self._next)
         self._next = 0
 
-    def weight(self, parameter: Tensor, *shardings: ShardedAlong, again: bool = False) -> Tensor:
+    def weight(
+        self, parameter: Tensor, *shardings: ShardedAlong, dtype: torch.dtype | None = None, again: bool = False
+    ) -> Tensor:
         """The whole weight of which `parameter` is this device's shard.
 
         shardings  (axis, dimension), ..., over which the weight is sharded, in the order in which it is gathered
+        dtype      the type in which it is used; None: that of the shard
         again      whether backward gathers it once more, rather than keep it
         """
-        whole = _GatheredWeight.apply(parameter, self, shardings)
+        weight = _Sharded(parameter, shardings, dtype or parameter.dtype)
+        whole = _GatheredWeight.apply(parameter, self, weight)
         address = whole.untyped_storage().data_ptr()
         forget = lambda _: self._alive.pop(address, None)  # noqa: E731
-        gather = _Gather(parameter, shardings, self.wait) if again else None
+        gather = _Gather(weight, self.wait) if again else None
         self._alive[address] = (gather, weakref.ref(whole, forget))
         return whole
 
@@ -101,18 +118,18 @@ class Gathers:
         """Whether a tensor lies in the memory of a gathered weight."""
         return tensor.untyped_storage().data_ptr() in self._alive
 
-    def take(self, parameter: Tensor, shardings: Sequence[ShardedAlong]) -> Tensor:
+    def take(self, weight: _Sharded) -> Tensor:
         """Gathers a weight, or waits for it where its gather was started early. Then starts the next ones."""
         at = self._next
         self._next += 1
-        if at < len(self._order) and self._order[at][0] is not parameter:
+        if at < len(self._order) and self._order[at].shard is not weight.shard:
             self._forget(at)  # the order is another one than last time
         if at == len(self._order):
-            self._order.append((parameter, shardings))
-        whole = (self._early.popleft() if self._early else _Gather(parameter, shardings, self.wait)).finish()
+            self._order.append(weight)
+        whole = (self._early.popleft() if self._early else _Gather(weight, self.wait)).finish()
         while (following := self._next + len(self._early)) < len(self._order):
-            gather = _Gather(*self._order[following], self.wait)
-            if sum(early.bytes for early in self._early) + gather.bytes > PREFETCH_BYTES:
+            gather = _Gather(self._order[following], self.wait)
+            if sum(early.weight.bytes for early in self._early) + gather.weight.bytes > PREFETCH_BYTES:
                 break
             gather.start()
             self._early.append(gather)
@@ -143,24 +160,24 @@ class Gathers:
         known = self._again.get(gather)
         whole = None if known is None else known()
         if whole is None:
-            whole = self.take(gather.shard, gather.shardings)
+            whole = self.take(gather.weight)
             self._again[gather] = weakref.ref(whole)
         return whole.as_strided(size, stride, offset)
 
 
 class _GatheredWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, gathers: Gathers, shardings: Sequence[ShardedAlong]) -> Tensor:
-        ctx.parameter, ctx.gathers, ctx.shardings = parameter, gathers, shardings
-        return gathers.take(parameter, shardings)
+    def forward(ctx: Any, parameter: Tensor, gathers: Gathers, weight: _Sharded) -> Tensor:
+        ctx.gathers, ctx.weight = gathers, weight
+        return gathers.take(weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         work = None
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        for axis, dim in reversed(ctx.shardings):
+        for axis, dim in reversed(ctx.weight.shardings):
             if work is not None:
                 work.wait()
             gradient, work = start_reduce_scatter(gradient, axis, dim)
-        ctx.gathers.defer(ctx.parameter, work, gradient)
+        ctx.gathers.defer(ctx.weight.shard, work, gradient)
         return None, None, None

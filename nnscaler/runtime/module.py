@@ -212,7 +212,7 @@ class ParallelModule(nn.Module):
     @torch.no_grad()
     def load_one(self, name: str, part: Tensor) -> None:
         """Fills this rank's shard of one parameter, or a buffer."""
-        self._weights[name].copy_(part)
+        self._weights[name].copy_(part.to(self.specs[name].dtype))  # rounded, whatever type it is stored in
 
     def box(self, name: str) -> Box:
         """The part of a whole parameter that this rank computes with."""

@@ -133,7 +133,7 @@ def check_that_none_is_noticed(cases: list[Case], folder: Path) -> None:
     for case in cases:
         args, device = arguments(case, folder), torch.device("cpu")
         source, code = Trainer(args)._source(), folder / "code" / case.name
-        with planned(case.levels, case.pieces), compiled_regions() if case.compiled else nullcontext():
+        with planned(case), compiled_regions() if case.compiled else nullcontext():
             with compiled(source, args.compute, code, device):
                 loaded = LoadedModel(code, source, args.optimizer, device)
             loaded.initialise(0)

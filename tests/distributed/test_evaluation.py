@@ -77,7 +77,7 @@ def train(cases: list[Case], folder: Path, evaluates: bool) -> None:
             log=dataclasses.replace(args.log, directory=own / "runs"),
             evaluation=EvaluationConfig(validation, INTERVAL),
         )  # fmt: skip
-        with planned(case.levels, case.pieces), compiled_regions() if case.compiled else nullcontext():
+        with planned(case), compiled_regions() if case.compiled else nullcontext():
             Trainer(args).run()
 
 

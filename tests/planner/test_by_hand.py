@@ -168,7 +168,7 @@ def test_what_runs_adds_up_a_gathered_weights_gradient_in_fp32(monkeypatch):
         sent.append(gradient)
         return gradient.chunk(2)[0], None
 
-    monkeypatch.setattr(gathering, "start_gather", lambda shard, axis: (torch.cat([shard, shard]), None))
+    monkeypatch.setattr(gathering, "start_gather", lambda shard, axis, dtype: (torch.cat([shard, shard]), None))
     monkeypatch.setattr(gathering, "finish_gather", lambda whole, work, dim: whole)
     monkeypatch.setattr(gathering, "start_reduce_scatter", start_reduce_scatter)
     given = []

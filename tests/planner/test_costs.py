@@ -139,11 +139,11 @@ def test_a_mesh_is_searched_only_where_it_could_save_a_thousandth(graph, machine
     solve = search.solve
     monkeypatch.setattr(search, "solve", lambda program, *a, **k: asked.append(program) or solve(program, *a, **k))
     monkeypatch.setattr(search, "least_seconds", lambda program: floor[0] * best)
-    best = find_plan(graph, [Mesh((2,))], machine, pieces=False).step_seconds
+    best = find_plan(graph, [Mesh((2,))], machine, sparing=False).step_seconds
     assert len(asked) == 1
     for share, searches in ((0.9985, 2), (0.9995, 1)):
         asked.clear()
         floor[:] = [share]
-        plan = find_plan(graph, [Mesh((2,)), Mesh((1, 2))], machine, pieces=False)
+        plan = find_plan(graph, [Mesh((2,)), Mesh((1, 2))], machine, sparing=False)
         assert len(asked) == searches
         assert plan.gap <= 1.001e-3, "what was not searched could save no more"

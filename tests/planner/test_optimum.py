@@ -16,6 +16,7 @@ from nnscaler.errors import UserError
 from nnscaler.graph import Block, Call, Graph, Node, Ref, TensorMeta
 from nnscaler.hardware import load_hardware
 from nnscaler.mesh import Mesh
+from nnscaler.placement import SHARED
 from nnscaler.plan import Plan
 from nnscaler.planner import find_plan, on_host
 from nnscaler.planner import problem as stating
@@ -85,6 +86,9 @@ def graphs(draw, calls: tuple[int, int] = (0, 3)) -> Graph:
     add_tensor(root, "total", (), root.tensors[last].requires_grad)
     root.nodes.append(Node("total", "aten.sum.default", (Ref(last),), {}, ("total",)))
     root.outputs.append("total")
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    for block in (root, *blocks.values()):
+        block.tensors = {name: replace(meta, dtype=dtype) for name, meta in block.tensors.items()}
     graph = Graph(root, blocks, {}, {})
     graph.parameters = {path: block.tensors[tensor] for block, tensor, path in graph.parameter_uses()}
     return graph
@@ -178,11 +182,11 @@ def test_the_program_finds_the_optimum(graph, sizes, fused, fraction, hardware):
 def test_no_mesh_is_left_out_that_has_a_better_plan(graph, fused, fraction, backwards):
     hardware = replace(load_hardware("h100"), devices_per_node=2)
     meshes = [Mesh((4,)), Mesh((2, 2))]
-    most = find_plan(graph, meshes[:1], hardware, fused=fused, pieces=False).memory_bytes
+    most = find_plan(graph, meshes[:1], hardware, fused=fused, sparing=False).memory_bytes
 
     def plan(*meshes: Mesh) -> Plan | None:
         try:
-            return find_plan(graph, meshes, hardware, memory=fraction * most, fused=fused, pieces=False)
+            return find_plan(graph, meshes, hardware, memory=fraction * most, fused=fused, sparing=False)
         except UserError:
             return None
 
@@ -325,3 +329,63 @@ def test_what_fits_only_in_pieces_is_computed_so():
         assert found.total_memory <= memory * (1 + 1e-5)
         fitting = [e.total_seconds for _, e in evaluations if e is not None and e.total_memory <= memory * (1 + 1e-6)]
         assert found.total_seconds == pytest.approx(min(fitting), rel=1e-5)
+
+
+def calls_of_a_product(calls: int) -> Graph:
+    """A block that is one product, in bf16, called after another product."""
+    root, block = Block("model", "Model"), Block("layer", "Layer")
+    root.inputs.append(add_tensor(root, "x", (8, 64), needs=False))
+    for where, source, name in ((root, "x", "y"), (block, add_tensor(block, "h", (8, 64)), "z")):
+        weight = add_tensor(where, "weight", (64, 64))
+        where.parameters[weight] = weight
+        args = (Ref(source), Ref(weight))
+        where.nodes.append(Node(name, "aten.linear.default", args, {}, (add_tensor(where, name, (8, 64)),)))
+    block.inputs, block.outputs, last = ["h"], ["z"], "y"
+    for index in range(calls):
+        name, bound = add_tensor(root, f"layer{index}", (8, 64)), {"weight": f"layers.{index}.weight"}
+        root.nodes.append(Call(name, "call", (Ref(last),), {}, (name,), block="layer", parameters=bound))
+        last = name
+    root.nodes.append(Node("total", "aten.sum.default", (Ref(last),), {}, (add_tensor(root, "total", ()),)))
+    root.outputs.append("total")
+    for one in (root, block):
+        one.tensors = {name: replace(meta, dtype=torch.bfloat16) for name, meta in one.tensors.items()}
+    graph = Graph(root, {"layer": block}, {}, {})
+    graph.parameters = {path: block.tensors[tensor] for block, tensor, path in graph.parameter_uses()}
+    return graph
+
+
+@pytest.mark.parametrize("host", [0.0, 0.2])
+def test_weights_without_a_copy_are_the_optimum_where_memory_is_short(host, monkeypatch):
+    """`host`: bytes of the host's memory, for the optimizer's state, as a part of what the fastest plan takes."""
+    monkeypatch.setattr(on_host, "PARTS", 3)
+    monkeypatch.setattr(stating, "ON_HOST", ())
+
+    def stated(host: float) -> Program:
+        costs, layouts = CostModel(load_hardware("h100"), Mesh((2,))), {"weight": (SHARED,)}
+        problem = build_problem(calls_of_a_product(12), costs, Recomputing(False), 1, layouts, host=host)
+        problem.gathered_early *= 0.01  # as small a part as in a model
+        problem.staging *= 0.01
+        return Program(problem)
+
+    plain = stated(0.0)
+    most = price(plain, solve(plain, 1e18).solution).total_memory
+    program = stated(host * most)
+    evaluations = [(one, found) for one in everything(program.problem) if (found := price(program, one)) is not None]
+    within = [found for _, found in evaluations if sum(found.host.values()) <= program.problem.host]
+    least = min(found.total_memory for found in within)
+    for fraction in (0.0, 0.02, 0.1, 0.2, 0.3, 1.0):
+        memory = (least + fraction * (most - least)) * (1 + 1e-6)
+        solution = solve(program, memory, gap=0.0).solution
+        found = price(program, solution)
+        assert found.total_memory <= memory * (1 + 1e-5)
+        assert found.total_seconds == pytest.approx(
+            min(one.total_seconds for one in within if one.total_memory <= memory), rel=1e-5
+        )
+        if fraction in (0.0, 1.0):
+            chosen = [decision.options[o] for decision, o in zip(program.problem.decisions, solution.chosen)]
+            assert any(option.master_only for option in chosen) == (fraction == 0.0)
+            assert (solution.state_on_host > 0) == (fraction == 0.0 and host > 0)
+    for one, found in evaluations[:: len(evaluations) // 25] if not host else ():
+        memory = found.total_memory
+        assert holds(program, one, memory * (1 + 1e-5)) == pytest.approx(found.total_seconds, rel=1e-5)
+        assert holds(program, one, memory * (1 - 1e-4)) is None

@@ -72,14 +72,16 @@ def test_the_table_has_what_was_planned_beside_what_ran_a_step():
         )
         for name, start, end in ((GEMM, 0.0, 6.0), (ATTENTION, 6.0, 10.0), (GEMM, 20.0, 24.0))
     ]  # fmt: skip
-    predicted = {"matmul": 0.004, "attention": 0.002, "linear_loss": 0.001, "convolution": 0.0005, "recompute": 0.003}
+    predicted = {"matmul": 0.004, "attention": 0.002, "linear_loss": 0.001, "convolution": 0.0005, "recompute": 0.003,
+                 "memory-bound": 0.001, "casts of master weights": 0.0005}  # fmt: skip
     text = step_table(SimpleNamespace(events=lambda: events), 2, predicted)
     rows = {line[:22].strip(): line[22:].split() for line in text.partition("\n\n")[0].splitlines()[1:]}
     assert rows["matmul"] == ["5.00", "5.50"]
     assert rows["attention"] == ["2.00", "2.00"]
     assert rows["recompute"] == ["3.00"], "which no kernel says of itself"
     assert rows["idle"] == ["5.00"]
-    assert rows["whole"] == ["12.00", "10.50"]
+    assert rows["memory-bound"] == ["0.00", "1.50"]
+    assert rows["whole"] == ["12.00", "12.00"]
     assert [line.split() for line in text.splitlines()[-2:]] == [["5.00", "1", GEMM], ["2.00", "0", ATTENTION]]
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 
 from nnscaler.mesh import Mesh
-from nnscaler.runtime import gathering
+from nnscaler.runtime import collectives, gathering
 from nnscaler.runtime.axes import Axes
 from nnscaler.runtime.gathering import Gathers
 from tests.launch import run
@@ -37,11 +37,36 @@ def test_a_term_that_bf16_would_round_away_arrives():
         assert found == [[1 + 2.0**-9] * 8] * 2
 
 
+def gathered_masters() -> list[bool]:
+    """Of fp32 shards, along each dimension: whether the weight is in bf16 and rounded, whether what is sent lies in the
+    buffer that is received into, and whether the shard keeps what rounding takes."""
+    axes, found, sent = Axes(Mesh((2,)), torch.device("cpu")), [], []
+    gather = collectives.all_gather_single
+
+    def record(result, shard, **options):
+        sent.append(result.untyped_storage().data_ptr() == shard.untyped_storage().data_ptr())
+        return gather(result, shard, **options)
+
+    collectives.all_gather_single = record
+    for dim in (0, 1):
+        parts = torch.rand((2, 2, 4), generator=torch.Generator().manual_seed(dim))
+        shard = parts[axes.rank].clone().requires_grad_()
+        whole = Gathers(lambda *gradient: None).weight(shard, (axes[0], dim), dtype=torch.bfloat16)
+        wanted = torch.cat(list(parts.bfloat16()), dim)
+        found += [whole.dtype == torch.bfloat16 and torch.equal(whole, wanted), torch.equal(shard, parts[axes.rank])]
+    return found + sent
+
+
+def test_a_master_weight_is_cast_into_the_buffer_of_its_gather():
+    for found in run(2, gathered_masters):
+        assert found == [True] * 6
+
+
 def test_no_weight_is_gathered_before_its_update(monkeypatch):
     """In the first micro-batch one after the other, then early, and once more in backward."""
     happened = []
 
-    def start_gather(shard, axis):
+    def start_gather(shard, axis, dtype=None):
         happened.append(("gather", names[shard.data_ptr()]))
         return torch.cat([shard, shard]), None
 

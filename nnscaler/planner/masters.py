@@ -1,0 +1,62 @@
+"""Weights of which only the fp32 master weight is stored, as a part of the planning problem's program.
+
+Such a weight is cast when it is gathered: into the buffer that its gather sends from. So it needs no memory in its own
+type, and it can only be used where it is gathered (see `nnscaler.planner.program` for what is not named here).
+
+Data      a_fp          seconds of casting this device's shard of parameter f, stored in p
+          o             the option of d, which is about f, to store its master alone, in p
+          v_i           what f is gathered again by, from p, w_i times for each: the variables Y_fpsl and g_fps
+Variables B_i >= 0      seconds of casting f for that
+
+minimise      sum_f n_f a_fp x_do + sum_i B_i, beside the rest: in forward, it is cast once
+subject to    x_do + sum of x over c's options that use f in what gathers do not make of p <= 1              (gathered)
+              B_i >= a_fp w_i (v_i - its most (1 - x_do))                                                        (cast)
+"""
+
+from __future__ import annotations
+
+from nnscaler.placement import Placements, format_placements
+from nnscaler.plan import Key
+from nnscaler.planner.choices import Choices
+from nnscaler.planner.flows import Flows, beside
+from nnscaler.planner.problem import Flow
+from nnscaler.planner.statement import Account, Quantity
+
+
+class Masters:
+    """Adds the variables, rows and charges above to a program."""
+
+    def __init__(self, choices: Choices, flows: Flows) -> None:
+        self.choices, self.flows = choices, flows
+        self.problem, self.statement = choices.problem, choices.statement
+        for index, flow in enumerate(self.problem.flows):
+            if flow.is_parameter:
+                for layout, x in self._alone(flow):
+                    self._only_gathered(flow, layout, x)
+                    self._cast(index, layout, x)
+
+    def _alone(self, flow: Flow) -> list[tuple[Placements, int]]:
+        """(layout, variable) of each option that stores the master weight alone."""
+        decision, place = flow.producer
+        options = zip(self.problem.decisions[decision].options, self.choices.x[decision])
+        return [(option.outputs[place], x) for option, x in options if option.master_only]
+
+    def _only_gathered(self, flow: Flow, layout: Placements, x: int) -> None:
+        """The rows (gathered)."""
+        for consumer in flow.consumers:
+            used = self.flows.layouts(consumer, "inputs")
+            other = [term for target, terms in used.items() if not beside(flow, layout, target) for term in terms]
+            self.statement.row([(x, 1.0), *other], upper=1.0)
+
+    def _cast(self, index: int, layout: Placements, x: int) -> None:
+        """The charges for casts, and the rows (cast)."""
+        flow = self.problem.flows[index]
+        each = self.problem.costs.cast(flow.meta, layout)
+        self.statement.charge(Account.TIME, Key("cast", flow.block, flow.tensor), x, flow.count * each)
+        for (other, source, target), again in self.flows.again.items():
+            for run, times in again if (other, source) == (index, layout) else ():
+                seconds, most = self.statement.least(Quantity.SECONDS), self.statement.bounds[run]
+                move = f"{format_placements(source)} -> {format_placements(target)}"
+                key = Key("cast again", flow.block, flow.tensor, move)
+                self.statement.charge(Account.TIME, key, seconds, 1.0)
+                self.statement.above(seconds, [(run, each * times), (x, each * times * most)], -each * times * most)
