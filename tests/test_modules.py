@@ -62,6 +62,21 @@ class Vision(nn.Module):
         return {"class": F.cross_entropy(scores, labels), "size": factor * scores.square().mean()}
 
 
+class Convolutions(nn.Module):
+    """Pools, groups of channels, and a change of size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(8, WIDTH, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Upsample(scale_factor=2),
+        )  # fmt: skip
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(WIDTH, CLASSES))
+
+    def forward(self, images: Tensor, labels: Tensor, factor: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(self.down(images)), labels) * factor
+
+
 @dataclass
 class Output:
     loss: Tensor
@@ -182,6 +197,7 @@ def cases() -> dict[str, Case]:
         "vision": Case(Vision(), images(3), total),
         "pipeline": Case(Vision(), images(3), total, compute=PIPELINE),
         "copies": Case(Vision(), images(2), total, compute={"plan_ngpus": 1, "micro_batches": 2}),
+        "convolutions": Case(Convolutions(), images(3)),
         "nested": Case(Nested(), [nested_batch(seed) for seed in range(3)], loss_of),
         "keywords": Case(Nested(), by_name, loss_of),
         "pair": Case(Pair(), [(normal(seed, 8, WIDTH),) for seed in range(3)], second, options={"loss": second}),

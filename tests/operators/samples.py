@@ -249,6 +249,20 @@ def samples(a: int, b: int, c: int, d: int) -> dict[str, list[tuple]]:
         ],
         "conv1d.padding": [(real(a, b, c), real(d, b, 1), None, [1], "same")],
         "conv2d.default": [(real(a, b, c, 4), real(d, b, 2, 2), real(d), [1, 2], [1, 0])],
+        **{f"{kind}_pool1d.default": [(real(a, b, 6), [2]), (real(b, 8), [3], [2], [1])] for kind in ("max", "avg")},
+        **{
+            f"{kind}_pool2d.default": [(real(a, b, 6, 4), [2, 2]), (real(b, 6, 4), [3, 2], [1, 2], [1, 0])]
+            for kind in ("max", "avg")
+        },
+        **{f"{kind}_pool3d.default": [(real(a, b, 4, 4, 2), [2, 2, 1])] for kind in ("max", "avg")},
+        "adaptive_avg_pool2d.default": [(real(a, b, 6, 4), [3, 2]), (real(a, b, 6, 4), [1, 1])],
+        "upsample_nearest1d.vec": [(real(a, b, 6), None, [2.0])],
+        "upsample_nearest2d.vec": [(real(a, b, 6, 4), None, [2.0, 1.5]), (real(a, b, 6, 4), [3, 8], None)],
+        "upsample_nearest3d.vec": [(real(a, b, 2, 2, 4), [4, 4, 2], None)],
+        "upsample_bilinear2d.vec": [
+            (real(a, b, 6, 4), None, False, [2.0, 1.5]), (real(a, b, 6, 4), [3, 8], True, None),
+        ],
+        "pixel_shuffle.default": [(real(a, 4 * b, c, d), 2), (real(4 * b, c, d), 2)],
         "conv2d.padding": [(real(a, b, c, 4), real(d, b, 1, 2), real(d), [1, 1], "valid")],
         "softmax.int": [(x, -1), (x, 1, torch.float64), (x.float(), 0, torch.float64)],
         "log_softmax.int": [(x, 2), (x.float(), -1, torch.float64)],
