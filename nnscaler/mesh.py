@@ -36,6 +36,11 @@ class Mesh:
         """All devices."""
         return self.replicas * self.plan_ngpus
 
+    def sums_gradients(self, micro_batches: int) -> bool:
+        """Whether a step has several gradients of a parameter, of its micro-batches or of several devices, which are
+        summed in fp32. Otherwise the only one stays as it is."""
+        return micro_batches > 1 or self.runtime_ngpus > self.pipeline
+
     @property
     def axes(self) -> range:
         """Indices of the axes."""

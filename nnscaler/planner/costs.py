@@ -27,7 +27,7 @@ from nnscaler.units import Unit, needed_by, node_kind, saved_by
 
 MASTER_BYTES = 4  # fp32 master weight
 MOMENT_BYTES = 8  # two fp32 moments of Adam
-GRADIENT_BYTES = 4  # gradients are accumulated, and exchanged, in fp32
+GRADIENT_BYTES = 4  # gradients are summed, and exchanged, in fp32
 STRIDED = 3  # a copy that reorders a tensor takes so many times as long as one that does not (measured on H200)
 
 STORED = "parameters"  # of the bytes that a parameter takes, those of itself
@@ -300,14 +300,15 @@ class CostModel:
         """
         elements = self.local_bytes(meta, placements) / meta.dtype.itemsize
         owned = elements / self.owners(placements)
+        gradient = self.gradient_bytes(meta, micro_batches)
         # The gradient is read for its norm, scaled, and read again.
-        state = 2 * (MASTER_BYTES + MOMENT_BYTES) + 4 * GRADIENT_BYTES
+        state = 2 * (MASTER_BYTES + MOMENT_BYTES) + 4 * gradient
         if master_bytes(meta) and not master_only:  # which is read once more, and written as the parameter
             state += MASTER_BYTES + meta.dtype.itemsize
         update = owned * state / self.hardware.memory_bandwidth
         # The first micro-batch's is copied, those of the others are added: all of it, or what comes of the exchange.
         added = (elements * 2 if exchanged_once else owned * 3) * (1 - 1 / micro_batches)
-        copied = elements * (meta.dtype.itemsize + GRADIENT_BYTES) + added * GRADIENT_BYTES
+        copied = elements * (meta.dtype.itemsize + gradient) + added * gradient
         once = self.weight_exchange(meta, placements) + update
         return once / micro_batches + copied / self.hardware.memory_bandwidth
 
@@ -353,8 +354,12 @@ class CostModel:
         bucket = min(BUCKET_ELEMENTS, elements) * (MASTER_BYTES + MOMENT_BYTES)
         return (STATES_AHEAD + 1) * bucket / self.mesh.replicas
 
+    def gradient_bytes(self, meta: TensorMeta, micro_batches: int) -> int:
+        """Bytes of an element of a parameter's gradient, between backward and the update."""
+        return GRADIENT_BYTES if self.mesh.sums_gradients(micro_batches) else meta.dtype.itemsize
+
     def parameter_memory(
-        self, meta: TensorMeta, placements: Placements, exchanged_once: bool = False
+        self, meta: TensorMeta, placements: Placements, micro_batches: int, exchanged_once: bool = False
     ) -> dict[str, float]:
         """Bytes a device that a parameter takes all the time, by what they are.
 
@@ -368,7 +373,7 @@ class CostModel:
         owned = elements / self.owners(placements)
         return {
             STORED: stored,
-            "gradients": (elements if exchanged_once else owned) * GRADIENT_BYTES,
+            "gradients": (elements if exchanged_once else owned) * self.gradient_bytes(meta, micro_batches),
             "master weights": owned * master_bytes(meta),
             "moments": owned * MOMENT_BYTES,
         }

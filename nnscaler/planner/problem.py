@@ -245,7 +245,7 @@ class _Builder:
         and store its master weight alone, where a rank owns all of its shard."""
         costs, micro_batches = self.problem.costs, self.problem.micro_batches
         if not meta.requires_grad:
-            yield Option((), (layout,), memory=costs.parameter_memory(meta, layout))
+            yield Option((), (layout,), memory=costs.parameter_memory(meta, layout, micro_batches))
             return
         alone, exchange = costs.owners(layout) == 1, costs.gradient_exchange(meta, layout)
         gathered = alone and any(isinstance(place, Shard) for place in layout)
@@ -256,7 +256,7 @@ class _Builder:
                 (),
                 (layout,),
                 Seconds(update, 0.0 if once else exchange),
-                costs.parameter_memory(in_fp32(meta) if master_only else meta, layout, once),
+                costs.parameter_memory(in_fp32(meta) if master_only else meta, layout, micro_batches, once),
                 last_exchange=exchange if once else 0.0,
                 exchange_buffers=0.0 if once else costs.exchange_buffer(meta, layout),
                 exchanged_once=once and not alone,

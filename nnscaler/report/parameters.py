@@ -64,7 +64,10 @@ def parameter_groups(plan: Plan, costs: CostModel) -> list[ParameterGroup]:
                 master_only=path in plan.master_only,
                 elements=costs.local_bytes(meta, layout) // meta.dtype.itemsize,
                 trained=meta.requires_grad,
-                memory={what: count * one for what, one in costs.parameter_memory(stored, layout, once).items()},
+                memory={
+                    what: count * one
+                    for what, one in costs.parameter_memory(stored, layout, plan.micro_batches, once).items()
+                },
                 update_seconds=update - exchange,
             )
         )

@@ -71,8 +71,9 @@ class Bucket:
 
     flat      [n]: the parameters, on every owner
     owned     [n / owners]: the slice of `flat` that this rank updates
-    gradient  [n / owners], fp32: the gradient of `owned`, summed over owners and micro-batches of the last whole step
-    summed    [n], fp32: the gradient of `flat`, summed over micro-batches, where it is exchanged once a step.
+    gradient  [n / owners]: the gradient of `owned`, summed over owners and micro-batches of the last whole step, in
+              fp32; or in the type of `flat` where there is nothing to sum
+    summed    [n]: the gradient of `flat`, summed over micro-batches, where it is exchanged once a step.
               `gradient` is a slice of it, to which the other owners' are added at the end of the step. None: the
               gradient is exchanged in each micro-batch.
     first     the place of its first parameter among all parameters of the model
@@ -81,7 +82,9 @@ class Bucket:
     An update may still be under way when the next forward begins: whatever reads `flat` must call `wait` first.
     """
 
-    def __init__(self, flat: Tensor, slots: list[Slot], owners: Axis, first: int = 0) -> None:
+    def __init__(
+        self, flat: Tensor, slots: list[Slot], owners: Axis, first: int = 0, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.flat, self.first = flat, first
         self.is_copy = False
         self._updated: dist.Work | torch.cuda.Event | None = None
@@ -90,7 +93,7 @@ class Bucket:
         self.device = flat.device
         self.owned = self.flat.chunk(owners.size)[owners.rank]
         whole = owners.group is None or slots[0].spec.exchanged_once
-        gradient = torch.zeros((flat if whole else self.owned).shape, dtype=torch.float32, device=self.device)
+        gradient = torch.zeros((flat if whole else self.owned).shape, dtype=dtype, device=self.device)
         self.summed = gradient if whole else None
         self.gradient = gradient.chunk(owners.size)[owners.rank] if whole else gradient
 
@@ -141,12 +144,14 @@ def make_buckets(
     decays: Mapping[str, bool],
     elements: int = BUCKET_ELEMENTS,
     alone: Collection[str] = (),
+    summed: bool = True,
 ) -> tuple[list[Bucket], dict[str, nn.Parameter]]:
     """Lays the trained parameters into flat buffers: (buckets, name -> the parameter as a view of its buffer).
 
     decays    name -> whether weight decay applies; such parameters come first, so that both kinds are ranges
     elements  how many a bucket has, about
     alone     names of parameters that get buckets of their own
+    summed    whether a step has several gradients of a parameter, which are summed
     """
     groups: dict[object, tuple[Axis, list[str]]] = {}
     for name in sorted((name for name, spec in specs.items() if spec.trained), key=lambda name: not decays[name]):
@@ -171,7 +176,8 @@ def make_buckets(
                 replace(slot, start=slot.start - start) for slot in slots if slot.start < stop and slot.stop > start
             ]
             first = min(places[slot.name] for slot in inside)
-            buckets.append(Bucket(flat[start:stop], inside, owners, first))
+            dtype = torch.float32 if summed or names[0] in alone else flat.dtype
+            buckets.append(Bucket(flat[start:stop], inside, owners, first, dtype))
         for slot in slots:
             parameters[slot.name] = nn.Parameter(flat[slot.start : slot.stop].view(slot.box.sizes))
     return buckets, {name: parameters[name] for name in specs if name in parameters}

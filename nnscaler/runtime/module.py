@@ -106,9 +106,11 @@ class ParallelModule(nn.Module):
         if any(are_slow(axes.device, spec.dtype) for spec in self.specs.values()):
             widen_slow_products()
         decayed = {name: decays(spec.shape) for name, spec in self.specs.items()}
-        self.buckets, parameters = make_buckets(self.specs, self.axes, decayed, alone=shared)
+        micro_batches = plan["micro_batches"]
+        summed = axes.mesh.sums_gradients(micro_batches)
+        self.buckets, parameters = make_buckets(self.specs, self.axes, decayed, alone=shared, summed=summed)
         self.trained = list(parameters.values())
-        self.reducer = GradientReducer(self.buckets, parameters, plan["micro_batches"])
+        self.reducer = GradientReducer(self.buckets, parameters, micro_batches)
         self._weights = Weights(self.buckets, parameters)
         self.gathers = self.axes.gathers = Gathers(self.reducer.defer, self._weights.wait)
         self.axes.host = HostMemory(self.axes.device, self._is_weight, self.gathers.pack, self.gathers.unpack)

@@ -108,7 +108,8 @@ class ShardedOptimizer:
         tensor on the device, and nothing waits for the device.
         """
         gradients = [bucket.gradient for bucket in self.buckets]
-        squares = (torch.stack(torch._foreach_norm(gradients)).double().square() * self._counted).sum()
+        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+        squares = (torch.stack(norms).double().square() * self._counted).sum()
         # A constant filled in on the device: copying one there would wait for all that runs on it.
         sums = torch.stack([
             squares, torch.full_like(squares, labels / self.plan_ngpus),
@@ -122,11 +123,16 @@ class ShardedOptimizer:
         finite = norm.isfinite()
         if self.config.clip_gnorm:
             scale = scale * (self.config.clip_gnorm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, scale)
+        wide = [gradient for gradient in gradients if gradient.dtype == torch.float32]
+        if wide:
+            torch._foreach_mul_(wide, scale)
         found_infinite = (~finite).float()
         with self._beside():
             for index in self._with_state_here():
-                self._states[index].update(gradients[index], lr, found_infinite)
+                gradient = gradients[index]
+                if gradient.dtype != torch.float32:  # which scaling must not round
+                    gradient = gradient.float().mul_(scale)
+                self._states[index].update(gradient, lr, found_infinite)
                 if index in self._staged:
                     self._staged[index].send_back()
                 self._states[index].publish()
@@ -238,6 +244,8 @@ class _State:
             group["lr"] = lr
         self._adam.found_inf = found_infinite  # type: ignore[attr-defined]  # torch's kernels ask for this
         self._adam.step()
+        for parameter in self._parameters():
+            parameter.grad = None  # which may be a copy, in fp32
 
     def publish(self) -> None:
         """Sets every owner's parameters to the master weights that have just been updated."""

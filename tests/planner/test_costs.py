@@ -46,11 +46,22 @@ def test_the_optimizer_s_state(machine):
     assert model.state_memory([WEIGHT, NORM]) == (100 * (4 + 8) + 10 * 8) / 8
     assert model.staging_memory(20_000) == 3 * 1000 * 12 / 2
     assert model.staging_memory(500) == 3 * 500 * 12 / 2
-    held = model.parameter_memory(NORM, (REPLICATE,))
+    held = model.parameter_memory(NORM, (REPLICATE,), 1)
     assert held == {"parameters": 40, "gradients": 40 / 8, "master weights": 0, "moments": 80 / 8}
-    held = model.parameter_memory(replace(WEIGHT, shape=(12, 10)), (Shard(0),), exchanged_once=True)
+    held = model.parameter_memory(replace(WEIGHT, shape=(12, 10)), (Shard(0),), 4, exchanged_once=True)
     assert held == {"parameters": 60, "gradients": 120, "master weights": 60, "moments": 120}, "3 rows of 10"
-    assert model.parameter_memory(replace(WEIGHT, requires_grad=False), (REPLICATE,)) == {"parameters": 200}
+    assert model.parameter_memory(replace(WEIGHT, requires_grad=False), (REPLICATE,), 4) == {"parameters": 200}
+
+
+def test_a_gradient_to_which_none_is_added_stays_as_it_is(machine):
+    """On one device in one micro-batch: 2 bytes an element, of which 8 are read and written for the update, and 4 where
+    backward writes them."""
+    weight = (WEIGHT, (REPLICATE,))
+    alone, two = CostModel(machine, Mesh((1,))), CostModel(machine, Mesh((1,), 2))
+    of_two_stages = CostModel(machine, Mesh((1,), 1, 2))
+    models = [(alone, 1), (alone, 2), (two, 1), (of_two_stages, 1)]
+    assert [model.parameter_memory(*weight, n)["gradients"] for model, n in models] == [200, 400, 4 * 50, 200]
+    assert alone.update(*weight, 1, True) == pytest.approx(100 * (2 * 12 + 4 * 2 + 6 + 4) / MEMORY)
 
 
 @pytest.mark.parametrize("once", [True, False])

@@ -21,11 +21,13 @@ LABELS, COPIES = 12, 2  # the devices of a replica see the same labels
 
 
 def optimizer_of(
-    config: OptimizerConfig, dtype: torch.dtype, on_host: Collection[int] = ()
+    config: OptimizerConfig, dtype: torch.dtype, on_host: Collection[int] = (), summed: bool = True
 ) -> tuple[ShardedOptimizer, dict[str, nn.Parameter]]:
     axes = Axes(Mesh((1,), 1), torch.device("cpu"))
     specs = {name: ParameterSpec(shape, dtype, (SHARED,), True, False) for name, shape in SHAPES.items()}
-    buckets, parameters = make_buckets(specs, axes, {name: decays(shape) for name, shape in SHAPES.items()}, 700)
+    buckets, parameters = make_buckets(
+        specs, axes, {name: decays(shape) for name, shape in SHAPES.items()}, 700, (), summed
+    )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in parameters.values():
@@ -67,6 +69,27 @@ def test_updates_are_those_of_adamw(dtype, clip):
         assert norm.item() == pytest.approx(wanted.item(), rel=1e-5), "the norm is that before clipping"
         for name, parameter in parameters.items():
             torch.testing.assert_close(parameter.detach(), plain[name].detach().to(dtype), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [0.5, 0.0])
+def test_a_gradient_that_is_not_summed_stays_in_its_own_type(clip):
+    """The update is the same to the last bit, the scaling of gradients in fp32 included."""
+    config = OptimizerConfig(CONFIG.lr, CONFIG.betas, CONFIG.eps, CONFIG.weight_decay, clip)
+    both = [optimizer_of(config, torch.bfloat16, (), summed) for summed in (True, False)]
+    assert [optimizer.buckets[0].gradient.dtype for optimizer, _ in both] == [torch.float32, torch.bfloat16]
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        gradients = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in SHAPES.items()}
+        norms = []
+        for optimizer, _ in both:
+            give(optimizer, gradients)
+            norms.append(optimizer.step(LABELS, 0.1))
+        assert torch.equal(*norms)
+        kept = [
+            parameter.grad for optimizer, _ in both for state in optimizer._states for parameter in state._parameters()
+        ]
+        assert kept == [None] * len(kept), "the copies in fp32 are let go of"
+        assert all(map(torch.equal, everything(both[0][0]), everything(both[1][0])))
 
 
 def test_a_state_that_is_loaded_is_gone_on_from():
