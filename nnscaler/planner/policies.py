@@ -67,9 +67,9 @@ def _data_parallel(graph: Graph, devices: int) -> None:
     count = _samples(graph)
     if count % devices:
         raise UserError(
-            f"pas_policy is dp, which divides a micro-batch among plan_ngpus={devices} devices: by the first dimension "
-            f"of '{graph.root.inputs[0]}' it has {count} samples; give a multiple of {devices}, or plan_ngpus 1, so "
-            "that each copy of the model has samples of its own"
+            f"pas_policy is dp, which divides a micro-batch among plan_ngpus={devices} devices; the number of samples, "
+            f"the first dimension of '{graph.root.inputs[0]}', is {count}; it must be a multiple of {devices}, or "
+            "plan_ngpus 1, so that each copy of the model has samples of its own"
         )
     samples = _along_samples(graph)
     for block in graph.all_blocks():

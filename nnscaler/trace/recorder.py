@@ -104,10 +104,10 @@ class Outline(TorchFunctionMode):
                     f"a module has a backward hook (it is called at {self.line()}): remove it, it is not traced"
                 )
             if issubclass(kind, BackwardCFunction) and not kind.__name__.startswith("GeneratedBackwardFor_"):
+                name = kind.__name__.removesuffix("Backward")
                 raise UserError(
-                    f"{kind.__name__.removesuffix('Backward')}, whose result is used at {self.line()}, "
-                    "has a backward of its own, which is not traced; wrap its call in a function and register it: "
-                    "@nnscaler.register_op('<inputs> -> <outputs>')"
+                    f"{name}, whose result is used at {self.line()}, has a backward of its own, which is not traced; "
+                    f"call what nnscaler.register_op('<inputs> -> <outputs>')({name}.apply) returns, not {name}.apply"
                 )
 
 

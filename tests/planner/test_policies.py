@@ -105,7 +105,7 @@ def test_what_no_plan_can_do_is_one_line(policy, wrong, tmp_path):
 
 
 def test_sizes_that_do_not_divide_are_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"by the first dimension of 'x' it has 3 samples; give a multiple of 2"):
+    with pytest.raises(UserError, match="the first dimension of 'x', is 3; it must be a multiple of 2"):
         compiled(tmp_path, "dp", rows=3)
     with pytest.raises(UserError, match=r"on 1 copy x 2 devices the policy cannot pin .* 'first' to \*0 \(its sizes"):
         compiled(tmp_path, pin_first("*0"), rows=3)
