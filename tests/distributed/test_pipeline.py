@@ -19,7 +19,7 @@ from nnscaler.cli.config import CheckpointConfig
 from nnscaler.cli.trainer import Trainer
 from tests import tiny
 from tests.launch import run
-from tests.parity import TOLERANCE, Case, arguments, plain_loops, train_all
+from tests.parity import TOLERANCE, Case, arguments, plain_loops, planned, train_all
 
 RECOMPUTED = ("LlamaDecoderLayer",)
 
@@ -135,7 +135,8 @@ def test_stages_use_the_host_and_pieces(folder, reference):
 def train(case: Case, folder: Path, name: str, steps: int, resume: Path | None = None) -> None:
     args = arguments(case, folder)
     checkpoint = CheckpointConfig(folder / "checkpoints", interval=0, resume=resume)
-    Trainer(dataclasses.replace(args, name=name, max_train_steps=steps, checkpoint=checkpoint)).run()
+    with planned(case):
+        Trainer(dataclasses.replace(args, name=name, max_train_steps=steps, checkpoint=checkpoint)).run()
 
 
 def resume_copy(saved: Path, folder: Path, name: str) -> Path:
@@ -167,3 +168,28 @@ def test_resuming_with_and_without_a_pipeline(pipeline, folder, reference, tmp_p
     merge_to_file(Checkpoint.open(last(first)), tmp_path / "merged.ckpt")
     run(1, train, alone, folder, merged, 6, tmp_path / "merged.ckpt", init=False)
     assert losses_of(folder, merged) == losses_of(folder, there)
+
+
+def test_resuming_with_state_on_the_host(folder, reference):
+    """From one device into a pipeline, to the last bit as without the host; within the pipeline; and back."""
+    here = dataclasses.replace(case("1f1b", 2, 2, 4, tied=True, recompute=False), levels=HERE)
+    away = dataclasses.replace(here, levels=AWAY)
+    alone = dataclasses.replace(here, plan=1, runtime=1, schedule=None, levels=())
+    losses, _ = reference(alone)
+
+    def resumed(one: Case, name: str, steps: int, of: str) -> dict[str, Tensor]:
+        saved = latest_checkpoint(folder / "checkpoints" / of)
+        run(one.runtime, train, one, folder, name, steps, resume_copy(saved, folder, name), init=False)
+        assert losses_of(folder, name) == pytest.approx(losses[steps - 2 : steps], rel=TOLERANCE)
+        checkpoint = Checkpoint.open(latest_checkpoint(folder / "checkpoints" / name))
+        return {name: checkpoint.read(name, shape) for name, shape in checkpoint.shapes().items()}
+
+    run(1, train, alone, folder, "alone", 2, init=False)
+    ours, theirs = resumed(away, "to-host", 4, "alone"), resumed(here, "to-device", 4, "alone")
+    plan = json.loads((folder / "code" / "to-host" / "plan.json").read_text())
+    assert all(stage["state_on_host"] for stage in plan["stages"])
+    assert ours.keys() == theirs.keys()
+    assert any(name.startswith("exp_avg_sq.") for name in ours)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    resumed(away, "from-host", 6, "to-host")
+    resumed(alone, "alone-again", 8, "from-host")
