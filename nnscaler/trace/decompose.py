@@ -14,6 +14,8 @@ from torch._export.utils import _get_decomp_for_cia
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
+from nnscaler.kernels import written_out  # noqa: F401  which defines nnscaler::attention_that_drops
+from nnscaler.operators.arguments import by_name
 from nnscaler.operators.registry import find
 
 _ROUNDS = 4  # an operator may be composed of others that are composed in turn
@@ -66,10 +68,17 @@ def _graphs(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
 
 
 def _keep_dropout(module: fx.GraphModule) -> None:
-    """Makes dropout one operator that is not decomposed, also where it writes into a tensor that is no view."""
+    """Makes dropout one operator that is not decomposed, also where it writes into a tensor that is no view; and
+    attention that drops its weights one that is."""
     by_element, by_feature = torch.ops.aten.dropout.default, torch.ops.aten.feature_dropout.default
     in_place = {torch.ops.aten.dropout_.default: by_element, torch.ops.aten.feature_dropout_.default: by_feature}
     for node in module.graph.nodes:
+        if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+            given = by_name(str(node.target), node.args, node.kwargs)
+            if given["dropout_p"]:
+                node.target, node.kwargs = torch.ops.nnscaler.attention_that_drops.default, {}
+                node.args = tuple(given.values())
+            continue
         target = in_place.get(node.target, node.target)
         if target not in in_place.values() or not (node.args[1] and node.args[2]):
             continue

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnscaler import UserError
+from nnscaler import ComputeConfig, OptimizerConfig, UserError, parallelize, same_dropout
 from nnscaler.graph import Graph
 from nnscaler.kernels.random import DRAWS, place_of
 from nnscaler.operators import bind
 from nnscaler.trace import build_on_meta, trace
+from tests import tiny
 
 X = torch.zeros(4, 8, 16)
 
@@ -124,3 +125,41 @@ class Named(nn.Module):
 def test_an_input_of_the_name_that_is_needed_is_refused():
     with pytest.raises(UserError, match="forward has an argument 'draws', by which a compiled model is told what to"):
         graph_of(Named, draws=X)
+
+
+class Attention(nn.Module):
+    """Attention of torch that drops its weights, with each of its options; and a layer of torch's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key = nn.Linear(16, 8)
+        self.layer = nn.TransformerEncoderLayer(16, 4, 32, 0.2, batch_first=True)
+        self.register_buffer("hidden", torch.arange(64).view(8, 8) % 5 != 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = (part.unflatten(-1, (-1, 4)).transpose(1, 2) for part in (x, self.key(x)))
+        attend, p = F.scaled_dot_product_attention, 0.3 * self.training
+        found = [
+            attend(q, k, k, self.hidden, p, enable_gqa=True),
+            attend(q, q, q, self.hidden.to(x.dtype), p, scale=0.3),
+            attend(q, q, q, None, p, True),
+            self.layer(x).unflatten(-1, (-1, 4)).transpose(1, 2),
+        ]
+        return torch.stack(found).cos().sum()
+
+
+def test_attention_of_torch_that_drops_its_weights(tmp_path):
+    x = torch.randn(2, 8, 16)
+    hardware = tiny.write_hardware(tmp_path)
+    config, plain = ComputeConfig(hardware=hardware), Attention()
+    model = parallelize(plain, (x,), config, OptimizerConfig(lr=0.01), seed=3, folder=tmp_path / "code")
+    for step in range(2):
+        with same_dropout(plain, 3, step):
+            wanted = plain(x)
+        assert model.step([(x,)]).item() == pytest.approx(wanted.item(), rel=1e-5)
+        wanted.backward()
+        found = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters()])
+        assert model.optimizer.step().item() == pytest.approx(found.item(), rel=1e-4)
+        plain.load_state_dict(model.state_dict(), strict=False)
+        plain.zero_grad()
+    assert model.evaluate([(x,)]).item() == pytest.approx(plain.eval()(x).item(), rel=1e-5)
