@@ -40,7 +40,7 @@ class Crash:
     newest: int
 
 
-def crashes(folder: Path, times: int, seed: int) -> Iterator[Crash]:
+def crashes(folder: Path, times: int, seed: int, case: Case = CASE) -> Iterator[Crash]:
     """Yields every crash, after which it has checked that no complete checkpoint is lost, and none is torn."""
     generator = random.Random(seed)
     runs, newest = folder / "checkpoints" / NAME, 0
@@ -52,7 +52,7 @@ def crashes(folder: Path, times: int, seed: int) -> Iterator[Crash]:
             (logs / METRICS).rename(logs / f"{count}.jsonl")
         options = {**OPTIONS, "resume": runs} if newest else OPTIONS
         started = time.time()
-        ranks = start(CASE.runtime, train, CASE, folder, 10**6, NAME, options)
+        ranks = start(case.runtime, train, case, folder, 10**6, NAME, options)
         _wait(runs, started, generator, last=count == times - 1)
         writing, before = _is_writing(runs, started), _newest(runs)
         assert all(process.is_alive() for process in ranks), "the run ended by itself"
@@ -109,12 +109,12 @@ def metrics(path: Path) -> list[tuple[int, float]]:
     return found
 
 
-def assert_as_if_never_crashed(folder: Path, newest: int) -> int:
+def assert_as_if_never_crashed(folder: Path, newest: int, case: Case = CASE) -> int:
     """Finishes the run, and compares every loss and the last state with an undisturbed run's. Returns its steps."""
     runs = folder / "checkpoints" / NAME
     steps = newest + 3
-    run(CASE.runtime, train, CASE, folder, steps, NAME, {**OPTIONS, "resume": runs} if newest else OPTIONS, init=False)
-    run(CASE.runtime, train, CASE, folder, steps, "undisturbed", init=False)
+    run(case.runtime, train, case, folder, steps, NAME, {**OPTIONS, "resume": runs} if newest else OPTIONS, init=False)
+    run(case.runtime, train, case, folder, steps, "undisturbed", init=False)
     wanted = dict(metrics(folder / "runs" / "undisturbed" / METRICS))
     for path in (folder / "runs" / NAME).glob("*.jsonl"):
         for step, loss in metrics(path):

@@ -17,7 +17,7 @@ from nnscaler.cli.config import CheckpointConfig, TrainerArgs
 from nnscaler.cli.trainer import Trainer
 from nnscaler.models.files import AssetWriter
 from tests import tiny
-from tests.parity import Case, arguments
+from tests.parity import Case, arguments, planned
 
 
 def job(case: Case, folder: Path, steps: int, name: str, precision: str = "fp32", **checkpoint: Any) -> TrainerArgs:
@@ -32,7 +32,8 @@ def job(case: Case, folder: Path, steps: int, name: str, precision: str = "fp32"
 
 
 def train(case: Case, folder: Path, steps: int, name: str, options: dict[str, Any] | None = None) -> None:
-    Trainer(job(case, folder, steps, name, **(options or {}))).run()
+    with planned(case):
+        Trainer(job(case, folder, steps, name, **(options or {}))).run()
 
 
 def losses(folder: Path, name: str) -> list[float]:

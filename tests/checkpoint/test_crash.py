@@ -13,9 +13,11 @@ import pytest
 
 from nnscaler.checkpoint.folder import complete_checkpoints, latest_checkpoint
 from nnscaler.checkpoint.stored import Checkpoint
+from nnscaler.recompute import ON_HOST
 from tests import tiny
-from tests.checkpoint.crashes import assert_as_if_never_crashed, crashes
+from tests.checkpoint.crashes import NAME, assert_as_if_never_crashed, crashes
 from tests.checkpoint.jobs import publish_one
+from tests.parity import Case
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,6 +35,14 @@ def test_kill_at_random_moments(folder):
     assert any(crash.writing or crash.begun for crash in found)
     assert found[-1].newest > 0
     assert_as_if_never_crashed(folder, found[-1].newest)
+
+
+def test_kill_with_the_optimizers_state_on_the_host(folder):
+    away = Case(1, 2, levels=tuple(level.name for level in ON_HOST[:2]))
+    found = list(crashes(folder, times=2, seed=2, case=away))
+    assert json.loads((folder / "code" / NAME / "plan.json").read_text())["state_on_host"]
+    assert found[-1].newest > 0
+    assert_as_if_never_crashed(folder, found[-1].newest, away)
 
 
 TRAIN = """
