@@ -72,9 +72,8 @@ class Case:
         flags += ["chunk"] * self.chunk_loss + list(self.recompute) + ["tied"] * self.tied
         flags += ["compiled"] * self.compiled + [f"pieces{self.pieces}"] * bool(self.pieces)
         flags += ["masters"] * self.master_only + [self.precision] * (self.precision != "fp32")
-        flags += [f"kv{self.key_value_heads}"] * (self.key_value_heads != 4) + [
-            name.replace(",", "").replace(" ", "-") for name in self.levels
-        ]
+        flags += [f"kv{self.key_value_heads}"] * (self.key_value_heads != 4)
+        flags += ["".join(word[0] for word in level.split()) for level in self.levels]
         flags += [f"{self.schedule}{self.stages}"] if self.schedule else []
         flags += ["documents"] * self.documents + ["dropout"] * self.dropout
         return "-".join([*flags, self.hardware.removesuffix(".json")])

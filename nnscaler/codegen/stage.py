@@ -6,8 +6,10 @@ import textwrap
 from collections.abc import Iterable
 from functools import cached_property
 
+from nnscaler.chains import chains, handed_on
 from nnscaler.codegen.body import INDENT, Body
-from nnscaler.graph import Call, Node
+from nnscaler.codegen.loops import VARIABLES, over_calls, over_groups
+from nnscaler.graph import Call
 from nnscaler.operators import operator_of
 from nnscaler.plan import Plan
 from nnscaler.recompute import KEEPS_ALL, LEVELS, Level, rank
@@ -97,40 +99,19 @@ class _RootBody(Body):
         return self._chain(chain) if chain is not None else []  # a loop writes the rest of a chain with its first call
 
     @cached_property
-    def _users(self) -> dict[str, list[Node]]:
-        """The nodes that read each tensor."""
-        users: dict[str, list[Node]] = {}
-        for node in self.block.nodes:
-            for name in dict.fromkeys(node.inputs):
-                users.setdefault(name, []).append(node)
-        return users
+    def _variables(self) -> dict[str, str]:
+        """What the variables of loops are called."""
+        return {name: self._fresh(name) for name in VARIABLES}
 
     @cached_property
     def _chains(self) -> list[list[Call]]:
-        """The calls of blocks, in chains that a loop can write: each call has one result, which only the next call
-        takes."""
-        chains: list[list[Call]] = []
-        for node in self.block.nodes:
-            if isinstance(node, Call):
-                if chains and self._continues(chains[-1], node):
-                    chains[-1].append(node)
-                else:
-                    chains.append([node])
-        return chains
-
-    def _continues(self, chain: list[Call], call: Call) -> bool:
-        before = chain[-1]
-        if call.block != before.block or len(before.outputs) != 1 or len(call.outputs) != 1:
-            return False
-        differs = [index for index, (a, b) in enumerate(zip(before.inputs, call.inputs)) if a != b]
-        if len(differs) != 1 or call.inputs[differs[0]] != before.outputs[0]:
-            return False
-        users = [user.name for user in self._users.get(before.outputs[0], [])]
-        if users != [call.name] or before.outputs[0] in self.block.outputs:
-            return False
-        if len(chain) > 1 and _carried(chain) != differs[0]:
-            return False
-        return self.plan.outputs[before.block][0] == self.plan.inputs[call.block][differs[0]]
+        """The calls of blocks, in chains that a loop can write: what a call makes lies as the next one takes it."""
+        plan, found = self.plan, []
+        for chain in chains(plan.graph):
+            block = chain[0].block
+            alike = len(chain) == 1 or plan.outputs[block][0] == plan.inputs[block][handed_on(chain)]
+            found += [chain] if alike else [[call] for call in chain]
+        return found
 
     def _chain(self, chain: list[Call]) -> list[str]:
         """The lines that call a chain: one loop for each recompute level."""
@@ -141,20 +122,43 @@ class _RootBody(Body):
         variables = list(last.outputs)
         if len(chain) > 1:
             variables = [self._fresh(first.module.rsplit(".", 1)[0].rsplit(".", 1)[-1])]
-            carried = _carried(chain)
+            carried = handed_on(chain)
             lines.append(f"{variables[0]} = {arguments[carried]}")
             arguments[carried] = variables[0]
         for name, variable, layout in zip(last.outputs, variables, self.plan.outputs[first.block]):
             self._define(name, layout, variable)
         for level, calls in self._by_level(chain):
-            loop, prefix = _loop(calls)
-            inside = ", ".join([f"scope(w, {prefix})", "axes", f'"{level}"', *arguments])
-            function = f"{level.call.__name__}({first.block}, {inside})" if level.call else f"{first.block}({inside})"
-            written = [f"{', '.join(variables)} = {function}"]
-            if level.on_host:
-                written = [f"with axes.host.keeping({self._shared(first, arguments)}):", INDENT + written[0]]
-            lines += [loop, *(INDENT + line for line in written)] if loop else written
+            lines += self._calls(level, calls, arguments, variables)
         return lines
+
+    def _calls(self, level: Level, calls: list[Call], arguments: list[str], variables: list[str]) -> list[str]:
+        """The lines that run calls at one level, which takes them one by one or in groups."""
+        results, each = ", ".join(variables), level.of_each
+        if level.size == 1:
+            function: list[str] = []
+            head, prefix = over_calls(calls, self._variables)
+            written = [self._call(level, calls[0], prefix, arguments, results)]
+        else:
+            name, groups = self._fresh("group"), over_groups(calls, level.size, self._variables)
+            own = self._parameters_for(calls[0], arguments)
+            inside = [own[argument] for argument in arguments]
+            body = _loop(groups.inner, [self._call(each, calls[0], groups.prefix, inside, results)])
+            parameters = ", ".join([groups.parameter, *own.values()])
+            function = [f"def {name}({parameters}):", *_indented([*body, f"return {results}"])]
+            head, written = groups.head, [f"{results} = {_wrapped(level, name, [groups.given, *own])}"]
+        if level.on_host:
+            written = [f"with axes.host.keeping({self._shared(calls[0], arguments)}):", *_indented(written)]
+        return [*function, *_loop(head, written)]
+
+    def _call(self, level: Level, call: Call, prefix: str, arguments: list[str], results: str) -> str:
+        """The line that calls a block by itself."""
+        given = [f"scope(w, {prefix})", "axes", f'"{level}"', *arguments]
+        return f"{results} = {_wrapped(level, call.block, given)}"
+
+    def _parameters_for(self, call: Call, arguments: list[str]) -> dict[str, str]:
+        """Argument of a call -> its name in a function that is given it, since variables may be deleted later."""
+        names = self.plan.graph.blocks[call.block].inputs
+        return {one: one if one.isidentifier() else self._fresh(name) for one, name in zip(arguments, names)}
 
     def _shared(self, call: Call, arguments: list[str]) -> str:
         """Those of a call's arguments that several calls of its block get."""
@@ -167,30 +171,39 @@ class _RootBody(Body):
 
         Calls that keep least come first: backward reaches them last, when it has freed the memory of the others.
         """
-        calls = self.plan.graph.calls(chain[0].block)
-        counts = self.plan.levels[chain[0].block]
-        levels = [level for level in sorted(counts, key=rank, reverse=True) for _ in range(counts[level])]
-        level_of = {call.name: level for call, level in zip(calls, levels, strict=True)}
+        level_of = self._level_of(chain[0].block)
         return [
             (level, [call for call in chain if level_of[call.name] == level])
             for level in dict.fromkeys(level_of[call.name] for call in chain)
         ]
 
+    def _level_of(self, block: str) -> dict[str, Level]:
+        """Name of a call of a block -> its level. Groups come before single calls, and large ones before small ones:
+        so all find places."""
+        counts = self.plan.levels[block]
+        found: dict[str, Level] = {}
+        left = [list(chain) for chain in self._chains if chain[0].block == block]
+        for level in sorted(counts, key=lambda level: (level.size, rank(level)), reverse=True):
+            calls = counts[level]
+            for chain in left:
+                taken = min(calls, len(chain)) // level.size * level.size
+                found.update((call.name, level) for call in chain[:taken])
+                del chain[:taken]
+                calls -= taken
+            assert not calls, f"{calls} calls of {block} find no place in groups of {level.size}"
+        return found
 
-def _carried(chain: list[Call]) -> int:
-    """The index of the argument that each call of a chain takes from the call before it."""
-    return next(i for i, (a, b) in enumerate(zip(chain[0].inputs, chain[1].inputs)) if a != b)
+
+def _wrapped(level: Level, function: str, arguments: list[str]) -> str:
+    """A call of a function as a level wants it."""
+    given = ", ".join(arguments)
+    return f"{level.call.__name__}({function}, {given})" if level.call else f"{function}({given})"
 
 
-def _loop(calls: list[Call]) -> tuple[str, str]:
-    """The `for` line over the calls' module paths, empty for one call; and the prefix of parameters' names inside
-    it."""
-    if len(calls) == 1:
-        return "", f'"{calls[0].module}."'
-    stems = [call.module.rsplit(".", 1) for call in calls]
-    indices = [int(stem[-1]) if stem[-1].isdigit() else -1 for stem in stems]
-    if len({stem[0] for stem in stems}) == 1 and indices == list(range(indices[0], indices[0] + len(calls))):
-        bounds = f"{len(calls)}" if indices[0] == 0 else f"{indices[0]}, {indices[0] + len(calls)}"
-        return f"for i in range({bounds}):", f'f"{stems[0][0]}.{{i}}."'
-    paths = ", ".join(f'"{call.module}."' for call in calls)
-    return f"for prefix in ({paths}):", "prefix"
+def _indented(lines: Iterable[str]) -> list[str]:
+    return [INDENT + line for line in lines]
+
+
+def _loop(head: str, body: list[str]) -> list[str]:
+    """The lines of a loop; without a head, those of its body."""
+    return [head, *_indented(body)] if head else body

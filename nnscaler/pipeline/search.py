@@ -110,7 +110,7 @@ def find_pipeline(
     free = {ranks: replace(planner, memory=inf, estimated={}) for ranks, planner in alone.items()}
     gaining = [schedule for schedule in pipelines if search.may_gain(schedule, free[schedule.ranks])]
     if search.best is None or time.process_time() < until:
-        search.among(gaining, planners(until, host=host, sparing=True))
+        search.among(gaining, planners(until, host=host, sparing=True, groups=True))
     if search.best is None:
         raise NothingFits(f"no pipeline fits; the last that was tried, {search.refused}")
     return search.best

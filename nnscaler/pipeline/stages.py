@@ -91,6 +91,7 @@ class StagePlanner:
     until      when the search is to end, by `time.process_time`
     host       bytes a device of the host's memory that the stages of a rank may use together
     sparing    whether what else saves memory at a price is tried; see `build_problem`
+    groups     whether they may compute groups of layers again together
     layout     of what crosses, once it has been chosen
     cuts       counts of pivots -> the stages' graphs
     stages     candidate -> its stages
@@ -110,6 +111,7 @@ class StagePlanner:
     until: float = inf
     host: float = 0.0
     sparing: bool = False
+    groups: bool = False
     layout: Placements | None = None
     cuts: dict[tuple[int, ...], list[StageGraph]] = field(default_factory=dict)
     stages: dict[Candidate, list[_Stage]] = field(default_factory=dict)
@@ -211,7 +213,14 @@ class StagePlanner:
             costs = CostModel(self.hardware, self.mesh, self.fused, self.times)
             again = recomputing(graph, self._recomputed(graph))
             self.problems[stage.like] = build_problem(
-                graph, costs, again, stage.count, stage.layouts, host=self.host, sparing=self.sparing
+                graph,
+                costs,
+                again,
+                stage.count,
+                stage.layouts,
+                host=self.host,
+                sparing=self.sparing,
+                groups=self.groups,
             )
         return self.problems[stage.like]
 
@@ -228,7 +237,7 @@ class StagePlanner:
         plan = find_plan(
             graph, [self.mesh], self.hardware, memory=limit - stage.receive_buffers,
             recompute_modules=self._recomputed(graph), micro_batches=stage.count, fused=self.fused, times=self.times,
-            layouts=stage.layouts, in_flight=stage.held, host=host, sparing=self.sparing,
+            layouts=stage.layouts, in_flight=stage.held, host=host, sparing=self.sparing, groups=self.groups,
             seconds=max(self.until - time.process_time(), LEAST_SECONDS),
         )  # fmt: skip
         plan.memory[Key("buffers", "", "received")] = stage.receive_buffers

@@ -55,7 +55,8 @@ class Flows:
     resharded  index of a flow -> its variables y
     again      (index of a flow, from, to) -> how often a micro-batch's backward does this again, as a sum
     kept       (index of a flow, layout, level) -> the variable k
-    in_call    (index of a flow, layout, level) -> the variable j: whether one call would keep it so, on the host
+    in_call    (index of a flow, layout, level) -> the variable j: whether one call would keep it so; for levels that
+               keep on the host, and those inside groups
     gathered   (index of a flow, from, to) -> the variable g: backward gathers it again
     """
 
@@ -108,8 +109,9 @@ class Flows:
                 self.statement.above(resharded[source, target], [(e, 1.0)])
         self.resharded[index] = list(resharded.values())
         again = self._gather_again(index, made, resharded)
+        inside = {level.inner for level in self.problem.levels[flow.block]}
         for level in self.problem.levels[flow.block]:
-            self._keep(index, level, set(map(storage, made)), again)
+            self._keep(index, level, set(map(storage, made)), again, level in inside and not self._is_shared(flow))
 
     def _reshard(self, index: int, source: Placements, target: Placements) -> int:
         """Makes the variable y_fps and its charges, and the rows (again)."""
@@ -123,13 +125,14 @@ class Flows:
         self.statement.charge(backward, Key("reshard backward", *place), y, flow.count * seconds.backward)
         calls = float(self.problem.calls[flow.block])
         again = self.again[index, source, target] = []
-        for level in (level for level in self.problem.levels[flow.block] if level in flow.resharded_again_at):
-            key = Key("reshard again", *place)
-            if flow.block not in self.choices.n:
-                again.append((y, float(flow.count)))
-            elif seconds.forward:
+        key = Key("reshard again", *place)
+        for level in self.problem.levels[flow.block]:
+            times = flow.reshards_again.get(level, 0.0)
+            if times and flow.block not in self.choices.n:
+                again.append((y, flow.count * times))
+            elif times and seconds.forward:
                 repeated = self.statement.least(bound=calls)
-                again.append((repeated, flow.count / calls))
+                again.append((repeated, flow.count / calls * times))
                 self.statement.above(repeated, [(self.choices.n[flow.block][level], 1.0), (y, calls)], -calls)
             else:
                 continue
@@ -152,11 +155,13 @@ class Flows:
             self.statement.row([(e, 1.0) for (_, s), e in pairs.items() if s == target] + minus(xs), 0.0, 0.0)
         return pairs
 
-    def _keep(self, index: int, level: Level, made: set[Placements], again: dict[Placements, Terms]) -> None:
-        """The rows (keeping) of one flow at one level."""
+    def _keep(
+        self, index: int, level: Level, made: set[Placements], again: dict[Placements, Terms], inside: bool
+    ) -> None:
+        """The rows (keeping) of one flow at one level. `inside`: whether it counts that groups keep it inside."""
         for layout, calls in self._keeping(index, level, made, again):
             self.statement.above(self._kept(index, layout, level), calls)
-        if self.keeps_on_host(self.problem.flows[index], level):
+        if inside or self.keeps_on_host(self.problem.flows[index], level):
             for layout, calls in self._keeping(index, level, made, again, of_one_call=True):
                 if (index, layout, level) not in self.in_call:
                     self.in_call[index, layout, level] = self.statement.least(bound=1.0)
@@ -196,8 +201,10 @@ class Flows:
 
     def keeps_on_host(self, flow: Flow, level: Level) -> bool:
         """Whether a level keeps a flow on the host, if it keeps it: not parameters, nor what several calls share."""
-        shared = flow.count < self.problem.calls[flow.block]
-        return level.on_host and not flow.is_parameter and not shared
+        return level.on_host and not flow.is_parameter and not self._is_shared(flow)
+
+    def _is_shared(self, flow: Flow) -> bool:
+        return flow.count < self.problem.calls[flow.block]
 
     def _gather_again(
         self, index: int, made: dict[Placements, Terms], resharded: dict[tuple[Placements, Placements], int]
@@ -226,6 +233,7 @@ class Flows:
             flow, calls = self.problem.flows[index], self.problem.calls[self.problem.flows[index].block]
             variable = self.statement.least(bound=float(calls))
             size = flow.count / calls * self.problem.in_flight * self.problem.costs.local_bytes(flow.meta, layout)
+            size /= 1 if self._is_shared(flow) else level.size
             where = Account.HOST if self.keeps_on_host(flow, level) else Account.DEVICE
             self.statement.charge(where, Key("saved", flow.block, flow.tensor, level.name), variable, size)
             self.kept[index, layout, level] = variable

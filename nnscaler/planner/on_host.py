@@ -8,14 +8,13 @@ Data      w, r, wr       bytes/s to the host, back from it, and each way when bo
                          updated;  S_do, of S, the master weight that option o stores as the parameter itself
 Variables k_fsl          calls at level l that keep f in layout s, as there
           j_fsl >= 0     the same of one call: whether it would keep f in s
-          u_bl in {0,1}  some call of block b has level l
           D_b >= 0       bytes on the device of what is on its way to the host or back
           h integer      parts of the optimizer's state on the host;  v in {0,1}: there are some
           O_bl, I_bl >= 0  seconds by which copies to the host, and back, make forward and backward longer
           X >= 0         seconds by which the optimizer's state makes a step longer
 
 minimise      sum_bl (O_bl + I_bl) + X / m, beside the rest
-subject to    n_bl <= N_b u_bl;  h <= P v;  h S / P + sum_d S_do x_do <= S                                        (some)
+subject to    h <= P v;  h S / P + sum_d S_do x_do <= S                                                          (state)
               D_b >= 2 sum_f b_fs j_fsl, if u_bl = 1: what two calls keep                                   (on its way)
               O_bl >= c C, O_bl >= C - (1 - c) F, where C = sum_f b_fs k_fsl / w n_f / N_b, and F = the time of forward
                    of these calls: a call's copies run beside the next one; I_bl with r and backward           (hiding)
@@ -39,7 +38,7 @@ PARTS = 64  # of the optimizer's state
 class OnHost:
     """Adds the variables, rows and charges above to a program.
 
-    used   (block, level) -> the variable u
+    used   (block, level) -> the variable u, for levels that keep on the host
     parts  the variable h; some: the variable v
     """
 
@@ -47,10 +46,12 @@ class OnHost:
         assert choices.problem.costs.hardware.host is not None
         self.choices, self.flows, self.problem = choices, flows, choices.problem
         self.statement, self.host = choices.statement, choices.problem.costs.hardware.host
-        self.used: dict[tuple[str, Level], int] = {}  # u
-        for block, counts in choices.n.items():
-            for level in (level for level in counts if level.on_host):
-                self._use(block, level)
+        self.used = {
+            (block, level): choices.used(block, level)
+            for block, counts in choices.n.items()
+            for level in counts
+            if level.on_host
+        }
         self._copy()
         for block in dict.fromkeys(block for block, _ in self.used):
             self._on_its_way(block)
@@ -58,16 +59,9 @@ class OnHost:
         self.some = self.statement.choice()
         self._state()
 
-    def values(self, levels: dict[str, dict[Level, int]], parts: int) -> dict[int, float]:
-        """The variables that follow from a solution's levels and parts of the state on the host, with their values."""
-        used = {u: float(levels[block].get(level, 0) > 0) for (block, level), u in self.used.items()}
-        return {**used, self.parts: float(parts), self.some: float(parts > 0)}
-
-    def _use(self, block: str, level: Level) -> None:
-        """The row (some), for the calls of a level."""
-        calls = float(self.problem.calls[block])
-        self.used[block, level] = self.statement.choice()
-        self.statement.row([(self.choices.n[block][level], 1.0), (self.used[block, level], -calls)], upper=0.0)
+    def values(self, parts: int) -> dict[int, float]:
+        """The variables of the optimizer's state, where so many parts of it are on the host."""
+        return {self.parts: float(parts), self.some: float(parts > 0)}
 
     def _copy(self) -> None:
         """The rows (hiding), for what calls keep."""
@@ -86,7 +80,7 @@ class OnHost:
         for (index, level), zs in self.choices.z.items():
             decision = self.problem.decisions[index]
             for z, option in zip(zs, decision.options) if level.on_host else ():
-                again = option.seconds.forward if level in decision.recomputed_at else 0.0
+                again = option.seconds.forward * decision.runs_again.get(level, 0.0)
                 forward, backward = computed[decision.block, level]
                 forward.append((z, option.seconds.forward))
                 backward.append((z, option.seconds.backward + again))
@@ -111,7 +105,7 @@ class OnHost:
             self.statement.above(on_its_way, [*terms, (self.used[block, level], most)], -most)
 
     def _state(self) -> None:
-        """The variable X, and the memory of the optimizer's state."""
+        """The row (state), the variable X, and the memory of the optimizer's state."""
         self.statement.row([(self.parts, 1.0), (self.some, -float(PARTS))], upper=0.0)
         part = self.problem.optimizer_state / PARTS
         stays = [

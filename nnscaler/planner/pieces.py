@@ -142,7 +142,8 @@ class _Stretch:
             launches += 1 if self.problem.costs.fused else len(decision.options[0].ways)
             for level in self.choices.n[self.stretch.block]:
                 # Each piece is for its gradients; the whole, if its results are computed again for what comes after.
-                more = 1 + (level.call is not None and not self.stretch.ends_block) - (level in decision.recomputed_at)
+                wrapped = level.of_each.call is not None and not self.stretch.ends_block
+                more = 1 + wrapped - decision.runs_again[level.of_each]
                 if level.in_pieces and more:
                     seconds = [more * option.seconds.forward for option in decision.options]
                     terms += zip(self.choices.z[index, level], seconds)

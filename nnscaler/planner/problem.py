@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from itertools import product
 from math import gcd
 
+from nnscaler.chains import chains, handed_on
 from nnscaler.graph import Block, Call, Graph, TensorMeta
 from nnscaler.mesh import Mesh
 from nnscaler.pieces import Stretch, stretches
 from nnscaler.placement import REPLICATE, SHARED, Placements, Shard, local_shape
 from nnscaler.planner.costs import CostModel, Seconds, in_fp32, master_bytes
 from nnscaler.planner.options import CannotBePinned, Option, is_alias, layouts_of, unit_options
-from nnscaler.recompute import KEEPS_ALL, ON_DEVICE, ON_HOST, RECOMPUTES_ALL, Level, recomputes
+from nnscaler.recompute import IN_GROUPS, KEEPS_ALL, ON_DEVICE, RECOMPUTES_ALL, SAME_ON_HOST, Level, recomputes
 from nnscaler.sizes import PREFETCH_BYTES
 from nnscaler.units import Unit, divide
 
@@ -33,7 +34,7 @@ class Decision:
     kind           "unit", "parameter", "input" or "output"
     block, name    whose: a unit, parameter, input or output of this block
     count          how often it occurs in a micro-batch: once for each call of the block
-    recomputed_at  levels at which backward runs it again
+    runs_again     level -> how often backward runs it again for each call, in the mean
     inner_kept_at  levels at which its inner tensors are kept
     """
 
@@ -42,7 +43,7 @@ class Decision:
     name: str
     options: tuple[Option, ...]
     count: int = 1
-    recomputed_at: frozenset[Level] = frozenset()
+    runs_again: Mapping[Level, float] = field(default_factory=dict)
     inner_kept_at: frozenset[Level] = frozenset()
 
 
@@ -52,12 +53,12 @@ class Flow:
 
     What backward needs of it depends on the level, and on the layouts that are chosen (see `Keeping`):
 
-    as_made             levels that keep it in the layout in which it is made
-    as_used             level -> consumers; it is kept in the layout in which each of them uses it
-    as_resharded        level -> consumers; likewise, but only where it was resharded for them
-    is_parameter        it is a parameter, which is kept anyway in the layout in which it is stored
-    needed              backward of its block reads it, whether it is kept or computed again
-    resharded_again_at  levels at which backward reshards it again
+    as_made         levels that keep it in the layout in which it is made
+    as_used         level -> consumers; it is kept in the layout in which each of them uses it
+    as_resharded    level -> consumers; likewise, but only where it was resharded for them
+    is_parameter    it is a parameter, which is kept anyway in the layout in which it is stored
+    needed          backward of its block reads it, whether it is kept or computed again
+    reshards_again  level -> how often backward reshards it again for each call, in the mean
     """
 
     tensor: str
@@ -71,7 +72,7 @@ class Flow:
     as_resharded: dict[Level, list[Port]] = field(default_factory=dict)
     is_parameter: bool = False
     needed: bool = False
-    resharded_again_at: frozenset[Level] = frozenset()
+    reshards_again: Mapping[Level, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,21 @@ class Divisible:
     ends_block: bool
 
 
+@dataclass(frozen=True)
+class Stack:
+    """Calls of a block of which each takes what the one before it makes: levels may take groups of them.
+
+    lengths  how many calls there are in each of the block's chains (see `nnscaler.chains`)
+    taken    the decision on how that lies which a call takes from the one before it
+    given    the decision on how that lies which it makes
+    """
+
+    block: str
+    lengths: tuple[int, ...]
+    taken: int
+    given: int
+
+
 @dataclass
 class Problem:
     """Everything that the mixed-integer program is made from.
@@ -100,6 +116,7 @@ class Problem:
     levels            block -> the recompute levels that its calls may have
     parameter_of      (block, tensor) -> index of the decision about the parameter
     divisible         stretches of units that may be computed in pieces
+    stacks            blocks of which groups of calls may be computed again together
     micro_batches     how many a step has
     exchange_buffers  most bytes that the buffers for exchanging gradients in each micro-batch take
     gathered_early    bytes of weights that are gathered before they are needed, if any are gathered
@@ -117,6 +134,7 @@ class Problem:
     levels: dict[str, tuple[Level, ...]] = field(default_factory=dict)
     parameter_of: dict[tuple[str, str], int] = field(default_factory=dict)
     divisible: list[Divisible] = field(default_factory=list)
+    stacks: list[Stack] = field(default_factory=list)
     micro_batches: int = 1
     exchange_buffers: float = 0.0
     gathered_early: float = 0.0
@@ -157,6 +175,7 @@ def build_problem(
     in_flight: int = 1,
     host: float = 0.0,
     sparing: bool = True,
+    groups: bool = True,
 ) -> Problem:
     """States the planning problem of a graph.
 
@@ -166,6 +185,7 @@ def build_problem(
     host           bytes of the host's memory that the plan may use for each device; 0: none
     sparing        whether what saves memory at a price may be done: stretches of units computed in pieces, and weights
                    stored as their master weights alone
+    groups         whether groups of calls may be computed again together
     """
     trained = [meta for meta in graph.parameters.values() if meta.requires_grad]
     elements = sum(meta.numel for meta in trained)
@@ -173,7 +193,7 @@ def build_problem(
     problem = Problem(costs, micro_batches=micro_batches, exchange_buffers=buffers, in_flight=in_flight, host=host)
     problem.optimizer_state, problem.staging = costs.state_memory(trained), costs.staging_memory(elements)
     problem.gathered_early = min(PREFETCH_BYTES, sum(meta.nbytes for meta in trained))
-    builder = _Builder(graph, problem, recomputing, layouts or {}, sparing)
+    builder = _Builder(graph, problem, recomputing, layouts or {}, sparing, groups and recomputing.free)
     builder.decide_parameters()
     for block in [*graph.blocks.values(), graph.root]:
         body = _Body(builder, block)
@@ -192,6 +212,7 @@ class _Builder:
     recomputing: Recomputing
     layouts: Mapping[str, Placements]
     sparing: bool
+    groups: bool
     interface: dict[tuple[str, str, int], int] = field(default_factory=dict)  # (block, side, index) -> decision
 
     @property
@@ -273,9 +294,13 @@ class _Body:
         self.is_root = block is builder.graph.root
         self.count = builder.graph.count(block)
         self.units = divide(block)
+        self.chains = [chain for chain in chains(builder.graph) if chain[0].block == block.name and len(chain) > 1]
         self.levels = (KEEPS_ALL,) if self.is_root else builder.recomputing.levels(block)
+        if builder.groups and len({handed_on(chain) for chain in self.chains}) == 1:
+            longest = max(map(len, self.chains))
+            self.levels += tuple(level for level in IN_GROUPS if level.size <= longest)
         if self.problem.host and not self.is_root:
-            self.levels += tuple(there for here, there in zip(ON_DEVICE, ON_HOST) if here in self.levels)
+            self.levels += tuple(SAME_ON_HOST[level] for level in self.levels if level in SAME_ON_HOST)
         fused = builder.problem.costs.fused
         self.kept_at = {level: level.keeps(self.units, block, fused) for level in self.levels}
         self.problem.calls[block.name], self.problem.levels[block.name] = self.count, self.levels
@@ -297,7 +322,14 @@ class _Body:
                 self._unit(index, unit)
         for index, tensor in enumerate(self.block.outputs):
             self.flows[tensor].consumers.append((self._boundary("output", index, tensor), 0))
+        self._stack()
         self._close()
+
+    def _stack(self) -> None:
+        if any(level.size > 1 for level in self.levels):
+            interface, name = self.builder.interface, self.block.name
+            taken, given = interface[name, "input", handed_on(self.chains[0])], interface[name, "output", 0]
+            self.problem.stacks.append(Stack(name, tuple(map(len, self.chains)), taken, given))
 
     def divide_stretches(self) -> None:
         if len(self.levels) > 1 and any(level.in_pieces for level in self.levels):
@@ -323,7 +355,7 @@ class _Body:
     def _open(self, tensor: str, producer: Port) -> Flow:
         flow = Flow(tensor, self.block.name, self.block.tensors[tensor], producer, count=self.count)
         flow.as_made = {level for level, kept in self.kept_at.items() if tensor in kept.as_made}
-        flow.resharded_again_at = frozenset(level for level, kept in self.kept_at.items() if kept.reshards_again)
+        flow.reshards_again = {level: kept.reshards_so_often for level, kept in self.kept_at.items()}
         flow.needed = tensor in self.needed and tensor not in self.block.parameters
         self.flows[tensor] = flow
         return flow
@@ -353,15 +385,15 @@ class _Body:
 
     def _unit(self, index: int, unit: Unit) -> None:
         options, fused = tuple(unit_options(unit, self.block, self.problem.costs)), self.problem.costs.fused
-        recomputed_at = frozenset(level for level, kept in self.kept_at.items() if index in kept.recomputed)
+        runs_again = {level: kept.runs_again(index) for level, kept in self.kept_at.items()}
         inner_kept_at = frozenset(
             level
             for level, kept in self.kept_at.items()
-            if index not in kept.recomputed and (kept.keeps_inner or fused or unit.kind == "registered")
+            if not runs_again[level] and (kept.keeps_inner or fused or unit.kind == "registered")
         )
         count = 0 if is_alias(unit) else self.count
         decision = self.builder.decide(
-            Decision("unit", self.block.name, unit.name, options, count, recomputed_at, inner_kept_at)
+            Decision("unit", self.block.name, unit.name, options, count, runs_again, inner_kept_at)
         )
         self.decisions[index] = decision
         for position, tensor in enumerate(unit.inputs):

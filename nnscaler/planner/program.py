@@ -16,11 +16,14 @@ Data      n_d, n_f, N_b  how often a decision, a flow, a block occurs in a micro
           i_do           bytes of inner tensors that an unfused cluster keeps, or an operator that communicates itself
           b_fs           bytes of flow f in layout s;  M bytes of device memory
           A              micro-batches whose activations are held at a time: 1, or more in a stage of a pipeline
-          Level l keeps f as made, as used by c, or as resharded for c, and runs d, and resharding, again; see
-          `nnscaler.recompute.keeping`. K_b are the levels that keep everything. A level may keep on the host: then all
-          flows but parameters and what all calls of a block share lie there.
+          R_dl, R_fl     how often backward runs d, or reshards f, again for a call at level l
+          g_l            calls that are computed again together at level l; what they share counts as if that were 1
+          Level l keeps f as made, as used by c, or as resharded for c; see `nnscaler.recompute.keeping`. K_b are the
+          levels that keep everything. A level may keep on the host: then all flows but parameters and what all calls of
+          a block share lie there.
 Variables x_do in {0,1}  option o is chosen for d
-          n_bl integer   calls of block b at level l
+          n_bl integer   calls of block b at level l;  u_bl in {0,1}: whether there are any
+          m_bl integer   groups of calls of block b at level l, if that is a level of groups of g_l calls
           z_dol >= 0     calls at level l in which d has option o
           e_fcps >= 0    f is made in p and used by c in s
           y_fps >= 0     f is resharded from p to s, once for all consumers that need it in s
@@ -36,9 +39,11 @@ Variables x_do in {0,1}  option o is chosen for d
 
 minimise      sum_d n_d (t_do + t'_do) x_do + sum_f n_f (r_fps + r'_fps) y_fps + sum_d n_d u_do x_do + F          (time)
               + (1 - 1/m) E + L/m
-              + sum over what is run again of t_do z_dol and r_fps n_f / N_b Y_fpsl;  without gathered weights
+              + sum of R_dl t_do z_dol and of R_fl r_fps n_f / N_b Y_fpsl;  without gathered weights
 subject to    sum_o x_do = 1                                                                                    (choice)
               sum_l n_bl = N_b;  sum_o z_dol = n_bl;  sum_l z_dol = N_b x_do                                    (levels)
+              n_bl = g_l m_bl                                                                                   (groups)
+              n_bl <= N_b u_bl                                                                                   (some)
               sum_s e_fcps = sum of x over the producer's options that make f in p                              (making)
               sum_p e_fcps = sum of x over c's options that use f in s                                           (using)
               y_fps >= e_fcps                                                   for p != s                  (resharding)
@@ -55,11 +60,12 @@ subject to    sum_o x_do = 1                                                    
               U >= sum_o w_do x_do                                                                            (working)
               H >= C v, H >= S - c v, S <= C + c v, where S = sum_d n_d c_do x_do, c its most                  (buffers)
               V_b >= B_b (1 - sum of n_bl over K_b), where B_b = sum_f b_fs x_do of what K_b keep of one call    (again)
-              sum_d n_d m_do x_do + A (sum_f b_fs n_f / N_b k_fsl + sum_d i_do z_dol), where l keeps it on the device,
-                       + U + sum_b V_b + a G + H <= M                                                          (memory)
-The rows (choice) and (levels) are stated in `nnscaler.planner.choices`; those from (making) to (gathering), in
+              sum_d n_d m_do x_do + A (sum_f b_fs n_f / N_b / g_l k_fsl + sum_d i_do z_dol), where l keeps it on the
+                       device, + U + sum_b V_b + a G + H <= M                                                   (memory)
+The rows from (choice) to (some) are stated in `nnscaler.planner.choices`; those from (making) to (gathering), in
 `nnscaler.planner.flows`; weights without a copy beside their masters, in `nnscaler.planner.masters`; what is computed
-in pieces, in `nnscaler.planner.pieces`; what lies on the host, in `nnscaler.planner.on_host`; and all others here.
+in pieces, in `nnscaler.planner.pieces`; groups of calls, in `nnscaler.planner.groups`; what lies on the host, in
+`nnscaler.planner.on_host`; and all others here.
 """
 
 from __future__ import annotations
@@ -73,6 +79,7 @@ import numpy as np
 from nnscaler.plan import Key
 from nnscaler.planner.choices import Choices
 from nnscaler.planner.flows import Flows
+from nnscaler.planner.groups import InGroups
 from nnscaler.planner.masters import Masters
 from nnscaler.planner.on_host import OnHost
 from nnscaler.planner.pieces import InPieces
@@ -116,6 +123,7 @@ class Program:
         self._weigh()
         self._hide()
         self.pieces = InPieces(self.choices, self.flows)
+        InGroups(self.choices, self.flows)
         self._work()
         for block in problem.levels:
             self._compute_again(block)
@@ -138,8 +146,7 @@ class Program:
     def values(self, solution: Solution) -> dict[int, float]:
         """The values of the choices that a solution means. Choices that are not named are 0."""
         values = {xs[chosen]: 1.0 for xs, chosen in zip(self.x, solution.chosen, strict=True)}
-        for block, counts in self.n.items():
-            values.update({counts[level]: float(calls) for level, calls in solution.levels[block].items()})
+        values |= self.choices.values(solution.levels)
         options = [d.options[o] for d, o in zip(self.problem.decisions, solution.chosen)]
         for (index, source, target), g in self.flows.gathered.items():
             flow = self.problem.flows[index]
@@ -150,7 +157,7 @@ class Program:
         values[self._full] = float(buffers > self.problem.exchange_buffers)
         values.update({self.pieces.counts[run][count]: 1.0 for run, count in solution.pieces.items()})
         if self.on_host:
-            values.update(self.on_host.values(solution.levels, solution.state_on_host))
+            values.update(self.on_host.values(solution.state_on_host))
         return values
 
     def _charge(self, account: Account, key: Key, variable: int, amount: float) -> None:

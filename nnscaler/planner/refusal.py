@@ -8,6 +8,13 @@ from nnscaler.errors import UserError
 from nnscaler.plan import GIB, Key
 from nnscaler.planner.costs import STATE
 
+_WORKING = {
+    "": "while {} runs",
+    "backward": "one {} computed again",
+    "group": "others of a group of {}",
+    "copies": "copies of {} under way",
+}
+
 
 class NothingFits(UserError):  # noqa: N818
     """No plan fits into a device's memory.
@@ -56,7 +63,7 @@ def by_category(memory: Mapping[Key, float], peak: str) -> dict[str, float]:
             "parameter": "weights" if key.detail == "parameters" else key.detail,
             "saved": "kept for backward",
             "inside": "kept for backward",
-            "working": f"while {peak} runs" if not key.block else f"one {key.block} computed again",
+            "working": _WORKING.get(key.name, "").format(key.block or peak),
             "buffers": "buffers of communication",
         }[key.category]
         totals[what] = totals.get(what, 0.0) + size

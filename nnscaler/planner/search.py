@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
+from nnscaler.chains import chains
 from nnscaler.errors import UserError
 from nnscaler.graph import Call, Graph
 from nnscaler.hardware import Hardware
@@ -50,6 +51,7 @@ def find_plan(
     seconds: float = SEARCH_SECONDS,
     host: float = 0.0,
     sparing: bool = True,
+    groups: bool = True,
 ) -> Plan:
     """The plan of least predicted step time on one of the meshes, which all have as many devices and as many copies.
 
@@ -64,9 +66,10 @@ def find_plan(
     seconds            of processor time, after which the best plan so far is taken
     host               bytes of the host's memory that the plan may use for each device
     sparing            whether what else saves memory at a price is tried: see `build_problem`
+    groups             whether groups of layers may be computed again together
 
     The host's memory, and what else is sparing, are tried only where more memory would make the plan faster, or where
-    no plan fits.
+    no plan fits; and after that groups, of which there are many, where that is still so.
 
     Raises DoesNotFit where no plan fits, and UserError for an unknown class name.
     """
@@ -81,19 +84,24 @@ def find_plan(
     programs, refused = [], None
     for model in costs:
         try:
-            programs.append(Program(problem(model, 0.0, False)))
+            programs.append(Program(problem(model, 0.0, False, False)))
         except CannotBePinned as error:
             refused = refused or error
     if refused is not None and not programs:
         raise refused
+    groups = groups and again.free and any(len(chain) > 1 for chain in chains(graph))
     search = _Search(memory, time.process_time() + seconds)
     for left, program in enumerate(programs, 1 - len(programs)):
         search.on(program, -left)
-    for left, program in enumerate(programs if host or sparing else (), 1 - len(programs)):
-        if search.may_gain(program, SPARING):
-            search.on(Program(problem(program.problem.costs, host, sparing)), -left)
+    for allowed in [
+        *([(host, sparing, False)] if host or sparing else []),
+        *([(host, sparing, True)] if groups else []),
+    ]:
+        for left, program in enumerate(programs, 1 - len(programs)):
+            if search.may_gain(program, SPARING):
+                search.on(Program(problem(program.problem.costs, *allowed)), -left)
     if search.found is None:
-        raise DoesNotFit(*_least(problem(programs[0].problem.costs, host, sparing)), memory)
+        raise DoesNotFit(*_least(problem(programs[0].problem.costs, host, sparing, groups)), memory)
     found = search.found
     plan = _to_plan(graph, found.problem, found.solution, found.price, micro_batches)
     plan.costs, plan.memory_limit, plan.bound = found.problem.costs, memory, search.bound * micro_batches
@@ -137,6 +145,9 @@ class _Search:
         below = None if self.found is None else self.found.price.total_seconds * (1 - WORTH)
         if below is not None and not self.may_gain(program, WORTH):
             self.bound = min(self.bound, below)
+            return
+        if below is not None and time.process_time() >= self.until:
+            self.bound = min(self.bound, self.floors[mesh])
             return
         seconds = max(self.until - time.process_time(), 0.1) / (2 if left else 1)
 

@@ -2,6 +2,7 @@
 
 from nnscaler.recompute.keeping import Keeping
 from nnscaler.recompute.levels import (
+    IN_GROUPS,
     KEEPS_ALL,
     KEEPS_PRODUCTS,
     LEVELS,
@@ -9,6 +10,7 @@ from nnscaler.recompute.levels import (
     ON_HOST,
     RECOMPUTES_ALL,
     RECOMPUTES_ALL_BUT_ATTENTION,
+    SAME_ON_HOST,
     Level,
     level_of,
     rank,
@@ -16,6 +18,7 @@ from nnscaler.recompute.levels import (
 )
 
 __all__ = [
+    "IN_GROUPS",
     "KEEPS_ALL",
     "KEEPS_PRODUCTS",
     "LEVELS",
@@ -23,6 +26,7 @@ __all__ = [
     "ON_HOST",
     "RECOMPUTES_ALL",
     "RECOMPUTES_ALL_BUT_ATTENTION",
+    "SAME_ON_HOST",
     "Keeping",
     "Level",
     "level_of",

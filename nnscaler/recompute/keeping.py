@@ -8,12 +8,13 @@ keep_cut    everything that the backward of units of some kinds reads; for the r
 keep_from   the block's inputs; what the backward of units of some kinds reads; and, where there are such units, what
             collectives bring to a unit. The rest is computed again.
 part_again  what another function keeps, except that some units are computed again from their inputs
+keep_group  of several calls, one after the other, the inputs of the first
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from nnscaler.graph import Block
 from nnscaler.units import Unit, needed_by
@@ -34,6 +35,8 @@ class Keeping:
     recomputed      indices of the units that backward computes again
     reshards_again  whether backward also reshards tensors again
     keeps_inner     whether clusters of cheap operators that are not fused keep their inner tensors
+    with_group      index of a unit -> in which part of the calls backward runs it once more, because a group of calls
+                    is computed again as a whole; empty where there are no groups
 
     Example: unit 0 is `h = a * b`, unit 1 is `y = linear(h, w)`. To keep all is `as_used={(0, "a"), (0, "b"), (1, "h"),
     (1, "w")}`. To recompute all is `as_made={"a", "b"}` and `recomputed={0}`: nobody's backward reads `y`.
@@ -45,6 +48,16 @@ class Keeping:
     recomputed: frozenset[int] = frozenset()
     reshards_again: bool = False
     keeps_inner: bool = False
+    with_group: Mapping[int, float] = field(default_factory=dict)
+
+    def runs_again(self, unit: int) -> float:
+        """How often backward runs the unit of this index again: for each call, in the mean."""
+        return (unit in self.recomputed) + self.with_group.get(unit, 0.0)
+
+    @property
+    def reshards_so_often(self) -> float:
+        """How often backward reshards tensors again: for each call, in the mean, and at most."""
+        return self.reshards_again + max(self.with_group.values(), default=0.0)
 
 
 def part_again(parts: Iterable[int], units: list[Unit], base: Keeping) -> Keeping:
@@ -166,3 +179,23 @@ def keep_from(units: list[Unit], block: Block, as_used: Collection[str]) -> Keep
     resharded = {(index, name) for index, name, is_input in needed if is_input} | uses
     kept &= wanted | {name for _, name in uses}
     return Keeping(frozenset(kept), frozenset(used), frozenset(resharded - used), frozenset(recomputed))
+
+
+def keep_group(units: list[Unit], block: Block, size: int, inner: Keeping) -> Keeping:
+    """What a group of calls keeps, each of which takes what the one before it makes.
+
+    size   calls of a group
+    inner  what is kept of each of them, as soon as backward has computed the group again
+
+    Backward computes all calls of a group again; of the last of them, only what leads to what `inner` keeps. Inputs are
+    those of the first call: of what is handed on from call to call, a call keeps a part of 1 / size.
+    """
+    wanted = set(inner.as_made).union(name for _, name in inner.as_used)
+    last, _ = _computed_again(wanted, {*block.inputs, *block.parameters}, units)
+    parts = {index: (size - 1 + (index in last)) / size for index, unit in enumerate(units) if unit.kind != "call"}
+    return Keeping(
+        as_made=frozenset(block.inputs),
+        recomputed=inner.recomputed,
+        reshards_again=inner.reshards_again,
+        with_group=parts,
+    )

@@ -1,11 +1,16 @@
 """The recompute levels: how much of a call of a block is kept for backward, and how the call runs so that this happens.
 
-Each level is one entry of LEVELS. Four of them keep on the device; four keep the same on the host:
+Each level is one entry of LEVELS. Of a call, they keep on the device:
 
 keeps all                      nothing is computed again
 keeps products                 the results of matrix products and of registered operators such as attention
 recomputes all but attention   the block's inputs, and what registered operators need
 recomputes all                 the block's inputs
+recomputes groups of 2, ...    of two calls, one after the other, the inputs of the first. Backward computes both again.
+                               Then each keeps what the level says that is named after it.
+recomputes groups of 4, ...    likewise of four
+
+For each there is another one that keeps the same on the host.
 
 The planner asks a level what it keeps (see `nnscaler.recompute.keeping`). Generated code and the run time ask it what
 wraps a region, or the whole call (see `nnscaler.recompute.wrappers`). Reports ask its name.
@@ -19,7 +24,7 @@ from typing import Any
 
 from nnscaler.errors import UserError
 from nnscaler.graph import Block
-from nnscaler.recompute.keeping import Keeping, keep_all, keep_cut, keep_from, part_again
+from nnscaler.recompute.keeping import Keeping, keep_all, keep_cut, keep_from, keep_group, part_again
 from nnscaler.recompute.wrappers import keeping_products, recompute
 from nnscaler.units import Unit
 
@@ -40,6 +45,8 @@ class Level:
                 only their inputs.
     on_host     whether what is kept lies in the host's memory rather than in the device's
     in_pieces   whether regions keep only their inputs, as a region must that is computed in pieces
+    size        how many calls, one after the other, are wrapped by `call` together
+    inner       of a group of calls: the level of each of them while backward computes the group again
     """
 
     name: str
@@ -50,6 +57,13 @@ class Level:
     named: frozenset[str] = frozenset()
     on_host: bool = False
     in_pieces: bool = False
+    size: int = 1
+    inner: Level | None = None
+
+    @property
+    def of_each(self) -> Level:
+        """The level of a call by itself: for one of a group, that which it has inside."""
+        return self.inner or self
 
     def __repr__(self) -> str:
         return self.name
@@ -74,13 +88,31 @@ RECOMPUTES_ALL = Level(
 )
 
 
+def _groups(size: int, inner: Level) -> Level:
+    return Level(
+        f"recomputes groups of {size}, inside {inner}",
+        lambda units, block, fused: keep_group(units, block, size, inner.keeps(units, block, fused)),
+        inner.region,
+        recompute,
+        in_pieces=inner.in_pieces,
+        size=size,
+        inner=inner,
+    )
+
+
 def _on_host(level: Level) -> Level:
     return replace(level, name=f"{level.name}, on the host", on_host=True)
 
 
 ON_DEVICE = (KEEPS_ALL, KEEPS_PRODUCTS, RECOMPUTES_ALL_BUT_ATTENTION, RECOMPUTES_ALL)  # from most kept to least
-ON_HOST = tuple(_on_host(level) for level in ON_DEVICE)
-LEVELS = (*ON_DEVICE, *ON_HOST)
+# Inside groups there is no "keeps products": where regions are not compiled, torch would keep these products even of
+# calls that are to be computed again.
+IN_GROUPS = tuple(
+    _groups(size, inner) for size in (2, 4) for inner in (KEEPS_ALL, RECOMPUTES_ALL_BUT_ATTENTION, RECOMPUTES_ALL)
+)
+SAME_ON_HOST = {level: _on_host(level) for level in (*ON_DEVICE, *IN_GROUPS)}
+ON_HOST = tuple(SAME_ON_HOST[level] for level in ON_DEVICE)
+LEVELS = (*SAME_ON_HOST, *SAME_ON_HOST.values())
 
 
 def rank(level: Level) -> int:

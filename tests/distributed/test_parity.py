@@ -13,11 +13,13 @@ from torch import Tensor
 
 from nnscaler.checkpoint.folder import latest_checkpoint
 from nnscaler.checkpoint.merge import Checkpoint
-from nnscaler.recompute import ON_DEVICE, ON_HOST
+from nnscaler.recompute import IN_GROUPS, ON_DEVICE, ON_HOST
 from tests import tiny
 from tests.launch import run
 from tests.parity import STEPS, TOLERANCE, Case, plain_loops, train_all
 
+FOURS = {level.inner.name: level.name for level in IN_GROUPS if level.size == 4}
+TWOS = {level.inner.name: level.name for level in IN_GROUPS if level.size == 2}
 EACH = tuple(level.name for level in reversed(ON_DEVICE))
 AWAY = tuple(level.name for level in reversed(ON_HOST))
 
@@ -167,3 +169,36 @@ def test_regions_in_pieces(folder, reference):
         compare(case, folder, reference)
         code = (folder / "code" / case.name / "gencode_stage0.py").read_text()
         assert code.count("= in_pieces(llama_decoder_layer_region_") >= 2
+
+
+def in_groups(large: int, small: int, where: str = "") -> tuple[str, ...]:
+    """Levels for seven layers: a group of four, one of two, and one layer alone. `large`, `small`: places in EACH of
+    the levels inside the groups"""
+    levels = (FOURS[EACH[large]],) * 4 + (TWOS[EACH[small]],) * 2 + (EACH[0],)
+    return tuple(level + where for level in levels)
+
+
+GROUPED = {
+    1: [Case(1, 1, layers=7, levels=in_groups(0, 3))],
+    2: [
+        Case(2, 2, layers=7, levels=in_groups(1, 0)),
+        Case(2, 2, layers=7, levels=in_groups(1, 0, ", on the host")),
+        Case(2, 2, layers=7, levels=in_groups(0, 1), pieces=4),
+        Case(2, 2, layers=7, levels=in_groups(1, 3), compiled=True, micro_batch=2, chunk_loss=True),
+        Case(2, 2, layers=7, levels=in_groups(0, 1, ", on the host"), compiled=True, pieces=4),
+    ],
+    4: [Case(2, 4, layers=7, levels=in_groups(3, 1), accumulation=2)],
+}
+
+
+@pytest.mark.parametrize("world", GROUPED)
+def test_groups_of_layers(world, folder, reference):
+    cases = GROUPED[world]
+    run(world, train_all, cases, folder, init=False)
+    for case in cases:
+        compare(case, folder, reference)
+        code = (folder / "code" / case.name / "gencode_stage0.py").read_text()
+        assert code.count("    def group") == 2
+    if world == 2:
+        here, away = (weights_of(case, folder) for case in cases[:2])
+        assert all(torch.equal(here[name], away[name]) for name in here)

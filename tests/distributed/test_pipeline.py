@@ -17,6 +17,7 @@ from nnscaler.checkpoint.merge import merge_to_file
 from nnscaler.checkpoint.stored import Checkpoint
 from nnscaler.cli.config import CheckpointConfig
 from nnscaler.cli.trainer import Trainer
+from nnscaler.recompute import IN_GROUPS, KEEPS_ALL, RECOMPUTES_ALL
 from tests import tiny
 from tests.launch import run
 from tests.parity import TOLERANCE, Case, arguments, plain_loops, planned, train_all
@@ -130,6 +131,25 @@ def test_stages_use_the_host_and_pieces(folder, reference):
     assert here.shapes() == away.shapes()
     for name, shape in here.shapes().items():
         assert torch.equal(here.read(name, shape), away.read(name, shape)), name
+
+
+def test_stages_compute_groups_of_layers_again(folder, reference):
+    """Also where backward is split in two, each of which computes the groups again."""
+    twos = {level.inner: level.name for level in IN_GROUPS if level.size == 2}
+    cases = [
+        dataclasses.replace(case("1f1b", 2, 2, 4, tied=True, recompute=False), levels=(twos[RECOMPUTES_ALL],) * 2),
+        dataclasses.replace(
+            case("zb-v", 2, 4, 4, tied=False, recompute=False), layers=8, levels=(twos[KEEPS_ALL],) * 2
+        ),
+    ]
+    run(2, train_all, cases, folder, init=False)
+    for one in cases:
+        losses, weights = reference(one)
+        assert losses_of(folder, one.name) == pytest.approx(losses, rel=TOLERANCE), one.name
+        compare_weights(Checkpoint.open(latest_checkpoint(folder / "checkpoints" / one.name)), weights)
+        code = folder / "code" / one.name
+        assert json.loads((code / "plan.json").read_text())["pipeline"]["splits"] == [True] * one.stages
+        assert all("def group(" in (code / f"gencode_stage{stage}.py").read_text() for stage in range(one.stages))
 
 
 def train(case: Case, folder: Path, name: str, steps: int, resume: Path | None = None) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain, combinations, product
+from itertools import chain, combinations, combinations_with_replacement, product
 from math import comb, prod
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, event, given, settings
@@ -29,7 +31,7 @@ from nnscaler.planner.program import Program, Solution
 from nnscaler.planner.search import WORTH
 from nnscaler.planner.solve import least_memory, least_seconds, solve, stated
 from nnscaler.planner.statement import Account
-from nnscaler.recompute import ON_DEVICE, ON_HOST, Level
+from nnscaler.recompute import IN_GROUPS, ON_DEVICE, Level
 
 MOST = 4000  # solutions that are tried
 
@@ -98,14 +100,14 @@ def level_counts(problem: Problem) -> list[dict[str, dict[Level, int]]]:
     """Every way to give the calls of each block their levels."""
     per_block = []
     for block, levels in problem.levels.items():
-        calls = problem.calls[block]
-        ways = [
-            {level: count for level, count in zip(levels, counts) if count}
-            for counts in product(range(calls + 1), repeat=len(levels))
-            if sum(counts) == calls
-        ]
-        per_block.append([(block, way) for way in ways])
+        ways = combinations_with_replacement(levels, problem.calls[block])
+        per_block.append([(block, dict(Counter(way))) for way in ways])
     return [dict(choice) for choice in product(*per_block)]
+
+
+def level_ways(problem: Problem) -> int:
+    """How many these are."""
+    return prod(comb(problem.calls[b] + len(levels) - 1, len(levels) - 1) for b, levels in problem.levels.items())
 
 
 def gatherable(problem: Problem, chosen: tuple[int, ...]) -> list[int]:
@@ -156,9 +158,9 @@ def best(program: Program, memory: float) -> float | None:
     fraction=st.sampled_from([0.35, 0.5, 0.65, 0.8, 0.92]), hardware=st.sampled_from(["h100", "cpu"]),
 )  # fmt: skip
 def test_the_program_finds_the_optimum(graph, sizes, fused, fraction, hardware):
-    problem = build_problem(graph, CostModel(load_hardware(hardware), Mesh(sizes), fused), Recomputing(), 2)
-    ways = prod(comb(problem.calls[b] + len(levels) - 1, len(levels) - 1) for b, levels in problem.levels.items())
-    ways *= len(piece_counts(problem))
+    costs = CostModel(load_hardware(hardware), Mesh(sizes), fused)
+    problem = build_problem(graph, costs, Recomputing(), 2, groups=False)
+    ways = level_ways(problem) * len(piece_counts(problem))
     assume(prod(len(decision.options) for decision in problem.decisions) * ways <= MOST)
     program = Program(problem)
     free = price(program, solve(program, memory=1e18, gap=0.0).solution)
@@ -213,12 +215,10 @@ def test_the_program_finds_the_optimum_with_host_memory(graph, devices, fused, f
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(on_host, "PARTS", 2)
         patch.setattr(stating, "ON_DEVICE", ON_DEVICE[::3])  # the most and the least, or there are too many ways
-        patch.setattr(stating, "ON_HOST", ON_HOST[::3])
-        plain = Program(build_problem(graph, costs, Recomputing(), 2))
+        plain = Program(build_problem(graph, costs, Recomputing(), 2, groups=False))
         most = price(plain, solve(plain, memory=1e18, gap=0.0).solution).total_memory
-        problem = build_problem(graph, costs, Recomputing(), 2, host=there * most)
-        ways = prod(comb(problem.calls[b] + len(levels) - 1, len(levels) - 1) for b, levels in problem.levels.items())
-        ways *= len(piece_counts(problem))
+        problem = build_problem(graph, costs, Recomputing(), 2, host=there * most, groups=False)
+        ways = level_ways(problem) * len(piece_counts(problem))
         assume(prod(len(decision.options) for decision in problem.decisions) * ways * 3 <= MOST // 2)
         problem.staging = 0.01 * most  # as large a part as in a model
         program = Program(problem)
@@ -232,6 +232,38 @@ def test_the_program_finds_the_optimum_with_host_memory(graph, devices, fused, f
         assert sum(found.host.values()) <= problem.host * (1 + 1e-5)
         assert found.total_seconds == pytest.approx(wanted, rel=1e-5)
         event(f"on the host: {sorted({key.category for key in found.host})}")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    graph=graphs((2, 6)), devices=st.sampled_from([1, 1, 2]), fused=st.booleans(),
+    random=st.randoms(use_true_random=False),
+    fraction=st.sampled_from([0.0, 0.1, 0.3, 0.6]), there=st.sampled_from([0.0, 0.0, 0.2]),
+)  # fmt: skip
+def test_the_program_finds_the_optimum_with_groups(graph, devices, fused, random, fraction, there):
+    costs = CostModel(load_hardware("h100"), Mesh((devices,)), fused)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(on_host, "PARTS", 1)
+        alone = ON_DEVICE[::3]  # the most and the least, or there are too many ways
+        groups = [level for level in IN_GROUPS if level.inner in alone]
+        patch.setattr(stating, "ON_DEVICE", alone)
+        patch.setattr(stating, "IN_GROUPS", tuple(random.sample(groups, 2 if there else 3)))
+        plain = Program(build_problem(graph, costs, Recomputing(), 2, groups=False))
+        most = price(plain, solve(plain, memory=1e18, gap=0.0).solution).total_memory
+        problem = build_problem(graph, costs, Recomputing(), 2, host=there * most)
+        ways = level_ways(problem) * len(piece_counts(problem)) * (2 if there else 1)
+        assume(prod(len(decision.options) for decision in problem.decisions) * ways <= MOST)
+        program = Program(problem)
+        least = price(program, least_memory(program)).total_memory
+        memory = least * 1.001 + fraction * max(0.0, most - least)
+        wanted = best(program, memory)
+        solved = solve(program, memory, gap=0.0)
+        found = price(program, solved.solution)
+        assert found.total_memory <= memory * (1 + 1e-5)
+        assert sum(found.host.values()) <= problem.host * (1 + 1e-5)
+        assert found.total_seconds == pytest.approx(wanted, rel=1e-5)
+        levels = solved.solution.levels.get("layer", {})
+        event(f"groups of {sorted(level.size for level in levels)}")
 
 
 def holds(program: Program, solution: Solution, memory: float) -> float | None:
@@ -284,8 +316,8 @@ def test_the_program_prices_any_solution_as_the_plain_sum_does(graph, sizes, fus
         assert holds(program, solution, exact * (1 - 1e-4)) is None
 
 
-def stack_of_linear_layers() -> Graph:
-    """A block with three products and cheap operators between them, called twice."""
+def stack_of_linear_layers(calls: int = 2, products: int = 3) -> Graph:
+    """A block with products and cheap operators between them, called several times."""
     root, block = Block("model", "Model"), Block("layer", "Layer")
     root.inputs.append(add_tensor(root, "x", (4096, 8), needs=False))
     weight = add_tensor(root, "first", (8, 8))
@@ -294,7 +326,7 @@ def stack_of_linear_layers() -> Graph:
     root.nodes.append(Node("y", "aten.linear.default", (Ref("x"), Ref(weight)), {}, (first,)))
     last = add_tensor(block, "h", (4096, 8))
     block.inputs.append(last)
-    for index in range(3):
+    for index in range(products):
         weight = add_tensor(block, f"w{index}", (8, 8))
         block.parameters[weight] = weight
         for op, more in (("silu", ()), ("linear", (Ref(weight),))):
@@ -303,7 +335,7 @@ def stack_of_linear_layers() -> Graph:
             last = name
     block.outputs.append(last)
     last = "y"
-    for index in range(2):
+    for index in range(calls):
         name = add_tensor(root, f"layer{index}", (4096, 8))
         bound = {tensor: f"layers.{index}.{tensor}" for tensor in block.parameters}
         root.nodes.append(Call(name, "call", (Ref(last),), {}, (name,), block="layer", parameters=bound))
@@ -317,7 +349,7 @@ def stack_of_linear_layers() -> Graph:
 
 def test_what_fits_only_in_pieces_is_computed_so():
     costs = CostModel(load_hardware("h100"), Mesh((1,)), True)
-    program = Program(build_problem(stack_of_linear_layers(), costs, Recomputing(), 2))
+    program = Program(build_problem(stack_of_linear_layers(), costs, Recomputing(), 2, groups=False))
     evaluations = [(one, price(program, one)) for one in everything(program.problem)]
     whole = min(e.total_memory for one, e in evaluations if e is not None and not one.pieces)
     least = min(e.total_memory for _, e in evaluations if e is not None)
@@ -358,7 +390,7 @@ def calls_of_a_product(calls: int) -> Graph:
 def test_weights_without_a_copy_are_the_optimum_where_memory_is_short(host, monkeypatch):
     """`host`: bytes of the host's memory, for the optimizer's state, as a part of what the fastest plan takes."""
     monkeypatch.setattr(on_host, "PARTS", 3)
-    monkeypatch.setattr(stating, "ON_HOST", ())
+    monkeypatch.setattr(stating, "SAME_ON_HOST", {})
 
     def stated(host: float) -> Program:
         costs, layouts = CostModel(load_hardware("h100"), Mesh((2,))), {"weight": (SHARED,)}
@@ -389,3 +421,26 @@ def test_weights_without_a_copy_are_the_optimum_where_memory_is_short(host, monk
         memory = found.total_memory
         assert holds(program, one, memory * (1 + 1e-5)) == pytest.approx(found.total_seconds, rel=1e-5)
         assert holds(program, one, memory * (1 - 1e-4)) is None
+
+
+@pytest.mark.parametrize(("calls", "used"), [(9, {1, 2}), (14, {1, 2, 4})])
+def test_what_fits_only_in_groups_is_computed_so(monkeypatch, calls, used):
+    """Of nine layers, groups of four keep the inputs of three, and hold those of two more inside: twos hold no more."""
+    monkeypatch.setattr(stating, "ON_DEVICE", ON_DEVICE[::3])
+    monkeypatch.setattr(stating, "IN_GROUPS", tuple(level for level in IN_GROUPS if level.inner is ON_DEVICE[3]))
+    costs = CostModel(load_hardware("h100"), Mesh((1,)), True)
+    problem = build_problem(stack_of_linear_layers(calls, products=1), costs, Recomputing(), 2, sparing=False)
+    program = Program(problem)
+    evaluations = [(one, e) for one in everything(problem) if (e := price(program, one)) is not None]
+    single = [e.total_memory for one, e in evaluations if max(level.size for level in one.levels["layer"]) == 1]
+    least, whole, most = min(e.total_memory for _, e in evaluations), min(single), max(single)
+    assert least < whole - costs.local_bytes(problem.flows[0].meta, problem.decisions[0].options[0].outputs[0])
+    sizes = set()
+    for memory in (least, *np.linspace(least, most, 20)):
+        solution = solve(program, memory * (1 + 1e-6), gap=0.0).solution
+        found = price(program, solution)
+        sizes |= {level.size for level in solution.levels["layer"]}
+        assert found.total_memory <= memory * (1 + 1e-5)
+        fitting = [e.total_seconds for _, e in evaluations if e.total_memory <= memory * (1 + 1e-6)]
+        assert found.total_seconds == pytest.approx(min(fitting), rel=1e-5)
+    assert sizes == used
