@@ -39,7 +39,7 @@ def owners(mesh: Mesh, layouts: list[tuple]) -> list[tuple[int, int, list[int]]]
             },
         ),
     ],
-    ids=str,
+    ids=["copies", "two axes"],
 )
 def test_owners_of_a_shard(mesh, wanted):
     for rank, found in enumerate(run(4, owners, mesh, list(wanted))):
