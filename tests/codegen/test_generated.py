@@ -17,9 +17,9 @@ from nnscaler.mesh import Mesh
 from nnscaler.models.causal_lm import CausalLM, prepare_config
 from nnscaler.planner import find_plan
 from nnscaler.recompute import KEEPS_ALL, KEEPS_PRODUCTS, RECOMPUTES_ALL
-from nnscaler.runtime.module import ParallelModule
 from nnscaler.trace import trace
 from tests import tiny
+from tests.codegen.plain import beside_plain
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
 
@@ -84,20 +84,11 @@ def test_parts_without_gradients_give_none(make, strategy, tmp_path):
     hardware = tiny.write_hardware(tmp_path)
     compute = ComputeConfig(hardware=hardware, trace_strategy=strategy)
     compile_model(Source(make, {"x": X}, torch.float32), compute, tmp_path / "code")
-    torch.manual_seed(0)
-    found, plain = ParallelModule(tmp_path / "code", torch.device("cpu")), make()
-    weights = dict(plain.named_parameters())
-    found.load(lambda name, box: weights[name].detach()[box.slices])
-    loss = plain(X)
-    loss.backward()
-    torch.testing.assert_close(found.accumulate([{"x": X}]).float(), loss.detach())
-    compared = 0
-    for bucket in found.buckets:
-        for part in bucket.owned_parts():
-            mine = bucket.gradient[part.start : part.stop].view(part.box.sizes)
-            torch.testing.assert_close(mine, weights[part.name].grad[part.box.slices])
-            compared += 1
-    assert compared >= sum(weight.grad is not None for weight in weights.values())
+    plain, (found, loss), gradients = beside_plain(tmp_path / "code", make, X)
+    torch.testing.assert_close(found.float(), loss)
+    for _, mine, wanted in gradients:
+        torch.testing.assert_close(mine, wanted)
+    assert len(gradients) >= sum(weight.grad is not None for weight in plain.parameters())
 
 
 def kept_to_the_end(function: ast.FunctionDef) -> set[str]:

@@ -16,9 +16,9 @@ from nnscaler.planner.price import price
 from nnscaler.planner.problem import Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution
 from nnscaler.recompute import IN_GROUPS, KEEPS_ALL, RECOMPUTES_ALL, Level
-from nnscaler.runtime.module import ParallelModule
 from nnscaler.trace import trace
 from tests import tiny
+from tests.codegen.plain import beside_plain
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
 SIZES = {level.size: level for level in IN_GROUPS if level.inner is RECOMPUTES_ALL}
@@ -101,14 +101,7 @@ def test_groups_give_the_plain_gradients(make, counts, tmp_path):
     with patch.object(planning, "find_plan", find_plan):
         config = ComputeConfig(hardware=tiny.write_hardware(tmp_path))
         compile_model(Source(make, {"x": X}, torch.float32), config, tmp_path / "code")
-    torch.manual_seed(0)
-    found, plain = ParallelModule(tmp_path / "code", torch.device("cpu")), make()
-    weights = dict(plain.named_parameters())
-    found.load(lambda name, box: weights[name].detach()[box.slices])
-    loss = plain(X)
-    loss.backward()
-    assert torch.equal(found.accumulate([{"x": X}]), loss.detach())
-    for bucket in found.buckets:
-        for part in bucket.owned_parts():
-            mine = bucket.gradient[part.start : part.stop].view(part.box.sizes)
-            assert torch.equal(mine, weights[part.name].grad[part.box.slices]), part.name
+    _, losses, gradients = beside_plain(tmp_path / "code", make, X)
+    assert torch.equal(*losses)
+    for name, mine, wanted in gradients:
+        assert torch.equal(mine, wanted), name

@@ -84,14 +84,20 @@ def compare_weights(checkpoint: Checkpoint, weights: dict[str, Tensor]) -> None:
         assert tiny.close(checkpoint.read(f"model.{name}", shapes[f"model.{name}"]), wanted) < TOLERANCE, name
 
 
+def compare(case: Case, folder: Path, reference) -> list[float]:
+    """A case's losses and weights are those of the plain loop, whose losses it returns."""
+    losses, weights = reference(case)
+    assert losses_of(folder, case.name) == pytest.approx(losses, rel=TOLERANCE), case.name
+    compare_weights(Checkpoint.open(latest_checkpoint(folder / "checkpoints" / case.name)), weights)
+    return losses
+
+
 @pytest.mark.parametrize("world", MATRIX)
 def test_plain_loop_and_pipeline_agree(world, folder, reference):
     reference(MATRIX[world][0])
     run(world, train_all, MATRIX[world], folder, init=False)
     for case in MATRIX[world]:
-        losses, weights = reference(case)
-        assert losses_of(folder, case.name) == pytest.approx(losses, rel=TOLERANCE), case.name
-        compare_weights(Checkpoint.open(latest_checkpoint(folder / "checkpoints" / case.name)), weights)
+        losses = compare(case, folder, reference)
         plan = json.loads((folder / "code" / case.name / "plan.json").read_text())
         assert len(plan["stages"]) == case.stages
         assert plan["pipeline"]["schedule"]["kind"] == case.schedule
@@ -116,9 +122,7 @@ def test_stages_use_the_host_and_pieces(folder, reference):
     ]
     run(2, train_all, cases, folder, init=False)
     for one in cases:
-        losses, weights = reference(one)
-        assert losses_of(folder, one.name) == pytest.approx(losses, rel=TOLERANCE), one.name
-        compare_weights(Checkpoint.open(latest_checkpoint(folder / "checkpoints" / one.name)), weights)
+        compare(one, folder, reference)
         code = folder / "code" / one.name
         plan = json.loads((code / "plan.json").read_text())
         texts = [(code / f"gencode_stage{stage}.py").read_text() for stage in range(one.stages)]
@@ -144,9 +148,7 @@ def test_stages_compute_groups_of_layers_again(folder, reference):
     ]
     run(2, train_all, cases, folder, init=False)
     for one in cases:
-        losses, weights = reference(one)
-        assert losses_of(folder, one.name) == pytest.approx(losses, rel=TOLERANCE), one.name
-        compare_weights(Checkpoint.open(latest_checkpoint(folder / "checkpoints" / one.name)), weights)
+        compare(one, folder, reference)
         code = folder / "code" / one.name
         assert json.loads((code / "plan.json").read_text())["pipeline"]["splits"] == [True] * one.stages
         assert all("def group(" in (code / f"gencode_stage{stage}.py").read_text() for stage in range(one.stages))
