@@ -129,3 +129,32 @@ def test_state_of_the_optimizer(late_and_poisoned):
     wanted = trained(())
     assert all(map(torch.equal, trained(range(3, 100)), wanted))
     assert all(tensor.isfinite().all() for tensor in wanted)
+
+
+def test_update_that_comes_late(monkeypatch):
+    """What the update is told by the device, as how much it clips, stays while it runs beside the next forward."""
+    spec = ParameterSpec((97, 1000), torch.bfloat16, (SHARED,), True, False)
+    config = OptimizerConfig(lr=0.1, weight_decay=0.1, clip_gnorm=0.5)
+    in_turn = ShardedOptimizer._with_state_here
+
+    def late(self):
+        torch.cuda._sleep(30_000_000)
+        yield from in_turn(self)
+
+    def trained(beside: float) -> Tensor:
+        axes = Axes(Mesh((1,), 1), torch.device("cuda"))
+        buckets, _ = make_buckets({"weight": spec}, axes, {"weight": True}, 2**14, summed=False)
+        optimizer = ShardedOptimizer(buckets, config, 1)
+        for step in range(3):
+            for bucket in buckets:
+                bucket.wait()
+                bucket.gradient.fill_(1.0 + step)
+            optimizer.step(1, 0.1)
+            small = [torch.full((), beside, device="cuda") for _ in range(1000)]
+        del small
+        optimizer.finish()
+        return torch.cat([master.clone() for master in optimizer.masters])
+
+    wanted = trained(0.0)
+    monkeypatch.setattr(ShardedOptimizer, "_with_state_here", late)
+    assert torch.equal(trained(float("nan")), wanted)

@@ -127,7 +127,7 @@ class ShardedOptimizer:
         if wide:
             torch._foreach_mul_(wide, scale)
         found_infinite = (~finite).float()
-        with self._beside():
+        with self._beside(scale, found_infinite):
             for index in self._with_state_here():
                 gradient = gradients[index]
                 if gradient.dtype != torch.float32:  # which scaling must not round
@@ -182,11 +182,16 @@ class ShardedOptimizer:
             bucket.wait()
 
     @contextmanager
-    def _beside(self) -> Iterator[None]:
-        """Inside, computation comes after all before it, and runs beside all after it."""
+    def _beside(self, *used: Tensor) -> Iterator[None]:
+        """Inside, computation comes after all before it, and runs beside all after it.
+
+        used  what it uses of tensors that are let go of meanwhile: their memory stays theirs until then
+        """
         if self._stream is None:
             yield
             return
+        for tensor in used:
+            tensor.record_stream(self._stream)
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             yield
