@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
 
 from nnscaler.graph import Call
 from nnscaler.mesh import Mesh
+from nnscaler.pipeline import stages
 from nnscaler.pipeline.cut import cut, pivots
 from nnscaler.pipeline.plan import PipelinePlan, forward_seconds, update_seconds
 from nnscaler.pipeline.simulate import Timeline
-from nnscaler.pipeline.stages import StagePlanner, _likeness
-from nnscaler.plan import Key, Plan
+from nnscaler.pipeline.stages import Candidate, Estimate, StagePlanner, _likeness
+from nnscaler.placement import REPLICATE, SHARED, Shard
+from nnscaler.plan import GIB, Key, Plan
+from nnscaler.planner import NothingFits
+from nnscaler.planner.costs import CostModel
+from nnscaler.planner.problem import Recomputing
+from nnscaler.planner.solve import Needs
 from nnscaler.recompute import KEEPS_ALL, LEVELS
 from nnscaler.schedules import Schedule
 from tests.pipeline.test_cut import llama
@@ -71,6 +78,180 @@ def test_stages_of_a_rank_count_together(kind, ranks_of):
 
 def planner(fused: bool = False) -> StagePlanner:
     return StagePlanner(SimpleNamespace(), Mesh((2,)), SimpleNamespace(), 1.0, None, fused, None, [])
+
+
+class Figures(StagePlanner):
+    """Plans stages of zb-v by figures that are written here: bytes of the device and the host, and seconds."""
+
+    TAKES = ((11.0, 1.0, 9.0), (20.0, 3.0, 12.0), (31.0, 0.0, 6.0), (40.0, 5.0, 15.0))
+
+    def _stages(self, candidate):
+        return [SimpleNamespace(index=index) for index in range(4)]
+
+    def _plan(self, stage, limit, host):
+        self.asked.append((stage.index, limit, host))
+        device, there, seconds = self.TAKES[stage.index]
+        return SimpleNamespace(memory_bytes=device, host_bytes=there, seconds=seconds)
+
+    def _seconds(self, plan, update=False):
+        assert update, "what the update takes is a part of the step"
+        return plan.seconds
+
+    def _simulate(self, candidate, stages):
+        self.simulated.append(list(stages))
+        return sum(one for one in stages if isinstance(one, float))
+
+    def _assemble(self, candidate, stages, plans):
+        return [stage.index for stage in stages], [plan.memory_bytes for plan in plans]
+
+
+def test_a_stage_is_planned_in_what_its_rank_has_left():
+    """Ranks 0 and 1 have stages 0 and 3, and 1 and 2. The longest comes first; what it leaves is the other's."""
+    candidate = Candidate(Schedule("zb-v", 2, 4, 4), (1, 1, 1, 1), (REPLICATE,))
+    needs = (Needs(9.0, 10.0, 4.0), Needs(12.0, 20.0, 3.0), Needs(6.0, 30.0, 0.0), Needs(15.0, 40.0, 8.0))
+
+    def plan(below: float) -> tuple[Figures, object]:
+        found = Figures(SimpleNamespace(), Mesh((2,)), SimpleNamespace(), 100.0, None, False, None, [], host=10.0)
+        found.asked, found.simulated = [], []
+        return found, found.plan(Estimate(candidate, needs, 1.0), below)
+
+    found, made = plan(1e9)
+    assert made == ([0, 1, 2, 3], [11.0, 20.0, 31.0, 40.0])
+    # Rank 0: 100 - 10 - 40 bytes are free, and nothing of the host, of which its stages need more than there is.
+    # Rank 1: 100 - 20 - 30, and 10 - 3.
+    assert found.asked == [
+        (3, 40.0 + 50, 8.0), (1, 20.0 + 50, 3.0 + 7), (0, 10.0 + 90 - 40, 4.0 + 8 - 5), (2, 30.0 + 70 - 20, 10.0 - 3),
+    ]  # fmt: skip
+    guess = found._guess(6.0)
+    assert found.simulated[0] == [found._guess(9.0), found._guess(12.0), guess, 15.0]
+    assert found.simulated[2] == [9.0, 12.0, guess, 15.0]
+    found, made = plan(27.0)
+    assert made is None
+    assert [index for index, *_ in found.asked] == [3, 1], "with these two the step takes that long already"
+
+
+def planned_stage(memory: float, host: float) -> Plan:
+    return Plan(SimpleNamespace(), Mesh((2,)), "", memory={Key("saved"): memory}, host={Key("state"): host})
+
+
+def test_a_plan_for_more_memory_is_taken_where_it_fits(monkeypatch):
+    asked = []
+
+    def find(graph, meshes, hardware, **given):
+        asked.append((graph, meshes, hardware, given))
+        return planned_stage(50.0, 4.0)
+
+    monkeypatch.setattr(stages, "find_plan", find)
+    times, machine = object(), SimpleNamespace()
+    one = StagePlanner(
+        SimpleNamespace(), Mesh((2,)), machine, 1e3, None, True, times, [], host=9.0, sparing=True, groups=True
+    )
+    graph, layouts = SimpleNamespace(), {"x": (REPLICATE,)}
+    this = stages._Stage(SimpleNamespace(graph=graph), "like", 4, 3, 10, layouts)
+    plan = one._plan(this, 100.0, 8.0)
+    ((found, meshes, hardware, given),) = asked
+    assert (found, meshes, hardware) == (graph, [Mesh((2,))], machine)
+    assert given.pop("seconds") == math.inf
+    assert given == {
+        "memory": 90.0, "recompute_modules": None, "micro_batches": 4, "fused": True, "times": times,
+        "layouts": layouts, "in_flight": 3, "host": 8.0, "sparing": True, "groups": True,
+    }  # fmt: skip
+    assert plan.memory_bytes == 60.0, "with what is received"
+    assert plan.memory_limit == 100.0
+    for limit, host, again in ((80.0, 8.0, False), (60.0, 4.0, False), (101.0, 8.0, True), (59.0, 8.0, True)):
+        asked.clear()
+        one.planned["like", 3] = [(100.0, 8.0, plan)]
+        assert (one._plan(this, limit, host) is not plan) == bool(asked) == again, limit
+    for limit, host in ((80.0, 8.5), (80.0, 3.5)):
+        asked.clear()
+        one.planned["like", 3] = [(100.0, 8.0, plan)]
+        assert one._plan(this, limit, host) is not plan, host
+    asked.clear()
+    one._plan(replace(this, held=2), 80.0, 8.0)
+    one.until = -1e9
+    one._plan(replace(this, like="another"), 80.0, 8.0)
+    assert [given["in_flight"] for *_, given in asked] == [2, 3]
+    assert asked[-1][-1]["seconds"] == stages.LEAST_SECONDS, "though time is out"
+
+
+def test_stages_of_a_rank_are_estimated_together(monkeypatch):
+    """In the memory that is left without what torch receives into, which comes on top of what each needs."""
+    asked = []
+
+    def relaxed(problems, memory):
+        asked.append(([problem.in_flight for problem in problems], memory))
+        return [Needs(1.0, 5.0, 6.0), Needs(2.0, 7.0, 8.0)]
+
+    @dataclass
+    class Stated:
+        in_flight: int = 1
+
+    one = planner()
+    one.memory = 100.0
+    own = [
+        stages._Stage(SimpleNamespace(), like, 4, held, size, {}) for like, held, size in (("a", 3, 10), ("b", 2, 20))
+    ]
+    one.problems = {"a": Stated(), "b": Stated()}
+    monkeypatch.setattr(stages, "relaxed", relaxed)
+    assert one._estimate(own) == [Needs(1.0, 15.0, 6.0), Needs(2.0, 27.0, 8.0)]
+    assert asked == [([3, 2], 70.0)]
+    one._estimate(own)
+    assert len(asked) == 1, "what is known is not asked again"
+    one._estimate([own[0], replace(own[1], held=1)])
+    assert asked[1:] == [([3, 1], 70.0)]
+    monkeypatch.setattr(stages, "relaxed", lambda problems, memory: None)
+    one.estimated.clear()
+    one.memory = 3 * GIB
+    with pytest.raises(NothingFits, match="its stages, 3, 2 micro-batches in flight, need over 3 GiB a device"):
+        one._estimate(own)
+
+
+def test_a_stage_is_stated_with_all_that_may_be_used(monkeypatch):
+    asked = []
+    monkeypatch.setattr(stages, "build_problem", lambda *given, **named: asked.append((given, named)))
+    machine, times, graph = SimpleNamespace(), SimpleNamespace(), SimpleNamespace()
+    one = StagePlanner(
+        SimpleNamespace(), Mesh((2,), 3), machine, 1.0, None, True, times, [], host=9.0, sparing=True, groups=True
+    )
+    this = stages._Stage(SimpleNamespace(graph=graph), "like", 4, 3, 10, {"x": (REPLICATE,)})
+    one._problem(this)
+    one._problem(replace(this, held=2))
+    ((given, named),) = asked
+    assert given == (graph, CostModel(machine, Mesh((2,), 3), True, times), Recomputing(), 4, this.layouts)
+    assert named == {"host": 9.0, "sparing": True, "groups": True}
+
+
+def test_stages_know_what_crosses_and_what_they_share():
+    """[1, 32, 32] in fp32 goes from stage to stage; in halves, where the layout says so. The embedding is the head."""
+    graph = llama(tied=True)
+    begins = pivots(graph)
+    one = StagePlanner(graph, Mesh((2,)), SimpleNamespace(), 1.0, None, False, None, begins)
+    schedule, tied = Schedule("1f1b", 4, 4, 8), "model.model.embed_tokens.weight"
+    found = one._stages(Candidate(schedule, (1, 1, 1, 1), (Shard(1),)))
+    assert [stage.held for stage in found] == [4, 3, 2, 1]
+    assert [stage.count for stage in found] == [8] * 4
+    half = 4 * 32 * 32 // 2
+    assert [stage.receive_buffers for stage in found] == [8 * half, 16 * half, 16 * half, 8 * half]
+    crossing = {"layers_0": (Shard(1),), "layers_1": (Shard(1),), "layers_2": (Shard(1),)}
+    shared = {tied: (SHARED,)}
+    assert [dict(stage.layouts) for stage in found] == [
+        {"layers_0": crossing["layers_0"], **shared}, {name: crossing[name] for name in ("layers_0", "layers_1")},
+        {name: crossing[name] for name in ("layers_1", "layers_2")}, {"layers_2": crossing["layers_2"], **shared},
+    ]  # fmt: skip
+    assert found[1].like == found[2].like
+    assert len({stage.like for stage in found}) == 3
+    others = one._stages(Candidate(schedule, (1, 1, 1, 1), (Shard(3),)))
+    assert dict(others[1].layouts) == {"layers_0": (REPLICATE,), "layers_1": (REPLICATE,)}, "of three dimensions"
+    assert others[1].receive_buffers == 32 * half
+    assert others[1].like != found[1].like
+    assert (
+        one._stages(Candidate(replace(schedule, micro_batches=4), (1, 1, 1, 1), (Shard(1),)))[1].like != found[1].like
+    )
+    one.recompute_modules = ["LlamaMLP", "CausalLM", "LlamaModel"]
+    assert one._recomputed(found[1].cut.graph) == ["LlamaMLP", "CausalLM", "LlamaModel"]
+    one.recompute_modules = ["Linear", "Embedding"]
+    assert one._recomputed(found[1].cut.graph) == ["Linear"], "the embedding is in the first stage"
+    assert one._recomputed(found[0].cut.graph) == ["Linear", "Embedding"]
 
 
 def test_backward_is_split_where_both_parts_compute_again_what_they_need():

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+from dataclasses import replace
 from itertools import pairwise
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from nnscaler import UserError
 from nnscaler.hardware import load_hardware
 from nnscaler.mesh import Mesh
+from nnscaler.pipeline import search
 from nnscaler.pipeline.cut import pivots
 from nnscaler.pipeline.plan import PipelinePlan, forward_seconds, update_seconds
-from nnscaler.pipeline.search import Wanted, balanced, candidates, estimated, even, find_pipeline, quiet
-from nnscaler.pipeline.stages import Candidate, StagePlanner
+from nnscaler.pipeline.search import Wanted, balanced, candidates, estimated, even, find_pipeline, planned, quiet
+from nnscaler.pipeline.stages import Candidate, Estimate, StagePlanner
 from nnscaler.placement import REPLICATE
 from nnscaler.plan import Key, Plan
-from nnscaler.planner import find_plan
+from nnscaler.planner import NothingFits, find_plan
+from nnscaler.planner.solve import Needs
 from nnscaler.recompute import KEEPS_ALL
 from nnscaler.schedules import Schedule
 from tests import tiny
@@ -208,12 +213,153 @@ def test_cut_points_move_towards_equal_times():
     assert even(10, 4) == (3, 3, 2, 2)
     # A place takes 1 s; the last stage has 4 s besides its places.
     assert balanced((4, 4, 4, 4), (4, 4, 4, 8)) == (5, 5, 5, 1)
+    # A place takes 2 s, as in the middle; the last stage has 3 s besides, and the first one nothing less.
+    assert balanced((3, 3, 3), (3, 6, 9)) == (4, 3, 2)
+    # Of two stages the last has 4 s besides.
+    assert balanced((4, 4), (4, 8)) == (6, 2)
+
+
+class Planner(SimpleNamespace):
+    """Stands for a `StagePlanner` of twelve places, which take 1 s each; the last of four stages has 4 s besides."""
+
+    def __init__(self, refuses: tuple[int, ...] = (), plans: tuple[object, ...] = ()) -> None:
+        super().__init__(begins=list(range(12)), mesh=Mesh((1,)), layout=None)
+        self.refuses, self.plans, self.asked = refuses, list(plans), []
+
+    def estimate(self, candidate: Candidate) -> Estimate:
+        if candidate.counts == self.refuses:
+            raise NothingFits("it is too large")
+        seconds = [count + more for count, more in zip(candidate.counts, (0, 0, 0, 4))]
+        return Estimate(candidate, tuple(Needs(each, 0.0, 0.0) for each in seconds), float(max(seconds)))
+
+    def plan(self, estimate: Estimate, below: float) -> object:
+        self.asked.append((estimate.candidate.counts, below))
+        return self.plans.pop(0)
+
+
+FOUR = Schedule("1f1b", 4, 4, 8)
+
+
+def test_the_cut_points_of_an_estimate_move_while_that_makes_it_faster():
+    found = estimated(Planner(), FOUR)
+    assert (found.candidate.counts, found.step_seconds) == ((4, 4, 3, 1), 5.0)
+    found = estimated(Planner(refuses=(4, 4, 3, 1)), FOUR)
+    assert (found.candidate.counts, found.step_seconds) == ((3, 3, 3, 3), 7.0)
+
+
+def planned_stages(step_seconds: float, *seconds: float) -> SimpleNamespace:
+    return SimpleNamespace(
+        step_seconds=step_seconds, stages=[SimpleNamespace(seconds={"a": one - 1, "b": 1.0}) for one in seconds]
+    )
+
+
+def test_the_cut_points_of_a_plan_move_while_that_makes_it_faster():
+    first, second, third = (planned_stages(*each) for each in ((9, 3, 3, 3, 7), (8, 4, 4, 3, 5), (7, 4, 4, 3, 5)))
+    estimate = Planner().estimate(Candidate(FOUR, (3, 3, 3, 3), (REPLICATE,)))
+    assert planned(planner := Planner(), estimate, 7.0) is None
+    assert planner.asked == [], "no plan is faster than its estimate"
+    assert planned(planner := Planner(plans=(None,)), estimate, 7.5) is None
+    assert planned(planner := Planner(plans=(first, None)), estimate, 20.0) is first
+    assert planner.asked == [((3, 3, 3, 3), 20.0), ((4, 4, 3, 1), 9)]
+    assert planned(planner := Planner(plans=(first, second, third)), estimate, 20.0) is second
+    assert len(planner.asked) == 2, "where the stages are even, nothing moves"
+    assert planned(Planner(refuses=(4, 4, 3, 1), plans=(first,)), estimate, 20.0) is first
+
+
+def test_what_promises_most_is_tried_first_and_the_fastest_is_taken(monkeypatch):
+    schedules = [Schedule("1f1b", ranks, ranks, 8) for ranks in (2, 4, 8)]
+    planners = {2: "of two", 4: "of four", 8: "of eight"}
+    promised, takes, asked = {2: 3.0, 4: 1.0, 8: 2.0}, {2: 6.0, 4: 9.0, 8: None}, []
+
+    def estimate(planner, schedule):
+        assert planner == planners[schedule.ranks]
+        return SimpleNamespace(step_seconds=promised[schedule.ranks], candidate=SimpleNamespace(schedule=schedule))
+
+    def plan(planner, estimate, below):
+        ranks = estimate.candidate.schedule.ranks
+        asked.append((ranks, below))
+        return None if takes[ranks] is None else SimpleNamespace(step_seconds=takes[ranks])
+
+    monkeypatch.setattr(search, "estimated", estimate)
+    monkeypatch.setattr(search, "planned", plan)
+    one = search._Search(SimpleNamespace(step_seconds=10.0), "")
+    one.among(schedules, planners)
+    assert asked == [(4, 10.0), (8, 9.0), (2, 9.0)]
+    assert one.best.step_seconds == 6.0
+    promised[2] = 6.0 * 0.9951  # at least a 200th has to be saved
+    assert not one.may_gain(schedules[0], "of two")
+    promised[2] = 6.0 * 0.9949
+    assert one.may_gain(schedules[0], "of two")
+    assert search._Search(None, "").may_gain(schedules[0], "of two")
+
+
+def test_each_search_gets_all_that_it_may_use(monkeypatch, tmp_path):
+    """Without a pipeline, with one, and with one that saves memory at a price."""
+    graph, machine, times = llama(), hardware(tmp_path), object()
+    alone, tried = [], []
+
+    def without(graph, meshes, hardware, **given):
+        alone.append((graph, meshes, hardware, given))
+        return SimpleNamespace(step_seconds=10.0)
+
+    def estimate(planner, schedule):
+        tried.append((schedule.ranks, planner))
+        if not planner.sparing and planner.memory < math.inf:
+            raise UserError("it is too large")
+        seconds = {2: 9.96, 4: 9.94}[schedule.ranks]
+        return SimpleNamespace(step_seconds=seconds, candidate=SimpleNamespace(schedule=schedule))
+
+    monkeypatch.setattr(search, "find_plan", without)
+    monkeypatch.setattr(search, "estimated", estimate)
+    monkeypatch.setattr(search, "planned", lambda *given: None)
+    given = {"recompute_modules": ("LlamaMLP",), "micro_batches": 4, "fused": True, "times": times}
+    meshes = [Mesh((4,), 3)]
+    find_pipeline(graph, meshes, machine, Wanted(), **given, memory=7.0, seconds=1e6, host=5.0)
+    assert alone == [(graph, meshes, machine, {**given, "memory": 7.0, "seconds": 5e5, "host": 5.0})]
+    kinds = {(planner.memory, planner.host, planner.sparing, planner.groups) for _, planner in tried}
+    assert kinds == {(7.0, 0.0, False, False), (math.inf, 0.0, False, False), (7.0, 5.0, True, True)}
+    for ranks, planner in tried:
+        assert planner.mesh == Mesh((4 // ranks,), 3)
+        assert (planner.graph, planner.hardware, planner.times) == (graph, machine, times)
+        assert (planner.recompute_modules, planner.fused) == (("LlamaMLP",), True)
+        assert planner.begins == pivots(graph)
+    assert {ranks for ranks, _ in tried} == {2, 4}
+    assert {ranks for ranks, planner in tried if planner.sparing} == {4}, "two could save less than a 200th"
+    by_memory = {memory: {id(one.estimated) for _, one in tried if one.memory == memory} for memory in (7.0, math.inf)}
+    assert not by_memory[7.0] & by_memory[math.inf], "what was found for less memory is another estimate"
+    tried.clear()
+    find_pipeline(graph, meshes, machine, Wanted(), micro_batches=4)
+    assert {planner.memory for _, planner in tried} <= {0.9 * machine.memory, math.inf}
+    tried.clear()
+    find_pipeline(graph, meshes, machine, Wanted(), micro_batches=4, seconds=0.0)
+    assert tried
+    assert not any(planner.sparing for _, planner in tried), "time is out"
+    alone.clear()
+    monkeypatch.setattr(
+        search, "estimated", lambda planner, schedule: estimate(replace(planner, sparing=False), schedule)
+    )
+    with pytest.raises(NothingFits, match=r"no pipeline fits; the last that was tried, 1f1b, 4 stages .*: it is too l"):
+        find_pipeline(graph, meshes, machine, Wanted(schedule="1f1b"), micro_batches=4, seconds=0.0)
+    assert alone == [], "a schedule that is asked for is a pipeline"
+    with pytest.raises(UserError, match="recompute_modules names 'Nothing'"):
+        find_pipeline(graph, meshes, machine, Wanted(schedule="1f1b"), recompute_modules=("Nothing",), micro_batches=4)
 
 
 def test_candidates():
     assert candidates(Wanted(stages=1), 4, 8, 8) == [None]
     assert candidates(Wanted(schedule="1f1b"), 4, 8, 8) == [Schedule("1f1b", 2, 2, 8), Schedule("1f1b", 4, 4, 8)]
     assert candidates(Wanted(stages=4), 4, 4, 8)[0] == Schedule("interleaved", 2, 4, 8)
+    assert candidates(Wanted(), 6, 4, 8) == [
+        None, Schedule("1f1b", 2, 2, 8), Schedule("interleaved", 2, 4, 8), Schedule("zb-v", 2, 4, 8),
+        Schedule("dualpipe-v", 2, 4, 8), Schedule("1f1b", 3, 3, 8),
+    ]  # fmt: skip
+    assert candidates(Wanted(), 2, 2, 1) == [None], "one micro-batch is too few for any pipeline"
+    with pytest.raises(UserError, match="1f1b with 2 stages on 2 ranks needs at least 2 micro-batches"):
+        candidates(Wanted(schedule="1f1b"), 4, 8, 1)
+    with pytest.raises(UserError, match=r"pipeline_schedule is 'zb-v', .* and 3 places .* allow no number of stages$"):
+        candidates(Wanted(schedule="zb-v"), 4, 3, 8)
+    with pytest.raises(UserError, match=r"pipeline_nstages is 1, .* allow 2 stages with 1f1b"):
+        candidates(Wanted(schedule="1f1b", stages=1), 2, 8, 8)
     with pytest.raises(UserError, match=r"pipeline_nstages is 16, but plan_ngpus=4 and 8 places .* allow 1, 2, 4, 8"):
         candidates(Wanted(stages=16), 4, 8, 8)
     with pytest.raises(UserError, match=r"pipeline_nstages is 4, .* allow 2 stages with 1f1b"):
