@@ -49,7 +49,7 @@ def _divided(module: Any, weight: Tensor, rank: int) -> Tensor:
 
 def _is_mixture(module: nn.Module) -> bool:
     """Whether a module is of a class of experts that transformers lets others compute."""
-    return hasattr(module, "_is_expert_parallel") and hasattr(module, "is_concatenated")
+    return hasattr(module, "has_gate") and hasattr(module, "is_concatenated")
 
 
 def _mixture(module: Any, hidden: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
