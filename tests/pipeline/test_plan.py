@@ -9,20 +9,22 @@ from types import SimpleNamespace
 import pytest
 
 from nnscaler.graph import Call
+from nnscaler.hardware import load_hardware
 from nnscaler.mesh import Mesh
 from nnscaler.pipeline import stages
 from nnscaler.pipeline.cut import cut, pivots
 from nnscaler.pipeline.plan import PipelinePlan, forward_seconds, update_seconds
 from nnscaler.pipeline.simulate import Timeline
-from nnscaler.pipeline.stages import Candidate, Estimate, StagePlanner, _likeness
+from nnscaler.pipeline.stages import Candidate, Estimate, StagePlanner, _likeness, _renamed
 from nnscaler.placement import REPLICATE, SHARED, Shard
 from nnscaler.plan import GIB, Key, Plan
-from nnscaler.planner import NothingFits
+from nnscaler.planner import NothingFits, find_plan
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.problem import Recomputing
 from nnscaler.planner.solve import Needs
 from nnscaler.recompute import KEEPS_ALL, LEVELS
 from nnscaler.schedules import Schedule
+from tests import tiny
 from tests.pipeline.test_cut import llama
 
 HOST = next(level for level in LEVELS if level.on_host)
@@ -252,6 +254,37 @@ def test_stages_know_what_crosses_and_what_they_share():
     one.recompute_modules = ["Linear", "Embedding"]
     assert one._recomputed(found[1].cut.graph) == ["Linear"], "the embedding is in the first stage"
     assert one._recomputed(found[0].cut.graph) == ["Linear", "Embedding"]
+
+
+def test_a_plan_for_another_stage_has_the_names_of_this_one(tmp_path):
+    """The second stage's plan under the third one's names is what planning the third one gives."""
+    whole = llama()
+    second, third = (stage.graph for stage in cut(whole, pivots(whole)[1:])[1:3])
+    machine = load_hardware(tiny.write_hardware(tmp_path, intra={"bandwidth": 1e6, "latency": 1e-3}))
+    given, wanted = (
+        find_plan(one, [Mesh((2,))], machine, micro_batches=2, recompute_modules=("LlamaMLP",), sparing=False)
+        for one in (second, third)
+    )
+    assert second.root.outputs != third.root.outputs
+    assert _renamed(given, second) is given
+    found = _renamed(given, third)
+    assert found.graph is third
+    assert found.to_json() == wanted.to_json() != given.to_json()
+    for name in ("seconds", "memory", "beside", "master_only", "exchanged_once"):
+        assert getattr(found, name) == getattr(wanted, name), name
+    root = third.root
+    other, own = dict(zip(second.root.outputs, root.outputs)), root.outputs[0]
+    (was,) = other
+    kept = replace(
+        given, gathered_again={(root.name, was), ("layer", was)}, recomputed={root.name: {was}, "layer": {was}},
+        nodes={}, seconds={Key("forward", root.name, was): 1.0, Key("forward", "layer", was): 2.0},
+        master_only={next(iter(second.parameters))},
+    )  # fmt: skip
+    found = _renamed(kept, third)
+    assert found.gathered_again == {(root.name, own), ("layer", was)}
+    assert found.recomputed == {root.name: {own}, "layer": {was}}
+    assert found.seconds == {Key("forward", root.name, own): 1.0, Key("forward", "layer", was): 2.0}
+    assert found.master_only == {next(iter(third.parameters))}
 
 
 def test_backward_is_split_where_both_parts_compute_again_what_they_need():

@@ -21,7 +21,7 @@ from nnscaler.pipeline.cut import pivots
 from nnscaler.pipeline.plan import PipelinePlan, forward_seconds, update_seconds
 from nnscaler.pipeline.search import Wanted, balanced, candidates, estimated, even, find_pipeline, planned, quiet
 from nnscaler.pipeline.stages import Candidate, Estimate, StagePlanner
-from nnscaler.placement import REPLICATE
+from nnscaler.placement import REPLICATE, Shard
 from nnscaler.plan import Key, Plan
 from nnscaler.planner import NothingFits, find_plan
 from nnscaler.planner.solve import Needs
@@ -264,6 +264,29 @@ def test_the_cut_points_of_a_plan_move_while_that_makes_it_faster():
     assert planned(planner := Planner(plans=(first, second, third)), estimate, 20.0) is second
     assert len(planner.asked) == 2, "where the stages are even, nothing moves"
     assert planned(Planner(refuses=(4, 4, 3, 1), plans=(first,)), estimate, 20.0) is first
+
+
+def test_what_crosses_lies_as_is_fastest():
+    graph, sequences = llama(), Shard(1)
+    planner = StagePlanner(graph, Mesh((2,)), None, 1.0, None, False, None, pivots(graph))
+    seconds, asked = {(REPLICATE,): 3.0, (sequences,): 1.0, (Shard(2),): 2.0}, []
+
+    def estimate(candidate: Candidate) -> Estimate:
+        asked.append(candidate.layout)
+        if candidate.layout not in seconds:
+            raise NothingFits("it is too large")
+        return Estimate(candidate, (), seconds[candidate.layout])
+
+    planner.estimate = estimate
+    assert search._best_layout(planner, FOUR, (1, 1, 1, 1)) == (sequences,)
+    assert set(asked) == set(seconds), "of one sequence of 32 tokens, and 32 features"
+    del seconds[sequences,]
+    assert search._best_layout(planner, FOUR, (1, 1, 1, 1)) == (Shard(2),)
+    seconds.clear()
+    with pytest.raises(NothingFits, match="it is too large"):
+        search._best_layout(planner, FOUR, (1, 1, 1, 1))
+    planner.mesh = Mesh((1,), 2)
+    assert search._best_layout(planner, FOUR, (1, 1, 1, 1)) == (REPLICATE,)
 
 
 def test_what_promises_most_is_tried_first_and_the_fastest_is_taken(monkeypatch):
