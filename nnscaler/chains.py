@@ -17,7 +17,7 @@ def chains(graph: Graph) -> list[list[Call]]:
     found: list[list[Call]] = []
     for node in graph.root.nodes:
         if isinstance(node, Call):
-            if found and _continues(graph.root, users, found[-1], node):
+            if found and _continues(graph.root, users, found[-1][-1], node):
                 found[-1].append(node)
             else:
                 found.append([node])
@@ -29,13 +29,10 @@ def handed_on(chain: list[Call]) -> int:
     return next(i for i, (a, b) in enumerate(zip(chain[0].inputs, chain[1].inputs)) if a != b)
 
 
-def _continues(root: Block, users: dict[str, list[str]], chain: list[Call], call: Call) -> bool:
-    before = chain[-1]
+def _continues(root: Block, users: dict[str, list[str]], before: Call, call: Call) -> bool:
     if call.block != before.block or len(before.outputs) != 1 or len(call.outputs) != 1:
         return False
     differs = [index for index, (a, b) in enumerate(zip(before.inputs, call.inputs)) if a != b]
     if len(differs) != 1 or call.inputs[differs[0]] != before.outputs[0]:
         return False
-    if users.get(before.outputs[0]) != [call.name] or before.outputs[0] in root.outputs:
-        return False
-    return len(chain) == 1 or handed_on(chain) == differs[0]
+    return users.get(before.outputs[0]) == [call.name] and before.outputs[0] not in root.outputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,7 +15,8 @@ from nnscaler.config import ComputeConfig
 from nnscaler.errors import UserError
 from nnscaler.hardware import detect_hardware, find_hardware, load_hardware, spec
 from nnscaler.hardware.communication import NO_TIMES, CommunicationTimes, CopyRates, Group
-from nnscaler.hardware.local import communication_path, write_text
+from nnscaler.hardware.local import communication_path, is_kind, measured_on_kind, operators_path, write_text
+from nnscaler.kernels import products
 
 MEASURED = CommunicationTimes({("all_gather", Group(2, 2)): ((1024, 0.5),)}, "a test")
 
@@ -57,6 +59,20 @@ def test_what_was_measured_here_joins_hardware_of_that_name():
     keep("NVIDIA H100 80GB HBM3")
     assert load_hardware("H100").measured == MEASURED
     assert load_hardware("h200").measured == NO_TIMES
+
+
+def test_of_several_devices_of_a_kind_the_last_one_measured_counts(cache):
+    other = CommunicationTimes({("all_gather", Group(2, 2)): ((1024, 0.6),)}, "a test")
+    for index, (device, times) in enumerate((("NVIDIA H100 PCIe", MEASURED), ("NVIDIA H100 NVL", other))):
+        keep(device, times)
+        os.utime(communication_path(device), (index, index))
+    assert measured_on_kind("h100") == other
+    os.utime(communication_path("NVIDIA H100 PCIe"), (5, 5))
+    assert measured_on_kind("h100") == MEASURED
+    assert communication_path("NVIDIA H100 (PCIe)") == cache / "communication" / "nvidia-h100-pcie.json"
+    assert operators_path("NVIDIA H100 (PCIe)") == cache / "operators" / "nvidia-h100-pcie.json"
+    found = [is_kind(*each) for each in (("h100", "NVIDIA H100"), ("H200", "nvidia-gh200"), ("a100", "RTX A1000"))]
+    assert found == [True, False, False]
 
 
 def test_measured_copies_come_before_bundled_ones():
@@ -148,6 +164,42 @@ def test_a_bundled_device_is_known_by_its_name(monkeypatch, name, kind):
     assert (hardware.name, hardware.remark) == (kind, "")
     assert hardware.memory == 180 * 2**30
     assert hardware.peak(torch.bfloat16) == hardware.flops["bfloat16"]
+
+
+def test_the_host_s_memory_is_that_of_this_machine_in_equal_parts(monkeypatch):
+    monkeypatch.setattr(spec, "host_memory", lambda: 800 * 2**30)
+    gpus(monkeypatch, "NVIDIA H100 80GB HBM3", count=4)
+    keep("NVIDIA H100 80GB HBM3", replace(MEASURED, copies=CopyRates(3e10, 2e10, 1e10)))
+    found, bundled = detect_hardware(), load_hardware("h100")
+    assert found.host == replace(bundled.host, memory=200 * 2**30, to_host=3e10, to_device=2e10, both_ways=1e10)
+    assert (found.measured, found.devices_per_node) == (replace(MEASURED, copies=CopyRates(3e10, 2e10, 1e10)), 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert detect_hardware().memory == 800 * 2**30
+
+
+def test_a_container_may_have_less_than_the_machine(monkeypatch):
+    monkeypatch.setattr(spec.os, "sysconf", {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}.__getitem__)
+    limits: dict[str, str] = {}
+
+    def read_text(path):
+        if path.name not in limits:
+            raise FileNotFoundError(path)
+        return limits[path.name]
+
+    monkeypatch.setattr(spec.Path, "read_text", read_text)
+    assert spec.host_memory() == 4096 * 1000
+    for name in ("memory.max", "memory.limit_in_bytes"):
+        limits.clear()
+        for limit, left in (("max", 4096 * 1000), ("1234567\n", 1234567), ("9999999999999", 4096 * 1000)):
+            limits[name] = limit
+            assert spec.host_memory() == left
+
+
+def test_products_that_a_cpu_computes_in_fp32_take_a_quarter_longer(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(products, "are_slow", lambda device, dtype: dtype == torch.bfloat16)
+    found, bundled = detect_hardware(), load_hardware("cpu")
+    assert found.flops == {**bundled.flops, "bfloat16": 0.8 * bundled.flops["float32"]}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
 
+from nnscaler.errors import UserError
 from nnscaler.hardware.communication import COLLECTIVES, CommunicationTimes, CopyRates, Group
 from nnscaler.profiler import collectives
 from nnscaler.profiler.collectives import find_world, groups, table
@@ -98,3 +100,19 @@ def test_the_world_is_what_torchrun_says(monkeypatch):
         monkeypatch.setenv(name, value)
     world = find_world("gloo")
     assert (world.rank, world.size, world.nodes, world.device_name) == (5, 8, 2, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("world", "backend", "wrong"),
+    [
+        ((0, 1, 0, 1), "gloo", "communication takes at least 2 processes; start them with: torchrun "),
+        ((0, 5, 0, 4), "gloo", r"nodes have different numbers of processes \(5 in all, 4 here\)"),
+        ((0, 4, 0, 4), "nccl", "--nproc_per_node is 4; this node has 3 GPUs"),
+    ],
+)
+def test_processes_that_cannot_measure_are_told_why(monkeypatch, world, backend, wrong):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    for name, value in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), world):
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match=wrong):
+        find_world(backend)

@@ -1,0 +1,90 @@
+"""Medians of the slowest device, against a clock that the test sets."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nnscaler.profiler import collectives, timing
+from nnscaler.profiler.collectives import COLLECTIVES, World, measure, table
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """Calls take seconds of this clock; `other`: those of the other rank, for a call in the median."""
+
+    def __init__(self, monkeypatch, takes, other: float = 0.0) -> None:
+        self.now, self.takes, self.calls, self.reduced = 0.0, takes, 0, []
+        monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        ranks = SimpleNamespace(barrier=lambda: None, ReduceOp=SimpleNamespace(MAX="max"), all_reduce=self._reduce)
+        monkeypatch.setattr(timing, "dist", ranks)
+        self.other = other
+
+    def _reduce(self, value, how) -> None:
+        assert how == "max"
+        value.clamp_(min=self.other)
+
+    def call(self) -> None:
+        self.now += self.takes(self.calls)
+        self.calls += 1
+
+
+@pytest.mark.parametrize(("seconds", "repeats"), [(1.0, 3), (0.01, 10), (1e-5, 100)])
+def test_a_call_is_repeated_for_a_tenth_of_a_second(monkeypatch, seconds, repeats):
+    clock = Clock(monkeypatch, lambda index: seconds)
+    assert timing.slowest_median(clock.call, CPU) == pytest.approx(seconds)
+    assert clock.calls == 2 + repeats, "the first opens connections, the second tells how long one takes"
+
+
+def test_one_that_was_disturbed_does_not_count(monkeypatch):
+    clock = Clock(monkeypatch, lambda index: {0: 9.0, 3: 5.0}.get(index, 1.0))
+    assert timing.slowest_median(clock.call, CPU) == 1.0
+    assert timing.slowest_median(Clock(monkeypatch, lambda index: 1.0, other=2.0).call, CPU) == 2.0
+
+
+def test_messages_double_until_they_are_slow(monkeypatch):
+    """Six processes on two nodes: groups of 2 and 3 of a node, of 2, and of all."""
+    asked = []
+
+    def prepared(collective, elements, size, group, device):
+        asked.append((collective, elements, size))
+        assert group == f"group of {size}"
+        return elements
+
+    monkeypatch.setattr(collectives, "_prepared", prepared)
+    monkeypatch.setattr(collectives, "slowest_median", lambda call, device: 0.6 if call >= 500 else 1e-3 * call)
+    groups = SimpleNamespace(new_subgroups_by_enumeration=lambda ranks: (f"group of {len(ranks[0])}", None))
+    monkeypatch.setattr(collectives, "dist", groups)
+    monkeypatch.setattr(collectives, "LARGEST", {"gloo": 2**12})
+    times = measure(World(1, 6, 3, "gloo", CPU))
+    assert {(name, *group) for name, group in times.curves} == {
+        (name, *group) for name in COLLECTIVES for group in ((3, 3), (2, 1), (6, 3))
+    }
+    # 256 numbers in 1 KiB are 255 for three devices; and 1023 are not tried.
+    assert [each for each in asked if each[::2] == ("all_gather", 3)] == [("all_gather", n, 3) for n in (255, 510)]
+    assert times.curves["all_reduce", (3, 3)] == ((1020, 0.255), (2040, 0.6))
+    assert times.source.startswith("measured over gloo on 2 x 3 cpu, torch ")
+    assert "        1020     2.550e-01    0.00" in table(times)
+
+
+def test_buffers_of_each_collective(monkeypatch):
+    """Twelve numbers in the larger buffer, of four devices."""
+    called = []
+    for name in ("all_gather_single", "reduce_scatter_single"):
+        monkeypatch.setattr(collectives, name, lambda *tensors, group, name=name: called.append((name, tensors, group)))
+    exchange = {
+        name: lambda *tensors, group, name=name: called.append((name, tensors, group))
+        for name in ("all_reduce", "all_to_all_single")
+    }
+    monkeypatch.setattr(collectives, "dist", SimpleNamespace(**exchange))
+    for name in COLLECTIVES:
+        collectives._prepared(name, 12, 4, "these", CPU)()
+    assert [(name, [len(one) for one in tensors], group) for name, tensors, group in called] == [
+        ("all_reduce", [12], "these"), ("all_gather_single", [12, 3], "these"),
+        ("reduce_scatter_single", [3, 12], "these"), ("all_to_all_single", [12, 12], "these"),
+    ]  # fmt: skip
+    there, here = called[-1][1]
+    assert there.data_ptr() != here.data_ptr()

@@ -1,0 +1,117 @@
+"""What a configuration asks of the search for a plan, and which changes are tried where none fits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from nnscaler import planning
+from nnscaler.compiler import ComputeConfig, Source
+from nnscaler.errors import UserError
+from nnscaler.graph import Block, Graph
+from nnscaler.hardware import load_hardware
+from nnscaler.mesh import meshes
+from nnscaler.pipeline.search import Wanted
+from nnscaler.plan import GIB
+from nnscaler.planner import NothingFits
+
+GRAPH, TIMES = Graph(Block("model", "Model"), {}, {}, {}), SimpleNamespace()
+CONFIG = ComputeConfig(
+    4, 8, gpu_mem_constraint=3.0, host_mem_constraint=2.0, recompute_modules=("Layer",), micro_batches=6,
+    search_seconds=7.0,
+)  # fmt: skip
+H100 = replace(load_hardware("h100"), memory=80 * GIB)
+
+
+def test_all_of_a_configuration_reaches_the_search(monkeypatch):
+    asked = []
+    for name in ("find_plan", "find_pipeline"):
+        monkeypatch.setattr(planning, name, lambda *given, name=name, **named: asked.append((name, given, named)))
+    named = {
+        "memory": 3 * GIB, "recompute_modules": ("Layer",), "micro_batches": 6, "fused": True, "times": TIMES,
+        "seconds": 7.0, "host": 2 * GIB,
+    }  # fmt: skip
+    planning.plan_for(GRAPH, CONFIG, H100, TIMES)
+    assert asked.pop() == ("find_plan", (GRAPH, meshes(4, 2, 8), H100), named)
+    pipelines = replace(
+        CONFIG, explore_pipeline=True, pipeline_pivots=("Layer",), pipeline_schedule="1f1b", pipeline_nstages=2
+    )
+    planning.plan_for(GRAPH, pipelines, H100, TIMES)
+    wanted = Wanted(("Layer",), "1f1b", 2)
+    assert asked.pop() == ("find_pipeline", (GRAPH, meshes(4, 2, 8), H100, wanted), named)
+    planning.plan_for(GRAPH, replace(CONFIG, gpu_mem_constraint=None), replace(H100, name="CPU"), None)
+    _, _, found = asked.pop()
+    assert (found["memory"], found["fused"], found["times"]) == (None, False, None)
+
+
+def tried(monkeypatch, fits, config: ComputeConfig = CONFIG, needed: float | None = 81 * GIB) -> tuple[str, list[str]]:
+    """(what is said, the changes that were planned). `fits`: whether a plan of this many devices and tokens does"""
+    told = []
+
+    def plan_for(graph, config, hardware, times):
+        assert times is None
+        assert config.search_seconds <= planning.EACH_SECONDS
+        what = (config.plan_ngpus, config.runtime_ngpus, config.gpu_mem_constraint, config.explore_pipeline, graph)
+        told.append(what)
+        if not fits(config, graph):
+            raise NothingFits("too large")
+        return SimpleNamespace(step_seconds=1.5, memory_bytes=2.5 * GIB)
+
+    def trace(model, inputs, buffers, strategy, seed):
+        assert seed == 5
+        return type(model).__name__, inputs["ids"].shape[1]
+
+    tokens = torch.zeros((2, 12), dtype=torch.int64)
+    source = Source(
+        lambda: nn.Linear(2, 2), {"ids": tokens}, seed=5, tokens=24, length=12,
+        instead={"--less": lambda: nn.Identity()},
+    )  # fmt: skip
+    monkeypatch.setattr(planning, "plan_for", plan_for)
+    monkeypatch.setattr(planning, "trace", trace)
+    refusal = NothingFits("too large")
+    refusal.needed = needed
+    return planning.what_fits(source, "own", config, H100, refusal), told
+
+
+def test_the_nearest_change_of_each_kind_that_fits_is_told(monkeypatch):
+    """Twelve tokens can be halved twice; 81 GiB are more than an H100 has."""
+
+    def fits(config, graph):
+        return graph in (("Identity", 12), ("Linear", 3)) or config.plan_ngpus >= 16 or config.gpu_mem_constraint == 81
+
+    text, told = tried(monkeypatch, fits)
+    each = "(1.5 s a step, 2.5 GiB a device)"
+    assert text == (
+        f"what would fit: --less {each}; --plan_ngpus 16 --runtime_ngpus 16 {each}; sequences of 3 tokens {each}; "
+        f"--gpu_mem_constraint 81, where H100 has 80 {each}"
+    )
+    assert told == [
+        (4, 8, 3.0, False, ("Identity", 12)), (8, 8, 3.0, False, "own"), (16, 16, 3.0, False, "own"),
+        (4, 8, 3.0, False, ("Linear", 6)), (4, 8, 3.0, False, ("Linear", 3)), (4, 8, 81.0, False, "own"),
+        (4, 8, 3.0, True, "own"),
+    ]  # fmt: skip
+
+
+def test_what_is_not_known_or_cannot_be_is_not_tried(monkeypatch):
+    text, told = tried(monkeypatch, lambda *given: False, replace(CONFIG, micro_batches=1), needed=None)
+    assert text == "no change that was tried fits"
+    assert [(plan, run) for plan, run, *_, graph in told if graph == "own"] == [(8, 8), (16, 16), (32, 32), (64, 64)]
+    assert not any(pipeline for *_, pipeline, _ in told), "of one micro-batch"
+    text, told = tried(monkeypatch, lambda *given: False, replace(CONFIG, plan_ngpus=1, runtime_ngpus=6))
+    assert {(plan, run) for plan, run, *_ in told} == {(1, 6), (2, 6), (8, 8), (16, 16)}, "6 devices are no copies of 4"
+    assert not any(pipeline for *_, pipeline, _ in told), "of one device"
+    text, _ = tried(monkeypatch, lambda config, graph: config.gpu_mem_constraint == 7.0, needed=6.2 * GIB)
+    assert text == "what would fit: --gpu_mem_constraint 7 (1.5 s a step, 2.5 GiB a device)", "what the device has"
+    monkeypatch.setattr(planning, "TRYING_SECONDS", -1.0)
+    assert tried(monkeypatch, lambda *given: True) == ("no change that was tried fits", [])
+
+
+def test_what_a_policy_pins_is_pinned_before(monkeypatch):
+    monkeypatch.setattr(planning, "find_plan", lambda graph, *given, **named: graph.stored)
+    assert planning.plan_for(GRAPH, replace(CONFIG, pas_policy=lambda graph: graph.store), H100, None) == {}
+    with pytest.raises(UserError, match="the model uses no parameter 'w'"):
+        planning.plan_for(GRAPH, replace(CONFIG, pas_policy=lambda graph: graph.store("w", 0)), H100, None)
