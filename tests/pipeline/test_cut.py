@@ -94,3 +94,46 @@ def test_pivots_are_classes_of_repeated_modules():
     graph.root.nodes = [node for node in graph.root.nodes if not isinstance(node, Call)]
     with pytest.raises(UserError, match="needs a model with repeated modules"):
         pivots(graph)
+
+
+def test_stages_begin_at_the_class_that_is_called_most():
+    graph = skipping()
+    graph.blocks = {"other": Block("other", "Other"), **graph.blocks}
+    call = graph.root.nodes[2]
+    graph.root.nodes[2] = Call(call.name, "call", call.args, {}, call.outputs, block="other", parameters={})
+    assert pivots(graph) == [1, 3, 4]
+    assert pivots(graph, ["Other"]) == [2]
+    assert pivots(graph, ["Other", "Layer"]) == [1, 2, 3, 4]
+
+
+def masked() -> Graph:
+    """x -> start -> a -> b -> sum, which also uses a mask, of x and a buffer, and what start gives without a
+    gradient."""
+    graph = skipping()
+    root = graph.root
+    root.parameters["table"] = "table"
+    plain = {name: TensorMeta((4, 8), torch.float32, False) for name in ("table", "mask", "hard")}
+    root.tensors = {**root.tensors, **plain}
+    start, a, b = root.nodes[:3]
+    nodes = [
+        Node(name, "aten.mul.Tensor", tuple(map(Ref, inputs)), {}, (name,))
+        for name, *inputs in (("mask", "x", "table"), ("hard", "start", "start"), ("sum", "b", "mask", "hard"))
+    ]
+    root.nodes, root.outputs = [nodes[0], start, nodes[1], a, b, nodes[2]], ["sum"]
+    graph.parameters = {path: block.tensors[tensor] for block, tensor, path in graph.parameter_uses()}
+    graph.buffers = {"table": torch.zeros(4, 8)}
+    graph.stored = {"first": (0,), "b.w": (1,)}
+    graph.tied = {"one": "first", "other": "b.w"}
+    return graph
+
+
+def test_what_follows_from_inputs_and_buffers_is_computed_where_it_is_used():
+    first, second = cut(masked(), [4])
+    assert first.sent == second.received == ("hard", "a")
+    assert [node.name for node in first.graph.root.nodes] == ["start", "hard", "a"]
+    assert [node.name for node in second.graph.root.nodes] == ["mask", "b", "sum"]
+    assert [stage.graph.root.inputs for stage in (first, second)] == [["x"], ["hard", "a", "x"]]
+    assert [list(stage.graph.parameters) for stage in (first, second)] == [["first", "a.w"], ["table", "b.w"]]
+    assert [list(stage.graph.buffers) for stage in (first, second)] == [[], ["table"]]
+    assert [stage.graph.stored for stage in (first, second)] == [{"first": (0,)}, {"b.w": (1,)}]
+    assert [stage.graph.tied for stage in (first, second)] == [{"one": "first"}, {"other": "b.w"}]
