@@ -87,3 +87,38 @@ def test_no_weight_is_gathered_before_its_update(monkeypatch):
     gathered = [name for what, name in happened if what == "gather"]
     assert sorted(gathered) == sorted([0, 1, 2] * 4)
     assert happened == [(what, name) for name in gathered for what in ("wait", "gather")]
+
+
+def test_as_many_weights_are_gathered_early_as_there_is_room_for(monkeypatch):
+    """Each takes 64 bytes whole, and in bf16 32. Once the order is another one, it is learned anew."""
+    happened = []
+
+    def start_gather(shard, axis, dtype=None):
+        happened.append(f"gather {shard[0, 0].item():.0f}")
+        return torch.cat([shard, shard]), None
+
+    monkeypatch.setattr(gathering, "start_gather", start_gather)
+    monkeypatch.setattr(gathering, "finish_gather", lambda whole, work, dim: whole)
+    monkeypatch.setattr(gathering, "PREFETCH_BYTES", 2 * 64)
+    shards = [torch.full((2, 4), float(index)) for index in range(4)]
+    axis = SimpleNamespace(size=2)
+
+    def micro_batch(order: list[int], dtype: torch.dtype = torch.float32) -> list[str]:
+        happened.clear()
+        gathers.begin()
+        for index in order:
+            whole = gathers.weight(shards[index], (axis, 0), dtype=dtype)
+            assert whole.eq(index).all()
+            happened.append(f"use {index}")
+        return [step.replace("gather ", "") for step in happened]
+
+    one_by_one = ["0", "use 0", "1", "use 1", "2", "use 2", "3", "use 3"]
+    gathers = Gathers(lambda *given: None)
+    assert micro_batch([0, 1, 2, 3]) == one_by_one
+    assert micro_batch([0, 1, 2, 3]) == ["0", "1", "2", "use 0", "3", "use 1", "use 2", "use 3"]
+    assert micro_batch([0, 2, 1, 3]) == ["0", "1", "2", "use 0", "2", "use 2", "1", "use 1", "3", "use 3"]
+    assert micro_batch([0, 2]) == ["0", "2", "1", "use 0", "3", "use 2"]
+    assert micro_batch([0, 2]) == ["0", "2", "use 0", "use 2"], "what was not used is not gathered again"
+    gathers = Gathers(lambda *given: None)
+    micro_batch([0, 1, 2, 3], torch.bfloat16)
+    assert micro_batch([0, 1, 2, 3], torch.bfloat16)[:5] == ["0", "1", "2", "3", "use 0"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nnscaler.errors import UserError
 from nnscaler.runtime import gathering, host
-from nnscaler.runtime.host import HostMemory, _Copy, _Kept
+from nnscaler.runtime.host import HostMemory, HostPool, StagedTensors, StagingArea, _Copy, _Kept
 
 WIDTH, ROWS, CALLS = 16, 8, 6
 SIZE = WIDTH * ROWS * 4  # bytes of an activation
@@ -150,3 +151,144 @@ def test_a_machine_that_locks_no_more_pages_says_what_to_do(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "cudart", lambda: refuses)
     with pytest.raises(UserError, match=r"no more page-locked memory: 0\.25 GiB refused; .*--host_mem_constraint"):
         host._page_locked(2**28)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "dense"),
+    [
+        ((2, 3), (3, 1), True),
+        ((2, 3), (1, 2), True),
+        ((2, 3, 4), (4, 8, 1), True),
+        ((2, 1, 3), (3, 99, 1), True),
+        ((1, 3), (7, 1), True),
+        ((), (), True),
+        ((2, 3), (4, 1), False),
+        ((2, 3), (6, 2), False),
+        ((2, 3), (0, 1), False),
+        ((2, 3), (1, 1), False),
+        ((3,), (2,), False),
+    ],
+)
+def test_a_tensor_is_dense_where_its_elements_fill_its_memory(size, stride, dense) -> None:
+    assert host._is_dense(torch.empty(24).as_strided(size, stride)) == dense
+
+
+def test_what_is_small_or_packed_otherwise_stays_on_the_device() -> None:
+    model = Model(block)
+    wanted = model.gradients(None)
+    memory = HostMemory(torch.device("cpu"), model.is_weight)
+    memory._small = SIZE + 1
+    assert all(map(torch.equal, model.gradients(memory), wanted))
+    assert memory.pool.bytes == 0
+    memory._small = SIZE
+    model.gradients(memory)
+    assert memory.pool.bytes == SIZE * 2 * CALLS
+    packed: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> object:
+        return ("packed", packed.append(tensor), len(packed) - 1) if tensor.shape == model.weights[0].shape else tensor
+
+    def unpack(kept: object) -> Tensor:
+        return packed[kept[2]] if isinstance(kept, tuple) else kept
+
+    memory = HostMemory(torch.device("cpu"), lambda tensor: False, pack, unpack)
+    assert all(map(torch.equal, model.gradients(memory), wanted))
+    assert packed
+    assert memory.pool.bytes == SIZE * 2 * CALLS, "weights are packed, and all else is sent"
+
+
+class Stream:
+    """Records what it waits for, and in what it is the current one."""
+
+    def __init__(self, name: str, said: list[tuple[str, ...]]) -> None:
+        self.name, self.said, self.events = name, said, 0
+
+    def wait_stream(self, other: Stream) -> None:
+        self.said.append((self.name, "waits for", other.name))
+
+    def wait_event(self, event: str) -> None:
+        self.said.append((self.name, "waits for", event))
+
+    def record_event(self) -> str:
+        self.events += 1
+        self.said.append((self.name, "records", f"{self.name} {self.events}"))
+        return f"{self.name} {self.events}"
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> tuple[HostPool, list[tuple[str, ...]]]:
+    """A pool as of an accelerator, and what its streams do."""
+    said: list[tuple[str, ...]] = []
+    now, pool = Stream("now", said), HostPool(torch.device("cpu"))
+    pool._on_accelerator, pool._out, pool._back = True, Stream("out", said), Stream("back", said)
+
+    @contextmanager
+    def inside(stream: Stream) -> Iterator[None]:
+        said.append(("in", stream.name))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now)
+    monkeypatch.setattr(torch.cuda, "stream", inside)
+    monkeypatch.setattr(host, "_page_locked", lambda size: torch.zeros(size, dtype=torch.uint8))
+    return pool, said
+
+
+def test_a_copy_comes_after_what_it_copies_and_what_it_overwrites(streams) -> None:
+    pool, said = streams
+    buffer, source, target = pool.take(4), torch.arange(4, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8)
+    pool.write(buffer, source)
+    assert said == [("out", "waits for", "now"), ("in", "out"), ("out", "records", "out 1")]
+    said.clear()
+    pool.read(buffer, target, after="before")
+    assert torch.equal(target, source)
+    assert said == [
+        ("back", "waits for", "before"), ("back", "waits for", "now"), ("back", "waits for", "out 1"), ("in", "back"),
+        ("back", "records", "back 1"),
+    ]  # fmt: skip
+    said.clear()
+    pool.write(buffer, source)
+    assert said[:2] == [("out", "waits for", "now"), ("out", "waits for", "back 1")], "what may still be read"
+    said.clear()
+    pool.wait(None)
+    pool.wait("an event")
+    assert said == [("now", "waits for", "an event")]
+    pool.give_back(buffer)
+    assert pool.take(8) is not buffer
+    assert pool.take(4) is buffer
+    assert pool.bytes == 12
+
+
+def test_tensors_take_turns_in_a_staging_area(streams) -> None:
+    pool, said = streams
+    area = StagingArea(8, 3, torch.device("cpu"))
+    first, second = (StagedTensors(pool, area, size, 2) for size in (8, 4))
+    assert [len(tensor) for tensor in (*first.here, *second.here)] == [8, 8, 4, 4]
+    first.there[1].fill_(3.0)
+    first.fetch()
+    assert first.here[1].tolist() == [3.0] * 8
+    said.clear()
+    first.wait_for_fetch()
+    assert said == [("now", "waits for", "back 1"), ("now", "waits for", "back 2")]
+    first.here[0].fill_(5.0)
+    first.send_back()
+    assert first.there[0].tolist() == [5.0] * 8
+    said.clear()
+    second.fetch()
+    assert [step for step in said if "out" in step[-1]] == [
+        ("back", "waits for", "out 1"), ("back", "waits for", "out 2")
+    ], "its place is free once the one before it is on the host again"  # fmt: skip
+
+
+def test_a_copy_that_nobody_asked_for_ends_before_its_memory_is_another_s(streams) -> None:
+    pool, said = streams
+    tensor = torch.arange(4, dtype=torch.uint8)
+    for fetched in (True, False):
+        copy = _Copy(pool, pool.take(4), tensor)
+        if fetched:
+            copy.fetch()
+            copy.fetch()
+            assert sum(step[1] == "records" for step in said) == 2, "once there and once back"
+        said.clear()
+        del copy
+        assert said == ([("now", "waits for", "back 1")] if fetched else [])
+    assert pool.bytes == 4, "the second had the first one's"

@@ -218,3 +218,15 @@ def test_buckets_are_updated_in_the_order_in_which_forward_needs_them():
     optimizer.buckets[0].first = 2
     again = ShardedOptimizer(optimizer.buckets, CONFIG, COPIES)
     assert again._order == [1, 2, 0]
+
+
+def test_a_parameter_of_several_stages_counts_in_the_norm_once():
+    """Of buckets that another stage counts as its own, only the update is made here."""
+    optimizer, _ = optimizer_of(CONFIG, torch.float32)
+    optimizer.buckets[1].is_copy = True
+    again = ShardedOptimizer(optimizer.buckets, CONFIG, COPIES)
+    give(again, {name: torch.ones(shape) for name, shape in SHAPES.items()})
+    counted = sum(bucket.gradient.sum().item() for bucket in (again.buckets[0], again.buckets[2]))
+    before = again.buckets[1].owned.clone()
+    assert again.step(LABELS, 0.1).item() == pytest.approx(counted**0.5 * COPIES / LABELS, rel=1e-5)
+    assert not torch.equal(again.buckets[1].owned, before)

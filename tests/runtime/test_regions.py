@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from nnscaler.recompute import RECOMPUTES_ALL_BUT_ATTENTION
+from nnscaler.recompute import KEEPS_ALL, RECOMPUTES_ALL_BUT_ATTENTION
 from nnscaler.runtime import regions
 
 
@@ -19,3 +19,22 @@ def test_more_regions_than_torch_compiles_one_function_anew(monkeypatch):
         exec(f"def add(x):\n    return x + {count}", space)  # as in generated code: each has lines of its own
         region = regions.region(space["add"])
         assert torch.equal(region(RECOMPUTES_ALL_BUT_ATTENTION.name, x), x + count)
+
+
+def test_a_region_runs_again_in_backward_where_its_level_says_so():
+    calls = []
+
+    def squares(x):
+        calls.append(torch.is_grad_enabled())
+        return x.sin().square()
+
+    region, x = regions.region(squares), torch.ones(3, requires_grad=True)
+    for level, times in ((KEEPS_ALL, 1), (RECOMPUTES_ALL_BUT_ATTENTION, 2)):
+        calls.clear()
+        region(level.name, x).sum().backward()
+        assert len(calls) == times
+    calls.clear()
+    with torch.no_grad():
+        assert torch.equal(region(RECOMPUTES_ALL_BUT_ATTENTION.name, x), squares(x))
+    assert calls == [False, False]
+    assert region.__name__ == "squares"

@@ -1,0 +1,103 @@
+"""Parts of what a rank runs, each by itself."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nnscaler.errors import UserError
+from nnscaler.kernels.random import DRAWS, draws_of, no_draws
+from nnscaler.runtime.draws import with_draws, without_draws
+from nnscaler.runtime.generated import operators, scope
+from nnscaler.runtime.module import ParallelModule, Weights, loss_of
+from nnscaler.runtime.pipeline import _examples
+
+
+def test_reading_a_weight_waits_for_all_of_it():
+    """One that a bucket's border cuts is in two."""
+    waited = []
+    names = (["a"], ["a", "b"], ["c"])
+    buckets = [
+        SimpleNamespace(
+            slots=[SimpleNamespace(name=name) for name in slots], wait=lambda slots=slots: waited.append(slots)
+        )
+        for slots in names
+    ]
+    flat = torch.zeros(8)
+    weights = Weights(buckets, {"a": flat[:4], "b": flat[4:6], "c": torch.zeros(2)})
+    assert weights["a"].data_ptr() == flat.data_ptr()
+    assert waited == [["a"], ["a", "b"]]
+    weights.wait(torch.zeros(1))
+    assert len(waited) == 2, "what is no weight is not waited for"
+    assert weights.hold(flat[5:])
+    assert weights.hold(weights["c"].view(1, 2))
+    assert not weights.hold(torch.zeros(8))
+
+
+def test_each_micro_batch_of_each_copy_draws_numbers_of_its_own():
+    axes = SimpleNamespace(mesh=SimpleNamespace(replicas=3), replica=1, device=torch.device("cpu"))
+    found = list(with_draws([{"x": torch.ones(1)}] * 3, axes, 5, 7))
+    assert [torch.equal(one[DRAWS], draws_of(5, 7, number)) for one, number in zip(found, (1, 4, 7))] == [True] * 3
+    assert all(torch.equal(one["x"], torch.ones(1)) for one in found)
+    (one,) = without_draws([{"x": torch.ones(1)}], axes)
+    assert torch.equal(one[DRAWS], no_draws())
+
+
+def module_that_gives(numbers) -> ParallelModule:
+    """One whose forward gives this, for an input `x`."""
+    module = ParallelModule.__new__(ParallelModule)
+    torch.nn.Module.__init__(module)
+    module.axes = SimpleNamespace(device=torch.device("cpu"), host=SimpleNamespace(clear=lambda: None))
+    module.input_names, module._gathers_again, module._weights = ["x"], False, {}
+    module.gathers = SimpleNamespace(begin=lambda: None)
+    steps = []
+    module.reducer = SimpleNamespace(end_micro_batch=lambda: steps.append("end"), finish=lambda: steps.append("finish"))
+    module._code = SimpleNamespace(forward=lambda weights, axes, x: numbers(x))
+    module.steps = steps
+    return module
+
+
+def test_a_step_sums_what_its_micro_batches_give_and_trains_the_first_number():
+    module, x = (
+        module_that_gives(lambda x: torch.stack([x.square(), 10 * x]).double()),
+        torch.tensor(3.0, requires_grad=True),
+    )
+    total = module.accumulate([{"x": x}, {"x": 2 * x}])
+    assert total.tolist() == [9.0 + 36.0, 30.0 + 60.0]
+    assert (total.dtype, total.requires_grad) == (torch.float64, False)
+    assert module.steps == ["end", "end", "finish"]
+    assert x.grad.item() == 2 * 3.0 + 8 * 3.0
+    found = module.evaluate([{"x": x}, {"x": 2 * x}])
+    assert torch.equal(found, total)
+    assert x.grad.item() == 30.0
+    assert not found.requires_grad
+    assert loss_of(torch.tensor(4.0)).item() == loss_of(torch.tensor([4.0, 5.0])).item() == 4.0
+
+
+def test_what_a_module_cannot_take_or_train_is_one_line():
+    module = module_that_gives(lambda x: x)
+    for given, said in (({}, r"\[\]"), ({"x": 1, "y": 1}, r"\['x', 'y'\]"), ({"y": 1}, r"\['y'\]")):
+        with pytest.raises(UserError, match=rf"forward got inputs {said}; the compiled model takes \['x'\]"):
+            module(**given)
+    for given, said in ((torch.zeros(2, 3), r"\[2, 3\]"), ((1, 2), "2 results")):
+        with pytest.raises(UserError, match=rf"forward gives {said}; what is trained must give one number, the loss"):
+            module.accumulate([{"x": given}])
+
+
+def test_generated_code_finds_operators_and_parameters():
+    found = operators("attention", "experts")
+    assert {name for name in vars(found) if name.startswith("attention")} == {"attention", "attention_along_l"}
+    assert all(map(callable, vars(found).values()))
+    weights = {"model.layers.0.w": torch.ones(1)}
+    assert scope(weights, "model.layers.0.")["w"] is weights["model.layers.0.w"]
+
+
+def test_examples_of_what_crosses_have_its_shape_type_and_gradient():
+    made = _examples(
+        [{"shape": [2, 3], "dtype": "bfloat16", "gradient": True}, {"shape": [4], "dtype": "int64", "gradient": False}]
+    )
+    assert [(tuple(one.shape), one.dtype, one.requires_grad, one.is_meta) for one in made] == [
+        ((2, 3), torch.bfloat16, True, True), ((4,), torch.int64, False, True)
+    ]  # fmt: skip
