@@ -1,0 +1,185 @@
+"""The search over meshes, with solvers whose answers are written here."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from nnscaler.errors import UserError
+from nnscaler.hardware.spec import Host
+from nnscaler.mesh import Mesh
+from nnscaler.plan import GIB, Key
+from nnscaler.planner import search
+from nnscaler.planner.search import LEAST_SECONDS, find_plan, nodes_to_recompute
+from nnscaler.planner.solve import OutOfTime
+from tests.pipeline.test_cut import llama
+from tests.planner.test_by_hand import graph, machine
+
+__all__ = ["graph", "machine"]
+
+
+def program(devices: int) -> SimpleNamespace:
+    return SimpleNamespace(problem=SimpleNamespace(costs=SimpleNamespace(mesh=Mesh((devices,)))))
+
+
+class Search(search._Search):
+    """Of plans in 100 bytes, which has ten seconds from now on. `answers`: by mesh, (seconds, bytes, bound) or what is
+    raised; `floors`: by mesh"""
+
+    def __init__(self, monkeypatch, answers: dict[int, object], floors: dict[int, float], now: float = 50.0) -> None:
+        super().__init__(100.0, 60.0)
+        self.asked: list[tuple] = []
+        self.now = now
+
+        def solve(program, memory, *, below, seconds, watch):
+            devices = program.problem.costs.mesh.plan_ngpus
+            self.asked.append((devices, memory, below, seconds))
+            self.watch = watch
+            answer = answers[devices]
+            if isinstance(answer, Exception):
+                raise answer
+            return answer and SimpleNamespace(solution=answer, bound=answer[2])
+
+        def least_memory(program, seconds):
+            self.asked.append(("least memory", seconds))
+            return (9.0, 90.0, 0.0)
+
+        monkeypatch.setattr(search, "solve", solve)
+        monkeypatch.setattr(search, "least_memory", least_memory)
+        monkeypatch.setattr(search, "least_seconds", lambda program: floors[program.problem.costs.mesh.plan_ngpus])
+        priced = lambda program, one: SimpleNamespace(total_seconds=one[0], total_memory=one[1])  # noqa: E731
+        monkeypatch.setattr(search, "price", priced)
+        monkeypatch.setattr(
+            search, "time", SimpleNamespace(process_time=lambda: self.now, perf_counter=lambda: self.now)
+        )
+
+    def on_all(self, *devices: int) -> tuple[float | None, float]:
+        """(seconds of the best plan, the bound) after a search on these meshes."""
+        for left, each in enumerate(devices, 1 - len(devices)):
+            self.on(program(each), -left)
+        return self.found and self.found.price.total_seconds, self.bound
+
+
+def test_later_meshes_have_to_be_faster_by_a_thousandth(monkeypatch):
+    one = Search(monkeypatch, {1: (4.0, 80.0, 3.99), 2: (3.0, 100.0005, 2.9), 4: None}, {2: 1.0, 4: 2.0, 8: 2.9975})
+    assert one.on_all(1, 2, 4, 8) == (3.0, 2.9)
+    below = 3.0 * (1 - 1e-3)
+    assert one.asked == [
+        (1, 100.0, None, 5.0), (2, 100.0, pytest.approx(4.0 * (1 - 1e-3)), 5.0), (4, 100.0, pytest.approx(below), 5.0)
+    ]  # fmt: skip
+    one = Search(monkeypatch, {1: (3.0, 80.0, 2.999), 2: None}, {2: 1.0})
+    assert one.on_all(1, 2) == (3.0, pytest.approx(below))
+    assert one.asked[1][3] == 10.0, "the last one gets all that is left"
+    one = Search(monkeypatch, {1: (3.0, 80.0, 2.999), 2: None}, {2: 2.9975})
+    assert one.on_all(1, 2) == (3.0, pytest.approx(below)), "what is not searched could save as much at most"
+    assert len(one.asked) == 1
+
+
+def test_what_takes_more_memory_than_there_is_is_not_taken(monkeypatch):
+    assert Search(monkeypatch, {1: (4.0, 100.002, 3.9)}, {}).on_all(1) == (None, 3.9)
+
+
+def test_where_time_is_out_the_best_so_far_stays(monkeypatch, caplog):
+    """Or, where there is none, the plan of least memory is taken, for which a little time is always left."""
+    one = Search(monkeypatch, {1: (4.0, 80.0, 3.9), 2: OutOfTime(1.5), 4: (9.0, 1.0, 8.0)}, {2: 1.0, 4: 1.2})
+    one.on(program(1), 1)
+    one.on(program(2), 1)
+    assert (one.found.price.total_seconds, one.bound) == (4.0, 1.5)
+    one.now = 60.0
+    one.on(program(4), 0)
+    assert (one.found.price.total_seconds, one.bound) == (4.0, 1.2), "no plan on a mesh is faster than its floor"
+    assert len(one.asked) == 2
+    with caplog.at_level(logging.INFO, "nnscaler"):
+        late = Search(monkeypatch, {1: OutOfTime(0.5)}, {}, now=70.0)
+        assert late.on_all(1) == (9.0, 0.5)
+    assert late.asked == [(1, 100.0, None, 0.1), ("least memory", LEAST_SECONDS)]
+    assert "planning on 1 copy x 1 device: out of time; the plan that takes least memory is taken" in caplog.text
+
+
+def test_a_long_search_says_how_far_it_is(monkeypatch, caplog):
+    one = Search(monkeypatch, {1: (4.0, 80.0, 3.9), 2: None}, {2: 1.0})
+    one.told = 50.0
+    with caplog.at_level(logging.INFO, "nnscaler"):
+        one.on(program(1), 1)
+        one.now = 53.9
+        one.watch(math.inf, 0.0)
+        assert not caplog.records, "not more often than each few seconds"
+        one.now = 54.0
+        one.watch(math.inf, 0.0)
+        one.now = 57.0
+        one.watch(3.5, 3.25)
+        one.now = 58.0
+        one.watch(3.5, 3.25)
+        one.on(program(2), 0)
+        one.now = 65.0
+        one.watch(math.inf, 2.0)
+    first, second, third = (record.getMessage() for record in caplog.records)
+    assert first == "planning on 1 copy x 1 device: no plan found yet; the search ends in 6 s at the latest"
+    best = "the best plan takes 3.5 s a micro-batch, and none takes less than 3.25 s"
+    assert second.endswith(f": {best}; the search ends in 2 s at the latest")
+    assert third.startswith("planning on 1 copy x 2 devices: no faster plan found yet, and none takes less than 2 s; ")
+
+
+def test_what_saves_memory_at_a_price_is_tried_where_it_may_gain(graph, machine, monkeypatch):
+    stated, gains = [], []
+    build = search.build_problem
+
+    def build_problem(graph, model, again, micro_batches, layouts, in_flight, *saving):
+        stated.append((again.free, micro_batches, layouts, in_flight, saving))
+        return build(graph, model, again, micro_batches, layouts, in_flight, *saving)
+
+    monkeypatch.setattr(search, "build_problem", build_problem)
+    monkeypatch.setattr(search._Search, "may_gain", lambda self, program, worth: gains.append(worth) or worth == 5e-3)
+    given = {"micro_batches": 3, "in_flight": 2, "seconds": 5.0}
+    plan = find_plan(graph, [Mesh((1,))], machine, **given)
+    assert stated == [(True, 3, None, 2, (0.0, False, False)), (True, 3, None, 2, (0.0, True, False))]
+    assert gains == [5e-3, 1e-3]
+    assert (plan.memory_limit, plan.host_limit, plan.micro_batches) == (0.9 * machine.memory, 0.0, 3)
+    stated.clear()
+    find_plan(graph, [Mesh((1,))], machine, **given, sparing=False, recompute_modules=("Linear",))
+    assert stated == [(False, 3, None, 2, (0.0, False, False))]
+    stated.clear()
+    with_host = replace(machine, host=Host(1e12, 1e12, 1e12, 1e12))
+    plan = find_plan(graph, [Mesh((1,))], with_host, **given, sparing=False, host=7.0, memory=8e11)
+    assert [saving for *_, saving in stated] == [(0.0, False, False), (7.0, False, False)]
+    assert (plan.memory_limit, plan.host_limit) == (8e11, 7.0)
+
+
+def test_groups_are_tried_where_layers_follow_one_another(machine, monkeypatch):
+    stated = []
+    monkeypatch.setattr(search, "build_problem", lambda *given: stated.append(given[6:]) or SimpleNamespace(costs=None))
+    monkeypatch.setattr(search, "Program", lambda problem: SimpleNamespace(problem=problem))
+    monkeypatch.setattr(search._Search, "on", lambda self, program, left: None)
+    monkeypatch.setattr(search._Search, "may_gain", lambda self, program, worth: True)
+    monkeypatch.setattr(search, "_least", lambda problem: ({Key("saved", "x", "y"): 2 * GIB}, "layer.up"))
+
+    def tried(**given) -> list[tuple]:
+        stated.clear()
+        with pytest.raises(UserError, match=r"no plan fits: needs 2.0 GiB a device, constraint 1.0 GiB"):
+            find_plan(llama(2), [Mesh((1,))], machine, memory=GIB, **given)
+        return list(stated)
+
+    whole = [(0.0, False, False), (5.0, True, False), (5.0, True, True)]
+    assert tried(host=5.0) == [*whole, whole[-1]], "the last one says what is needed"
+    assert tried(host=5.0, groups=False) == [*whole[:2], whole[1]]
+    assert tried(recompute_modules=("LlamaMLP",)) == [(0.0, False, False), (0.0, True, False), (0.0, True, False)]
+
+
+def test_named_modules_are_nodes_of_blocks():
+    whole = llama(2)
+    layer = whole.blocks["llama_decoder_layer"]
+    found = nodes_to_recompute(whole, ["LlamaMLP"])
+    assert list(found) == ["llama_decoder_layer"]
+    inside = {node.name for node in layer.nodes if ".mlp" in f".{node.module}"}
+    assert found["llama_decoder_layer"] == inside
+    assert 0 < len(inside) < len(layer.nodes)
+    both = nodes_to_recompute(whole, ["LlamaDecoderLayer"])
+    assert both == {"llama_decoder_layer": {node.name for node in layer.nodes}}
+    with pytest.raises(UserError, match="recompute_modules names a module that contains LlamaDecoderLayer"):
+        nodes_to_recompute(whole, ["LlamaModel"])
+    with pytest.raises(UserError, match="recompute_modules names 'Llama', which is not in the model; its modules are"):
+        nodes_to_recompute(whole, ["LlamaMLP", "Llama"])
