@@ -45,5 +45,4 @@ def best_fit(items: Iterable[Item], length: int, window: int = WINDOW) -> Iterat
                 yield rows.pop(rooms.pop(0)[1])
     for each in sorted(pending, key=len, reverse=True):
         place(each)
-    for row in sorted(rows):
-        yield rows[row]
+    yield from rows.values()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 import re
 import signal
 import subprocess
@@ -25,6 +26,8 @@ import bookcorpus
 from nnscaler import hub
 from nnscaler.command import run
 from nnscaler.data import pack as packing_module
+from nnscaler.data import readers
+from nnscaler.errors import UserError
 
 TEXTS = ["The first document.\n", 'A "quoted", second one,\nof two lines', "Third: äöü 漢字 😀 \r\n\t end"]
 LONG_ENOUGH = "words to fill a sequence or two. " * 20
@@ -233,6 +236,8 @@ def test_first_bytes_say_the_encoding(name: str, encoding: str, tmp_path: Path, 
         ("a.tsv.gz", "id, or number\ttext\n1\t{}\n2\t{}\n"),
         ("a.csv", 'id,text\n1,"{}"\n2,"{}"\n'),
         ("a.csv", 'text\n"{}"\n"{}"\n'),
+        # The fiftieth line ends within a row, and commas divide the header into more fields.
+        ("a.csv", 'id, or number, or so;text\n1;"{}"\n' + "\n" * 47 + '"2\n";"{}"\n'),
         ("a.jsonl", '{{"data": {{"text": "{}"}}}}\n{{"data": {{"text": "{}"}}}}\n'),
     ],
 )
@@ -257,9 +262,11 @@ def test_what_is_read_of_a_folder_with_links_and_a_card(
     (data / "again").symlink_to(data / "a")  # one that is there already: not twice
     (other / "deep" / "round").symlink_to(data)  # a loop
     (data / "z.txt").symlink_to(data / "a" / "x.txt")
+    (tmp_path / "third.txt").write_text("third " * 9)
+    (data / "one.txt").symlink_to(tmp_path / "third.txt")
     for name in ("README.md", "LICENSE.txt", "dataset_infos.json", ".gitattributes", "picture.png", "empty.jsonl"):
         (data / name).write_text("")
-    expected = reference(["first " * 9, "second " * 9])
+    expected = reference(["first " * 9, "second " * 9, "third " * 9])
     assert ids(command(data)) == expected[: len(expected) // 8 * 8]
     assert "left out 3 files about the data (" in caplog.text
     assert "README.md" in caplog.text
@@ -269,8 +276,8 @@ def test_what_is_read_of_a_folder_with_links_and_a_card(
 
 
 def test_the_only_column_of_strings_is_the_text(tmp_path: Path, command: Any, reference: Any) -> None:
-    data = write_rows(tmp_path / "rows.jsonl", [{"id": 1, "body": LONG_ENOUGH}])
-    expected = reference([LONG_ENOUGH])
+    data = write_rows(tmp_path / "rows.jsonl", [{"id": 1, "body": LONG_ENOUGH}, {"body": "more", "title": "not this"}])
+    expected = reference([LONG_ENOUGH, "more"])  # the first row says which
     assert ids(command(data)) == expected[: len(expected) // 8 * 8]
 
 
@@ -287,6 +294,23 @@ def test_split_chooses_files_of_a_folder(tmp_path: Path, command: Any, reference
         path.write_text(name * 10)
     expected = reference(["deep/test/b.txt" * 10, "test-00000.txt" * 10])
     assert ids(command(tmp_path / "data", split="test")) == expected[: len(expected) // 8 * 8]
+
+
+def test_a_short_file_s_last_row_tells_its_delimiter() -> None:
+    lines = ["id, or number;text\n", '1;"a, b, c"\n']
+    assert readers._delimiter(Path("a.csv"), lines) == ";"
+    assert readers._delimiter(Path("a.csv"), lines[:1]) == ",", "the likelier"
+
+
+def test_a_damaged_json_file_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "BLOCK", 1000)
+    (tmp_path / "a.json").write_text('[{"text": y}, ' + '{"text": "x"}, ' * 20_000 + "]")
+    with open(tmp_path / "a.json", "rb") as file:
+        same_place = os.dup(file.fileno())
+        with pytest.raises(UserError, match=r"line 1: not JSON"):
+            list(readers.read_documents(tmp_path / "a.json", file, None, None))
+    assert os.lseek(same_place, 0, os.SEEK_CUR) < 50_000
+    os.close(same_place)
 
 
 @pytest.mark.parametrize("suffix", [".json", ".csv"])

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 import bookcorpus
 from nnscaler.command import run
+from nnscaler.data import readers
 from nnscaler.data.conversations import Columns, Speech, pack_conversations
 from nnscaler.data.fit import best_fit
 from nnscaler.data.packed import PackedDataset
@@ -144,6 +145,23 @@ def test_completions_are_learned_from_where_they_begin(prompt, completion):
 
 
 @pytest.mark.parametrize(
+    ("prompt", "completion", "bos", "text"),
+    [
+        ("a", "b", None, "ab<|im_end|>"),
+        ("a", "b<|im_end|>", None, "ab<|im_end|>"),
+        ("<|im_start|>a", "b", "<|im_start|>", "<|im_start|>ab<|im_end|>"),
+        ("a", "b", "<|im_start|>", "<|im_start|>ab<|im_end|>"),
+    ],
+)
+def test_texts_get_the_marks_that_they_lack(prompt, completion, bos, text):
+    tokenizer = make_tokenizer(**{"bos_token": bos} if bos else {})
+    columns = Columns(None, "p", "c")
+    rendered = Speech(tokenizer, columns, None, False).render(({"p": prompt, "c": completion}, "row 1"))
+    assert rendered.text == text
+    assert [text[begin:end] for begin, end in rendered.spans] == ["b<|im_end|>"]
+
+
+@pytest.mark.parametrize(
     ("row", "template", "said"),
     [
         ({"text": "x"}, CHATML, "row 1: there is no 'messages'; the row has text"),
@@ -173,6 +191,9 @@ def test_one_answer_needs_no_marks_even_where_a_template_changes():
     tokenizer = make_tokenizer(CHANGING)
     found = encoded(tokenizer, {"messages": [turn("user", "a"), turn("assistant", "b")]}, MESSAGES)
     assert tokenizer.decode(found.labels[found.labels != -100]) == "<think></think>b<|im_end|>\n"
+    messages = [turn("user", "a"), turn("assistant", "b"), turn("assistant", "c")]
+    found = encoded(tokenizer, {"messages": messages}, MESSAGES, all_=True)
+    assert found.labels.tolist() == [-100, *found.ids[1:]], "where all is learned, nobody asks who speaks"
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=200), st.integers(20, 40), st.integers(1, 400))
@@ -240,7 +261,8 @@ def test_conversations_are_whole_in_rows_that_training_reads(tmp_path, cut):
     assert noted["cut"] + noted["unlearned"] + noted["dropped"] + noted["documents"] >= len(conversations)
 
 
-def test_rows_of_parquet_and_json_are_the_same(tmp_path):
+def test_rows_of_parquet_and_json_are_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "BLOCK", 1)  # one row at a time
     rows = [{"messages": [turn("user", f"{n}"), {**turn("assistant", "yes"), "name": None}]} for n in range(5)]
     corpora = [write(tmp_path / "a.jsonl", rows)]
     (tmp_path / "a.json").write_text(json.dumps(rows))
@@ -250,6 +272,7 @@ def test_rows_of_parquet_and_json_are_the_same(tmp_path):
     first, *others = [[speech.render(row) for row in corpus.rows()] for corpus in corpora]
     assert len(first) == 5
     assert others == [first, first]
+    assert [place for _, place in corpora[2].rows()] == [f"{tmp_path}/a.parquet, row {n}" for n in range(1, 6)]
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(UserError, match=r"conversations are read from .jsonl, .json, .parquet"):
         list(Corpus([tmp_path / "a.txt"]).rows())

@@ -58,6 +58,12 @@ def test_a_dataset_is_read_from_the_parquet_branch(stored: Any) -> None:
     assert texts("owner/name", "test") == ["plain_text/test/0000.parquet"]
 
 
+def test_a_column_of_a_dataset_on_the_hub(stored: Any, tmp_path: Path) -> None:
+    stored("default/train/0000.parquet")
+    pq.write_table(pa.table({"text": ["not this"], "body": ["this"]}), tmp_path / "default/train/0000.parquet")
+    assert list(find_corpus("owner/name", text_column="body").documents()) == ["this"]
+
+
 def test_a_dataset_in_the_cache_is_read_without_a_network(stored: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     stored("plain_text/train/0000.parquet")
     monkeypatch.setattr(hub, "reachable", lambda: False)
@@ -108,3 +114,25 @@ def test_characters_that_are_replaced_are_counted_for_each_file(tmp_path: Path) 
     for _ in range(2):
         assert len(["".join(document) for document in corpus.documents()]) == 3
         assert {path.name: count for path, count in corpus.replaced.items()} == {"a.txt": 3, "c.txt": 2}
+
+
+def test_what_is_left_out_is_listed_up_to_five_kinds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    (tmp_path / "a.txt").write_text("x")
+    for suffix in "pqrst":
+        (tmp_path / f"a.{suffix}").write_text("x")
+    (tmp_path / "b.t").write_text("x")
+    find_corpus(str(tmp_path))
+    assert "left out 6 files of other types (.t 2, .p, .q, .r, .s)" in sorted_kinds(caplog.text)
+    (tmp_path / "a.u").write_text("x")
+    caplog.clear()
+    find_corpus(str(tmp_path))
+    assert "left out 7 files of other types (.t 2, " in caplog.text
+    assert ", ...)" in caplog.text
+
+
+def sorted_kinds(text: str) -> str:
+    """What stands in parentheses at the end, the kinds with equal counts in the order of their names."""
+    before, _, kinds = text.strip().rpartition("(")
+    first, *others = kinds.removesuffix(")").split(", ")
+    return f"{before}({', '.join([first, *sorted(others)])})"

@@ -69,8 +69,9 @@ def test_each_row_is_once_in_each_epoch_and_a_run_goes_on_anywhere(files, lanes,
         assert drawn(dataset, range(min(start, rows), 3 * rows), seed) == found[min(start, rows) :]
 
 
-def test_what_rows_have_besides_tokens_is_read_with_them(tmp_path):
+def test_what_rows_have_besides_tokens_is_read_with_them(tmp_path, monkeypatch):
     """Also where the first of the files has no rows."""
+    monkeypatch.setattr(streamed, "BUFFER", 10 * 3 * LENGTH * 4 + 5)
     kinds = {"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32()), "document_starts": pa.list_(pa.int32())}
     rows = {"input_ids": [[5, 6, 7]], "labels": [[-100, 6, 7]], "document_starts": [[0, 2]]}
     for name, content in {"a": {column: [] for column in kinds}, "b": rows}.items():
@@ -78,6 +79,7 @@ def test_what_rows_have_besides_tokens_is_read_with_them(tmp_path):
     dataset = StreamedDataset.open(str(tmp_path))
     assert (len(dataset), dataset.sequence_length, dataset.documents) == (1, LENGTH, "document_starts")
     assert dataset.token_ids() == (5, 7), "of tokens alone"
+    assert Streaming(dataset, 5)._block == 10, "rows of three columns of int32"
     found = Streaming(dataset, 5).sample(3)
     assert {name: list(values) for name, values in found.items()} == {name: values[0] for name, values in rows.items()}
     for column in ("labels", "document_starts"):
@@ -86,6 +88,7 @@ def test_what_rows_have_besides_tokens_is_read_with_them(tmp_path):
     pq.write_table(pa.table(rows, schema=pa.schema(list(kinds.items()))), tmp_path / "bare" / "a.parquet")
     bare = StreamedDataset.open(str(tmp_path / "bare"))
     assert (bare.documents, bare.columns) == (None, ("input_ids",))
+    assert Streaming(bare, 5)._block == 30
     pq.write_table(pa.table(rows), tmp_path / "bare" / "a.parquet", write_statistics=False)
     assert StreamedDataset.open(str(tmp_path / "bare")).token_ids() == (0, 0), "the footers do not tell"
 
@@ -111,6 +114,7 @@ def test_replicas_read_lanes_of_their_own(tmp_path, monkeypatch):
         read.append(set(streaming._lanes))
     assert [len(lanes) for lanes in read] == [streamed.LANES // 4] * 4
     assert set.union(*read) == set(range(streamed.LANES))
+    assert (streamed.LANES, streamed.MOST_ROWS) == (32, 1024), "as README says; others would be another order"
 
 
 def test_a_url_is_read_like_a_folder_and_again_where_reading_fails(tmp_path, monkeypatch, caplog):

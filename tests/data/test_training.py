@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from nnscaler.data import packed
 from nnscaler.data.packed import PackedDataset
-from nnscaler.data.training import Batches, InOrder, SampleOrder, Samples, Share, Shuffled
+from nnscaler.data.training import Batch, Batches, Counts, InOrder, SampleOrder, Samples, Share, Shuffled
 from nnscaler.errors import UserError
 
 ROWS, LENGTH, SEED = 22, 4, 5
@@ -120,9 +120,20 @@ def test_padding_is_what_fills_rows_up_and_is_not_learned():
     assert batch.labels == 1 + 4 + 1 + 4
 
 
+def test_labels_and_padding_of_micro_batches_are_added_up():
+    counts = Counts()
+    assert (counts.labels, counts.padding) == (0, 0)
+    batches = [Batch({"input_ids": torch.tensor([number])}, 10 + number, 5 * number) for number in range(3)]
+    taken = counts.of(batches)
+    assert next(taken) is batches[0].inputs
+    assert (counts.labels, counts.padding) == (10, 0), "as they are taken"
+    assert [inputs["input_ids"].item() for inputs in taken] == [1, 2]
+    assert (counts.labels, counts.padding) == (33, 15)
+
+
 def test_ids_of_a_dataset_are_read_once(tmp_path, monkeypatch):
     monkeypatch.setattr(packed, "SCANNED", 8)  # two rows
-    dataset = saved(tmp_path, input_ids=[[3, 4, 5, 6]] * 5 + [[3, 99, -7, 4]] + [[3, 4, 5, 6]] * 4)
+    dataset = saved(tmp_path, input_ids=[[0, 4, 5, 6]] * 5 + [[3, 99, -7, 4]] + [[3, 4, 5, 6]] * 4)
     assert dataset.token_ids() == (-7, 99)
     assert [dataset.first_row_outside(vocabulary) for vocabulary in (100, 50, 3)] == [5, 5, 0]
     monkeypatch.setattr(PackedDataset, "_scan", None)
