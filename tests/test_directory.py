@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from nnscaler.directory import new_directory
+from nnscaler.compiler import put_in_place
+from nnscaler.directory import alone_in, check_writable, new_directory
 from nnscaler.errors import UserError
+from nnscaler.identity import DONE
 
 
 def test_it_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -62,3 +66,89 @@ def test_a_place_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> No
         new_directory(tmp_path / "file/out"),
     ):
         pytest.fail("the block must not run")
+
+
+def test_no_two_processes_are_inside_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "plans" / "llama"
+    with alone_in(folder):
+        assert not folder.exists()
+        with (folder.parent / ".llama.lock").open() as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with (folder.parent / ".llama.lock").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    asked: list[int] = []
+
+    def busy_first(lock: int, how: int) -> None:
+        asked.append(how)
+        if how & fcntl.LOCK_NB:
+            raise BlockingIOError
+
+    monkeypatch.setattr(fcntl, "flock", busy_first)
+    with alone_in(folder):
+        assert asked == [fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_EX], "it waits"
+
+
+@pytest.mark.parametrize(("number", "goes_on"), [(errno.ENOTSUP, True), (errno.ENOLCK, True), (errno.EIO, False)])
+def test_where_there_are_no_locks_nobody_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number, goes_on
+) -> None:
+    def without_locks(lock: int, how: int) -> None:
+        raise OSError(number, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    with nullcontext() if goes_on else pytest.raises(OSError, match="no locks"), alone_in(tmp_path / "x"):
+        assert goes_on
+
+
+def test_whether_a_folder_can_be_written_is_tried_and_leaves_nothing(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a" / "b", "gen_savedir")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"gen_savedir is '.*file/a', which cannot be written: Not a directory"):
+        check_writable(tmp_path / "file" / "a", "gen_savedir")
+
+
+def test_a_compile_replaces_what_a_compile_wrote_and_nothing_else(tmp_path: Path) -> None:
+    """What says that all is there goes first and comes last."""
+
+    def work() -> Path:
+        folder = tmp_path / "work"
+        folder.mkdir()
+        for name in ("a.txt", DONE, "gencode_stage0.py"):
+            (folder / name).write_text("new")
+        return folder
+
+    place = tmp_path / "place"
+    put_in_place(work(), place)
+    assert sorted(path.name for path in place.iterdir()) == sorted(["a.txt", DONE, "gencode_stage0.py"])
+    for name in ("gencode_stage1.py", "plan_stage0.html", "weights.ckpt"):
+        (place / name).write_text("old")
+    (place / "plan.json").mkdir()  # a folder of somebody's
+    put_in_place(work(), place)
+    assert {path.name: path.read_text() for path in place.iterdir() if path.is_file()} == {
+        "a.txt": "new", DONE: "new", "gencode_stage0.py": "new", "weights.ckpt": "old"
+    }  # fmt: skip
+    assert (place / "plan.json").is_dir()
+    assert not (tmp_path / "work").exists()
+    (place / DONE).unlink()
+    with pytest.raises(UserError, match="it is not a folder that a compile made"):
+        put_in_place(work(), place)
+
+
+def test_that_all_is_there_is_said_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[str] = []
+    rename = Path.rename
+
+    def record(path: Path, target: Path) -> Path:
+        moved.append(path.name)
+        assert (target.parent / DONE).exists() == (path.name == "never")
+        return rename(path, target)
+
+    (tmp_path / "place").mkdir()
+    (tmp_path / "place" / DONE).write_text("old")
+    (tmp_path / "work").mkdir()
+    for name in (DONE, "plan.json", "zebra.txt"):
+        (tmp_path / "work" / name).write_text("new")
+    monkeypatch.setattr(Path, "rename", record)
+    put_in_place(tmp_path / "work", tmp_path / "place")
+    assert moved == ["plan.json", "zebra.txt", DONE]

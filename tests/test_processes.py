@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import NoReturn
 
 import pytest
@@ -11,6 +13,7 @@ import torch.distributed as dist
 
 from nnscaler import processes
 from nnscaler.errors import UserError
+from nnscaler.identity import DONE
 from nnscaler.watch import Watch
 from tests.launch import run
 
@@ -48,3 +51,71 @@ def what_is_raised() -> str:
 def test_what_rank_0_finds_wrong_every_rank_raises():
     """A rank that only exited would have torchrun end the others, rank 0 perhaps before it has said why."""
     assert run(2, what_is_raised) == ["rank 0 found the dataset empty"] * 2
+
+
+def test_a_process_takes_its_own_gpu(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "a user's own")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for local_world in ("1", "2"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local_world)
+        assert processes.own_device() == torch.device("cuda", 1)
+    assert taken == [torch.device("cuda", 1)] * 2
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "a user's own"
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    processes.own_device()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="torchrun started 3 processes here, this node has 2 GPUs"):
+        processes.own_device()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert processes.own_device() == torch.device("cpu")
+
+
+class Nodes(SimpleNamespace):
+    """The collectives of a node that is not the first, which sends `texts` and `files`."""
+
+    def __init__(self, *sent: object) -> None:
+        super().__init__(sent=list(sent), barriers=0)
+
+    def get_rank(self) -> int:
+        return 1
+
+    def broadcast_object_list(self, values: list, src: int, device: torch.device) -> None:
+        assert src == 0
+        values[0] = self.sent.pop(0)
+
+    def all_reduce(self, value: torch.Tensor) -> None:
+        pass
+
+    def barrier(self) -> None:
+        self.barriers += 1
+
+
+@pytest.mark.parametrize(("local_rank", "takes"), [("0", True), ("1", False)])
+def test_a_node_that_lacks_a_folder_takes_it_from_rank_0(monkeypatch, tmp_path, local_rank, takes):
+    """Its first process does; where the folder is there already, nothing is sent."""
+    theirs, ours = tmp_path / "theirs" / "code", tmp_path / "ours" / "code"
+    theirs.mkdir(parents=True)
+    for name in ("plan.json", DONE, "gencode_stage0.py", "own.ckpt"):
+        (theirs / name).write_text(name)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    files = processes._read_all(theirs)
+    assert sorted(files) == sorted(["plan.json", DONE, "gencode_stage0.py"]), "what compiling wrote, and no more"
+    nodes = Nodes(processes._digest(theirs), files)
+    monkeypatch.setattr(processes, "dist", nodes)
+    processes.share_folder(ours, torch.device("cpu"))
+    assert ours.exists() == takes
+    if takes:
+        assert processes._read_all(ours) == files
+        assert [path.name for path in ours.parent.iterdir()] == ["code"]
+        assert (nodes.sent, nodes.barriers) == ([], 1)
+        nodes.sent = [processes._digest(theirs)]
+        processes.share_folder(ours, torch.device("cpu"))
+        (ours / "plan.json").write_text("another")
+        assert processes._digest(ours) != processes._digest(theirs)
+    else:
+        assert nodes.sent == [files], "it leaves that to the first one"

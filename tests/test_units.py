@@ -1,0 +1,90 @@
+"""How a block is divided into units, what of them backward needs, and the order in which they run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from nnscaler.graph import Block, Node, Ref, TensorMeta
+from nnscaler.units import divide, needed_by, pure, saved_by
+
+SIZES = {"linear": "aten.linear.default", "silu": "aten.silu.default", "mul": "aten.mul.Tensor", "t": "aten.t.default",
+         "add": "aten.add.Tensor", "attention": "attention"}  # fmt: skip
+
+
+def block(*nodes: tuple[str, str, str], outputs: tuple[str, ...], inputs: tuple[str, ...] = ("x",)) -> Block:
+    """Square tensors. Of each node: its operator, its result, and what it takes, with blanks between."""
+    found = Block("layer", "Layer", inputs=list(inputs), outputs=list(outputs), parameters={"w": "w"})
+    for op, name, taken in nodes:
+        args = tuple(map(Ref, taken.split()))
+        found.nodes.append(Node(name, SIZES[op], args, {}, (name,)))
+    names = {*inputs, "w", *(name for _, name, _ in nodes)}
+    shape = (2, 4, 8, 8) if any(op == "attention" for op, *_ in nodes) else (8, 8)
+    found.tensors = {name: TensorMeta(shape, torch.float32, True) for name in names}
+    return found
+
+
+def units_of(given: Block) -> list[tuple[str, list[str], list[str], list[str], int]]:
+    return [
+        (unit.kind, [node.name for node in unit.nodes], unit.inputs, unit.outputs, unit.depth) for unit in divide(given)
+    ]
+
+
+def test_a_gated_mlp_has_three_products_and_a_cluster():
+    given = block(
+        ("linear", "gate", "x w"), ("silu", "act", "gate"), ("linear", "up", "x w"), ("mul", "inner", "act up"),
+        ("linear", "down", "inner w"), ("add", "out", "x down"), outputs=("out", "act"),
+    )  # fmt: skip
+    assert units_of(given) == [
+        ("product", ["gate"], ["x", "w"], ["gate"], 1),
+        ("product", ["up"], ["x", "w"], ["up"], 1),
+        ("cheap", ["act", "inner"], ["gate", "up"], ["act", "inner"], 1),
+        ("product", ["down"], ["inner", "w"], ["down"], 2),
+        ("cheap", ["out"], ["x", "down"], ["out"], 2),
+    ]
+    cluster = divide(given)[2]
+    assert (cluster.name, cluster.main.name, pure(cluster)) == ("inner", "act", True)
+    assert set(needed_by(cluster, given)) == {"gate", "act", "up"}, (
+        "silu's input; both factors, of which one is an output"
+    )
+    inside = replace(given, outputs=["out"])
+    assert set(needed_by(divide(inside)[2], inside)) == {"gate", "up"}, "what is inside is made again from these"
+    (product,) = (unit for unit in divide(given) if unit.name == "down")
+    assert set(needed_by(product, given)) == {"inner", "w"}
+
+
+def test_a_product_does_not_lie_between_parts_of_a_cluster():
+    given = block(("silu", "a", "x"), ("linear", "b", "a w"), ("mul", "c", "a b"), outputs=("c",))
+    assert [names for _, names, *_ in units_of(given)] == [["a"], ["b"], ["c"]]
+
+
+def test_views_belong_to_what_they_look_at():
+    given = block(("linear", "a", "x w"), ("t", "b", "a"), ("linear", "c", "b w"), outputs=("c",))
+    assert [(kind, names, made) for kind, names, _, made, _ in units_of(given)] == [
+        ("product", ["a", "b"], ["b"]), ("product", ["c"], ["c"])
+    ]  # fmt: skip
+    first, second = divide(given)
+    assert set(needed_by(second, given)) == {"b", "w"}
+    assert set(needed_by(first, given)) == {"x", "w"}
+    of_two = block(("t", "a", "x"), ("linear", "b", "a w"), outputs=("b",))
+    assert [names for _, names, *_ in units_of(of_two)] == [["a"], ["b"]], "a view of an input has no such unit"
+
+
+def test_units_stand_in_an_order_in_which_they_can_run():
+    """A cluster whose first part comes early, and whose last needs a product that stands after it."""
+    given = block(
+        ("silu", "a", "x"), ("linear", "b", "y w"), ("silu", "c", "b"), ("linear", "d", "a w"), ("mul", "e", "c d"),
+        outputs=("e",), inputs=("x", "y"),
+    )  # fmt: skip
+    assert [names for _, names, *_ in units_of(given)] == [["a"], ["b"], ["d"], ["c", "e"]]
+
+
+def test_what_no_gradient_goes_through_saves_nothing():
+    given = block(("linear", "a", "x w"), outputs=("a",))
+    (node,) = given.nodes
+    assert sorted(saved_by(node, given)) == ["w", "x"]
+    given.tensors["x"] = replace(given.tensors["x"], requires_grad=False)
+    assert saved_by(node, given) == ["x"], "for the weight's gradient"
+    given.tensors["a"] = replace(given.tensors["a"], requires_grad=False)
+    assert saved_by(node, given) == []
