@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,12 @@ import ckpt_merger
 import create_mini_model
 import train
 from nnscaler.cli.config import CheckpointConfig, EvaluationConfig, LogConfig, LRSchedulerConfig, TrainerArgs
+from nnscaler.cli.flags import Flags, parse
 from nnscaler.command import run
 from nnscaler.config import ComputeConfig, OptimizerConfig
 from nnscaler.errors import UserError
 from nnscaler.models.attention import IMPLEMENTATIONS
-from nnscaler.options import rules_of
+from nnscaler.options import REQUIRED, assignments, names, path, rules_of, switch, whole, words
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("train", "bookcorpus", "create_mini_model", "ckpt_merger")
@@ -30,6 +33,7 @@ def test_help_and_a_wrong_flag_wait_for_nothing_that_is_slow_to_import(module):
     """Whatever they import, they do without the packages that take seconds."""
     check = f"""
 import sys, importlib
+from nnscaler.cli.flags import Flags, parse
 from nnscaler.command import run
 for flag in ("--help", "--hepl"):
     sys.argv = ["command", flag]
@@ -229,3 +233,58 @@ def test_of_several_processes_one_tells_what_is_wrong(monkeypatch, capsys, tmp_p
         with pytest.raises(SystemExit):
             run(main)
     assert capsys.readouterr().err == "error: two lines\n"
+
+
+@dataclass(frozen=True)
+class Walk:
+    to: Path = path(REQUIRED, "where to")
+    steps: int = whole(10, "steps to walk", least=1)
+    through: tuple[str, ...] | None = names(None, "places")
+    by: tuple[str, ...] = words((), "ways", flag="by-way")
+    set: Mapping[str, str] = assignments("whatever else")
+    fast: bool = switch("run, rather than walk")
+
+
+def test_flags_are_spelled_as_on_a_command_line():
+    rules = rules_of(Walk)
+    rules = {rule.key(name): rule for name, rule in rules.items()}
+    plain = {"steps": 10, "through": None, "by_way": (), "set": {}, "fast": False, "to": Path("a b")}
+    assert Flags(plain, rules).spelled(list(plain)) == "--to 'a b'"
+    given = {
+        **plain,
+        "steps": 12,
+        "through": ("a", "b"),
+        "by_way": ("x", "y z"),
+        "set": {"k": "1", "m": "2"},
+        "fast": True,
+    }
+    flags = Flags(given, rules)
+    assert flags.spelled(list(given)) == (
+        "--steps 12 --through a,b --by-way x 'y z' --set k=1 --set m=2 --fast --to 'a b'"
+    )
+    assert flags.spelled(["steps", "fast", "to"], steps=10, to=Path("c")) == "--fast --to c"
+    quick = Flags(plain, {**rules, "fast": replace(rules["fast"], default=True)})
+    assert quick.spelled(["fast"]) == "--fast false"
+    assert flags.make(Walk, steps=3) == Walk(Path("a b"), 3, ("a", "b"), ("x", "y z"), given["set"], True)
+
+
+def test_help_says_what_each_flag_takes_and_its_default(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["walk", "--help"])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        parse("Walks.", {"the walk": Walk}, {"steps": 20})
+    text = " ".join(capsys.readouterr().out.split()) + " "
+    for said in (
+        "--config PATH YAML or JSON file of flags by name, without the hyphens in front; the command line takes "
+        "precedence", "the walk:", "--steps N steps to walk (default: 20) --through NAME,... places --by-way",
+        "--by-way NAME,... [NAME,... ...] ways --set", "--set FIELD=VALUE whatever else",
+        "--fast [true|false] run, rather than walk", "--to PATH where to. Required",
+    ):  # fmt: skip
+        assert f"{said} " in text, said
+
+
+def test_flags_that_are_given_several_times_or_with_several_words(monkeypatch):
+    words = "--to x --set a=1 --set b=2 --by-way one two --by_way three --through p,q --fast".split()
+    monkeypatch.setattr(sys, "argv", ["walk", *words])
+    found = parse("Walks.", {"the walk": Walk}).make(Walk)
+    assert found == Walk(Path("x"), 10, ("p", "q"), ("one", "two", "three"), {"a": "1", "b": "2"}, True)

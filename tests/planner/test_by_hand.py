@@ -218,6 +218,38 @@ def test_attention_on_each_of_two_devices(machine, causal):
             ), split
 
 
+def test_on_two_axes_the_sequence_is_divided_along_one(machine):
+    """A function that communicates knows of one axis; each of four devices does a quarter all the same."""
+    block = attention_block(causal=False)
+    (unit,) = divide(block)
+    options = unit_options(unit, block, CostModel(replace(machine, memory_bandwidth=1e30), Mesh((2, 2))))
+    splits = {option.ways[0][1].split: option.seconds.forward for option in options}
+    assert {"l,k", "k,l", "b,k"} <= set(splits)
+    assert "l,l" not in splits
+    assert splits["b,k"] == pytest.approx(ATTENTION / 4 / OPERATIONS, rel=1e-4)
+    exchanged = 2 * (2 * 8 * 128 * 16) * 2 / 4 / 2 / LINK  # of a quarter of the queries and results, a half
+    assert splits["l,k"] == pytest.approx(ATTENTION / 4 / OPERATIONS + exchanged, rel=1e-4)
+
+
+def test_operators_are_timed_on_what_a_device_has(graph, machine):
+    asked = set()
+
+    class Times:
+        def seconds(self, node, inputs):
+            asked.add((node.op, *(meta.shape for meta in inputs)))
+            return (3.0, 4.0)
+
+    (product,) = (unit for unit in divide(graph.root) if unit.kind == "product")
+    options = unit_options(product, graph.root, CostModel(machine, Mesh((2,)), times=Times()))
+    halves = [
+        ((ROWS // 2, INNER), (OUTER, INNER)),
+        ((ROWS, INNER // 2), (OUTER, INNER // 2)),
+        ((ROWS, INNER), (OUTER // 2, INNER)),
+    ]
+    assert asked == {("aten.linear.default", *shapes) for shapes in [((ROWS, INNER), (OUTER, INNER)), *halves]}
+    assert {(option.seconds.forward, option.seconds.backward) for option in options} == {(3.0, 4.0)}
+
+
 def test_only_gradients_that_there_are_are_exchanged(machine):
     """Along the sequence half of the queries and of the results go to the other device; of their gradients likewise."""
     costs = CostModel(replace(machine, memory_bandwidth=1e30), Mesh((2,)))
