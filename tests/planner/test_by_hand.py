@@ -20,6 +20,7 @@ from nnscaler.hardware import Hardware, load_hardware
 from nnscaler.mesh import Mesh
 from nnscaler.operators import bind, operator_of
 from nnscaler.placement import PARTIAL, REPLICATE, SHARED, Shard
+from nnscaler.plan import Key
 from nnscaler.planner import find_plan
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.flows import resharding
@@ -100,6 +101,7 @@ def test_three_operators(graph, machine, devices):
     # The product: for the weight alone. silu: reads h and a gradient, writes one. The sum: writes one.
     backward = product + 3 * moved + moved + scalar
     assert total(found.seconds, "backward") == pytest.approx(backward, rel=1e-3)
+    assert found.memory[Key("working")] == 2 * (X + H) / devices + 2 * W, "what the product reads and writes"
     owned = W / devices
     assert total(found.memory, "parameter", "parameters") == 2 * W
     assert total(found.memory, "parameter", "gradients") == 4 * owned
@@ -155,6 +157,26 @@ def test_resharding_by_hand(machine, source, target, links, copies):
     assert changes is not None
     seconds = costs.resharding(TensorMeta((32, 8), torch.float32), (source,), changes)
     assert seconds.forward == pytest.approx(32 * 8 * 4 * (links + COPY * copies) / LINK)
+
+
+@pytest.mark.parametrize(("source", "target", "forward", "backward"), [
+    (REPLICATE, Shard(1), 2 / 2, (1 / 2, 2 * 3)),  # a slice is read and written; its gradient is gathered, in strides
+    (SHARED, Shard(0), 2 / 2, (0, 2 / 2)),  # its gradient is a slice of nothing else
+    (SHARED, REPLICATE, 0, (0, 2 / 2)),  # the gradient is divided by the devices
+    (REPLICATE, SHARED, 0, (2 * 1 / 2, 2 * 3)),  # whose terms are added up
+])  # fmt: skip
+def test_what_no_other_device_takes_part_in_by_hand(machine, source, target, forward, backward):
+    """[32, 8] in fp32: the times that its bytes are moved in memory, or sent. Launching takes 1 ms."""
+    costs = CostModel(replace(machine, memory_bandwidth=LINK, launch=1e-3), Mesh((2,)))
+    meta = TensorMeta((32, 8), torch.float32, True)
+    seconds = costs.resharding(meta, (source,), reshards((source,), (target,)))
+    size, (sent, moved) = 32 * 8 * 4 / LINK, backward
+    assert seconds.forward == pytest.approx(size * forward + (1e-3 if forward else 0))
+    assert seconds.backward == pytest.approx(size * (sent + moved) + (0 if sent else 1e-3))
+    without = costs.resharding(replace(meta, requires_grad=False), (source,), reshards((source,), (target,)))
+    assert (without.forward, without.backward) == (seconds.forward, 0)
+    alone = CostModel(costs.hardware, Mesh((1,)))
+    assert alone.resharding(meta, (source,), reshards((source,), (target,))).forward == 0
 
 
 def test_weights_are_gathered_early_up_to_what_there_is(graph, machine):
@@ -261,6 +283,32 @@ def test_only_gradients_that_there_are_are_exchanged(machine):
     each = (2 * 8 * 128 * 16) * 2 / 2 / 2 / LINK
     assert seconds[0].forward == seconds[1].forward
     assert seconds[0].backward - seconds[1].backward == pytest.approx(each, rel=1e-4)
+
+
+def test_experts_on_each_of_two_devices(machine):
+    """8 tokens choose 2 of 4 experts, of 16 to 2 x 32 and back. A token's row goes to 1.5 devices in the mean."""
+    block = Block("model", "Model")
+    shapes = {"x": (8, 16), "scores": (8, 2), "up": (4, 2, 32, 16), "down": (4, 16, 32), "y": (8, 16)}
+    block.tensors = {name: TensorMeta(shape, torch.bfloat16, True) for name, shape in shapes.items()}
+    block.tensors["chosen"] = TensorMeta((8, 2), torch.int64, False)
+    block.inputs, block.outputs = ["x", "chosen", "scores", "up", "down"], ["y"]
+    given = {"gate": "silu", "constants": {}}
+    block.nodes = [Node("y", "experts", tuple(map(Ref, block.inputs)), given, ("y",))]
+    (unit,) = divide(block)
+    options = unit_options(unit, block, CostModel(replace(machine, memory_bandwidth=1e30), Mesh((2,))))
+    splits = {option.ways[0][1].split: option for option in options}
+    arithmetic = 8 * 2 * 2 * (16 * 64 + 32 * 16) / OPERATIONS
+    travels = 4 * 1.5 * 16 * 2  # of a device's four tokens, in bf16
+    exchanged = 2 * travels / 2 / LINK  # there and back
+    found, plain = splits["t n"], splits["t"]
+    assert found.seconds.forward == pytest.approx(arithmetic / 2 + exchanged)
+    assert found.seconds.backward == pytest.approx(2 * arithmetic / 2 + exchanged)
+    assert (plain.seconds.forward, plain.seconds.backward) == pytest.approx((arithmetic / 2, arithmetic))
+    assert found.inner_bytes - plain.inner_bytes == travels, "kept where they go"
+    block.tensors = {name: replace(meta, requires_grad=False) for name, meta in block.tensors.items()}
+    options = unit_options(unit, block, CostModel(replace(machine, memory_bandwidth=1e30), Mesh((2,))))
+    found = next(option for option in options if option.ways[0][1].split == "t n")
+    assert found.seconds.backward == 0
 
 
 def test_the_chunked_loss_by_hand(machine):
