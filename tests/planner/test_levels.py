@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nnscaler.compiler import Source
 from nnscaler.recompute import KEEPS_ALL, KEEPS_PRODUCTS, ON_DEVICE, RECOMPUTES_ALL, RECOMPUTES_ALL_BUT_ATTENTION
-from nnscaler.recompute.keeping import keep_all, part_again
+from nnscaler.recompute.keeping import keep_all, keep_cut, part_again
 from nnscaler.trace import trace
 from nnscaler.units import divide
 
@@ -75,6 +75,12 @@ def test_what_is_computed_again_is_not_kept_but_its_inputs_are():
     assert found.as_made == (base.as_made - {result}) | set(units[last].inputs)
     assert found.as_used == {use for use in base.as_used if use[0] != last}
     assert found.recomputed == {last}
+    cut = keep_cut(units, block, ("registered",))
+    again = {index for index, _ in cut.as_resharded}
+    assert len(again) > 1
+    for index in again:
+        left = {use for use in cut.as_resharded if use[0] != index}
+        assert part_again([index], units, cut).as_resharded == left < cut.as_resharded
     whole = part_again(range(len(units)), units, base)
     outside = {name for unit in units for name in unit.inputs} - {name for unit in units for name in unit.outputs}
     assert whole.as_made == outside >= set(block.inputs)

@@ -323,6 +323,10 @@ def page_values() -> dict:
     ]
     values["limits"] = [{"limit": "memory", "share": 0.5, "text": "a reason"}]
     values["origins"] = [{"what": "matmul", "origin": "measured", "seconds": 59.0, "share": 0.59}]
+    values["advice"] = [
+        {"change": "profile attention", "text": "where it is", "helps": True},
+        {"change": "+20 GiB a device", "text": "no plan fits", "helps": False},
+    ]
     values["sources"] = {"hardware": "a data sheet", "profile": "", "measured": "here"}
     return values
 
@@ -356,6 +360,11 @@ def test_the_page_has_a_row_for_each_operator_move_and_parameter():
     assert update in rows
     assert not any(row[0] == "slice" for row in rows), "which is no communication"
     assert ["matmul", "measured", "59.0 s", "59.0 %"] in rows
+    for row in (
+        ["what limits", "of the step", "why"], ["memory", "50.0 %", "a reason"], ["what would help", "by how much"],
+        ["profile attention", "where it is"], ["what would not help", "why"], ["+20 GiB a device", "no plan fits"],
+    ):  # fmt: skip
+        assert row in rows, row
     text = " ".join("".join(page.itertext()).split())
     for said in (
         "layer called 8 times", "model called once", "3 calls",
