@@ -52,6 +52,7 @@ class Hardware:
     launch            seconds that an operator takes however small it is
     interference      seconds that computation loses for each second of communication beside it
     intra, inter      the links between devices of one node, and of different nodes
+    workspaces        bytes of a device that libraries of kernels take for themselves all the time
     host              the host's memory, which a plan may use too; None: there is none beside the device's, as for a CPU
     source            where these figures come from, for people
     borrowed          whether the rates are those of another kind of device, because none of this kind are known
@@ -71,6 +72,7 @@ class Hardware:
     inter: Link
     source: str
     interference: float = 0.0
+    workspaces: float = 0.0
     host: Host | None = None
     borrowed: bool = False
     remark: str = ""
@@ -267,6 +269,7 @@ def _check(hardware: Hardware) -> None:
     }
     least_0 = {
         "launch": hardware.launch,
+        "workspaces": hardware.workspaces,
         "interference": hardware.interference,
         "latency of intra": hardware.intra.latency,
         "latency of inter": hardware.inter.latency,

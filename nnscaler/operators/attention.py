@@ -72,6 +72,12 @@ def attention_backward(node: Node, inputs: Sequence[TensorMeta]) -> float:
     return (3 * size + 2 * value_size) / (size + value_size)
 
 
+def attention_workspace(sizes: dict[str, int], node: Node, inputs: Sequence[TensorMeta]) -> float:
+    """Backward sums gradients of queries in fp32; and those of keys and values, where several heads share them."""
+    query, key, value = (meta.numel for meta in inputs[:3])
+    return 4.0 * (query + (key + value if sizes["g"] > 1 else 0))
+
+
 def document_examples(node: Node, inputs: Sequence[TensorMeta]) -> dict[int, Tensor]:
     """Documents of `document_length` tokens each."""
     given = arguments(node)
@@ -104,6 +110,7 @@ def count_weights(node: Node, inputs: Sequence[Shape], counters: Counters) -> No
     unmasked=unmasked_flops,
     backward=attention_backward,
     saves=save_both,
+    workspace=attention_workspace,
     along={"l": "nnscaler.runtime.attention.attention_along_l"},
     examples=document_examples,
     draws=drops,

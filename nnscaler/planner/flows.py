@@ -52,7 +52,7 @@ def storage(layout: Placements) -> Placements:
 class Flows:
     """Adds the variables, rows and charges of all flows to a program.
 
-    resharded  index of a flow -> its variables y
+    resharded  index of a flow -> (from, to) -> its variable y
     again      (index of a flow, from, to) -> how often a micro-batch's backward does this again, as a sum
     kept       (index of a flow, layout, level) -> the variable k
     in_call    (index of a flow, layout, level) -> the variable j: whether one call would keep it so; for levels that
@@ -62,7 +62,7 @@ class Flows:
 
     def __init__(self, choices: Choices) -> None:
         self.choices, self.problem, self.statement = choices, choices.problem, choices.statement
-        self.resharded: dict[int, list[int]] = {}
+        self.resharded: dict[int, dict[tuple[Placements, Placements], int]] = {}
         self.again: dict[tuple[int, Placements, Placements], Terms] = {}
         self.kept: dict[tuple[int, Placements, Level], int] = {}
         self.in_call: dict[tuple[int, Placements, Level], int] = {}
@@ -107,7 +107,7 @@ class Flows:
                 if (source, target) not in resharded:
                     resharded[source, target] = self._reshard(index, source, target)
                 self.statement.above(resharded[source, target], [(e, 1.0)])
-        self.resharded[index] = list(resharded.values())
+        self.resharded[index] = resharded
         again = self._gather_again(index, made, resharded)
         inside = {level.inner for level in self.problem.levels[flow.block]}
         for level in self.problem.levels[flow.block]:

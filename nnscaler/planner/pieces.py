@@ -16,10 +16,12 @@ subject to    sum_k c_rk <= 1;  sum_k c_rk + y_fps <= 1 for f inside r;  c_rk + 
               A_r >= sum t_do R_dl z_dol + N_b sum_d p_dok x_do, if c_rk = 1                                     (time)
               M_r >= sum of b_fs x_do of f inside r, if sum_k c_rk = 0;  a k-th of that, if c_rk = 1             (made)
               P_r >= g_do + (w_do - g_do) / k, if c_rk = 1;  Q_r likewise                                     (working)
-M_r is a part of V_b, and P_r + Q_r takes the place of w_do in U.
+M_r is a part of what is computed again, and P_r + Q_r takes the place of w_do in U (see `nnscaler.planner.working`).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from nnscaler.plan import Key
 from nnscaler.planner.choices import Choices
@@ -31,23 +33,41 @@ from nnscaler.planner.statement import Account, Quantity, Terms
 COUNTS = (4, 16)  # of pieces, beside one
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a stretch holds.
+
+    name               of the stretch
+    decisions, places  those of its units, and the first and the last of their places among the units of its block
+    made, most         the variable M_r, and its largest value
+    terms              the sum P_r + Q_r
+    """
+
+    block: str
+    name: str
+    decisions: tuple[int, ...]
+    places: tuple[int, int]
+    made: int
+    most: float
+    terms: Terms
+
+
 class InPieces:
     """Adds the variables, rows and charges above to a program.
 
     counts   (block, name of a stretch) -> number of pieces -> the variable c
-    inside   indices of the flows that are both made and used inside a stretch
-    made     block -> the variables M_r of its stretches
+    inside   index of a flow that is both made and used inside a stretch, and needed -> the part of it that is not
+             there while a piece runs, as a sum
     working  index of a decision -> a sum that is 1 where it is in pieces
-    held     the sums P_r + Q_r, one for each stretch
+    held     what each stretch holds while it runs in pieces
     """
 
     def __init__(self, choices: Choices, flows: Flows) -> None:
         self.choices, self.flows, self.problem, self.statement = choices, flows, choices.problem, choices.statement
         self.counts: dict[tuple[str, str], dict[int, int]] = {}
-        self.inside: set[int] = set()
-        self.made: dict[str, list[int]] = {}
+        self.inside: dict[int, Terms] = {}
         self.working: dict[int, Terms] = {}
-        self.held: list[Terms] = []
+        self.held: list[Held] = []
         for divisible in self.problem.divisible:
             _Stretch(self, divisible)
 
@@ -65,8 +85,12 @@ class _Stretch:
         self.counts = all_.counts[stretch.block, stretch.name] = counts
         self._whole()
         self._time()
-        self._made()
-        self._working()
+        made, most = self._made()
+        places = [self.problem.decisions[index].place for index in stretch.decisions]
+        held = self._working()
+        all_.held.append(
+            Held(stretch.block, stretch.name, stretch.decisions, (min(places), max(places)), made, most, held)
+        )
 
     def _uses(self, flow: Flow) -> list[Port]:
         return [use for use in flow.consumers if use[0] in self.stretch.decisions]
@@ -94,7 +118,7 @@ class _Stretch:
         """The rows (whole) and (levels)."""
         self.statement.row(self._any(), upper=1.0)
         for index in self.inner:
-            for y in self.all.flows.resharded.get(index, ()):
+            for y in self.all.flows.resharded[index].values():
                 self.statement.row([*self._any(), (y, 1.0)], upper=1.0)
         for decision, sizes in zip(self.stretch.decisions, self.stretch.sizes):
             for count, c in self.counts.items():
@@ -150,24 +174,23 @@ class _Stretch:
                     most += self.problem.calls[self.stretch.block] * max(seconds)
         return terms, most, launches
 
-    def _made(self) -> None:
-        """The variable M_r."""
+    def _made(self) -> tuple[int, float]:
+        """The variable M_r, and its largest value."""
         flows = self.problem.flows
         needed = [index for index in self.inner if flows[index].needed]
-        self.all.inside.update(needed)
+        self.all.inside.update((index, [(c, 1 - 1 / count) for count, c in self.counts.items()]) for index in needed)
         terms, most = self._sum([self._bytes(flows[i].producer, flows[i], "outputs") for i in needed])
         kept = [flow for flow in self.taken if not flow.needed and not flow.is_parameter]
         more, most_more = self._sum([self._bytes(flow.producer, flow, "outputs") for flow in kept])
         made = self.statement.least(Quantity.BYTES)
-        self.all.made.setdefault(self.stretch.block, []).append(made)
         self.statement.above(made, [*terms, *self._any(-most)])
         for count in COUNTS:
             self._where(made, count, [*((x, size / count) for x, size in terms), *more], most / count + most_more)
+        return made, most + most_more
 
-    def _working(self) -> None:
-        """The variables P_r and Q_r."""
+    def _working(self) -> Terms:
+        """The variables P_r and Q_r; their sum."""
         own, around = self.statement.least(Quantity.BYTES), self.statement.least(Quantity.BYTES)
-        self.all.held.append([(own, 1.0), (around, 1.0)])
         taken = [flow for flow in self.taken if flow.meta.requires_grad]
         parts = [self._bytes(flow.producer, flow, "outputs") for flow in self.given]
         for flow in taken:
@@ -189,3 +212,4 @@ class _Stretch:
             for count in COUNTS:
                 held = [all_of + max(o.transient - all_of, 0.0) / count for o, all_of in zip(decision.options, whole)]
                 self._where(own, count, list(zip(self.choices.x[index], held)), max(held))
+        return [(own, 1.0), (around, 1.0)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from math import gcd
+from math import gcd, inf
 
 from nnscaler.chains import chains, handed_on
 from nnscaler.graph import Block, Call, Graph, TensorMeta
@@ -22,7 +22,7 @@ from nnscaler.planner.costs import CostModel, Seconds, in_fp32, master_bytes
 from nnscaler.planner.options import CannotBePinned, Option, is_alias, layouts_of, unit_options
 from nnscaler.recompute import IN_GROUPS, KEEPS_ALL, ON_DEVICE, RECOMPUTES_ALL, SAME_ON_HOST, Level, recomputes
 from nnscaler.sizes import PREFETCH_BYTES
-from nnscaler.units import Unit, divide
+from nnscaler.units import Unit, divide, needed_by, pure
 
 Port = tuple[int, int]  # (index of a decision, which of its inputs or outputs)
 
@@ -36,6 +36,13 @@ class Decision:
     count          how often it occurs in a micro-batch: once for each call of the block
     runs_again     level -> how often backward runs it again for each call, in the mean
     inner_kept_at  levels at which its inner tensors are kept
+
+    Of units only:
+
+    place   its place among the units of its block, in the order in which they run
+    region  a number that it shares with the units that are compiled together with it; None: it is none of these
+    fused   whether it is a cluster of cheap operators that runs as one kernel
+    reads   whether its backward reads any tensor
     """
 
     kind: str  # unit, parameter, input, output
@@ -45,6 +52,10 @@ class Decision:
     count: int = 1
     runs_again: Mapping[Level, float] = field(default_factory=dict)
     inner_kept_at: frozenset[Level] = frozenset()
+    place: int = -1
+    region: int | None = None
+    fused: bool = False
+    reads: bool = True
 
 
 @dataclass
@@ -58,6 +69,8 @@ class Flow:
     as_resharded    level -> consumers; likewise, but only where it was resharded for them
     is_parameter    it is a parameter, which is kept anyway in the layout in which it is stored
     needed          backward of its block reads it, whether it is kept or computed again
+    read_from       the place of the first unit of its block whose backward reads it, or makes it again for others
+    freed_first     backward reads it before that of any call of a block begins, and not later
     reshards_again  level -> how often backward reshards it again for each call, in the mean
     """
 
@@ -72,6 +85,8 @@ class Flow:
     as_resharded: dict[Level, list[Port]] = field(default_factory=dict)
     is_parameter: bool = False
     needed: bool = False
+    read_from: float = inf
+    freed_first: bool = False
     reshards_again: Mapping[Level, float] = field(default_factory=dict)
 
 
@@ -112,6 +127,7 @@ class Stack:
 class Problem:
     """Everything that the mixed-integer program is made from.
 
+    root              the block that calls the others
     calls             block -> how often it runs in a micro-batch
     levels            block -> the recompute levels that its calls may have
     parameter_of      (block, tensor) -> index of the decision about the parameter
@@ -128,6 +144,7 @@ class Problem:
     """
 
     costs: CostModel
+    root: str
     decisions: list[Decision] = field(default_factory=list)
     flows: list[Flow] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=dict)
@@ -143,6 +160,10 @@ class Problem:
     optimizer_state: float = 0.0
     staging: float = 0.0
     resharding: dict[tuple[TensorMeta, bool, Placements, Placements], Seconds | None] = field(default_factory=dict)
+
+    def has_calls(self, block: str) -> bool:
+        """Whether other blocks are called from this one."""
+        return block == self.root and len(self.levels) > 1
 
 
 @dataclass(frozen=True)
@@ -190,7 +211,9 @@ def build_problem(
     trained = [meta for meta in graph.parameters.values() if meta.requires_grad]
     elements = sum(meta.numel for meta in trained)
     buffers = costs.exchange_buffers(elements)
-    problem = Problem(costs, micro_batches=micro_batches, exchange_buffers=buffers, in_flight=in_flight, host=host)
+    problem = Problem(
+        costs, graph.root.name, micro_batches=micro_batches, exchange_buffers=buffers, in_flight=in_flight, host=host
+    )
     problem.optimizer_state, problem.staging = costs.state_memory(trained), costs.staging_memory(elements)
     problem.gathered_early = min(PREFETCH_BYTES, sum(meta.nbytes for meta in trained))
     builder = _Builder(graph, problem, recomputing, layouts or {}, sparing, groups and recomputing.free)
@@ -305,7 +328,13 @@ class _Body:
         self.kept_at = {level: level.keeps(self.units, block, fused) for level in self.levels}
         self.problem.calls[block.name], self.problem.levels[block.name] = self.count, self.levels
         everything = KEEPS_ALL.keeps(self.units, block, fused)
-        self.needed = everything.as_made | {name for _, name in everything.as_used | everything.as_resharded}
+        uses = everything.as_used | everything.as_resharded
+        self.needed = everything.as_made | {name for _, name in uses}
+        read = [(place, name) for place, unit in enumerate(self.units) for name in needed_by(unit, block)]
+        self.read_from: dict[str, float] = {}
+        for place, name in [*read, *uses]:
+            self.read_from[name] = min(place, self.read_from.get(name, inf))
+        self.last_call = max((place for place, unit in enumerate(self.units) if unit.kind == "call"), default=-1)
         self.flows: dict[str, Flow] = {}
         self.nodes = {node.name: node for node in block.nodes}
         self.decisions: dict[int, int] = {}  # index of a unit -> its decision
@@ -357,6 +386,7 @@ class _Body:
         flow.as_made = {level for level, kept in self.kept_at.items() if tensor in kept.as_made}
         flow.reshards_again = {level: kept.reshards_so_often for level, kept in self.kept_at.items()}
         flow.needed = tensor in self.needed and tensor not in self.block.parameters
+        flow.read_from = self.read_from.get(tensor, inf)
         self.flows[tensor] = flow
         return flow
 
@@ -381,7 +411,8 @@ class _Body:
         for index, tensor in enumerate(call.inputs):
             self.flows[tensor].consumers.append((self.builder.interface[call.block, "input", index], 0))
         for index, tensor in enumerate(call.outputs):
-            self._open(tensor, (self.builder.interface[call.block, "output", index], 0))
+            flow = self._open(tensor, (self.builder.interface[call.block, "output", index], 0))
+            flow.freed_first = flow.needed and self.units[self.last_call] is unit
 
     def _unit(self, index: int, unit: Unit) -> None:
         options, fused = tuple(unit_options(unit, self.block, self.problem.costs)), self.problem.costs.fused
@@ -391,9 +422,20 @@ class _Body:
             for level, kept in self.kept_at.items()
             if not runs_again[level] and (kept.keeps_inner or fused or unit.kind == "registered")
         )
-        count = 0 if is_alias(unit) else self.count
         decision = self.builder.decide(
-            Decision("unit", self.block.name, unit.name, options, count, runs_again, inner_kept_at)
+            Decision(
+                "unit",
+                self.block.name,
+                unit.name,
+                options,
+                0 if is_alias(unit) else self.count,
+                runs_again,
+                inner_kept_at,
+                place=index,
+                region=sum(not pure(other) for other in self.units[:index]) if pure(unit) else None,
+                fused=fused and unit.kind == "cheap",
+                reads=bool(needed_by(unit, self.block)),
+            )
         )
         self.decisions[index] = decision
         for position, tensor in enumerate(unit.inputs):
@@ -405,7 +447,8 @@ class _Body:
                 if (index, tensor) in kept.as_resharded:
                     flow.as_resharded.setdefault(level, []).append(use)
         for position, tensor in enumerate(unit.outputs):
-            self._open(tensor, (decision, position))
+            flow = self._open(tensor, (decision, position))
+            flow.freed_first = flow.needed and 0 <= self.last_call < index
 
     def _close(self) -> None:
         """Adds the flows to the problem. Equal ones, as between repeated blocks, become one with a higher count."""

@@ -85,6 +85,7 @@ from nnscaler.planner.on_host import OnHost
 from nnscaler.planner.pieces import InPieces
 from nnscaler.planner.problem import Flow, Problem
 from nnscaler.planner.statement import Account, Quantity, Terms
+from nnscaler.planner.working import Working
 from nnscaler.recompute import Level
 
 
@@ -124,9 +125,10 @@ class Program:
         self._hide()
         self.pieces = InPieces(self.choices, self.flows)
         InGroups(self.choices, self.flows)
-        self._work()
-        for block in problem.levels:
-            self._compute_again(block)
+        Working(self.choices, self.flows, self.pieces)
+        workspaces = self.statement.least(Quantity.BYTES)
+        self.statement.above(workspaces, [], problem.costs.hardware.workspaces)
+        self._charge(Account.DEVICE, Key("working", "", "workspaces"), workspaces, 1.0)
         self._gather_early()
         self._full = self._buffer()
         self.on_host = OnHost(self.choices, self.flows) if problem.host else None
@@ -193,39 +195,6 @@ class Program:
     def _longer(self, side: str, exchange: Terms, computing: Terms, part: float) -> None:
         lost = self.problem.costs.hardware.interference
         self.statement.longer(Key("exchange", "", side), exchange, computing, lost, part)
-
-    def _work(self) -> None:
-        """The row (working)."""
-        working = self.statement.least(Quantity.BYTES)
-        self._charge(Account.DEVICE, Key("working"), working, 1.0)
-        for index, (decision, xs) in enumerate(zip(self.problem.decisions, self.x)):
-            held = [(x, option.transient) for x, option in zip(xs, decision.options) if option.transient]
-            if held:
-                most = max(size for _, size in held)
-                in_pieces = [(c, -most * share) for c, share in self.pieces.working.get(index, ())]
-                self.statement.above(working, [*held, *in_pieces])
-        for held in self.pieces.held:
-            self.statement.above(working, held)
-
-    def _compute_again(self, block: str) -> None:
-        """The variable V_b and its row (again), for a block of which some calls do not keep everything."""
-        levels = self.problem.levels[block]
-        if len(levels) == 1 and levels[0].everything:
-            return
-        terms: Terms = []
-        most = 0.0
-        for index, flow in enumerate(self.problem.flows):
-            if flow.block == block and flow.needed:
-                layouts = self.flows.layouts(flow.producer, "outputs")
-                sizes = {layout: self.problem.costs.local_bytes(flow.meta, layout) for layout in layouts}
-                most += max(sizes.values())
-                if index not in self.pieces.inside:
-                    terms += [(x, sizes[layout]) for layout, xs in layouts.items() for x, _ in xs]
-        terms += [(made, 1.0) for made in self.pieces.made.get(block, ())]
-        again = self.statement.least(Quantity.BYTES)
-        self._charge(Account.DEVICE, Key("working", block, "backward"), again, 1.0)
-        keeping = [(n, -most) for level, n in self.n.get(block, {}).items() if level.everything]
-        self.statement.above(again, [*terms, *keeping])
 
     def _gather_early(self) -> None:
         """The row (early)."""

@@ -13,6 +13,7 @@ _WORKING = {
     "backward": "one {} computed again",
     "group": "others of a group of {}",
     "copies": "copies of {} under way",
+    "workspaces": "workspaces of libraries",
 }
 
 

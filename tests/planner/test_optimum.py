@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from nnscaler.errors import UserError
 from nnscaler.graph import Block, Call, Graph, Node, Ref, TensorMeta
-from nnscaler.hardware import load_hardware
 from nnscaler.mesh import Mesh
 from nnscaler.placement import SHARED
 from nnscaler.plan import Plan
@@ -32,6 +31,7 @@ from nnscaler.planner.search import WORTH
 from nnscaler.planner.solve import least_memory, least_seconds, solve, stated
 from nnscaler.planner.statement import Account
 from nnscaler.recompute import IN_GROUPS, ON_DEVICE, Level
+from tests import tiny
 
 MOST = 4000  # solutions that are tried
 
@@ -158,7 +158,7 @@ def best(program: Program, memory: float) -> float | None:
     fraction=st.sampled_from([0.35, 0.5, 0.65, 0.8, 0.92]), hardware=st.sampled_from(["h100", "cpu"]),
 )  # fmt: skip
 def test_the_program_finds_the_optimum(graph, sizes, fused, fraction, hardware):
-    costs = CostModel(load_hardware(hardware), Mesh(sizes), fused)
+    costs = CostModel(tiny.hardware(hardware), Mesh(sizes), fused)
     problem = build_problem(graph, costs, Recomputing(), 2, groups=False)
     ways = level_ways(problem) * len(piece_counts(problem))
     assume(prod(len(decision.options) for decision in problem.decisions) * ways <= MOST)
@@ -182,7 +182,7 @@ def test_the_program_finds_the_optimum(graph, sizes, fused, fraction, hardware):
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(graph=graphs((0, 1)), fused=st.booleans(), fraction=st.sampled_from([0.8, 2.0]), backwards=st.booleans())
 def test_no_mesh_is_left_out_that_has_a_better_plan(graph, fused, fraction, backwards):
-    hardware = replace(load_hardware("h100"), devices_per_node=2)
+    hardware = replace(tiny.hardware("h100"), devices_per_node=2)
     meshes = [Mesh((4,)), Mesh((2, 2))]
     most = find_plan(graph, meshes[:1], hardware, fused=fused, sparing=False).memory_bytes
 
@@ -209,7 +209,7 @@ def test_no_mesh_is_left_out_that_has_a_better_plan(graph, fused, fraction, back
     rate=st.sampled_from([1e8, 1e10, 1e13]),
 )  # fmt: skip
 def test_the_program_finds_the_optimum_with_host_memory(graph, devices, fused, fraction, there, rate):
-    hardware = load_hardware("h100")
+    hardware = tiny.hardware("h100")
     hardware = replace(hardware, host=replace(hardware.host, to_host=rate, to_device=0.8 * rate, both_ways=0.6 * rate))
     costs = CostModel(hardware, Mesh((devices,)), fused)
     with pytest.MonkeyPatch.context() as patch:
@@ -241,7 +241,7 @@ def test_the_program_finds_the_optimum_with_host_memory(graph, devices, fused, f
     fraction=st.sampled_from([0.0, 0.1, 0.3, 0.6]), there=st.sampled_from([0.0, 0.0, 0.2]),
 )  # fmt: skip
 def test_the_program_finds_the_optimum_with_groups(graph, devices, fused, random, fraction, there):
-    costs = CostModel(load_hardware("h100"), Mesh((devices,)), fused)
+    costs = CostModel(tiny.hardware("h100"), Mesh((devices,)), fused)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(on_host, "PARTS", 1)
         alone = ON_DEVICE[::3]  # the most and the least, or there are too many ways
@@ -298,7 +298,7 @@ def holds(program: Program, solution: Solution, memory: float) -> float | None:
     hardware=st.sampled_from(["h100", "cpu"]),
 )
 def test_the_program_prices_any_solution_as_the_plain_sum_does(graph, sizes, fused, random, hardware):
-    problem = build_problem(graph, CostModel(load_hardware(hardware), Mesh(sizes), fused), Recomputing(), 2)
+    problem = build_problem(graph, CostModel(tiny.hardware(hardware), Mesh(sizes), fused), Recomputing(), 2)
     problem.exchange_buffers *= random.choice([1.0, 0.4])  # they hold all gradients at a time, or not
     program = Program(problem)
     levels, pieces = level_counts(problem), piece_counts(problem)
@@ -348,7 +348,7 @@ def stack_of_linear_layers(calls: int = 2, products: int = 3) -> Graph:
 
 
 def test_what_fits_only_in_pieces_is_computed_so():
-    costs = CostModel(load_hardware("h100"), Mesh((1,)), True)
+    costs = CostModel(tiny.hardware("h100"), Mesh((1,)), True)
     program = Program(build_problem(stack_of_linear_layers(), costs, Recomputing(), 2, groups=False))
     evaluations = [(one, price(program, one)) for one in everything(program.problem)]
     whole = min(e.total_memory for one, e in evaluations if e is not None and not one.pieces)
@@ -393,7 +393,7 @@ def test_weights_without_a_copy_are_the_optimum_where_memory_is_short(host, monk
     monkeypatch.setattr(stating, "SAME_ON_HOST", {})
 
     def stated(host: float) -> Program:
-        costs, layouts = CostModel(load_hardware("h100"), Mesh((2,))), {"weight": (SHARED,)}
+        costs, layouts = CostModel(tiny.hardware("h100"), Mesh((2,))), {"weight": (SHARED,)}
         problem = build_problem(calls_of_a_product(12), costs, Recomputing(False), 1, layouts, host=host)
         problem.gathered_early *= 0.01  # as small a part as in a model
         problem.staging *= 0.01
@@ -428,7 +428,7 @@ def test_what_fits_only_in_groups_is_computed_so(monkeypatch, calls, used):
     """Of nine layers, groups of four keep the inputs of three, and hold those of two more inside: twos hold no more."""
     monkeypatch.setattr(stating, "ON_DEVICE", ON_DEVICE[::3])
     monkeypatch.setattr(stating, "IN_GROUPS", tuple(level for level in IN_GROUPS if level.inner is ON_DEVICE[3]))
-    costs = CostModel(load_hardware("h100"), Mesh((1,)), True)
+    costs = CostModel(tiny.hardware("h100"), Mesh((1,)), True)
     problem = build_problem(stack_of_linear_layers(calls, products=1), costs, Recomputing(), 2, sparing=False)
     program = Program(problem)
     evaluations = [(one, e) for one in everything(problem) if (e := price(program, one)) is not None]

@@ -133,10 +133,10 @@ def test_a_plan_stays_within_its_limit(hardware, layers):
     refused = 0
     for devices in (1, 2, 4):
         mesh = [Mesh((devices,))]
-        free = find_plan(model, mesh, load_hardware(hardware), fused=True).memory_bytes
+        free = find_plan(model, mesh, tiny.hardware(hardware), fused=True).memory_bytes
         for fraction in (0.97, 0.9, 0.8):
             try:
-                plan = find_plan(model, mesh, load_hardware(hardware), memory=fraction * free, fused=True)
+                plan = find_plan(model, mesh, tiny.hardware(hardware), memory=fraction * free, fused=True)
             except UserError:
                 refused += 1
                 continue
@@ -147,7 +147,7 @@ def test_a_plan_stays_within_its_limit(hardware, layers):
 @pytest.mark.parametrize("seconds", [1e-3, 0.3, 40.0])
 def test_when_time_is_out_the_best_so_far_is_a_plan(seconds):
     """However short the time: it fits, and says how near to the best it is proven to be."""
-    hardware = load_hardware("h100")
+    hardware = tiny.hardware("h100")
     model = graph("Meta-Llama-3-8B", 131072)
     arguments = {"micro_batches": 4, "fused": True}
     plan = find_plan(model, meshes(8, 1, 8), hardware, **arguments, seconds=seconds)
