@@ -50,7 +50,7 @@ def parse() -> argparse.Namespace:
     add("--sequence_length", type=int, default=131072, help="tokens")
     add("--micro_batch_size", type=int, default=1, help="sequences")
     add("--grad_accumulation_steps", type=int, default=4, help="micro-batches of a step")
-    add("--steps", type=int, default=5, help="optimizer steps, of which two warm up (of two, one)")
+    add("--steps", type=int, default=5, help="optimizer steps, of which two warm up (of two one, of one none)")
     add("--plan_ngpus", type=int, help="devices of one copy of the model (default: all)")
     add("--gpu_mem_constraint", type=float, help="GB a device that the plan may use")
     add("--offload", default="auto", choices=("auto", "off"), help="as in train.py")
@@ -133,7 +133,7 @@ def report(
     predicted = plan["predicted"]
     seconds = statistics.median(entry["seconds_per_step"] for entry in metrics[min(WARM_UP, len(metrics) - 1) :])
     memory = predicted["memory_bytes"] / 2**30
-    peak = max(entry.get("peak_memory_gib", 0.0) for entry in metrics[1:])  # the first step compiles
+    peak = max(entry.get("peak_memory_gib", 0.0) for entry in metrics[1:] or metrics)  # the first step compiles
     rate = compute.find_hardware().flops["bfloat16"] * world
     tokens, micro_batches = sequences * options.sequence_length / world, sequences / options.micro_batch_size
     result = {
