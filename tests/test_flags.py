@@ -233,6 +233,11 @@ def test_of_several_processes_one_tells_what_is_wrong(monkeypatch, capsys, tmp_p
         with pytest.raises(SystemExit):
             run(main)
     assert capsys.readouterr().err == "error: two lines\n"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "0" / "error.json"))
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            run(main)
+    assert capsys.readouterr().err == "error: two lines\n" * 2, "where no mark can be left, it is said all the same"
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,12 @@ import torch
 
 from nnscaler.errors import UserError
 from nnscaler.kernels.random import DRAWS, draws_of, no_draws
+from nnscaler.runtime import pipeline
 from nnscaler.runtime.draws import with_draws, without_draws
 from nnscaler.runtime.generated import operators, scope
 from nnscaler.runtime.module import ParallelModule, Weights, loss_of
 from nnscaler.runtime.pipeline import _examples
+from nnscaler.schedules import Schedule
 
 
 def test_reading_a_weight_waits_for_all_of_it():
@@ -92,6 +94,33 @@ def test_generated_code_finds_operators_and_parameters():
     assert all(map(callable, vars(found).values()))
     weights = {"model.layers.0.w": torch.ones(1)}
     assert scope(weights, "model.layers.0.")["w"] is weights["model.layers.0.w"]
+
+
+def bucket(*names: str, gradient: float = 0.0) -> SimpleNamespace:
+    slots = [SimpleNamespace(name=name) for name in names]
+    return SimpleNamespace(slots=slots, is_copy=None, gradient=torch.full((2,), gradient))
+
+
+def test_parts_of_a_parameter_of_several_stages_are_added_up(monkeypatch):
+    """Rank 0 has stages 0 and 3 of four. `w` lies in two buckets of each, and `v` is also on rank 1."""
+    asked = []
+    monkeypatch.setattr(pipeline, "_group_across", lambda axes, ranks: asked.append(ranks) or f"group {ranks}")
+    module = pipeline.PipelineModule.__new__(pipeline.PipelineModule)
+    module.schedule, module.axes = Schedule("zb-v", 2, 4, 4), None
+    first = [bucket("a"), bucket("w", gradient=1.0), bucket("w", "b", gradient=2.0)]
+    last = [bucket("w", gradient=10.0), bucket("w", gradient=20.0), bucket("v", gradient=5.0)]
+    module.stages = {0: SimpleNamespace(buckets=first), 3: SimpleNamespace(buckets=last)}
+    shared = list(module._share({"w": [0, 3], "v": [1, 3], "u": [1, 2], "t": [2, 3]}))
+    assert asked == [(0,), (0, 1), (1,)], "every rank makes each group once, in the same order"
+    assert [one.group for one in shared] == ["group (0,)"] * 2 + ["group (0, 1)"]
+    assert [one.is_copy for one in (*first, *last)] == [None, False, False, True, True, True]
+    monkeypatch.setattr(pipeline.dist, "all_reduce", lambda total, group: total.add_(100.0))
+    for one in shared:
+        one.add_gradients() if one.group == "group (0, 1)" else pipeline._SharedParameter(
+            one.buckets, None
+        ).add_gradients()
+    assert [one.gradient.tolist() for one in first[1:]] == [[11.0] * 2, [22.0] * 2]
+    assert [one.gradient.tolist() for one in last] == [[11.0] * 2, [22.0] * 2, [105.0] * 2]
 
 
 def test_examples_of_what_crosses_have_its_shape_type_and_gradient():
