@@ -260,7 +260,7 @@ class CostModel:
             return Timing(seconds, "roofline")
         spans = self.mesh.spans_nodes(axis, self.hardware.devices_per_node)
         per_node = max(1, self.hardware.devices_per_node // self.mesh.stride(axis)) if spans else devices
-        return self.hardware.collective_seconds(name, size, devices, spans, min(per_node, devices))
+        return self.hardware.collective_seconds(name, size, devices, spans, per_node)
 
     def owners(self, placements: Placements) -> int:
         """How many ranks hold the same shard of a parameter. They exchange its gradient, and share its optimizer
