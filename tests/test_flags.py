@@ -102,6 +102,7 @@ def test_every_number_has_bounds(monkeypatch, capsys, tmp_path, flag, value):
         (("--explain", "perhaps"), "--explain is 'perhaps'; it must be true or false"),
         (("--set", "hidden_size"), "--set is 'hidden_size'; it must be FIELD=VALUE"),
         (("--lr_schedule", "cosin"), "--lr_schedule is 'cosin'; allowed are constant, linear, cosine"),
+        (("--lora_alpha", "8"), "lora_alpha is 8.0, and there is no lora_rank, without which there are no adapters"),
         (("--plan_ngpu", "2"), "there is no flag --plan_ngpu; did you mean --plan_ngpus?"),
         (("--enable-chunk-los",), "there is no flag --enable-chunk-los; did you mean --enable-chunk-loss?"),
         (("--warmup_steps", "9", "--max_train_steps", "5"), "warmup_steps is 9; it must be at most max_train_steps=5"),

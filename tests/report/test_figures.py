@@ -6,12 +6,17 @@ from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
+from nnscaler.graph import TensorMeta
+from nnscaler.hardware import load_hardware
 from nnscaler.mesh import Mesh
-from nnscaler.plan import GIB
+from nnscaler.plan import GIB, Key
+from nnscaler.planner.costs import CostModel
 from nnscaler.recompute import KEEPS_ALL
 from nnscaler.report.about import code_facts, facts, work_of
 from nnscaler.report.charts import bar, headline, legend
+from nnscaler.report.collectives import _steps
 from nnscaler.report.comparison import compare
 from nnscaler.report.limits import limits_of
 from nnscaler.report.origins import measuring, origins_of
@@ -20,6 +25,7 @@ from nnscaler.report.spelling import gib, percent, seconds, step
 from nnscaler.report.text import explain, proven, recompute, transfer
 from nnscaler.report.timeline import timeline
 from nnscaler.report.would_help import would_help
+from tests import tiny
 
 AGAIN = "recomputes all"
 
@@ -441,3 +447,23 @@ def test_a_timeline_is_drawn_to_scale():
         "The step ends after 10.0 s, the last 2.00 s of which update parameters. Of it, ranks compute: "
         "rank 0 30.0 %, rank 1 40.0 %."
     )
+
+
+@pytest.mark.parametrize(("category", "name", "bytes_each"), [
+    ("reshard", "all_gather", 2), ("reshard again", "all_gather", 2), ("reshard backward", "reduce_scatter", 4),
+])  # fmt: skip
+def test_a_gathered_weight_in_bf16_comes_back_in_fp32(tmp_path, category, name, bytes_each):
+    """[32, 8] on two devices, half of which travels; six times, of which a quarter is hidden."""
+    link = {"bandwidth": 1e6, "latency": 0.0}
+    machine = load_hardware(tiny.write_hardware(tmp_path, memory_bandwidth=1e30, intra=link, inter=link))
+    block = SimpleNamespace(name="layer", tensors={"w": TensorMeta((32, 8), torch.bfloat16, True)})
+    key, size = Key(category, "layer", "w", "S(0) -> R*"), 32 * 8 * bytes_each
+    each = size / 2 / 1e6
+    plan = SimpleNamespace(
+        graph=SimpleNamespace(all_blocks=lambda: [block]), beside={key: 2 * each}, mesh=Mesh((2,)), micro_batches=3
+    )
+    (found,) = _steps(plan, CostModel(machine, Mesh((2,))), key, 2 * each, 0.25)
+    phase = {"reshard": "forward", "reshard again": "again", "reshard backward": "backward"}[category]
+    assert (found.collective, found.phase, found.move, found.devices) == (name, phase, "S(0) -> R*", 2)
+    assert (found.size, found.calls, found.origin, found.local) == (size, pytest.approx(6), "roofline", False)
+    assert (found.seconds, found.hidden) == pytest.approx((6 * each, 1.5 * each))

@@ -163,6 +163,13 @@ def test_each_block_has_its_part(planned):
         assert {level: one["calls"] for level, one in block["levels"].items()} == {
             level.name: calls for level, calls in planned.levels[name].items()
         }
+    called = [
+        unit["calls_block"] for block in values["costs"].values() for unit in block["units"] if "name" not in unit
+    ]
+    assert called == ["llama_decoder_layer"], "one row for all of its calls"
+    assert all(sum(unit["seconds"].values()) or unit["saved_bytes"] for unit in units), (
+        "views that nobody keeps are no row"
+    )
     layers = values["costs"]["llama_decoder_layer"]["units"]
     assert [u["category"] for u in layers].count("matmul") == 7, "seven linear layers"
     assert [u["name"] for u in layers if u["category"] == "attention"] == ["attention"]
