@@ -16,6 +16,7 @@ import torch.nn.attention.flex_attention
 from torch import Tensor
 
 from nnscaler import UserError
+from nnscaler.graph import Node, Ref, TensorMeta
 from nnscaler.kernels import KERNELS, Asked, attend
 from nnscaler.kernels.attention import choice, libraries, probe, rows
 from nnscaler.kernels.random import draws_of, numbers_of, place_of
@@ -188,6 +189,45 @@ def test_a_kernel_is_not_asked_for_what_it_does_not_do():
     with pytest.raises(UserError, match=r"'cudnn' has no sinks and windows, .*one of auto, flash_attention_4"):
         attention(query, key, value, sinks, window=(2, None), kernel="cudnn")
     attention(query, key, value, window=(6, None), kernel="sdpa")  # which hides nothing
+    attention(query, key, value, is_causal=False, window=(None, 6), kernel="sdpa")
+    with pytest.raises(UserError, match="'sdpa' has no windows"):
+        attention(query, key, value, is_causal=False, window=(None, 5), kernel="sdpa")
+
+
+def test_documents_whose_keys_go_on_behind_the_rows_are_an_option_of_their_own():
+    """Rows 2 to 4 of 9 keys; of 5; and where later keys are hidden anyway."""
+    documents, later = torch.zeros(1, 9), "documents with later keys"
+    assert later in Asked(1.0, 2, documents=documents).options(3, 9)
+    assert later not in Asked(1.0, 2, documents=documents).options(3, 5)
+    assert later not in Asked(1.0, 2, right=0, documents=documents).options(3, 9)
+    assert later not in Asked(1.0, 2).options(3, 9)
+
+
+def test_kernels_are_tried_with_what_the_call_is():
+    """Type, sizes and heads; documents are three; a window of more than a quarter of the tokens is cut to that."""
+    query, key, value, *_ = (x.transpose(1, 2).bfloat16() for x in inputs(4, 2, 6, 6)[:3])
+    asked = Asked(0.4, 0, 5, 0, 0.7, torch.zeros(4), torch.ones(4), torch.zeros(2, 6))
+    kind = probe.kind_of(query, key, value, asked)
+    assert [tuple(x.shape) for x in kind.tensors()] == [(1, 6, 4, 6), (1, 6, 2, 6), (1, 6, 2, 5), (1, 6, 4, 5)]
+    assert {x.dtype for x in kind.tensors()} == {torch.bfloat16}
+    tried = kind.asked()
+    assert (tried.first, tried.left, tried.right, tried.softcap) == (0, 5, 0, 0.7)
+    assert tried.documents.tolist() == [[0, 0, 1, 1, 2, 2]]
+    assert (len(tried.sinks), tried.sinks.dtype, len(tried.slopes)) == (4, torch.bfloat16, 4)
+    assert tried.sinks.requires_grad
+    plain = probe.kind_of(query, key, value, Asked(0.4)).asked()
+    assert (plain.sinks, plain.slopes, plain.documents) == (None, None, None)
+    assert [probe._within(side, 40) for side in (None, 0, 9, 10, 11)] == [None, 0, 9, 10, 10]
+    assert probe.kind_of(query, key.expand(2, 6, 2, 6).repeat(1, 2000, 1, 1), value, asked).length == 8192
+
+
+def test_a_call_is_timed_with_documents_of_their_usual_length():
+    node = Node("", "attention", tuple(map(Ref, "qkv")), {"documents": Ref("d"), "document_length": 2}, ())
+    metas = [TensorMeta((2, 1, 5, 4), torch.float32)] * 3 + [TensorMeta((2, 5), torch.int64)]
+    (place, values), *others = attention.operator.examples(node, metas).items()
+    assert (place, values.tolist(), others) == (3, [[0, 0, 1, 1, 2]] * 2, [])
+    node.kwargs["document_length"] = None
+    assert attention.operator.examples(node, metas) == {}
 
 
 def test_uncompiled_attention_drops_anew_in_each_call():
