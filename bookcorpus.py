@@ -180,7 +180,7 @@ def pack_conversations(options: Options, corpus: Corpus, tokenizer: Any, threads
 
 
 def listed(files: Collection[Path]) -> str:
-    more = f" and {len(files) - 3:,} more files" if len(files) > 3 else ""
+    more = f" and {counted(len(files) - 3, 'more file')}" if len(files) > 3 else ""
     return ", ".join(str(path) for path in list(files)[:3]) + more
 
 

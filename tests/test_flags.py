@@ -294,3 +294,48 @@ def test_flags_that_are_given_several_times_or_with_several_words(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["walk", *words])
     found = parse("Walks.", {"the walk": Walk}).make(Walk)
     assert found == Walk(Path("x"), 10, ("p", "q"), ("one", "two", "three"), {"a": "1", "b": "2"}, True)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "said"),
+    [
+        (bookcorpus, {"prompt_column": "p"}, "prompt_column and completion_column go together"),
+        (bookcorpus, {"completion_column": "c"}, "prompt_column and completion_column go together"),
+        (bookcorpus, {"text_column": "t", "messages_column": "m"}, "text_column and messages_column are both given"),
+        (
+            bookcorpus,
+            {"messages_column": "m", "prompt_column": "p", "completion_column": "c"},
+            "messages_column and prompt_column are both given",
+        ),
+        (bookcorpus, {"chat_template": Path("no_such.jinja")}, "chat_template is 'no_such.jinja', which is not a file"),
+        (ckpt_merger, {"tensors": True, "verify": True}, "tensors goes with --list, which is not given"),
+        (ckpt_merger, {}, "nothing to write: give --output_fname, --output_dir or both"),
+        (ckpt_merger, {"output_fname": Path()}, "which is a directory; it must be a file"),
+    ],
+)
+def test_flags_of_scripts_that_do_not_go_together(script, flags, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    required = {
+        bookcorpus: {
+            "data_path_or_name": "x", "tokenizer_path_or_name": "y", "save_path": Path("z"), "sequence_length": 8,
+        },
+        ckpt_merger: {"ckpt_dir": Path("x")},
+    }  # fmt: skip
+    with pytest.raises(UserError, match=said):
+        script.Options(**required[script], **flags)
+
+
+def test_what_is_packed_is_told_by_the_columns(tmp_path):
+    given = {"data_path_or_name": "x", "tokenizer_path_or_name": "y", "save_path": tmp_path / "z", "sequence_length": 8}
+    for flags, talks in [
+        ({}, False), ({"text_column": "t"}, False), ({"messages_column": "m"}, True),
+        ({"prompt_column": "p", "completion_column": "c"}, True),
+    ]:  # fmt: skip
+        assert bookcorpus.Options(**given, **flags).talks is talks
+
+
+def test_files_are_listed_up_to_three():
+    files = [Path(name) for name in "abcdef"]
+    assert [bookcorpus.listed(files[:count]) for count in (1, 3, 4, 6)] == [
+        "a", "a, b, c", "a, b, c and 1 more file", "a, b, c and 3 more files",
+    ]  # fmt: skip

@@ -141,5 +141,8 @@ def test_what_does_not_go_with_adapters_is_said():
     with pytest.raises(UserError, match=r"lora_rank is 0; it must be at least 1"):
         AdapterConfig(lora_rank=0)
     lora = AdapterConfig(lora_rank=2, lora_target_modules=("no_proj",)).lora("model")
-    with pytest.raises(UserError, match=r"lora_target_modules is no_proj, .*LlamaForCausalLM; .* are q_proj, k_proj"):
+    with pytest.raises(
+        UserError, match=r"lora_target_modules is no_proj, .*LlamaForCausalLM; .* are q_proj, k_proj"
+    ) as said:
         build_on_meta(lambda: CausalLM(tiny.config(), adapters=lora))
+    assert str(said.value).endswith("are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head")

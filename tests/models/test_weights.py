@@ -270,3 +270,11 @@ def test_persistent_buffers_are_loaded(tmp_path, caplog):
     save_file({"l.weight": model.l.weight.data, "l.bias": model.l.bias.data}, tmp_path / "model" / "model.safetensors")
     check_weights(tmp_path / "model", made.build()[0], "")
     assert "lacks 1 buffers, which are as new: scale" in caplog.text
+    caplog.clear()
+    whole = dict(model.state_dict())
+    save_file(whole, tmp_path / "model" / "model.safetensors")
+    check_weights(tmp_path / "model", made.build()[0], "")
+    assert caplog.text == "", "of files that fit, nothing is said"
+    save_file({**whole, "scale": torch.ones(5)}, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(UserError, match=r"has scale of shape \[5\], the model's is \[4\]"):
+        check_weights(tmp_path / "model", made.build()[0], "")

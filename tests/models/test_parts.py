@@ -1,0 +1,180 @@
+"""What models' configurations say, and what of their experts and routers is not known: refused by name."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from nnscaler import UserError
+from nnscaler.models import load_config, marks_of
+from nnscaler.models.balance import balancing_loss, report_routers, routers_met
+from nnscaler.models.experts import _activation, _constant, _mixture, divide_gates
+from nnscaler.models.exported import write_older_tokenizer
+from nnscaler.models.unread import Unread
+from nnscaler.shards import Box
+from tests import tiny
+
+
+@pytest.mark.parametrize(
+    ("bos", "eos", "found"),
+    [(0, 1, {"bos": [0], "eos": [1]}), (None, [2, 3], {"eos": [2, 3]}), (5, None, {"bos": [5]}), (None, None, {})],
+)
+def test_marks_that_a_configuration_gives(bos: Any, eos: Any, found: dict[str, list[int]]) -> None:
+    assert marks_of(tiny.config(bos_token_id=bos, eos_token_id=eos)) == found
+
+
+def test_a_directory_without_a_configuration_is_no_model(tmp_path) -> None:
+    with pytest.raises(UserError, match="is not a model: it has no config"):
+        load_config(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=f"cannot load the configuration of {tmp_path}"):
+        load_config(str(tmp_path))
+
+
+def test_an_older_tokenizer_keeps_what_it_says_itself(tmp_path) -> None:
+    path = tmp_path / "tokenizer_config.json"
+    write_older_tokenizer(tmp_path)
+    assert not path.exists(), "a model without a tokenizer gets none"
+    for given, wanted in [
+        ({"tokenizer_class": "LlamaTokenizer"}, {"tokenizer_class": "LlamaTokenizer"}),
+        ({"tokenizer_class": "TokenizersBackend"}, {"tokenizer_class": "TokenizersBackend"}),  # no tokenizer.json
+        (
+            {"tokenizer_class": "X", "extra_special_tokens": ["<a>"]},
+            {"tokenizer_class": "X", "additional_special_tokens": ["<a>"]},
+        ),
+        (
+            {"tokenizer_class": "X", "extra_special_tokens": {"a": "<a>"}},
+            {"tokenizer_class": "X", "extra_special_tokens": {"a": "<a>"}},
+        ),
+    ]:
+        path.write_text(json.dumps(given))
+        write_older_tokenizer(tmp_path)
+        assert json.loads(path.read_text()) == wanted
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "chat_template.jinja").write_text("new")
+    path.write_text(json.dumps({"chat_template": "own"}))
+    write_older_tokenizer(tmp_path)
+    assert json.loads(path.read_text()) == {"chat_template": "own", "tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+class Experts(nn.Module):
+    """What transformers says of a class of experts."""
+
+    _is_expert_parallel = is_concatenated = has_gate = True
+    is_transposed = has_bias = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.arange(2 * 6 * 4.0).view(2, 6, 4), requires_grad=False)
+        self.gate_up_proj_bias = nn.Parameter(torch.arange(12.0).view(2, 6))
+        self.limit, self.act_fn, self.other = 7.5, ACT2FN["silu"], nn.Linear(1, 1)
+
+
+def test_gates_are_divided_once_and_stay_frozen() -> None:
+    model = nn.Sequential(Experts(), nn.Linear(4, 6))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for _ in range(2):
+        divide_gates(model)  # type: ignore[arg-type]
+    weight, bias = model[0].gate_up_proj, model[0].gate_up_proj_bias
+    assert (weight.shape, bias.shape) == ((2, 2, 3, 4), (2, 2, 3))
+    assert (weight.requires_grad, bias.requires_grad) == (False, True)
+    assert all(torch.equal(value.flatten(), before[name].flatten()) for name, value in model.named_parameters())
+    turned = Experts()
+    turned.is_transposed, turned.gate_up_proj = True, nn.Parameter(torch.zeros(2, 4, 6))
+    divide_gates(turned)  # type: ignore[arg-type]
+    assert turned.gate_up_proj.shape == (2, 4, 2, 3)
+    mixed = Experts()
+    mixed.is_concatenated = False
+    divide_gates(mixed)  # type: ignore[arg-type]
+    assert mixed.gate_up_proj.shape == (2, 6, 4), "gate and rest lie in turn"
+
+
+def test_what_gates_read_is_a_number_or_a_known_activation() -> None:
+    module = Experts()
+    assert [_constant(module, name) for name in ("limit", "act_fn", "has_bias")] == [7.5, "silu", False]
+    assert [_activation(module, ACT2FN[name]) for name in ("gelu", "gelu_pytorch_tanh", "relu2")] == [
+        "gelu", "gelu_pytorch_tanh", "relu2",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"Experts computes with Linear\(.*, which is no activation of transformers"):
+        _constant(module, "other")
+    module.has_post_expert_norm = True
+    with pytest.raises(UserError, match="Experts normalises what each expert gives, which is not supported"):
+        _mixture(module, *[torch.zeros(1, 1)] * 3)
+
+
+class Router(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x + 1, 10 * x
+
+
+class Layer(nn.Module):
+    def __init__(self, routers: int = 1) -> None:
+        super().__init__()
+        for number in range(routers):
+            self.add_module(f"router_{number}", Router())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for router in self.children():
+            x, _ = router(x)
+        return x
+
+
+def load_balancing_loss_func(logits: tuple[Tensor, ...], experts: int, choices: int) -> Tensor:
+    """As in modules of transformers."""
+    return torch.histc(torch.cat(logits), experts, 0, experts).sum() * choices
+
+
+class Balanced(nn.Module):
+    num_experts, num_experts_per_tok, router_aux_loss_coef = 4, 2, 0.5
+    _can_record_outputs = {"router_logits": SimpleNamespace(target_class=Router, index=1)}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer(), Layer(0), Layer(2), Layer()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_each_layer_with_one_router_reports_its_logits() -> None:
+    model = Balanced()
+    report_routers(model)  # type: ignore[arg-type]
+    for _ in range(2):
+        with routers_met() as met:
+            assert model(torch.tensor([0.0])).tolist() == [4]
+        assert [logits.tolist() for logits in met] == [[0], [30]]
+    assert [type(layer).__name__ for layer in model.layers] == ["Layer"] * 4
+    logits = [torch.tensor([0.5, 1.5]), torch.tensor([2.5])]
+    assert balancing_loss(model, logits, torch.tensor(6)).item() == 0.5 * 6 * 3 * 2  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "missing", ["num_experts", "num_experts_per_tok", "router_aux_loss_coef", "_can_record_outputs"]
+)
+def test_a_loss_of_routers_that_is_not_known_is_refused(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Balanced, missing)
+    with pytest.raises(UserError, match="Balanced has no loss from the experts' router that is known here; train with"):
+        report_routers(Balanced())  # type: ignore[arg-type]
+
+
+def test_joined_tensors_are_read_across_their_border() -> None:
+    parts = [torch.arange(6).view(2, 3), 10 + torch.arange(4).view(2, 2)]
+    unread: list[Any] = [Unread(part.shape, part.dtype, lambda box, part=part: part[box.slices]) for part in parts]
+    for begin in range(5):
+        for size in range(1, 6 - begin):
+            box = Box((1, begin), (1, size))
+            assert torch.equal(torch.cat(unread, 1).read(box), torch.cat(parts, 1)[box.slices])  # type: ignore[attr-defined]
+    assert torch.cat(unread, 1).dtype == torch.int64
+    assert (unread[0].size(), unread[0].size(1), unread[0][...]) == ((2, 3), 3, unread[0])
+    assert torch.equal(unread[0].transpose(0, 1).sum(0).whole(), parts[0].sum(1)), (
+        "what is not known is computed of the whole"
+    )
+    assert [part.tolist() for part in (one.whole() for one in unread[0].max(1))] == [[2, 5], [2, 2]]
