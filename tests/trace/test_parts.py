@@ -81,6 +81,7 @@ def test_a_nest_is_taken_apart_and_put_together() -> None:
     assert not structure.holds(tensors, structure.put([X, X, X])), "another tensor"
     assert not structure.holds(tensors, ((X, [Y, 2]), call[1])), "another constant"
     assert not structure.holds(tensors, ((X, [Y]), call[1])), "one less"
+    assert not structure.holds(tensors, ((X, (Y, 1)), call[1])), "a tuple for a list"
 
 
 @pytest.mark.parametrize(
