@@ -125,6 +125,8 @@ def test_tokens_a_second_are_those_of_a_device(graph, machine):
     seconds = plan.step_seconds
     assert predicted["tokens_per_second_per_gpu"] == pytest.approx(3 * ROWS / seconds / 2, rel=1e-5)
     assert predicted["mfu"] == pytest.approx(3 * 6e6 / seconds / 2 / OPERATIONS, rel=1e-5)
+    assert predicted["mfu_causal"] == pytest.approx(3 * 3e6 / seconds / 2 / OPERATIONS, rel=1e-5)
+    assert (predicted["micro_batch_flops"], predicted["micro_batch_flops_causal"]) == (6e6, 3e6)
 
 
 def test_a_gathered_weight_comes_back_in_fp32(machine):

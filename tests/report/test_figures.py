@@ -8,23 +8,27 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from nnscaler.graph import TensorMeta
+from nnscaler.graph import Node, TensorMeta
 from nnscaler.hardware import load_hardware
 from nnscaler.mesh import Mesh
+from nnscaler.placement import REPLICATE, Shard
 from nnscaler.plan import GIB, Key
 from nnscaler.planner.costs import CostModel
 from nnscaler.recompute import KEEPS_ALL
 from nnscaler.report.about import code_facts, facts, work_of
+from nnscaler.report.categories import category_of
 from nnscaler.report.charts import bar, headline, legend
 from nnscaler.report.collectives import _steps
 from nnscaler.report.comparison import compare
 from nnscaler.report.limits import limits_of
 from nnscaler.report.origins import measuring, origins_of
 from nnscaler.report.page import plan_page
+from nnscaler.report.parameters import parameter_groups
 from nnscaler.report.spelling import gib, percent, seconds, step
 from nnscaler.report.text import explain, proven, recompute, transfer
 from nnscaler.report.timeline import timeline
 from nnscaler.report.would_help import would_help
+from nnscaler.units import Unit
 from tests import tiny
 
 AGAIN = "recomputes all"
@@ -467,3 +471,38 @@ def test_a_gathered_weight_in_bf16_comes_back_in_fp32(tmp_path, category, name, 
     assert (found.collective, found.phase, found.move, found.devices) == (name, phase, "S(0) -> R*", 2)
     assert (found.size, found.calls, found.origin, found.local) == (size, pytest.approx(6), "roofline", False)
     assert (found.seconds, found.hidden) == pytest.approx((6 * each, 1.5 * each))
+
+
+@pytest.mark.parametrize(("kind", "op", "category"), [
+    ("product", "aten.linear.default", "matmul"), ("product", "aten.bmm.default", "matmul"),
+    ("product", "aten.conv2d.default", "conv2d"), ("registered", "attention", "attention"),
+    ("registered", "experts", "experts"), ("cheap", "aten.silu.default", "memory-bound"),
+])  # fmt: skip
+def test_what_the_time_of_a_unit_is_for(kind, op, category):
+    assert category_of(Unit(kind, [Node("y", op, (), {}, ("y",))])) == category
+
+
+def test_groups_of_parameters_are_those_of_all_calls(tmp_path):
+    """Of two calls of a layer with a weight [8, 4] and a frozen table [4], on two devices, in two micro-batches."""
+    machine = load_hardware(tiny.write_hardware(tmp_path, memory_bandwidth=1e30))
+    costs = CostModel(machine, Mesh((2,)))
+    tensors = {"w": TensorMeta((8, 4), torch.bfloat16, True), "table": TensorMeta((4,), torch.bfloat16, False)}
+    block = SimpleNamespace(name="layer", tensors=tensors)
+    uses = [(block, name, f"layers.{index}.{name}") for name in tensors for index in range(2)]
+    layouts = {path: (Shard(0),) if name == "w" else (REPLICATE,) for _, name, path in uses}
+    memory = {
+        Key("parameter", "layer", "w", "parameters"): 2 * 4 * 4 * 2.0, Key("parameter", "layer", "w", "moments"): 1.0,
+        Key("saved", "layer", "x", "keeps all"): 3.0, Key("parameter", "layer", "table", "parameters"): 2 * 8.0,
+    }  # fmt: skip
+    plan = SimpleNamespace(
+        graph=SimpleNamespace(parameter_uses=lambda: uses, all_blocks=lambda: [block]), parameters=layouts,
+        memory=memory, seconds={Key("update", "layer", "w"): 0.25}, exchanged_once=set(), master_only=set(),
+        micro_batches=2,
+    )  # fmt: skip
+    weight, table = parameter_groups(plan, costs)
+    assert (weight.tensor, weight.count, weight.layout, weight.owners, weight.elements) == ("w", 2, (Shard(0),), 1, 16)
+    assert weight.memory == {"parameters": 64, "gradients": 128, "master weights": 128, "moments": 256}
+    assert (weight.trained, weight.update_seconds) == (True, 0.5)
+    assert (table.tensor, table.count, table.owners, table.trained, table.memory) == (
+        "table", 2, 2, False, {"parameters": 16}
+    )  # fmt: skip
