@@ -157,10 +157,12 @@ def test_groups_are_tried_where_layers_follow_one_another(machine, monkeypatch):
     monkeypatch.setattr(search._Search, "may_gain", lambda self, program, worth: True)
     monkeypatch.setattr(search, "_least", lambda problem: ({Key("saved", "x", "y"): 2 * GIB}, "layer.up"))
 
+    two_layers = llama(2)
+
     def tried(**given) -> list[tuple]:
         stated.clear()
         with pytest.raises(UserError, match=r"no plan fits: needs 2.0 GiB a device, constraint 1.0 GiB"):
-            find_plan(llama(2), [Mesh((1,))], machine, memory=GIB, **given)
+            find_plan(two_layers, [Mesh((1,))], machine, memory=GIB, **given)
         return list(stated)
 
     whole = [(0.0, False, False), (5.0, True, False), (5.0, True, True)]
