@@ -12,15 +12,14 @@ Data      n_d, n_f, N_b  how often a decision, a flow, a block occurs in a micro
           q_do, u_do     seconds of a parameter's gradient exchange, which runs beside backward, and of its update
           l_do           seconds of a gradient exchange that happens only in the last of a step's m micro-batches
           c_do, C        bytes of buffers for exchanging a gradient in each micro-batch, and at most for all of them
-          m_do, w_do     bytes that an option holds all the time, and while it runs
+          m_do           bytes that an option holds all the time
           i_do           bytes of inner tensors that an unfused cluster keeps, or an operator that communicates itself
           b_fs           bytes of flow f in layout s;  M bytes of device memory
           A              micro-batches whose activations are held at a time: 1, or more in a stage of a pipeline
           R_dl, R_fl     how often backward runs d, or reshards f, again for a call at level l
           g_l            calls that are computed again together at level l; what they share counts as if that were 1
-          Level l keeps f as made, as used by c, or as resharded for c; see `nnscaler.recompute.keeping`. K_b are the
-          levels that keep everything. A level may keep on the host: then all flows but parameters and what all calls of
-          a block share lie there.
+          Level l keeps f as made, as used by c, or as resharded for c; see `nnscaler.recompute.keeping`. A level may
+          keep on the host: then all flows but parameters and what all calls of a block share lie there.
 Variables x_do in {0,1}  option o is chosen for d
           n_bl integer   calls of block b at level l;  u_bl in {0,1}: whether there are any
           m_bl integer   groups of calls of block b at level l, if that is a level of groups of g_l calls
@@ -34,8 +33,7 @@ Variables x_do in {0,1}  option o is chosen for d
                          micro-batch, and beside forward
           H >= 0         bytes of buffers for exchanging gradients in each micro-batch;  v in {0,1}: they are all of C
           G >= 0         whether weights are gathered, some of them (a bytes) before they are needed
-          U >= 0         most bytes that one operator holds while it runs
-          V_b >= 0       bytes of one call of b that backward computes again, where no call keeps them
+          U, V_b >= 0    bytes held while operators run: see `nnscaler.planner.working`
 
 minimise      sum_d n_d (t_do + t'_do) x_do + sum_f n_f (r_fps + r'_fps) y_fps + sum_d n_d u_do x_do + F          (time)
               + (1 - 1/m) E + L/m
@@ -57,15 +55,13 @@ subject to    sum_o x_do = 1                                                    
                    with B = sum over gathered weights of n_f r_fps y_fps, and t for t'; and L,
                    with B + sum_d n_d l_do x_do                                                                (hiding)
               G >= y_fps of gathered weights                                                                    (early)
-              U >= sum_o w_do x_do                                                                            (working)
               H >= C v, H >= S - c v, S <= C + c v, where S = sum_d n_d c_do x_do, c its most                  (buffers)
-              V_b >= B_b (1 - sum of n_bl over K_b), where B_b = sum_f b_fs x_do of what K_b keep of one call    (again)
               sum_d n_d m_do x_do + A (sum_f b_fs n_f / N_b / g_l k_fsl + sum_d i_do z_dol), where l keeps it on the
-                       device, + U + sum_b V_b + a G + H <= M                                                   (memory)
+                       device, + U + sum_b V_b + a G + H + what libraries take <= M                             (memory)
 The rows from (choice) to (some) are stated in `nnscaler.planner.choices`; those from (making) to (gathering), in
 `nnscaler.planner.flows`; weights without a copy beside their masters, in `nnscaler.planner.masters`; what is computed
-in pieces, in `nnscaler.planner.pieces`; groups of calls, in `nnscaler.planner.groups`; what lies on the host, in
-`nnscaler.planner.on_host`; and all others here.
+in pieces, in `nnscaler.planner.pieces`; groups of calls, in `nnscaler.planner.groups`; what is held while operators
+run, in `nnscaler.planner.working`; what lies on the host, in `nnscaler.planner.on_host`; and all others here.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ and U + sum_b V_b is charged. Weights that are gathered to be computed with agai
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import inf
 
 from nnscaler.plan import Key
@@ -116,6 +117,10 @@ def _by_region(level: Level) -> bool:
     return not level.everything and not _as_a_whole(level)
 
 
+def _is_in(region: int | None, unit: Decision) -> bool:
+    return unit.region == region
+
+
 class _Body:
     """The rows of one block."""
 
@@ -139,8 +144,7 @@ class _Body:
             self._kept(index, decision)
         by_region = [level for level in levels if _by_region(level)]
         for level in by_region:
-            for index, decision in self.units.items():
-                self._again(level, index, decision)
+            self._again(level)
         for held in self.pieces.held:
             if held.block == block:
                 around = [*held.terms, *self._waiting(*held.places)[0], *working.freed_first]
@@ -180,23 +184,27 @@ class _Body:
                 terms += [*minus(sizes), *((c, most * part) for c, part in self.pieces.inside.get(index, ()))]
         return terms
 
-    def _again(self, level: Level, index: int, decision: Decision) -> None:
-        """The row (again) of one unit at one level."""
-        parts = [
-            self._alone(index, decision, over=False),
-            self._waiting(decision.place, decision.place),
-            self._held_by_caller(decision),
-            self._waiting_for(decision, index),
-        ]
-        if decision.region is not None:
-            parts.append(self._made_again(level, lambda other: other.region == decision.region))
-        terms, most = self._unless_in_pieces(index, parts)
-        used, number = self.working.if_used(self.block, level, most)
+    def _again(self, level: Level) -> None:
+        """The rows (again) of one level."""
         after = minus(self.working.kept_after(self.block, level))
-        freed = self._freed(decision.place, lambda flow: self._is_freed(flow, level, decision.region))
-        self.working.hold([*terms, *after, *used, *freed, *self.working.freed_first], number=number)
+        made_again: dict[int | None, tuple[Terms, float]] = {None: ([], 0.0)}
+        for index, decision in self.units.items():
+            region = decision.region
+            if region not in made_again:
+                made_again[region] = self._made_again(level, partial(_is_in, region))
+            parts = [
+                self._alone(index, decision, over=False),
+                self._waiting(decision.place, decision.place),
+                self._held_by_caller(decision),
+                self._waiting_for(decision, index),
+                made_again[region],
+            ]
+            terms, most = self._unless_in_pieces(index, parts)
+            used, number = self.working.if_used(self.block, level, most)
+            freed = self._freed(decision.place, partial(self._is_freed, level, region))
+            self.working.hold([*terms, *after, *used, *freed, *self.working.freed_first], number=number)
 
-    def _is_freed(self, flow: Flow, level: Level, region: int | None) -> bool:
+    def _is_freed(self, level: Level, region: int | None, flow: Flow) -> bool:
         """Whether a tensor is free as soon as no backward reads it, at a level that computes each region again.
 
         What is fetched from the host is let go of when backward of the call is done. What a region computes again waits
@@ -305,8 +313,8 @@ class _Body:
                         if storage(source) == storage(target):
                             continue
                         size = self.problem.costs.local_bytes(flow.meta, target)
-                        again = self.working.flows.gathered.items()
-                        terms += [(y, size), *((g, -size) for (at, _, to), g in again if (at, to) == (index, target))]
+                        g = self.working.flows.gathered.get((index, source, target))
+                        terms += [(y, size), *([(g, -size)] if g is not None else [])]
                         most += size
             elif flow.needed and level not in flow.as_made and level not in flow.as_used:
                 producer = self.problem.decisions[flow.producer[0]]
