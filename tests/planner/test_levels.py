@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from nnscaler.compiler import Source
 from nnscaler.recompute import KEEPS_ALL, KEEPS_PRODUCTS, ON_DEVICE, RECOMPUTES_ALL, RECOMPUTES_ALL_BUT_ATTENTION
-from nnscaler.recompute.keeping import keep_all, keep_cut, part_again
+from nnscaler.recompute.keeping import Keeping, keep_all, keep_cut, part_again
 from nnscaler.trace import trace
-from nnscaler.units import divide
+from nnscaler.units import divide, needed_by
 
 
 class Gated(nn.Module):
@@ -85,6 +85,26 @@ def test_what_is_computed_again_is_not_kept_but_its_inputs_are():
     outside = {name for unit in units for name in unit.inputs} - {name for unit in units for name in unit.outputs}
     assert whole.as_made == outside >= set(block.inputs)
     assert whole.as_used == set()
+
+
+def test_what_a_group_runs_again_comes_on_top_of_what_its_calls_do():
+    """Of a group of two, all of the first call, and of the last one its first unit; and inside, the first once more."""
+    kept = Keeping(recomputed=frozenset({0}), reshards_again=True, with_group={0: 1.0, 1: 0.5})
+    assert [kept.runs_again(unit) for unit in range(3)] == [2.0, 0.5, 0.0]
+    assert kept.reshards_so_often == 2.0
+    assert Keeping(reshards_again=True).reshards_so_often == 1.0
+    assert Keeping(with_group={0: 0.5}).reshards_so_often == 0.5
+    assert Keeping().reshards_so_often == 0.0
+
+
+def test_a_product_alone_keeps_what_it_reads_as_it_reads_it():
+    inputs = {"input": torch.empty((8, 16), device="meta", requires_grad=True)}
+    model, buffers = Source(lambda: nn.Linear(16, 16, bias=False), inputs, torch.float32).build()
+    block = trace(model, inputs, buffers).root
+    (unit,) = divide(block)
+    found = keep_cut([unit], block, ("product",))
+    assert found.as_used == {(0, name) for name in needed_by(unit, block)} != set()
+    assert found.as_made == found.as_resharded == found.recomputed == set()
 
 
 def test_levels_keep_less_and_less():
