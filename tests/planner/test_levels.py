@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from nnscaler.compiler import Source
 from nnscaler.recompute import KEEPS_ALL, KEEPS_PRODUCTS, ON_DEVICE, RECOMPUTES_ALL, RECOMPUTES_ALL_BUT_ATTENTION
-from nnscaler.recompute.keeping import Keeping, keep_all, keep_cut, part_again
+from nnscaler.recompute.keeping import Keeping, keep_all, keep_cut, keep_from, part_again
 from nnscaler.trace import trace
 from nnscaler.units import divide, needed_by
+from tests.test_units import block
 
 
 class Gated(nn.Module):
@@ -105,6 +106,25 @@ def test_a_product_alone_keeps_what_it_reads_as_it_reads_it():
     found = keep_cut([unit], block, ("product",))
     assert found.as_used == {(0, name) for name in needed_by(unit, block)} != set()
     assert found.as_made == found.as_resharded == found.recomputed == set()
+
+
+def test_inputs_that_no_backward_reads_are_not_kept():
+    """Of o = attention(q, k, v), silu(o) and a sum with r: attention's inputs as it uses them, and its result."""
+    given = block(
+        ("attention", "o", "q k v"),
+        ("silu", "s", "o"),
+        ("add", "y", "s r"),
+        outputs=("y",),
+        inputs=("q", "k", "v", "r"),
+    )
+    units = divide(given)
+    found = keep_from(units, given, ("registered",))
+    assert found.as_made == {"o"}
+    assert {name for _, name in found.as_used} == {"q", "k", "v"}
+    assert found.recomputed == set()
+    whole = keep_from(units, given, ())
+    assert whole.as_made == {"q", "k", "v", "r"}, "from which the call is computed again"
+    assert whole.reshards_again
 
 
 def test_levels_keep_less_and_less():
