@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -157,10 +158,13 @@ def test_each_layer_with_one_router_reports_its_logits() -> None:
 
 
 @pytest.mark.parametrize(
-    "missing", ["num_experts", "num_experts_per_tok", "router_aux_loss_coef", "_can_record_outputs"]
-)
+    "missing",
+    [
+        "num_experts", "num_experts_per_tok", "router_aux_loss_coef", "_can_record_outputs", "load_balancing_loss_func",
+    ],
+)  # fmt: skip
 def test_a_loss_of_routers_that_is_not_known_is_refused(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(Balanced, missing)
+    monkeypatch.delattr(Balanced if hasattr(Balanced, missing) else sys.modules[__name__], missing)
     with pytest.raises(UserError, match="Balanced has no loss from the experts' router that is known here; train with"):
         report_routers(Balanced())  # type: ignore[arg-type]
 
