@@ -149,21 +149,39 @@ class Inner(nn.Module):
 class Outer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.inner = Inner()
+        self.before, self.inner = nn.Linear(8, 8), Inner()
 
     def forward(self, x):
-        y = self.inner(x)
-        return (y * y.sigmoid()).sum()
+        y = self.inner(self.before(x))
+        return y * y.sigmoid()
+
+
+class Outers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Outer() for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x.sum()
 
 
 def test_a_region_gives_what_is_used_after_it_and_nothing_else(tmp_path):
-    """Two products and what lies between them are one region, which is computed again: only its result leaves it."""
+    """Two products and what lies between them are one region, which is computed again: only its result leaves it. What
+    comes before and after is in regions of its own."""
     inputs = {"x": X}
-    model, buffers = Source(Outer, inputs, torch.float32).build()
+    model, buffers = Source(Outers, inputs, torch.float32).build()
     hardware = load_hardware(tiny.write_hardware(tmp_path))
     plan = find_plan(trace(model, inputs, buffers), [Mesh((1,))], hardware, recompute_modules=("Inner",))
     functions = [node for node in ast.walk(ast.parse(generate(plan))) if isinstance(node, ast.FunctionDef)]
-    (region,) = (one for one in functions if "tanh" in ast.unparse(one) and "@region" in ast.unparse(one))
+    (region,) = (one for one in functions if "tanh" in ast.unparse(one))
+    assert region.name == "outer_again_1"
+    assert "@region" in ast.unparse(region)
     (given,) = (node for node in ast.walk(region) if isinstance(node, ast.Return))
     assert isinstance(given.value, ast.Name)
     assert ast.unparse(region).count("linear") == 2
+    assert "sigmoid" not in ast.unparse(region)
+    (outer,) = (one for one in functions if one.name == "outer")
+    text = ast.unparse(outer)
+    assert text.index("before") < text.index("outer_again_1") < text.index("outer_region_2")

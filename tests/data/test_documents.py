@@ -129,6 +129,8 @@ def test_lengths_of_documents(tmp_path, monkeypatch) -> None:
         documents=5, mean=12 / 5, longest=4, of_token=of_token, cut=1, padded=0, positions=4
     )
     assert dataset.document_lengths is found
+    full = saved(tmp_path / "full", input_ids=[[1] * 4] * 2, document_starts=[[0], [0]]).document_lengths
+    assert (full.documents, full.cut) == (2, 0), "as long as a row is not cut"
 
 
 def test_padding_is_no_document(tmp_path, monkeypatch) -> None:

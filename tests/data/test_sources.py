@@ -116,6 +116,15 @@ def test_characters_that_are_replaced_are_counted_for_each_file(tmp_path: Path) 
         assert {path.name: count for path, count in corpus.replaced.items()} == {"a.txt": 3, "c.txt": 2}
 
 
+def test_characters_of_parquet_files_are_counted_too(tmp_path: Path) -> None:
+    binary = pa.array([b"caf\xe9", b"tea", None], pa.binary())
+    table = pa.table({"text": pa.Array.from_buffers(pa.string(), 3, binary.buffers())})
+    pq.write_table(table, tmp_path / "a.parquet")
+    corpus = find_corpus(str(tmp_path / "a.parquet"))
+    assert list(corpus.documents()) == ["caf\ufffd", "tea", ""]
+    assert list(corpus.replaced.values()) == [1]
+
+
 def test_what_is_left_out_is_listed_up_to_five_kinds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     (tmp_path / "a.txt").write_text("x")

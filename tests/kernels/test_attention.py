@@ -259,3 +259,17 @@ def test_the_fastest_of_those_that_are_right(monkeypatch, caplog):
     assert probe.fastest(kind, {name: lambda run=run: run for name, run in kernels.items()}) == "right"
     assert "kernel wrong is wrong by" in caplog.text
     assert probe.fastest(kind, {"wrong": lambda: without_cap}) is None
+
+    def failing(error: type[Exception]) -> Callable[[], Any]:
+        def run(*call: Any) -> Tensor:
+            raise error
+
+        return lambda: run
+
+    def missing() -> Any:
+        raise ImportError
+
+    broken = [failing(error) for error in (RuntimeError, AssertionError, TypeError, AttributeError)]
+    kernels = {str(number): load for number, load in enumerate([*broken, missing])}
+    assert probe.fastest(kind, kernels) is None
+    assert probe.fastest(kind, kernels | {"right": lambda: rows.attend_by_rows}) == "right"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from nnscaler import Source, UserError
 from nnscaler.trace import trace
-from nnscaler.trace.fake import as_if_exporting
+from nnscaler.trace.fake import as_if_exporting, fake_mode, fake_weights
 from nnscaler.trace.own_code import is_own_code, line_of
 from nnscaler.trace.repeated import find_repeated, intercepted
 from nnscaler.trace.strategies import find_strategy
@@ -68,6 +69,21 @@ def test_a_model_takes_the_path_of_export_only_inside() -> None:
         fail()
     assert not torch.compiler.is_exporting()
     assert not torch.compiler.is_compiling()
+
+
+def test_weights_are_fake_and_tied_ones_one_inside() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model[1].weight = model[0].weight
+    model[1].bias.requires_grad_(False)
+    before = dict(model.state_dict(keep_vars=True).items())
+    with fake_weights(model, fake_mode()):
+        assert model[0].weight is model[1].weight
+        assert all(isinstance(tensor, FakeTensor) for tensor in model.state_dict().values())
+        needs = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        assert needs == {"0.weight": True, "0.bias": True, "1.bias": False, "2.weight": True, "2.bias": True}
+        model[0].extra = 1
+    assert not hasattr(model[0], "extra")
+    assert all(tensor is before[name] for name, tensor in model.state_dict(keep_vars=True).items())
 
 
 def test_a_nest_is_taken_apart_and_put_together() -> None:
