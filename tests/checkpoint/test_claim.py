@@ -56,6 +56,18 @@ def test_a_restart_is_known_by_its_job_and_not_by_the_run_id(tmp_path, worker):
     assert find_own(tmp_path, [first]) is not None  # one that ended well on rank 0 may be restarted too
 
 
+def test_what_nothing_restarts_has_no_job(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert job() is None
+    assert keeper() == Process.of(os.getpid())
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/x/none_7/attempt_0/0/error.json")
+    assert keeper().pid != os.getpid()
+    assert job().endswith("/none_7")
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
+    assert job() is not None
+
+
 def test_nodes_may_be_replaced_but_not_all(tmp_path):
     killed(claim(tmp_path, "run", None, None, ["a", "b"]))
     assert find_own(tmp_path, ["b", "c"]) is not None

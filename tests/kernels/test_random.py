@@ -60,6 +60,20 @@ def test_what_differs_in_anything_is_drawn_independently(other):
     assert abs(correlation) < 5 / math.sqrt(first.numel())
 
 
+def test_what_is_drawn_stays_what_it_was():
+    """An element's number is the low half of the counter; micro-batch and step are the high half. The key's words are
+    those of the seed, changed by the place's."""
+    seed, place, numbers = 0x0000_0105_0000_0F03, 0x7123_4567_89AB_CDEF, [0, 1, 77, 2**32 + 5]
+    found = kept(0.4, draws_of(seed, step=9, micro_batch=6), torch.tensor(place), torch.tensor(numbers))
+    key = [torch.tensor(0x0F03 ^ 0x89AB_CDEF), torch.tensor(0x105 ^ 0x7123_4567)]
+    for stays, number in zip(found.tolist(), numbers):
+        counter = [torch.tensor(word) for word in (number % 2**32, number // 2**32, 6, 9)]
+        assert stays == (philox(counter, key)[0].item() >= 0.4 * 2**32)
+    many = torch.arange(64)
+    expected = philox([many, 0 * many, 0 * many + 6, 0 * many + 9], key)[0] >= round(0.4 * 2**32)
+    assert torch.equal(kept(0.4, draws_of(seed, step=9, micro_batch=6), torch.tensor(place), many), expected)
+
+
 def test_neighbours_are_independent():
     found = drawn().double() - 0.7
     for dim, apart in product(range(3), (1, 2, 4)):

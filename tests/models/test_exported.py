@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
+from nnscaler.models import files
 from nnscaler.models.exported import write_config
 from nnscaler.models.files import AssetWriter
 from tests import tiny
@@ -100,6 +101,19 @@ def test_all_small_files_come_along(source, tmp_path):
     assert fields["use_cache"] is True
     tokenizer = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert (tokenizer["tokenizer_class"], tokenizer["chat_template"]) == ("PreTrainedTokenizerFast", "{{ messages }}")
+
+
+def test_a_large_file_stays_behind_and_is_named(source, tmp_path, monkeypatch, caplog):
+    (tmp_path / "out").mkdir()
+    (source / "large.txt").write_bytes(bytes(3_000_000))
+    (source / "edge.txt").write_bytes(bytes(2_000_000))
+    monkeypatch.setattr(files, "SMALL", 2_000_000)
+    AssetWriter(AutoConfig.from_pretrained(source), "bfloat16", str(source), None, 4096)(tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names >= {"LICENSE", "edge.txt"}
+    assert "large.txt" not in names
+    assert f"{source}/large.txt has 3 MB: checkpoints are without it" in caplog.text
+    assert "edge.txt" not in caplog.text
 
 
 def test_a_shorter_length_and_a_rope_that_follows_it_change_nothing(tmp_path):
