@@ -24,7 +24,7 @@ from nnscaler.compiler import ComputeConfig
 from nnscaler.data.training import PackedDataset
 from nnscaler.first_values import initial_parameters
 from nnscaler.models.causal_lm import WEIGHT_PREFIX, CausalLM, prepare_config
-from nnscaler.pieces import stretches
+from nnscaler.pieces import stretches, with_registered
 from nnscaler.pipeline import stages
 from nnscaler.placement import Shard
 from nnscaler.plan import Key, Plan
@@ -57,6 +57,7 @@ class Case:
     layers: int = 2
     levels: tuple[str, ...] = ()  # recompute level of each layer, in place of what the planner chose
     pieces: int = 0  # in how many each layer's regions are computed, in place of what the planner chose
+    heads: int = 0  # in how many their attention is, likewise
     master_only: bool = False  # whether weights that are gathered are stored as master weights alone, likewise
     precision: str = "fp32"
     compiled: bool = False  # whether regions are compiled, as on an accelerator
@@ -71,6 +72,7 @@ class Case:
         flags = [f"{self.plan}x{self.runtime}", f"acc{self.accumulation}", f"batch{self.micro_batch}"]
         flags += ["chunk"] * self.chunk_loss + list(self.recompute) + ["tied"] * self.tied
         flags += ["compiled"] * self.compiled + [f"pieces{self.pieces}"] * bool(self.pieces)
+        flags += [f"heads{self.heads}"] * bool(self.heads)
         flags += ["masters"] * self.master_only + [self.precision] * (self.precision != "fp32")
         flags += [f"kv{self.key_value_heads}"] * (self.key_value_heads != 4)
         flags += ["".join(word[0] for word in level.split()) for level in self.levels]
@@ -156,9 +158,11 @@ def planned(case: Case) -> Iterator[None]:
         if case.levels:
             mine = case.levels[: len(plan.graph.calls("llama_decoder_layer"))]
             plan.levels["llama_decoder_layer"] = {level_of(name): mine.count(name) for name in mine}
+        layer = plan.graph.blocks["llama_decoder_layer"]
         if case.pieces:
-            layer = plan.graph.blocks["llama_decoder_layer"]
             plan.pieces = {(layer.name, one.name): case.pieces for one in stretches(layer)}
+        if case.heads:
+            plan.pieces |= {(layer.name, one.name): case.heads for one in with_registered(layer, stretches(layer))}
         if any(level.on_host for level in plan.levels["llama_decoder_layer"]):
             plan.host[Key("state")] = 1e9  # more than there is: all of the optimizer's state
         if case.master_only:

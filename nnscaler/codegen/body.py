@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 
@@ -28,7 +28,7 @@ class Body:
     made          tensor -> the layout in which it is made
     taken         names of variables that are in use
     functions     the lines of the regions' functions, as far as they are written
-    stretch       the stretch that is computed in pieces, while its region is written
+    stretches     the stretches that are computed in pieces, while functions of their pieces are written
     needs_device  whether a region has a parameter `device`
     """
 
@@ -38,7 +38,7 @@ class Body:
     made: dict[str, Placements] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
     functions: list[list[str]] = field(default_factory=list)
-    stretch: Stretch | None = None
+    stretches: list[Stretch] = field(default_factory=list)
     needs_device: bool = False
 
     def write(self) -> list[list[str]]:
@@ -53,9 +53,10 @@ class Body:
         lines: list[str] = []
         for index, segment in enumerate(parts):
             for region in segment.regions:
-                lines += self._region(region, index)
+                lines += [] if region.around else self._region(region, index)
             for unit in segment.others:
-                lines += self._other(unit)
+                before = [one for one in segment.regions if one.around and one.around.name == unit.name]
+                lines += self._around(unit, before, index) if before else self._other(unit)
             lines += self._release(parts[index + 1 :])
         results = [
             self._in_layout(tensor, layout, lines)
@@ -109,38 +110,64 @@ class Body:
         if len(computing) < 2 and not (composed or region.recomputed) and region.stretch is None:
             return [line for unit in region.units for line in self._nodes(unit.nodes)]
         lines: list[str] = []
-        inside = {name for unit in region.units for node in unit.nodes for name in node.outputs}
-        given: dict[str, tuple[str, Placements]] = {}  # the function's parameter -> what is passed
-        for unit in region.units:
+        given = self._given(region.units, lines)
+        nodes = sorted((node for unit in region.units for node in unit.nodes), key=self.block.nodes.index)
+        inside = {name for node in nodes for name in node.outputs}
+        made = {name: unit for unit in region.units for name in unit.outputs if self._used_after(name, inside)}
+        name = self._fresh(f"{self._name()}_{'again' if region.recomputed else 'region'}_{index}")
+        self.stretches += [region.stretch] if region.stretch else []
+        self._write_function(["@region"], name, [], given, lambda: self._by_module(nodes), list(made))
+        if region.stretch is not None:
+            call = self._in_pieces(self.stretches.pop(), name, given, list(made))
+        else:
+            keep = f'"{RECOMPUTES_ALL_BUT_ATTENTION}"' if region.recomputed else self._keep()
+            call = f"{name}({', '.join([keep, *given])})"
+        return [*lines, *self._results(made, call)]
+
+    def _around(self, unit: Unit, before: list[Region], index: int) -> list[str]:
+        """The lines that compute a registered operator in pieces, each of which runs the regions before it too."""
+        lines: list[str] = []
+        units = [*(one for region in before for one in region.units), unit]
+        given = self._given(units, lines)
+        stretch, name = before[0].around, self._fresh(f"{self._name()}_piece_{index}")
+        assert stretch is not None
+
+        def body() -> list[str]:
+            return [*(line for region in before for line in self._region(region, index)), *self._other(unit)]
+
+        self.stretches.append(stretch)
+        self._write_function([], name, ["keep"], given, body, unit.outputs)
+        self.stretches.pop()
+        call = self._in_pieces(stretch, name, given, unit.outputs)
+        return [*lines, *self._results(dict.fromkeys(unit.outputs, unit), call)]
+
+    def _given(self, units: list[Unit], lines: list[str]) -> dict[str, tuple[str, Placements]]:
+        """What is passed to a function of some units -> the tensor that it is, and in which layout."""
+        inside = {name for unit in units for node in unit.nodes for name in node.outputs}
+        given: dict[str, tuple[str, Placements]] = {}
+        for unit in units:
             for tensor in unit.inputs:
                 if tensor not in inside:
                     layout = uses(self.plan, self.block, unit, tensor)
-                    expression = self._in_layout(tensor, layout, lines)
-                    given.setdefault(expression, (tensor, layout))
-        parameters = self._parameter_names(given)
-        nodes = sorted((node for unit in region.units for node in unit.nodes), key=self.block.nodes.index)
-        made = {name: unit for unit in region.units for name in unit.outputs if self._used_after(name, inside)}
-        outputs = list(made)
-        self.stretch = region.stretch
-        name = f"{self._name()}_{'again' if region.recomputed else 'region'}_{index}"
-        self._region_function(name, parameters, given, nodes, outputs)
-        self.stretch = None
-        arguments = ", ".join([f'"{RECOMPUTES_ALL_BUT_ATTENTION}"' if region.recomputed else self._keep(), *given])
-        call = f"{name}({arguments})"
-        if region.stretch is not None:
-            call = self._in_pieces(region.stretch, name, given, outputs)
+                    given.setdefault(self._in_layout(tensor, layout, lines), (tensor, layout))
+        return given
+
+    def _results(self, made: dict[str, Unit], call: str) -> list[str]:
+        """The line of a call that gives some results of units."""
         for tensor, unit in made.items():
             self._define(tensor, makes(self.plan, self.block, unit, tensor), tensor)
-        return [*lines, f"{', '.join(outputs)} = {call}"]
+        return [f"{', '.join(made)} = {call}"]
 
     def _in_pieces(
         self, stretch: Stretch, name: str, given: dict[str, tuple[str, Placements]], outputs: Sequence[str]
     ) -> str:
-        """The call that runs a stretch's region in pieces. Backward runs each piece again, so that itself keeps all."""
+        """The call that runs a stretch's function in pieces. Backward runs each piece again, so that itself keeps
+        all."""
         count = self.plan.pieces[self.block.name, stretch.name]
-        split = tuple(stretch.dims.get(tensor) for tensor, _ in given.values())
+        split = tuple("sum" if stretch.adds_up(t, self.block) else stretch.dims.get(t) for t, _ in given.values())
         joined = tuple(stretch.dims[tensor] for tensor in outputs)
-        arguments = ", ".join([name, str(count), str((None, *split)), str(joined), f'"{KEEPS_ALL}"', *given])
+        how = str((None, *split)).replace("'", '"')
+        arguments = ", ".join([name, str(count), how, str(joined), f'"{KEEPS_ALL}"', *given])
         return f"in_pieces({arguments})"
 
     def _keep(self) -> str:
@@ -155,30 +182,42 @@ class Body:
         users = [node for node in self.block.nodes if tensor in node.inputs and not makers.issuperset(node.outputs)]
         return bool(users) or tensor in self.block.outputs
 
-    def _region_function(
+    def _write_function(
         self,
+        decorators: list[str],
         name: str,
-        parameters: list[str],
+        first: list[str],
         given: dict[str, tuple[str, Placements]],
-        nodes: list[Node],
-        outputs: list[str],
+        body: Callable[[], list[str]],
+        outputs: Sequence[str],
     ) -> None:
-        outer_names, outer_made = self.names, self.made
+        """Adds a function to `functions`, and to `given` what else is to be passed to it.
+
+        first    its first parameters, before those for what is given
+        body     gives its lines; called where names are those of the function
+        outputs  what it returns
+        """
+        outer_names, outer_made, outer_device = self.names, self.made, self.needs_device
+        parameters = self._parameter_names(given)
         self.names = {given[expression]: own for expression, own in zip(given, parameters)}
-        self.made = dict(self.names.keys())
+        self.made, self.needs_device = dict(self.names.keys()), False
+        lines = body()
+        needs = {"axes": any("axes." in line for line in lines)}
+        needs["device"] = self.needs_device or any("device=device" in line for line in lines)
+        self.names, self.made, self.needs_device = outer_names, outer_made, outer_device or needs["device"]
+        also = [what for what, needed in needs.items() if needed]
+        given.update(dict.fromkeys(also, ("", ())))
+        head = f"def {name}({', '.join([*first, *parameters, *also])}):"
+        self.functions.append(_function([*decorators, head, *lines, f"return {', '.join(outputs)}"]))
+
+    def _by_module(self, nodes: list[Node]) -> list[str]:
+        """The statements of some nodes, under a comment for each module."""
         lines: list[str] = []
         for module, group in groupby(nodes, key=lambda node: node.module):
             members = list(group)
             lines.append(f"# {module or self.block.module_type}  {members[0].source}".rstrip())
             lines += self._nodes(members)
-        head = ["@region", f"def {name}({', '.join(parameters)}):"]
-        if any("device=device" in line for line in lines):
-            self.needs_device = True
-            parameters.append("device")
-            head[1] = f"def {name}({', '.join(parameters)}):"
-            given["device"] = ("", ())
-        self.functions.append(_function([*head, *lines, f"return {', '.join(outputs)}"]))
-        self.names, self.made = outer_names, outer_made
+        return lines
 
     def _other(self, unit: Unit) -> list[str]:
         """The lines of a registered operator, and of the views of its results."""
@@ -236,8 +275,9 @@ class Body:
     def _local_meta(self, tensor: str, layout: Placements) -> TensorMeta:
         meta = self.block.tensors[tensor]
         shape = list(local_shape(meta.shape, layout, self.plan.mesh.sizes))
-        if self.stretch is not None and tensor in self.stretch.dims:
-            shape[self.stretch.dims[tensor]] //= self.plan.pieces[self.block.name, self.stretch.name]
+        for stretch in self.stretches:
+            if tensor in stretch.dims:
+                shape[stretch.dims[tensor]] //= self.plan.pieces[self.block.name, stretch.name]
         return replace(meta, shape=tuple(shape))
 
     def _in_layout(self, tensor: str, layout: Placements, lines: list[str]) -> str:

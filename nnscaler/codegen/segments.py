@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nnscaler.graph import Block, Call, Node
-from nnscaler.pieces import Stretch, stretches
+from nnscaler.pieces import Stretch, stretches, with_registered
 from nnscaler.placement import Placements
 from nnscaler.plan import Plan
 from nnscaler.units import Unit, divide, pure
@@ -28,11 +28,13 @@ class Region:
 
     recomputed  whether the user named modules to recompute, and these units are of them: backward runs them again
     stretch     not None: the region is this stretch, computed in pieces
+    around      not None: it is a part of this stretch, which holds a registered operator and is computed in pieces
     """
 
     units: list[Unit]
     recomputed: bool = False
     stretch: Stretch | None = None
+    around: Stretch | None = None
 
 
 @dataclass
@@ -48,8 +50,13 @@ def segments(plan: Plan, block: Block) -> list[Segment]:
     units = divide(block)
     made_by = {name: index for index, unit in enumerate(units) for name in unit.outputs}
     named = plan.recomputed.get(block.name, set())
-    divided = [one for one in stretches(block) if (block.name, one.name) in plan.pieces] if plan.pieces else []
+    possible = stretches(block) if plan.pieces else []
+    divided, wide = (
+        [one for one in found if (block.name, one.name) in plan.pieces]
+        for found in (possible, with_registered(block, possible))
+    )
     in_pieces = {units[index].name: stretch for stretch in divided for index in stretch.units}
+    around = {units[index].name: stretch for stretch in wide for index in stretch.units}
     place: list[int] = []  # segment of each unit
     for unit in units:
         earliest = 0
@@ -62,19 +69,26 @@ def segments(plan: Plan, block: Block) -> list[Segment]:
             apart |= (unit.name in named) != (units[producer].name in named)
             earliest = max(earliest, place[producer] + (is_pure and apart))
         place.append(earliest)
+    for stretch in wide:  # what is computed for a registered operator alone, right before it
+        for index in stretch.units:
+            place[index] = place[stretch.units[-1]]
     found = [Segment() for _ in range(max(place, default=-1) + 1)]
     for unit, at in zip(units, place):
         segment = found[at]
         if not pure(unit):
             segment.others.append(unit)
             continue
-        recomputed, stretch = unit.name in named, in_pieces.get(unit.name)
-        same = [one for one in segment.regions if one.recomputed == recomputed and one.stretch is stretch]
+        region = Region([unit], unit.name in named, in_pieces.get(unit.name), around.get(unit.name))
+        same = [one for one in segment.regions if _alike(one, region)]
         if same:
             same[0].units.append(unit)
         else:
-            segment.regions.append(Region([unit], recomputed, stretch))
+            segment.regions.append(region)
     return found
+
+
+def _alike(one: Region, other: Region) -> bool:
+    return one.recomputed == other.recomputed and one.stretch is other.stretch and one.around is other.around
 
 
 def uses(plan: Plan, block: Block, unit: Unit, tensor: str) -> Placements:

@@ -16,7 +16,7 @@ from math import gcd, inf
 from nnscaler.chains import chains, handed_on
 from nnscaler.graph import Block, Call, Graph, TensorMeta
 from nnscaler.mesh import Mesh
-from nnscaler.pieces import Stretch, stretches
+from nnscaler.pieces import Stretch, stretches, with_registered
 from nnscaler.placement import REPLICATE, SHARED, Placements, Shard, local_shape
 from nnscaler.planner.costs import CostModel, Seconds, in_fp32, master_bytes
 from nnscaler.planner.options import CannotBePinned, Option, is_alias, layouts_of, unit_options
@@ -96,8 +96,10 @@ class Divisible:
 
     decisions         those of its units
     sizes             for each option of each decision, a number that the number of pieces must divide: the greatest
-                      common divisor of the divided dimension's local sizes
+                      common divisor of the divided dimension's local sizes; 0 where nothing is divided
     dims, ends_block  those of the stretch
+    within            the name of the stretch within it, which comes before its registered operator; None: it has none
+    adds_up           inputs that are used whole, of which gradients are added up in their own type rather than in fp32
     """
 
     block: str
@@ -106,6 +108,16 @@ class Divisible:
     sizes: tuple[tuple[int, ...], ...]
     dims: Mapping[str, int]
     ends_block: bool
+    within: str | None = None
+    adds_up: frozenset[str] = frozenset()
+
+    def allows(self, level: Level) -> bool:
+        """Whether it may be in pieces at a level: which keeps nothing of it but its inputs."""
+        return level.in_pieces and (self.within is None or level.of_each.call is not None)
+
+    def makes_again(self, level: Level) -> bool:
+        """Whether backward makes again, at a level, all that is made inside: what is within another may be kept."""
+        return self.within is None or self.allows(level)
 
 
 @dataclass(frozen=True)
@@ -362,13 +374,18 @@ class _Body:
 
     def divide_stretches(self) -> None:
         if len(self.levels) > 1 and any(level.in_pieces for level in self.levels):
-            self.problem.divisible.extend(map(self._divisible, stretches(self.block)))
+            found = stretches(self.block)
+            self.problem.divisible += map(self._divisible, [*found, *with_registered(self.block, found)])
 
     def _divisible(self, stretch: Stretch) -> Divisible:
         decisions = tuple(self.decisions[index] for index in stretch.units)
         options = [self.problem.decisions[decision].options for decision in decisions]
         sizes = tuple(tuple(self._divided_by(stretch, option) for option in each) for each in options)
-        return Divisible(self.block.name, stretch.name, decisions, sizes, stretch.dims, stretch.ends_block)
+        within = stretch.within.name if stretch.within else None
+        adds_up = frozenset(name for name in stretch.inputs if stretch.adds_up(name, self.block))
+        return Divisible(
+            self.block.name, stretch.name, decisions, sizes, stretch.dims, stretch.ends_block, within, adds_up
+        )
 
     def _divided_by(self, stretch: Stretch, option: Option) -> int:
         """The greatest number that divides the local size of every tensor of a unit along its divided dimension."""

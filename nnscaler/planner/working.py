@@ -146,11 +146,11 @@ class _Body:
         for level in by_region:
             self._again(level)
         for held in self.pieces.held:
-            if held.block == block:
+            if held.stretch.block == block:
                 around = [*held.terms, *self._waiting(*held.places)[0], *working.freed_first]
                 working.hold(around, block)
-                if by_region:
-                    in_pieces = [(c, held.most) for c in self.pieces.counts[held.block, held.name].values()]
+                if any(map(held.stretch.allows, by_region)):
+                    in_pieces = [(c, held.most) for c in self.pieces.counts[block, held.stretch.name].values()]
                     working.hold([(held.made, 1.0), *around, *in_pieces], number=-held.most)
 
     def _whole(self, level: Level) -> None:
@@ -181,7 +181,8 @@ class _Body:
         for index, flow in self.flows:
             if flow.needed and self._place(flow.producer[0]) >= place and flow.read_from > place and freed(flow):
                 sizes, most = self.working.size(flow, smallest=True)
-                terms += [*minus(sizes), *((c, most * part) for c, part in self.pieces.inside.get(index, ()))]
+                gone = self.pieces.inside[index].gone if index in self.pieces.inside else []
+                terms += [*minus(sizes), *((c, most * part) for c, part in gone)]
         return terms
 
     def _again(self, level: Level) -> None:
@@ -318,7 +319,9 @@ class _Body:
                         most += size
             elif flow.needed and level not in flow.as_made and level not in flow.as_used:
                 producer = self.problem.decisions[flow.producer[0]]
-                if index not in self.pieces.inside and (producer.kind == "unit" and of(producer)):
+                inside = self.pieces.inside.get(index)
+                alone = inside is None or not inside.stretch.makes_again(level)
+                if alone and producer.kind == "unit" and of(producer):
                     part, largest = self.working.size(flow)
                     terms += part
                     most += largest
@@ -328,7 +331,8 @@ class _Body:
                 terms += [(x, size) for x, size in inner if size]
                 most += max(size for _, size in inner)
         for held in self.pieces.held:
-            if held.block == self.block and any(of(self.units[index]) for index in held.decisions):
+            decisions = held.stretch.decisions if held.stretch.block == self.block else ()
+            if held.stretch.makes_again(level) and any(of(self.units[index]) for index in decisions):
                 terms.append((held.made, 1.0))
                 most += held.most
         return terms, most

@@ -1,28 +1,31 @@
 """Computing a function piece by piece along a dimension, so that what it makes inside exists only a piece at a time.
 
 Backward computes each piece again. A tensor that all pieces use whole, such as a weight, gets the sum of their
-gradients, which is added up in fp32.
+gradients. It is added up in fp32; or, where memory matters more, in the gradient's own type.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+Split = int | Literal["sum"] | None
 
 
 def in_pieces(
     function: Callable[..., Any],
     count: int,
-    split: Sequence[int | None],
+    split: Sequence[Split],
     joined: Sequence[int],
     *args: Any,
 ) -> Any:
     """`function(*args)`, computed in `count` pieces, one after the other.
 
-    split   for each argument, the dimension along which it is divided; None: each piece gets the whole
+    split   for each argument, the dimension along which it is divided. None: each piece gets the whole, and gradients
+            of pieces are added up in fp32; "sum": likewise, and added up in their own type
     joined  for each result, the dimension along which the pieces' results are joined
 
     Example: `in_pieces(torch.mm, 4, (0, None), (0,), x, w)` is `torch.mm(x, w)`, a quarter of the rows at a time.
@@ -57,7 +60,7 @@ class _Pieces(torch.autograd.Function):
         ctx: Any,
         function: Any,
         count: int,
-        split: tuple[int | None, ...],
+        split: tuple[Split, ...],
         joined: tuple[int, ...],
         kept: list[Any],
         *args: Any,
@@ -96,14 +99,15 @@ def _gradients(function: Any, inputs: list[Any], wanted: list[int], given: list[
     return list(torch.autograd.grad(outputs, [inputs[index] for index in wanted], gradients))
 
 
-def _add(total: Tensor | None, gradient: Tensor, dim: int | None, count: int, piece: int) -> Tensor:
+def _add(total: Tensor | None, gradient: Tensor, how: Split, count: int, piece: int) -> Tensor:
     """The gradient of a whole argument, after that of one more piece has been added."""
-    if dim is not None:
-        total = _whole(gradient, dim, count) if total is None else total
-        _part(total, dim, count, piece).copy_(gradient)
+    if isinstance(how, int):
+        total = _whole(gradient, how, count) if total is None else total
+        _part(total, how, count, piece).copy_(gradient)
         return total
     if total is None:
-        return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        dtype = gradient.dtype if how == "sum" else torch.promote_types(gradient.dtype, torch.float32)
+        return gradient.to(dtype, copy=True)  # what is given may be a part of another gradient
     return total.add_(gradient)
 
 
@@ -111,8 +115,10 @@ def _tuple(results: Any) -> tuple[Tensor, ...]:
     return results if isinstance(results, tuple) else (results,)
 
 
-def _parts(args: Sequence[Any], split: Sequence[int | None], count: int, piece: int) -> list[Any]:
-    return [arg if dim is None else _part(arg, dim, count, piece) for arg, dim in zip(args, split, strict=True)]
+def _parts(args: Sequence[Any], split: Sequence[Split], count: int, piece: int) -> list[Any]:
+    return [
+        _part(arg, how, count, piece) if isinstance(how, int) else arg for arg, how in zip(args, split, strict=True)
+    ]
 
 
 def _part(whole: Tensor, dim: int, count: int, piece: int) -> Tensor:

@@ -154,10 +154,17 @@ def test_two_axes_and_attention_along_the_sequence(folder, reference):
     assert "l" in splits(one_head, folder)["attention"]
 
 
+def code_of(case: Case, folder: Path) -> str:
+    return (folder / "code" / case.name / "gencode_stage0.py").read_text()
+
+
 def test_one_process_without_torchrun(folder, reference):
-    case = Case(1, 1, chunk_loss=True)
-    run(1, train_all, [case], folder, init=False)
-    compare(case, folder, reference)
+    in_pieces = Case(1, 1, layers=4, pieces=4, heads=2, levels=(EACH[0], EACH[0], AWAY[0], AWAY[0]), compiled=True)
+    cases = [Case(1, 1, chunk_loss=True), in_pieces]
+    run(1, train_all, cases, folder, init=False)
+    for case in cases:
+        compare(case, folder, reference)
+    assert "= in_pieces(llama_decoder_layer_piece_" in code_of(in_pieces, folder)
 
 
 def test_regions_in_pieces(folder, reference):
@@ -167,8 +174,7 @@ def test_regions_in_pieces(folder, reference):
     run(2, train_all, cases, folder, init=False)
     for case in cases:
         compare(case, folder, reference)
-        code = (folder / "code" / case.name / "gencode_stage0.py").read_text()
-        assert code.count("= in_pieces(llama_decoder_layer_region_") >= 2
+        assert code_of(case, folder).count("= in_pieces(llama_decoder_layer_region_") >= 2
 
 
 def in_groups(large: int, small: int, where: str = "") -> tuple[str, ...]:

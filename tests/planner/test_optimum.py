@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 
+from nnscaler import register_op
 from nnscaler.errors import UserError
 from nnscaler.graph import Block, Call, Graph, Node, Ref, TensorMeta
 from nnscaler.mesh import Mesh
@@ -347,9 +348,45 @@ def stack_of_linear_layers(calls: int = 2, products: int = 3) -> Graph:
     return graph
 
 
-def test_what_fits_only_in_pieces_is_computed_so():
+@register_op("r^ n, r^ n, r^ n -> r^ n", name="test_mixes_rows_of_three")
+def mixes_rows_of_three(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return query * key.flip(0) + value.flip(0)
+
+
+def calls_of_a_mixer(calls: int = 2) -> Graph:
+    """A block whose registered operator takes three products of one tensor, called several times after a product."""
+    root, block, rows, width = Block("model", "Model"), Block("layer", "Layer"), 4096, 16
+
+    def grow(block: Block, op: str, name: str, *sources: str, weight: bool = False) -> str:
+        if weight:
+            block.parameters[f"w_{name}"] = add_tensor(block, f"w_{name}", (width, width))
+            sources = (*sources, f"w_{name}")
+        block.nodes.append(Node(name, op, tuple(map(Ref, sources)), {}, (name,)))
+        return add_tensor(block, name, (rows, width))
+
+    root.inputs.append(add_tensor(root, "x", (rows, width), needs=False))
+    last = grow(root, "aten.linear.default", "y", "x", weight=True)
+    block.inputs.append(add_tensor(block, "h", (rows, width)))
+    normed = grow(block, "aten.silu.default", "normed", "h")
+    products = [grow(block, "aten.linear.default", name, normed, weight=True) for name in "qkv"]
+    mixed = grow(block, "test_mixes_rows_of_three", "mixed", *products)
+    block.outputs.append(grow(block, "aten.linear.default", "out", mixed, weight=True))
+    for index in range(calls):
+        name = add_tensor(root, f"layer{index}", (rows, width))
+        bound = {tensor: f"layers.{index}.{tensor}" for tensor in block.parameters}
+        root.nodes.append(Call(name, "call", (Ref(last),), {}, (name,), block="layer", parameters=bound))
+        last = name
+    root.nodes.append(Node("total", "aten.sum.default", (Ref(last),), {}, (add_tensor(root, "total", ()),)))
+    root.outputs.append("total")
+    graph = Graph(root, {"layer": block}, {}, {})
+    graph.parameters = {path: block.tensors[tensor] for block, tensor, path in graph.parameter_uses()}
+    return graph
+
+
+@pytest.mark.parametrize(("make", "names"), [(stack_of_linear_layers, {"linear2"}), (calls_of_a_mixer, {"mixed"})])
+def test_what_fits_only_in_pieces_is_computed_so(make, names):
     costs = CostModel(tiny.hardware("h100"), Mesh((1,)), True)
-    program = Program(build_problem(stack_of_linear_layers(), costs, Recomputing(), 2, groups=False))
+    program = Program(build_problem(make(), costs, Recomputing(), 2, groups=False))
     evaluations = [(one, price(program, one)) for one in everything(program.problem)]
     whole = min(e.total_memory for one, e in evaluations if e is not None and not one.pieces)
     least = min(e.total_memory for _, e in evaluations if e is not None)
@@ -358,6 +395,7 @@ def test_what_fits_only_in_pieces_is_computed_so():
         solution = solve(program, memory * (1 + 1e-6), gap=0.0).solution
         found = price(program, solution)
         assert solution.pieces
+        assert memory > least or names <= {name for _, name in solution.pieces}
         assert found.total_memory <= memory * (1 + 1e-5)
         fitting = [e.total_seconds for _, e in evaluations if e is not None and e.total_memory <= memory * (1 + 1e-6)]
         assert found.total_seconds == pytest.approx(min(fitting), rel=1e-5)

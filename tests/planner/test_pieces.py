@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,13 +12,14 @@ from nnscaler import register_op
 from nnscaler.compiler import Source
 from nnscaler.hardware import load_hardware
 from nnscaler.mesh import Mesh
-from nnscaler.pieces import Stretch, stretches
+from nnscaler.operators.attention import attention
+from nnscaler.pieces import Stretch, stretches, with_registered
 from nnscaler.plan import Key
 from nnscaler.planner.costs import CostModel
-from nnscaler.planner.price import price
-from nnscaler.planner.problem import Recomputing, build_problem
+from nnscaler.planner.price import Price, price
+from nnscaler.planner.problem import Divisible, Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution
-from nnscaler.recompute import KEEPS_ALL, RECOMPUTES_ALL_BUT_ATTENTION
+from nnscaler.recompute import IN_GROUPS, KEEPS_ALL, ON_DEVICE, RECOMPUTES_ALL, RECOMPUTES_ALL_BUT_ATTENTION, Level
 from nnscaler.trace import trace
 from tests import tiny
 
@@ -71,6 +74,68 @@ def test_registered_operators_are_between_runs():
     assert not set(first.units) & set(second.units)
 
 
+class Grouped(nn.Module):
+    """Attention with two query heads for each of four key-value heads, and what is done with its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.out = nn.Linear(16, 16), nn.RMSNorm(16), nn.Linear(64, 16)
+        self.query, self.key, self.value = nn.Linear(16, 64), nn.Linear(16, 32), nn.Linear(16, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = mixes_rows(self.first(x))
+        h = self.norm(x)
+        parts = (product(h).unflatten(-1, (-1, 8)).transpose(1, 2) for product in (self.query, self.key, self.value))
+        return x + self.out(attention(*parts).flatten(2))
+
+
+def test_attention_is_divided_by_groups_of_heads_and_with_it_the_products_that_it_uses():
+    inputs = {"x": torch.empty((2, 64, 16), device="meta", requires_grad=True)}
+    model, buffers = Source(Grouped, inputs, torch.float32).build()
+    block = trace(model, inputs, buffers).root
+    _, before, _ = stretches(block)
+    _, run = with_registered(block, stretches(block))  # the first: sequences at a time
+    assert run.within == before
+    assert run.units[:-1] == before.units
+    weights = [name for name in run.inputs if name.startswith(("query", "key", "value"))]
+    assert {run.dims[name] for name in weights} == {0}, "weights and biases, along the rows that make heads"
+    assert len(weights) == 6
+    (whole,) = [name for name in run.inputs if run.adds_up(name, block)]
+    assert whole in {name for node in block.nodes if node.op == "test_mixes_rows" for name in node.outputs}
+    (result,) = run.outputs
+    assert run.dims[result] == 2
+
+
+class Reused(Grouped):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        parts = [product(h).unflatten(-1, (-1, 8)).transpose(1, 2) for product in (self.query, self.key, self.value)]
+        return x + self.out(attention(*parts).flatten(2)) + parts[0].transpose(1, 2).flatten(2)[..., :16]
+
+
+class Rowwise(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(mixes_rows(self.norm(x)))
+
+
+@register_op("b l d^ -> b l d^", name="test_mixes_along", along={"l": mixes_rows})
+def mixes_along(x: Tensor) -> Tensor:
+    return x.flip(1)
+
+
+class Along(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(mixes_along(super().forward(x)))
+
+
+@pytest.mark.parametrize("make", [Reused, Mixing, Rowwise, Along])
+def test_what_is_not_for_the_operator_alone_is_not_divided_with_it(make):
+    inputs = {"x": torch.empty((1, 64, 16), device="meta", requires_grad=True)}
+    model, buffers = Source(make, inputs, torch.float32).build()
+    block = trace(model, inputs, buffers).root
+    assert not with_registered(block, stretches(block))
+
+
 ROWS, NARROW, WIDE = 2 * 64, 16, 48
 MEMORY, ARITHMETIC, LAUNCH = 1e9, 1e9, 1e-5  # bytes and operations a second; seconds of an operator
 
@@ -84,11 +149,27 @@ class Plain(nn.Module):
         return x + self.down(nn.functional.silu(self.up(x)))
 
 
-class Two(nn.Module):
+@register_op("b l^ d, b l^ d -> b l^ d", name="test_mixes_two")
+def mixes_two(x: Tensor, y: Tensor) -> Tensor:
+    return x * y.flip(1)
+
+
+class Mixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
+        self.left, self.right = nn.Linear(NARROW, WIDE, bias=False), nn.Linear(NARROW, WIDE, bias=False)
+        self.out = nn.Linear(WIDE, NARROW, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(x)
+        return x + self.out(mixes_two(self.left(h), self.right(h)))
+
+
+class Two(nn.Module):
+    def __init__(self, layer: type[nn.Module] = Plain) -> None:
+        super().__init__()
         self.first = nn.Linear(NARROW, NARROW, bias=False)
-        self.layers = nn.ModuleList(Plain() for _ in range(2))
+        self.layers = nn.ModuleList(layer() for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -97,17 +178,23 @@ class Two(nn.Module):
         return x.sum()
 
 
+def priced(layer: type[nn.Module], level: Level, count: int, folder: Path) -> tuple[Divisible, Price | None]:
+    """The last of a layer's stretches, and the price of two layers at a level with that in so many pieces."""
+    inputs = {"x": torch.empty((2, 64, NARROW), dtype=torch.bfloat16, device="meta")}
+    model, buffers = Source(lambda: Two(layer), inputs).build()
+    graph = trace(model, inputs, buffers)
+    hardware = load_hardware(tiny.write_hardware(folder, memory_bandwidth=MEMORY, launch=LAUNCH))
+    problem = build_problem(graph, CostModel(hardware, Mesh((1,))), Recomputing(), 1)
+    stretch = problem.divisible[-1]
+    levels = {graph.root.name: {KEEPS_ALL: 1}, stretch.block: {level: 2}}
+    chosen = [0] * len(problem.decisions)  # on one device there is one way
+    pieces = {(stretch.block, stretch.name): count}
+    return stretch, price(Program(problem), Solution(chosen, levels, pieces=pieces))
+
+
 @pytest.mark.parametrize("count", [4, 16])
 def test_pieces_by_hand(count, tmp_path):
-    inputs = {"x": torch.empty((2, 64, NARROW), dtype=torch.bfloat16, device="meta")}
-    model, buffers = Source(Two, inputs).build()
-    graph = trace(model, inputs, buffers)
-    hardware = load_hardware(tiny.write_hardware(tmp_path, memory_bandwidth=MEMORY, launch=LAUNCH))
-    problem = build_problem(graph, CostModel(hardware, Mesh((1,))), Recomputing(), 1)
-    (stretch,) = problem.divisible
-    levels = {graph.root.name: {KEEPS_ALL: 1}, stretch.block: {RECOMPUTES_ALL_BUT_ATTENTION: 2}}
-    chosen = [0] * len(problem.decisions)  # on one device there is one way
-    found = price(Program(problem), Solution(chosen, levels, pieces={(stretch.block, stretch.name): count}))
+    stretch, found = priced(Plain, RECOMPUTES_ALL_BUT_ATTENTION, count, tmp_path)
     assert found is not None
     narrow, wide, weight = 2 * ROWS * NARROW, 2 * ROWS * WIDE, 2 * NARROW * WIDE  # bytes, in bf16
     # Of few pieces, one of silu holds most: the gradients of what it reads and of what it writes. Of many, one of a
@@ -126,3 +213,36 @@ def test_pieces_by_hand(count, tmp_path):
     launching = 3 * (count - 1) * 4 * LAUNCH  # of four operators, in forward, again, and backward
     seconds = 2 * (again + moved / MEMORY + launching)
     assert found.seconds[Key("again", stretch.block, stretch.name, "in pieces")] == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("count", [4, 16])
+def test_pieces_with_a_registered_operator_by_hand(count, tmp_path):
+    stretch, found = priced(Mixed, RECOMPUTES_ALL, count, tmp_path)
+    assert found is not None
+    narrow, wide, weight = 2 * ROWS * NARROW, 2 * ROWS * WIDE, 2 * NARROW * WIDE  # bytes, in bf16
+    # Each piece makes the whole of tanh's result, which two products use, and a part of the rest. Around it lie the
+    # gradients of the result and of the weights; the input's are one of a piece, the sum in its own type, and that of
+    # the sum behind, which waits.
+    own = max(2 * narrow, narrow + (wide + weight) / count, 3 * wide / count)
+    around = wide + 3 * narrow + 2 * weight
+    assert found.memory[Key("working")] == pytest.approx(own + around)
+    made = 2 * wide / count  # by the products
+    # Beside it, what comes after needs the operator's result, and pieces need tanh's result and the layer's input.
+    assert found.memory[Key("working", stretch.block, "backward")] == pytest.approx(made + wide + 2 * narrow)
+    product, mixing = 2 * ROWS * NARROW * WIDE / ARITHMETIC + LAUNCH, 3 * wide / MEMORY + LAUNCH
+    tanh, tanh_backward = 2 * narrow / MEMORY + LAUNCH, 3 * narrow / MEMORY + LAUNCH
+    # All runs once more than without pieces: in forward, for the last product's gradient, and for each piece's. Only
+    # tanh does so for each piece.
+    again = 2 * product + mixing + (3 * count - 2) * tanh + (count - 1) * tanh_backward
+    # The result is put together twice, and the weights' gradients once: a read and a write each. To the sum of the
+    # input's gradient each piece after the first is added: two reads and a write.
+    moved = 4 * wide + 2 * 2 * weight + (2 + 3 * (count - 1)) * narrow
+    launching = 3 * (count - 1) * 4 * LAUNCH
+    seconds = 2 * (again + moved / MEMORY + launching)
+    assert found.seconds[Key("again", stretch.block, stretch.name, "in pieces")] == pytest.approx(seconds)
+
+
+def test_only_levels_that_keep_a_layers_input_alone_allow_its_operators_in_pieces(tmp_path):
+    for level in (level for level in (*ON_DEVICE, *IN_GROUPS) if level.size <= 2):
+        _, found = priced(Mixed, level, 4, tmp_path)
+        assert (found is not None) == (level.of_each is RECOMPUTES_ALL)

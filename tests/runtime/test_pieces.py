@@ -40,6 +40,47 @@ def test_results_and_gradients_are_those_of_the_whole() -> None:
         wanted = mlp(*inputs)
 
 
+HEADS = 4
+
+
+def heads(x: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of heads that share the tokens, and have rows of weights of their own."""
+    parts = (F.linear(x, weight).unflatten(2, (-1, WIDTH)).transpose(1, 2) for weight in (query, key, value))
+    return F.scaled_dot_product_attention(*parts, is_causal=True).transpose(1, 2)
+
+
+def heads_by_tokens(x: Tensor, *weights: Tensor) -> Tensor:
+    def products(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        return tuple(F.linear(x, weight).unflatten(2, (-1, WIDTH)).transpose(1, 2) for weight in weights)
+
+    parts = in_pieces(products, 3, (1, None, None, None), (2, 2, 2), x, *weights)
+    return F.scaled_dot_product_attention(*parts, is_causal=True).transpose(1, 2)
+
+
+def test_heads_at_a_time_and_of_these_some_tokens() -> None:
+    x, first, second, _ = (tensor.detach() for tensor in tensors(torch.float32))
+    weights = [weight[: HEADS * WIDTH] for weight in (0.2 * first, 0.2 * second, first + second)]
+    inputs = [tensor.requires_grad_() for tensor in (x, *weights)]
+    upstream = torch.randn(2, ROWS, HEADS, WIDTH, generator=torch.Generator().manual_seed(1))
+    wanted = heads(*inputs)
+    right = torch.autograd.grad(wanted, inputs, upstream)
+    for function in (heads, heads_by_tokens):
+        for count in (2, HEADS):
+            found = in_pieces(function, count, ("sum", 0, 0, 0), (2,), *inputs)
+            for ours, theirs in zip([found, *torch.autograd.grad(found, inputs, upstream)], [wanted, *right]):
+                assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
+
+
+def test_a_sum_in_its_own_type_changes_no_gradient_that_is_given() -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    given = torch.randn(3, 8)
+    kept = given.clone()
+    in_pieces(lambda x: x.view(3, 4), 2, ("sum",), (1,), x).backward(given)
+    assert torch.equal(given, kept)
+    assert x.grad is not None
+    assert torch.equal(x.grad, kept[:, :4] + kept[:, 4:])
+
+
 def test_gradients_of_weights_are_added_up_in_fp32() -> None:
     inputs = tensors(torch.bfloat16)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]

@@ -1,0 +1,71 @@
+"""A layer whose attention is computed by groups of heads, and what is around it by some tokens, beside the plain model:
+losses and gradients are equal within fp32's rounding."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nnscaler import Source
+from nnscaler.codegen import generate
+from nnscaler.graph import Graph
+from nnscaler.hardware import load_hardware
+from nnscaler.mesh import Mesh
+from nnscaler.models.causal_lm import CausalLM, prepare_config
+from nnscaler.pieces import stretches, with_registered
+from nnscaler.plan import Plan
+from nnscaler.planner import find_plan
+from nnscaler.recompute import RECOMPUTES_ALL
+from nnscaler.trace import trace
+from tests import tiny
+
+LAYER = "llama_decoder_layer"
+
+
+def make() -> CausalLM:
+    config = tiny.config(num_key_value_heads=2)
+    prepare_config(config, tiny.LENGTH, "auto")
+    return CausalLM(config).float()
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    tokens = {name: torch.zeros(1, tiny.LENGTH, dtype=torch.long) for name in ("input_ids", "labels")}
+    made, buffers = Source(make, tokens, torch.float32).build()
+    return find_plan(trace(made, tokens, buffers), [Mesh((1,))], load_hardware("h100"))
+
+
+@pytest.fixture(scope="module")
+def sample() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {n: torch.randint(tiny.VOCABULARY, (1, tiny.LENGTH), generator=generator) for n in ("input_ids", "labels")}
+
+
+def names(graph: Graph) -> tuple[str, str, str]:
+    """Of the layer's stretches: before attention, with attention, after it."""
+    layer = graph.blocks[LAYER]
+    before, after = stretches(layer)
+    (heads,) = with_registered(layer, [before, after])
+    return before.name, heads.name, after.name
+
+
+@pytest.mark.parametrize(("before", "heads", "after"), [(1, 2, 1), (4, 2, 1), (1, 2, 8), (4, 2, 4)])
+def test_heads_at_a_time_are_those_of_the_plain_model(before, heads, after, plan, sample):
+    torch.manual_seed(0)
+    model = make()
+    counts = dict(zip(names(plan.graph), (before, heads, after)))
+    plan.levels[LAYER] = {RECOMPUTES_ALL: 2}
+    plan.pieces = {(LAYER, name): count for name, count in counts.items() if count > 1}
+    code: dict[str, object] = {}
+    exec(generate(plan), code)
+    trained = {name: weight.detach().clone().requires_grad_() for name, weight in model.named_parameters()}
+    axes = SimpleNamespace(device=torch.device("cpu"))
+    loss = code["forward"]({**plan.graph.buffers, **trained}, axes, sample["input_ids"], sample["labels"])
+    loss.backward()
+    plain = model(**sample)
+    wanted = dict(zip(trained, torch.autograd.grad(plain, list(model.parameters()))))
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
+    for name, right in wanted.items():
+        assert (trained[name].grad - right).norm() <= 1e-6 * right.norm(), name
