@@ -35,7 +35,7 @@ from nnscaler.runtime.optimizer import OptimizerConfig
 from nnscaler.trace import build_on_meta
 from tests import tiny
 
-STEPS = 20
+STEPS = 7
 SEED = 3
 RATE = 1e-3
 EPSILON = 1e-6  # of AdamW, which divides by a gradient's size: with 1e-8, the rounding of gradients near 0 shows
