@@ -205,10 +205,12 @@ def recomputing(graph: Graph, modules: Sequence[str] | None) -> Recomputing:
 def nodes_to_recompute(graph: Graph, modules: Sequence[str]) -> dict[str, frozenset[str]]:
     """Block -> the names of its nodes that were called inside a module of one of the classes.
 
-    Raises UserError for a class that the model does not have, and for one whose modules contain whole blocks.
+    Raises UserError for a class that the model does not have, or only outside repeated layers, and for one whose
+    modules contain whole blocks.
     """
     found: dict[str, frozenset[str]] = {}
     known = {kind for block in graph.all_blocks() for node in block.nodes for kind in node.module_types}
+    repeated = {kind for block in graph.blocks.values() for node in block.nodes for kind in node.module_types}
     for module in modules:
         if module not in known:
             has = ", ".join(sorted(known))
@@ -222,6 +224,13 @@ def nodes_to_recompute(graph: Graph, modules: Sequence[str]) -> dict[str, frozen
         names = frozenset(node.name for node in inside if not isinstance(node, Call))
         if names:
             found[block.name] = names
+    for module in modules:
+        if module not in repeated:
+            has = f"modules inside them are {', '.join(sorted(repeated))}" if repeated else "there are none"
+            raise UserError(
+                f"recompute_modules names '{module}', which is not in repeated layers, and only these are computed "
+                f"again; {has}"
+            )
     return found
 
 

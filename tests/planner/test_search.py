@@ -185,3 +185,5 @@ def test_named_modules_are_nodes_of_blocks():
         nodes_to_recompute(whole, ["LlamaModel"])
     with pytest.raises(UserError, match="recompute_modules names 'Llama', which is not in the model; its modules are"):
         nodes_to_recompute(whole, ["LlamaMLP", "Llama"])
+    with pytest.raises(UserError, match=r"names 'Embedding', which is not in repeated layers.*them are .*LlamaMLP"):
+        nodes_to_recompute(whole, ["LlamaMLP", "Embedding"])
