@@ -24,7 +24,7 @@ class Key(NamedTuple):
               gathered), "update", "exchange" (communication that is not hidden), "copies" (to the host and back, not
               hidden); of bytes: "parameter", "saved" (kept for backward), "inside" (kept of a unit's inner tensors),
               "working" (held while an operator runs), "buffers" (of communication), "state" (of the optimizer, on the
-              host)
+              host), "gradients" (on the host)
     block     the name of the block
     name      the name of a unit, tensor or parameter in the block
     detail    the recompute level; the layouts between which a tensor is resharded; or what of a parameter it is
@@ -131,6 +131,11 @@ class Plan:
         """Bytes of the optimizer's state that lie on the host, for each device."""
         return sum(size for key, size in self.host.items() if key.category == "state")
 
+    @property
+    def gradients_on_host(self) -> float:
+        """Bytes of gradients that lie on the host between backward and the update, for each device."""
+        return sum(size for key, size in self.host.items() if key.category == "gradients")
+
     def to_json(self) -> dict[str, Any]:
         """How everything lies and runs, as plain values; `nnscaler.report` adds what it costs."""
         return {
@@ -142,6 +147,7 @@ class Plan:
             "parameters": {name: self._parameter_json(name) for name in self.graph.parameters},
             "tied": self.graph.tied,
             "state_on_host": self.state_on_host,
+            "gradients_on_host": self.gradients_on_host,
             "blocks": {
                 block.name: {
                     "calls": self.graph.count(block),

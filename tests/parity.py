@@ -165,6 +165,7 @@ def planned(case: Case) -> Iterator[None]:
             plan.pieces |= {(layer.name, one.name): case.heads for one in with_registered(layer, stretches(layer))}
         if any(level.on_host for level in plan.levels["llama_decoder_layer"]):
             plan.host[Key("state")] = 1e9  # more than there is: all of the optimizer's state
+            plan.host[Key("gradients")] = 1e9
         if case.master_only:
             plan.master_only = gathered(plan)
         return plan

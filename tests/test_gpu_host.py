@@ -16,10 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from nnscaler.mesh import Mesh
 from nnscaler.placement import SHARED
+from nnscaler.runtime import gradients as on_the_host
 from nnscaler.runtime import host as host_memory
 from nnscaler.runtime.axes import Axes
-from nnscaler.runtime.buckets import make_buckets
+from nnscaler.runtime.buckets import GradientReducer, make_buckets
+from nnscaler.runtime.gradients import GradientSlots
 from nnscaler.runtime.host import HostMemory, HostPool
+from nnscaler.runtime.module import Weights
 from nnscaler.runtime.optimizer import OptimizerConfig, ShardedOptimizer
 from nnscaler.shards import ParameterSpec
 
@@ -33,10 +36,10 @@ WIDTH, ROWS, CALLS = 256, 512, 8
 
 @pytest.fixture(params=range(4))
 def late_and_poisoned(request, monkeypatch):
-    """Copies begin late; buffers of the host and memory of the device that are let go of hold NaN."""
+    """Copies begin late; buffers of the host, and memory and slots of the device that are let go of, hold NaN."""
     delays = random.Random(request.param)
     write, read, give_back = HostPool.write, HostPool.read, HostPool.give_back
-    let_go = host_memory._Kept.let_go
+    let_go, send, leave = host_memory._Kept.let_go, GradientSlots._send, GradientSlots.leave
 
     def late(stream: torch.cuda.Stream) -> None:
         with torch.cuda.stream(stream):
@@ -46,9 +49,9 @@ def late_and_poisoned(request, monkeypatch):
         late(self._out)
         write(self, buffer, source)
 
-    def late_read(self, buffer, target, after=None):
+    def late_read(self, buffer, target, after=None, now=True):
         late(self._back)
-        read(self, buffer, target, after)
+        read(self, buffer, target, after, now)
 
     def poisoned_buffer(self, buffer):
         give_back(self, buffer)
@@ -62,6 +65,19 @@ def late_and_poisoned(request, monkeypatch):
         for tensor in here:
             tensor.fill_(float("nan"))  # which the next to take this memory may do at once
 
+    def poisoned_send(self, one):
+        slot = self._here[one]
+        send(self, one)
+        with torch.cuda.stream(self.pool._out):
+            slot.bytes.fill_(255)  # bytes of NaN
+            slot.left = self.pool._out.record_event()
+
+    def poisoned_leave(self, one):
+        self._here[one].bytes.fill_(255)
+        leave(self, one)
+
+    monkeypatch.setattr(GradientSlots, "_send", poisoned_send)
+    monkeypatch.setattr(GradientSlots, "leave", poisoned_leave)
     monkeypatch.setattr(host_memory, "SMALL", 1)  # checkpoint keeps a tensor without elements
     monkeypatch.setattr(HostPool, "write", late_write)
     monkeypatch.setattr(HostPool, "read", late_read)
@@ -137,9 +153,9 @@ def test_update_that_comes_late(monkeypatch):
     config = OptimizerConfig(lr=0.1, weight_decay=0.1, clip_gnorm=0.5)
     in_turn = ShardedOptimizer._with_state_here
 
-    def late(self):
+    def late(self, **options):
         torch.cuda._sleep(30_000_000)
-        yield from in_turn(self)
+        yield from in_turn(self, **options)
 
     def trained(beside: float) -> Tensor:
         axes = Axes(Mesh((1,), 1), torch.device("cuda"))
@@ -158,3 +174,43 @@ def test_update_that_comes_late(monkeypatch):
     wanted = trained(0.0)
     monkeypatch.setattr(ShardedOptimizer, "_with_state_here", late)
     assert torch.equal(trained(float("nan")), wanted)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_gradients(micro_batches, late_and_poisoned, monkeypatch):
+    """With so few slots that gradients go before they are complete. Of every second bucket, the state is there too."""
+    monkeypatch.setattr(on_the_host, "GRADIENT_SLOTS", 3)
+    shapes = {f"weight{i}": (97, 1000 + i) for i in range(12)}
+    config = OptimizerConfig(lr=0.1, weight_decay=0.1, clip_gnorm=0.5)
+
+    def trained(on_host: float) -> list[Tensor]:
+        axes = Axes(Mesh((1,), 1), torch.device("cuda"))
+        specs = {name: ParameterSpec(shape, torch.bfloat16, (SHARED,), True, False) for name, shape in shapes.items()}
+        decayed, summed = dict.fromkeys(shapes, True), micro_batches > 1
+        buckets, parameters = make_buckets(specs, axes, decayed, 2**16, (), summed, on_host)
+        assert any(bucket.on_host is not None for bucket in buckets) == (on_host > 0)
+        weights, reducer = Weights(buckets, parameters), GradientReducer(buckets, parameters, micro_batches)
+        generator = torch.Generator("cuda").manual_seed(0)
+        with torch.no_grad():
+            for parameter in parameters.values():
+                parameter.copy_(torch.randn(parameter.shape, device="cuda", generator=generator))
+        optimizer = ShardedOptimizer(buckets, config, 1, range(0, len(buckets), 2))
+        optimizer.load_masters()
+        found = []
+        for _ in range(4):
+            for _ in range(micro_batches):
+                loss = torch.zeros((), device="cuda")
+                for name, shape in shapes.items():
+                    drawn = torch.randn(shape, device="cuda", generator=generator).bfloat16()
+                    loss = loss + (weights[name] * drawn).tanh().float().sum()
+                loss.backward()
+                reducer.end_micro_batch()
+            reducer.finish()
+            found.append(optimizer.step(1, 0.1))
+        optimizer.finish()
+        return [tensor.cpu().clone() for tensor in (*found, *optimizer.masters, *parameters.values())]
+
+    wanted = trained(0.0)
+    assert all(tensor.isfinite().all() for tensor in wanted)
+    for on_host in (1e6, 1e12):
+        assert all(map(torch.equal, trained(on_host), wanted))

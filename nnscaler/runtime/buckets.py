@@ -8,7 +8,7 @@ Each owner has an equal slice of every bucket, which it updates: the optimizer's
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -20,6 +20,7 @@ from nnscaler.kernels import add_gradient
 from nnscaler.runtime.axes import Axes
 from nnscaler.runtime.axis import Axis
 from nnscaler.runtime.collectives import all_gather_single, reduce_scatter_single
+from nnscaler.runtime.gradients import GradientOnHost, GradientSlots
 from nnscaler.shards import Box, ParameterSpec, flat_range_boxes
 from nnscaler.sizes import BUCKET_ELEMENTS, MOST_IN_FLIGHT
 
@@ -78,6 +79,7 @@ class Bucket:
               gradient is exchanged in each micro-batch.
     first     the place of its first parameter among all parameters of the model
     is_copy   whether another pipeline stage has the same parameters, and counts them as its own
+    on_host   brings its gradient, which lies on the host, to the device; None: it lies on the device
 
     An update may still be under way when the next forward begins: whatever reads `flat` must call `wait` first.
     """
@@ -85,17 +87,49 @@ class Bucket:
     def __init__(
         self, flat: Tensor, slots: list[Slot], owners: Axis, first: int = 0, dtype: torch.dtype = torch.float32
     ) -> None:
-        self.flat, self.first = flat, first
+        self.flat, self.first, self.gradient_dtype = flat, first, dtype
         self.is_copy = False
+        self.on_host: GradientOnHost | None = None
         self._updated: dist.Work | torch.cuda.Event | None = None
         self.slots = slots
         self.owners = owners
         self.device = flat.device
         self.owned = self.flat.chunk(owners.size)[owners.rank]
-        whole = owners.group is None or slots[0].spec.exchanged_once
-        gradient = torch.zeros((flat if whole else self.owned).shape, dtype=dtype, device=self.device)
-        self.summed = gradient if whole else None
-        self.gradient = gradient.chunk(owners.size)[owners.rank] if whole else gradient
+        self._sums = owners.group is None or slots[0].spec.exchanged_once
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of all that is kept of its gradient between micro-batches."""
+        return (self.flat if self._sums else self.owned).numel() * self.gradient_dtype.itemsize
+
+    @property
+    def may_be_on_host(self) -> bool:
+        """Whether its gradient may lie on the host: not where it waits for the exchange with other owners."""
+        return self.owners.group is None or not self._sums
+
+    def place_gradient(self, slots: GradientSlots | None) -> None:
+        """Makes room for the gradient: on the host, from where it comes to these slots; None: on the device."""
+        if slots is None:
+            size = self.gradient_bytes // self.gradient_dtype.itemsize
+            memory = torch.zeros(size, dtype=self.gradient_dtype, device=self.device)
+        else:
+            self.on_host = GradientOnHost(slots, self.gradient_bytes, self.gradient_dtype)
+            memory = self.on_host.there
+        self.summed = memory if self._sums else None
+        self.gradient = memory.chunk(self.owners.size)[self.owners.rank] if self._sums else memory
+
+    def gradient_here(self, fresh: bool = False) -> Tensor:
+        """`summed`, or where that is None, `gradient`, on the device. `fresh`: it has no value yet"""
+        if self.on_host is not None:
+            return self.on_host.take(fresh)
+        return self.gradient if self.summed is None else self.summed
+
+    def norm(self) -> Tensor:
+        """The 2-norm of `gradient`, once that is complete. fp32, on the device"""
+        if self.on_host is None:
+            return norm_of(self.gradient)
+        assert self.on_host.norm is not None, "the step is over"
+        return self.on_host.norm
 
     @property
     def owned_range(self) -> range:
@@ -138,6 +172,11 @@ class Bucket:
             self._updated = None
 
 
+def norm_of(gradient: Tensor) -> Tensor:
+    """The 2-norm of a gradient, in fp32."""
+    return torch._foreach_norm([gradient], 2, dtype=torch.float32)[0]
+
+
 def make_buckets(
     specs: Mapping[str, ParameterSpec],
     axes: Axes,
@@ -145,13 +184,15 @@ def make_buckets(
     elements: int = BUCKET_ELEMENTS,
     alone: Collection[str] = (),
     summed: bool = True,
+    gradients_on_host: float = 0.0,
 ) -> tuple[list[Bucket], dict[str, nn.Parameter]]:
     """Lays the trained parameters into flat buffers: (buckets, name -> the parameter as a view of its buffer).
 
-    decays    name -> whether weight decay applies; such parameters come first, so that both kinds are ranges
-    elements  how many a bucket has, about
-    alone     names of parameters that get buckets of their own
-    summed    whether a step has several gradients of a parameter, which are summed
+    decays             name -> whether weight decay applies; such parameters come first, so that both kinds are ranges
+    elements           how many a bucket has, about
+    alone              names of parameters that get buckets of their own, and whose gradients stay on the device
+    summed             whether a step has several gradients of a parameter, which are summed
+    gradients_on_host  bytes of gradients that are to lie on the host; as many as may, where that are fewer
     """
     groups: dict[object, tuple[Axis, list[str]]] = {}
     for name in sorted((name for name, spec in specs.items() if spec.trained), key=lambda name: not decays[name]):
@@ -180,7 +221,30 @@ def make_buckets(
             buckets.append(Bucket(flat[start:stop], inside, owners, first, dtype))
         for slot in slots:
             parameters[slot.name] = nn.Parameter(flat[slot.start : slot.stop].view(slot.box.sizes))
+    _place_gradients(buckets, alone, gradients_on_host)
     return buckets, {name: parameters[name] for name in specs if name in parameters}
+
+
+def _place_gradients(buckets: Sequence[Bucket], alone: Collection[str], on_host: float) -> None:
+    """Makes room for all gradients: on the host, where `make_buckets` says so."""
+    may = [bucket for bucket in buckets if bucket.may_be_on_host and bucket.slots[0].name not in alone]
+    away = [may[index] for index in needed_last(may, on_host, lambda bucket: bucket.gradient_bytes)]
+    slots = None
+    if away:
+        slots = GradientSlots(max(bucket.gradient_bytes for bucket in away), len(away), away[0].device)
+    for bucket in buckets:
+        bucket.place_gradient(slots if bucket in away else None)
+
+
+def needed_last(buckets: Sequence[Bucket], size: float, bytes_of: Callable[[Bucket], int]) -> list[int]:
+    """Indices of the buckets that forward needs last, as many as have `size` bytes together, or all."""
+    found = []
+    for index in sorted(range(len(buckets)), key=lambda index: -buckets[index].first):
+        if size <= 0:
+            break
+        size -= bytes_of(buckets[index])
+        found.append(index)
+    return found
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -202,8 +266,9 @@ class GradientReducer:
         self._expected: dict[int, int] = {}  # summed bucket -> how many a micro-batch has
         self._begun: dict[int, set[str]] = defaultdict(set)  # bucket -> parameters that had a gradient, in this step
         self._buffers: dict[int, Tensor] = {}
-        self._in_flight: deque[tuple[dist.Work | None, int, Tensor, Tensor]] = deque()
+        self._in_flight: deque[tuple[dist.Work | None, int, Tensor, Tensor, bool]] = deque()
         self._summing: dict[int, dist.Work | None] = {}  # summed buckets that have been sent
+        self._slots = next((bucket.on_host.slots for bucket in self._buckets if bucket.on_host is not None), None)
         pieces: dict[str, list[tuple[int, Slot]]] = defaultdict(list)
         for index, bucket in enumerate(self._buckets):
             for slot in bucket.slots:
@@ -249,11 +314,15 @@ class GradientReducer:
             there, here = slot.within(len(bucket.flat))
             if bucket.summed is not None:
                 assert index not in self._summing, "a gradient came after the last"
-                add_gradient(bucket.summed[there], gradient[here], first=slot.name not in self._begun[index])
+                summed = bucket.gradient_here(fresh=not self._begun[index])
+                add_gradient(summed[there], gradient[here], first=slot.name not in self._begun[index])
                 self._begun[index].add(slot.name)
                 self._arrived[index].append(slot.name)
-                if self._left == 1 and len(self._arrived[index]) == self._expected.get(index):
-                    self._send_summed(index)
+                if len(self._arrived[index]) == self._expected.get(index):
+                    if self._left == 1:
+                        self._send_summed(index)
+                    else:
+                        self._end_stay(bucket, summed)
             else:
                 if index not in self._buffers:
                     self._buffers[index] = torch.empty(bucket.flat.shape, dtype=torch.float32, device=bucket.device)
@@ -268,28 +337,41 @@ class GradientReducer:
             buffer[unused].zero_()
         while len(self._in_flight) >= MOST_IN_FLIGHT:  # bounds the buffers alive
             self._receive()
-        mine = torch.empty_like(bucket.gradient) if self._begun[index] else bucket.gradient
+        first = not self._begun[index]
+        here = first and bucket.on_host is None
+        mine = bucket.gradient if here else torch.empty(bucket.owned.shape, dtype=torch.float32, device=bucket.device)
         self._begun[index].update(slot.name for slot in bucket.slots)
         work = reduce_scatter_single(mine, buffer, group=bucket.owners.group, async_op=True)
-        self._in_flight.append((work, index, mine, buffer))
+        self._in_flight.append((work, index, mine, buffer, first))
 
     def _receive(self) -> None:
-        work, index, mine, _ = self._in_flight.popleft()
+        work, index, mine, _, first = self._in_flight.popleft()
+        bucket = self._buckets[index]
         if work is not None:
             work.wait()
-        if mine is not self._buckets[index].gradient:
-            self._buckets[index].gradient += mine
+        if mine is not bucket.gradient:
+            gradient = bucket.gradient_here(first)
+            add_gradient(gradient, mine, first)
+            self._end_stay(bucket, gradient)
 
     def _send_summed(self, index: int) -> None:
         bucket = self._buckets[index]
         assert bucket.summed is not None
+        summed = bucket.gradient_here(fresh=not self._begun[index])
         for unused in bucket.without(self._begun[index]):
-            bucket.summed[unused].zero_()
+            summed[unused].zero_()
         self._summing[index] = None
         if bucket.owners.group is not None:
             self._summing[index] = reduce_scatter_single(
                 bucket.gradient, bucket.summed, group=bucket.owners.group, async_op=True
             )
+        self._end_stay(bucket, summed)
+
+    def _end_stay(self, bucket: Bucket, gradient: Tensor) -> None:
+        """Where the gradient is here from the host: it has got all of this micro-batch, and goes back."""
+        if bucket.on_host is not None:
+            bucket.on_host.norm = norm_of(gradient) if self._left <= 1 else None
+            bucket.on_host.send()
 
     def end_micro_batch(self) -> None:
         """Exchanges the buckets that got no gradient for some parameter in this micro-batch."""
@@ -300,6 +382,8 @@ class GradientReducer:
         self._expected = self._expected or {index: len(names) for index, names in self._arrived.items()}
         self._arrived.clear()
         self._left -= 1
+        if self._slots is not None:
+            self._slots.end_micro_batch(last=self._left == 0)
 
     def finish(self) -> None:
         """Ends a step: waits until every `Bucket.gradient` is complete."""
@@ -310,7 +394,9 @@ class GradientReducer:
             if bucket.summed is not None and index not in self._summing:
                 self._send_summed(index)
             elif bucket.summed is None and not self._begun[index]:
-                bucket.gradient.zero_()
+                self._end_stay(bucket, bucket.gradient_here(fresh=True).zero_())
+            elif bucket.on_host is not None and bucket.on_host.norm is None:
+                self._end_stay(bucket, bucket.gradient_here())  # which got nothing in the last micro-batch
         for work in self._summing.values():
             if work is not None:
                 work.wait()

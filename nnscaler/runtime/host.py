@@ -4,7 +4,8 @@ What a call of a block keeps for backward is copied to page-locked host memory w
 while backward goes on, one call before it is needed. Copies run on streams of their own, one for each direction, so
 that they hide behind computation. The device never holds more than what two calls keep.
 
-The optimizer's state comes to the device for its update, bucket by bucket, and goes back.
+The optimizer's state comes to the device for its update, bucket by bucket, and goes back. For gradients that lie here,
+see `nnscaler.runtime.gradients`.
 """
 
 from __future__ import annotations
@@ -142,14 +143,17 @@ class HostPool:
             buffer.bytes.copy_(source, non_blocking=True)
             buffer.written = self._out.record_event()
 
-    def read(self, buffer: _Buffer, target: Tensor, after: torch.cuda.Event | None = None) -> None:
-        """Copies a buffer to bytes of the device: after the event, and beside what is computed next."""
+    def read(self, buffer: _Buffer, target: Tensor, after: torch.cuda.Event | None = None, now: bool = True) -> None:
+        """Copies a buffer to bytes of the device: after the event, and beside what is computed next.
+
+        now  whether also after what is computed now, which may still use the target's memory
+        """
         if not self._on_accelerator:
             target.copy_(buffer.bytes)
             return
         self.wait(after, self._back)
-        # The target's memory may still be in use by what is computed now.
-        self._back.wait_stream(torch.cuda.current_stream(self.device))
+        if now:
+            self._back.wait_stream(torch.cuda.current_stream(self.device))
         self.wait(buffer.written, self._back)
         with torch.cuda.stream(self._back):
             target.copy_(buffer.bytes, non_blocking=True)

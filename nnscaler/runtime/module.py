@@ -108,7 +108,9 @@ class ParallelModule(nn.Module):
         decayed = {name: decays(spec.shape) for name, spec in self.specs.items()}
         micro_batches = plan["micro_batches"]
         summed = axes.mesh.sums_gradients(micro_batches)
-        self.buckets, parameters = make_buckets(self.specs, self.axes, decayed, alone=shared, summed=summed)
+        self.buckets, parameters = make_buckets(
+            self.specs, self.axes, decayed, alone=shared, summed=summed, gradients_on_host=plan["gradients_on_host"]
+        )
         self.trained = list(parameters.values())
         self.reducer = GradientReducer(self.buckets, parameters, micro_batches)
         self._weights = Weights(self.buckets, parameters)

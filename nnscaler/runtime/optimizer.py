@@ -3,7 +3,7 @@
 Buckets are updated in the order in which forward needs them, and each is then sent to its other owners. The update has
 a stream of its own. Forward waits only for the buckets that it uses (`Bucket.wait`), not for the whole update.
 The master weights and moments of some buckets may lie on the host. They come to the device for their update, a few
-buckets ahead, and go back.
+buckets ahead, and go back. So do gradients that lie there, which do not go back.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nnscaler.config import OptimizerConfig
-from nnscaler.runtime.buckets import Bucket
+from nnscaler.runtime.buckets import Bucket, needed_last
 from nnscaler.runtime.host import HostPool, StagedTensors, StagingArea
 from nnscaler.sizes import STATES_AHEAD
 
@@ -32,14 +32,9 @@ def buckets_of(buckets: list[Bucket], size: float) -> list[int]:
 
     They are those that forward needs last: it then waits for them least.
     """
-    found = []
-    for index in sorted(range(len(buckets)), key=lambda index: -buckets[index].first):
-        if size <= 0:
-            break
-        owned = buckets[index].owned
-        size -= owned.numel() * (8 + (4 if owned.dtype != torch.float32 else 0))
-        found.append(index)
-    return found
+    return needed_last(
+        buckets, size, lambda bucket: bucket.owned.numel() * (8 + (4 if bucket.owned.dtype != torch.float32 else 0))
+    )
 
 
 class ShardedOptimizer:
@@ -107,8 +102,7 @@ class ShardedOptimizer:
         Returns the norm of the whole mean gradient before clipping; it is not finite where nothing has changed. It is a
         tensor on the device, and nothing waits for the device.
         """
-        gradients = [bucket.gradient for bucket in self.buckets]
-        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+        norms = [bucket.norm() for bucket in self.buckets]
         squares = (torch.stack(norms).double().square() * self._counted).sum()
         # A constant filled in on the device: copying one there would wait for all that runs on it.
         sums = torch.stack([
@@ -123,32 +117,46 @@ class ShardedOptimizer:
         finite = norm.isfinite()
         if self.config.clip_gnorm:
             scale = scale * (self.config.clip_gnorm / (norm + 1e-6)).clamp(max=1.0)
-        wide = [gradient for gradient in gradients if gradient.dtype == torch.float32]
-        if wide:
-            torch._foreach_mul_(wide, scale)
         found_infinite = (~finite).float()
         with self._beside(scale, found_infinite):
-            for index in self._with_state_here():
-                gradient = gradients[index]
-                if gradient.dtype != torch.float32:  # which scaling must not round
-                    gradient = gradient.float().mul_(scale)
+            for index in self._with_state_here(gradients=True):
+                bucket = self.buckets[index]
+                gradient = bucket.gradient if bucket.on_host is None else bucket.on_host.take()
+                gradient = gradient.float().mul_(scale)  # in fp32, or scaling would round it
                 self._states[index].update(gradient, lr, found_infinite)
+                if bucket.on_host is not None:
+                    bucket.on_host.leave()
                 if index in self._staged:
                     self._staged[index].send_back()
                 self._states[index].publish()
         return norm
 
-    def _with_state_here(self) -> Iterator[int]:
-        """The buckets, in the order of their update. The state of each is on the device when its turn has come."""
-        coming = deque(self._staged[index] for index in self._order if index in self._staged)
+    def _with_state_here(self, gradients: bool = False) -> Iterator[int]:
+        """The buckets, in the order of their update. The state of each is on the device when its turn has come.
+
+        gradients  whether gradients that lie on the host shall come with it; `GradientOnHost.take` waits for them
+        """
+        coming = deque(
+            index
+            for index in self._order
+            if index in self._staged or (gradients and self.buckets[index].on_host is not None)
+        )
+        awaited = set(coming)
         for _ in range(min(STATES_AHEAD, len(coming))):
-            coming.popleft().fetch()
+            self._fetch(coming.popleft(), gradients)
         for index in self._order:
             if index in self._staged:
                 self._staged[index].wait_for_fetch()
-                if coming:
-                    coming.popleft().fetch()
+            if index in awaited and coming:
+                self._fetch(coming.popleft(), gradients)
             yield index
+
+    def _fetch(self, index: int, gradients: bool) -> None:
+        bucket = self.buckets[index]
+        if index in self._staged:
+            self._staged[index].fetch()
+        if gradients and bucket.on_host is not None:
+            bucket.on_host.fetch()
 
     @torch.no_grad()
     def publish_masters(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import product
 
 import pytest
@@ -10,35 +11,42 @@ import torch.distributed as dist
 
 from nnscaler.mesh import Mesh
 from nnscaler.placement import SHARED
-from nnscaler.runtime import buckets
+from nnscaler.runtime import buckets, gradients
 from nnscaler.runtime.axes import Axes
 from nnscaler.runtime.buckets import Bucket, GradientReducer, make_buckets
+from nnscaler.runtime.host import HostPool
 from nnscaler.shards import ParameterSpec
 from tests.launch import run
 
 SHAPES = {"a": (40, 30), "norm": (7,), "b": (3, 100), "c": (300,), "d": (64, 11)}
 
 
-def sums_of_gradients(elements: int, world: int, once: bool) -> list[float]:
-    """Two steps of three micro-batches of random gradients, of which `b` gets one in the first micro-batch alone, in
+def sums_of_gradients(
+    elements: int, world: int, once: bool, on_host: float = 0.0
+) -> tuple[list[float], list[torch.Tensor]]:
+    """Three steps of three micro-batches of random gradients, of which `b` gets one in the first micro-batch alone, in
     the second step none; `d`'s come in two parts.
 
-    The differences from plain sums, that of the whole gradient's norm included: what lies between parameters counts in
-    it.
+    on_host  bytes of gradients that are to lie on the host
+    Returns the differences from plain sums, that of the whole gradient's norm included: what lies between parameters
+    counts in it; and the gradients and norms of all buckets.
     """
     torch.use_deterministic_algorithms(True)  # fills memory that nothing was written to with NaN
     rank = dist.get_rank() if world > 1 else 0
     axes = Axes(Mesh((1,), world), torch.device("cpu"))
     specs = {name: ParameterSpec(shape, torch.float32, (SHARED,), True, once) for name, shape in SHAPES.items()}
-    made, parameters = make_buckets(specs, axes, {name: len(shape) > 1 for name, shape in SHAPES.items()}, elements)
+    decays = {name: len(shape) > 1 for name, shape in SHAPES.items()}
+    made, parameters = make_buckets(specs, axes, decays, elements, gradients_on_host=on_host)
+    away = sum(bucket.gradient_bytes for bucket in made if bucket.on_host is not None)
+    assert (away >= on_host) if on_host < 1e9 else all(bucket.on_host or not bucket.may_be_on_host for bucket in made)
     reducer = GradientReducer(made, parameters, micro_batches=3)
-    differences = []
-    for step in range(2):
+    differences, found = [], []
+    for step in range(3):
         wanted = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
         for micro_batch in range(3):
             generator = torch.Generator().manual_seed(3 * step + micro_batch)
             given = {name: torch.randn(world, *shape, generator=generator) for name, shape in SHAPES.items()}
-            if micro_batch or step:
+            if micro_batch or step == 1:
                 del given["b"]
             loss = torch.stack([(parameters[name] * values[rank]).sum() for name, values in given.items()]).sum()
             loss.backward()
@@ -48,7 +56,8 @@ def sums_of_gradients(elements: int, world: int, once: bool) -> list[float]:
                 wanted[name] += values.sum(0) * (3 if name == "d" else 1)
         reducer.finish()
         differences.append(difference_from(wanted, made, world))
-    return differences
+        found += [value.clone() for bucket in made for value in (bucket.gradient, bucket.norm())]
+    return differences, found
 
 
 def difference_from(wanted: dict[str, torch.Tensor], made: list[Bucket], world: int) -> float:
@@ -66,8 +75,15 @@ def difference_from(wanted: dict[str, torch.Tensor], made: list[Bucket], world: 
 
 
 def all_sums(world: int) -> list[float]:
-    ways = product((128, 700, 10**6), (False, True))
-    return [difference for elements, once in ways for difference in sums_of_gradients(elements, world, once)]
+    """The differences; those of gradients on the host are equal to the last bit."""
+    gradients.GRADIENT_SLOTS = 2
+    found = []
+    for elements, once in product((128, 700, 10**6), (False, True)):
+        differences, here = sums_of_gradients(elements, world, once)
+        for on_host in (1500.0, 1e9) if world == 1 or not once else (1e9,):
+            assert all(map(torch.equal, sums_of_gradients(elements, world, once, on_host)[1], here))
+        found += differences
+    return found
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -104,3 +120,35 @@ def test_gradients_are_sent_while_backward_goes_on():
         assert found == [(micro_batch, True) for micro_batch in range(3) for _ in "ab"]
     for found in run(2, sends, True):
         assert found == [(2, True)] * 2, "in the last micro-batch alone"
+
+
+def test_gradients_on_the_host_come_and_go_once_a_micro_batch(monkeypatch):
+    """In a step's first micro-batch none come; for the update they come once more. Buckets begin and end within
+    parameters."""
+    monkeypatch.setattr(gradients, "GRADIENT_SLOTS", 3)
+    specs = {name: ParameterSpec((100,), torch.float32, (SHARED,), True, False) for name in "abcdefghij"}
+    axes = Axes(Mesh((1,), 1), torch.device("cpu"))
+    made, parameters = make_buckets(specs, axes, dict.fromkeys(specs, True), 128, gradients_on_host=1e9)
+    reducer = GradientReducer(made, parameters, micro_batches=3)
+    copies: Counter[str] = Counter()
+
+    def counted(name, copy):
+        def copying(*args, **options):
+            copies[name] += 1
+            copy(*args, **options)
+
+        return copying
+
+    for name in ("read", "write"):
+        monkeypatch.setattr(HostPool, name, counted(name, getattr(HostPool, name)))
+    for step, micro_batch in product(range(3), range(3)):
+        for parameter in reversed(parameters.values()):
+            parameter.sum().backward()
+        reducer.end_micro_batch()
+        if micro_batch == 2:
+            reducer.finish()
+            for bucket in made:
+                bucket.gradient_here()
+                bucket.on_host.leave()
+            assert step == 0 or copies == {"read": 3 * len(made), "write": 3 * len(made)}
+            copies.clear()

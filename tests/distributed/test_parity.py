@@ -141,7 +141,7 @@ def test_host_memory_changes_no_bit(folder, reference):
             run(2, train_all, missing, folder, init=False)
     for here, away in zip(cases, cases[2:]):
         compare(away, folder, reference)
-        assert plan_of(away, folder)["state_on_host"]
+        assert all(plan_of(away, folder)[what] for what in ("state_on_host", "gradients_on_host"))
         code = (folder / "code" / away.name / "gencode_stage0.py").read_text()
         assert code.count("axes.host.keeping(") == 4
         assert "keeping(layers" not in code, "what one call hands to the next is no tensor that all share"

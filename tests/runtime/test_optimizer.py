@@ -10,8 +10,9 @@ from torch import nn
 
 from nnscaler.mesh import Mesh
 from nnscaler.placement import SHARED
+from nnscaler.runtime import gradients as on_the_host
 from nnscaler.runtime.axes import Axes
-from nnscaler.runtime.buckets import make_buckets
+from nnscaler.runtime.buckets import make_buckets, norm_of
 from nnscaler.runtime.optimizer import OptimizerConfig, ShardedOptimizer, buckets_of, decays
 from nnscaler.shards import ParameterSpec
 
@@ -21,12 +22,16 @@ LABELS, COPIES = 12, 2  # the devices of a replica see the same labels
 
 
 def optimizer_of(
-    config: OptimizerConfig, dtype: torch.dtype, on_host: Collection[int] = (), summed: bool = True
+    config: OptimizerConfig,
+    dtype: torch.dtype,
+    on_host: Collection[int] = (),
+    summed: bool = True,
+    gradients_on_host: float = 0.0,
 ) -> tuple[ShardedOptimizer, dict[str, nn.Parameter]]:
     axes = Axes(Mesh((1,), 1), torch.device("cpu"))
     specs = {name: ParameterSpec(shape, dtype, (SHARED,), True, False) for name, shape in SHAPES.items()}
     buckets, parameters = make_buckets(
-        specs, axes, {name: decays(shape) for name, shape in SHAPES.items()}, 700, (), summed
+        specs, axes, {name: decays(shape) for name, shape in SHAPES.items()}, 700, (), summed, gradients_on_host
     )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -42,6 +47,8 @@ def give(optimizer: ShardedOptimizer, gradients: dict[str, torch.Tensor]) -> Non
         bucket.gradient.zero_()
         for part in bucket.owned_parts():
             bucket.gradient[part.start : part.stop] = gradients[part.name][part.box.slices].flatten()
+        if bucket.on_host is not None:
+            bucket.on_host.norm = norm_of(bucket.gradient)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -156,17 +163,29 @@ def test_a_step_that_is_not_finite_changes_nothing(dtype, clip, gradient, loss):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_on_the_host_gives_the_same_to_the_last_bit(dtype):
-    both = [optimizer_of(CONFIG, dtype, on_host) for on_host in ((), range(1, 100))]
+@pytest.mark.parametrize(("states", "gradients_on_host"), [(range(1, 100), 0.0), ((), 1e9), ((0, 2), 3000.0)])
+@pytest.mark.parametrize("summed", [True, False])
+def test_what_is_on_the_host_gives_the_same_to_the_last_bit(dtype, states, gradients_on_host, summed, monkeypatch):
+    """Also where a step that is not finite comes between."""
+    monkeypatch.setattr(on_the_host, "GRADIENT_SLOTS", 1)
+    both = [
+        optimizer_of(CONFIG, dtype, (), summed), optimizer_of(CONFIG, dtype, states, summed, gradients_on_host)
+    ]  # fmt: skip
+    assert any(bucket.on_host for bucket in both[1][0].buckets) == (gradients_on_host > 0)
     generator = torch.Generator().manual_seed(1)
     for step in range(3):
         gradients = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+        if step == 2:
+            gradients["other"][1, 7] = float("inf")
+            before = everything(both[1][0])
         for optimizer, _ in both:
             give(optimizer, gradients)
-            optimizer.step(LABELS, 0.1)
+            assert optimizer.step(LABELS, 0.1).isfinite() == (step < 2)
             optimizer.settle()
             if step == 1:  # as from a checkpoint
                 optimizer.set_steps(7)
+        if step == 2:
+            assert all(torch.equal(*pair) for pair in zip(before, everything(both[1][0]), strict=True))
         for name, parameter in both[0][1].items():
             assert torch.equal(parameter, both[1][1][name])
     for ours, theirs in zip(both[0][0].state, both[1][0].state, strict=True):
