@@ -22,7 +22,7 @@ from nnscaler.operators import operator_of
 from nnscaler.placement import Placements, Shard, local_shape
 from nnscaler.profiler.operators import OperatorTimes
 from nnscaler.reshard import Reshard
-from nnscaler.sizes import BUCKET_ELEMENTS, MOST_IN_FLIGHT, STATES_AHEAD
+from nnscaler.sizes import BUCKET_ELEMENTS, GRADIENT_SLOTS, MOST_IN_FLIGHT, STATES_AHEAD
 from nnscaler.units import Unit, needed_by, node_kind, saved_by
 
 MASTER_BYTES = 4  # fp32 master weight
@@ -31,6 +31,7 @@ GRADIENT_BYTES = 4  # gradients are summed, and exchanged, in fp32
 STRIDED = 3  # a copy that reorders a tensor takes so many times as long as one that does not (measured on H200)
 
 STORED = "parameters"  # of the bytes that a parameter takes, those of itself
+GRADIENTS = "gradients"  # of its gradient
 STATE = ("master weights", "moments")  # and those of the optimizer's state
 LOCAL = ("slice", "pad", "divide")  # local: no other device takes part in these
 
@@ -354,6 +355,17 @@ class CostModel:
         bucket = min(BUCKET_ELEMENTS, elements) * (MASTER_BYTES + MOMENT_BYTES)
         return (STATES_AHEAD + 1) * bucket / self.mesh.replicas
 
+    def gradient_memory(self, trained: Sequence[TensorMeta], micro_batches: int) -> float:
+        """Bytes a device of gradients, where all ranks own equal parts of them."""
+        sizes = (meta.numel * self.gradient_bytes(meta, micro_batches) for meta in trained)
+        return sum(sizes) / self.mesh.runtime_ngpus
+
+    def slots_memory(self, trained: Sequence[TensorMeta], micro_batches: int) -> float:
+        """Bytes on the device for gradients that lie on the host, while backward adds to them."""
+        elements = sum(meta.numel for meta in trained)
+        bucket = min(BUCKET_ELEMENTS, elements) * max(self.gradient_bytes(meta, micro_batches) for meta in trained)
+        return min(GRADIENT_SLOTS, -(-elements // BUCKET_ELEMENTS)) * bucket / self.mesh.replicas
+
     def gradient_bytes(self, meta: TensorMeta, micro_batches: int) -> int:
         """Bytes of an element of a parameter's gradient, between backward and the update."""
         return GRADIENT_BYTES if self.mesh.sums_gradients(micro_batches) else meta.dtype.itemsize
@@ -373,7 +385,7 @@ class CostModel:
         owned = elements / self.owners(placements)
         return {
             STORED: stored,
-            "gradients": (elements if exchanged_once else owned) * self.gradient_bytes(meta, micro_batches),
+            GRADIENTS: (elements if exchanged_once else owned) * self.gradient_bytes(meta, micro_batches),
             "master weights": owned * master_bytes(meta),
             "moments": owned * MOMENT_BYTES,
         }

@@ -6,40 +6,52 @@ Data      w, r, wr       bytes/s to the host, back from it, and each way when bo
           W              bytes of the host's memory
           S              bytes of the optimizer's state, in P equal parts;  T bytes on the device for those being
                          updated;  S_do, of S, the master weight that option o stores as the parameter itself
+          G              bytes of the gradients, in P equal parts;  T' bytes on the device for those being added to;
+                         G_do, bytes of a gradient that may leave, as option o keeps it
 Variables k_fsl          calls at level l that keep f in layout s, as there
           j_fsl >= 0     the same of one call: whether it would keep f in s
           D_b >= 0       bytes on the device of what is on its way to the host or back
           h integer      parts of the optimizer's state on the host;  v in {0,1}: there are some
+          h', v'         likewise of gradients
           O_bl, I_bl >= 0  seconds by which copies to the host, and back, make forward and backward longer
-          X >= 0         seconds by which the optimizer's state makes a step longer
+          X >= 0         seconds by which copies for the update make a step longer
+          Z, Z' >= 0     seconds by which those of gradients make longer the backward of a step's first micro-batch, in
+                         which they only leave, and that of every other
 
-minimise      sum_bl (O_bl + I_bl) + X / m, beside the rest
+minimise      sum_bl (O_bl + I_bl) + X / m + Z / m + (1 - 1/m) Z', beside the rest
 subject to    h <= P v;  h S / P + sum_d S_do x_do <= S                                                          (state)
+              h' <= P v';  h' G / P <= sum_d n_d G_do x_do                                                   (gradients)
               D_b >= 2 sum_f b_fs j_fsl, if u_bl = 1: what two calls keep                                   (on its way)
               O_bl >= c C, O_bl >= C - (1 - c) F, where C = sum_f b_fs k_fsl / w n_f / N_b, and F = the time of forward
                    of these calls: a call's copies run beside the next one; I_bl with r and backward           (hiding)
-              X >= c Y, X >= Y - (1 - c) sum_d n_d t_do x_do, where Y = h S / P / wr: the update of a bucket, and the
-                   copies for it, run beside the next forward until that needs its weights
-              D_b, T v, and -h S / P on the device; sum_f A b_fs n_f / N_b k_fsl + h S / P <= W                 (memory)
+              X >= c Y, X >= Y - (1 - c) sum_d n_d t_do x_do, where Y = (h S + h' G) / P / wr: the update of a bucket,
+                   and the copies for it, run beside the next forward until that needs its weights
+              Z >= c Y, Z >= Y - (1 - c) B, where Y = h' G / P / wr, and B = the time of all of backward; Z' likewise,
+                   with Y + sum_bl (what b_fs k_fsl come back in - I_bl): what else comes back has the way first
+              D_b, T v + T' v', and -(h S + h' G) / P on the device;
+              sum_f A b_fs n_f / N_b k_fsl + (h S + h' G) / P <= W                                              (memory)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from nnscaler.plan import Key
 from nnscaler.planner.choices import Choices
-from nnscaler.planner.costs import STORED
+from nnscaler.planner.costs import GRADIENTS, STORED
 from nnscaler.planner.flows import Flows
-from nnscaler.planner.statement import Account, Quantity, Terms
+from nnscaler.planner.statement import Account, Quantity, Term, Terms, minus
 from nnscaler.recompute import Level
 
-PARTS = 64  # of the optimizer's state
+PARTS = 64  # of the optimizer's state, and of gradients
 
 
 class OnHost:
     """Adds the variables, rows and charges above to a program.
 
-    used   (block, level) -> the variable u, for levels that keep on the host
-    parts  the variable h; some: the variable v
+    used       (block, level) -> the variable u, for levels that keep on the host
+    state      the variable h;  some_state: the variable v
+    gradients  the variable h'; some_gradients: the variable v'
     """
 
     def __init__(self, choices: Choices, flows: Flows) -> None:
@@ -52,19 +64,22 @@ class OnHost:
             for level in counts
             if level.on_host
         }
-        self._copy()
+        self.fetched = self._copy()
         for block in dict.fromkeys(block for block, _ in self.used):
             self._on_its_way(block)
-        self.parts = self.statement.choice(PARTS)
-        self.some = self.statement.choice()
-        self._state()
+        self.state, self.some_state = self._parts("state", self.problem.optimizer_state, self.problem.staging)
+        self.gradients, self.some_gradients = self._parts(GRADIENTS, self.problem.gradients, self.problem.slots)
+        self._limit()
+        self._update()
+        self._accumulate()
 
-    def values(self, parts: int) -> dict[int, float]:
-        """The variables of the optimizer's state, where so many parts of it are on the host."""
-        return {self.parts: float(parts), self.some: float(parts > 0)}
+    def values(self, state: int, gradients: int) -> dict[int, float]:
+        """The variables of the optimizer's state and of gradients, where so many parts of them are on the host."""
+        parts = {self.state: float(state), self.gradients: float(gradients)}
+        return parts | {self.some_state: float(state > 0), self.some_gradients: float(gradients > 0)}
 
-    def _copy(self) -> None:
-        """The rows (hiding), for what calls keep."""
+    def _copy(self) -> Terms:
+        """The rows (hiding), for what calls keep. Returns the seconds of copies back that backward hides, as a sum."""
         sent: dict[tuple[str, Level], tuple[Terms, Terms]] = {use: ([], []) for use in self.used}
         for (index, layout, level), k in self.flows.kept.items():
             flow = self.problem.flows[index]
@@ -84,9 +99,12 @@ class OnHost:
                 forward, backward = computed[decision.block, level]
                 forward.append((z, option.seconds.forward))
                 backward.append((z, option.seconds.backward + again))
+        hidden: Terms = []
         for use in self.used:
             for side, copies, computing in zip(("forward", "backward"), sent[use], computed[use]):
-                self._longer(side, copies, computing, 1.0)
+                longer = self._longer(side, copies, computing, 1.0)
+                hidden += [*copies, (longer, -1.0)] if side == "backward" else []
+        return hidden
 
     def _on_its_way(self, block: str) -> None:
         """The variable D_b."""
@@ -104,28 +122,56 @@ class OnHost:
                     most += size
             self.statement.above(on_its_way, [*terms, (self.used[block, level], most)], -most)
 
-    def _state(self) -> None:
-        """The row (state), the variable X, and the memory of the optimizer's state."""
-        self.statement.row([(self.parts, 1.0), (self.some, -float(PARTS))], upper=0.0)
-        part = self.problem.optimizer_state / PARTS
-        stays = [
-            (x, decision.count * option.memory[STORED])
+    def _parts(self, what: str, size: float, held: float) -> tuple[int, int]:
+        """The variables h and v, or h' and v', with their memory.
+
+        size  bytes of all parts
+        held  bytes on the device for those that are there, if there are some on the host
+        """
+        parts, some = self.statement.choice(PARTS), self.statement.choice()
+        self.statement.row([(parts, 1.0), (some, -float(PARTS))], upper=0.0)
+        self.statement.charge(Account.DEVICE, Key(what, "", "on the host"), parts, -size / PARTS)
+        self.statement.charge(Account.HOST, Key(what), parts, size / PARTS)
+        self.statement.charge(Account.DEVICE, Key("buffers", "", what), some, held)
+        return parts, some
+
+    def _limit(self) -> None:
+        """The rows (state) and (gradients)."""
+        options = [
+            (x, decision.count, option)
             for decision, xs in zip(self.problem.decisions, self.choices.x)
             for x, option in zip(xs, decision.options)
-            if option.master_only
         ]
-        self.statement.row([(self.parts, part), *stays], upper=self.problem.optimizer_state, quantity=Quantity.BYTES)
-        self.statement.charge(Account.DEVICE, Key("state", "", "on the host"), self.parts, -part)
-        self.statement.charge(Account.HOST, Key("state"), self.parts, part)
-        self.statement.charge(Account.DEVICE, Key("buffers", "", "state"), self.some, self.problem.staging)
-        forward = [
-            (charge.variable, charge.amount)
-            for charge in self.statement.accounts[Account.TIME]
-            if charge.key.category == "forward"
-        ]
-        each, once = part / self.host.both_ways, 1 / self.problem.micro_batches
-        self.statement.charge(Account.SENT, Key("copies", "", "state"), self.parts, once * each)
-        self._longer("update", [(self.parts, each)], forward, once)
+        size = self.problem.optimizer_state
+        stays = [(x, count * option.memory[STORED]) for x, count, option in options if option.master_only]
+        self.statement.row([(self.state, size / PARTS), *stays], upper=size, quantity=Quantity.BYTES)
+        leaves = [(x, count * option.memory[GRADIENTS]) for x, count, option in options if option.gradient_may_leave]
+        part = self.problem.gradients / PARTS
+        self.statement.row([(self.gradients, part), *minus(leaves)], upper=0.0, quantity=Quantity.BYTES)
 
-    def _longer(self, side: str, copies: Terms, computing: Terms, part: float) -> None:
-        self.statement.longer(Key("copies", "", side), copies, computing, self.host.interference, part)
+    def _update(self) -> None:
+        """The variable X, and the copies for the update."""
+        once, copies = 1 / self.problem.micro_batches, []
+        for what, parts, size in (
+            ("state", self.state, self.problem.optimizer_state), (GRADIENTS, self.gradients, self.problem.gradients)
+        ):  # fmt: skip
+            copies.append((parts, size / PARTS / self.host.both_ways))
+            self.statement.charge(Account.SENT, Key("copies", "", what), parts, once * copies[-1][1])
+        self._longer("update", copies, self._computing("forward"), once)
+
+    def _accumulate(self) -> None:
+        """The variables Z and Z', and the copies of gradients beside backward."""
+        first = 1 / self.problem.micro_batches
+        copies = [(self.gradients, self.problem.gradients / PARTS / self.host.both_ways)]
+        self.statement.charge(Account.FETCHED, Key("copies", "", GRADIENTS), *copies[0])
+        computing = self._computing("backward", "again")
+        self._longer(GRADIENTS, copies, computing, first)
+        if first < 1:
+            self._longer(GRADIENTS, copies, computing, 1 - first, self.fetched)
+
+    def _computing(self, *categories: str) -> Terms:
+        charges = self.statement.accounts[Account.TIME]
+        return [(one.variable, one.amount) for one in charges if one.key.category in categories]
+
+    def _longer(self, side: str, copies: Terms, computing: Terms, part: float, before: Sequence[Term] = ()) -> int:
+        return self.statement.longer(Key("copies", "", side), copies, computing, self.host.interference, part, before)

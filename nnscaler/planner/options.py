@@ -38,6 +38,7 @@ class Option:
     exchange_buffers  bytes of the buffers for exchanging the gradient in each micro-batch
     master_only       only its master weight is stored, in fp32; it is cast when it is gathered, in which way alone it
                       can be used
+    gradient_may_leave  whether its gradient may lie on the host between micro-batches
     """
 
     inputs: tuple[Placements, ...]
@@ -51,6 +52,7 @@ class Option:
     last_exchange: float = 0.0
     exchange_buffers: float = 0.0
     master_only: bool = False
+    gradient_may_leave: bool = False
 
     @property
     def held(self) -> float:

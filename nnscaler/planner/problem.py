@@ -152,6 +152,8 @@ class Problem:
     host              bytes of the host's memory that the plan may use for each device; 0: none
     optimizer_state   bytes a device of master weights and moments
     staging           where some of these lie on the host: bytes on the device for those that are being updated
+    gradients, slots  likewise of gradients: bytes a device where each rank keeps what it owns; where some lie on the
+                      host, bytes on the device for those that backward adds to
     resharding        (tensor, whether it is a parameter, from, to) -> seconds, None where it is impossible; a cache
     """
 
@@ -171,6 +173,8 @@ class Problem:
     host: float = 0.0
     optimizer_state: float = 0.0
     staging: float = 0.0
+    gradients: float = 0.0
+    slots: float = 0.0
     resharding: dict[tuple[TensorMeta, bool, Placements, Placements], Seconds | None] = field(default_factory=dict)
 
     def has_calls(self, block: str) -> bool:
@@ -213,7 +217,8 @@ def build_problem(
     """States the planning problem of a graph.
 
     micro_batches  how many a step has; the time of the optimizer's update is spread over them
-    layouts        name of a parameter, or of an input or output of the graph -> its layout, where that is given
+    layouts        name of a parameter, or of an input or output of the graph -> its layout, where that is given. Other
+                   stages of a pipeline have such a parameter too, and add to its gradient
     in_flight      micro-batches whose activations are held at a time
     host           bytes of the host's memory that the plan may use for each device; 0: none
     sparing        whether what saves memory at a price may be done: stretches of units computed in pieces, and weights
@@ -227,6 +232,9 @@ def build_problem(
         costs, graph.root.name, micro_batches=micro_batches, exchange_buffers=buffers, in_flight=in_flight, host=host
     )
     problem.optimizer_state, problem.staging = costs.state_memory(trained), costs.staging_memory(elements)
+    if trained:
+        problem.gradients = costs.gradient_memory(trained, micro_batches)
+        problem.slots = costs.slots_memory(trained, micro_batches)
     problem.gathered_early = min(PREFETCH_BYTES, sum(meta.nbytes for meta in trained))
     builder = _Builder(graph, problem, recomputing, layouts or {}, sparing, groups and recomputing.free)
     builder.decide_parameters()
@@ -273,7 +281,8 @@ class _Builder:
             meta = self.graph.parameters[min(paths)]
             given = [self.layouts[path] for path in paths if path in self.layouts]
             stored = given or self._stored(meta, paths)
-            options = tuple(option for layout in stored for option in self._parameter_options(meta, layout))
+            shared = bool(given)
+            options = tuple(option for layout in stored for option in self._parameter_options(meta, layout, shared))
             index = self.decide(Decision("parameter", *min(uses), options, len(paths)))
             self.problem.parameter_of.update(dict.fromkeys(uses, index))
 
@@ -296,9 +305,12 @@ class _Builder:
         places = [place for place, devices in zip(layout, self.mesh.sizes) if devices > 1]
         return all((place.dim if isinstance(place, Shard) else None) in dims for place in places)
 
-    def _parameter_options(self, meta: TensorMeta, layout: Placements) -> Iterator[Option]:
+    def _parameter_options(self, meta: TensorMeta, layout: Placements, shared: bool) -> Iterator[Option]:
         """The ways to train a parameter that is stored so: exchange its gradient in each micro-batch, or once a step;
-        and store its master weight alone, where a rank owns all of its shard."""
+        and store its master weight alone, where a rank owns all of its shard.
+
+        shared  whether other stages of a pipeline have it too
+        """
         costs, micro_batches = self.problem.costs, self.problem.micro_batches
         if not meta.requires_grad:
             yield Option((), (layout,), memory=costs.parameter_memory(meta, layout, micro_batches))
@@ -317,6 +329,7 @@ class _Builder:
                 exchange_buffers=0.0 if once else costs.exchange_buffer(meta, layout),
                 exchanged_once=once and not alone,
                 master_only=master_only,
+                gradient_may_leave=not shared and (alone or not once),
             )
 
 

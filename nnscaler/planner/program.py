@@ -93,6 +93,7 @@ class Solution:
     levels          block -> recompute level -> how many of its calls have it
     gathered_again  indices of the flows that are gathered again in backward rather than kept
     state_on_host   how many parts of the optimizer's state, of `on_host.PARTS` in all, lie on the host
+    gradients_on_host  how many parts of the gradients, of as many
     pieces          (block, name of a stretch) -> the number of pieces it is computed in, where that is more than one
     """
 
@@ -101,6 +102,7 @@ class Solution:
     gathered_again: frozenset[int] = frozenset()
     state_on_host: int = 0
     pieces: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    gradients_on_host: int = 0
 
 
 class Program:
@@ -139,7 +141,10 @@ class Program:
         pieces = {
             run: count for run, counts in self.pieces.counts.items() for count, c in counts.items() if values[c] > 0.5
         }
-        return Solution(chosen, levels, again, round(values[self.on_host.parts]) if self.on_host else 0, pieces)
+        if self.on_host is None:
+            return Solution(chosen, levels, again, pieces=pieces)
+        state, gradients = (round(values[parts]) for parts in (self.on_host.state, self.on_host.gradients))
+        return Solution(chosen, levels, again, state, pieces, gradients)
 
     def values(self, solution: Solution) -> dict[int, float]:
         """The values of the choices that a solution means. Choices that are not named are 0."""
@@ -155,7 +160,7 @@ class Program:
         values[self._full] = float(buffers > self.problem.exchange_buffers)
         values.update({self.pieces.counts[run][count]: 1.0 for run, count in solution.pieces.items()})
         if self.on_host:
-            values.update(self.on_host.values(solution.state_on_host))
+            values.update(self.on_host.values(solution.state_on_host, solution.gradients_on_host))
         return values
 
     def _charge(self, account: Account, key: Key, variable: int, amount: float) -> None:

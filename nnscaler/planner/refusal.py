@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from nnscaler.errors import UserError
 from nnscaler.plan import GIB, Key
-from nnscaler.planner.costs import STATE
+from nnscaler.planner.costs import GRADIENTS, STATE
 
 _WORKING = {
     "": "while {} runs",
@@ -47,13 +47,18 @@ class DoesNotFit(NothingFits):
 
 
 def on_the_device(memory: Mapping[Key, float]) -> dict[Key, float]:
-    """The bytes of a plan without the optimizer's state that lies on the host, which the plan subtracts as a whole."""
-    moved = -sum(size for key, size in memory.items() if key.category == "state")
-    state = sum(size for key, size in memory.items() if key.detail in STATE)
-    stays = 1 - moved / state if state else 1.0
-    return {
-        key: size * stays if key.detail in STATE else size for key, size in memory.items() if key.category != "state"
-    }
+    """The bytes of a plan without the optimizer's state and the gradients that lie on the host, each of which the plan
+    subtracts as a whole."""
+    here = dict(memory)
+    for category, details in (("state", STATE), (GRADIENTS, (GRADIENTS,))):
+        moved = -sum(size for key, size in memory.items() if key.category == category)
+        whole = sum(size for key, size in memory.items() if key.detail in details and key.category == "parameter")
+        for key, size in memory.items():
+            if key.category == category:
+                del here[key]
+            elif key.category == "parameter" and key.detail in details:
+                here[key] = size * (1 - moved / whole)
+    return here
 
 
 def by_category(memory: Mapping[Key, float], peak: str) -> dict[str, float]:

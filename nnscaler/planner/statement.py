@@ -17,7 +17,7 @@ others, whether a solver or a test has made the choices.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from math import inf
@@ -25,7 +25,8 @@ from operator import itemgetter
 
 from nnscaler.plan import Key
 
-Terms = list[tuple[int, float]]  # [(variable, factor)]: the sum of variable * factor
+Term = tuple[int, float]  # (variable, factor)
+Terms = list[Term]  # the sum of variable * factor
 
 
 class Quantity(Enum):
@@ -44,8 +45,9 @@ class Account(Enum):
     BACKWARD  seconds of exchange that runs beside backward
     LAST      seconds of exchange that runs beside the backward of a step's last micro-batch only
     WEIGHTS   the seconds, among those of TIME, in which backward makes gradients of weights
-    SENT      seconds of copies that run beside forward: to the host; of the optimizer's state, there and back at once
-    FETCHED   seconds of copies back from the host, which run beside backward
+    SENT      seconds of copies that run beside forward: to the host; of the optimizer's state, there and back at once;
+              of gradients for the update
+    FETCHED   seconds of copies that run beside backward: back from the host; of gradients, there and back at once
     DEVICE    bytes of a device's memory
     HOST      bytes of the host's memory, for each device
     """
@@ -118,21 +120,28 @@ class Statement:
         self.row([(variable, 1.0), *minus(terms)], number, quantity=self.quantities[variable])
         self.limits[variable].append((terms, number))
 
-    def longer(self, key: Key, beside: Terms, computing: Terms, lost: float, part: float) -> None:
+    def longer(
+        self, key: Key, beside: Terms, computing: Terms, lost: float, part: float, before: Sequence[Term] = ()
+    ) -> int:
         """Charges the seconds by which what runs beside computation makes the computation longer.
 
         beside     seconds of what runs beside, as a sum
         computing  seconds of the computation, as a sum
         lost       seconds that computation loses for each second of what runs beside it, 0 to 1
         part       of the micro-batches in which this happens, 0 to 1
+        before     seconds of what the computation hides first, and what that costs is charged elsewhere, as a sum
 
         With `lost` = 0 that is max(0, beside - computing): what the computation does not hide.
+
+        Returns the variable.
         """
         longer = self.least(Quantity.SECONDS)
         self.charge(Account.TIME, key, longer, part)
-        self.above(longer, [*beside, *minus([(variable, (1 - lost) * seconds) for variable, seconds in computing])])
+        hiding = [(variable, (1 - lost) * seconds) for variable, seconds in computing]
+        self.above(longer, [*beside, *before, *minus(hiding)])
         if lost:
             self.above(longer, [(variable, lost * seconds) for variable, seconds in beside])
+        return longer
 
     def row(self, terms: Terms, lower: float = -inf, upper: float = inf, quantity: Quantity = Quantity.NUMBER) -> None:
         """States lower <= sum <= upper. A variable may occur in several terms."""

@@ -6,7 +6,7 @@ from nnscaler.graph import Block
 from nnscaler.operators import operator_of
 from nnscaler.operators.registry import contraction_flops
 from nnscaler.plan import Key, Plan
-from nnscaler.planner.costs import STATE, CostModel
+from nnscaler.planner.costs import GRADIENTS, STATE, CostModel
 from nnscaler.report.collectives import CollectiveCost
 from nnscaler.report.parameters import ParameterGroup
 from nnscaler.report.spelling import short_name
@@ -88,6 +88,8 @@ def bytes_by_category(plan: Plan, parameters: list[ParameterGroup]) -> dict[str,
     if state:
         for what in STATE:
             totals[what] -= plan.state_on_host * totals[what] / state
+    if plan.gradients_on_host:
+        totals[GRADIENTS] -= plan.gradients_on_host
     for key, size in plan.memory.items():
         if key.category in ("saved", "inside"):
             totals[saved_at(key)] = totals.get(saved_at(key), 0.0) + size
@@ -100,7 +102,7 @@ def host_bytes_by_category(plan: Plan) -> dict[str, float]:
     """Category -> bytes of the host's memory, for each device."""
     totals: dict[str, float] = {}
     for key, size in plan.host.items():
-        what = "optimizer state" if key.category == "state" else saved_at(key)
+        what = {"state": "optimizer state", GRADIENTS: GRADIENTS}.get(key.category) or saved_at(key)
         totals[what] = totals.get(what, 0.0) + size
     return totals
 

@@ -82,8 +82,8 @@ def _host(predicted: Values) -> list[Markup]:
     text = f"{gib(predicted['host_bytes'])} a device of the {gib(limit)} that the plan may use."
     if hidden := predicted["hidden_copies_seconds"]:
         text += f" Copies there and back of {seconds(hidden)} a step are hidden behind computation."
-    if "optimizer state" in parts:
-        text += " Tables of parameters below count the optimizer's state wherever it lies."
+    if parts.keys() & {"optimizer state", "gradients"}:
+        text += " Tables of parameters below count gradients and the optimizer's state wherever they lie."
     heading = tag("h2", "Memory of the host")
     return [tag("section", heading, bar(parts, limit, gib), tag("p", text, class_="faint"), legend(parts, limit, gib))]
 

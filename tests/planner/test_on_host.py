@@ -18,6 +18,7 @@ from nnscaler.compiler import Source
 from nnscaler.hardware import Hardware, load_hardware
 from nnscaler.hardware.spec import Host
 from nnscaler.mesh import Mesh
+from nnscaler.placement import SHARED
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.on_host import PARTS
 from nnscaler.planner.price import Price, price
@@ -33,6 +34,7 @@ OPERATIONS = 1e9  # a second
 LOST = 0.25  # seconds of computing for a second of copies
 TENSOR = 2 * ROWS * WIDTH  # bytes
 STATE = CALLS * WIDTH * WIDTH * 12  # bytes: an fp32 master weight and two moments
+GRADIENTS = CALLS * WIDTH * WIDTH * 4  # bytes
 PRODUCT = 2 * ROWS * WIDTH * WIDTH / OPERATIONS  # seconds
 
 
@@ -72,14 +74,16 @@ def machine(tmp_path_factory) -> Hardware:
     return load_hardware(tiny.write_hardware(Path(tmp_path_factory.mktemp("machine")), memory_bandwidth=1e12))
 
 
-def with_two_on_host(graph, machine: Hardware, host: Host, here: Level, state: int = PARTS // 2) -> Price:
+def with_two_on_host(
+    graph, machine: Hardware, host: Host, here: Level, state: int = PARTS // 2, gradients: int = 0
+) -> Price:
     there = dict(zip(ON_DEVICE, ON_HOST))[here]
     costs = CostModel(replace(machine, host=host), Mesh((1,)))
     problem = build_problem(graph, costs, Recomputing(), MICRO_BATCHES, host=host.memory)
     chosen = [0] * len(problem.decisions)  # one device: options differ in when gradients are exchanged, with nobody
     levels = {block: {levels[0]: problem.calls[block]} for block, levels in problem.levels.items()}
     levels["layer"] = {there: AWAY, here: CALLS - AWAY}
-    found = price(Program(problem), Solution(chosen, levels, state_on_host=state))
+    found = price(Program(problem), Solution(chosen, levels, state_on_host=state, gradients_on_host=gradients))
     assert found is not None
     return found
 
@@ -121,6 +125,44 @@ def test_half_of_the_state(graph, machine):
     assert places == 3 * STATE, "for three buckets, of which this model fills one"
     assert not total(without.memory, "state")
     assert not total(without.memory, "buffers", "state")
+
+
+@pytest.mark.parametrize("here", [KEEPS_ALL, RECOMPUTES_ALL])
+def test_half_of_the_gradients(graph, machine, here):
+    """They go in each of two micro-batches, and come in the second, in which what two calls keep comes too."""
+    forward, backward = (CALLS + 1) * PRODUCT, CALLS * PRODUCT * (2 if here is KEEPS_ALL else 3)
+    kept = AWAY * TENSOR * (2 if here is KEEPS_ALL else 1)
+    for seconds, back in ((3 * backward, 0.0), (0.5 * backward, 0.4 * backward), (0.5 * backward, 2 * backward)):
+        host = Host(1e12, 1e30, kept / back if back else 1e30, GRADIENTS / 2 / seconds, LOST)
+        found, without = (with_two_on_host(graph, machine, host, here, 0, parts) for parts in (PARTS // 2, 0))
+        comes = max(LOST * back, back - (1 - LOST) * backward * AWAY / CALLS)
+        assert total(without.seconds, "copies", "backward") == pytest.approx(comes, rel=0.01)
+        first = max(LOST * seconds, seconds - (1 - LOST) * backward)
+        second = max(LOST * seconds, seconds + back - comes - (1 - LOST) * backward)
+        assert total(found.seconds, "copies", "gradients") == pytest.approx((first + second) / 2, rel=0.01)
+        update = max(LOST * seconds, seconds - (1 - LOST) * forward) / MICRO_BATCHES
+        assert total(found.seconds, "copies", "update") == pytest.approx(update, rel=0.01)
+        beside = total(found.copies, "copies") - total(without.copies, "copies")
+        assert beside == pytest.approx(seconds * (1 + 1 / MICRO_BATCHES)), "in each micro-batch, and for the update"
+    assert total(found.host, "gradients") == pytest.approx(GRADIENTS / 2)
+    assert total(found.memory, "gradients") == pytest.approx(-GRADIENTS / 2)
+    assert total(found.memory, "buffers", "gradients") == GRADIENTS, "one bucket, of eight that there may be"
+    assert not total(without.memory, "buffers", "gradients")
+
+
+def test_gradients_that_wait_for_their_exchange_stay(graph, machine):
+    """So do those of weights that other stages of a pipeline have too."""
+    costs = CostModel(replace(machine, host=Host(1e12, 1e12, 1e12, 1e12)), Mesh((1,), 2))
+    for layouts in (None, {path: (SHARED,) for path, meta in graph.parameters.items() if meta.requires_grad}):
+        problem = build_problem(graph, costs, Recomputing(), MICRO_BATCHES, layouts, host=1e12)
+        levels = {block: {levels[0]: problem.calls[block]} for block, levels in problem.levels.items()}
+        for once in (False, True):
+            chosen = [
+                next((o for o, option in enumerate(decision.options) if option.exchanged_once == once), 0)
+                for decision in problem.decisions
+            ]
+            found = price(Program(problem), Solution(chosen, levels, gradients_on_host=1))
+            assert (found is not None) == (not once and layouts is None)
 
 
 @pytest.mark.parametrize(("least", "most"), [(1, 20), (21, 100)])

@@ -138,8 +138,9 @@ def everything(problem: Problem) -> Iterator[Solution]:
         flows = gatherable(problem, chosen)
         for again in chain.from_iterable(combinations(flows, count) for count in range(len(flows) + 1)):
             for counts, divided in product(levels, pieces):
-                for parts in range(on_host.PARTS + 1) if problem.host else (0,):
-                    yield Solution(list(chosen), counts, frozenset(again), parts, divided)
+                away = range(on_host.PARTS + 1) if problem.host else (0,)
+                for state, gradients in product(away, away):
+                    yield Solution(list(chosen), counts, frozenset(again), state, divided, gradients)
 
 
 def best(program: Program, memory: float) -> float | None:
@@ -207,21 +208,23 @@ def test_no_mesh_is_left_out_that_has_a_better_plan(graph, fused, fraction, back
 @given(
     graph=graphs((1, 6)), devices=st.sampled_from([1, 1, 2]), fused=st.booleans(),
     fraction=st.sampled_from([0.0, 0.1, 0.3, 0.6]), there=st.sampled_from([0.2, 0.5, 2.0]),
-    rate=st.sampled_from([1e8, 1e10, 1e13]),
+    rate=st.sampled_from([1e8, 1e10, 1e13]), parts=st.sampled_from([1, 1, 2]), micro_batches=st.sampled_from([1, 3]),
 )  # fmt: skip
-def test_the_program_finds_the_optimum_with_host_memory(graph, devices, fused, fraction, there, rate):
+def test_the_program_finds_the_optimum_with_host_memory(
+    graph, devices, fused, fraction, there, rate, parts, micro_batches
+):
     hardware = tiny.hardware("h100")
     hardware = replace(hardware, host=replace(hardware.host, to_host=rate, to_device=0.8 * rate, both_ways=0.6 * rate))
     costs = CostModel(hardware, Mesh((devices,)), fused)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(on_host, "PARTS", 2)
+        patch.setattr(on_host, "PARTS", parts)
         patch.setattr(stating, "ON_DEVICE", ON_DEVICE[::3])  # the most and the least, or there are too many ways
-        plain = Program(build_problem(graph, costs, Recomputing(), 2, groups=False))
+        plain = Program(build_problem(graph, costs, Recomputing(), micro_batches, groups=False))
         most = price(plain, solve(plain, memory=1e18, gap=0.0).solution).total_memory
-        problem = build_problem(graph, costs, Recomputing(), 2, host=there * most, groups=False)
-        ways = level_ways(problem) * len(piece_counts(problem))
-        assume(prod(len(decision.options) for decision in problem.decisions) * ways * 3 <= MOST // 2)
-        problem.staging = 0.01 * most  # as large a part as in a model
+        problem = build_problem(graph, costs, Recomputing(), micro_batches, host=there * most, groups=False)
+        ways = level_ways(problem) * len(piece_counts(problem)) * (parts + 1) ** 2
+        assume(prod(len(decision.options) for decision in problem.decisions) * ways <= MOST // 2)
+        problem.staging = problem.slots = 0.01 * most  # as large a part as in a model
         program = Program(problem)
         least = price(program, least_memory(program)).total_memory
         memory = least * 1.001 + fraction * max(0.0, most - least)
@@ -252,7 +255,7 @@ def test_the_program_finds_the_optimum_with_groups(graph, devices, fused, random
         plain = Program(build_problem(graph, costs, Recomputing(), 2, groups=False))
         most = price(plain, solve(plain, memory=1e18, gap=0.0).solution).total_memory
         problem = build_problem(graph, costs, Recomputing(), 2, host=there * most)
-        ways = level_ways(problem) * len(piece_counts(problem)) * (2 if there else 1)
+        ways = level_ways(problem) * len(piece_counts(problem)) * (4 if there else 1)
         assume(prod(len(decision.options) for decision in problem.decisions) * ways <= MOST)
         program = Program(problem)
         least = price(program, least_memory(program)).total_memory
@@ -435,6 +438,7 @@ def test_weights_without_a_copy_are_the_optimum_where_memory_is_short(host, monk
         problem = build_problem(calls_of_a_product(12), costs, Recomputing(False), 1, layouts, host=host)
         problem.gathered_early *= 0.01  # as small a part as in a model
         problem.staging *= 0.01
+        problem.slots *= 0.01
         return Program(problem)
 
     plain = stated(0.0)

@@ -1,6 +1,9 @@
-"""Reports say which weights are stored as master weights alone: their bytes, and what casting them costs."""
+"""Reports say which weights are stored as master weights alone: their bytes, and what casting them costs; and where
+gradients lie."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from torch import nn
 from nnscaler.compiler import Source
 from nnscaler.hardware import load_hardware
 from nnscaler.mesh import Mesh
-from nnscaler.plan import Plan
+from nnscaler.plan import Key, Plan
 from nnscaler.planner import find_plan
 from nnscaler.planner import problem as stating
 from nnscaler.report.comparison import compare
@@ -77,3 +80,16 @@ def test_bytes_seconds_and_words(plans):
     said = "fp32: only the master weight is stored, and cast when it is gathered."
     assert [said in plan_page(values) for values in (free, tight)] == [False, True]
     assert "parameter layer.linear_weight: S(0)  |  S(0), fp32" in compare(free, tight)
+
+
+def test_gradients_on_the_host_are_not_counted_on_the_device(plans):
+    before, away = plan_report(plans[0])["predicted"]["bytes_by_category"], 1e4
+    memory = {**plans[0].memory, Key("gradients", "", "on the host"): -away}
+    plan = replace(plans[0], host={Key("gradients"): away}, memory=memory, host_limit=1e9)
+    values = plan_report(plan)
+    predicted = values["predicted"]
+    assert predicted["bytes_by_category"]["gradients"] == pytest.approx(before["gradients"] - away, rel=1e-5)
+    assert sum(predicted["bytes_by_category"].values()) == pytest.approx(plan.memory_bytes, rel=1e-5)
+    assert predicted["host_bytes_by_category"] == {"gradients": away}
+    assert values["gradients_on_host"] == away
+    assert "Tables of parameters below count gradients" in plan_page(values)

@@ -104,7 +104,7 @@ def test_the_page_has_a_row_for_each_operator_move_and_parameter():
         "fp32: only the master weight is stored", "Below the bar: 6.00 s of communication behind backward.",
         "30.0 GiB of the 40.0 GiB that the plan may use; a device has 80.0 GiB. Shares are of the limit.",
         "2.00 GiB a device of the 8.00 GiB that the plan may use. Copies there and back of 9.50 s a step are hidden",
-        "optimizer's state wherever it lies", "Compile with --explain", "roofline: a data sheet", "measured: here",
+        "optimizer's state wherever they lie", "Compile with --explain", "roofline: a data sheet", "measured: here",
         "No plan on these devices is more than 1.23 % faster.",
     ):  # fmt: skip
         assert said in text, said
