@@ -11,8 +11,9 @@ import io
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum, EnumType
 from pathlib import Path, PosixPath, PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -101,9 +102,18 @@ class _IndexUnpickler(pickle.Unpickler):
         kind = known.get((module, name), _DTYPES.get(name) if module == "torch" else None)
         if (module, name) == ("torch.serialization", "_get_layout"):
             kind = _layout
+        if (module, name) == ("builtins", "getattr"):
+            kind = _member
         if kind is None:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no index does")
         return kind
+
+
+def _member(kind: object, name: str) -> Enum:
+    """A member of an enumeration by its name: Python 3.11.0 to 3.11.3, as Debian has it, writes members so."""
+    if not (isinstance(kind, EnumType) and name in kind.__members__):
+        raise pickle.UnpicklingError(f"it names {name} of {kind}, which no index does")
+    return cast(Enum, kind.__members__[name])
 
 
 def _layout(name: str) -> torch.layout:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import builtins
+import io
 import os
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from nnscaler import UserError
 from nnscaler.checkpoint.checksums import CHECKSUMS, Checksums, CorruptCheckpoint, Piece, file_crc, whole_file
 from nnscaler.checkpoint.folder import TRAINER, TrainerState
 from nnscaler.checkpoint.merge import MergedFile
 from nnscaler.checkpoint.sharded import load_parts, whole
-from nnscaler.checkpoint.storage import INDEX
+from nnscaler.checkpoint.storage import INDEX, _IndexUnpickler
 from nnscaler.checkpoint.stored import Checkpoint, describe_all
 from tests.checkpoint.test_merging import write_checkpoint
 
@@ -48,6 +51,19 @@ def assert_not_loaded(saved: Path, pattern: str) -> None:
     # As torch wraps it, or goes on without what could not be read (2.11).
     with pytest.raises((CorruptCheckpoint, AssertionError), match=f"{pattern}|metadata is None"):
         load_parts(saved, [whole("model.layer0", torch.empty(4, 4))])
+
+
+def test_an_index_of_python_3_11_0_is_loaded():
+    """Debian's python3 writes a member of an enumeration as a call of getattr; no other attribute is given."""
+    kinds = WriteItemType, _MEM_FORMAT_ENCODING
+
+    def loaded(*arguments):
+        return _IndexUnpickler(io.BytesIO(pickle.dumps(Call(getattr, *arguments)))).load()
+
+    assert loaded(kinds[1], "TORCH_CHANNELS_LAST") is kinds[1].TORCH_CHANNELS_LAST
+    for arguments in ((kinds[1], "__class__"), (kinds[1], "mro"), (torch.Size, "numel"), (kinds[0], "TENSOR")):
+        with pytest.raises(pickle.UnpicklingError, match="which no index does"):
+            loaded(*arguments)
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def of_llama(layers: int, length: int, micro_batches: int, levels: dict[Level, i
     """Layers of Llama-3 8B on one H100, in one way.
 
     state   64ths of the optimizer's state that lie on the host
-    pieces  which stretches are computed in 16 pieces: "none", "last" (the MLP) or "all"
+    pieces  which stretches are computed in 16 pieces: "none", "last" (the MLP) or "both" (q, k and v)
     """
     config = load_config("meta-llama/Meta-Llama-3-8B")
     config.num_hidden_layers = layers
@@ -107,7 +107,9 @@ def of_llama(layers: int, length: int, micro_batches: int, levels: dict[Level, i
     problem = build_problem(graph, costs, Recomputing(), micro_batches, host=112 * GIB)
     (block,) = graph.blocks
     divided = {
-        (s.block, s.name): 16 for s in problem.divisible if pieces == "all" or (pieces == "last" and s.ends_block)
+        (s.block, s.name): 16
+        for s in problem.divisible
+        if s.within is None and (pieces == "both" or (pieces == "last" and s.ends_block))
     }
     chosen = {graph.root.name: {KEEPS_ALL: 1}, block: levels}
     solution = Solution([0] * len(problem.decisions), chosen, state_on_host=state, pieces=divided)
@@ -121,7 +123,7 @@ def of_llama(layers: int, length: int, micro_batches: int, levels: dict[Level, i
     [
         (61.80, (2, 131_072, 1, {KEEPS_ALL: 2}, 0, "none")),
         (24.48, (4, 131_072, 1, {SAME_ON_HOST[RECOMPUTES_ALL_BUT_ATTENTION]: 4}, 64, "last")),
-        (19.06, (3, 131_072, 1, {SAME_ON_HOST[RECOMPUTES_ALL]: 3}, 62, "all")),
+        (19.06, (3, 131_072, 1, {SAME_ON_HOST[RECOMPUTES_ALL]: 3}, 62, "both")),
         (39.42, (3, 131_072, 1, {KEEPS_ALL: 1, RECOMPUTES_ALL_BUT_ATTENTION: 2}, 61, "none")),
         (20.38, (2, 131_072, 1, {RECOMPUTES_ALL_BUT_ATTENTION: 2}, 64, "last")),
         (39.22, (4, 8_192, 4, {KEEPS_ALL: 4}, 0, "none")),
