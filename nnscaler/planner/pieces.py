@@ -4,7 +4,8 @@ Sets      r a stretch of units of block b that can be computed in pieces (see `n
           Levels with `in_pieces` keep only the inputs of a stretch: these alone allow pieces. A stretch r that holds a
           registered operator has another one q within, which may be in pieces too; only levels that keep nothing but a
           call's inputs allow it.
-Data      N_b, t_do, x_do, z_dol, y_fps, b_fs, w_do   as there;  g_do the bytes, of w_do, that a piece uses whole
+Data      N_b, t_do, x_do, z_dol, y_fps, b_fs   as there
+          w_do      bytes that d holds while it runs whole;  g_do those, of these, that a piece uses whole
           R_dlk     how often d runs at level l in k pieces, less how often it runs at l when not in pieces: k times as
                     often where d is not divided, but made whole by each piece (and so its backward)
           p_dok     seconds of one call for launching pieces, joining them, and adding up weights' gradients

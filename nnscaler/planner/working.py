@@ -137,12 +137,22 @@ class _Body:
                 terms, _ = self._alone(index, decision)
                 working.hold(terms)
             return
+        # What waits does not depend on the level.
+        self.beside = {
+            index: [self._waiting(unit.place, unit.place), self._held_by_caller(unit)]
+            for index, unit in self.units.items()
+        }
         levels = self.problem.levels[block]
         for level in filter(_as_a_whole, levels):
             self._whole(level)
         for index, decision in self.units.items():
             self._kept(index, decision)
         by_region = [level for level in levels if _by_region(level)]
+        self.again = {
+            index: [self._alone(index, unit, over=False), *self.beside[index], self._waiting_for(unit, index)]
+            for index, unit in self.units.items()
+            if by_region
+        }
         for level in by_region:
             self._again(level)
         for held in self.pieces.held:
@@ -162,10 +172,8 @@ class _Body:
 
     def _kept(self, index: int, decision: Decision) -> None:
         """The row (kept) of one unit."""
-        place = decision.place
-        freed = self._freed(place, lambda flow: True)
-        parts = [self._alone(index, decision), self._waiting(place, place), self._held_by_caller(decision)]
-        held, _ = self._unless_in_pieces(index, parts)
+        freed = self._freed(decision.place, lambda flow: True)
+        held, _ = self._unless_in_pieces(index, [self._alone(index, decision), *self.beside[index]])
         self.working.hold([*held, *freed, *self.working.freed_first], self.block)
 
     def _unless_in_pieces(self, index: int, parts: list[tuple[Terms, float]]) -> tuple[Terms, float]:
@@ -193,14 +201,7 @@ class _Body:
             region = decision.region
             if region not in made_again:
                 made_again[region] = self._made_again(level, partial(_is_in, region))
-            parts = [
-                self._alone(index, decision, over=False),
-                self._waiting(decision.place, decision.place),
-                self._held_by_caller(decision),
-                self._waiting_for(decision, index),
-                made_again[region],
-            ]
-            terms, most = self._unless_in_pieces(index, parts)
+            terms, most = self._unless_in_pieces(index, [*self.again[index], made_again[region]])
             used, number = self.working.if_used(self.block, level, most)
             freed = self._freed(decision.place, partial(self._is_freed, level, region))
             self.working.hold([*terms, *after, *used, *freed, *self.working.freed_first], number=number)

@@ -320,6 +320,21 @@ def test_the_program_prices_any_solution_as_the_plain_sum_does(graph, sizes, fus
         assert holds(program, solution, exact * (1 - 1e-4)) is None
 
 
+def called_in_turn(root: Block, block: Block, last: str, calls: int) -> Graph:
+    """`root` with calls of `block` after its tensor `last`, each of what the one before it makes, and their sum."""
+    shape = root.tensors[last].shape
+    for index in range(calls):
+        name = add_tensor(root, f"layer{index}", shape)
+        bound = {tensor: f"layers.{index}.{tensor}" for tensor in block.parameters}
+        root.nodes.append(Call(name, "call", (Ref(last),), {}, (name,), block="layer", parameters=bound))
+        last = name
+    root.nodes.append(Node("total", "aten.sum.default", (Ref(last),), {}, (add_tensor(root, "total", ()),)))
+    root.outputs.append("total")
+    graph = Graph(root, {"layer": block}, {}, {})
+    graph.parameters = {path: block.tensors[tensor] for block, tensor, path in graph.parameter_uses()}
+    return graph
+
+
 def stack_of_linear_layers(calls: int = 2, products: int = 3) -> Graph:
     """A block with products and cheap operators between them, called several times."""
     root, block = Block("model", "Model"), Block("layer", "Layer")
@@ -338,17 +353,7 @@ def stack_of_linear_layers(calls: int = 2, products: int = 3) -> Graph:
             block.nodes.append(Node(name, f"aten.{op}.default", (Ref(last), *more), {}, (name,)))
             last = name
     block.outputs.append(last)
-    last = "y"
-    for index in range(calls):
-        name = add_tensor(root, f"layer{index}", (4096, 8))
-        bound = {tensor: f"layers.{index}.{tensor}" for tensor in block.parameters}
-        root.nodes.append(Call(name, "call", (Ref(last),), {}, (name,), block="layer", parameters=bound))
-        last = name
-    root.nodes.append(Node("total", "aten.sum.default", (Ref(last),), {}, (add_tensor(root, "total", ()),)))
-    root.outputs.append("total")
-    graph = Graph(root, {"layer": block}, {}, {})
-    graph.parameters = {path: block.tensors[tensor] for block, tensor, path in graph.parameter_uses()}
-    return graph
+    return called_in_turn(root, block, "y", calls)
 
 
 @register_op("r^ n, r^ n, r^ n -> r^ n", name="test_mixes_rows_of_three")
@@ -374,16 +379,7 @@ def calls_of_a_mixer(calls: int = 2) -> Graph:
     products = [grow(block, "aten.linear.default", name, normed, weight=True) for name in "qkv"]
     mixed = grow(block, "test_mixes_rows_of_three", "mixed", *products)
     block.outputs.append(grow(block, "aten.linear.default", "out", mixed, weight=True))
-    for index in range(calls):
-        name = add_tensor(root, f"layer{index}", (rows, width))
-        bound = {tensor: f"layers.{index}.{tensor}" for tensor in block.parameters}
-        root.nodes.append(Call(name, "call", (Ref(last),), {}, (name,), block="layer", parameters=bound))
-        last = name
-    root.nodes.append(Node("total", "aten.sum.default", (Ref(last),), {}, (add_tensor(root, "total", ()),)))
-    root.outputs.append("total")
-    graph = Graph(root, {"layer": block}, {}, {})
-    graph.parameters = {path: block.tensors[tensor] for block, tensor, path in graph.parameter_uses()}
-    return graph
+    return called_in_turn(root, block, last, calls)
 
 
 @pytest.mark.parametrize(("make", "names"), [(stack_of_linear_layers, {"linear2"}), (calls_of_a_mixer, {"mixed"})])

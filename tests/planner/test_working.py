@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from chunk_linear_cross_entropy import in_chunks
 from nnscaler.compiler import Source
@@ -28,37 +27,15 @@ from nnscaler.recompute import (
 )
 from nnscaler.trace import trace
 from tests import tiny
+from tests.planner.test_pieces import NARROW, ROWS, WIDE, Two
 
-ROWS, NARROW, WIDE = 512, 16, 64
 N, W, WEIGHT = 2 * ROWS * NARROW, 2 * ROWS * WIDE, 2 * NARROW * WIDE  # bytes, in bf16
-
-
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(NARROW, WIDE, bias=False), nn.Linear(WIDE, NARROW, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(nn.functional.silu(self.up(x)))
-
-
-class Layers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(NARROW, NARROW, bias=False)
-        self.layers = nn.ModuleList(Layer() for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        for layer in self.layers:
-            x = layer(x)
-        return x.sum()
 
 
 @pytest.fixture(scope="module")
 def layers() -> Graph:
-    inputs = {"x": torch.empty((ROWS, NARROW), dtype=torch.bfloat16, device="meta")}
-    model, buffers = Source(Layers, inputs).build()
+    inputs = {"x": torch.empty((2, ROWS // 2, NARROW), dtype=torch.bfloat16, device="meta")}
+    model, buffers = Source(Two, inputs).build()
     return trace(model, inputs, buffers)
 
 
