@@ -14,6 +14,7 @@ from nnscaler import UserError
 from nnscaler.kernels.attention import KERNELS, Asked, attend
 from nnscaler.kernels.attention.choice import _load, _probed
 from nnscaler.kernels.attention.rows import attend_by_rows
+from nnscaler.kernels.documents import Documents
 from nnscaler.operators.attention import attention
 
 pytestmark = [
@@ -85,7 +86,7 @@ def call(shape: tuple[int, ...], given: dict[str, Any]) -> tuple[list[Tensor], A
         # documents of one token, and such as have none of the rows; the last rows are those of other documents
         borders = torch.tensor([[1, 7, 130, 131, 300, 600], [64, 128, 256, 384, 500, 639]], device="cuda")
         places = torch.arange(keys, device="cuda").expand(2, -1).contiguous()
-        asked = replace(asked, documents=torch.searchsorted(borders, places, right=True))
+        asked = replace(asked, documents=Documents(torch.searchsorted(borders, places, right=True)))
     return [x.requires_grad_() for x in tensors], asked, draw(2, rows, heads, value_size)
 
 

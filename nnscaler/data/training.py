@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnscaler.data.documents import POSITIONS, document_inputs
+from nnscaler.data.documents import DOCUMENTS, POSITIONS, document_inputs
 from nnscaler.data.files import COLUMN, DOCUMENT_STARTS, LABELS
 from nnscaler.data.packed import IGNORED, PackedDataset, Row
+from nnscaler.kernels import Documents
 
 __all__ = [
     "Batch", "Batches", "Counts", "First", "InOrder", "PackedDataset", "SampleOrder", "Samples", "Share", "Shuffled",
@@ -143,6 +144,8 @@ class Batches:
                 batch = ahead.result()
                 ahead = reader.submit(self._read, next(wanted))
                 inputs = {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.inputs.items()}
+                if self._documents:
+                    Documents(inputs[DOCUMENTS]).note(batch.inputs[DOCUMENTS])
                 yield batch._replace(inputs=inputs)
 
     def _numbers(self, consumed: int) -> Iterator[range]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from nnscaler.annotation import Shape
 from nnscaler.errors import UserError
 from nnscaler.graph import Node, TensorMeta
-from nnscaler.kernels import Asked, Dropped, attend
+from nnscaler.kernels import Asked, Documents, Dropped, attend
 from nnscaler.kernels.random import numbers_of
 from nnscaler.operators.annotating import write
 from nnscaler.operators.register import register_op
@@ -157,8 +157,9 @@ def attention(
     first = key.shape[2] - query.shape[2]
     dropped = dropped_weights(dropout, query, key, draws, place, batches, heads)
     return attention_of_rows(
-        query, key, value, first, sinks, slopes, documents, dropped, scale, is_causal, window, softcap, kernel
-    )
+        query, key, value, first, sinks, slopes, Documents.of(documents), dropped, scale, is_causal, window, softcap,
+        kernel,
+    )  # fmt: skip
 
 
 def dropped_weights(
@@ -191,7 +192,7 @@ def attention_of_rows(
     first: int,
     sinks: Tensor | None,
     slopes: Tensor | None,
-    documents: Tensor | None,
+    documents: Documents | None,
     dropped: Dropped | None,
     scale: float | None,
     is_causal: bool,

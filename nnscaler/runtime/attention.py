@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nnscaler.kernels import Documents
 from nnscaler.operators.attention import ALL, Window, attention_of_rows, dropped_weights, reach
 from nnscaler.runtime import collectives
 from nnscaler.runtime.axis import Axis
@@ -46,10 +47,11 @@ def attention_along_l(
         rows = rows_of_one(key.shape[2])
         return _dealt_out(axis, query, key, value, rows, limits, (sinks, slopes, None, dropped, *options))
     found = []
-    for i, rows in enumerate(rows_of(documents)):
+    known = Documents(documents)
+    for i, rows in enumerate(rows_of(known)):
         one = slice(i, i + 1)
         drops = None if dropped is None else replace(dropped, batches=dropped.batches[one])
-        given = (sinks, slopes, documents[one], drops, *options)
+        given = (sinks, slopes, known.part(one, slice(None)), drops, *options)
         found.append(_dealt_out(axis, query[one], key[one], value[one], rows, limits, given))
     return torch.cat(found)
 
@@ -90,7 +92,8 @@ def _of_rows(
         dropped = replace(dropped, start=(first - begin) * dropped.row)
     if documents is not None:
         seen = slice(int(rows.starts[first]), int(rows.ends[first + query.shape[2] - 1]))
-        key, value, documents, first = key[:, :, seen], value[:, :, seen], documents[:, seen], first - seen.start
+        key, value, documents = key[:, :, seen], value[:, :, seen], documents.part(slice(None), seen)
+        first -= seen.start
         dropped = dropped and dropped.from_key(seen.start)
     return attention_of_rows(query, key, value, first, sinks, slopes, documents, dropped, *options)
 

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
+from nnscaler.kernels import Documents
 from nnscaler.operators.attention import Window
 
 EVEN = 1.05  # the most work of a device as a multiple of all devices' mean, which is good enough
@@ -84,15 +83,9 @@ def deal(work: Sequence[int], devices: int) -> tuple[int, ...]:
     return tuple(owners)
 
 
-_known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # those of a micro-batch, for which every layer asks
-
-
-def rows_of(documents: Tensor) -> list[Rows]:
-    """The rows of each sequence, from the numbers of documents [b, s]. The first call waits for the device."""
-    found: list[Rows] | None = _known.get(documents)
-    if found is None:
-        found = _known[documents] = [Rows.of(numbers) for numbers in documents.cpu().numpy()]
-    return found
+def rows_of(documents: Documents) -> list[Rows]:
+    """The rows of each sequence."""
+    return documents.once("rows", lambda: [Rows.of(numbers) for numbers in documents.on_host])
 
 
 @functools.lru_cache(8)

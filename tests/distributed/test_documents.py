@@ -7,12 +7,14 @@ import json
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from nnscaler import kernels
 from nnscaler.cli.trainer import Trainer
 from nnscaler.data.documents import document_inputs
 from nnscaler.loaded import LoadedModel, compiled
@@ -129,7 +131,10 @@ def learned(module: Any, case: Case, first: int, changed: bool, mask: bool = Tru
             apart["documents"] = torch.zeros_like(old)
         ids = torch.where(hidden & changed, new, old)
         batches.append({"input_ids": ids, "labels": labels.masked_fill(hidden, IGNORED), **apart})
-    loss = module.accumulate(batches)
+    with patch.object(kernels.documents, "_Memory", wraps=kernels.documents._Memory) as memory:
+        loss = module.accumulate(batches)
+    # All layers, their backward and what is computed again know the documents from the first that asked.
+    assert memory.call_count <= len(batches), case.name
     return [loss.clone(), *(bucket.gradient.clone() for bucket in module.buckets)]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nnscaler import UserError
 from nnscaler.graph import Node, Ref, TensorMeta
-from nnscaler.kernels import KERNELS, Asked, attend
+from nnscaler.kernels import KERNELS, Asked, Documents, attend
 from nnscaler.kernels.attention import choice, libraries, probe, rows
 from nnscaler.kernels.random import draws_of, numbers_of, place_of
 from nnscaler.operators.attention import attention, dropped_weights
@@ -103,7 +103,7 @@ def test_some_rows_of_a_longer_sequence():
     query, key, value, _, slopes = inputs(4, 2, 3, 9)
     documents = torch.tensor([[0, 0, 0, 1, 1, 5, 5, 5, 2], [3, 1, 1, 1, 1, 1, 1, 0, 0]])
     for first, left, right in [(4, None, 0), (4, 2, 0), (3, 2, 2), (5, None, None), (0, 1, 1)]:
-        asked = Asked(0.3, first, left, right, None, None, slopes, documents)
+        asked = Asked(0.3, first, left, right, None, None, slopes, Documents(documents))
         longer = torch.cat([torch.zeros(2, 4, first, 6, dtype=query.dtype), query], 2)
         end = first + 3
         longer = torch.cat([longer, torch.zeros(2, 4, 9 - end, 6, dtype=query.dtype)], 2)
@@ -154,7 +154,8 @@ def through(kernel: str, q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tenso
     left, right = given.get("window", (None, None))
     right = 0 if given.get("is_causal", True) else right
     asked = Asked(given.get("scale", 6**-0.5), k.shape[2] - q.shape[2], left, right, given.get("softcap"))
-    asked = replace(asked, **{name: given[name] for name in ("sinks", "slopes", "documents") if name in given})
+    asked = replace(asked, sinks=given.get("sinks"), slopes=given.get("slopes"))
+    asked = replace(asked, documents=Documents.of(given.get("documents")))
     which = [given.get(name) for name in ("draws", "place", "batches", "heads")]
     asked = replace(asked, dropped=dropped_weights(given.get("dropout", 0.0), q, k, *which))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -196,7 +197,7 @@ def test_a_kernel_is_not_asked_for_what_it_does_not_do():
 
 def test_documents_whose_keys_go_on_behind_the_rows_are_an_option_of_their_own():
     """Rows 2 to 4 of 9 keys; of 5; and where later keys are hidden anyway."""
-    documents, later = torch.zeros(1, 9), "documents with later keys"
+    documents, later = Documents(torch.zeros(1, 9)), "documents with later keys"
     assert later in Asked(1.0, 2, documents=documents).options(3, 9)
     assert later not in Asked(1.0, 2, documents=documents).options(3, 5)
     assert later not in Asked(1.0, 2, right=0, documents=documents).options(3, 9)
@@ -206,13 +207,13 @@ def test_documents_whose_keys_go_on_behind_the_rows_are_an_option_of_their_own()
 def test_kernels_are_tried_with_what_the_call_is():
     """Type, sizes and heads; documents are three; a window of more than a quarter of the tokens is cut to that."""
     query, key, value, *_ = (x.transpose(1, 2).bfloat16() for x in inputs(4, 2, 6, 6)[:3])
-    asked = Asked(0.4, 0, 5, 0, 0.7, torch.zeros(4), torch.ones(4), torch.zeros(2, 6))
+    asked = Asked(0.4, 0, 5, 0, 0.7, torch.zeros(4), torch.ones(4), Documents(torch.zeros(2, 6)))
     kind = probe.kind_of(query, key, value, asked)
     assert [tuple(x.shape) for x in kind.tensors()] == [(1, 6, 4, 6), (1, 6, 2, 6), (1, 6, 2, 5), (1, 6, 4, 5)]
     assert {x.dtype for x in kind.tensors()} == {torch.bfloat16}
     tried = kind.asked()
     assert (tried.first, tried.left, tried.right, tried.softcap) == (0, 5, 0, 0.7)
-    assert tried.documents.tolist() == [[0, 0, 1, 1, 2, 2]]
+    assert tried.documents.numbers.tolist() == [[0, 0, 1, 1, 2, 2]]
     assert (len(tried.sinks), tried.sinks.dtype, len(tried.slopes)) == (4, torch.bfloat16, 4)
     assert tried.sinks.requires_grad
     plain = probe.kind_of(query, key, value, Asked(0.4)).asked()
@@ -246,7 +247,7 @@ def test_a_kernel_that_is_not_installed_is_named():
 def test_the_fastest_of_those_that_are_right(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     tensors = [x.transpose(1, 2).float() for x in inputs(4, 2, 64, 64)[:3]]
-    asked = Asked(0.4, 0, 5, 0, 0.7, torch.zeros(4), None, torch.zeros(2, 64))
+    asked = Asked(0.4, 0, 5, 0, 0.7, torch.zeros(4), None, Documents(torch.zeros(2, 64)))
     kind = probe.kind_of(*tensors, asked)
 
     def without_cap(*call: Any) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nnscaler.kernels import Documents
 from nnscaler.runtime import dealing
 from nnscaler.runtime.dealing import Rows, deal, rows_of, rows_of_one
 
@@ -90,10 +91,10 @@ def test_what_is_most_goes_to_who_has_least():
 
 
 def test_documents_are_read_once():
-    documents = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]])
+    documents = Documents(torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]]))
     first, second = found = rows_of(documents)
     assert first.starts.tolist() == [0, 0, 2, 2]
     assert first.ends.tolist() == [2, 2, 4, 4]
     assert second.ends.tolist() == [4] * 4
-    assert rows_of(documents) is found
-    assert rows_of(documents.clone()) is not found
+    assert rows_of(Documents(documents.numbers)) is found
+    assert rows_of(Documents(documents.numbers.clone())) is not found

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from nnscaler.kernels.documents import Documents
+
 
 @dataclass(frozen=True, eq=False)
 class Dropped:
@@ -44,7 +46,7 @@ class Asked:
     softcap    scores s become softcap * tanh(s / softcap), before bias and mask; None: they stay
     sinks      [h]: for each head, a score that takes part in the softmax but has no value
     slopes     [h]: for each head, by how much a score falls with each place between a row and the key (ALiBi)
-    documents  [b, s] integers: a row sees only keys with the same number as at its place; equal numbers are neighbours
+    documents  of the keys: a row sees only keys of the document that is at its place
     dropped    which weights, after the softmax, are dropped; None: none
     """
 
@@ -55,7 +57,7 @@ class Asked:
     softcap: float | None = None
     sinks: Tensor | None = None
     slopes: Tensor | None = None
-    documents: Tensor | None = None
+    documents: Documents | None = None
     dropped: Dropped | None = None
 
     def options(self, rows: int, keys: int) -> frozenset[str]:

@@ -100,7 +100,9 @@ def _in_reach(rows: int, key: Tensor, value: Tensor, asked: Asked) -> tuple[Tens
     first, keys = asked.first - begin, end - begin
     left = None if asked.left is None or asked.left >= first + rows - 1 else asked.left
     right = None if asked.right is None or first + asked.right >= keys - 1 else asked.right
-    documents = None if asked.documents is None else asked.documents[:, begin:end]
+    documents = None if asked.documents is None else asked.documents.part(slice(None), slice(begin, end))
+    if documents is not None and documents.are_rows:
+        documents = None
     dropped = None if asked.dropped is None else asked.dropped.from_key(begin)
     asked = replace(asked, first=first, left=left, right=right, documents=documents, dropped=dropped)
     return key[:, begin:end], value[:, begin:end], asked

@@ -56,7 +56,13 @@ def _changed_scores(asked: Asked) -> Any:
 def _mask(asked: Asked, rows: int, keys: int, device: torch.device) -> BlockMask | None:
     if asked.documents is None:
         return _mask_of_places(asked.first, asked.left, asked.right, rows, keys, device)
-    return _block_mask(asked.first, asked.left, asked.right, asked.documents, rows, keys, device)
+    given = asked.first, asked.left, asked.right
+    numbers = asked.documents.numbers
+
+    def make() -> BlockMask:  # of a copy: what is kept may not hold the numbers' own memory
+        return _block_mask(*given, numbers.clone(), rows, keys, device)
+
+    return asked.documents.once(("mask", *given, rows), make)
 
 
 @functools.lru_cache(16)

@@ -44,7 +44,7 @@ def flash_attention(module: str, cap: float | None, unlimited: int | None) -> Ru
             options["alibi_slopes"] = asked.slopes.float()
         if asked.documents is None:
             return _first(attend(q, k, v, **options))
-        rows, keys, longest = boundaries(asked.documents, asked.first, q.shape[1])
+        rows, keys, longest = asked.documents.borders(asked.first, q.shape[1])
         options |= {"cu_seqlens_q": rows, "cu_seqlens_k": keys, "max_seqlen_q": longest, "max_seqlen_k": longest}
         found = attend_documents(*(x.flatten(0, 1) for x in (q, k, v)), **options)
         return _first(found).unflatten(0, q.shape[:2])
@@ -54,25 +54,6 @@ def flash_attention(module: str, cap: float | None, unlimited: int | None) -> Ru
 
 def _first(result: Any) -> Tensor:
     return result[0] if isinstance(result, tuple) else result
-
-
-def boundaries(documents: Tensor, first: int, rows: int) -> tuple[Tensor, Tensor, int]:
-    """The borders of documents, when all rows of a batch lie one after the other.
-
-    documents   [b, s]: the number of the document at each place
-    first, rows the query's rows: from this place, so many
-
-    Returns (borders among the query's rows, borders among the keys, tokens of the longest document). Borders are int32,
-    and include the end. A document that has none of the query's rows has an empty range among them.
-    """
-    batch, keys = documents.shape
-    begins = torch.ones_like(documents, dtype=torch.bool)
-    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    row, place = begins.nonzero(as_tuple=True)
-    end = place.new_tensor([batch])
-    of_keys = torch.cat([row * keys + place, end * keys])
-    of_rows = torch.cat([row * rows + (place - first).clamp(0, rows), end * rows])
-    return of_rows.int(), of_keys.int(), int(of_keys.diff().max())
 
 
 def cudnn() -> Run:

@@ -13,6 +13,7 @@ from torch import Tensor
 from nnscaler.kernels.attention.asked import Asked
 from nnscaler.kernels.attention.libraries import Run, sdpa
 from nnscaler.kernels.attention.rows import attend_by_rows
+from nnscaler.kernels.documents import Documents
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +56,11 @@ class Kind:
 
     def asked(self) -> Asked:
         ramp = torch.linspace(0.1, 1, self.heads, device=self.device)
+        thirds = torch.arange(self.length, device=self.device).unsqueeze(0) * 3 // self.length
         return Asked(
             self.size**-0.5, 0, self.left, self.right, self.softcap,
             ramp.to(self.dtype).requires_grad_() if self.sinks else None, ramp if self.slopes else None,
-            torch.arange(self.length, device=self.device).unsqueeze(0) * 3 // self.length if self.documents else None,
+            Documents(thirds) if self.documents else None,
         )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nnscaler.kernels.attention.asked import Asked, Dropped
+from nnscaler.kernels.documents import Documents
 from nnscaler.kernels.random import kept_at_once, scale_of
 
 _SCORES = 2**22
@@ -24,7 +25,8 @@ def attend_by_rows(query: Tensor, key: Tensor, value: Tensor, asked: Asked) -> T
     """query [b, l, h, d], key [b, s, k, d], value [b, s, k, e] -> [b, l, h, e]; scores are fp32, or fp64 for fp64
     inputs."""
     limits = (asked.first, asked.left, asked.right)
-    tensors = (query, key, value, asked.sinks, asked.slopes, asked.documents)
+    documents = None if asked.documents is None else asked.documents.numbers
+    tensors = (query, key, value, asked.sinks, asked.slopes, documents)
     dropped = asked.dropped
     numbers = [] if dropped is None else [dropped.draws, dropped.place, dropped.batches, dropped.heads]
     drops = (0.0, 0, 0) if dropped is None else (dropped.p, dropped.row, dropped.start)
@@ -38,7 +40,8 @@ def _forward(
     left: int | None, right: int | None, p: float, row: int, start: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dropped = _dropped(numbers, p, row, start)
-    call = _Call(query, key, value, Asked(scale, first, left, right, softcap, sinks, slopes, documents, dropped))
+    asked = Asked(scale, first, left, right, softcap, sinks, slopes, Documents.of(documents), dropped)
+    call = _Call(query, key, value, asked)
     result = query.new_empty((*query.shape[:3], value.shape[3]))
     sums = query.new_empty((query.shape[0], query.shape[2], query.shape[1]), dtype=call.dtype)
     for rows, keys in call.chunks():
@@ -73,7 +76,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Any, ...]:
     query, key, value, sinks, slopes, documents, result, sums, *numbers = ctx.saved_tensors
     dropped = _dropped(numbers, *ctx.drops)
-    asked = replace(ctx.asked, sinks=sinks, slopes=slopes, documents=documents, dropped=dropped)
+    asked = replace(ctx.asked, sinks=sinks, slopes=slopes, documents=Documents.of(documents), dropped=dropped)
     call = _Call(query, key, value, asked)
     d_query, d_key, d_value = (torch.zeros_like(x) for x in (call.query, call.key, call.value))
     d_sinks, d_slopes = (None if x is None else torch.zeros_like(x, dtype=call.dtype) for x in (sinks, slopes))
@@ -181,8 +184,9 @@ class _Call:
         if self.asked.right is not None:
             hidden = hidden | (others > places + self.asked.right)
         if self.asked.documents is not None:
-            own = self.asked.documents[:, self.asked.first :][:, rows]
-            hidden = hidden | (own.unsqueeze(2) != self.asked.documents[:, keys].unsqueeze(1))[:, None, None]
+            numbers = self.asked.documents.numbers
+            own = numbers[:, self.asked.first :][:, rows]
+            hidden = hidden | (own.unsqueeze(2) != numbers[:, keys].unsqueeze(1))[:, None, None]
         return hidden
 
     def kept(self, dropped: Dropped, rows: slice, keys: slice) -> Tensor:

@@ -1,0 +1,104 @@
+"""What follows from documents is worked out once for a micro-batch, the device is not asked, and nothing is left."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from nnscaler.kernels import Asked, Documents, attend, documents
+from nnscaler.kernels.attention import choice, flex
+from nnscaler.runtime.dealing import rows_of
+from tests.kernels.test_attention import libraries_are_there  # noqa: F401  a fixture
+
+NUMBERS = [[0, 0, 0, 1, 1, 5, 5, 5, 2], [3, 1, 1, 1, 1, 1, 1, 0, 0]]
+
+
+@pytest.fixture
+def numbers() -> Tensor:
+    return torch.tensor(NUMBERS)
+
+
+def test_borders_by_hand(numbers):
+    rows, keys, longest = Documents(numbers).borders(0, 9)
+    assert rows.tolist() == keys.tolist() == [0, 3, 5, 8, 9, 10, 16, 18]
+    assert (rows.dtype, longest) == (torch.int32, 6)
+    rows, keys, longest = Documents(numbers).borders(4, 3)  # places 4, 5 and 6
+    assert rows.tolist() == [0, 0, 1, 3, 3, 3, 6, 6]
+    assert keys.tolist() == [0, 3, 5, 8, 9, 10, 16, 18]
+    rows, keys, longest = Documents(numbers).part(slice(1, 2), slice(0, 3)).borders(0, 3)
+    assert (rows.tolist(), keys.tolist(), longest) == ([0, 1, 3], [0, 1, 3], 2)
+
+
+def test_rows_that_are_one_document(numbers, monkeypatch):
+    assert not Documents(numbers).are_rows
+    assert Documents(numbers).part(slice(None), slice(5, 6)).are_rows
+    assert Documents(torch.tensor([[4, 4], [2, 2]])).are_rows
+    chosen = []
+    monkeypatch.setattr(choice, "_load", lambda kernel: chosen.append(kernel) or (lambda q, k, v, asked: q))
+    query = torch.zeros(1, 1, 3, 4)
+    for document in ([0, 0, 0], [0, 0, 1]):
+        attend(query, query, query, Asked(1.0, right=0, documents=Documents(torch.tensor([document]))), "auto")
+    assert chosen == ["sdpa", "rows"], "as without documents, where all are one"
+
+
+@pytest.mark.usefixtures("libraries_are_there")
+def test_layers_what_is_computed_again_and_backward_share_it(numbers, monkeypatch):
+    made = []
+    original = Documents._borders
+    monkeypatch.setattr(Documents, "_borders", lambda self, *given: made.append(given) or original(self, *given))
+    run = choice.KERNELS["flash_attention_2"].load()
+
+    def layer(x: Tensor, numbers: Tensor) -> Tensor:
+        asked = Asked(1.0, right=0, documents=Documents(numbers))
+        whole = run(x, x, x, asked)
+        part = Documents(numbers).part(slice(1, 2), slice(0, 6))  # as where rows are dealt out
+        return whole + run(x[1:, 3:6], x[1:, :6], x[1:, :6], Asked(1.0, 3, right=0, documents=part)).sum()
+
+    x = torch.randn(2, 9, 1, 4, requires_grad=True)
+    for _ in range(2):
+        y = x
+        for _ in range(3):
+            y = checkpoint(layer, y, numbers, use_reentrant=False)
+        y.sum().backward()
+    assert made == [(0, 9), (3, 3)]
+    numbers[0, 0] = 7  # another micro-batch in the same memory
+    layer(x, numbers)
+    assert made == [(0, 9), (3, 3)] * 2
+
+
+def test_the_device_is_not_asked_where_the_host_has_told(numbers, monkeypatch):
+    monkeypatch.setattr(Tensor, "is_cpu", False)  # as if it were elsewhere
+    asked = []
+    original = Tensor.cpu
+    monkeypatch.setattr(Tensor, "cpu", lambda self: asked.append(self) or original(self))
+    there = numbers.clone()
+    Documents(there).note(numbers)
+    assert Documents(there).part(slice(1, 2), slice(2, 5)).on_host.tolist() == [[1, 1, 1]]
+    assert not asked
+    other = numbers.clone()
+    for sequence in range(2):
+        found = Documents(other).part(slice(sequence, sequence + 1), slice(4, 7)).on_host
+        assert found.tolist() == [NUMBERS[sequence][4:7]]
+    assert len(asked) == 1
+
+
+def test_nothing_is_left_of_a_micro_batch(monkeypatch):
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    gc.collect()
+    before = len(documents._known)
+    known = Documents(torch.tensor(NUMBERS))
+    assert not known.are_rows
+    known.borders(0, 9)
+    rows_of(known)
+    x = torch.zeros(2, 9, 1, 4)
+    for _ in range(2):
+        flex.run(x, x, x, Asked(1.0, right=0, documents=known))
+    assert len(known._memory.results) == 4
+    assert len(documents._known) == before + 1
+    del known
+    gc.collect()
+    assert len(documents._known) == before
