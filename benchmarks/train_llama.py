@@ -2,9 +2,12 @@
 
     torchrun --nproc_per_node=4 benchmarks/train_llama.py --sequence_length 131072
     torchrun --nproc_per_node=2 benchmarks/train_llama.py --layers 8 --sequence_length 65536 --plan_ngpus 2
+    torchrun --nproc_per_node=2 benchmarks/train_llama.py --documents zipf
 
 Everything of a training step is in it: data loading, gradient exchange, clipping and the optimizer. The result is the
-median of the steps after the first two, beside what the plan predicted.
+median of the steps after the first two, beside what the plan predicted. With --documents, rows hold documents that are
+kept apart: all of one length; or of lengths by Zipf's law (documents of twice a length or more are half as frequent),
+8,192 tokens on average. They are laid end to end, and cut at the ends of rows.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +42,9 @@ from nnscaler.compiler import ComputeConfig
 from nnscaler.data.training import PackedDataset
 from nnscaler.models import load_config
 from nnscaler.models.causal_lm import WEIGHT_PREFIX, CausalLM, prepare_config
+from nnscaler.models.changes import changed_config
 
+MEAN = 8192  # tokens of a document, by Zipf's law
 WARM_UP = 2  # steps; where there are no more, one
 
 
@@ -57,6 +63,8 @@ def parse() -> argparse.Namespace:
     add("--host_mem_constraint", type=float, help="GiB of the host's memory that the plan may use for a device")
     add("--recompute_modules", default="", help="as in train.py")
     add("--attn_implementation", default="auto", help="as in train.py")
+    add("--documents", help="keep documents apart: tokens of each, or zipf (default: a row is one sequence)")
+    add("--set", action="append", default=[], metavar="FIELD=VALUE", help="as in train.py")
     add("--profile", type=Path, help="folder for a profile of two steps")
     add("--no_chunk_loss", action="store_true", help="loss by PyTorch, on all logits")
     add("--label", help="what the result is called (default: from the setting)")
@@ -64,14 +72,35 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def dataset(folder: Path, sequences: int, length: int, vocabulary: int) -> PackedDataset:
+def dataset(folder: Path, sequences: int, length: int, vocabulary: int, documents: str | None) -> PackedDataset:
     """Random tokens. Every rank writes its own, equal ones."""
     import datasets
 
     tokens = np.random.default_rng(0).integers(vocabulary, size=(sequences, length), dtype=np.int32)
+    columns: dict[str, Any] = {"input_ids": tokens}
+    if documents is not None:
+        places = np.cumsum([0, *lengths_of(documents, tokens.size, length)])
+        columns["document_starts"] = [
+            places[(places >= begin) & (places < begin + length)] - begin for begin in range(0, tokens.size, length)
+        ]
     datasets.disable_progress_bars()
-    datasets.Dataset.from_dict({"input_ids": tokens}).save_to_disk(str(folder))
+    datasets.Dataset.from_dict(columns).save_to_disk(str(folder))
     return PackedDataset.open(folder)
+
+
+def lengths_of(documents: str, tokens: int, longest: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Lengths of documents that have `tokens` together, or more.
+
+    By Zipf's law, they have the density 1 / length^2, from the shortest, which follows from the mean, to the longest.
+    The mean is MEAN, or a sixteenth of the longest where that is less.
+    """
+    if documents != "zipf":
+        return np.full(tokens // int(documents) + 1, int(documents))
+    wanted, shortest = min(MEAN, longest / 16), 1.0
+    while shortest * np.log(longest / shortest) / (1 - shortest / longest) < wanted:
+        shortest *= 1.001
+    places = np.random.default_rng(1).random(int(2 * tokens / wanted) + 100)
+    return (1 / (1 / shortest - places * (1 / shortest - 1 / longest))).round().astype(np.int64)
 
 
 def main() -> None:
@@ -80,12 +109,14 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s", stream=sys.stderr)
     config = load_config(options.model_id)
     config.num_hidden_layers = options.layers or config.num_hidden_layers
+    config = changed_config(config, dict(one.split("=", 1) for one in options.set))
     length, plan_ngpus = options.sequence_length, options.plan_ngpus or world
     loss = None if options.no_chunk_loss else in_chunks
-    prepare_config(config, length, options.attn_implementation)
+    apart = options.documents is not None
+    prepare_config(config, length, options.attn_implementation, apart)
     name = options.label or (
         f"{options.model_id.rsplit('/', 1)[-1]}-{config.num_hidden_layers}layers-{length}x{options.micro_batch_size}"
-        f"-plan{plan_ngpus}of{world}"
+        f"-plan{plan_ngpus}of{world}" + (f"-documents-{options.documents}" if apart else "")
     )
     # The ranks share one folder, of which the port of their rendezvous is the name they all know.
     work = Path(tempfile.gettempdir()) / f"nnscaler-benchmark-{os.environ.get('MASTER_PORT', os.getpid())}"
@@ -100,11 +131,13 @@ def main() -> None:
             micro_batches=options.grad_accumulation_steps,
         )
         sequences = world // plan_ngpus * options.micro_batch_size * options.grad_accumulation_steps
+        rows = dataset(work / f"data{rank}", sequences * options.steps, length, config.vocab_size, options.documents)
+        data = DatasetConfig(rows, document_mask=apart)
         args = TrainerArgs(
             name="benchmark",
-            model=ModelConfig(lambda: CausalLM(config, loss), None, WEIGHT_PREFIX, None),
+            model=ModelConfig(lambda: CausalLM(config, loss, data.mean_document), None, WEIGHT_PREFIX, None),
             compute=compute,
-            dataset=DatasetConfig(dataset(work / f"data{rank}", sequences * options.steps, length, config.vocab_size)),
+            dataset=data,
             checkpoint=CheckpointConfig(work / "checkpoints", interval=None),
             log=LogConfig(work / "runs", profile=options.profile),
             micro_batch_size=options.micro_batch_size,
@@ -140,6 +173,7 @@ def report(
         "name": name,
         "sequence_length": options.sequence_length,
         "sequences_per_step": sequences,
+        "document_length": plan["about"].get("document_length"),
         "devices": world,
         "seconds_per_step": seconds,
         "predicted_seconds_per_step": predicted["step_seconds"],
