@@ -71,6 +71,14 @@ def document_inputs(starts: Sequence[Places], length: int) -> dict[str, Tensor]:
     return {POSITIONS: tokens - (begins * tokens).cummax(1).values, DOCUMENTS: begins.cumsum(1) - 1}
 
 
+def not_said(dataset: object) -> UserError:
+    """What is wrong with a dataset whose documents are to be kept apart, and that does not say where they begin."""
+    return UserError(
+        f"dataset '{dataset}' does not say where documents begin; make it anew with bookcorpus.py, or give it a column "
+        f"{DOCUMENT_STARTS} or {POSITIONS}"
+    )
+
+
 @dataclass(frozen=True)
 class DocumentLengths:
     """How long the documents of a dataset are, in tokens, as they are in its rows.
@@ -85,6 +93,7 @@ class DocumentLengths:
     cut        how many documents were longer than a row, and so were cut
     padded     how many rows end in padding
     positions  how many positions a model is to know
+    estimated  whether all this is estimated from a part of the dataset
     """
 
     documents: int
@@ -94,6 +103,7 @@ class DocumentLengths:
     cut: int
     padded: int
     positions: int
+    estimated: bool = False
 
     @staticmethod
     def between(starts: Places, padding: Places, rows: int, length: int) -> DocumentLengths:
@@ -112,9 +122,10 @@ class DocumentLengths:
         )  # fmt: skip
 
     def __str__(self) -> str:
+        documents = ("about " if self.estimated else "") + counted(self.documents, "document")
         padded = f"; {self.padded:,} of the rows end in padding" if self.padded else ""
         return (
-            f"{counted(self.documents, 'document')} of {self.mean:,.0f} tokens on average, {self.longest:,} at most"
+            f"{documents} of {self.mean:,.0f} tokens on average, {self.longest:,} at most"
             f"{padded}; attention has as much to do as if each had {self.of_token:,.0f}"
         )
 

@@ -78,6 +78,7 @@ class Mixture:
             cut=sum(each.cut for each in found),
             padded=sum(each.padded for each in found),
             positions=max(each.positions for each in found),
+            estimated=any(each.estimated for each in found),
         )
 
     def seen(self, seed: int, consumed: int) -> list[int]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from nnscaler.data.documents import COLUMNS as DOCUMENT_COLUMNS
-from nnscaler.data.documents import POSITIONS, DocumentLengths, Places, document_starts, padding_starts
+from nnscaler.data.documents import DocumentLengths, Places, document_starts, not_said, padding_starts
 from nnscaler.data.files import COLUMN, DOCUMENT_STARTS, LABELS, PROVENANCE, TOKEN_IDS
 from nnscaler.errors import UserError
 
@@ -123,10 +123,7 @@ class PackedDataset:
         """How long documents are; their column is read once, and where rows have labels, these and the ids, which tell
         padding. Raises UserError where there is no such column, or it is something else."""
         if self.documents is None:
-            raise UserError(
-                f"dataset '{self.path}' does not say where documents begin; make it anew with bookcorpus.py, or give "
-                f"it a column {DOCUMENT_STARTS} or {POSITIONS}"
-            )
+            raise not_said(self.path)
         length, before = self.sequence_length, 0
         starts, padding = [], [np.empty(0, np.int64)]
         columns = [self.documents, *([COLUMN, LABELS] if self.has_labels else [])]

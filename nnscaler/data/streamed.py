@@ -12,10 +12,11 @@ from __future__ import annotations
 import logging
 import time
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import accumulate, islice
 from typing import Any
 
 import fsspec
@@ -24,9 +25,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nnscaler import hub
-from nnscaler.data.documents import DocumentLengths
+from nnscaler.data.documents import COLUMNS as DOCUMENT_COLUMNS
+from nnscaler.data.documents import DocumentLengths, document_starts, not_said, padding_starts
 from nnscaler.data.files import COLUMN, DOCUMENT_STARTS, LABELS
-from nnscaler.data.packed import Row, TokenIds
+from nnscaler.data.packed import IGNORED, Row, TokenIds
 from nnscaler.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -35,19 +37,21 @@ LANES = 32
 BUFFER = 1 << 24  # bytes of a block of rows, about
 MOST_ROWS = 1024  # of a block
 READ = 64  # rows decoded at a time
+LOOKED_FILES, LOOKED_ROWS = 8, 32  # of so many files, so many rows tell how long documents are
 TRIES = 6  # to read, with pauses in between that double from a second on
 _FILES, _BLOCK = (1 << 32) - 2, (1 << 32) - 3  # tell the seeds of files' orders and of blocks' from others
 
 
 @dataclass(frozen=True)
 class StreamedDataset:
-    """Parquet files whose rows have `input_ids` of one length, and perhaps `labels` and `document_starts`.
+    """Parquet files whose rows have `input_ids` of one length, and perhaps `labels`, and where documents begin.
 
-    path     as the user gave it
-    system   the file system (of fsspec) that opens the files
-    files    their names, with how many rows each has
-    columns  the columns that training reads
-    ids      the smallest and the largest token id, if the footers tell
+    path       as the user gave it
+    system     the file system (of fsspec) that opens the files
+    files      their names, with how many rows each has
+    columns    the columns that training reads
+    ids        the smallest and the largest token id, if the footers tell
+    documents  column that says where documents begin, see `nnscaler.data.documents`; None: there is none
     """
 
     path: str
@@ -56,6 +60,7 @@ class StreamedDataset:
     columns: tuple[str, ...]
     sequence_length: int
     ids: TokenIds
+    documents: str | None = None
 
     @staticmethod
     def open(path: str, flag: str = "dataset_path") -> StreamedDataset:
@@ -71,7 +76,8 @@ class StreamedDataset:
             found = [(name, footer) for name, footer in zip(names, footers, strict=True) if footer.num_rows]
             if not found:
                 raise UserError(f"{flag} is '{path}', where no Parquet file has a row")
-            columns = found[0][1].schema.to_arrow_schema().names
+            schema = found[0][1].schema.to_arrow_schema()
+            columns = [field.name for field in schema if pa.types.is_nested(field.type)]
             if COLUMN not in columns:
                 raise UserError(f"{flag} is '{path}', whose rows have no column '{COLUMN}'")
             with system.open(found[0][0]) as file:
@@ -79,10 +85,11 @@ class StreamedDataset:
             length = len(first)
         except (OSError, ValueError, ImportError, TypeError, pa.ArrowException) as error:
             raise UserError(f"{flag} is '{path}', which cannot be read: {hub.first_line(error)}") from error
+        documents = next((name for name in DOCUMENT_COLUMNS if name in columns), None)
         return StreamedDataset(
             path, system, tuple((name, footer.num_rows) for name, footer in found),
-            tuple(name for name in (COLUMN, LABELS, DOCUMENT_STARTS) if name in columns), length,
-            _ids([footer for _, footer in found]),
+            tuple(name for name in (COLUMN, LABELS, documents) if name is not None and name in columns), length,
+            _ids([footer for _, footer in found]), documents,
         )  # fmt: skip
 
     def __len__(self) -> int:
@@ -93,17 +100,35 @@ class StreamedDataset:
         return (self,)
 
     @property
-    def documents(self) -> str | None:
-        """The column that says where documents begin. None: there is none."""
-        return DOCUMENT_STARTS if DOCUMENT_STARTS in self.columns else None
-
-    @property
     def asks_for_documents(self) -> bool:
-        return False
+        """As `PackedDataset.asks_for_documents`, by the rows that are looked at."""
+        if self.documents in (None, DOCUMENT_STARTS):
+            return False
+        return self.document_lengths.documents + self.document_lengths.padded > len(self)
 
-    @property
+    @cached_property
     def document_lengths(self) -> DocumentLengths:
-        raise UserError(f"dataset_path is '{self.path}'; how long its documents are is not known while it is streamed")
+        """How long documents are, estimated from the first rows of some files. A model is to know as many positions as
+        a row has.
+
+        Raises UserError where there is no column of documents, it is something else, or rows cannot be read.
+        """
+        if self.documents is None:
+            raise not_said(self.path)
+        rows = list(_Lane(self, 0, 0).first_rows())
+        length = self.sequence_length
+        shifts = np.arange(len(rows)) * length
+        starts = np.concatenate([row[DOCUMENT_STARTS] + shift for row, shift in zip(rows, shifts)])
+        padding = np.empty(0, np.int64)
+        if LABELS in self.columns:
+            ids, labels = (np.stack([row[name] for row in rows]) for name in (COLUMN, LABELS))
+            padding = padding_starts(starts, ids, labels, IGNORED)
+        found = DocumentLengths.between(starts, padding, len(rows), length)
+        share = len(self) / len(rows)
+        return replace(
+            found, documents=round(found.documents * share), cut=0, padded=round(found.padded * share),
+            positions=length, estimated=True,
+        )  # fmt: skip
 
     def token_ids(self) -> TokenIds:
         """The smallest and the largest id, as the footers tell."""
@@ -177,15 +202,32 @@ class _Lane:
         return self._held[1]
 
     def _read(self, epoch: int, first: int, last: int) -> list[Row]:
+        def read() -> list[Row]:
+            before, self._next = self._next, (-1, -1)
+            if before != (epoch, first):
+                self._ahead = self._from(epoch, first)
+            rows = [next(self._ahead) for _ in range(last - first)]
+            self._next = epoch, last
+            return rows
+
+        return self._tried(read)
+
+    def first_rows(self) -> Iterator[Row]:
+        """Rows from the beginnings of some files, which lie as far apart as they can."""
+        files = self._dataset.files
+        some = [files[index][0] for index in np.linspace(0, len(files) - 1, min(len(files), LOOKED_FILES), dtype=int)]
+        for name in some:
+            yield from self._tried(partial(self._first_of, name))
+
+    def _first_of(self, name: str) -> list[Row]:
+        return list(islice(self._of_file(name, 0), LOOKED_ROWS))
+
+    def _tried(self, read: Callable[[], list[Row]]) -> list[Row]:
+        """What is read, at the first attempt or a later one."""
         for tried in range(TRIES):
             try:
-                if self._next != (epoch, first):
-                    self._ahead = self._from(epoch, first)
-                rows = [next(self._ahead) for _ in range(last - first)]
-                self._next = epoch, last
-                return rows
+                return read()
             except (OSError, pa.ArrowException) as error:
-                self._next = (-1, -1)
                 if tried == TRIES - 1:
                     raise UserError(f"cannot read '{self._dataset.path}': {hub.first_line(error)}") from error
                 logger.warning("cannot read '%s', trying again: %s", self._dataset.path, hub.first_line(error))
@@ -224,4 +266,8 @@ class _Lane:
                     f"'{name}' has a row with {len(found[column])} {column}; those of the first row are "
                     f"{self._dataset.sequence_length}"
                 )
+        documents = self._dataset.documents
+        if documents is not None:
+            values = found.pop(documents)
+            found[DOCUMENT_STARTS] = document_starts(documents, values, [len(values)], self._dataset.sequence_length)
         return found

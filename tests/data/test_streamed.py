@@ -19,6 +19,7 @@ from nnscaler.checkpoint.folder import latest_checkpoint
 from nnscaler.cli.config import CheckpointConfig, DatasetConfig
 from nnscaler.cli.trainer import Trainer
 from nnscaler.data import streamed
+from nnscaler.data.documents import DocumentLengths
 from nnscaler.data.mixture import open_sources, samples_of
 from nnscaler.data.streamed import StreamedDataset, Streaming
 from nnscaler.data.training import Share
@@ -93,6 +94,41 @@ def test_what_rows_have_besides_tokens_is_read_with_them(tmp_path, monkeypatch):
     assert StreamedDataset.open(str(tmp_path / "bare")).token_ids() == (0, 0), "the footers do not tell"
 
 
+def test_lengths_of_documents_are_estimated_from_some_rows(tmp_path, monkeypatch):
+    """Of four files, the first two rows of the first and of the last."""
+    monkeypatch.setattr(streamed, "LOOKED_FILES", 2)
+    monkeypatch.setattr(streamed, "LOOKED_ROWS", 2)
+    ids, no = [[5, 6, 7, 0, 0, 0]], -100
+    for number, starts in enumerate([[0, 2], [1], [3], [0, 3]]):
+        rows = {"input_ids": ids * 3, "labels": [[no, 6, 7, no, no, no]] * 3, "document_starts": [starts] * 3}
+        pq.write_table(pa.table(rows), tmp_path / f"{number}.parquet")
+    dataset = StreamedDataset.open(str(tmp_path))
+    found = dataset.document_lengths
+    assert found == DocumentLengths(
+        documents=18, mean=18 / 6, longest=4, of_token=(2 * (4 + 16) + 2 * (9 + 9)) / 24, cut=0, padded=6, positions=6,
+        estimated=True,
+    )  # fmt: skip
+    assert str(found).startswith("about 18 documents of 3 tokens on average, 4 at most; 6 of the rows end in padding")
+    assert not dataset.asks_for_documents
+    assert DatasetConfig(dataset, document_mask=True).mean_document == 3
+    with pytest.raises(UserError, match="does not say where documents begin"):
+        _ = StreamedDataset.open(str(write(tmp_path / "bare", [[1]]))).document_lengths
+
+
+def test_other_columns_say_where_documents_begin(tmp_path):
+    rows = {"input_ids": [[5, 6, 7]] * 2, "segment_ids": [4, 4], "position_ids": [[0, 0, 1], [0, 1, 2]]}
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+    dataset = StreamedDataset.open(str(tmp_path))
+    assert dataset.documents == "position_ids", "the other column is of rows"
+    assert {tuple(Streaming(dataset, 5).sample(number)["document_starts"]) for number in range(2)} == {(0,), (0, 1)}
+    with pytest.raises(UserError, match="column 'position_ids' that keeps documents apart; give --document_mask"):
+        DatasetConfig(dataset)
+    rows["position_ids"] = [[0, 0, 2]] * 2
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="must hold positions that rise by one or start anew"):
+        Streaming(StreamedDataset.open(str(tmp_path)), 5).sample(0)
+
+
 def test_every_epoch_and_seed_has_an_order_of_its_own(tmp_path):
     dataset = StreamedDataset.open(str(write(tmp_path, [[30], [30, 20], [40]])))
     first, second = drawn(dataset, range(120)), drawn(dataset, range(120, 240))
@@ -161,28 +197,33 @@ def test_what_cannot_be_streamed(tmp_path):
 
 
 def train(case: Case, folder: Path, steps: int, resume: Path | None = None) -> None:
-    args = arguments(case, folder)
+    args = arguments(dataclasses.replace(case, documents=True), folder)
     dataset = open_sources([WeightedDataset(str(folder / "stream"), 0.5), WeightedDataset(str(folder / "data"), 0.5)])
     checkpoint = CheckpointConfig(folder / "checkpoints", interval=0, resume=resume)
     Trainer(
-        dataclasses.replace(args, dataset=DatasetConfig(dataset), max_train_steps=steps, checkpoint=checkpoint)
+        dataclasses.replace(
+            args, dataset=DatasetConfig(dataset, document_mask=True), max_train_steps=steps, checkpoint=checkpoint
+        )
     ).run()
 
 
 def test_a_mixture_with_a_stream_trains_as_the_plain_loop_and_goes_on_elsewhere(tmp_path):
     tiny.write_hardware(tmp_path)
-    tiny.write_dataset(tmp_path / "data")
+    tiny.write_dataset(tmp_path / "data", starts=[[0, 1 + row % 31] for row in range(80)])
     (tmp_path / "stream").mkdir()
     tokens = [[(3 * row + 5 * place) % tiny.VOCABULARY for place in range(tiny.LENGTH)] for row in range(17)]
-    pq.write_table(pa.table({"input_ids": tokens}), tmp_path / "stream" / "a.parquet", row_group_size=5)
+    positions = [[place % (2 + row) for place in range(tiny.LENGTH)] for row in range(17)]
+    table = pa.table({"input_ids": tokens, "position_ids": positions})
+    pq.write_table(table, tmp_path / "stream" / "a.parquet", row_group_size=5)
     dataset = open_sources(
         [WeightedDataset(str(tmp_path / "stream"), 0.5), WeightedDataset(str(tmp_path / "data"), 0.5)]
     )
-    samples = samples_of(dataset, SEED)
+    drawn = [samples_of(dataset, SEED).sample(number) for number in range(20)]
     rows = np.empty((20, tiny.LENGTH), dtype=np.int64)
     order = np.random.default_rng((SEED, 0)).permutation(20)
-    rows[order] = [samples.sample(number)["input_ids"] for number in range(20)]
-    losses, _ = plain_loop(rows, [4, 4, 2, 2, 2])
+    rows[order] = [row["input_ids"] for row in drawn]
+    starts = {place: row["document_starts"] for place, row in zip(order, drawn)}
+    losses, _ = plain_loop(rows, [4, 4, 2, 2, 2], [starts[place] for place in range(20)])
     run(2, train, Case(1, 2, accumulation=2), tmp_path, 2, init=False)
     run(1, train, Case(1, 1, accumulation=2), tmp_path, 5, latest_checkpoint(tmp_path / "checkpoints"), init=False)
     found = [
