@@ -124,13 +124,6 @@ class Bucket:
             return self.on_host.take(fresh)
         return self.gradient if self.summed is None else self.summed
 
-    def norm(self) -> Tensor:
-        """The 2-norm of `gradient`, once that is complete. fp32, on the device"""
-        if self.on_host is None:
-            return norm_of(self.gradient)
-        assert self.on_host.norm is not None, "the step is over"
-        return self.on_host.norm
-
     @property
     def owned_range(self) -> range:
         """The range of `flat` that `owned` is."""
@@ -175,6 +168,18 @@ class Bucket:
 def norm_of(gradient: Tensor) -> Tensor:
     """The 2-norm of a gradient, in fp32."""
     return torch._foreach_norm([gradient], 2, dtype=torch.float32)[0]
+
+
+def norms(buckets: Sequence[Bucket]) -> Tensor:
+    """The 2-norm of the gradient of each bucket, once these are complete. fp32 [buckets], on the device"""
+    here = [bucket.gradient for bucket in buckets if bucket.on_host is None]
+    found = iter(torch._foreach_norm(here, 2, dtype=torch.float32) if here else ())
+    every: list[Tensor] = []
+    for bucket in buckets:
+        norm = next(found) if bucket.on_host is None else bucket.on_host.norm
+        assert norm is not None, "the step is over"
+        every.append(norm)
+    return torch.stack(every)
 
 
 def make_buckets(

@@ -163,7 +163,7 @@ class ParallelModule(nn.Module):
             loss_of(numbers).backward()
             self.reducer.end_micro_batch()
             self.axes.host.clear()
-            total = total + numbers.detach()
+            total = total + numbers.detach().double()
         self.reducer.finish()
         return total
 
@@ -172,7 +172,7 @@ class ParallelModule(nn.Module):
         """As `accumulate`, of any number of micro-batches, by forward alone, in which nothing is dropped."""
         total = torch.zeros((), dtype=torch.float64, device=self.axes.device)
         for inputs in without_draws(micro_batches, self.axes) if self.drops else micro_batches:
-            total = total + self._numbers(inputs)
+            total = total + self._numbers(inputs).double()
         return total
 
     def _numbers(self, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nnscaler.config import OptimizerConfig
-from nnscaler.runtime.buckets import Bucket, needed_last
+from nnscaler.runtime.buckets import Bucket, needed_last, norms
 from nnscaler.runtime.host import HostPool, StagedTensors, StagingArea
 from nnscaler.sizes import STATES_AHEAD
 
@@ -102,8 +102,7 @@ class ShardedOptimizer:
         Returns the norm of the whole mean gradient before clipping; it is not finite where nothing has changed. It is a
         tensor on the device, and nothing waits for the device.
         """
-        norms = [bucket.norm() for bucket in self.buckets]
-        squares = (torch.stack(norms).double().square() * self._counted).sum()
+        squares = (norms(self.buckets).double().square() * self._counted).sum()
         # A constant filled in on the device: copying one there would wait for all that runs on it.
         sums = torch.stack([
             squares, torch.full_like(squares, labels / self.plan_ngpus),

@@ -106,7 +106,7 @@ class PipelineModule:
             parameter.add_gradients()
         total = torch.zeros((), dtype=torch.float64, device=self.axes.device)
         for numbers in self._numbers:
-            total = total + numbers
+            total = total + numbers.double()
         return total
 
     def _loss(self, numbers: Tensor, target: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class PipelineModule:
         left = without_draws(micro_batches, self.axes)
         while some := list(islice(left, self.schedule.micro_batches)):
             for loss in self._forward.run(some):
-                total = total + loss
+                total = total + loss.double()
         return total
 
     def hold_unused(self, tensors: Mapping[str, Tensor]) -> None:

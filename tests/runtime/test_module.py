@@ -63,7 +63,7 @@ def module_that_gives(numbers) -> ParallelModule:
 
 def test_a_step_sums_what_its_micro_batches_give_and_trains_the_first_number():
     module, x = (
-        module_that_gives(lambda x: torch.stack([x.square(), 10 * x]).double()),
+        module_that_gives(lambda x: torch.stack([x.square(), 10 * x])),
         torch.tensor(3.0, requires_grad=True),
     )
     total = module.accumulate([{"x": x}, {"x": 2 * x}])
