@@ -15,7 +15,7 @@ import torch
 from nnscaler.errors import UserError
 from nnscaler.hardware.communication import COLLECTIVES, CommunicationTimes, CopyRates, Group
 from nnscaler.profiler import collectives
-from nnscaler.profiler.collectives import find_world, groups, table
+from nnscaler.profiler.collectives import World, find_world, groups, table
 from tests.launch import run
 
 MODULE = "nnscaler.profiler.benchmark_comm"
@@ -61,7 +61,12 @@ def test_the_table_ends_with_copies():
 def keep_of_a_node(folder: Path) -> None:
     os.environ |= {"NNSCALER_CACHE": str(folder / f"node{os.environ['RANK']}"), "LOCAL_WORLD_SIZE": "1"}
     times = CommunicationTimes({(name, Group(2, 1)): ((1024, 1e-6),) for name in COLLECTIVES}, "a test")
-    with patch.object(collectives, "measure", lambda world: times):
+
+    def measure(world: World) -> CommunicationTimes:
+        torch.distributed.barrier()  # as measuring does: nobody leaves while another still connects
+        return times
+
+    with patch.object(collectives, "measure", measure):
         collectives.measure_and_keep("gloo")
 
 
