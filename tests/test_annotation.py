@@ -73,6 +73,7 @@ def test_a_name_that_only_outputs_have_is_not_split():
         ("*+ -> ()", "'\\*' cannot be summed at position 0"),
         ("a b -> a", "'b' is missing in an output; mark it 'b\\^'"),
         ("a a -> a", "'a' stands twice in one tensor"),
+        ("a -> a a", "'a' stands twice in one tensor"),
         ("a -> a | a", "expected two names or more after '\\|' at position 10"),
         ("a -> a | a c", "'c' stands after '\\|', but in no input"),
         ("a b -> a b | a b", "a and b stand after '\\|', and in one tensor"),

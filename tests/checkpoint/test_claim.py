@@ -14,6 +14,7 @@ from nnscaler.checkpoint import claim as claims
 from nnscaler.checkpoint.claim import CLAIM, Claim, claim, find_own
 from nnscaler.checkpoint.folder import own_checkpoints, remove_old
 from nnscaler.checkpoint.owner import Process, job, keeper
+from nnscaler.checkpoint.resume import where_to_begin
 from tests.checkpoint.jobs import publish_one
 
 
@@ -75,6 +76,17 @@ def test_nodes_may_be_replaced_but_not_all(tmp_path):
     assert find_own(tmp_path, []) is None
     claim(tmp_path, "run", None, tmp_path / "run", ["b", "c"]).release()
     assert find_own(tmp_path, ["c", "d"]) is not None
+
+
+def test_one_that_is_restarted_goes_on_from_what_it_saved_and_not_from_what_it_was_told_to_resume(tmp_path):
+    source = publish_one(tmp_path / "elsewhere", 4, 1.0)
+    assert where_to_begin(tmp_path, source, ["a"]) == ([source], None)
+    held = claim(tmp_path, "run", source, None, ["a"])
+    killed(held)
+    assert where_to_begin(tmp_path, source, ["a"]) == ([source], held.folder), "nothing was saved yet"
+    saved = publish_one(held.folder, 2**40, 1.0)  # which was saved then, in seconds since the epoch
+    assert where_to_begin(tmp_path, source, ["a"]) == ([saved], held.folder)
+    assert where_to_begin(tmp_path, source, ["b"]) == ([source], None)
 
 
 def test_of_several_folders_of_a_job_the_last_that_it_claimed_is_its_own(tmp_path):

@@ -137,6 +137,41 @@ def test_calls_that_keep_least_come_first(tmp_path):
     assert re.findall(r"in range\((.*)\)", "\n".join(lines)) == ["3", "4, 6"], "the fourth layer is called by itself"
 
 
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, mask, x):
+        return self.linear(x) * mask + x
+
+
+class MaskedLayers(nn.Module):
+    """Layers that hand on their second argument; the first one lies otherwise on two devices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask, self.layers = nn.Parameter(torch.ones(1, 8)), nn.ModuleList(Masked() for _ in range(3))
+
+    def forward(self, x):
+        mask = self.mask * 2
+        for layer in self.layers:
+            x = layer(mask, x)
+        return x.square().sum()
+
+
+def test_calls_are_one_loop_where_what_is_handed_on_lies_as_it_is_taken(tmp_path):
+    model, buffers = Source(MaskedLayers, {"x": X}, torch.float32).build()
+    hardware = load_hardware(tiny.write_hardware(tmp_path))
+    plan = find_plan(trace(model, {"x": X}, buffers), [Mesh((2,))], hardware, recompute_modules=())
+    (made,), (mask, taken) = plan.outputs["masked"], plan.inputs["masked"]
+    assert made == taken != mask
+    loop = 'for i in range(3):\n        layers = masked(scope(w, f"layers.{i}."), axes, "keeps all", mul, layers)\n'
+    assert loop in generate(plan)
+    otherwise = replace(plan, outputs={**plan.outputs, "masked": [mask]})
+    assert "for i in" not in generate(otherwise), "it comes to the next call as that takes it"
+
+
 class Inner(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -50,6 +50,9 @@ def test_a_model_that_has_no_place_for_our_attention_keeps_its_own(name, caplog)
     assert "has attention of its own, which computes all scores at once" in caplog.text
     with pytest.raises(UserError, match="no kernel can stand in for; use --attn_implementation eager"):
         prepare_config(config_of(name), LENGTH, "sdpa")
+    as_told = config_of(name)
+    prepare_config(as_told, LENGTH, "eager")
+    assert as_told._attn_implementation == "eager"
 
 
 WINDOWS = {

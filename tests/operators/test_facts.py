@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from nnscaler.graph import Block, Node
+from nnscaler.graph import Block, Node, Ref, TensorMeta
 from nnscaler.operators import arguments, bind, operator_of
-from nnscaler.operators.registry import no_flops
+from nnscaler.operators.registry import Operator, no_flops
 from nnscaler.operators.verify import gradients, meta_of
 from nnscaler.units import saved_by
 from tests.operators.calls import node_of, run_text
@@ -108,6 +108,16 @@ def test_arithmetic_is_what_torch_counts(op):
                 continue  # torch counts backward as if there were one group
             said = operator.backward_ratio(node, metas) * flops
             assert said == pytest.approx(backward), f"{call}: backward {said}, torch counts {backward}"
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"), [(None, 2.0), (0.0, 0.0), (2.5, 2.5), (lambda node, inputs: len(inputs) / 2, 1.5)]
+)
+def test_backward_is_as_large_as_an_operator_says(given, wanted):
+    """Where it says nothing, once for each of the three inputs that has a gradient."""
+    metas = [TensorMeta((4, 6), torch.float32, trained) for trained in (True, False, True)]
+    operator = Operator("own", lambda *shapes: "", backward=given)
+    assert operator.backward_ratio(Node("own", "own", tuple(map(Ref, "abc")), {}, ("own",)), metas) == wanted
 
 
 def share_seen(rows: int, keys: int, is_causal: bool, window: tuple[int | None, int | None] | None) -> float:

@@ -127,6 +127,21 @@ def test_inputs_that_no_backward_reads_are_not_kept():
     assert whole.reshards_again
 
 
+def test_what_collectives_bring_to_what_is_computed_again_is_kept():
+    """Of t = o + r and a product of t: the sum's backward reads neither o nor r, but t is made again from them."""
+    given = block(
+        ("attention", "o", "q k v"),
+        ("add", "t", "o r"),
+        ("linear", "y", "t w"),
+        outputs=("y",),
+        inputs=("q", "k", "v", "r"),
+    )
+    found = keep_from(divide(given), given, ("registered",))
+    assert found.recomputed == {1}
+    assert found.as_made == {"o", "r"}
+    assert found.as_resharded == {(1, "o"), (1, "r"), (2, "t"), (2, "w")}
+
+
 def test_levels_keep_less_and_less():
     assert ON_DEVICE == (KEEPS_ALL, KEEPS_PRODUCTS, RECOMPUTES_ALL_BUT_ATTENTION, RECOMPUTES_ALL)
     assert [level.everything for level in ON_DEVICE] == [True, False, False, False]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from nnscaler.profiler import collectives, timing
+from nnscaler.hardware.communication import CopyRates
+from nnscaler.profiler import collectives, copies, timing
 from nnscaler.profiler.collectives import COLLECTIVES, World, measure, table
 
 CPU = torch.device("cpu")
@@ -68,6 +70,52 @@ def test_messages_double_until_they_are_slow(monkeypatch):
     assert times.curves["all_reduce", (3, 3)] == ((1020, 0.255), (2040, 0.6))
     assert times.source.startswith("measured over gloo on 2 x 3 cpu, torch ")
     assert "        1020     2.550e-01    0.00" in table(times)
+
+
+def test_copies_both_ways_have_ended_when_both_have(monkeypatch):
+    """Against streams that write down what they do: one way runs in another stream, and the time is of both."""
+    said = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            said.append((self.name, "waits for", other.name))
+
+    class Buffer:
+        def __init__(self, size, dtype, pin_memory=False, device=None):
+            self.place = "host" if pin_memory else str(device)
+
+        def copy_(self, source, non_blocking):
+            said.append((inside[-1], source.place, self.place))
+
+    @contextmanager
+    def stream(one):
+        inside.append(one.name)
+        yield
+        inside.pop()
+
+    def timed(call, device):
+        call()
+        calls.append(said.copy())
+        said.clear()
+        return {1: 0.5, 2: 0.25, 3: 1.0}[len(calls)]
+
+    calls, inside = [], ["now"]
+    cuda = SimpleNamespace(Stream=lambda device: Stream("other"), current_stream=lambda device: Stream("now"))
+    cuda.stream = stream
+    monkeypatch.setattr(copies, "torch", SimpleNamespace(cuda=cuda, empty=Buffer, uint8=torch.uint8))
+    monkeypatch.setattr(copies, "slowest_median", timed)
+    rates = copies.measure_copies(torch.device("cuda:0"))
+    assert rates == CopyRates(2 * copies.SIZE, 4 * copies.SIZE, copies.SIZE)
+    there, back, both = calls
+    assert there == [("now", "cuda:0", "host")]
+    assert back == [("now", "host", "cuda:0")]
+    assert both == [
+        ("other", "waits for", "now"), ("other", "host", "cuda:0"), ("now", "cuda:0", "host"),
+        ("now", "waits for", "other"),
+    ]  # fmt: skip
 
 
 def test_buffers_of_each_collective(monkeypatch):

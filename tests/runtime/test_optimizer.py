@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from nnscaler.mesh import Mesh
 from nnscaler.placement import SHARED
 from nnscaler.runtime import gradients as on_the_host
+from nnscaler.runtime import optimizer as optimizers
 from nnscaler.runtime.axes import Axes
 from nnscaler.runtime.buckets import make_buckets, norm_of
 from nnscaler.runtime.optimizer import OptimizerConfig, ShardedOptimizer, buckets_of, decays
@@ -191,6 +193,33 @@ def test_what_is_on_the_host_gives_the_same_to_the_last_bit(dtype, states, gradi
     for ours, theirs in zip(both[0][0].state, both[1][0].state, strict=True):
         for name in ours:
             assert torch.equal(ours[name], theirs[name])
+
+
+@pytest.mark.parametrize("states", [(), range(1, 100)])
+def test_what_lies_on_the_host_comes_while_what_was_before_is_updated(states, monkeypatch):
+    monkeypatch.setattr(optimizers, "STATES_AHEAD", 1)
+    optimizer, _ = optimizer_of(CONFIG, torch.bfloat16, states, True, 1e9)
+    give(optimizer, {name: torch.ones(shape) for name, shape in SHAPES.items()})
+    order, done = optimizer._order, []
+
+    def noted(what, index, call):
+        def noting(*args):
+            done.append((what, index))
+            return call(*args)
+
+        return noting
+
+    for index, bucket in enumerate(optimizer.buckets):
+        monkeypatch.setattr(bucket.on_host, "fetch", noted("gradient", index, bucket.on_host.fetch))
+        if index in optimizer._staged:
+            staged = optimizer._staged[index]
+            monkeypatch.setattr(staged, "fetch", noted("state", index, staged.fetch))
+        state = optimizer._states[index]
+        monkeypatch.setattr(state, "update", noted("update", index, state.update))
+    optimizer.step(LABELS, 0.1)
+    for before, index in pairwise(order):
+        for what in ("gradient", "state") if index in optimizer._staged else ("gradient",):
+            assert done.index((what, index)) < done.index(("update", before))
 
 
 @pytest.mark.parametrize("name", ["master", "exp_avg", "exp_avg_sq"])
