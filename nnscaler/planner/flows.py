@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from math import inf
 
 import torch
 
@@ -94,6 +95,19 @@ class Flows:
         for option, x in zip(self.problem.decisions[decision].options, self.choices.x[decision]):
             found.setdefault(getattr(option, side)[index], []).append((x, 1.0))
         return found
+
+    def size(self, flow: Flow, smallest: bool = False) -> tuple[Terms, float]:
+        """Bytes of a flow as it is made, as a sum, and its largest value.
+
+        smallest  at most as many as it has in any layout that it is used in
+        """
+        layouts = self.layouts(flow.producer, "outputs")
+        sizes = {layout: self.problem.costs.local_bytes(flow.meta, layout) for layout in layouts}
+        if smallest:
+            used = [layout for use in flow.consumers for layout in self.layouts(use, "inputs")]
+            least = min((self.problem.costs.local_bytes(flow.meta, layout) for layout in used), default=inf)
+            sizes = {layout: int(min(size, least)) for layout, size in sizes.items()}
+        return [(x, sizes[layout]) for layout, xs in layouts.items() for x, _ in xs], max(sizes.values())
 
     def _flow(self, index: int) -> None:
         """All rows of one flow."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from math import gcd, inf
+from math import gcd
 
 from nnscaler.chains import chains, handed_on
 from nnscaler.graph import Block, Call, Graph, TensorMeta
@@ -69,7 +69,7 @@ class Flow:
     as_resharded    level -> consumers; likewise, but only where it was resharded for them
     is_parameter    it is a parameter, which is kept anyway in the layout in which it is stored
     needed          backward of its block reads it, whether it is kept or computed again
-    read_from       the place of the first unit of its block whose backward reads it, or makes it again for others
+    read_by         the places of the units of its block whose backward reads it, or makes it again for others
     freed_first     backward reads it before that of any call of a block begins, and not later
     reshards_again  level -> how often backward reshards it again for each call, in the mean
     """
@@ -85,7 +85,7 @@ class Flow:
     as_resharded: dict[Level, list[Port]] = field(default_factory=dict)
     is_parameter: bool = False
     needed: bool = False
-    read_from: float = inf
+    read_by: frozenset[int] = frozenset()
     freed_first: bool = False
     reshards_again: Mapping[Level, float] = field(default_factory=dict)
 
@@ -114,10 +114,6 @@ class Divisible:
     def allows(self, level: Level) -> bool:
         """Whether it may be in pieces at a level: which keeps nothing of it but its inputs."""
         return level.in_pieces and (self.within is None or level.of_each.call is not None)
-
-    def makes_again(self, level: Level) -> bool:
-        """Whether backward makes again, at a level, all that is made inside: what is within another may be kept."""
-        return self.within is None or self.allows(level)
 
 
 @dataclass(frozen=True)
@@ -356,9 +352,9 @@ class _Body:
         uses = everything.as_used | everything.as_resharded
         self.needed = everything.as_made | {name for _, name in uses}
         read = [(place, name) for place, unit in enumerate(self.units) for name in needed_by(unit, block)]
-        self.read_from: dict[str, float] = {}
+        self.read_by: dict[str, set[int]] = {}
         for place, name in [*read, *uses]:
-            self.read_from[name] = min(place, self.read_from.get(name, inf))
+            self.read_by.setdefault(name, set()).add(place)
         self.last_call = max((place for place, unit in enumerate(self.units) if unit.kind == "call"), default=-1)
         self.flows: dict[str, Flow] = {}
         self.nodes = {node.name: node for node in block.nodes}
@@ -416,7 +412,7 @@ class _Body:
         flow.as_made = {level for level, kept in self.kept_at.items() if tensor in kept.as_made}
         flow.reshards_again = {level: kept.reshards_so_often for level, kept in self.kept_at.items()}
         flow.needed = tensor in self.needed and tensor not in self.block.parameters
-        flow.read_from = self.read_from.get(tensor, inf)
+        flow.read_by = frozenset(self.read_by.get(tensor, ()))
         self.flows[tensor] = flow
         return flow
 

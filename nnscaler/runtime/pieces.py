@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 Split = int | Literal["sum"] | None
 
@@ -44,6 +45,7 @@ class _KeptArguments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kept: list[Any], *args: Any) -> tuple[Any, ...]:
         ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(arg for arg in args if isinstance(arg, Tensor) and not arg.requires_grad))
         ctx.others = [None if isinstance(arg, Tensor) else arg for arg in args]
         ctx.save_for_backward(*(arg if isinstance(arg, Tensor) else None for arg in args))
         kept.append(ctx)
@@ -95,7 +97,8 @@ def _gradients(function: Any, inputs: list[Any], wanted: list[int], given: list[
         inputs[index] = inputs[index].detach().requires_grad_()
     with torch.enable_grad():
         made = _tuple(function(*inputs))
-    outputs, gradients = zip(*((part, one) for part, one in zip(made, given) if part.requires_grad))
+    outputs, gradients = zip(*((get_gradient_edge(part), one) for part, one in zip(made, given) if part.requires_grad))
+    del made  # what backward does not read is free
     return list(torch.autograd.grad(outputs, [inputs[index] for index in wanted], gradients))
 
 

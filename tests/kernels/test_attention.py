@@ -216,6 +216,8 @@ def test_kernels_are_tried_with_what_the_call_is():
     assert tried.documents.numbers.tolist() == [[0, 0, 1, 1, 2, 2]]
     assert (len(tried.sinks), tried.sinks.dtype, len(tried.slopes)) == (4, torch.bfloat16, 4)
     assert tried.sinks.requires_grad
+    timed = kind.timed()
+    assert (timed.heads, timed.shared, timed.length) == (32, 16, 6)
     plain = probe.kind_of(query, key, value, Asked(0.4)).asked()
     assert (plain.sinks, plain.slopes, plain.documents) == (None, None, None)
     assert [probe._within(side, 40) for side in (None, 0, 9, 10, 11)] == [None, 0, 9, 10, 10]

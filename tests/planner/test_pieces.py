@@ -197,13 +197,12 @@ def test_pieces_by_hand(count, tmp_path):
     stretch, found = priced(Plain, RECOMPUTES_ALL_BUT_ATTENTION, count, tmp_path)
     assert found is not None
     narrow, wide, weight = 2 * ROWS * NARROW, 2 * ROWS * WIDE, 2 * NARROW * WIDE  # bytes, in bf16
-    # Of few pieces, one of silu holds most: the gradients of what it reads and of what it writes. Of many, one of a
-    # product does: its weight's is whole. Around them lie the gradients of the layer's input and output, and of each
-    # weight a piece's in bf16 and the sum in fp32.
-    own = 2 * wide / count if count == 4 else weight + (narrow + wide) / count
-    around = 2 * narrow + 2 * (weight + 2 * weight)
-    # Backward makes again what is on the way, a piece at a time; the input is kept.
-    assert found.memory[Key("working")] == pytest.approx(own + around + 2 * wide / count)
+    # While the last product runs, there are its gradients; what silu reads and makes, computed again; and the gradient
+    # of x from the sum. While the first one runs, both weights have their gradients, and silu's tensors are free.
+    last, first = weight + (narrow + wide) / count + 2 * wide / count, 2 * weight + (narrow + wide) / count
+    own = max(last, first) + narrow / count
+    # Around them lie the gradients of the layer's input and output, and of each weight the sum in fp32.
+    assert found.memory[Key("working")] == pytest.approx(own + 2 * narrow + 2 * 2 * weight)
     # The last product and the sum, whose results nobody needs, are computed again too, to have their gradients.
     product, added = 2 * ROWS * NARROW * WIDE / ARITHMETIC, 3 * narrow / MEMORY
     again = product + added + 2 * LAUNCH
@@ -220,15 +219,16 @@ def test_pieces_with_a_registered_operator_by_hand(count, tmp_path):
     stretch, found = priced(Mixed, RECOMPUTES_ALL, count, tmp_path)
     assert found is not None
     narrow, wide, weight = 2 * ROWS * NARROW, 2 * ROWS * WIDE, 2 * NARROW * WIDE  # bytes, in bf16
-    # Each piece makes the whole of tanh's result, which two products use, and a part of the rest. Around it lie the
-    # gradients of the result and of the weights; the input's are one of a piece, the sum in its own type, and that of
-    # the sum behind, which waits.
-    own = max(2 * narrow, narrow + (wide + weight) / count, 3 * wide / count)
-    around = wide + 3 * narrow + 2 * weight
-    assert found.memory[Key("working")] == pytest.approx(own + around)
-    made = 2 * wide / count  # by the products
-    # Beside it, what comes after needs the operator's result, and pieces need tanh's result and the layer's input.
-    assert found.memory[Key("working", stretch.block, "backward")] == pytest.approx(made + wide + 2 * narrow)
+    # Each piece makes the whole of tanh's result, which two products use, and a part of the rest. While the operator
+    # runs, there are its inputs and the gradients of these and of its result. While tanh does, its result, the
+    # gradients of that and of its input, and those of the weights.
+    own = max(narrow + 5 * wide / count, 3 * narrow + 2 * weight / count, 3 * narrow + (2 * weight + wide) / count)
+    # Around it lie the gradients of the result and of the weights; the sum of the input's, and that of the sum behind,
+    # which waits. The result itself, which the last product read, is free by then.
+    around = wide + 2 * narrow + 2 * weight
+    assert found.memory[Key("working")] == pytest.approx(own + around - wide)
+    # Beside it, what comes after needs the operator's result, and pieces need the layer's input.
+    assert found.memory[Key("working", stretch.block, "backward")] == pytest.approx(wide + narrow)
     product, mixing = 2 * ROWS * NARROW * WIDE / ARITHMETIC + LAUNCH, 3 * wide / MEMORY + LAUNCH
     tanh, tanh_backward = 2 * narrow / MEMORY + LAUNCH, 3 * narrow / MEMORY + LAUNCH
     # All runs once more than without pieces: in forward, for the last product's gradient, and for each piece's. Only

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -124,6 +127,32 @@ def test_a_checkpoint_around_it_computes_no_piece_in_vain() -> None:
     for ours, right in zip(gradients(recompute(layer, *inputs), inputs), wanted):
         assert (ours - right).norm() <= 1e-6 * right.norm()
     assert calls == 8, "four pieces in forward, and four for their gradients"
+
+
+def test_what_needs_no_gradient_gets_none_and_what_backward_does_not_read_is_free() -> None:
+    needed: list[bool] = []
+    result: list[weakref.ref[Tensor]] = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            assert result[-1]() is None
+            return gradient
+
+    def rotated(x: Tensor, cosine: Tensor) -> Tensor:
+        needed.append(cosine.requires_grad)
+        made = Watched.apply(x) * cosine
+        result.append(weakref.ref(made))
+        return made
+
+    x, cosine = torch.ones(8, 2, requires_grad=True), torch.ones(8, 2)
+    recompute(lambda *inputs: in_pieces(rotated, 2, (0, 0), (0,), *inputs), x, cosine).sum().backward()
+    assert len(needed) == 4
+    assert not any(needed)
 
 
 def test_more_terms_than_bf16_counts_are_added_up() -> None:
