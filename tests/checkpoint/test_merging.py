@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import resource
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from nnscaler.checkpoint import sharded
+from nnscaler.checkpoint import export, merge, sharded
 from nnscaler.checkpoint.checksums import Checksums, CorruptCheckpoint, whole_file
 from nnscaler.checkpoint.export import export_model
 from nnscaler.checkpoint.folder import ASSETS, BEST, TrainerState, complete_checkpoints, latest_checkpoint, publish
@@ -91,6 +92,27 @@ def test_all_is_on_disk_before_it_gets_its_name(write, tmp_path, monkeypatch):
         assert index["metadata"]["total_size"] == 3 * 4 * 8 * 2, "bytes of three tensors in bf16"
     for path in files:
         assert synced[path.name if output.is_dir() else f".{path.name}.writing"] == path.read_bytes()
+
+
+@pytest.mark.parametrize(("module", "damaged"), [(merge, ".output.writing"), (export, "00001"), (export, "00003")])
+def test_what_is_not_as_written_gets_no_name(module, damaged, tmp_path, monkeypatch):
+    """Verified: whichever file the disk does not give back as it was. A merged file from before stays."""
+    checkpoint, output = Checkpoint.open(write_checkpoint(tmp_path / "runs", 4, 8, 3)), tmp_path / "output"
+
+    def change(path: Path) -> None:
+        if damaged in path.name:
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2 if module is merge else -1] ^= 1
+            path.write_bytes(data)
+
+    monkeypatch.setattr(module, "forget_cached", change)
+    write = partial(export_model, shard_bytes=100)
+    if module is merge:
+        write = merge_to_file
+        output.write_bytes(b"from before")
+    with pytest.raises(CorruptCheckpoint, match="is damaged"):
+        write(checkpoint, output, verify=True)
+    assert output.read_bytes() == b"from before" if module is merge else not output.exists()
 
 
 @pytest.mark.parametrize("what", ["merge", "export"])

@@ -123,6 +123,18 @@ def test_ranks_without_a_saved_stream_begin_streams_of_their_own() -> None:
         assert len({draw[index] for draw in found}) == 6
 
 
+def test_each_of_many_ranks_has_its_own_streams(tmp_path: Path) -> None:
+    from tests.checkpoint.test_merging import write_checkpoint
+
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, 1, 1, 1))
+    (entry, *_) = checkpoint.entries.values()
+    saved = {f"random.{name}.{rank}": entry for name in ("numpy", "torch") for rank in range(12)}
+    crowd = replace(checkpoint, entries=saved)
+    for rank in range(13):
+        wanted = {name for name in (f"random.numpy.{rank}", f"random.torch.{rank}") if name in saved}
+        assert crowd.random_states(rank).keys() == wanted
+
+
 def test_what_is_said_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.checkpoint.test_merging import write_checkpoint
 

@@ -43,6 +43,15 @@ def test_results_and_gradients_are_those_of_the_whole() -> None:
         wanted = mlp(*inputs)
 
 
+def test_a_second_backward_gives_the_same_gradients() -> None:
+    inputs = tensors(torch.float32)
+    first, second = in_pieces(mlp, 3, (1, None, None, None), (1, 1), *inputs)
+    loss = first.square().mean() + second.square().sum()
+    once = torch.autograd.grad(loss, inputs, retain_graph=True)
+    again = torch.autograd.grad(loss, inputs)
+    assert all(map(torch.equal, once, again))
+
+
 HEADS = 4
 
 
