@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nnscaler.cli.flags import parse
 from nnscaler.command import run
 from nnscaler.counting import counted
+from nnscaler.data.files import is_url
 from nnscaler.directory import check_new
 from nnscaler.errors import UserError
 from nnscaler.options import REQUIRED, check, path, text, whole
@@ -25,7 +26,8 @@ class Options:
 
     data_path_or_name: str = text(
         REQUIRED, "text to pack: a file, a folder (read with its subfolders, in the order of the paths) or a dataset "
-        "on the Hugging Face hub, as OWNER/NAME or OWNER/NAME:CONFIG. Files are .txt or .md (one document each), "
+        "on the Hugging Face hub, as OWNER/NAME or OWNER/NAME:CONFIG; or the URL of a file or folder, such as "
+        "hf://datasets/OWNER/NAME, which is read from there and not kept. Files are .txt or .md (one document each), "
         ".jsonl, .json, .parquet, or .csv or .tsv with a header line (one document a row), or .gz of these",
         shown="DATA",
     )  # fmt: skip
@@ -33,9 +35,11 @@ class Options:
         REQUIRED, "tokenizer: a directory, or a model on the hub; its bos and eos tokens are put around each document",
         shown="TOKENIZER",
     )  # fmt: skip
-    save_path: Path = path(
-        REQUIRED, "directory to write the dataset to, new or empty; it appears only when it is complete"
-    )
+    save_path: str = text(
+        REQUIRED, "directory to write the dataset to, new or empty; it appears only when it is complete. Or a URL, "
+        "such as s3://BUCKET/NAME or file:///FOLDER, where Parquet files are written; if interrupted, the same command "
+        "goes on there", shown="PATH",
+    )  # fmt: skip
     sequence_length: int = whole(
         REQUIRED, "length of each sequence, in tokens; tokens that do not fill a last one are left out",
         least=2, most=2**30,
@@ -77,7 +81,8 @@ class Options:
 
     def __post_init__(self) -> None:
         check(self)
-        check_new(self.save_path)
+        if isinstance(self.target, Path):
+            check_new(self.target)
         if (self.prompt_column is None) != (self.completion_column is None):
             raise UserError("prompt_column and completion_column go together, and one of them is not given")
         given = [
@@ -87,6 +92,11 @@ class Options:
             raise UserError(f"{given[0]} and {given[1]} are both given; rows hold one or the other")
         if self.chat_template is not None and not self.chat_template.is_file():
             raise UserError(f"chat_template is '{self.chat_template}', which is not a file")
+
+    @property
+    def target(self) -> Path | str:
+        """Where the dataset is written to: a directory, or a URL."""
+        return self.save_path if is_url(self.save_path) else Path(self.save_path).expanduser()
 
     @property
     def talks(self) -> bool:
@@ -116,7 +126,7 @@ def main() -> None:
         print("           --encoding says how files of text are to be read")
     if corpus.silent:
         print(f"no text    in {listed(corpus.silent)}")
-    print(f"saved to   {options.save_path}")
+    print(f"saved to   {options.target}")
 
 
 def pack_text(options: Options, corpus: Corpus, tokenizer: Any, threads: int) -> Iterator[tuple[str, str]]:
@@ -126,7 +136,7 @@ def pack_text(options: Options, corpus: Corpus, tokenizer: Any, threads: int) ->
     packing = pack(
         corpus,
         tokenizer,
-        options.save_path,
+        options.target,
         options.sequence_length,
         threads,
         provenance={
@@ -154,7 +164,7 @@ def pack_conversations(options: Options, corpus: Corpus, tokenizer: Any, threads
         corpus,
         Speech(tokenizer, columns, template, options.train_on == "all"),
         tokenizer,
-        options.save_path,
+        options.target,
         options.sequence_length,
         threads,
         options.too_long == "cut",

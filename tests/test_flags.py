@@ -317,7 +317,7 @@ def test_flags_of_scripts_that_do_not_go_together(script, flags, said, tmp_path,
     monkeypatch.chdir(tmp_path)
     required = {
         bookcorpus: {
-            "data_path_or_name": "x", "tokenizer_path_or_name": "y", "save_path": Path("z"), "sequence_length": 8,
+            "data_path_or_name": "x", "tokenizer_path_or_name": "y", "save_path": "z", "sequence_length": 8,
         },
         ckpt_merger: {"ckpt_dir": Path("x")},
     }  # fmt: skip
@@ -326,7 +326,12 @@ def test_flags_of_scripts_that_do_not_go_together(script, flags, said, tmp_path,
 
 
 def test_what_is_packed_is_told_by_the_columns(tmp_path):
-    given = {"data_path_or_name": "x", "tokenizer_path_or_name": "y", "save_path": tmp_path / "z", "sequence_length": 8}
+    given = {
+        "data_path_or_name": "x",
+        "tokenizer_path_or_name": "y",
+        "save_path": f"{tmp_path}/z",
+        "sequence_length": 8,
+    }
     for flags, talks in [
         ({}, False), ({"text_column": "t"}, False), ({"messages_column": "m"}, True),
         ({"prompt_column": "p", "completion_column": "c"}, True),

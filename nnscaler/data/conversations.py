@@ -20,8 +20,7 @@ from nnscaler.data.pack import BATCH, WRITTEN, backend_of
 from nnscaler.data.packed import IGNORED
 from nnscaler.data.readers import HALF_PAIR, Row
 from nnscaler.data.sources import Corpus
-from nnscaler.data.written import Ids, RowWriter
-from nnscaler.directory import new_directory
+from nnscaler.data.written import Ids, writing
 from nnscaler.errors import UserError
 
 
@@ -157,10 +156,11 @@ def _token(encoding: Encoding, place: int, length: int) -> int:
 
 
 def pack_conversations(
-    corpus: Corpus, speech: Speech, tokenizer: Any, save_path: Path, length: int, threads: int, cut: bool,
+    corpus: Corpus, speech: Speech, tokenizer: Any, save_path: Path | str, length: int, threads: int, cut: bool,
     provenance: dict[str, Any],
 ) -> Fitting:  # fmt: skip
-    """Writes the conversations of a corpus as a dataset that `datasets.load_from_disk` loads.
+    """Writes the conversations of a corpus as a dataset, as `nnscaler.data.pack.pack` does. Behind a URL, those of
+    different files share no row.
 
     Its columns are `input_ids` and `labels`, int32 [length], and `document_starts`: where conversations begin, and
     padding behind them. Labels are tokens at their own places, -100 where nothing is learned. A conversation that fits
@@ -171,16 +171,18 @@ def pack_conversations(
 
     Raises UserError for a row without a conversation, and where none is left.
     """
-    fitting = Fitting(length)
     start = time.perf_counter()
     filler = next(one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if one is not None)
-    with new_directory(save_path) as directory, one_thread_a_call():
-        rendered = (speech.render(row) for row in corpus.rows())
-        encoded = in_order(speech.encode, groups(rendered, Rendered.weight, BATCH), threads)
-        rows = best_fit(_fitting(with_progress(encoded, corpus), cut, fitting), length)
-        with RowWriter(directory, length, labels=True) as writer:
+    with writing(save_path, corpus, length, True, provenance) as writer, one_thread_a_call():
+        fitting = Fitting(**(writer.kept or {"sequence_length": length}))
+        for part in writer.parts(corpus):
+            rendered = (speech.render(row) for row in part.rows())
+            encoded = in_order(speech.encode, groups(rendered, Rendered.weight, BATCH), threads)
+            rows = best_fit(_fitting(with_progress(encoded, part), cut, fitting), length)
             for some in groups(rows, lambda row: length, WRITTEN):
                 writer.write(*_laid_out(some, length, filler, fitting))
+            corpus.note(part)
+            writer.keep(fitting.counts())
         fitting.sequences = writer.rows
         if not fitting.sequences:
             raise UserError(

@@ -6,3 +6,9 @@ DOCUMENT_STARTS = "document_starts"  # places in a row where a document begins, 
 TOKEN_IDS = "token_ids.json"
 PROVENANCE = "packing.json"
 DATA_FILE = "data-00000-of-00001.arrow"
+UNFINISHED = "unfinished-"  # begins the name of a file that says how far a dataset has been written
+
+
+def is_url(path: str) -> bool:
+    """Whether fsspec opens it by its kind, such as hf:// or s3://; else it is a local path."""
+    return "://" in path

@@ -15,8 +15,7 @@ from nnscaler.data.cut import PIECE, TokenIds, cut_into_pieces
 from nnscaler.data.flow import groups, in_order, one_thread_a_call, with_progress
 from nnscaler.data.readers import Document
 from nnscaler.data.sources import Corpus
-from nnscaler.data.written import Ids, RowWriter
-from nnscaler.directory import new_directory
+from nnscaler.data.written import Ids, writing
 from nnscaler.errors import UserError
 
 BATCH = PIECE  # characters tokenised by one call, about
@@ -51,9 +50,15 @@ class Packing:
 
 
 def pack(
-    corpus: Corpus, tokenizer: Any, save_path: Path, sequence_length: int, threads: int, provenance: dict[str, Any]
+    corpus: Corpus,
+    tokenizer: Any,
+    save_path: Path | str,
+    sequence_length: int,
+    threads: int,
+    provenance: dict[str, Any],
 ) -> Packing:
-    """Tokenises a corpus and writes it as a dataset that `datasets.load_from_disk` loads.
+    """Tokenises a corpus and writes it as a dataset that training reads; in a directory, `datasets.load_from_disk`
+    loads it.
 
     The dataset has the columns `input_ids`: int32, `[sequence_length]`, and `document_starts`: int32, the places in the
     sequence where a document begins; 0 is not among them where a sequence goes on with the document of the one before.
@@ -65,7 +70,7 @@ def pack(
         corpus: where the documents come from.
         tokenizer: a `transformers` tokenizer with an eos token, and perhaps a bos token, backed by the `tokenizers`
             library.
-        save_path: the directory to make; it does not exist, or is empty.
+        save_path: the directory to make, which does not exist, or is empty; or a URL, see `nnscaler.data.shards`.
         sequence_length: tokens in a sequence, 2 or more.
         threads: documents tokenised at the same time. The result does not depend on it.
         provenance: what else to note in `packing.json`, next to the counts.
@@ -74,21 +79,24 @@ def pack(
         UserError: the tokenizer does not fit, the corpus is damaged or makes no sequence, or `save_path` is in use.
     """
     marked = _MarkedTokenizer(tokenizer)
-    packing = Packing(sequence_length)
     start = time.perf_counter()
-    with new_directory(save_path) as directory, one_thread_a_call():
-        batches = groups(_pieces_of_all(corpus.documents(), marked.encode, packing), _Piece.weight, BATCH)
-        parts = in_order(marked.encode_pieces, batches, threads)
-        with RowWriter(directory, sequence_length) as writer:
-            for tokens in _whole_sequences(with_progress(parts, corpus), packing):
+    with writing(save_path, corpus, sequence_length, False, provenance) as writer, one_thread_a_call():
+        stream = _Stream.of(writer.kept, sequence_length)
+        packing = stream.packing
+        for part in writer.parts(corpus):
+            batches = groups(_pieces_of_all(part.documents(), marked.encode, packing), _Piece.weight, BATCH)
+            tokens_of_all = in_order(marked.encode_pieces, batches, threads)
+            for tokens in stream.whole_sequences(with_progress(tokens_of_all, part)):
                 writer.write(tokens.ids, tokens.starts)
+            packing.replaced_characters += sum(part.replaced.values())
+            corpus.note(part)
+            writer.keep(stream.kept())
         packing.sequences, packing.continued = writer.rows, writer.continued
         packing.smallest_id, packing.largest_id = writer.smallest_id, writer.largest_id
         if packing.documents == 0:
             raise UserError(f"the corpus is empty: no text in {len(corpus.files)} files")
         if packing.sequences == 0:
             raise UserError(f"the corpus has {packing.tokens:,} tokens, less than one sequence of {sequence_length:,}")
-        packing.replaced_characters = sum(corpus.replaced.values())
         packing.seconds = time.perf_counter() - start
         marks = {"vocab_size": len(tokenizer), "bos_token_id": marked.bos, "eos_token_id": marked.eos}
         writer.describe({**provenance, **marks, **packing.counts()})
@@ -189,14 +197,32 @@ def _pieces_of_all(
             packing.empty_documents += 1
 
 
-def _whole_sequences(parts: Iterable[_Tokens], packing: Packing) -> Iterator[_Tokens]:
-    """Yields a stream of tokens in multiples of the sequence length, all but its tail, and counts it."""
-    length = packing.sequence_length
-    rest = _Tokens(np.empty(0, np.int32), np.empty(0, np.int32))
-    for group in groups(parts, _Tokens.length, max(WRITTEN, length)):
-        stream = _joined([rest, *group])
-        packing.tokens += stream.length() - rest.length()
-        whole, rest = stream.cut(stream.length() // length * length)
-        if whole.length():
-            yield whole
-    packing.tail = rest.length()
+@dataclass
+class _Stream:
+    """The tokens of all documents, one after the other.
+
+    rest  the last of them, which do not fill a sequence yet
+    """
+
+    packing: Packing
+    rest: _Tokens
+
+    @staticmethod
+    def of(kept: dict[str, Any], length: int) -> _Stream:
+        """One that goes on where another one was (`kept`)."""
+        ids, starts = (np.array(kept.get(name, []), np.int32) for name in ("ids", "starts"))
+        return _Stream(Packing(**kept.get("counts", {"sequence_length": length})), _Tokens(ids, starts))
+
+    def kept(self) -> dict[str, Any]:
+        return {"counts": self.packing.counts(), "ids": self.rest.ids.tolist(), "starts": self.rest.starts.tolist()}
+
+    def whole_sequences(self, parts: Iterable[_Tokens]) -> Iterator[_Tokens]:
+        """What more there is now, in multiples of the sequence length, all but its tail; counts it."""
+        length = self.packing.sequence_length
+        for group in groups(parts, _Tokens.length, max(WRITTEN, length)):
+            tokens = _joined([self.rest, *group])
+            self.packing.tokens += tokens.length() - self.rest.length()
+            whole, self.rest = tokens.cut(tokens.length() // length * length)
+            if whole.length():
+                yield whole
+        self.packing.tail = self.rest.length()

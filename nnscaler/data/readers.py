@@ -77,7 +77,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        place = f"{path}, near line {_line_of_damage(path)}"
+        place = f"{path}, near line {_line_of_damage(path)}" if path.exists() else str(path)
         raise UserError(f"{place}: damaged gzip data: {hub.first_line(error)}") from error
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"cannot read {path}: {hub.first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""Where documents come from: local files, local folders, and datasets of the Hugging Face hub."""
+"""Where documents come from: local files and folders, datasets of the Hugging Face hub, and URLs."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import logging
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from nnscaler import hub
 from nnscaler.counting import counted
 from nnscaler.data.encoding import Replaced
+from nnscaler.data.files import is_url
 from nnscaler.data.readers import READERS, Document, Row, kind, read_documents, read_rows, reading
+from nnscaler.data.remote import located, opened
 from nnscaler.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -35,18 +38,25 @@ class Corpus:
     Args:
         files: paths, each with one of the suffixes of `READERS`, or that and `.gz`.
         text_column, encoding: see `read_documents`.
+        behind: a URL's files, which are read from there; None: files are local.
 
     Attributes:
         replaced: file -> how many characters could not be read and became U+FFFD, in the files read so far.
         silent: files read so far that had no document.
     """
 
-    def __init__(self, files: list[Path], text_column: str | None = None, encoding: str | None = None) -> None:
+    def __init__(
+        self,
+        files: list[Path],
+        text_column: str | None = None,
+        encoding: str | None = None,
+        behind: RemoteFiles | None = None,
+    ) -> None:
         self.files = files
-        self.text_column, self.encoding = text_column, encoding
+        self.text_column, self.encoding, self.behind = text_column, encoding, behind
         self.replaced: dict[Path, int] = {}
         self.silent: list[Path] = []
-        self.size = sum(_size(path) for path in files)  # bytes on disk
+        self.size = sum(map(self._size, files))  # bytes
         self._finished = 0
         self._file: IO[bytes] | None = None
 
@@ -54,6 +64,17 @@ class Corpus:
     def position(self) -> int:
         """How many bytes of the files `documents` has read so far."""
         return self._finished + (self._file.tell() if self._file is not None else 0)
+
+    def each_file(self) -> Iterator[Corpus]:
+        """The files, each as a corpus of its own."""
+        for path in self.files:
+            yield Corpus([path], self.text_column, self.encoding, self.behind)
+
+    def note(self, part: Corpus) -> None:
+        """Takes what was found while a part of it was read."""
+        if part is not self:
+            self.replaced |= part.replaced
+            self.silent += part.silent
 
     def documents(self) -> Iterator[Document]:
         """Yields each document. Where a document is an iterator, it must be used up before the next one is asked for.
@@ -76,30 +97,45 @@ class Corpus:
         self.replaced, self.silent = {}, []
         for path in self.files:
             before, items = Replaced.count, 0
-            with reading(path), open(path, "rb") as self._file:
+            with reading(path), self._open(path) as self._file:
                 for item in read(path, self._file):
                     items += 1
                     yield item
             self._file = None
-            self._finished += _size(path)
+            self._finished += self._size(path)
             if Replaced.count > before:
                 self.replaced[path] = Replaced.count - before
-            if items == 0 or _size(path) == 0:
+            if items == 0 or self._size(path) == 0:
                 self.silent.append(path)
 
+    def _open(self, path: Path) -> IO[bytes]:
+        return open(path, "rb") if self.behind is None else opened(self.behind.system, self.behind.files[path][0])
 
-def _size(path: Path) -> int:
-    with reading(path):
-        return path.stat().st_size
+    def _size(self, path: Path) -> int:
+        if self.behind is not None:
+            return self.behind.files[path][1]
+        with reading(path):
+            return path.stat().st_size
+
+
+@dataclass(frozen=True)
+class RemoteFiles:
+    """Files behind a URL: the file system (of fsspec) that opens them; the name that each has there, and its size in
+    bytes."""
+
+    system: Any
+    files: Mapping[Path, tuple[str, int]]
 
 
 def find_corpus(
     path_or_name: str, text_column: str | None = None, split: str | None = None, encoding: str | None = None
 ) -> Corpus:
-    """The corpus in a local file, in a local folder (with all folders inside, in the order of paths), or on the hub.
+    """The corpus in a local file, in a local folder (with all folders inside, in the order of paths), on the hub, or
+    behind a URL.
 
     Args:
-        path_or_name: a path; or `owner/dataset`, or `owner/dataset:config`, on the hub.
+        path_or_name: a path; or `owner/dataset`, or `owner/dataset:config`, on the hub, whose files are downloaded; or
+            the URL of a file or folder, which is read from there.
         text_column, encoding: see `read_documents`.
         split: on the hub, the split to take (None: train). In a folder, only files are taken that are in a subfolder of
             this name, or whose own name begins with it (None: all files).
@@ -107,22 +143,53 @@ def find_corpus(
     Raises:
         UserError: there is nothing, no file of a known type, or no such split.
     """
+    if is_url(path_or_name):
+        behind = _url_files(path_or_name, split)
+        return Corpus(list(behind.files), text_column, encoding, behind)
     path = Path(path_or_name).expanduser()
     if os.path.isdir(path):
         return Corpus(_folder_files(path, split), text_column, encoding)
     if os.path.exists(path):
-        if kind(path) not in READERS:
-            raise UserError(f"{path}: cannot read this type of file; known are {', '.join(READERS)} and .gz of these")
-        if split is not None:
-            raise UserError(f"{path} is a single file and has no split {split!r}; --split is for folders and hub names")
+        _check_single(path, split)
         return Corpus([path], text_column, encoding)
     if path.suffix in READERS or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?", path_or_name):
         raise UserError(f"no such file or folder: {path_or_name}")
     return Corpus(_hub_files(path_or_name, split or "train"), text_column, encoding)
 
 
+def _check_single(path: Path, split: str | None) -> None:
+    """Raises UserError where a file cannot be read, or a split of it is asked for."""
+    if kind(path) not in READERS:
+        raise UserError(f"{path}: cannot read this type of file; known are {', '.join(READERS)} and .gz of these")
+    if split is not None:
+        raise UserError(f"{path} is a single file and has no split {split!r}; --split is for folders and hub names")
+
+
 def _folder_files(folder: Path, split: str | None) -> list[Path]:
-    found = sorted(path.relative_to(folder) for path in _files_below(folder))
+    found = [path.relative_to(folder) for path in _files_below(folder)]
+    return [folder / path for path in _chosen(folder, found, split)]
+
+
+def _url_files(url: str, split: str | None) -> RemoteFiles:
+    try:
+        system, root = located(url)
+        found = {name: int(about["size"] or 0) for name, about in system.find(root, detail=True).items()}
+    except (OSError, ValueError, ImportError, TypeError) as error:
+        raise UserError(f"cannot read {url}: {hub.first_line(error)}") from error
+    if not found:
+        raise UserError(f"no such file or folder: {url}")
+    if root in found:
+        _check_single(Path(root), split)
+        return RemoteFiles(system, {Path(root): (root, found[root])})
+    below = {Path(name.removeprefix(root).lstrip("/")): name for name in found}
+    shown = [path for path in below if not any(part.startswith(".") for part in path.parts)]
+    names = [below[path] for path in _chosen(url, shown, split)]
+    return RemoteFiles(system, {Path(name): (name, found[name]) for name in names})
+
+
+def _chosen(folder: Path | str, found: list[Path], split: str | None) -> list[Path]:
+    """Of the files below a folder, those that hold documents of a split, in order."""
+    found = sorted(found)
     known = [path for path in found if kind(path) in READERS]
     files = [path for path in known if not ABOUT.fullmatch(path.name)]
     if not files:
@@ -134,7 +201,7 @@ def _folder_files(folder: Path, split: str | None) -> list[Path]:
         files = [path for path in files if split in path.parts[:-1] or in_split.match(path.name)]
         if not files:
             raise UserError(f"{folder} has no split {split!r}: no subfolder of that name and no file {split}-*")
-    return [folder / path for path in files]
+    return files
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
@@ -182,7 +249,7 @@ def _is_new(path: Path, seen: set[tuple[int, int]]) -> bool:
     return True
 
 
-def _say_left_out(folder: Path, what: str, names: Counter[str]) -> None:
+def _say_left_out(folder: Path | str, what: str, names: Counter[str]) -> None:
     if names:
         listed = ", ".join(f"{name} {count}" if count > 1 else name for name, count in names.most_common(5))
         more = ", ..." if len(names) > 5 else ""

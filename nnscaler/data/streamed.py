@@ -9,17 +9,15 @@ once, on any number of devices, and replicas whose number divides LANES read dif
 
 from __future__ import annotations
 
-import logging
-import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import accumulate, islice
+from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,18 +25,17 @@ import pyarrow.parquet as pq
 from nnscaler import hub
 from nnscaler.data.documents import COLUMNS as DOCUMENT_COLUMNS
 from nnscaler.data.documents import DocumentLengths, document_starts, not_said, padding_starts
-from nnscaler.data.files import COLUMN, DOCUMENT_STARTS, LABELS
+from nnscaler.data.files import COLUMN, DOCUMENT_STARTS, LABELS, UNFINISHED
 from nnscaler.data.packed import IGNORED, Row, TokenIds
+from nnscaler.data.readers import reading
+from nnscaler.data.remote import located, opened
 from nnscaler.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 LANES = 32
 BUFFER = 1 << 24  # bytes of a block of rows, about
 MOST_ROWS = 1024  # of a block
 READ = 64  # rows decoded at a time
 LOOKED_FILES, LOOKED_ROWS = 8, 32  # of so many files, so many rows tell how long documents are
-TRIES = 6  # to read, with pauses in between that double from a second on
 _FILES, _BLOCK = (1 << 32) - 2, (1 << 32) - 3  # tell the seeds of files' orders and of blocks' from others
 
 
@@ -69,8 +66,12 @@ class StreamedDataset:
         Reads the footers of all files. Raises UserError where there are no such rows.
         """
         try:
-            system, root = fsspec.core.url_to_fs(path)
-            names = [root] if system.isfile(root) else sorted(system.glob(f"{root.rstrip('/')}/**/*.parquet"))
+            system, root = located(path)
+            if system.glob(f"{root}/{UNFINISHED}*"):
+                raise UserError(
+                    f"{flag} is '{path}', which bookcorpus.py has not finished; run it again as before, and it goes on"
+                )
+            names = [root] if system.isfile(root) else sorted(system.glob(f"{root}/**/*.parquet"))
             with ThreadPoolExecutor(16) as pool:
                 footers = list(pool.map(lambda name: _footer(system, name), names))
             found = [(name, footer) for name, footer in zip(names, footers, strict=True) if footer.num_rows]
@@ -80,9 +81,11 @@ class StreamedDataset:
             columns = [field.name for field in schema if pa.types.is_nested(field.type)]
             if COLUMN not in columns:
                 raise UserError(f"{flag} is '{path}', whose rows have no column '{COLUMN}'")
-            with system.open(found[0][0]) as file:
+            with opened(system, found[0][0]) as file:
                 first = next(pq.ParquetFile(file).iter_batches(1, columns=[COLUMN])).column(0)[0]
             length = len(first)
+        except UserError:
+            raise
         except (OSError, ValueError, ImportError, TypeError, pa.ArrowException) as error:
             raise UserError(f"{flag} is '{path}', which cannot be read: {hub.first_line(error)}") from error
         documents = next((name for name in DOCUMENT_COLUMNS if name in columns), None)
@@ -143,7 +146,7 @@ class StreamedDataset:
 
 
 def _footer(system: Any, name: str) -> pq.FileMetaData:
-    with system.open(name) as file:
+    with opened(system, name) as file:
         return pq.ParquetFile(file).metadata
 
 
@@ -202,37 +205,17 @@ class _Lane:
         return self._held[1]
 
     def _read(self, epoch: int, first: int, last: int) -> list[Row]:
-        def read() -> list[Row]:
-            before, self._next = self._next, (-1, -1)
-            if before != (epoch, first):
-                self._ahead = self._from(epoch, first)
-            rows = [next(self._ahead) for _ in range(last - first)]
-            self._next = epoch, last
-            return rows
-
-        return self._tried(read)
+        if self._next != (epoch, first):
+            self._ahead = self._from(epoch, first)
+        self._next = epoch, last
+        return [next(self._ahead) for _ in range(last - first)]
 
     def first_rows(self) -> Iterator[Row]:
         """Rows from the beginnings of some files, which lie as far apart as they can."""
         files = self._dataset.files
         some = [files[index][0] for index in np.linspace(0, len(files) - 1, min(len(files), LOOKED_FILES), dtype=int)]
         for name in some:
-            yield from self._tried(partial(self._first_of, name))
-
-    def _first_of(self, name: str) -> list[Row]:
-        return list(islice(self._of_file(name, 0), LOOKED_ROWS))
-
-    def _tried(self, read: Callable[[], list[Row]]) -> list[Row]:
-        """What is read, at the first attempt or a later one."""
-        for tried in range(TRIES):
-            try:
-                return read()
-            except (OSError, pa.ArrowException) as error:
-                if tried == TRIES - 1:
-                    raise UserError(f"cannot read '{self._dataset.path}': {hub.first_line(error)}") from error
-                logger.warning("cannot read '%s', trying again: %s", self._dataset.path, hub.first_line(error))
-                time.sleep(2**tried)
-        raise AssertionError
+            yield from islice(self._of_file(name, 0), LOOKED_ROWS)
 
     def _from(self, epoch: int, first: int) -> Iterator[Row]:
         """The rows of an epoch from number `first` on."""
@@ -246,8 +229,8 @@ class _Lane:
             skipped = 0
 
     def _of_file(self, name: str, skipped: int) -> Iterator[Row]:
-        with self._dataset.system.open(name) as opened:
-            file = pq.ParquetFile(opened, pre_buffer=False)
+        with reading(Path(name)), opened(self._dataset.system, name) as content:
+            file = pq.ParquetFile(content, pre_buffer=False)
             for group in range(file.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows
                 if skipped >= rows:

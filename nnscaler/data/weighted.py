@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nnscaler.data.files import is_url
 from nnscaler.errors import UserError
 
 BLOCK = 1 << 16  # samples in which each dataset comes as often as its weight says, which counts to 1 / BLOCK of all
@@ -24,7 +25,7 @@ class WeightedDataset:
 
     @property
     def is_url(self) -> bool:
-        return "://" in self.path
+        return is_url(self.path)
 
     @staticmethod
     def read_all(texts: Sequence[str], flag: str) -> list[WeightedDataset]:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from nnscaler.checkpoint.folder import latest_checkpoint
 from nnscaler.cli.config import CheckpointConfig, DatasetConfig
 from nnscaler.cli.trainer import Trainer
-from nnscaler.data import streamed
+from nnscaler.data import remote, streamed
 from nnscaler.data.documents import DocumentLengths
 from nnscaler.data.mixture import open_sources, samples_of
 from nnscaler.data.streamed import StreamedDataset, Streaming
@@ -169,12 +169,12 @@ def test_a_url_is_read_like_a_folder_and_again_where_reading_fails(tmp_path, mon
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(type(memory), "open", sometimes)
-    monkeypatch.setattr(streamed.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
     assert drawn(dataset, range(50)) == drawn(here, range(50))
     assert "trying again: reset by peer" in caplog.text
-    monkeypatch.setattr(streamed, "TRIES", 1)
+    monkeypatch.setattr(remote, "TRIES", 1)
     failures = iter([True])
-    with pytest.raises(UserError, match="cannot read 'memory://rows': reset by peer"):
+    with pytest.raises(UserError, match=r"cannot read '/rows/deep/00\d.parquet': reset by peer"):
         drawn(dataset, range(1))
 
 

@@ -1,0 +1,116 @@
+"""Files behind URLs are read as they are, also where connections break."""
+
+from __future__ import annotations
+
+import gzip
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nnscaler.data import remote
+from nnscaler.data.remote import opened
+from nnscaler.data.sources import find_corpus
+from nnscaler.errors import UserError
+
+CONTENT = bytes(range(256)) * 4
+
+
+class Breaking:
+    """A file system of one file; opening it, and each of its reads, may fail."""
+
+    def __init__(self, failures: Iterator[bool]) -> None:
+        self._failures = failures
+
+    def size(self, name: str) -> int:
+        self.fail()
+        return len(CONTENT)
+
+    def open(self, name: str, mode: str) -> Any:
+        self.fail()
+        system = self
+
+        class File(io.BytesIO):
+            def read(self, count: int | None = -1) -> bytes:
+                found = super().read(count)
+                system.fail()  # after its place has moved on
+                return found
+
+        return File(CONTENT)
+
+    def fail(self) -> None:
+        if next(self._failures, False):
+            raise ConnectionResetError("reset by peer")
+
+
+places = st.tuples(st.integers(0, 1023), st.integers(0, 300))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_pauses():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remote.time, "sleep", lambda seconds: None)
+        yield
+
+
+@given(st.lists(places, max_size=8), st.lists(st.booleans(), max_size=20), st.sampled_from([16, 100, 5000]))
+@settings(max_examples=60, deadline=None)
+def test_what_is_read_is_what_is_there(wanted, failures, buffer):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remote, "TRIES", 30)
+        patch.setattr(remote, "READ", buffer)
+        with opened(Breaking(iter(failures)), "x") as file:
+            for place, count in wanted:
+                assert file.seek(place) == place
+                assert file.read(count) == CONTENT[place : place + count]
+                assert file.tell() == min(place + count, len(CONTENT))
+            file.seek(-10, io.SEEK_END)
+            assert file.read() == CONTENT[-10:]
+
+
+def test_what_cannot_be_read_is_said(caplog):
+    with (
+        pytest.raises(UserError, match="cannot read 'x': reset by peer"),
+        opened(Breaking(iter([True] * 99)), "x") as f,
+    ):
+        f.read(1)
+    assert caplog.text.count("trying again: reset by peer") == remote.TRIES - 1
+    caplog.clear()
+    memory = fsspec.filesystem("memory")
+    with pytest.raises(UserError, match="cannot read '/no/such'"), opened(memory, "/no/such") as file:
+        file.read(1)
+    assert not caplog.text, "what is not there will not come"
+
+
+def texts(url: str, **given: Any) -> list[str]:
+    return ["".join(document) for document in find_corpus(url, **given).documents()]
+
+
+def test_the_files_behind_a_url_are_a_corpus():
+    memory = fsspec.filesystem("memory")
+    rows = b'{"text": "one"}\n{"text": "two"}\n'
+    for name, content in {
+        "b.jsonl.gz": gzip.compress(rows), "a/train.txt": b"first", "a/test.txt": b"second", "README.md": b"about",
+        ".gitattributes.txt": b"hidden", "picture.png": b"",
+    }.items():  # fmt: skip
+        memory.pipe(f"/texts/{name}", content)
+    assert texts("memory://texts") == ["second", "first", "one", "two"]
+    assert texts("memory://texts", split="train") == ["first"]
+    assert texts("memory://texts/b.jsonl.gz") == ["one", "two"]
+    corpus = find_corpus("memory://texts")
+    assert corpus.size == len(gzip.compress(rows)) + len("first") + len("second")
+    assert [len(list(part.documents())) for part in corpus.each_file()] == [1, 1, 2]
+    memory.pipe("/texts/damaged.jsonl.gz", gzip.compress(rows)[:-12])
+    with pytest.raises(UserError, match=r"^/texts/damaged.jsonl.gz: damaged gzip data"):
+        texts("memory://texts/damaged.jsonl.gz")
+    for url, said in {
+        "memory://nothing": "no such file or folder: memory://nothing",
+        "nowhere://x": "cannot read nowhere://x: Protocol not known",
+        "memory://texts/picture.png": "cannot read this type of file",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            find_corpus(url)

@@ -1,0 +1,185 @@
+"""Rows that are written behind a URL are those of a local dataset, also where writing was interrupted."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+import bookcorpus
+from nnscaler.command import run
+from nnscaler.data import pack as packing
+from nnscaler.data import shards
+from nnscaler.data.conversations import Speech, pack_conversations
+from nnscaler.data.files import PROVENANCE
+from nnscaler.data.shards import ShardWriter
+from nnscaler.data.sources import Corpus, find_corpus
+from nnscaler.data.streamed import StreamedDataset
+from nnscaler.errors import UserError
+from tests.data.test_conversations import MESSAGES, make_tokenizer, turn
+from tests.data.test_pack import TOKENIZERS, small_pieces
+
+MEMORY = fsspec.filesystem("memory")
+
+
+class StoppedError(Exception):
+    pass
+
+
+def new_url() -> str:
+    return f"memory://{uuid.uuid4().hex}"
+
+
+def store(url: str, files: list[list[dict[str, Any]]]) -> str:
+    for number, rows in enumerate(files):
+        content = "".join(json.dumps(row) + "\n" for row in rows)
+        MEMORY.pipe(f"{url.removeprefix('memory:/')}/{number:02d}.jsonl", content.encode())
+    return url
+
+
+def rows_of(url: str) -> dict[str, list[list[int]]]:
+    """Column -> the rows of all shards, in order."""
+    root = url.removeprefix("memory:/")
+    loaded = [pq.read_table(MEMORY.open(name)) for name in sorted(MEMORY.glob(f"{root}/data-*.parquet"))]
+    return {name: [row for table in loaded for row in table[name].to_pylist()] for name in loaded[0].column_names}
+
+
+def with_interruptions(write: Any, after: list[int]) -> Any:
+    """`write()`, where the first attempts end after so many batches of rows."""
+    original = ShardWriter._put
+    for batches in after:
+        left = iter(range(batches))
+
+        def put(self: ShardWriter, batch: Any, left: Any = left) -> None:
+            if next(left, None) is None:
+                raise StoppedError
+            original(self, batch)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ShardWriter, "_put", put)
+            try:
+                return write()
+            except StoppedError:
+                pass
+    return write()
+
+
+files_of_texts = st.lists(st.lists(st.text("ab é漢\n", max_size=80), min_size=1, max_size=6), min_size=1, max_size=8)
+
+
+@given(files_of_texts, st.integers(2, 20), st.lists(st.integers(0, 6), max_size=4), st.integers(1, 200))
+@example([["ab " * 20] * 2] * 6, 4, [3, 4], 100)
+@settings(max_examples=25, deadline=None)
+def test_text_is_packed_as_in_a_local_dataset_whatever_interrupts(texts, length, after, shard):
+    backend = TOKENIZERS["llama3"]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    corpus = find_corpus(store(new_url(), [[{"text": text} for text in file] for file in texts]))
+    url = new_url()
+    with tempfile.TemporaryDirectory() as folder, small_pieces(100), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SHARD", shard)
+        patch.setattr(shards, "NOTED", shard // 4)
+        try:
+            local = packing.pack(corpus, tokenizer, Path(folder, "out"), length, 2, {"tokenizer": "x"})
+        except UserError:
+            return
+        wanted = datasets.load_from_disk(f"{folder}/out")
+        found = with_interruptions(lambda: packing.pack(corpus, tokenizer, url, length, 2, {"tokenizer": "x"}), after)
+    columns = rows_of(url)
+    assert {name: columns[name] for name in wanted.column_names} == wanted.to_dict()
+    assert found.counts() == local.counts()
+    names = {name.rpartition("/")[2] for name in MEMORY.find(url.removeprefix("memory:/"))}
+    assert PROVENANCE in names
+    assert not [name for name in names if name.startswith("unfinished")]
+    dataset = StreamedDataset.open(url)
+    assert (len(dataset), dataset.sequence_length, dataset.documents) == (len(wanted), length, "document_starts")
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=5), min_size=1, max_size=5), st.lists(st.integers(0, 3))
+)
+@settings(max_examples=20, deadline=None)
+def test_conversations_are_packed_file_by_file(sizes, after):
+    files = [
+        [
+            {"messages": [turn("user", "x" * size), turn("assistant", f"{at} {number}")]}
+            for number, size in enumerate(file)
+        ]
+        for at, file in enumerate(sizes)
+    ]
+    corpus, tokenizer = find_corpus(store(new_url(), files)), make_tokenizer()
+    speech = Speech(tokenizer, MESSAGES, None, False)
+
+    def write(url: str, part: Corpus = corpus) -> Any:
+        return pack_conversations(part, speech, tokenizer, url, 128, 2, True, {})
+
+    whole, interrupted = new_url(), new_url()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "NOTED", 200)
+        fitting = write(whole)
+        again = with_interruptions(lambda: write(interrupted), after)
+        alone = [new_url() for _ in files]
+        for url, part in zip(alone, corpus.each_file()):
+            write(url, part)
+    assert rows_of(interrupted) == rows_of(whole)
+    assert again.counts() == fitting.counts()
+    for name, rows in rows_of(whole).items():
+        assert rows == [row for url in alone for row in rows_of(url)[name]]
+    assert fitting.documents == sum(map(len, files))
+
+
+def test_what_is_not_finished_is_not_trained_on_and_others_places_are_left_alone(monkeypatch):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=TOKENIZERS["gpt2"], eos_token="</s>")
+    corpus, url = find_corpus(store(new_url(), [[{"text": "words"}]] * 3)), new_url()
+    monkeypatch.setattr(shards, "NOTED", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(packing._MarkedTokenizer, "encode_pieces", _once(packing._MarkedTokenizer.encode_pieces))
+        with pytest.raises(StoppedError):
+            packing.pack(corpus, tokenizer, url, 2, 1, {})
+    with pytest.raises(UserError, match=r"which bookcorpus.py has not finished; run it again as before"):
+        StreamedDataset.open(url)
+    with pytest.raises(UserError, match="holds what another command began"):
+        packing.pack(corpus, tokenizer, url, 3, 1, {})
+    packing.pack(corpus, tokenizer, url, 2, 1, {})
+    assert len(StreamedDataset.open(url)) >= 3
+    with pytest.raises(UserError, match="already exists and is not empty"):
+        packing.pack(corpus, tokenizer, url, 2, 1, {})
+    with pytest.raises(UserError, match="cannot write nowhere://x: Protocol not known"):
+        packing.pack(corpus, tokenizer, "nowhere://x", 2, 1, {})
+
+
+def _once(function: Any) -> Any:
+    calls = iter([True])
+
+    def call(*args: Any) -> Any:
+        if not next(calls, False):
+            raise StoppedError
+        return function(*args)
+
+    return call
+
+
+def test_the_command_goes_from_url_to_url(tmp_path, monkeypatch, capsys):
+    PreTrainedTokenizerFast(tokenizer_object=TOKENIZERS["llama3"], eos_token="</s>").save_pretrained(tmp_path / "t")
+    source, target = store(new_url(), [[{"text": "a text of words " * 9}]] * 4), f"file://{tmp_path}/out"
+    flags = {
+        "data_path_or_name": source, "tokenizer_path_or_name": tmp_path / "t", "save_path": target, "num_proc": 1,
+        "sequence_length": 16,
+    }  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["bookcorpus.py", *(f"--{name}={value}" for name, value in flags.items())])
+    run(bookcorpus.main)
+    assert f"saved to   {target}" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["data-00000.parquet", "packing.json"]
+    dataset = StreamedDataset.open(str(tmp_path / "out"))
+    assert dataset.document_lengths.documents >= 4
+    assert len(datasets.load_dataset("parquet", data_files=f"{tmp_path}/out/*.parquet", split="train")) == len(dataset)
