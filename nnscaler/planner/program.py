@@ -61,7 +61,8 @@ subject to    sum_o x_do = 1                                                    
 The rows from (choice) to (some) are stated in `nnscaler.planner.choices`; those from (making) to (gathering), in
 `nnscaler.planner.flows`; weights without a copy beside their masters, in `nnscaler.planner.masters`; what is computed
 in pieces, in `nnscaler.planner.pieces`; groups of calls, in `nnscaler.planner.groups`; what is held while operators
-run, in `nnscaler.planner.working`; what lies on the host, in `nnscaler.planner.on_host`; and all others here.
+run, in `nnscaler.planner.working`, and while pieces do, in `nnscaler.planner.piecewise`; what lies on the host, in
+`nnscaler.planner.on_host`; and all others here.
 """
 
 from __future__ import annotations
