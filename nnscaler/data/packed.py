@@ -157,10 +157,8 @@ class PackedDataset:
 
     def marks(self) -> dict[str, int]:
         """The ids of "bos" and "eos" around each document, as far as bookcorpus.py has noted them."""
-        with suppress(OSError, ValueError, AttributeError):
-            noted = json.loads((self.path / PROVENANCE).read_text())
-            ids = {name: noted.get(f"{name}_token_id") for name in ("bos", "eos")}
-            return {name: id_ for name, id_ in ids.items() if isinstance(id_, int)}
+        with suppress(OSError):
+            return marks_in((self.path / PROVENANCE).read_bytes())
         return {}
 
     def _fingerprint(self) -> str:
@@ -202,6 +200,15 @@ class PackedDataset:
 
     def _parts(self, column: str) -> Any:
         return _parts(self.rows, column, max(1, SCANNED // self.sequence_length))
+
+
+def marks_in(noted: bytes) -> dict[str, int]:
+    """The ids of "bos" and "eos" around each document, as far as `packing.json` tells."""
+    with suppress(ValueError, AttributeError):
+        found = json.loads(noted)
+        ids = {name: found.get(f"{name}_token_id") for name in ("bos", "eos")}
+        return {name: id_ for name, id_ in ids.items() if isinstance(id_, int)}
+    return {}
 
 
 def _wrong(flag: str, path: Path, what: str) -> UserError:

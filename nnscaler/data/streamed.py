@@ -12,6 +12,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, islice
@@ -25,8 +26,8 @@ import pyarrow.parquet as pq
 from nnscaler import hub
 from nnscaler.data.documents import COLUMNS as DOCUMENT_COLUMNS
 from nnscaler.data.documents import DocumentLengths, document_starts, not_said, padding_starts
-from nnscaler.data.files import COLUMN, DOCUMENT_STARTS, LABELS, UNFINISHED
-from nnscaler.data.packed import IGNORED, Row, TokenIds
+from nnscaler.data.files import COLUMN, DOCUMENT_STARTS, LABELS, PROVENANCE, UNFINISHED
+from nnscaler.data.packed import IGNORED, Row, TokenIds, marks_in
 from nnscaler.data.readers import reading
 from nnscaler.data.remote import located, opened
 from nnscaler.errors import UserError
@@ -138,7 +139,9 @@ class StreamedDataset:
         return self.ids
 
     def marks(self) -> dict[str, int]:
-        """None: nothing is noted of them."""
+        """As `PackedDataset.marks`."""
+        with suppress(OSError, ValueError):
+            return marks_in(self.system.cat_file(f"{located(self.path)[1]}/{PROVENANCE}"))
         return {}
 
     def first_row_outside(self, vocabulary: int) -> int | None:

@@ -182,4 +182,7 @@ def test_the_command_goes_from_url_to_url(tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["data-00000.parquet", "packing.json"]
     dataset = StreamedDataset.open(str(tmp_path / "out"))
     assert dataset.document_lengths.documents >= 4
+    assert dataset.marks() == {"eos": 1}
+    (tmp_path / "out" / "packing.json").write_text("cut o")
+    assert dataset.marks() == {}
     assert len(datasets.load_dataset("parquet", data_files=f"{tmp_path}/out/*.parquet", split="train")) == len(dataset)
