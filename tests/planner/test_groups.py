@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -111,34 +110,6 @@ def test_a_real_run_holds_what_is_said(level, problem, measured):
         assert said == held < 0
     else:  # a layer that keeps some of its tensors, or all, does not need all of them at the same time
         assert held <= said <= held + 2 * BOUNDARY
-
-
-class Stacks(nn.Module):
-    """Two stacks of three equal layers, with another operator between them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)) for _ in range(6))
-
-    def forward(self, x):
-        for index, layer in enumerate(self.layers):
-            x = layer(x.sin() if index == 3 else x)
-        return x.sum()
-
-
-def test_groups_do_not_reach_over_the_end_of_a_stack(machine):
-    inputs = {"x": torch.zeros(4, 8)}
-    model, buffers = Source(Stacks, inputs, torch.float32).build()
-    costs = CostModel(load_hardware(machine), Mesh((1,)))
-    problem = build_problem(trace(model, inputs, buffers), costs, Recomputing(), 1)
-    (stack,) = problem.stacks
-    assert stack.lengths == (3, 3)
-    program, one_way = Program(problem), [0] * len(problem.decisions)
-    for level in IN_GROUPS[:3]:
-        for calls, can_be in ((2, True), (4, True), (6, False)):
-            levels = {block: {KEEPS_ALL: count} for block, count in problem.calls.items()}
-            levels[stack.block] = {level: calls, KEEPS_ALL: 6 - calls}
-            assert (price(program, Solution(one_way, levels)) is not None) == can_be, (level, calls)
 
 
 @pytest.mark.parametrize("level", [RECOMPUTES_ALL, *IN_GROUPS], ids=str)
