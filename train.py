@@ -108,7 +108,13 @@ GROUPS: dict[str, type] = {
     "reports": LogConfig,
 }
 # Where they are others than the engine's. Without a number of devices, torchrun knows it.
-DEFAULTS = {"name": "llama", "learning_rate": 5e-5, "grad_accumulation_steps": 4, "runtime_ngpus": None}
+DEFAULTS = {
+    "name": "llama", "learning_rate": 5e-5, "runtime_ngpus": None,
+    # What these are depends on global_batch_size: see `divided`.
+    "plan_ngpus": None, "micro_batch_size": None, "grad_accumulation_steps": None, "explore_pipeline": None,
+}  # fmt: skip
+FIELDS = {"grad_accumulation_steps": "micro_batches"}  # where they are called otherwise than their flags
+WITHOUT_BATCH = {"plan_ngpus": 1, "micro_batch_size": 1, "grad_accumulation_steps": 4}
 
 
 def read_flags() -> tuple[Flags, Inputs, TrainerArgs]:
@@ -119,12 +125,22 @@ def read_flags() -> tuple[Flags, Inputs, TrainerArgs]:
     flags = parse(__doc__ or "", GROUPS, DEFAULTS)
     inputs = flags.make(Inputs)
     flags.make(AdapterConfig)
-    processes = int(os.environ.get("WORLD_SIZE", flags["plan_ngpus"]))
+    fixed, left_open = divided(flags)
+    explores = flags["explore_pipeline"]
+    explores = flags["global_batch_size"] is not None if explores is None else explores
     args = flags.make(
         TrainerArgs,
+        micro_batch_size=fixed["micro_batch_size"],
+        left_open=left_open,
         model=ModelConfig(make=_not_read_yet),
         dataset=flags.make(DatasetConfig) if not inputs.sources else DatasetConfig(sequence_length=2),
-        compute=flags.make(ComputeConfig, runtime_ngpus=flags["runtime_ngpus"] or processes),
+        compute=flags.make(
+            ComputeConfig,
+            plan_ngpus=fixed["plan_ngpus"],
+            runtime_ngpus=devices(flags, fixed["plan_ngpus"], left_open),
+            micro_batches=fixed["grad_accumulation_steps"],
+            explore_pipeline=explores,
+        ),
         optimizer=flags.make(OptimizerConfig),
         lr_scheduler=flags.make(LRSchedulerConfig),
         evaluation=flags.make(EvaluationConfig),
@@ -142,6 +158,27 @@ def read_flags() -> tuple[Flags, Inputs, TrainerArgs]:
         for flag, folder in written.items():
             check_writable(folder, flag)
     return flags, inputs, args
+
+
+def divided(flags: Flags) -> tuple[dict[str, int], tuple[str, ...]]:
+    """How a step is divided, as far as the flags fix it; and the fields of `TrainerArgs.left_open`."""
+    given = {name: flags[name] for name in WITHOUT_BATCH if flags[name] not in (None, "auto")}
+    if flags["global_batch_size"] is not None:
+        # The fields have values of their own, which do not count.
+        left_open = [name for name in WITHOUT_BATCH if name not in given]
+        return {**dict.fromkeys(WITHOUT_BATCH, 1), **given}, tuple(FIELDS.get(name, name) for name in left_open)
+    if flags["plan_ngpus"] == "auto":
+        raise UserError("plan_ngpus is auto, which needs a global_batch_size: the sequences of a step")
+    return WITHOUT_BATCH | given, ()
+
+
+def devices(flags: Flags, plan_ngpus: int, left_open: tuple[str, ...]) -> int:
+    """Devices in all: those that are given, or else that torchrun has started processes for, or else those of a
+    copy."""
+    known = flags["runtime_ngpus"] or os.environ.get("WORLD_SIZE")
+    if known is None and "plan_ngpus" in left_open and flags["run_mode"] == "compile":
+        raise UserError("plan_ngpus is auto, and runtime_ngpus is not given; it says how many devices there are")
+    return int(known or plan_ngpus)
 
 
 def _not_read_yet() -> Any:
@@ -204,6 +241,7 @@ def planning_command(flags: Flags, model: str, args: TrainerArgs, dataset: Datas
         *keys_of(AdapterConfig),
         *keys_of(DatasetConfig),
         *keys_of(ComputeConfig),
+        "global_batch_size",
         "micro_batch_size",
         "precision",
     ]

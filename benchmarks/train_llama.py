@@ -3,6 +3,7 @@
     torchrun --nproc_per_node=4 benchmarks/train_llama.py --sequence_length 131072
     torchrun --nproc_per_node=2 benchmarks/train_llama.py --layers 8 --sequence_length 65536 --plan_ngpus 2
     torchrun --nproc_per_node=2 benchmarks/train_llama.py --documents zipf
+    torchrun --nproc_per_node=2 benchmarks/train_llama.py --sequence_length 8192 --global_batch_size 64
 
 Everything of a training step is in it: data loading, gradient exchange, clipping and the optimizer. The result is the
 median of the steps after the first two, beside what the plan predicted. With --documents, rows hold documents that are
@@ -54,8 +55,9 @@ def parse() -> argparse.Namespace:
     add("--model_id", default="meta-llama/Meta-Llama-3-8B", help="whose configuration is used")
     add("--layers", type=int, help="decoder layers (default: the configuration's)")
     add("--sequence_length", type=int, default=131072, help="tokens")
-    add("--micro_batch_size", type=int, default=1, help="sequences")
-    add("--grad_accumulation_steps", type=int, default=4, help="micro-batches of a step")
+    add("--global_batch_size", type=int, help="as in train.py: the planner divides it, as far as other flags do not")
+    add("--micro_batch_size", type=int, help="sequences (default: 1)")
+    add("--grad_accumulation_steps", type=int, help="micro-batches of a step (default: 4)")
     add("--steps", type=int, default=5, help="optimizer steps, of which two warm up (of two one, of one none)")
     add("--plan_ngpus", type=int, help="devices of one copy of the model (default: all)")
     add("--gpu_mem_constraint", type=float, help="GB a device that the plan may use")
@@ -110,27 +112,30 @@ def main() -> None:
     config = load_config(options.model_id)
     config.num_hidden_layers = options.layers or config.num_hidden_layers
     config = changed_config(config, dict(one.split("=", 1) for one in options.set))
-    length, plan_ngpus = options.sequence_length, options.plan_ngpus or world
+    length = options.sequence_length
     loss = None if options.no_chunk_loss else in_chunks
     apart = options.documents is not None
     prepare_config(config, length, options.attn_implementation, apart)
-    name = options.label or (
-        f"{options.model_id.rsplit('/', 1)[-1]}-{config.num_hidden_layers}layers-{length}x{options.micro_batch_size}"
-        f"-plan{plan_ngpus}of{world}" + (f"-documents-{options.documents}" if apart else "")
-    )
+    batch, fixed, left_open = options.global_batch_size, *division(options, world)
+    divided = f"{length}x{fixed['micro_batch_size']}-plan{fixed['plan_ngpus']}of{world}"
+    name = f"{options.model_id.rsplit('/', 1)[-1]}-{config.num_hidden_layers}layers-"
+    name += f"{length}-batch{batch}of{world}" if left_open else divided
+    name = options.label or name + (f"-documents-{options.documents}" if apart else "")
     # The ranks share one folder, of which the port of their rendezvous is the name they all know.
     work = Path(tempfile.gettempdir()) / f"nnscaler-benchmark-{os.environ.get('MASTER_PORT', os.getpid())}"
     try:
         compute = ComputeConfig(
-            plan_ngpus,
+            fixed["plan_ngpus"],
             world,
             gpu_mem_constraint=options.gpu_mem_constraint,
             offload=options.offload,
             host_mem_constraint=options.host_mem_constraint,
             recompute_modules=tuple(filter(None, options.recompute_modules.split(","))) or None,
-            micro_batches=options.grad_accumulation_steps,
+            micro_batches=fixed["micro_batches"],
+            explore_pipeline=batch is not None,
         )
-        sequences = world // plan_ngpus * options.micro_batch_size * options.grad_accumulation_steps
+        copies = world // fixed["plan_ngpus"]
+        sequences = batch or copies * fixed["micro_batch_size"] * fixed["micro_batches"]
         rows = dataset(work / f"data{rank}", sequences * options.steps, length, config.vocab_size, options.documents)
         data = DatasetConfig(rows, document_mask=apart)
         args = TrainerArgs(
@@ -140,7 +145,9 @@ def main() -> None:
             dataset=data,
             checkpoint=CheckpointConfig(work / "checkpoints", interval=None),
             log=LogConfig(work / "runs", profile=options.profile),
-            micro_batch_size=options.micro_batch_size,
+            global_batch_size=batch,
+            micro_batch_size=fixed["micro_batch_size"],
+            left_open=left_open,
             max_train_steps=options.steps,
             gen_savedir=work / "code",
         )
@@ -150,6 +157,17 @@ def main() -> None:
     finally:
         if rank == 0:
             shutil.rmtree(work, ignore_errors=True)
+
+
+def division(options: argparse.Namespace, world: int) -> tuple[dict[str, int], list[str]]:
+    """How a step is divided, as far as the flags or defaults fix it, and what is left open; see `TrainerArgs`."""
+    given = {
+        "plan_ngpus": options.plan_ngpus, "micro_batch_size": options.micro_batch_size,
+        "micro_batches": options.grad_accumulation_steps,
+    }  # fmt: skip
+    defaults = {"plan_ngpus": world, "micro_batch_size": 1, "micro_batches": 4}
+    left_open = [name for name, value in given.items() if value is None] if options.global_batch_size else []
+    return {name: given[name] or default for name, default in defaults.items()}, left_open
 
 
 def report(
@@ -168,7 +186,11 @@ def report(
     memory = predicted["memory_bytes"] / 2**30
     peak = max(entry.get("peak_memory_gib", 0.0) for entry in metrics[1:] or metrics)  # the first step compiles
     rate = compute.find_hardware().flops["bfloat16"] * world
-    tokens, micro_batches = sequences * options.sequence_length / world, sequences / options.micro_batch_size
+    tokens, micro_batches = (
+        sequences * options.sequence_length / world,
+        sequences / plan["about"]["sequences_per_micro_batch"],
+    )
+    blocks = plan.get("blocks", {})  # a pipeline's are its stages'
     result = {
         "name": name,
         "sequence_length": options.sequence_length,
@@ -184,11 +206,12 @@ def report(
         "predicted_memory_gib": memory,
         "predicted_host_gib": predicted.get("host_bytes", 0.0) / 2**30,
         "host_limit_gib": predicted.get("host_limit_bytes", 0.0) / 2**30,
-        "recompute": {name: block["recompute"] for name, block in plan["blocks"].items() if block["recompute"]},
+        "recompute": {name: block["recompute"] for name, block in blocks.items() if block["recompute"]},
         "mesh": plan["mesh"]["sizes"],
+        "divisions": plan.get("divisions"),
         "plan_sha256": hashlib.sha256((work / "code" / "benchmark" / "plan.json").read_bytes()).hexdigest()[:16],
-        "seconds_by_category": predicted["seconds_by_category"],
-        "gib_by_category": {what: size / 2**30 for what, size in predicted["bytes_by_category"].items()},
+        "seconds_by_category": predicted.get("seconds_by_category", {}),
+        "gib_by_category": {what: size / 2**30 for what, size in predicted.get("bytes_by_category", {}).items()},
         "steps": [entry["seconds_per_step"] for entry in metrics],
         "loss": [entry["loss"] for entry in metrics],
     }

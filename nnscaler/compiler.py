@@ -19,24 +19,27 @@ import time
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
+from nnscaler.batch import Batch
 from nnscaler.codegen import generate
 from nnscaler.config import ComputeConfig
+from nnscaler.division_search import divide
 from nnscaler.errors import UserError
+from nnscaler.graph import Graph
 from nnscaler.identity import DONE, differences, identity
 from nnscaler.pipeline.plan import PipelinePlan
-from nnscaler.planner import NothingFits
-from nnscaler.planning import plan_for, what_fits
+from nnscaler.planning import AnyPlan, plan_for, plan_or_advise, traced
 from nnscaler.profiler.operators import OperatorTimes
 from nnscaler.report import plan_report
 from nnscaler.report.about import code_facts, headed
 from nnscaler.report.chrome import chrome_trace
+from nnscaler.report.divisions import division_rows
 from nnscaler.report.page import plan_page
 from nnscaler.report.pipeline import of_stage, pipeline_report, stage_page
 from nnscaler.source import Source
-from nnscaler.trace import trace
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +52,14 @@ OWN_FILES = (
 __all__ = ["ComputeConfig", "Source", "compile_model", "differences", "identity"]
 
 
-def compile_model(source: Source, config: ComputeConfig, directory: Path, explain: bool = False) -> Path:
+def compile_model(
+    source: Source, config: ComputeConfig, directory: Path, explain: bool = False, batch: Batch | None = None
+) -> Path:
     """Compiles into a directory, and returns it. The result appears whole or not at all.
 
     directory  may hold what another compile wrote, which is replaced; other files, such as checkpoints, stay
     explain    also plan with more memory and with more devices, so that plan.json and plan.html say what would help
+    batch      the planner chooses how it is divided, and micro-batches' size and number, and plan_ngpus, with it
 
     Raises UserError where `directory` is not a folder that a compile made, the model cannot be traced, an operator is
     not known, or no plan fits.
@@ -63,53 +69,51 @@ def compile_model(source: Source, config: ComputeConfig, directory: Path, explai
     hardware = config.find_hardware()
     if hardware.remark:
         logger.warning(hardware.remark)
-    model, buffers = source.build()
-    graph = trace(model, source.inputs, buffers, config.trace_strategy, source.seed)
-    if not any(parameter.requires_grad for parameter in graph.parameters.values()):
-        raise UserError(f"what {type(model).__name__} returns gives no parameter a gradient: there is nothing to train")
-    logger.info(
-        "traced %s in %.1f s: %d operators in %d blocks",
-        type(model).__name__, time.perf_counter() - started,
-        sum(len(block.nodes) for block in graph.all_blocks()), len(graph.all_blocks()),
-    )  # fmt: skip
     times = OperatorTimes.here() if config.hardware is None else None
-    try:
-        plan = plan_for(graph, config, hardware, times)
-    except NothingFits as refusal:
-        raise UserError(f"{refusal}; {what_fits(source, graph, config, hardware, refusal)}") from None
-    replan = (lambda change: plan_for(graph, replace(config, **change), hardware, times)) if explain else None
-    if isinstance(plan, PipelinePlan):
-        stages = plan.stages
-        report = pipeline_report(plan, source.work(graph, hardware), replan)
-        report = headed(report, source.about())
-        pages = {stage_page(index): plan_page(of_stage(report, index)) for index in range(len(stages))}
+    divided = divide(batch, source, config, hardware, times) if batch else None
+    if divided is not None:
+        source, config, graph, plan = divided.source, divided.config, divided.graph, divided.plan
     else:
-        stages, pages = [plan], {}
-        report = headed(plan_report(plan, source.work(graph, hardware), replan), source.about())
+        graph = traced(source, config.trace_strategy)
+        plan = plan_or_advise(source, graph, config, hardware, times)
+    replan = (lambda change: plan_for(graph, replace(config, **change), hardware, times)) if explain else None
+    work_done = source.work(graph, hardware)
+    if isinstance(plan, PipelinePlan):
+        report = headed(pipeline_report(plan, work_done, replan), source.about())
+    else:
+        report = headed(plan_report(plan, work_done, replan), source.about())
+    if divided is not None:
+        report["divisions"] = division_rows(divided, source.length)
     if times is not None:
         times.save()
+    made_for = identity(source, source.build()[0], config, graph.record or None, batch)
     directory.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
-        (work / "graph.txt").write_text(str(graph))
-        (work / "plan.json").write_text(json.dumps(report, indent=1))
-        for name, page in {"plan.html": plan_page(report), **pages}.items():
-            (work / name).write_text(page)
-        for index, stage in enumerate(stages):
-            facts = code_facts(report, index if isinstance(plan, PipelinePlan) else None)
-            (work / f"gencode_stage{index}.py").write_text(generate(stage, facts))
-        if isinstance(plan, PipelinePlan):
-            (work / "trace.json").write_text(json.dumps(chrome_trace(report)))
-        if graph.buffers:
-            save_file(
-                {name: tensor.contiguous() for name, tensor in graph.buffers.items()}, work / "buffers.safetensors"
-            )
-        (work / DONE).write_text(json.dumps(identity(source, model, config, graph.record or None), indent=1))
+        _write(work, graph, plan, report)
+        (work / DONE).write_text(json.dumps(made_for, indent=1))
         put_in_place(work, directory)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     logger.info("compiled to %s in %.1f s", directory, time.perf_counter() - started)
     return directory
+
+
+def _write(folder: Path, graph: Graph, plan: AnyPlan, report: dict[str, Any]) -> None:
+    """Writes all files but the last, which says that they are complete."""
+    stages = plan.stages if isinstance(plan, PipelinePlan) else [plan]
+    (folder / "graph.txt").write_text(str(graph))
+    (folder / "plan.json").write_text(json.dumps(report, indent=1))
+    (folder / "plan.html").write_text(plan_page(report))
+    for index, stage in enumerate(stages):
+        facts = code_facts(report, index if isinstance(plan, PipelinePlan) else None)
+        (folder / f"gencode_stage{index}.py").write_text(generate(stage, facts))
+    if isinstance(plan, PipelinePlan):
+        (folder / "trace.json").write_text(json.dumps(chrome_trace(report)))
+        for index in range(len(stages)):
+            (folder / stage_page(index)).write_text(plan_page(of_stage(report, index)))
+    if graph.buffers:
+        save_file({name: tensor.contiguous() for name, tensor in graph.buffers.items()}, folder / "buffers.safetensors")
 
 
 def check_replaceable(directory: Path) -> None:

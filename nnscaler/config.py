@@ -31,7 +31,10 @@ class ComputeConfig:
     Raises UserError for a value that is not allowed, or that does not go with another.
     """
 
-    plan_ngpus: int = whole(1, "devices that one copy of the model is split over", least=1, most=MOST_DEVICES)
+    plan_ngpus: int = whole(
+        1, "devices that one copy of the model is split over; auto: as many as are fastest, which global_batch_size "
+        "allows (default: 1, or auto with global_batch_size)", least=1, most=MOST_DEVICES, or_auto=True, shown="N|auto",
+    )  # fmt: skip
     runtime_ngpus: int = whole(
         1, "devices in all; runtime_ngpus / plan_ngpus copies of the model train on different samples "
         "(default: the processes that torchrun started, or plan_ngpus)", least=1, most=MOST_DEVICES,
@@ -63,7 +66,8 @@ class ComputeConfig:
         "again in backward (default: the planner chooses what is computed again)", shown="CLASS,...",
     )  # fmt: skip
     micro_batches: int = whole(
-        1, "micro-batches that a copy of the model computes in a step, adding up their gradients",
+        1, "micro-batches that a copy of the model computes in a step, adding up their gradients (default: 4, or with "
+        "global_batch_size as many as it takes)",
         flag="grad_accumulation_steps", least=1, most=2**20,
     )  # fmt: skip
     hardware: str | None = text(
@@ -76,9 +80,12 @@ class ComputeConfig:
     )  # fmt: skip
     search_seconds: float = number(
         40.0, "seconds of one core for the search; after them, the best plan so far is taken, and the log says how far "
-        "it may be from the best one", above=0, most=2**20, shown="SECONDS",
+        "it may be from the best one; with global_batch_size, three times as many for all that is tried", above=0,
+        most=2**20, shown="SECONDS",
     )  # fmt: skip
-    explore_pipeline: bool = switch("search pipelines too, and take one if it is faster")
+    explore_pipeline: bool = switch(
+        "search pipelines too, and take one if it is faster (default: only with global_batch_size)"
+    )
     pipeline_pivots: tuple[str, ...] = names(
         (), "classes of modules at which pipeline stages may begin, with commas between them (default: the class of "
         "which the model has most)", shown="CLASS,...",

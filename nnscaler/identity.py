@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nnscaler.batch import Batch
 from nnscaler.config import ComputeConfig
 from nnscaler.operators.arguments import written_by_user
 from nnscaler.operators.registry import all_registered
@@ -25,12 +26,19 @@ DONE = "compiled.json"
 UNKNOWN = "known only when it is executed"
 
 
-def identity(source: Source, model: nn.Module, config: ComputeConfig, record: str | None = None) -> dict[str, Any]:
+def identity(
+    source: Source,
+    model: nn.Module,
+    config: ComputeConfig,
+    record: str | None = None,
+    batch: Batch | None = None,
+) -> dict[str, Any]:
     """Everything that a compiled directory depends on, as plain values. Equal identities compile to equal files.
 
     record  that of a run of the model (see `nnscaler.trace.observed`), where it is known already. It holds whatever an
             attribute, code, closure or environment variable makes the model compute. A strategy that executes the
             model has none; then the model is compiled again each time.
+    batch   where the planner has chosen how a step is divided: what it was to divide
     """
     executes = find_strategy(config.trace_strategy).executes
     if record is None:
@@ -46,6 +54,7 @@ def identity(source: Source, model: nn.Module, config: ComputeConfig, record: st
             "pipeline_pivots": list(config.pipeline_pivots),
             "pas_policy": _content(config.pas_policy),
         },
+        "batch": None if batch is None else asdict(batch),
         "hardware": config.find_hardware().identity(),
         "operators": {operator.name: _digest(_content(operator)) for operator in all_registered()},
         "nnscaler": _package_digest(),

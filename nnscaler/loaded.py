@@ -6,16 +6,19 @@ import json
 import logging
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from nnscaler.batch import Batch, Division
 from nnscaler.checkpoint.sharded import fixed_state
 from nnscaler.compiler import Source, compile_model, differences, identity
 from nnscaler.config import ComputeConfig, OptimizerConfig
 from nnscaler.directory import alone_in
+from nnscaler.division_search import in_division
 from nnscaler.first_values import initial_parameters
 from nnscaler.models.weights import fixed_tensors
 from nnscaler.processes import from_rank_0, share_folder
@@ -32,32 +35,51 @@ def compiled(
     folder: Path,
     device: torch.device,
     judge: Callable[[nn.Module], None] = lambda model: None,
+    batch: Batch | None = None,
 ) -> Iterator[None]:
     """Inside, `folder` holds on every node what `source` compiles to, and no other run changes it. Collective.
 
     Rank 0 compiles, unless the folder holds just that already. Nodes that do not share the folder get its files.
 
     judge  called on rank 0 with the model on the meta device; raises UserError where the model does not suit
+    batch  see `compile_model`; the folder then says how it is divided
     Raises UserError on every rank where `compile_model` or `judge` does.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     with alone_in(folder) if rank == 0 else nullcontext():
-        from_rank_0(lambda: _compile_if_needed(source, config, folder, judge), device)
+        from_rank_0(lambda: _compile_if_needed(source, config, folder, judge, batch), device)
         if dist.is_initialized():
             share_folder(folder, device)
         yield
 
 
-def _compile_if_needed(source: Source, config: ComputeConfig, folder: Path, judge: Callable[[nn.Module], None]) -> None:
+def _compile_if_needed(
+    source: Source,
+    config: ComputeConfig,
+    folder: Path,
+    judge: Callable[[nn.Module], None],
+    batch: Batch | None,
+) -> None:
     model, _ = source.build()
     judge(model)
-    changed = differences(folder, identity(source, model, config))
+    division = division_in(folder) if batch is not None else None
+    wanted = in_division(source, config, division) if division is not None else (source, config)
+    changed = differences(folder, identity(wanted[0], model, wanted[1], batch=batch))
     if changed == []:
         logger.info("using the compiled plan in %s", folder)
         return
     if changed:
         logger.warning("%s was compiled for something else (%s): compiling", folder, "; ".join(changed))
-    compile_model(source, config, folder)
+    compile_model(source, config, folder, batch=batch)
+
+
+def division_in(folder: Path) -> Division | None:
+    """How the planner has divided a batch, of what is compiled in a folder; None: it was not asked."""
+    try:
+        chosen = json.loads((folder / "plan.json").read_text())["divisions"][0]
+        return Division(*(chosen[field.name] for field in fields(Division)))
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def predicted_step_seconds(folder: Path) -> float:

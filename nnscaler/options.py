@@ -49,6 +49,7 @@ class Rule:
     shown     what stands for the value in a command's help
     several   of a tuple: on the command line its texts are words of their own, without commas between them
     or_function  whether a function may stand in its place, which no command line can give
+    or_auto      whether a command line may give "auto" in its place, which the command understands
     """
 
     kind: type
@@ -64,6 +65,7 @@ class Rule:
     shown: str | None = None
     several: bool = False
     or_function: bool = False
+    or_auto: bool = False
 
     def key(self, name: str) -> str:
         """The name by which a command's values hold the field `name`."""
@@ -120,6 +122,8 @@ class Rule:
     def read(self, name: str, text: str) -> Any:
         """The value that a text spells. Raises UserError, which calls it `name`, for a text that is not allowed."""
         value: Any = text
+        if self.or_auto and text == "auto":
+            return text
         if self.kind is tuple:
             value = (text,) if self.several else tuple(part.strip() for part in text.split(","))
         elif self.kind is bool:

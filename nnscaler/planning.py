@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from math import ceil
-from typing import Any
+from math import ceil, inf
+from typing import Any, TypeAlias
 
 from nnscaler.config import ComputeConfig
 from nnscaler.errors import UserError
 from nnscaler.graph import Graph
 from nnscaler.hardware import Hardware
+from nnscaler.mesh import Mesh
 from nnscaler.pipeline.plan import PipelinePlan
 from nnscaler.pipeline.search import Wanted, find_pipeline, quiet
 from nnscaler.plan import GIB, Plan
-from nnscaler.planner import NothingFits, find_plan
+from nnscaler.planner import NothingFits, find_plan, least_step
 from nnscaler.planner.policies import apply_policy
 from nnscaler.profiler.operators import OperatorTimes
 from nnscaler.source import Source
@@ -28,27 +29,78 @@ TRYING_SECONDS = 30.0  # of processor time, for all changes that are tried
 EACH_SECONDS = 5.0  # for the search of one
 FACTORS = (2, 4, 8, 16)  # of devices, and of the sequence's parts: the first that fits is told
 
-Planning = Callable[[], Plan | PipelinePlan]
+AnyPlan: TypeAlias = Plan | PipelinePlan
+Planning = Callable[[], AnyPlan]
 
 
 def plan_for(
-    graph: Graph, config: ComputeConfig, hardware: Hardware, times: OperatorTimes | None
-) -> Plan | PipelinePlan:
-    """The best plan, with or without a pipeline, as the policy has it. Raises UserError where there is none."""
+    graph: Graph,
+    config: ComputeConfig,
+    hardware: Hardware,
+    times: OperatorTimes | None,
+    meshes: Sequence[Mesh] | None = None,
+    alone: bool = True,
+    below: float = inf,
+) -> AnyPlan:
+    """The best plan, with or without a pipeline, as the policy has it.
+
+    meshes  that are tried; default: all of the configuration
+    alone   where pipelines are explored, whether a plan without one will do too
+    below   seconds of a step; only a plan that takes less is wanted
+
+    Raises UserError where there is none, and NotFaster where none takes less than `below`.
+    """
     apply_policy(graph, config.pas_policy, config.plan_ngpus)
-    memory = None if config.gpu_mem_constraint is None else config.gpu_mem_constraint * GIB
-    fused, seconds, meshes = hardware.name != "CPU", config.search_seconds, config.meshes(hardware)
-    host = config.host_bytes(hardware)
+    meshes = config.meshes(hardware) if meshes is None else meshes
+    given = {**_given(config, hardware, times), "seconds": config.search_seconds, "below": below}
     if not config.explore_pipeline:
-        return find_plan(
-            graph, meshes, hardware, memory=memory, recompute_modules=config.recompute_modules,
-            micro_batches=config.micro_batches, fused=fused, times=times, seconds=seconds, host=host,
-        )  # fmt: skip
-    wanted = Wanted(config.pipeline_pivots, config.pipeline_schedule, config.pipeline_nstages)
-    return find_pipeline(
-        graph, meshes, hardware, wanted, memory=memory, recompute_modules=config.recompute_modules,
-        micro_batches=config.micro_batches, fused=fused, times=times, seconds=seconds, host=host,
+        return find_plan(graph, meshes, hardware, **given)
+    wanted = Wanted(config.pipeline_pivots, config.pipeline_schedule, config.pipeline_nstages, alone)
+    return find_pipeline(graph, meshes, hardware, wanted, **given)
+
+
+def traced(source: Source, strategy: str) -> Graph:
+    """The graph of what is compiled. Raises UserError where it cannot be traced, or there is nothing to train."""
+    started = time.perf_counter()
+    model, buffers = source.build()
+    graph = trace(model, source.inputs, buffers, strategy, source.seed)
+    if not any(parameter.requires_grad for parameter in graph.parameters.values()):
+        raise UserError(f"what {type(model).__name__} returns gives no parameter a gradient: there is nothing to train")
+    logger.info(
+        "traced %s in %.1f s: %d operators in %d blocks",
+        type(model).__name__, time.perf_counter() - started,
+        sum(len(block.nodes) for block in graph.all_blocks()), len(graph.all_blocks()),
     )  # fmt: skip
+    return graph
+
+
+def plan_or_advise(
+    source: Source, graph: Graph, config: ComputeConfig, hardware: Hardware, times: OperatorTimes | None
+) -> AnyPlan:
+    """The best plan. Raises UserError, with the nearest changes with which a plan does fit, where none fits."""
+    try:
+        return plan_for(graph, config, hardware, times)
+    except NothingFits as refusal:
+        raise UserError(f"{refusal}; {what_fits(source, graph, config, hardware, refusal)}") from None
+
+
+def bound_for(graph: Graph, config: ComputeConfig, hardware: Hardware, times: OperatorTimes | None) -> float:
+    """Seconds of a step that no plan on one mesh axis, without a pipeline, takes less than. Raises UserError where none
+    fits, or the policy has none."""
+    apply_policy(graph, config.pas_policy, config.plan_ngpus)
+    return least_step(graph, config.meshes(hardware)[0], hardware, **_given(config, hardware, times))
+
+
+def _given(config: ComputeConfig, hardware: Hardware, times: OperatorTimes | None) -> dict[str, Any]:
+    """What every search is told."""
+    return {
+        "memory": None if config.gpu_mem_constraint is None else config.gpu_mem_constraint * GIB,
+        "recompute_modules": config.recompute_modules,
+        "micro_batches": config.micro_batches,
+        "fused": hardware.name != "CPU",
+        "times": times,
+        "host": config.host_bytes(hardware),
+    }
 
 
 def what_fits(source: Source, graph: Graph, config: ComputeConfig, hardware: Hardware, refusal: NothingFits) -> str:

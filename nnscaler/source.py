@@ -56,6 +56,13 @@ class Source:
         inputs = {name: tensor[:, : tensor.shape[1] // parts].contiguous() for name, tensor in self.inputs.items()}
         return replace(self, inputs=inputs, length=self.length // parts, tokens=self.tokens // parts)
 
+    def with_sequences(self, count: int) -> Source:
+        """The same with micro-batches of `count` sequences, all like the first one here."""
+        inputs = {
+            name: tensor[:1].expand(count, *tensor.shape[1:]).contiguous() for name, tensor in self.inputs.items()
+        }
+        return replace(self, inputs=inputs, tokens=count * self.length)
+
     def build(self) -> tuple[nn.Module, dict[str, Tensor]]:
         """The model on the meta device (without values), and name -> value of its buffers."""
         model, buffers = build_on_meta(self.make)

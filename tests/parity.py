@@ -65,6 +65,7 @@ class Case:
     schedule: str | None = None  # of a pipeline, and how many stages it has
     stages: int = 1
     documents: bool = False  # whether those of the dataset are kept apart
+    batch: int = 0  # sequences of a step, where the planner divides them
     dropout: bool = False  # whether attention's weights, and elements inside each MLP, are dropped
 
     @property
@@ -77,6 +78,7 @@ class Case:
         flags += [f"kv{self.key_value_heads}"] * (self.key_value_heads != 4)
         flags += ["".join(word[0] for word in level.split()) for level in self.levels]
         flags += [f"{self.schedule}{self.stages}"] if self.schedule else []
+        flags += [f"divided{self.batch}"] if self.batch else []
         flags += ["documents"] * self.documents + ["dropout"] * self.dropout
         return "-".join([*flags, self.hardware.removesuffix(".json")])
 
@@ -93,7 +95,7 @@ class Case:
     @property
     def sequences(self) -> int:
         """Sequences an optimizer step."""
-        return self.runtime // self.plan * self.accumulation * self.micro_batch
+        return self.batch or self.runtime // self.plan * self.accumulation * self.micro_batch
 
 
 def arguments(case: Case, folder: Path) -> TrainerArgs:
@@ -107,7 +109,7 @@ def arguments(case: Case, folder: Path) -> TrainerArgs:
         recompute_modules=case.recompute if not case.levels else None,
         micro_batches=case.accumulation,
         hardware=str(folder / case.hardware),
-        explore_pipeline=case.schedule is not None,
+        explore_pipeline=case.schedule is not None or bool(case.batch),
         pipeline_schedule=case.schedule,
         pipeline_nstages=case.stages if case.schedule else None,
     )
@@ -126,6 +128,8 @@ def arguments(case: Case, folder: Path) -> TrainerArgs:
         log=LogConfig(folder / "runs"),
         precision=case.precision,
         micro_batch_size=case.micro_batch,
+        global_batch_size=case.batch or None,
+        left_open=("plan_ngpus", "micro_batch_size", "micro_batches") if case.batch else (),
         max_train_steps=STEPS,
         seed=SEED,
         gen_savedir=folder / "code",

@@ -15,6 +15,7 @@ import bookcorpus
 import ckpt_merger
 import create_mini_model
 import train
+from nnscaler.batch import Batch, Division
 from nnscaler.cli.config import CheckpointConfig, EvaluationConfig, LogConfig, LRSchedulerConfig, TrainerArgs
 from nnscaler.cli.flags import Flags, parse
 from nnscaler.command import run
@@ -107,6 +108,16 @@ def test_every_number_has_bounds(monkeypatch, capsys, tmp_path, flag, value):
         (("--enable-chunk-los",), "there is no flag --enable-chunk-los; did you mean --enable-chunk-loss?"),
         (("--warmup_steps", "9", "--max_train_steps", "5"), "warmup_steps is 9; it must be at most max_train_steps=5"),
         (("--plan_ngpus",), "--plan_ngpus: expected one argument"),
+        (("--plan_ngpus", "auto"), "plan_ngpus is auto, which needs a global_batch_size"),
+        (("--global_batch_size", "8"), "plan_ngpus is auto, and runtime_ngpus is not given"),
+        (
+            ("--global_batch_size", "7", "--runtime_ngpus", "4", "--plan_ngpus", "2"),
+            "global_batch_size is 7; with runtime_ngpus=4, plan_ngpus=2 (copies of the model: 2) it must be a multiple",
+        ),
+        (
+            ("--global_batch_size=8", "--plan_ngpus=1", "--micro_batch_size=2", "--grad_accumulation_steps=8"),
+            "grad_accumulation_steps=8 (copies of the model: 1) it must be 16",
+        ),
         (("stray",), "unrecognized arguments: stray"),
     ],
 )
@@ -211,6 +222,29 @@ def test_the_document_s_commands_are_understood(monkeypatch, tmp_path):
         8, 16, gpu_mem_constraint=153.0, micro_batches=64, explore_pipeline=True,
         pipeline_pivots=("LlamaDecoderLayer",), recompute_modules=("LlamaDecoderLayer",),
     )  # fmt: skip
+
+
+def test_a_batch_leaves_open_what_no_flag_says(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def read(*flags: str) -> TrainerArgs:
+        monkeypatch.setattr(sys, "argv", ["train.py", *PLAN, *flags])
+        return train.read_flags()[2]
+
+    plain = read()
+    assert (plain.compute.plan_ngpus, plain.micro_batch_size, plain.compute.micro_batches) == (1, 1, 4)
+    assert (plain.batch, plain.compute.explore_pipeline, plain.step_samples) == (None, False, 4)
+    free = read("--global_batch_size", "64", "--runtime_ngpus", "8", "--plan_ngpus", "auto")
+    assert (free.batch, free.compute.explore_pipeline, free.step_samples) == (Batch(64, 8), True, 64)
+    some = ("--global_batch_size", "64", "--runtime_ngpus", "8", "--plan_ngpus", "2", "--explore_pipeline", "false")
+    assert (read(*some).batch, read(*some).compute.explore_pipeline) == (Batch(64, 8, 2), False)
+    assert read(*some, "--micro_batch_size", "4").batch == Batch(64, 8, 2, 4)
+    assert read(*some, "--grad_accumulation_steps", "4").batch == Batch(64, 8, 2, None, 4)
+    divided = read(*some).divided(Division(2, 4, 4))
+    assert (divided.compute.plan_ngpus, divided.micro_batch_size, divided.compute.micro_batches) == (2, 4, 4)
+    assert divided.batch is None
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert read("--global_batch_size", "6").batch == Batch(6, 2), "torchrun has started two"
 
 
 @pytest.mark.parametrize("cls", [*CONFIGURATIONS, train.Inputs, bookcorpus.Options, ckpt_merger.Options])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -33,7 +34,7 @@ def test_all_of_a_configuration_reaches_the_search(monkeypatch):
         monkeypatch.setattr(planning, name, lambda *given, name=name, **named: asked.append((name, given, named)))
     named = {
         "memory": 3 * GIB, "recompute_modules": ("Layer",), "micro_batches": 6, "fused": True, "times": TIMES,
-        "seconds": 7.0, "host": 2 * GIB,
+        "seconds": 7.0, "host": 2 * GIB, "below": math.inf,
     }  # fmt: skip
     planning.plan_for(GRAPH, CONFIG, H100, TIMES)
     assert asked.pop() == ("find_plan", (GRAPH, meshes(4, 2, 8), H100), named)

@@ -6,12 +6,13 @@ The fields that are made by the functions of `nnscaler.options` are also flags o
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from math import cos, pi
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnscaler.batch import Batch, Division
 from nnscaler.config import ComputeConfig, OptimizerConfig
 from nnscaler.directory import check_name
 from nnscaler.errors import UserError
@@ -258,7 +259,12 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerArgs:
-    """A training run. `command`: one that compiles the same plan, for people; empty: none is known."""
+    """A training run.
+
+    command    one that compiles the same plan, for people; empty: none is known
+    left_open  with global_batch_size: which of plan_ngpus, micro_batch_size and micro_batches the planner chooses,
+               whatever is given here
+    """
 
     name: str = text(REQUIRED, "name of the run: of its compiled code, its checkpoints and its logs", judge=check_name)
     model: ModelConfig
@@ -280,7 +286,15 @@ class TrainerArgs:
         "fast in it, and for plans for other --hardware; fp32 elsewhere",
         choices=("auto", "bf16", "fp32"),
     )
-    micro_batch_size: int = whole(1, "sequences that a copy of the model computes at a time", least=1, most=2**20)
+    global_batch_size: int | None = whole(
+        None, "sequences of a step, in all. How they are divided among copies of the model and over micro-batches, and "
+        "whether as a pipeline, is then what is predicted to be fastest, unless other flags say it (default: what the "
+        "others say)", least=1, most=2**40,
+    )  # fmt: skip
+    micro_batch_size: int = whole(
+        1, "sequences that a copy of the model computes at a time (default: 1, or with global_batch_size what is "
+        "fastest)", least=1, most=2**20,
+    )  # fmt: skip
     max_train_steps: int | None = whole(
         None, "optimizer steps in all, over as many epochs as they take (default: as num_train_epochs says)", least=1,
         most=MOST_STEPS,
@@ -297,9 +311,12 @@ class TrainerArgs:
     )
     gen_savedir: Path = path(Path(".nnscaler"), "folder for compiled plans and code, one folder a run")
     command: str = ""
+    left_open: Collection[str] = ()
 
     def __post_init__(self) -> None:
         check(self)
+        if self.global_batch_size is not None:
+            self._batch(self.global_batch_size).divisions()
         if self.explain and self.run_mode != "compile":
             raise UserError(f"explain goes with run_mode compile; run_mode is {self.run_mode}")
         validation = self.evaluation.dataset
@@ -323,3 +340,28 @@ class TrainerArgs:
 
             if steps < LEAST:
                 raise UserError(f"max_train_steps is {steps}; with profile it must be at least {LEAST}")
+
+    @property
+    def batch(self) -> Batch | None:
+        """What the planner is to divide; None: it is said how."""
+        return self._batch(self.global_batch_size) if self.global_batch_size and self.left_open else None
+
+    @property
+    def step_samples(self) -> int:
+        """Sequences of a step, in all."""
+        compute = self.compute
+        copies = compute.runtime_ngpus // compute.plan_ngpus
+        return self.global_batch_size or copies * self.micro_batch_size * compute.micro_batches
+
+    def divided(self, division: Division) -> TrainerArgs:
+        """The same, with nothing left open."""
+        compute = replace(self.compute, plan_ngpus=division.plan_ngpus, micro_batches=division.micro_batches)
+        return replace(self, compute=compute, micro_batch_size=division.micro_batch_size, left_open=())
+
+    def _batch(self, sequences: int) -> Batch:
+        fixed = {
+            "plan_ngpus": self.compute.plan_ngpus, "micro_batch_size": self.micro_batch_size,
+            "micro_batches": self.compute.micro_batches,
+        }  # fmt: skip
+        given = {name: value for name, value in fixed.items() if name not in self.left_open}
+        return Batch(sequences, self.compute.runtime_ngpus, **given)

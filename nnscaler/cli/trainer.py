@@ -37,6 +37,10 @@ class Trainer:
 
     def __init__(self, args: TrainerArgs) -> None:
         self.args = with_precision(args)
+        self.batch = self.args.batch
+        divisions = self.batch.divisions() if self.batch is not None else []
+        if len(divisions) == 1:  # there is nothing to choose
+            self.args, self.batch = self.args.divided(divisions[0]), None
         self.rank = int(os.environ.get("RANK", 0))
         if self.rank > 0:
             logging.getLogger("nnscaler").setLevel(logging.ERROR)  # one rank reports
@@ -47,13 +51,13 @@ class Trainer:
         """Compiles, or trains to the last step."""
         if self.args.run_mode == "compile":
             if self.rank == 0:
-                compile_model(self._source(), self.args.compute, self.gen_folder, self.args.explain)
+                compile_model(self._source(), self.args.compute, self.gen_folder, self.args.explain, self.batch)
             return
         # What only training needs takes a second to import, which planning need not wait for.
         from nnscaler.checkpoint.owner import job
         from nnscaler.checkpoint.resume import where_to_begin
         from nnscaler.cli.loop import TrainingRun
-        from nnscaler.loaded import compiled, predicted_step_seconds
+        from nnscaler.loaded import compiled, division_in, predicted_step_seconds
 
         check_world(self.args.compute.runtime_ngpus)
         device = own_device()
@@ -70,7 +74,11 @@ class Trainer:
             jobs = sorted({name for name in from_all(job()) if name is not None})
             begin = from_rank_0(lambda: where_to_begin(checkpoint.directory, checkpoint.resume, jobs), device)
             judge = partial(self._check_weights, begin[0])
-            with compiled(source, self.args.compute, self.gen_folder, device, judge):
+            with compiled(source, self.args.compute, self.gen_folder, device, judge, self.batch):
+                if self.batch is not None:
+                    division = division_in(self.gen_folder)
+                    assert division is not None, "what was compiled says it"
+                    self.args = self.args.divided(division)
                 run = TrainingRun(self.args, self.gen_folder, device, source, dataset, *begin, jobs, self.watch)
             if self.watch is not None:
                 wait_for_steps_of(predicted_step_seconds(self.gen_folder), self.watch)
@@ -107,15 +115,20 @@ class Trainer:
                     "documents longer than the %d tokens of a sequence: %d; each goes on in the next one as a document "
                     "of its own, from position 0", dataset.sequence_length, lengths.cut,
                 )  # fmt: skip
-        compute = self.args.compute
-        copies = compute.runtime_ngpus // compute.plan_ngpus
-        step = copies * self.args.micro_batch_size * compute.micro_batches
+        step = self.args.step_samples
         if step > len(dataset):
             comes = "takes some of them several times" if self.args.max_train_steps else "is not full"
             logger.warning(
-                "a step takes %d samples (%d copies, %d micro-batches of %d), and the dataset has %d: it %s", step,
-                copies, compute.micro_batches, self.args.micro_batch_size, len(dataset), comes,
-            )  # fmt: skip
+                "a step takes %d samples%s, and the dataset has %d: it %s", step, self._copies(), len(dataset), comes
+            )
+
+    def _copies(self) -> str:
+        """Where the samples of a step come from, in brackets; nothing where the planner chooses that."""
+        if self.batch is not None:
+            return ""
+        compute, size = self.args.compute, self.args.micro_batch_size
+        copies = compute.runtime_ngpus // compute.plan_ngpus
+        return f" ({copies} copies, {compute.micro_batches} micro-batches of {size})"
 
     def _judge_ids(self, dataset: Part) -> None:
         """Raises UserError where a dataset holds ids that the model does not know; warns where others than the model's

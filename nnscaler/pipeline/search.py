@@ -28,7 +28,7 @@ from nnscaler.pipeline.plan import PipelinePlan
 from nnscaler.pipeline.stages import Candidate, Estimate, StagePlanner
 from nnscaler.placement import REPLICATE, Placements
 from nnscaler.plan import Plan
-from nnscaler.planner import SEARCH_SECONDS, NothingFits, find_plan
+from nnscaler.planner import SEARCH_SECONDS, NotFaster, NothingFits, find_plan
 from nnscaler.planner.options import layouts_of
 from nnscaler.planner.search import SPARING, nodes_to_recompute
 from nnscaler.profiler.operators import OperatorTimes
@@ -46,11 +46,13 @@ class Wanted:
     pivots    classes at whose modules stages may begin; empty: see `nnscaler.pipeline.cut.pivots`
     schedule  the kind of schedule; None: any
     stages    the number of stages; None: any
+    alone     whether a plan without a pipeline will do too, unless `schedule` or `stages` says otherwise
     """
 
     pivots: tuple[str, ...] = ()
     schedule: str | None = None
     stages: int | None = None
+    alone: bool = True
 
 
 def find_pipeline(
@@ -66,15 +68,18 @@ def find_pipeline(
     times: OperatorTimes | None = None,
     seconds: float = SEARCH_SECONDS,
     host: float = 0.0,
+    below: float = inf,
 ) -> Plan | PipelinePlan:
     """The plan of least predicted step time, with or without a pipeline.
 
     meshes  those that are tried without a pipeline; with one, the devices of a pipeline rank are one mesh axis
     wanted  what the user has decided
     host    bytes a device of the host's memory, which the stages of a device may use together
+    below   seconds of a step; only a plan that takes less is wanted
     others  as for `nnscaler.planner.find_plan`
 
-    Raises UserError where nothing fits, and where there is no pipeline as the user wants it.
+    Raises UserError where nothing fits, and where there is no pipeline as the user wants it; NotFaster where none takes
+    less than `below`.
     """
     memory = 0.9 * hardware.memory if memory is None else memory
     until = time.process_time() + seconds
@@ -87,9 +92,11 @@ def find_pipeline(
             with quiet("planner"):
                 best = find_plan(
                     graph, meshes, hardware, memory=memory, recompute_modules=recompute_modules,
-                    micro_batches=micro_batches, fused=fused, times=times, seconds=seconds / 2, host=host,
+                    micro_batches=micro_batches, fused=fused, times=times, seconds=seconds / 2, host=host, below=below,
                 )  # fmt: skip
             logger.info("without a pipeline: %.4g s a step", best.step_seconds)
+        except NotFaster as slower:
+            logger.info("without a pipeline: at least %.4g s a step", slower.bound)
         except UserError as error:
             refused = f"without a pipeline: {error}"
             logger.info("%s", refused)
@@ -105,12 +112,16 @@ def find_pipeline(
 
     pipelines = [schedule for schedule in schedules if schedule is not None]
     alone = planners(until)
-    search = _Search(best, refused)
-    search.among(pipelines, alone)
+    search = _Search(best, refused, until, below)
     free = {ranks: replace(planner, memory=inf, estimated={}) for ranks, planner in alone.items()}
+    if below < inf:
+        pipelines = [schedule for schedule in pipelines if search.may_gain(schedule, free[schedule.ranks])]
+    search.among(pipelines, alone)
     gaining = [schedule for schedule in pipelines if search.may_gain(schedule, free[schedule.ranks])]
     if search.best is None or time.process_time() < until:
         search.among(gaining, planners(until, host=host, sparing=True, groups=True))
+    if search.best is None and below < inf:
+        raise NotFaster(below)
     if search.best is None:
         raise NothingFits(f"no pipeline fits; the last that was tried, {search.refused}")
     return search.best
@@ -118,22 +129,37 @@ def find_pipeline(
 
 @dataclass
 class _Search:
-    """The search over schedules: the best so far, and why the last that could not be was refused."""
+    """The search over schedules: the best so far, and why the last that could not be was refused.
+
+    until  by `time.process_time`, when the search ends, if there are only plans to be found that take less than `below`
+    below  seconds of a step
+    """
 
     best: Plan | PipelinePlan | None
     refused: str
+    until: float = inf
+    below: float = inf
+
+    def is_over(self) -> bool:
+        """Whether time is out, where there is a plan already, of other devices or micro-batches."""
+        return self.below < inf and time.process_time() >= self.until
+
+    def _to_beat(self) -> float:
+        return min(self.below, inf if self.best is None else self.best.step_seconds)
 
     def among(self, schedules: Sequence[Schedule], planners: Mapping[int, StagePlanner]) -> None:
         """Tries schedules, whose numbers of ranks each have a planner, those first that promise most."""
         estimates = []
         for schedule in schedules:
+            if self.is_over():
+                return
             try:
                 estimates.append(estimated(planners[schedule.ranks], schedule))
             except UserError as error:
                 self._refuse(schedule, error)
         for estimate in sorted(estimates, key=lambda one: one.step_seconds):
             schedule = estimate.candidate.schedule
-            below = inf if self.best is None else self.best.step_seconds
+            below = self._to_beat()
             try:
                 with quiet("planner"):
                     found = planned(planners[schedule.ranks], estimate, below)
@@ -148,9 +174,11 @@ class _Search:
 
     def may_gain(self, schedule: Schedule, free: StagePlanner) -> bool:
         """Whether what spares memory at a price could make a schedule worth it. `free`: has all memory it wants."""
-        if self.best is None:
+        if self._to_beat() == inf:
             return True
-        return estimated(free, schedule).step_seconds < self.best.step_seconds * (1 - SPARING)
+        if self.is_over():
+            return False
+        return estimated(free, schedule).step_seconds < self._to_beat() * (1 - SPARING)
 
     def _refuse(self, schedule: Schedule, error: UserError) -> None:
         self.refused = f"{schedule}: {error}"
@@ -164,7 +192,8 @@ def candidates(wanted: Wanted, devices: int, places: int, micro_batches: int) ->
     Raises UserError, with the reason, where no schedule is as the user wants it.
     """
     kinds = [wanted.schedule] if wanted.schedule is not None else list(KINDS)
-    found: list[Schedule | None] = [None] if wanted.schedule is None and wanted.stages in (None, 1) else []
+    without = wanted.alone and wanted.schedule is None and wanted.stages in (None, 1)
+    found: list[Schedule | None] = [None] if without else []
     refused: list[str] = []
     possible = {1} if wanted.schedule is None else set()
     for ranks in (ranks for ranks in range(2, devices + 1) if devices % ranks == 0):

@@ -111,6 +111,8 @@ class MixedIntegerProgram:
             options |= dict.fromkeys(
                 ("mip_heuristic_run_rins", "mip_heuristic_run_rens", "mip_heuristic_run_root_reduced_cost"), False
             )
+        if seconds < inf:  # inside its first relaxation it does not call `hear`, and this limit is of the clock's time
+            options["time_limit"] = 2 * seconds
         for option, value in options.items():
             solver.setOptionValue(option, value)
         solver.passModel(model)
@@ -126,7 +128,7 @@ class MixedIntegerProgram:
         status, found = solver.getModelStatus(), solver.getInfo()
         if status == highspy.HighsModelStatus.kInfeasible:
             return None
-        stopped = status == highspy.HighsModelStatus.kInterrupt
+        stopped = status in (highspy.HighsModelStatus.kInterrupt, highspy.HighsModelStatus.kTimeLimit)
         optimal = status == highspy.HighsModelStatus.kOptimal
         assert optimal or stopped, f"HiGHS ended with {solver.modelStatusToString(status)}"
         feasible = found.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible

@@ -26,6 +26,16 @@ class NothingFits(UserError):  # noqa: N818
     needed: float | None = None
 
 
+class NotFaster(Exception):  # noqa: N818
+    """No plan is as fast as was asked for.
+
+    bound  seconds of a step; no plan on the meshes that were tried takes less, or time was out before one was found
+    """
+
+    def __init__(self, bound: float) -> None:
+        self.bound = bound
+
+
 class DoesNotFit(NothingFits):
     """No plan without a pipeline fits. The message says what the memory is needed for.
 

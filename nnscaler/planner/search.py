@@ -21,8 +21,8 @@ from nnscaler.planner.options import CannotBePinned
 from nnscaler.planner.price import Price, price
 from nnscaler.planner.problem import Problem, Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution
-from nnscaler.planner.refusal import DoesNotFit
-from nnscaler.planner.solve import OutOfTime, least_memory, least_seconds, solve
+from nnscaler.planner.refusal import DoesNotFit, NotFaster, NothingFits
+from nnscaler.planner.solve import OutOfTime, least_bytes, least_memory, least_seconds, relaxed, solve
 from nnscaler.profiler.operators import OperatorTimes
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ def find_plan(
     host: float = 0.0,
     sparing: bool = True,
     groups: bool = True,
+    below: float = inf,
 ) -> Plan:
     """The plan of least predicted step time on one of the meshes, which all have as many devices and as many copies.
 
@@ -67,11 +68,13 @@ def find_plan(
     host               bytes of the host's memory that the plan may use for each device
     sparing            whether what else saves memory at a price is tried: see `build_problem`
     groups             whether groups of layers may be computed again together
+    below              seconds of a step; only a plan that takes less is wanted
 
     The host's memory, and what else is sparing, are tried only where more memory would make the plan faster, or where
     no plan fits; and after that groups, of which there are many, where that is still so.
 
-    Raises DoesNotFit where no plan fits, and UserError for an unknown class name.
+    Raises DoesNotFit where no plan fits, NotFaster where none takes less than `below`, and UserError for an unknown
+    class name.
     """
     memory = 0.9 * hardware.memory if memory is None else memory
     again = recomputing(graph, recompute_modules)
@@ -90,7 +93,7 @@ def find_plan(
     if refused is not None and not programs:
         raise refused
     groups = groups and again.free and any(len(chain) > 1 for chain in chains(graph))
-    search = _Search(memory, time.process_time() + seconds)
+    search = _Search(memory, time.process_time() + seconds, below / micro_batches)
     for left, program in enumerate(programs, 1 - len(programs)):
         search.on(program, -left)
     for allowed in [
@@ -100,6 +103,8 @@ def find_plan(
         for left, program in enumerate(programs, 1 - len(programs)):
             if search.may_gain(program, SPARING):
                 search.on(Program(problem(program.problem.costs, *allowed)), -left)
+    if search.found is None and below < inf:
+        raise NotFaster(max(search.bound, min(search.floors.values())) * micro_batches)
     if search.found is None:
         raise DoesNotFit(*_least(problem(programs[0].problem.costs, host, sparing, groups)), memory)
     found = search.found
@@ -115,6 +120,35 @@ def find_plan(
     return plan
 
 
+def least_step(
+    graph: Graph,
+    mesh: Mesh,
+    hardware: Hardware,
+    *,
+    memory: float | None = None,
+    recompute_modules: Sequence[str] | None = None,
+    micro_batches: int = 1,
+    fused: bool = False,
+    times: OperatorTimes | None = None,
+    host: float = 0.0,
+) -> float:
+    """Seconds of a step that no plan on a mesh takes less than: those where choices may be made in parts, which is soon
+    known. Arguments are those of `find_plan`.
+
+    Raises NothingFits, with the bytes that are needed at least, where no plan fits.
+    """
+    memory = 0.9 * hardware.memory if memory is None else memory
+    again = recomputing(graph, recompute_modules)
+    model = CostModel(hardware, mesh, fused, times)
+    problem = build_problem(graph, model, again, micro_batches, None, 1, host, True, again.free)
+    found = relaxed([problem], memory)
+    if found is not None:
+        return found[0].seconds * micro_batches
+    refusal = NothingFits(f"no plan fits: over {memory / GIB:.1f} GiB a device are needed")
+    refusal.needed = least_bytes(Program(problem))
+    raise refusal
+
+
 @dataclass(frozen=True)
 class _Found:
     problem: Problem
@@ -126,6 +160,7 @@ class _Found:
 class _Search:
     """The search over meshes, one after the other, until `time.process_time()` is `until`.
 
+    wanted  seconds of a micro-batch; only plans that take less count
     found   the best plan so far
     bound   seconds of a micro-batch; no plan on the meshes tried so far takes less
     floors  seconds of a micro-batch; no plan on a mesh takes less, whatever its memory. Of the meshes asked for so far
@@ -134,6 +169,7 @@ class _Search:
 
     memory: float
     until: float
+    wanted: float = inf
     found: _Found | None = None
     bound: float = inf
     floors: dict[Mesh, float] = field(default_factory=dict)
@@ -142,7 +178,7 @@ class _Search:
     def on(self, program: Program, left: int) -> None:
         """Searches one mesh; `left` more are to come, which get half of the time that is left."""
         mesh = program.problem.costs.mesh
-        below = None if self.found is None else self.found.price.total_seconds * (1 - WORTH)
+        below = self._below(WORTH)
         if below is not None and not self.may_gain(program, WORTH):
             self.bound = min(self.bound, below)
             return
@@ -171,7 +207,7 @@ class _Search:
                 self.bound = min(self.bound, below)
         except OutOfTime as stopped:
             self.bound = min(self.bound, stopped.bound)
-            if self.found is None:
+            if below is None:
                 least = least_memory(program, LEAST_SECONDS)
                 if least is not None:
                     self._take(program, least)
@@ -183,12 +219,20 @@ class _Search:
         It could where it would with unlimited memory, and with choices that may be made in parts: that is soon known.
         `program`: any of the mesh
         """
-        if self.found is None:
+        below = self._below(worth)
+        if below is None:
             return True
         mesh = program.problem.costs.mesh
         if mesh not in self.floors:
             self.floors[mesh] = least_seconds(program)
-        return self.floors[mesh] < self.found.price.total_seconds * (1 - worth)
+        return self.floors[mesh] < below
+
+    def _below(self, worth: float) -> float | None:
+        """What a plan has to take less than, in seconds of a micro-batch, to save a part `worth` of the time of the
+        best so far; None: any will do."""
+        if self.found is not None:
+            return min(self.wanted, self.found.price.total_seconds * (1 - worth))
+        return self.wanted if self.wanted < inf else None
 
     def _take(self, program: Program, solution: Solution) -> None:
         priced = price(program, solution)

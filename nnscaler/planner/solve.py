@@ -97,6 +97,17 @@ def least_seconds(program: Program) -> float:
     return answer.bound
 
 
+def least_bytes(program: Program) -> float:
+    """Bytes a device that no solution takes less than: those where choices may be made in parts."""
+    milp = MixedIntegerProgram(_scale(program.problem, None))
+    milp.add(program.statement)
+    milp.minimise(program.statement.terms(Account.DEVICE), Quantity.BYTES)
+    _limit_host(milp, program)
+    answer = milp.solve(gap=0.0, relaxed=True)
+    assert answer is not None, "without a limit there is always a plan"
+    return answer.bound
+
+
 class Needs(NamedTuple):
     """Seconds of a micro-batch, bytes of the device, and bytes a device of the host's memory."""
 

@@ -10,6 +10,7 @@ from nnscaler.report.about import facts, plan_title
 from nnscaler.report.block_section import block_section
 from nnscaler.report.categories import HIDDEN
 from nnscaler.report.charts import bar, headline, legend, mark
+from nnscaler.report.divisions import division_section
 from nnscaler.report.markup import Markup, table, tag
 from nnscaler.report.pipeline import pipeline_sections
 from nnscaler.report.spelling import LEGEND, gib, or_blank, percent, seconds
@@ -40,6 +41,7 @@ def _sections(values: Values, name: str) -> Iterator[Markup]:
     yield _time(values["predicted"])
     yield _memory(values["predicted"])
     yield from _host(values["predicted"])
+    yield from division_section(values)
     yield _advice(values)
     yield _notation(values)
     for block, costs in values["costs"].items():

@@ -18,6 +18,7 @@ from nnscaler.pipeline.plan import PipelinePlan, forward_seconds, update_seconds
 from nnscaler.placement import local_shape
 from nnscaler.report.about import facts
 from nnscaler.report.charts import headline
+from nnscaler.report.divisions import division_section
 from nnscaler.report.markup import Markup, table, tag
 from nnscaler.report.spelling import gib, seconds
 from nnscaler.report.text import recompute
@@ -111,6 +112,7 @@ def pipeline_sections(values: Values, name: str) -> Iterator[Markup]:
     ]  # fmt: skip
     head = ["stage", ">rank", "blocks", ">forward", ">backward", ">in flight", ">memory", ">host", "recompute", "sends"]
     note = "Seconds are those of a micro-batch; what is sent is a device's part. Each stage has a page of its own."
+    yield from division_section(values)
     yield tag("section", tag("h2", "Stages"), table(head, rows), tag("p", note, class_="faint"))
     if values["advice"]:
         yield tag("section", tag("h2", "What would help"), *advice_tables(values["advice"]))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from nnscaler.report.about import plan_title, work_of
+from nnscaler.report.divisions import division_lines
 from nnscaler.report.spelling import gib, percent, seconds
 from nnscaler.report.spelling import step as step_text
 from nnscaler.report.would_help import apart
@@ -31,6 +32,7 @@ def explain(values: Mapping[str, Any]) -> str:
         *_host(predicted),
         *(f"recompute  {text}" for text in recompute(values)),
         f"search     {proven(predicted)}",
+        *_named("divisions", division_lines(values)),
         *_named("exposed", exposed(values)),
         *_named("limits", [f"{one['limit']}, {percent(one['share'])}: {one['text']}" for one in main_limits(values)]),
         *_advice(values),
@@ -62,6 +64,7 @@ def _explain_pipeline(values: Mapping[str, Any]) -> str:
             f"           for {work_of(values)}, a copy",
             f"           {seconds(predicted['update_seconds'])} of it update parameters; ranks compute {computing}",
             f"memory     {gib(used)} of {gib(limit)} that the plan may use, on the rank that needs most",
+            *_named("divisions", division_lines(values)),
             *(f"{f'stage {index}':<10} {line}" for index, line in enumerate(_stage_lines(values))),
             *_advice(values),
         ]

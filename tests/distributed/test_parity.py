@@ -105,6 +105,7 @@ EXTRA = [
     Case(2, 2, chunk_loss=True, tied=True, micro_batch=2),
     Case(2, 2, recompute=("LlamaMLP",)),
     Case(2, 2, recompute=("LlamaMLP", "LlamaAttention"), micro_batch=2, accumulation=2),
+    Case(1, 2, batch=6),
 ]
 
 

@@ -1,0 +1,279 @@
+"""The search over ways to divide the sequences of a step, each of which is planned: the fastest, and why others lost.
+
+1. Of each division, a lower bound of its step is found: that of its program on one mesh axis, within memory, where
+   choices may be made in parts. It takes about a second, and most bounds are within 2 % of the plan.
+2. Divisions are planned on one axis, those with the lowest bounds first, as long as a bound is near the fastest plan.
+3. They are planned on two axes, and then as pipelines, where that could be faster still and time is left.
+
+The model is traced once for each size of micro-batch: sizes are constants of a graph.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from math import inf
+
+from nnscaler.batch import Batch, Division, divisors
+from nnscaler.config import ComputeConfig
+from nnscaler.errors import UserError
+from nnscaler.graph import Graph
+from nnscaler.hardware import Hardware
+from nnscaler.mesh import Mesh
+from nnscaler.pipeline.search import quiet
+from nnscaler.planner import NotFaster, NothingFits
+from nnscaler.planning import AnyPlan, bound_for, plan_for, plan_or_advise, traced
+from nnscaler.profiler.operators import OperatorTimes
+from nnscaler.source import Source
+
+logger = logging.getLogger(__name__)
+
+SEARCHES = 3  # the whole search may take as long as so many searches for one plan
+WORTH = 5e-3  # part of a step's time that more devices a copy, larger micro-batches, or a pipeline must save
+NEAR = 2e-2  # divisions are planned whose bound is so near to the fastest
+LEAST_SECONDS = 5.0  # for a plan, though time is out
+
+
+@dataclass
+class Tried:
+    """A division that was considered.
+
+    pipeline whether plans with a pipeline were looked for, or those without
+    bound    seconds of a step; no plan takes less, as far as is known. inf: none fits
+    plan     the fastest that was found; None: it was not planned, or what was found was not faster than others
+    needed   bytes a device of the plan that needs least, where none fits
+    refusal  why it cannot be planned, where it is not for memory
+    """
+
+    division: Division
+    pipeline: bool = False
+    bound: float = 0.0
+    plan: AnyPlan | None = None
+    needed: float | None = None
+    refusal: str = ""
+
+    @property
+    def name(self) -> str:
+        """What it is, for people."""
+        return f"{self.division}{', as a pipeline' if self.pipeline else ''}"
+
+    @property
+    def step_seconds(self) -> float:
+        """Predicted seconds of a step; inf where there is no plan."""
+        return inf if self.plan is None else self.plan.step_seconds
+
+
+@dataclass(frozen=True)
+class Divided:
+    """The fastest division.
+
+    source, config  what was compiled in it
+    tried           all that were considered, the fastest first
+    """
+
+    source: Source
+    config: ComputeConfig
+    graph: Graph
+    plan: AnyPlan
+    tried: list[Tried]
+
+
+def in_division(source: Source, config: ComputeConfig, division: Division) -> tuple[Source, ComputeConfig]:
+    """What is compiled, and for what, in a division. `source`: with micro-batches of any size"""
+    config = replace(config, plan_ngpus=division.plan_ngpus, micro_batches=division.micro_batches)
+    return source.with_sequences(division.micro_batch_size), config
+
+
+def divide(
+    batch: Batch, source: Source, config: ComputeConfig, hardware: Hardware, times: OperatorTimes | None
+) -> Divided:
+    """The division of least predicted step time, among those that the batch allows.
+
+    source  with micro-batches of any size
+    config  whose plan_ngpus and micro_batches do not count; with explore_pipeline, pipelines are tried too
+
+    Of divisions whose times differ by less than WORTH, the simplest is taken: the one without a pipeline, with the
+    fewest devices a copy, and with the smallest micro-batches.
+
+    Raises UserError where there is no plan.
+    """
+    search = _Search(batch, source, config, hardware, times)
+    divisions = len(search.tried)
+    logger.info(
+        "looking for the fastest of %d ways to divide %d sequences among %d devices; that takes at most about %.0f s",
+        divisions, batch.sequences, batch.runtime_ngpus, search.until - time.process_time(),
+    )  # fmt: skip
+    with quiet("planner", "pipeline", "planning"):
+        search.run()
+    best = search.best()
+    if best is None:
+        best = search.closest()
+        one, alone = in_division(source, config, best.division)
+        best.plan = plan_or_advise(one, search.graph(best.division), alone, hardware, times)
+    chosen = best.division
+    tried = sorted(
+        search.tried,
+        key=lambda one: (one is not best, one.plan is None, min(one.step_seconds, one.bound or inf), one.division),
+    )
+    source, config = in_division(source, config, chosen)
+    assert best.plan is not None
+    runner_up = next((f"; next comes {one.name}, {one.step_seconds:.4g} s" for one in tried[1:] if one.plan), "")
+    logger.info("chosen: %s, %.4g s a step%s", best.name, best.step_seconds, runner_up)
+    return Divided(source, config, search.graph(chosen), best.plan, tried)
+
+
+@dataclass
+class _Search:
+    """The search, which ends when `time.process_time()` is `until`, or else when there is a plan.
+
+    tried   the divisions, in order
+    graphs  size of micro-batch -> the model's graph
+    """
+
+    batch: Batch
+    source: Source
+    config: ComputeConfig
+    hardware: Hardware
+    times: OperatorTimes | None
+    until: float = 0.0
+    tried: list[Tried] = field(default_factory=list)
+    graphs: dict[int, Graph] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.until = time.process_time() + SEARCHES * self.config.search_seconds
+        self.tried = [Tried(division) for division in self.batch.divisions()]
+
+    @property
+    def pipelines(self) -> bool:
+        """Whether plans with a pipeline will do."""
+        return self.config.explore_pipeline and self.config.pipeline_nstages != 1
+
+    @property
+    def alone(self) -> bool:
+        """Whether plans without a pipeline will do."""
+        return self.config.pipeline_schedule is None and self.config.pipeline_nstages in (None, 1)
+
+    def run(self) -> None:
+        """Tries all of them, as far as time allows."""
+        self._find_bounds()
+        if self.alone:
+            self._plan_on_one_axis()
+            self._plan_on_more_axes()
+        if self.pipelines:
+            self._plan_pipelines()
+
+    def graph(self, division: Division) -> Graph:
+        """The graph of the model, for the division's micro-batches."""
+        size = division.micro_batch_size
+        if size not in self.graphs:
+            self.graphs[size] = traced(self.source.with_sequences(size), self.config.trace_strategy)
+        return self.graphs[size]
+
+    def best(self) -> Tried | None:
+        """The simplest of those that are as good as the fastest."""
+        fastest = self._fastest()
+        near = [one for one in self.tried if one.step_seconds <= fastest * (1 + WORTH) and one.plan is not None]
+        return min(near, key=lambda one: (one.pipeline, one.division), default=None)
+
+    def closest(self) -> Tried:
+        """Where there is no plan: what needs least memory."""
+        return min(self.tried, key=lambda one: (inf if one.needed is None else one.needed, one.division))
+
+    def _fastest(self) -> float:
+        return min(one.step_seconds for one in self.tried)
+
+    def _left(self) -> float:
+        return self.until - time.process_time()
+
+    def _find_bounds(self) -> None:
+        """Where few sequences do not fit, more are not asked for."""
+        full: dict[int, Tried] = {}
+        for one in self.tried:
+            split = one.division.plan_ngpus
+            if split in full:
+                one.bound, one.needed = inf, full[split].needed
+                continue
+            if self._left() < 0 and any(0 < other.bound < inf for other in self.tried):
+                continue
+            _, config = in_division(self.source, self.config, one.division)
+            try:
+                one.bound = bound_for(self.graph(one.division), config, self.hardware, self.times)
+                logger.debug("%s: at least %.4g s a step", one.division, one.bound)
+            except NothingFits as refusal:
+                one.bound, one.needed, full[split] = inf, refusal.needed, one
+            except UserError as refusal:
+                one.bound, one.refusal = inf, str(refusal)
+
+    def _plan_on_one_axis(self) -> None:
+        """Plans those whose bounds are near the fastest plan, as their own plans may be too."""
+        possible = [one for one in self.tried if 0 < one.bound < inf]
+        for one in sorted(possible, key=lambda one: (one.bound, one.division)):
+            if one.bound > self._fastest() * (1 + NEAR) or self._is_over(0.0):
+                return
+            self._plan(one, self._meshes(one)[:1])
+
+    def _plan_on_more_axes(self) -> None:
+        """Half of the time that is left is for pipelines, where these will do."""
+        possible = [one for one in self.tried if 0 < one.bound < inf and len(self._meshes(one)) > 1]
+        reserved = self._left() / 2 if self.pipelines else 0.0
+        for one in sorted(possible, key=lambda one: (one.bound, one.division)):
+            if self._fastest() == inf or self._is_over(reserved):
+                return
+            self._plan(one, self._meshes(one)[1:], self._fastest() * (1 - WORTH))
+
+    def _plan_pipelines(self) -> None:
+        """Those first whose stages would be on as many devices as do well with micro-batches of their size."""
+        possible = [one for one in self.tried if one.division.plan_ngpus > 1 and one.division.micro_batches > 1]
+        for one in sorted(possible, key=lambda one: (self._as_pipeline(one.division), one.division)):
+            if self._is_over(0.0):
+                return
+            pipeline = Tried(one.division, pipeline=True)
+            self.tried.append(pipeline)
+            self._plan(pipeline, self._meshes(one), self._fastest() * (1 - WORTH))
+
+    def _as_pipeline(self, division: Division) -> float:
+        """About how many seconds a step would take as a pipeline: those of the division whose copies are as large as a
+        stage, and the time in which a rank has no micro-batch yet, or none any more."""
+        bounds = {(one.division.plan_ngpus, one.division.micro_batch_size): one.bound or inf for one in self.tried}
+        ranks = [ranks for ranks in divisors(division.plan_ngpus) if ranks > 1]
+        return min(
+            bounds.get((division.plan_ngpus // each, division.micro_batch_size), inf)
+            * (1 + (each - 1) / division.micro_batches)
+            for each in ranks
+        )
+
+    def _meshes(self, one: Tried) -> list[Mesh]:
+        _, config = in_division(self.source, self.config, one.division)
+        return config.meshes(self.hardware)
+
+    def _is_over(self, reserved: float) -> bool:
+        """Whether there is a plan, and no more time than what is reserved for others."""
+        return self._fastest() < inf and self._left() <= reserved
+
+    def _plan(self, one: Tried, meshes: Sequence[Mesh], below: float = inf) -> None:
+        """Looks for the plan of a division that takes less than `below` seconds."""
+        _, config = in_division(self.source, self.config, one.division)
+        seconds = min(config.search_seconds, max(self._left(), LEAST_SECONDS))
+        if not one.pipeline:
+            config = replace(
+                config, explore_pipeline=False, pipeline_pivots=(), pipeline_schedule=None, pipeline_nstages=None
+            )
+        config = replace(config, search_seconds=seconds)
+        graph = self.graph(one.division)
+        try:
+            one.plan = plan_for(graph, config, self.hardware, self.times, meshes, not one.pipeline, below)
+        except NotFaster as slower:
+            one.bound = min(one.bound, slower.bound)
+            logger.debug("%s on %s: not below %.4g s a step", one.name, meshes[0], below)
+            return
+        except NothingFits as refusal:
+            one.needed = refusal.needed
+        except UserError as refusal:
+            one.refusal = str(refusal)
+        else:
+            logger.info("%s: %.4g s a step", one.name, one.step_seconds)
+            return
+        one.bound = 0.0 if one.pipeline else inf
+        logger.info("%s: %s", one.name, one.refusal or "does not fit")

@@ -1,0 +1,241 @@
+"""The search over divisions: with plans whose times are written here, and with the planner's own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nnscaler import compiler, division_search, loaded
+from nnscaler.batch import Batch, Division
+from nnscaler.compiler import compile_model
+from nnscaler.config import ComputeConfig
+from nnscaler.division_search import Tried, divide, in_division
+from nnscaler.errors import UserError
+from nnscaler.loaded import division_in
+from nnscaler.models.causal_lm import CausalLM, prepare_config
+from nnscaler.plan import GIB
+from nnscaler.planner import NotFaster, NothingFits
+from nnscaler.planning import plan_for, traced
+from nnscaler.report import explain, read_plan
+from nnscaler.report.divisions import division_lines, division_rows, division_section
+from nnscaler.source import Source
+from tests import tiny
+
+TINY = tiny.config()
+INPUTS = {name: torch.empty((1, tiny.LENGTH), dtype=torch.int64, device="meta") for name in ("input_ids", "labels")}
+
+
+def source() -> Source:
+    prepare_config(TINY, tiny.LENGTH, "eager")
+    return Source(lambda: CausalLM(TINY), INPUTS, torch.float32, tokens=tiny.LENGTH, length=tiny.LENGTH)
+
+
+class World:
+    """A planner whose answers are given. All are by (devices a copy, size of micro-batches).
+
+    bounds  seconds of a step, or what is raised
+    one     of a step, on one mesh axis
+    more    likewise, on two
+    pipes   likewise, as a pipeline
+    """
+
+    def __init__(self, monkeypatch, bounds, one=None, more=None, pipes=None):
+        self.asked: list[tuple] = []
+        self.now = 0.0
+        answers = {"one": one or {}, "more": more or {}, "pipeline": pipes or {}}
+
+        def bound_for(graph, config, hardware, times):
+            self.now += 1.0
+            assert config.micro_batches * graph * 4 // config.plan_ngpus == 8, "the batch is divided"
+            answer = bounds[config.plan_ngpus, graph]
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        def plan_for(graph, config, hardware, times, meshes, alone, below):
+            self.now += 10.0
+            kind = "pipeline" if not alone else "one" if len(meshes[0].sizes) == 1 else "more"
+            assert config.explore_pipeline == (not alone)
+            self.asked.append((kind, config.plan_ngpus, graph, below))
+            answer = answers[kind].get((config.plan_ngpus, graph), 0.0)
+            if isinstance(answer, Exception):
+                raise answer
+            if not answer or answer >= below:
+                raise NotFaster(bounds[config.plan_ngpus, graph] - 0.5 if alone else below)
+            return SimpleNamespace(step_seconds=answer, memory_bytes=GIB, memory_limit=2 * GIB)
+
+        monkeypatch.setattr(division_search, "bound_for", bound_for)
+        monkeypatch.setattr(division_search, "plan_for", plan_for)
+        monkeypatch.setattr(division_search, "traced", lambda source, strategy: source.inputs["input_ids"].shape[0])
+        monkeypatch.setattr(division_search, "time", SimpleNamespace(process_time=lambda: self.now))
+        self.hardware = SimpleNamespace(devices_per_node=8, name="Test")
+
+    def divide(self, **changes):
+        config = ComputeConfig(1, 4, **changes)
+        return divide(Batch(8, 4), source(), config, self.hardware, None)
+
+
+BOUNDS = {
+    (1, 1): 10.0, (1, 2): 9.0, (2, 1): 12.0, (2, 2): 8.0, (2, 4): 7.9, (4, 1): 20.0, (4, 2): 13.0, (4, 4): 7.99,
+    (4, 8): 30.0,
+}  # fmt: skip
+
+
+def test_those_that_promise_most_are_planned_first_and_the_rest_is_not(monkeypatch):
+    world = World(monkeypatch, BOUNDS, {(2, 4): 8.1, (4, 4): 8.05, (2, 2): 8.07})
+    found = world.divide()
+    assert world.asked[:3] == [("one", 2, 4, float("inf")), ("one", 4, 4, float("inf")), ("one", 2, 2, float("inf"))]
+    assert (found.config.plan_ngpus, found.config.micro_batches) == (2, 2), "4 devices save less than 0.5 %"
+    assert found.source.inputs["input_ids"].shape == (2, tiny.LENGTH)
+    assert found.source.tokens == 2 * tiny.LENGTH
+    assert found.tried[0].division == Division(2, 2, 2)
+    assert {(kind, plan) for kind, plan, *_ in world.asked[3:]} == {("more", 4)}, "two devices have one axis"
+    assert {below for *_, below in world.asked[3:]} == {8.05 * 0.995}
+
+
+def test_two_axes_and_pipelines_may_be_faster(monkeypatch):
+    one = {(2, 4): 8.1, (4, 4): 8.05, (2, 2): 8.07}
+    found = World(monkeypatch, BOUNDS, one, more={(4, 2): 7.0}).divide()
+    assert (found.plan.step_seconds, found.config.plan_ngpus, found.config.micro_batches) == (7.0, 4, 4)
+    world = World(monkeypatch, BOUNDS, one, pipes={(2, 2): 7.5})
+    found = world.divide(explore_pipeline=True)
+    assert (found.plan.step_seconds, found.tried[0].pipeline, found.tried[0].division) == (7.5, True, Division(2, 2, 2))
+    pipelines = [asked[1:3] for asked in world.asked if asked[0] == "pipeline"]
+    assert pipelines[0] == (4, 2), "stages of two devices: 8 s with two sequences, and a fourth of it idle"
+    assert (4, 8) not in pipelines, "of one micro-batch"
+    world = World(monkeypatch, BOUNDS, pipes={(4, 1): 9.5})
+    found = world.divide(explore_pipeline=True, pipeline_schedule="1f1b")
+    assert {kind for kind, *_ in world.asked} == {"pipeline"}, "the user wants one"
+    assert found.plan.step_seconds == 9.5
+
+
+def test_what_does_not_fit_is_told_and_more_sequences_are_not_tried(monkeypatch):
+    full = NothingFits("no")
+    full.needed = 5 * GIB
+    bounds = {key: value for key, value in BOUNDS.items() if key[0] > 1} | {
+        (1, 1): full,
+        (2, 1): UserError("dp cannot"),
+    }
+    found = World(monkeypatch, bounds, {(2, 4): 8.1, (4, 4): full, (2, 2): 8.2}).divide()
+    said = {tuple(row[name] for name in ("plan_ngpus", "micro_batch_size")): row for row in division_rows(found, 32)}
+    assert said[2, 4]["why"] == "chosen"
+    assert said[2, 2]["why"] == "1.2 % slower"
+    assert (said[2, 2]["step_seconds"], said[2, 2]["memory_bytes"], said[2, 2]["copies"]) == (8.2, GIB, 2)
+    assert said[2, 2]["tokens_per_second_per_gpu"] == 8 * 32 / 8.2 / 4
+    for unfit in (1, 1), (1, 2), (4, 4):
+        assert said[unfit]["why"] == "does not fit: 3.00 GiB too much, or more"
+    assert said[2, 1]["why"] == "dp cannot"
+    assert (said[4, 8]["why"], said[4, 8]["bound_seconds"]) == ("at least 264.2 % slower", 29.5)
+
+
+def test_the_search_ends_in_time_with_the_best_so_far(monkeypatch):
+    world = World(monkeypatch, BOUNDS, {(2, 4): 8.1, (4, 4): 8.05, (2, 2): 8.07})
+    found = world.divide(search_seconds=1.0)
+    assert world.asked == [("one", 1, 2, float("inf"))] or found.plan is not None
+    assert len(world.asked) == 1, "of nine divisions three were looked at, and one planned"
+    assert "not tried: time was out" in {row["why"] for row in division_rows(found, 32)}
+
+
+def test_where_nothing_fits_the_division_of_least_memory_is_explained(monkeypatch):
+    refusals = {key: NothingFits("no") for key in BOUNDS}
+    for (plan, _), refusal in refusals.items():
+        refusal.needed = 9 * GIB / plan
+    asked = []
+
+    def advise(source, graph, config, hardware, times):
+        asked.append((config.plan_ngpus, graph))
+        raise UserError("no plan fits; what would fit: more")
+
+    world = World(monkeypatch, refusals)
+    monkeypatch.setattr(division_search, "plan_or_advise", advise)
+    with pytest.raises(UserError, match="what would fit: more"):
+        world.divide()
+    assert asked == [(4, 1)]
+
+
+@pytest.mark.parametrize("memory", [6e5, 1e6])
+def test_the_answer_is_the_best_of_all_plans(tmp_path, memory):
+    """Starting an operator takes time, so that larger micro-batches pay; and memory is too small for the largest."""
+    link = {"bandwidth": 1e9, "latency": 1e-6}
+    machine = {"launch": 2e-5, "intra": link, "inter": link, "memory": memory / 0.9, "workspaces": 0.0}
+    config = ComputeConfig(1, 2, hardware=tiny.write_hardware(tmp_path, **machine))
+    hardware, batch = config.find_hardware(), Batch(8, 2)
+    found = divide(batch, source(), config, hardware, None)
+    every = {}
+    for division in batch.divisions():
+        one, divided = in_division(source(), config, division)
+        try:
+            every[division] = plan_for(traced(one, config.trace_strategy), divided, hardware, None).step_seconds
+        except NothingFits:
+            every[division] = float("inf")
+    fastest = min(every.values())
+    assert found.plan.step_seconds <= 1.005 * fastest
+    chosen = found.tried[0].division
+    assert every[chosen] == pytest.approx(found.plan.step_seconds)
+    assert chosen == min(division for division, seconds in every.items() if seconds <= 1.005 * fastest)
+    assert len({round(seconds, 9) for seconds in every.values()}) > 3, "divisions differ"
+    assert (chosen.micro_batch_size > 1) == (memory == 1e6), "larger ones pay where there is room for them"
+
+
+def test_a_plan_that_was_searched_is_used_again_without_a_search(tmp_path, monkeypatch):
+    config = ComputeConfig(1, 2, hardware=tiny.write_hardware(tmp_path))
+    batch, folder = Batch(4, 2, micro_batch_size=2), tmp_path / "code"
+    compile_model(source(), config, folder, batch=batch)
+    division = division_in(folder)
+    assert division in batch.divisions()
+    values = read_plan(folder)
+    assert values["divisions"][0]["why"] == "chosen"
+    assert any("chosen" in line for line in explain(values).splitlines())
+    assert "How the batch is divided" in (folder / "plan.html").read_text()
+    searched = []
+
+    def divide_again(*given):
+        searched.append(given[0])
+        raise UserError("searched")
+
+    monkeypatch.setattr(compiler, "divide", divide_again)
+    loaded._compile_if_needed(source(), config, folder, lambda model: None, batch)
+    assert searched == []
+    for other in replace(batch, sequences=8), replace(batch, micro_batch_size=None):
+        with pytest.raises(UserError, match="searched"):
+            loaded._compile_if_needed(source(), config, folder, lambda model: None, other)
+    smaller = replace(config, gpu_mem_constraint=1.0)
+    with pytest.raises(UserError, match="searched"):
+        loaded._compile_if_needed(source(), smaller, folder, lambda model: None, batch)
+    assert division_in(tmp_path) is None
+
+
+def test_only_the_first_rows_are_shown():
+    row = {
+        "copies": 2, "plan_ngpus": 1, "micro_batches": 3, "micro_batch_size": 4, "pipeline": False, "step_seconds": 2.0,
+        "bound_seconds": None, "tokens_per_second_per_gpu": 1234.0, "memory_bytes": GIB, "why": "chosen",
+    }  # fmt: skip
+    slower = {
+        **row,
+        "pipeline": True,
+        "step_seconds": None,
+        "bound_seconds": 3.0,
+        "memory_bytes": None,
+        "why": "slower",
+    }
+    lines = division_lines({"divisions": [row, *[slower] * 9]})
+    assert [word for word in lines[1].split("  ") if word] == [
+        " 2 x 1",
+        "3 of 4",
+        "2.00 s",
+        "1,234",
+        "1.00 GiB",
+        "chosen",
+    ] or (lines[1].split() == ["2", "x", "1", "3", "of", "4", "2.00", "s", "1,234", "1.00", "GiB", "chosen"])
+    assert lines[2].split()[:9] == ["2", "x", "1,", "pipeline", "3", "of", "4", "≥", "3.00"]
+    assert (len(lines), lines[-1]) == (10, "2 more in plan.json")
+    assert division_lines({}) == []
+    assert division_section({}) == []
+
+
+def test_a_division_says_what_it_is():
+    assert Tried(Division(2, 1, 3)).name == "2 devices a copy, 3 x 1 sequence"
+    assert Tried(Division(1, 4, 1), pipeline=True).name == "1 device a copy, 1 x 4 sequences, as a pipeline"
