@@ -137,6 +137,10 @@ def test_the_search_ends_in_time_with_the_best_so_far(monkeypatch):
     assert world.asked == [("one", 1, 2, float("inf"))] or found.plan is not None
     assert len(world.asked) == 1, "of nine divisions three were looked at, and one planned"
     assert "not tried: time was out" in {row["why"] for row in division_rows(found, 32)}
+    world.asked.clear()
+    world.now = 0.0
+    world.divide(search_seconds=4.0)
+    assert world.asked == [("one", 2, 4, float("inf"))], "all nine have bounds after nine seconds of twelve"
 
 
 def test_where_nothing_fits_the_division_of_least_memory_is_explained(monkeypatch):
