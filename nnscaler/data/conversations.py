@@ -20,7 +20,8 @@ from nnscaler.data.pack import BATCH, WRITTEN, backend_of
 from nnscaler.data.packed import IGNORED
 from nnscaler.data.readers import HALF_PAIR, Row
 from nnscaler.data.sources import Corpus
-from nnscaler.data.written import Ids, writing
+from nnscaler.data.writing import writing
+from nnscaler.data.written import Ids
 from nnscaler.errors import UserError
 
 

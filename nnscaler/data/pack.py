@@ -15,7 +15,8 @@ from nnscaler.data.cut import PIECE, TokenIds, cut_into_pieces
 from nnscaler.data.flow import groups, in_order, one_thread_a_call, with_progress
 from nnscaler.data.readers import Document
 from nnscaler.data.sources import Corpus
-from nnscaler.data.written import Ids, writing
+from nnscaler.data.writing import writing
+from nnscaler.data.written import Ids
 from nnscaler.errors import UserError
 
 BATCH = PIECE  # characters tokenised by one call, about

@@ -1,12 +1,11 @@
-"""Packed rows as they are written: one file that `datasets.load_from_disk` loads, or files of Parquet behind a URL."""
+"""Packed rows as they are written; and the writer of one file, which `datasets.load_from_disk` loads."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -15,34 +14,11 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from nnscaler.data.files import COLUMN, DATA_FILE, DOCUMENT_STARTS, LABELS, PROVENANCE, is_url
+from nnscaler.data.files import COLUMN, DATA_FILE, DOCUMENT_STARTS, LABELS, PROVENANCE
 from nnscaler.data.sources import Corpus
-from nnscaler.directory import new_directory
 
 Ids = np.ndarray[Any, np.dtype[np.int32]]
 Writer = TypeVar("Writer", bound="RowWriter")
-
-
-@contextmanager
-def writing(
-    target: Path | str, corpus: Corpus, length: int, labels: bool, provenance: dict[str, Any]
-) -> Iterator[RowWriter]:
-    """A writer of rows of `length` tokens, made of a corpus.
-
-    target      a new directory, which appears only when it is complete; or a URL, behind which it grows
-    labels      whether rows have a column of labels
-    provenance  of what they are made, and how
-
-    Raises UserError where the target is in use, or cannot be written.
-    """
-    if is_url(str(target)):
-        from nnscaler.data.shards import ShardWriter
-
-        with ShardWriter(str(target), corpus, length, labels, provenance) as shards:
-            yield shards
-    else:
-        with new_directory(Path(target)) as directory, ArrowWriter(directory, length, labels) as writer:
-            yield writer
 
 
 class RowWriter(ABC):
