@@ -177,7 +177,9 @@ def devices(flags: Flags, plan_ngpus: int, left_open: tuple[str, ...]) -> int:
     copy."""
     known = flags["runtime_ngpus"] or os.environ.get("WORLD_SIZE")
     if known is None and "plan_ngpus" in left_open and flags["run_mode"] == "compile":
-        raise UserError("plan_ngpus is auto, and runtime_ngpus is not given; it says how many devices there are")
+        raise UserError(
+            "to divide a global_batch_size, --run_mode compile needs runtime_ngpus: how many devices there are"
+        )
     return int(known or plan_ngpus)
 
 

@@ -62,8 +62,9 @@ def _compile_if_needed(
 ) -> None:
     model, _ = source.build()
     judge(model)
-    division = division_in(folder) if batch is not None else None
-    wanted = in_division(source, config, division) if division is not None else (source, config)
+    division = division_in(folder)
+    possible = batch is not None and division in batch.divisions()  # not where fewer devices are left, say
+    wanted = in_division(source, config, division) if possible and division is not None else (source, config)
     changed = differences(folder, identity(wanted[0], model, wanted[1], batch=batch))
     if changed == []:
         logger.info("using the compiled plan in %s", folder)

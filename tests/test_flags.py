@@ -109,7 +109,7 @@ def test_every_number_has_bounds(monkeypatch, capsys, tmp_path, flag, value):
         (("--warmup_steps", "9", "--max_train_steps", "5"), "warmup_steps is 9; it must be at most max_train_steps=5"),
         (("--plan_ngpus",), "--plan_ngpus: expected one argument"),
         (("--plan_ngpus", "auto"), "plan_ngpus is auto, which needs a global_batch_size"),
-        (("--global_batch_size", "8"), "plan_ngpus is auto, and runtime_ngpus is not given"),
+        (("--global_batch_size", "8"), "to divide a global_batch_size, --run_mode compile needs runtime_ngpus"),
         (
             ("--global_batch_size", "7", "--runtime_ngpus", "4", "--plan_ngpus", "2"),
             "global_batch_size is 7; with runtime_ngpus=4, plan_ngpus=2 (copies of the model: 2) it must be a multiple",
