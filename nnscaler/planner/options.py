@@ -102,21 +102,28 @@ def _cannot_be_pinned(unit: Unit, bounds: Sequence[Bound], mesh: Mesh) -> Cannot
 def assignments(unit: Unit, block: Block, bounds: Sequence[Bound]) -> Iterator[Assignment]:
     """The ways to split all nodes of a unit on one axis such that no tensor inside it needs resharding."""
 
-    def extend(index: int, layouts: dict[str, Placement], chosen: Assignment) -> Iterator[Assignment]:
-        if index == len(unit.nodes):
-            yield chosen
-            return
-        node = unit.nodes[index]
-        for way in bounds[index].splits(1):
-            known = dict(layouts)
-            if all(
-                known.setdefault(name, _seen(place, block.tensors[name])) == _seen(place, block.tensors[name])
-                for name, place in zip(node.inputs, way.inputs)
-            ):
-                known.update(zip(node.outputs, way.outputs))
-                yield from extend(index + 1, known, (*chosen, way))
-
-    yield from extend(0, {}, ())
+    # Not by recursion: a forward that loops over tokens makes units of more operators than Python has levels.
+    layouts: list[dict[str, Placement]] = [{}]  # before each node
+    chosen: list[Split] = []
+    untried = [iter(bounds[0].splits(1))]  # of each node
+    while untried:
+        way = next(untried[-1], None)
+        if way is None:
+            untried.pop()
+            layouts.pop()
+            del chosen[-1:]
+            continue
+        node, known = unit.nodes[len(chosen)], dict(layouts[-1])
+        places = [(name, _seen(place, block.tensors[name])) for name, place in zip(node.inputs, way.inputs)]
+        if any(known.setdefault(name, place) != place for name, place in places):
+            continue
+        if len(chosen) + 1 == len(unit.nodes):
+            yield (*chosen, way)
+            continue
+        known.update(zip(node.outputs, way.outputs))
+        chosen.append(way)
+        layouts.append(known)
+        untried.append(iter(bounds[len(chosen)].splits(1)))
 
 
 def _seen(place: Placement, meta: TensorMeta) -> Placement:
