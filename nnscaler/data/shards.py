@@ -64,7 +64,8 @@ class ShardWriter(RowWriter):
             for one in COUNTED:
                 setattr(self, one, note[one])
             logger.info("%s: going on after %d of %d files", self._url, self._done, len(self._about["files"]))
-        self._note()
+        else:
+            self._note()
 
     def _read(self, name: str) -> dict[str, Any] | None:
         """A note; None: it was cut off while it was written."""
@@ -112,7 +113,7 @@ class ShardWriter(RowWriter):
         note |= {one: getattr(self, one) for one in COUNTED}
         name = f"{self._root}/{UNFINISHED}{self._shards:05d}.json"
         self._system.pipe_file(name, json.dumps(note).encode())
-        pass
+        self._forget(self._shards)
         self._since = 0
 
     def _forget(self, shards: int) -> None:

@@ -22,7 +22,7 @@ from nnscaler.command import run
 from nnscaler.data import pack as packing
 from nnscaler.data import shards
 from nnscaler.data.conversations import Speech, pack_conversations
-from nnscaler.data.files import PROVENANCE
+from nnscaler.data.files import PROVENANCE, UNFINISHED
 from nnscaler.data.shards import ShardWriter
 from nnscaler.data.sources import Corpus, find_corpus
 from nnscaler.data.streamed import StreamedDataset
@@ -103,6 +103,25 @@ def test_text_is_packed_as_in_a_local_dataset_whatever_interrupts(texts, length,
     assert not [name for name in names if name.startswith("unfinished")]
     dataset = StreamedDataset.open(url)
     assert (len(dataset), dataset.sequence_length, dataset.documents) == (len(wanted), length, "document_starts")
+
+
+def test_one_note_says_how_far_an_unfinished_dataset_is(monkeypatch):
+    monkeypatch.setattr(shards, "SHARD", 8)
+    monkeypatch.setattr(shards, "NOTED", 2)
+    corpus = find_corpus(store(new_url(), [[{"text": "a b c d"}]] * 4))
+    original, url = ShardWriter.keep, new_url()
+
+    def keep(self: ShardWriter, kept: dict[str, Any]) -> None:
+        original(self, kept)
+        if self._done == 3:
+            raise StoppedError
+
+    monkeypatch.setattr(ShardWriter, "keep", keep)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=TOKENIZERS["llama3"], bos_token="<s>", eos_token="</s>")
+    with small_pieces(100), pytest.raises(StoppedError):
+        packing.pack(corpus, tokenizer, url, 2, 2, {"tokenizer": "x"})
+    (note,) = MEMORY.glob(f"{url.removeprefix('memory:/')}/{UNFINISHED}*")
+    assert json.loads(MEMORY.cat_file(note))["done"] == 3
 
 
 @given(
