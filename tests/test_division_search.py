@@ -207,11 +207,10 @@ def test_a_plan_that_was_searched_is_used_again_without_a_search(tmp_path, monke
         with pytest.raises(UserError, match="searched"):
             loaded._compile_if_needed(source(), config, folder, lambda model: None, other)
     one_left = replace(config, runtime_ngpus=1), replace(batch, runtime_ngpus=1)
-    monkeypatch.setattr(loaded, "division_in", lambda folder: Division(2, 2, 2))
-    with pytest.raises(UserError, match="searched"):
-        loaded._compile_if_needed(source(), one_left[0], folder, lambda model: None, one_left[1])
-    monkeypatch.undo()
-    monkeypatch.setattr(compiler, "divide", divide_again)
+    with monkeypatch.context() as divided_over_two:
+        divided_over_two.setattr(loaded, "division_in", lambda folder: Division(2, 2, 2))
+        with pytest.raises(UserError, match="searched"):
+            loaded._compile_if_needed(source(), one_left[0], folder, lambda model: None, one_left[1])
     smaller = replace(config, gpu_mem_constraint=1.0)
     with pytest.raises(UserError, match="searched"):
         loaded._compile_if_needed(source(), smaller, folder, lambda model: None, batch)

@@ -29,6 +29,7 @@ from nnscaler.plan import Key
 from nnscaler.planner.choices import Choices
 from nnscaler.planner.costs import GRADIENT_BYTES
 from nnscaler.planner.flows import Flows
+from nnscaler.planner.held import Sum, total
 from nnscaler.planner.problem import Divisible, Flow, Port
 from nnscaler.planner.statement import Account, Quantity, Terms, minus
 
@@ -101,19 +102,15 @@ class InStretch:
         terms."""
         self.statement.above(variable, [*terms, (self.counts[count], most)], -most)
 
-    def _bytes(self, use: Port, flow: Flow, side: str, times: float = 1.0) -> tuple[Terms, float]:
+    def _bytes(self, use: Port, flow: Flow, side: str, times: float = 1.0) -> Sum:
         """Bytes of a flow as a decision makes or uses it: a sum over the decision's options, and its largest value."""
         options = self.problem.decisions[use[0]].options
         sizes = [times * self.problem.costs.local_bytes(flow.meta, getattr(o, side)[use[1]]) for o in options]
         return list(zip(self.choices.x[use[0]], sizes)), max(sizes)
 
-    def _inner_bytes(self, index: int) -> tuple[Terms, float]:
+    def _inner_bytes(self, index: int) -> Sum:
         sizes = [option.inner_bytes for option in self.problem.decisions[index].options]
         return list(zip(self.choices.x[index], sizes)), max(sizes)
-
-    def _sum(self, parts: list[tuple[Terms, float]]) -> tuple[Terms, float]:
-        """The sum of several sums, and its largest value."""
-        return [term for terms, _ in parts for term in terms], sum(most for _, most in parts)
 
     def _whole(self) -> None:
         """The rows (whole) and (levels)."""
@@ -145,7 +142,7 @@ class InStretch:
             terms = [*again, *((x, each * size) for x, size in moved), (self.counts[count], launching)]
             self._where(longer, count, terms, most_again + each * most + launching)
 
-    def _moved(self, count: int) -> tuple[Terms, float]:
+    def _moved(self, count: int) -> Sum:
         """Bytes that are read and written to join pieces, and to add up their gradients, in one call."""
         parts = [
             self._bytes(flow.producer, flow, "outputs", 2 if self.stretch.ends_block else 4) for flow in self.given
@@ -156,9 +153,9 @@ class InStretch:
                 times = 2 if flow.tensor in self.stretch.dims else in_fp32
                 times = 3 * count - 1 if flow.tensor in self.stretch.adds_up else times
                 parts.append(self._bytes(self._uses(flow)[0], flow, "inputs", times))
-        return self._sum(parts)
+        return total(parts)
 
-    def _again(self, count: int) -> tuple[Terms, float]:
+    def _again(self, count: int) -> Sum:
         """Seconds in which pieces run units more often than the level does, and the most of them."""
         terms: Terms = []
         most = 0.0
@@ -199,9 +196,9 @@ class InStretch:
         self.again = self.statement.least(Quantity.BYTES)
         parts = [self._bytes(flow.producer, flow, "outputs") for flow in needed]
         parts += [self._inner_bytes(index) for index in self.own]
-        terms, made = self._sum(parts)
+        terms, made = total(parts)
         self.statement.above(self.again, [*terms, *((a, -made * share) for a, share in self.in_any)])
-        terms, more = self._sum([self._bytes(flow.producer, flow, "outputs") for flow in kept])
+        terms, more = total([self._bytes(flow.producer, flow, "outputs") for flow in kept])
         outer = self.around.any(-more) if self.around else []
         self.statement.above(self.again, [*terms, *self.any(more), *outer], -more)
         self.most = max(made, more)
