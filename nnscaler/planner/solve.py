@@ -80,11 +80,7 @@ def _limit_host(milp: MixedIntegerProgram, program: Program) -> None:
 
 def least_memory(program: Program, seconds: float = inf) -> Solution | None:
     """The solution of least memory, whatever its time. None where none was found in so many seconds."""
-    milp = MixedIntegerProgram(_scale(program.problem, None))
-    milp.add(program.statement)
-    milp.minimise(program.statement.terms(Account.DEVICE), Quantity.BYTES)
-    _limit_host(milp, program)
-    answer = milp.solve(gap=1e-2, seconds=seconds)
+    answer = _for_least_memory(program).solve(gap=1e-2, seconds=seconds)
     assert answer is not None, "without a limit there is always a plan"
     return None if answer.values is None else program.solution(answer.values)
 
@@ -97,13 +93,17 @@ def least_seconds(program: Program) -> float:
     return answer.bound
 
 
-def least_bytes(program: Program) -> float:
-    """Bytes a device that no solution takes less than: those where choices may be made in parts."""
+def _for_least_memory(program: Program) -> MixedIntegerProgram:
     milp = MixedIntegerProgram(_scale(program.problem, None))
     milp.add(program.statement)
     milp.minimise(program.statement.terms(Account.DEVICE), Quantity.BYTES)
     _limit_host(milp, program)
-    answer = milp.solve(gap=0.0, relaxed=True)
+    return milp
+
+
+def least_bytes(program: Program) -> float:
+    """Bytes a device that no solution takes less than: those where choices may be made in parts."""
+    answer = _for_least_memory(program).solve(gap=0.0, relaxed=True)
     assert answer is not None, "without a limit there is always a plan"
     return answer.bound
 
