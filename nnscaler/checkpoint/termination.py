@@ -1,4 +1,4 @@
-"""On SIGTERM, the state after the last whole step is saved at once, whatever the current step is doing.
+"""On SIGTERM and ctrl-C, the state after the last whole step is saved at once, whatever the current step is doing.
 
 torchrun ends its processes 30 s after SIGTERM, and a step may take minutes. But weights and moments change only in the
 update at the end of a step. Between two updates, a thread can save what the last one left, beside the computation. The
@@ -25,6 +25,8 @@ import torch.distributed as dist
 
 logger = logging.getLogger(__name__)
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_AGAIN = 1.0  # seconds after which a further ctrl-C is the user's: before, torchrun may have passed the first one on
 _POLL = 1.0  # seconds between two looks at whether another rank was told to end
 _ASK = 0.05  # seconds between two looks at the others' answers
 _PATIENCE = 60.0  # seconds for all ranks to answer
@@ -32,7 +34,7 @@ _BUSY, _LEAVING = -1, -2  # answers that are no step
 
 
 class Termination:
-    """A context in which SIGTERM does not end the process.
+    """A context in which neither SIGTERM nor the first ctrl-C ends the process.
 
     store   of the ranks; None: there is one rank
     name    another one at each start of the processes, since the store may outlive them
@@ -51,26 +53,33 @@ class Termination:
         self._leaving = False
         self._signals, self._wake = os.pipe()
         self._thread = threading.Thread(target=self._run, daemon=True, name="termination")
-        self._previous: tuple[object, int] | None = None
+        self._interrupted: float | None = None  # when the first ctrl-C came
+        self._previous: tuple[list[object], int] | None = None
 
     @property
     def told(self) -> bool:
         """Whether this rank knows that the run is to end."""
         return self._told.is_set()
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether this process got a ctrl-C."""
+        return self._interrupted is not None
+
     def __enter__(self) -> Termination:
         self._thread.start()
         if threading.current_thread() is threading.main_thread():
             os.set_blocking(self._wake, False)
-            handler = signal.signal(signal.SIGTERM, self._on_sigterm)
-            # The handler runs between two lines of Python, which a long backward pass may put off; this does not wait.
-            self._previous = handler, signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+            handlers: list[object] = [signal.signal(number, self._on_signal) for number in _SIGNALS]
+            # A handler runs between two lines of Python, which a long backward pass may put off; this does not wait.
+            self._previous = handlers, signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._previous is not None:
             signal.set_wakeup_fd(self._previous[1])
-            signal.signal(signal.SIGTERM, self._previous[0])  # type: ignore[arg-type]
+            for number, handler in zip(_SIGNALS, self._previous[0]):
+                signal.signal(number, handler)  # type: ignore[arg-type]
         self.leave()
         os.write(self._wake, b"\0")
         self._thread.join(timeout=_PATIENCE)
@@ -81,7 +90,12 @@ class Termination:
         """From now on there are no updates, and the rank saves by itself. To be called while `updating` is held."""
         self._leaving = True
 
-    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            self._interrupted = self._interrupted or now
+            if now - self._interrupted > _AGAIN:
+                raise KeyboardInterrupt
         self._told.set()
 
     def _run(self) -> None:
@@ -90,6 +104,7 @@ class Termination:
                 if self._leaving:
                     return
             self._told.set()
+            logger.info("told to end: what the last step left is saved, the current step is given up (ctrl-C: at once)")
             if self._store is not None:
                 self._store.set(f"terminate/{self._name}", "")
             asked = 0
@@ -102,7 +117,7 @@ class Termination:
     def _is_told(self) -> bool:
         """Whether some rank has got the signal. Looks for _POLL seconds, or until this rank has."""
         readable, _, _ = select.select([self._signals], [], [], _POLL)
-        if readable and signal.SIGTERM in os.read(self._signals, 64):
+        if readable and not set(_SIGNALS).isdisjoint(os.read(self._signals, 64)):
             return True
         return self.told or (self._store is not None and self._store.check([f"terminate/{self._name}"]))
 

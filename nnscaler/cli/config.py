@@ -215,8 +215,8 @@ class CheckpointConfig:
 
     directory: Path = path(Path("checkpoints"), "folder for checkpoints, one folder a run", flag="checkpoint_dir")
     interval: int | None = whole(
-        100, "steps between checkpoints; 0: not by steps. There is always one of the last step, and on SIGTERM one of "
-        "the step then reached", flag="checkpoint_interval", optional=True, least=0, most=MOST_STEPS,
+        100, "steps between checkpoints; 0: not by steps. There is always one of the last step, and on SIGTERM or "
+        "ctrl-C one of the step then reached", flag="checkpoint_interval", optional=True, least=0, most=MOST_STEPS,
     )  # fmt: skip
     minutes: float = number(
         0.0, "minutes between checkpoints; 0: not by time", flag="checkpoint_minutes", least=0, most=1e6

@@ -218,7 +218,7 @@ class TrainingRun:
                         report["epoch"] = self.consumed / len(self.dataset)
                         report |= {f"samples/{name}": seen for name, seen in self._seen().items()}
                 if evaluation is not None and evaluation.is_due(self.step, last):
-                    with progress.paused():  # and SIGTERM may save meanwhile
+                    with progress.paused():  # and a signal may save meanwhile
                         evaluated = evaluation.run()
                     self.eval_loss = evaluated.get("eval_loss")
                     report |= evaluated
@@ -235,12 +235,14 @@ class TrainingRun:
             self.optimizer.finish()
             self.saver.finish()
         if self.rank == 0:
-            reason = "stopped by SIGTERM at" if self.step < self.steps else "trained to"
+            reason = "stopped by a signal at" if self.step < self.steps else "trained to"
             saved = "no checkpoints" if args.checkpoint.interval is None else f"checkpoints in {self.folder}"
             logger.info("%s step %d; %s", reason, self.step, saved)
             logger.info(self.length.describe(self.consumed))
             for name, seen in self._seen().items():
                 logger.info("%s: %s seen", name, counted(seen, "sample"))
+        if termination.interrupted:
+            raise KeyboardInterrupt
 
     def _termination(self) -> Termination:
         store = self.watch.store if self.watch is not None else None

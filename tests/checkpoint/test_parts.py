@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import random
+import signal
 import struct
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -277,3 +280,28 @@ def test_another_rank_s_signal_is_seen_in_the_store(asking: Any, monkeypatch: py
     alone._told.set()
     assert alone._is_told()
     assert alone._answers(0, 3) == {3}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_a_second_ctrl_c_ends_at_once(
+    number: int, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(termination, "_POLL", 5.0)
+    monkeypatch.setattr(termination, "_AGAIN", 0.2)
+    handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
+    saved = threading.Event()
+    told = Termination(None, "a", lambda: 3, saved.set)
+    with caplog.at_level(logging.INFO, "nnscaler"), told:
+        signal.raise_signal(number)
+        assert saved.wait(4.0), "the thread does not wait for its next look"
+        assert told.told
+        assert told.interrupted == (number == signal.SIGINT)
+        signal.raise_signal(number)  # as torchrun does, which passes on what the terminal has sent to all
+        time.sleep(0.25)
+        if number == signal.SIGINT:
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
+        else:
+            signal.raise_signal(number)
+    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert "told to end: what the last step left is saved" in caplog.text

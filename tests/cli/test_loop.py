@@ -44,7 +44,8 @@ class Rows(list):
 class Run(TrainingRun):
     """Five steps of two micro-batches of one sample, on two copies: 4 samples each, of 18 in all."""
 
-    def __init__(self, args: TrainerArgs = ARGS, told_at: int = 99) -> None:
+    def __init__(self, args: TrainerArgs = ARGS, told_at: int = 99, interrupted: bool = False) -> None:
+        self.interrupted = interrupted
         self.args, self.rank, self.device, self.watch = args, 0, torch.device("cpu"), None
         self.dataset, self.mesh, self.share = Rows(range(40)), Mesh((1,), 2), Share(0, 2, 1, 2)
         self.step, self.consumed, self.seed, self.steps, self.saved = 0, 0, 9, 5, 0
@@ -75,6 +76,7 @@ class Run(TrainingRun):
 
         class Termination:
             updating = nullcontext()
+            interrupted = own.interrupted
 
             @property
             def told(self) -> bool:
@@ -240,7 +242,11 @@ def test_a_run_that_is_told_to_stop_saves_what_the_last_update_left(fakes, caplo
     assert len(run.updates) == 2
     assert len(run.trained) == 3, "the step that is under way is given up"
     assert [state.step for state, _ in run.saves] == [2]
-    assert "stopped by SIGTERM at step 2; checkpoints in " in caplog.text
+    assert "stopped by a signal at step 2; checkpoints in " in caplog.text
+    run = Run(told_at=3, interrupted=True)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert [state.step for state, _ in run.saves] == [2], "after ctrl-C too, and then the command ends as one does"
 
 
 def test_what_is_not_finite_is_saved_only_at_the_end(fakes, caplog):
