@@ -50,7 +50,7 @@ def identity(
         "dtype": str(source.dtype),
         "config": {
             **asdict(config),
-            "recompute_modules": list(config.recompute_modules or [None]),
+            "recompute_modules": None if config.recompute_modules is None else list(config.recompute_modules),
             "pipeline_pivots": list(config.pipeline_pivots),
             "pas_policy": _content(config.pas_policy),
         },

@@ -2,14 +2,17 @@
 
 import functools
 import importlib
+import json
 import os
 import sys
+from dataclasses import fields
 
 import pytest
 import torch
 from torch import nn
 
 from nnscaler import ComputeConfig, Source, UserError, compile_model, register_op
+from nnscaler.batch import Batch
 from nnscaler.compiler import check_replaceable, differences, identity
 from nnscaler.directory import check_name
 from nnscaler.operators import registry
@@ -176,3 +179,60 @@ def test_names_are_names(name):
     with pytest.raises(UserError, match="it names folders"):
         check_name(name)
     check_name("Llama-3_8B.long@128k")
+
+
+# For each field of a configuration, values that are neither each other's nor the default.
+OTHERS = {
+    "plan_ngpus": (2, 4), "runtime_ngpus": (8, 4), "trace_strategy": ("meta",), "pas_policy": ("dp", "tp"),
+    "gpu_mem_constraint": (1.0, 2.0), "offload": ("off",), "host_mem_constraint": (0.0, 3.0),
+    "recompute_modules": ((), ("A",), ("A", "B")), "micro_batches": (2, 3), "hardware": ("h100", "h200"),
+    "devices_per_node": (2, 4), "search_seconds": (1.0, 2.0), "explore_pipeline": (True,),
+    "pipeline_pivots": (("A",), ("B",)), "pipeline_schedule": ("1f1b", "zb-v"), "pipeline_nstages": (2, 4),
+}  # fmt: skip
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Of what takes long to find out, nothing differs."""
+    for name in ("observed", "_package_digest", "all_registered"):
+        monkeypatch.setattr(f"nnscaler.identity.{name}", lambda *given: [])
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(ComputeConfig)])
+def test_each_field_of_a_configuration_counts(tmp_path, quick, name):
+    model = nn.Linear(2, 2)
+    source = Source(lambda: model, {"x": torch.zeros(2, 2)})
+    seen = [identity(source, model, ComputeConfig(1, 16, hardware="a100"))]
+    for value in OTHERS[name]:
+        config = ComputeConfig(1, 16, hardware="a100")
+        object.__setattr__(config, name, value)  # whatever else would have to go with it
+        wanted = identity(source, model, config)
+        for other in seen:
+            (tmp_path / "compiled.json").write_text(json.dumps(other))
+            assert any(f"config.{name}: " in text for text in differences(tmp_path, wanted)), value
+        seen.append(wanted)
+    (tmp_path / "compiled.json").write_text(json.dumps(wanted))
+    assert differences(tmp_path, wanted) == []
+
+
+def test_what_else_a_compile_depends_on(tmp_path, monkeypatch, quick):
+    config, model = ComputeConfig(hardware="a100"), nn.Linear(2, 2)
+
+    def of(shape=(2, 2), kind=torch.float32, dtype=torch.bfloat16, name="x", batch=None):
+        source = Source(lambda: model, {name: torch.zeros(shape, dtype=kind)}, dtype)
+        return identity(source, model, config, batch=batch)
+
+    (tmp_path / "compiled.json").write_text(json.dumps(of()))
+    assert differences(tmp_path, of()) == []
+    for changed in (
+        of((2, 3)), of(kind=torch.int64), of(dtype=torch.float32), of(name="y"), of(batch=Batch(8, 1)),
+    ):  # fmt: skip
+        assert differences(tmp_path, changed)
+    (tmp_path / "compiled.json").write_text(json.dumps(of(batch=Batch(8, 1))))
+    for batch in (Batch(16, 1), Batch(8, 2), Batch(8, 1, 1), Batch(8, 1, None, 2), Batch(8, 1, None, None, 4)):
+        assert differences(tmp_path, of(batch=batch))
+    (tmp_path / "compiled.json").write_text(json.dumps(of()))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert differences(tmp_path, of()) == ["deterministic: compiled False, wanted True"]
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.float64)
+    assert len(differences(tmp_path, of())) == 2

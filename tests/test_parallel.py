@@ -241,3 +241,41 @@ def test_what_a_loop_may_get_wrong_is_one_line(model, tmp_path):
         parallelize(Words, batch(0), ComputeConfig(1, 2), folder=tmp_path / "two")
     with pytest.raises(UserError, match=r"forward gives \[3, 2\]; what is trained must give one number"):
         parallelize(nn.Linear(4, 2), (torch.zeros(3, 4),), folder=tmp_path / "scores")
+
+
+class Dropping(Words):
+    """Drops some of what it embeds."""
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        return super().forward(ids, targets) + nn.functional.dropout(self.embed(ids), 0.5).square().sum()
+
+
+def test_all_of_an_optimizer_s_state_is_taken(tmp_path):
+    """Counts that differ, as a step has changed nothing; a rate that a scheduler has changed; and what is dropped."""
+    make = lambda seed: parallelize(  # noqa: E731
+        Dropping, batch(0), ComputeConfig(), OptimizerConfig(lr=0.01), folder=tmp_path / "words", seed=seed
+    )
+    model, other = make(5), make(5)
+    model.optimizer.param_groups[0]["lr"] = 0.003
+    for number in range(3):
+        loss = model.step([batch(number)])
+        model.optimizer._pending = (1.0, loss * (float("nan") if number == 1 else 1.0))
+        model.optimizer.step()
+    weights, state = model.state_dict(), model.optimizer.state_dict()
+    assert (state["steps"], state["taken"], state["lr"]) == (2, 3, 0.003)
+    other.load_state_dict(weights)
+    other.optimizer.load_state_dict(state)
+    found = other.optimizer.state_dict()
+    assert found.keys() == state.keys()
+    for name, value in state.items():
+        same = torch.equal(value, found[name]) if isinstance(value, Tensor) else value == found[name]
+        assert same, name
+        assert not isinstance(value, Tensor) or value.any(), name
+    assert other.optimizer._sharded.steps == 2
+    assert other.step([batch(3)]).item() == model.step([batch(3)]).item(), "what is dropped depends on all steps"
+    for each in (model, other):
+        each.optimizer.step()
+    assert_equal(other.state_dict(), model.state_dict())
+    del state["taken"]
+    other.optimizer.load_state_dict(state)
+    assert other.optimizer._taken == 2, "older ones do not say"

@@ -27,6 +27,7 @@ from nnscaler.cli.loop import TrainingRun
 from nnscaler.config import ComputeConfig, OptimizerConfig
 from nnscaler.data.training import Share
 from nnscaler.errors import UserError
+from nnscaler.hardware import load_hardware
 from nnscaler.mesh import Mesh
 
 ARGS = TrainerArgs(
@@ -170,7 +171,7 @@ def fakes(monkeypatch) -> list:
     monkeypatch.setattr(loop, "ExpertLoads", lambda axes: loads)
     profiler = nullcontext()
     profiler.step = lambda: asked.append("profiled")
-    monkeypatch.setattr(loop, "StepProfiler", lambda *given: profiler)
+    monkeypatch.setattr(loop, "StepProfiler", lambda *given: asked.append(("profiles", *given)) or profiler)
     return asked
 
 
@@ -206,7 +207,8 @@ def test_steps_rates_reports_and_saves(fakes, caplog):
 def test_what_is_logged_and_how_large_a_step_is(fakes):
     run = Run()
     run.train()
-    (samples, given), size, log = fakes[:3]
+    (samples, given), size, profiles, log = fakes[:4]
+    assert profiles == ("profiles", None, {})
     assert samples == ("first", 9, 18)
     assert given == (8, run.share, -100, run.device, False)
     assert (size.samples, size.tokens, size.mesh, size.flops, size.peak) == (4, 8, Mesh((1,), 2), (1.0, 1.0), None)
@@ -320,3 +322,159 @@ def test_training_releases_the_folder_that_it_holds(fakes):
     with pytest.raises(TypeError):
         run.train()
     assert released == [5, 0]
+
+
+def test_a_run_goes_on_at_its_step(fakes):
+    """After three steps of five: rates, what is dropped at random, samples and the bar are those of the rest."""
+    run = Run(replace(ARGS, log=LogConfig(interval=1, profile=Path("prof"))))
+    run.step = run.saved = 3
+    run.consumed, run.module.predicted_seconds = 12, {"matmul": 1.0}
+    run.train()
+    assert run.trained == [([12, 13], 9, 3), ([14, 15], 9, 4)]
+    assert [rate for _, rate, _ in run.updates] == pytest.approx([0.5 * 0.5, 0.5 * 0.25])
+    assert ("profiles", Path("prof"), {"matmul": 1.0}) in fakes
+    assert ((Path("runs"), "llama-2", "own"), "own", 5, 3, None) in fakes
+    assert [(state.step, state.consumed, state.loss) for state, _ in run.saves] == [(5, 18, 50.0)]
+
+
+def test_what_a_run_is_for_goes_to_weights_and_biases(fakes):
+    run = Run(replace(ARGS, log=LogConfig(interval=2)))
+    object.__setattr__(run.args.log, "report_to", "wandb")
+    run.train()
+    (about,) = [one[-1] for one in fakes if isinstance(one, tuple) and one[1:2] == ("own",)]
+    assert about == {
+        "name": "llama", "seed": 9, "devices": 2, "lr": 0.5, "schedule": "linear", "warmup_steps": 1, "minimum": 0.0,
+        "steps": 5,
+    }  # fmt: skip
+
+
+def test_a_validation_is_told_how_rows_are_read(monkeypatch):
+    """With the label that counts for nothing, and documents apart; it goes on while nobody is told to stop."""
+    monkeypatch.setattr(loop, "Evaluation", lambda *given: given)
+    run, steps = Run(), []
+    assert run._evaluation(None) is None
+    data = SimpleNamespace(ignored_label=-7, document_mask=True)
+    validation = SimpleNamespace(dataset="rows")
+    run.args = SimpleNamespace(evaluation=validation, dataset=data)
+    run.watch, run.step = SimpleNamespace(reached=steps.append), 4
+    termination = SimpleNamespace(told=False)
+    *given, go_on = run._evaluation(termination)
+    assert given == [validation, "rows", run.module, run.share, -7, run.device, True]
+    assert go_on()
+    termination.told = True
+    assert not go_on()
+    assert steps == [4, 4]
+
+
+class Parts(list):
+    """A mixture's, as far as it is asked."""
+
+    sequence_length, names = 8, ("a", "b")
+
+    def described(self) -> dict[str, list[int]]:
+        return {"a": [30, 3], "b": [10, 1]}
+
+    def seen(self, seed: int, consumed: int) -> list[int]:
+        assert seed == 9
+        return [consumed - 2, 2]
+
+
+def test_what_is_seen_of_each_part_of_a_mixture_is_reported(fakes, monkeypatch, caplog):
+    monkeypatch.setattr(loop, "Mixture", Parts)
+    run = Run()
+    run.dataset = Parts(range(40))
+    with caplog.at_level(logging.INFO, "nnscaler"):
+        run.train()
+    assert [(row["samples/a"], row["samples/b"]) for _, row in wrote(fakes)] == [(6, 2), (14, 2), (16, 2)]
+    assert caplog.messages[-2:] == ["a: 16 samples seen", "b: 2 samples seen"]
+    assert run._state().mixture == {"a": [30, 3], "b": [10, 1]}
+
+
+@pytest.fixture
+def begun(monkeypatch) -> SimpleNamespace:
+    """What a run is begun with: all that it is made of only writes down what it is given."""
+    said = SimpleNamespace(loaded=[], made={}, state=None)
+
+    def initialise(*given: object) -> None:
+        said.loaded.append(("initialised", *given))
+
+    class Loaded:
+        def __init__(self, *given: object) -> None:
+            said.made["model"] = given
+            self.module = SimpleNamespace(axes=SimpleNamespace(replica=1), named_parameters=lambda: [])
+            self.optimizer = SimpleNamespace(load_masters=lambda: said.loaded.append("masters"))
+            self.mesh, self.fixed, self.initialise = Mesh((1,), 2), ["fixed"], initialise
+            self.model = SimpleNamespace(named_parameters=lambda: [("a.lora_A.x", None), ("b.weight", None)])
+
+    def record(name: str, result: object = None):
+        return lambda *given: said.made.update({name: given}) or result
+
+    def resume(paths, *given):
+        said.loaded.append(("resumed", paths))
+        return paths[0], said.state
+
+    monkeypatch.setattr(loop, "LoadedModel", Loaded)
+    monkeypatch.setattr(loop, "resume", resume)
+    monkeypatch.setattr(
+        loop, "load_weights", lambda folder, module, model, prefix: said.loaded.append((folder, prefix))
+    )
+    figures = {"micro_batch_flops": 30.0, "micro_batch_flops_causal": 12.0}
+    monkeypatch.setattr(loop, "read_plan", record("plan", {"predicted": figures}))
+    saver = SimpleNamespace(predict_seconds=lambda: said.loaded.append("predicted"))
+    monkeypatch.setattr(loop, "Saver", record("saver", saver))
+    monkeypatch.setattr(loop, "Due", record("due"))
+    monkeypatch.setattr(loop, "random_states", record("random", "states"))
+    monkeypatch.setattr(TrainingRun, "_claim_folder", record("claim", (Path("runs/llama"), "own")))
+    return said
+
+
+BEGUN = replace(
+    ARGS, micro_batch_size=3, seed=4, max_train_steps=9, model=replace(ARGS.model, save_assets=print),
+    compute=replace(ARGS.compute, hardware="h100"), checkpoint=CheckpointConfig(interval=6, minutes=2.5),
+)  # fmt: skip
+
+
+def begin(args: TrainerArgs = BEGUN, resume_from: list[Path] | None = None) -> TrainingRun:
+    source = SimpleNamespace(dtype=torch.bfloat16)
+    return TrainingRun(
+        args, Path("code"), torch.device("cpu"), source, Rows(range(40)), resume_from or [], None, ["job"]
+    )
+
+
+def test_a_run_is_begun_anew(begun):
+    run = begin()
+    assert begun.loaded == [("initialised", 4), "predicted"]
+    assert (run.step, run.consumed, run.seed, run.loss, run.saved, run.steps) == (0, 0, 4, None, 0, 9)
+    assert (run.share, run.flops) == (Share(1, 2, 3, 2), (10.0, 4.0)), "of a sequence"
+    assert run.peak == load_hardware("h100").flops["bfloat16"]
+    assert (run.folder, run.run, run.random, run.finite.skipped) == (Path("runs/llama"), "own", "states", 0)
+    assert begun.made["due"] == (6, 2.5)
+    assert begun.made["claim"][1:] == (None, None, ["job"])
+    assert begun.made["model"] == (Path("code"), begun.made["model"][1], BEGUN.optimizer, run.device)
+    folder, optimizer, fixed, device, assets, check = begun.made["saver"]
+    assert (folder, optimizer, fixed, device, assets) == (run.folder, run.optimizer, ["fixed"], run.device, print)
+    check()
+    weights = replace(
+        BEGUN, model=replace(BEGUN.model, weights=Path("own")), checkpoint=CheckpointConfig(interval=None)
+    )
+    begun.loaded.clear()
+    begin(weights)
+    assert begun.loaded == [(Path("own"), "model."), ("initialised", 4, ["a.lora_A.x"]), "masters"]
+    assert begun.made["due"] == (0, 0.0)
+
+
+def test_a_run_is_begun_where_another_was(begun, tmp_path):
+    state = Run()._state()
+    begun.state = replace(state, step=7, consumed=21, seed=11, loss=1.5, updates=5, samples=40)
+    run = begin(resume_from=[tmp_path, Path("older")])
+    assert begun.loaded == [("resumed", [tmp_path, Path("older")]), "predicted"]
+    assert (run.step, run.consumed, run.seed, run.loss, run.saved) == (7, 21, 11, 1.5, 7)
+    assert run.finite.skipped == 2
+    assert begun.made["claim"][1] == tmp_path
+    begun.state = replace(begun.state, updates=None)
+    assert begin(resume_from=[tmp_path / "merged.ckpt"]).finite.skipped == 0, "older ones do not say"
+    assert begun.made["claim"][1] is None, "a file is no run's"
+    begun.state = None
+    run = begin(resume_from=[tmp_path])
+    assert (run.step, run.consumed, run.seed) == (0, 0, 4), "weights alone"
+    assert begun.made["claim"][1] is None

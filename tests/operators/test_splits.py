@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nnscaler.graph import Node, TensorMeta
+from nnscaler.graph import Node, Ref, TensorMeta
 from nnscaler.operators import bind, operator_of
+from nnscaler.operators.attention import attention
 from nnscaler.operators.experts import experts
 from nnscaler.operators.pointwise import broadcast
 from nnscaler.operators.registry import no_flops
@@ -127,3 +128,41 @@ def test_figures_of_experts_by_hand():
     assert operator.workspace(sizes, node, inputs) == 6 * 2 * (2 * 5 + 2 * 14 + 2 * 7)
     # Of two devices, a token's two choices reach one and a half on average.
     assert operator.exchanges["t n"](sizes, 2, inputs) == 3 * 1.5 * 5 * 2
+
+
+def test_figures_of_attention_by_hand():
+    """2 sequences of 6 rows and 8 keys of size 5, values of size 3, 4 heads that share 2: backward sums in fp32."""
+    sizes = {"b": 2, "k": 2, "g": 2, "l": 6, "s": 8, "d": 5, "e": 3}
+    shapes = [(2, 4, 6, 5), (2, 2, 8, 5), (2, 2, 8, 3)]
+    inputs = [TensorMeta(shape, torch.bfloat16) for shape in shapes]
+    operator, given = attention.operator, tuple(map(Ref, "qkv"))
+    node = Node("", "attention", given, {}, ())
+    queries, keys, values = 2 * 4 * 6 * 5, 2 * 2 * 8 * 5, 2 * 2 * 8 * 3
+    assert operator.workspace(sizes, node, inputs) == 4 * (queries + keys + values)
+    assert operator.workspace({**sizes, "g": 1}, node, inputs) == 4 * queries, "each head has keys of its own"
+    each = 2 * 2 * 4 * (5 + 3)  # of a row and a key
+    assert operator.unmasked(sizes, node) == each * 6 * 8
+    assert operator.flops(sizes, node) == each * (3 + 4 + 5 + 6 + 7 + 8), "the last row has the place of the last key"
+    assert operator.backward_ratio(node, inputs) == (3 * 5 + 2 * 3) / (5 + 3)
+    # Of documents of 4 tokens, a row sees two and a half on average; all of them, without a mask.
+    node.kwargs["document_length"] = 4
+    assert operator.flops(sizes, node) == each * 6 * 2.5
+    assert operator.unmasked(sizes, node) == each * 6 * 4
+    node.kwargs["document_length"] = 100
+    assert operator.unmasked(sizes, node) == each * 6 * 8, "no more than there are"
+    node.kwargs = {"window": (1, None)}
+    assert operator.flops(sizes, node) == each * 6 * 2
+    node.kwargs = {"window": (None, 1), "is_causal": False}
+    assert operator.flops(sizes, node) == each * (4 + 5 + 6 + 7 + 8 + 8)
+
+
+def test_a_mask_has_a_byte_for_what_may_be_dropped():
+    numbers = [TensorMeta((size,), torch.int64) for size in (4, 6)]
+    x, draws, place = (
+        TensorMeta((4, 6, 5), torch.bfloat16),
+        TensorMeta((1, 5), torch.int64),
+        TensorMeta((), torch.int64),
+    )
+    keeps = operator_of(Node("", "nnscaler.dropout.default", (), {}, ())).keeps
+    assert keeps({}, None, [x, draws, place, *numbers]) == 24, "features are dropped together"
+    assert keeps({}, None, [x, draws, place, *numbers, TensorMeta((5,), torch.int64)]) == 120
