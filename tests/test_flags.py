@@ -16,7 +16,15 @@ import ckpt_merger
 import create_mini_model
 import train
 from nnscaler.batch import Batch, Division
-from nnscaler.cli.config import CheckpointConfig, EvaluationConfig, LogConfig, LRSchedulerConfig, TrainerArgs
+from nnscaler.cli.config import (
+    AdapterConfig,
+    CheckpointConfig,
+    DatasetConfig,
+    EvaluationConfig,
+    LogConfig,
+    LRSchedulerConfig,
+    TrainerArgs,
+)
 from nnscaler.cli.flags import Flags, parse
 from nnscaler.command import run
 from nnscaler.config import ComputeConfig, OptimizerConfig
@@ -378,3 +386,52 @@ def test_files_are_listed_up_to_three():
     assert [bookcorpus.listed(files[:count]) for count in (1, 3, 4, 6)] == [
         "a", "a, b, c", "a, b, c and 1 more file", "a, b, c and 3 more files",
     ]  # fmt: skip
+
+
+# What a flag needs beside it; and what is given where any text will not do.
+NEEDS = {
+    "pipeline_pivots": ("--explore_pipeline",), "pipeline_schedule": ("--explore_pipeline",),
+    "pipeline_nstages": ("--explore_pipeline",), "document_length": ("--document_mask",),
+    "global_batch_size": ("--runtime_ngpus", "5"),
+    "lora_alpha": ("--lora_rank", "4"), "lora_target_modules": ("--lora_rank", "4"),
+}  # fmt: skip
+GIVEN = {"hardware": "h100", "trace_strategy": "meta", "dataset_path": "there", "eval_dataset_path": "there"}
+GIVES = {int: ("5", 5), float: ("0.25", 0.25), bool: ("true", True), dict: ("a=1", {"a": "1"})}
+FLAGS = [(cls, name, rule) for cls in train.GROUPS.values() for name, rule in rules_of(cls).items()]
+
+
+@pytest.mark.parametrize(("cls", "field", "rule"), FLAGS, ids=lambda value: value if isinstance(value, str) else "")
+def test_every_flag_of_train_arrives_where_it_is_read(monkeypatch, tmp_path, cls, field, rule):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nnscaler.cli.config.find_spec", lambda package: package)
+    (tmp_path / "there").mkdir()
+    others = [choice for choice in rule.allowed() or () if choice != rule.default]
+    text = GIVEN.get(field) or (others[-1] if others else "other")
+    value = {Path: Path(text), tuple: (text,), str: text}.get(rule.kind)
+    text, value = GIVES.get(rule.kind, (text, value))
+    assert value != rule.default, "it would not show"
+    given = (*PLAN, *NEEDS.get(field, ()), f"--{rule.flag or field}", text)
+    monkeypatch.setattr(sys, "argv", ["train.py", *given])
+    flags, inputs, args = train.read_flags()
+    place = {
+        train.Inputs: inputs, AdapterConfig: flags.make(AdapterConfig), DatasetConfig: flags.make(DatasetConfig),
+        TrainerArgs: args, ComputeConfig: args.compute, OptimizerConfig: args.optimizer,
+        LRSchedulerConfig: args.lr_scheduler, EvaluationConfig: args.evaluation, CheckpointConfig: args.checkpoint,
+        LogConfig: args.log,
+    }[cls]  # fmt: skip
+    assert getattr(place, field) == value
+
+
+def test_what_no_flag_says_is_as_the_readme_has_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *PLAN])
+    _, _, args = train.read_flags()
+    assert (args.name, args.optimizer.lr, args.compute.micro_batches, args.micro_batch_size) == ("llama", 5e-5, 4, 1)
+    assert (args.optimizer.betas, args.optimizer.eps) == ((0.9, 0.95), 1e-8)
+    assert (args.optimizer.weight_decay, args.optimizer.clip_gnorm) == (0.1, 1.0)
+    schedule = args.lr_scheduler
+    assert (schedule.schedule, schedule.warmup_steps, schedule.minimum) == ("cosine", 0, 0.1)
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert train.read_flags()[2].compute.runtime_ngpus == 6, "as many as torchrun has started"
+    monkeypatch.setattr(sys, "argv", ["train.py", *PLAN, "--plan_ngpus", "2", "--runtime_ngpus", "4"])
+    assert train.read_flags()[2].compute.runtime_ngpus == 4

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from nnscaler.batch import Batch, Division
 from nnscaler.checkpoint import resume
 from nnscaler.cli import trainer
 from nnscaler.cli.config import CheckpointConfig, DatasetConfig, ModelConfig, TrainerArgs
@@ -71,3 +75,89 @@ def test_what_is_compiled(monkeypatch):
     assert Trainer(ARGS).gen_folder == Path(".nnscaler/llama")
     with pytest.raises(UserError, match="training needs a dataset_path"):
         Trainer(ARGS)._dataset()
+
+
+@pytest.fixture
+def running(monkeypatch) -> list:
+    """What a trainer asks others for, in order; each only writes it down."""
+    asked: list = []
+
+    @contextmanager
+    def compiled(*given):
+        asked.append(("compiled", *given))
+        yield
+        asked.append("it may be compiled anew")
+
+    class Run:
+        def __init__(self, *given: object) -> None:
+            asked.append(("run", *given))
+
+        def train(self) -> None:
+            asked.append("trained")
+
+    def where_to_begin(*given: object) -> tuple[list[Path], Path]:
+        asked.append(("begin", *given))
+        return [Path("newest"), Path("older")], Path("own folder")
+
+    monkeypatch.setattr("nnscaler.loaded.compiled", compiled)
+    monkeypatch.setattr("nnscaler.cli.loop.TrainingRun", Run)
+    monkeypatch.setattr("nnscaler.checkpoint.resume.where_to_begin", where_to_begin)
+    monkeypatch.setattr("nnscaler.checkpoint.owner.job", lambda: "job")
+    monkeypatch.setattr(trainer, "compile_model", lambda *given: asked.append(("compile", *given)))
+    monkeypatch.setattr(Trainer, "_source", lambda self: "source")
+    monkeypatch.setattr(Trainer, "_dataset", lambda self: "rows")
+    monkeypatch.setattr(Trainer, "_judge", lambda self, dataset: asked.append(("judged", dataset)))
+    monkeypatch.setattr(Trainer, "_judge_ids", lambda self, dataset: asked.append(("judged ids", dataset)))
+    monkeypatch.setattr(Trainer, "_check_weights", lambda self, *given: asked.append(("weights", *given)))
+    return asked
+
+
+def test_a_run_is_judged_then_compiled_then_loaded_and_trained(running):
+    args = replace(ARGS, checkpoint=CheckpointConfig(directory=Path("kept"), resume=Path("from")))
+    object.__setattr__(args, "evaluation", SimpleNamespace(dataset="validation"))
+    one = Trainer(args)
+    one.run()
+    compiled = running.pop(3)
+    assert compiled[:5] == ("compiled", "source", args.compute, Path(".nnscaler/llama"), torch.device("cpu"))
+    compiled[5]("model")
+    assert running.pop() == ("weights", [Path("newest"), Path("older")], "model")
+    assert compiled[6] is None
+    begin = [Path("newest"), Path("older")], Path("own folder")
+    assert running == [
+        ("judged", "rows"), ("judged ids", "validation"), ("begin", Path("kept"), Path("from"), ["job"]),
+        ("run", one.args, Path(".nnscaler/llama"), torch.device("cpu"), "source", "rows", *begin, ["job"], None),
+        "it may be compiled anew", "trained",
+    ]  # fmt: skip
+
+
+def test_a_batch_that_the_planner_divides_is_trained_as_it_did(running, monkeypatch):
+    compute = ComputeConfig(1, 1)
+    open_ = ("plan_ngpus", "micro_batch_size", "micro_batches")
+    args = replace(ARGS, compute=compute, global_batch_size=8, left_open=open_)
+    monkeypatch.setattr("nnscaler.loaded.division_in", lambda folder: Division(1, 2, 4))
+    one = Trainer(args)
+    batch = one.batch
+    assert batch == Batch(8, 1)
+    one.run()
+    assert running[2][0] == "compiled"
+    assert running[2][6] == batch
+    assert running[3][:2] == ("run", one.args)
+    assert (one.args.micro_batch_size, one.args.compute.micro_batches, one.args.batch) == (2, 4, None)
+    alone = Trainer(replace(args, global_batch_size=1))
+    assert alone.batch is None, "there is nothing to choose"
+    assert (alone.args.micro_batch_size, alone.args.compute.micro_batches) == (1, 1)
+
+
+def test_a_plan_is_compiled_by_one_process(running, monkeypatch):
+    args = replace(ARGS, run_mode="compile", explain=True)
+    Trainer(args).run()
+    assert running == [("compile", "source", args.compute, Path(".nnscaler/llama"), True, None)]
+    running.clear()
+    level = logging.getLogger("nnscaler").level
+    monkeypatch.setenv("RANK", "1")
+    try:
+        Trainer(args).run()
+        assert running == []
+        assert logging.getLogger("nnscaler").level == logging.ERROR, "one rank reports"
+    finally:
+        logging.getLogger("nnscaler").setLevel(level)

@@ -1,0 +1,87 @@
+"""What train.py makes of its flags, a model's configuration and a dataset."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import train
+from chunk_linear_cross_entropy import in_chunks
+from nnscaler.cli.config import TrainerArgs
+from nnscaler.models import causal_lm, files
+from tests import tiny
+
+
+@pytest.fixture
+def made(monkeypatch, tmp_path):
+    """Called with flags: the arguments of a run, and what the model and its files were asked for."""
+    monkeypatch.chdir(tmp_path)
+    tiny.write_model(Path("model"), bos_token_id=1, eos_token_id=2)
+    tiny.write_dataset(Path("data"), rows=4, starts=[[0, 8]] * 4)
+    tiny.write_dataset(Path("validation"), rows=4, starts=[[0, 4]] * 4)
+    asked = SimpleNamespace()
+    monkeypatch.setattr(causal_lm, "CausalLM", lambda *given: given)
+    monkeypatch.setattr(causal_lm, "prepare_config", lambda config, *given: setattr(asked, "prepared", given))
+    monkeypatch.setattr(files, "find_weights", lambda model_id: f"weights of {model_id}")
+    monkeypatch.setattr(files, "AssetWriter", lambda *given: given)
+
+    def make(*flags: str) -> tuple[TrainerArgs, SimpleNamespace]:
+        monkeypatch.setattr(sys, "argv", ["train.py", "--model_id", "model", "--precision", "bf16", *flags])
+        return train.complete(*train.read_flags()), asked
+
+    return make
+
+
+def test_a_model_as_it_is(made):
+    args, asked = made("--dataset_path", "data", "--document_mask")
+    model = args.model
+    config, *given = model.make()
+    assert given == [None, 20, None], "8 x 8 / 32 + 24 x 24 / 32 tokens of the document of a token"
+    assert asked.prepared == (24, "auto", True)
+    assert (model.weights, model.weight_prefix, model.vocabulary) == ("weights of model", "model.", tiny.VOCABULARY)
+    assert (model.marks, model.name) == ({"bos": [1], "eos": [2]}, "model")
+    assert model.save_assets == (config, "bfloat16", "model", Path("data"), 24, None)
+    assert list(model.instead) == ["--enable-chunk-loss"]
+    assert model.instead["--enable-chunk-loss"]() == (config, in_chunks, 20, None)
+    assert args.dataset.dataset.sequence_length == tiny.LENGTH
+    assert args.evaluation.dataset is None
+
+
+def test_a_model_as_flags_have_it(made):
+    args, asked = made(
+        "--dataset_path", "data", "--eval_dataset_path", "validation", "--document_mask", "--enable-chunk-loss",
+        "--attn_implementation", "sdpa", "--set", "hidden_act=gelu", "--lora_rank", "4", "--eval_interval", "7",
+        "--precision", "fp32", "--resume_path", "data", "--name", "own", "--document_length", "20",
+    )  # fmt: skip
+    config, loss, document, adapters = args.model.make()
+    assert (config.hidden_act, loss, document) == ("gelu", in_chunks, 20)
+    assert (adapters.r, adapters.lora_alpha, adapters.base_model_name_or_path) == (4, 8, "model")
+    assert asked.prepared == (28, "sdpa", True), "the validation's documents are longer"
+    assert args.model.weights is None, "they are those of what is resumed"
+    assert args.model.weight_prefix == "model.base_model.model."
+    assert args.model.save_assets[1:] == ("float32", "model", Path("data"), 28, adapters)
+    assert args.model.instead == {}, "it is done"
+    assert (args.evaluation.interval, args.evaluation.dataset.path.name) == (7, "validation")
+
+
+def test_a_plan_needs_no_weights_and_says_how_it_is_made(made):
+    args, asked = made(
+        "--run_mode", "compile", "--sequence_length", "16", "--plan_ngpus", "2", "--hardware", "h100", "--name", "own",
+        "--seed", "7", "--micro_batch_size", "3", "--set", "hidden_act=gelu", "--enable-chunk-loss", "--document_mask",
+        "--search_seconds", "5", "--checkpoint_interval", "9",
+    )  # fmt: skip
+    assert args.model.weights is None
+    assert args.model.save_assets[3:5] == (None, 16)
+    assert asked.prepared == (16, "auto", True)
+    assert args.command.split()[:4] == ["train.py", "--run_mode", "compile", "--model_id"]
+    for flag in (
+        "--model_id model", "--set hidden_act=gelu", "--enable-chunk-loss", "--sequence_length 16", "--document_mask",
+        "--document_length 16", "--plan_ngpus 2", "--runtime_ngpus 2", "--hardware h100", "--micro_batch_size 3",
+        "--precision bf16", "--search_seconds 5.0",
+    ):  # fmt: skip
+        assert f" {flag} " in f"{args.command} "
+    for flag in ("--name", "--seed", "--checkpoint_interval", "--dataset_path"):
+        assert flag not in args.command, "the plan does not depend on it"
