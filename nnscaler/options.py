@@ -136,7 +136,12 @@ class Rule:
         elif self.kind in (int, float):
             with suppress(ValueError):
                 value = self.kind(text)
-        self.check(name, value)
+        try:
+            self.check(name, value)
+        except UserError as error:
+            if self.or_auto:
+                raise UserError(f"{error}, or auto") from None
+            raise
         return value
 
 

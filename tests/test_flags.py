@@ -116,6 +116,10 @@ def test_every_number_has_bounds(monkeypatch, capsys, tmp_path, flag, value):
         (("--enable-chunk-los",), "there is no flag --enable-chunk-los; did you mean --enable-chunk-loss?"),
         (("--warmup_steps", "9", "--max_train_steps", "5"), "warmup_steps is 9; it must be at most max_train_steps=5"),
         (("--plan_ngpus",), "--plan_ngpus: expected one argument"),
+        (
+            ("--plan_ngpus", "two"),
+            "plan_ngpus is 'two'; it must be a whole number, at least 1 and at most 1,048,576, or auto",
+        ),
         (("--plan_ngpus", "auto"), "plan_ngpus is auto, which needs a global_batch_size"),
         (("--global_batch_size", "8"), "to divide a global_batch_size, --run_mode compile needs runtime_ngpus"),
         (

@@ -82,7 +82,7 @@ class StreamedDataset:
             columns = [field.name for field in schema if pa.types.is_nested(field.type)]
             if COLUMN not in columns:
                 raise UserError(f"{flag} is '{path}', whose rows have no column '{COLUMN}'")
-            with opened(system, found[0][0]) as file:
+            with reading(Path(found[0][0])), opened(system, found[0][0]) as file:
                 first = next(pq.ParquetFile(file).iter_batches(1, columns=[COLUMN])).column(0)[0]
             length = len(first)
         except UserError:
@@ -149,7 +149,7 @@ class StreamedDataset:
 
 
 def _footer(system: Any, name: str) -> pq.FileMetaData:
-    with opened(system, name) as file:
+    with reading(Path(name)), opened(system, name) as file:
         return pq.ParquetFile(file).metadata
 
 

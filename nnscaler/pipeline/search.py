@@ -86,7 +86,7 @@ def find_pipeline(
     nodes_to_recompute(graph, recompute_modules or ())  # all are known, though not to every stage
     schedules = candidates(wanted, meshes[0].plan_ngpus, len(begins := pivots(graph, wanted.pivots)), micro_batches)
     best: Plan | PipelinePlan | None = None
-    refused = ""
+    refused, unpiped = "", None
     if None in schedules:
         try:
             with quiet("planner"):
@@ -98,7 +98,7 @@ def find_pipeline(
         except NotFaster as slower:
             logger.info("without a pipeline: at least %.4g s a step", slower.bound)
         except UserError as error:
-            refused = f"without a pipeline: {error}"
+            refused, unpiped = f"without a pipeline: {error}", error
             logger.info("%s", refused)
 
     def planners(until: float, **saving: Any) -> dict[int, StagePlanner]:
@@ -123,8 +123,17 @@ def find_pipeline(
     if search.best is None and below < inf:
         raise NotFaster(below)
     if search.best is None:
-        raise NothingFits(f"no pipeline fits; the last that was tried, {search.refused}")
+        raise _nothing_fits(unpiped, search.refused)
     return search.best
+
+
+def _nothing_fits(unpiped: UserError | None, last: str) -> NothingFits:
+    """unpiped: why no plan without a pipeline does, if that was tried; last: which pipeline was tried last, and its
+    refusal"""
+    refusal = NothingFits(f"{f'{unpiped}; ' if unpiped else ''}no pipeline fits; the last that was tried, {last}")
+    if isinstance(unpiped, NothingFits):
+        refusal.needed = unpiped.needed
+    return refusal
 
 
 @dataclass

@@ -28,8 +28,9 @@ def would_help(plan: AnyPlan, replan: Replan) -> list[dict[str, Any]]:
     helps   whether these are more
     """
     advice = []
-    for change, what in _changes(plan):
-        logger.info("what would help: planning with %s", what)
+    changes = list(_changes(plan))
+    for number, (change, what) in enumerate(changes, 1):
+        logger.info("what would help, %d of %d: planning with %s", number, len(changes), what)
         try:
             found = replan(change)
         except UserError as error:

@@ -111,6 +111,12 @@ def test_another_schedule_where_the_best_holds_too_much(tmp_path):
     assert small.memory_bytes <= limit
     with pytest.raises(UserError, match="no pipeline fits; the last that was tried, zb-v, 4 stages"):
         found(limit, Wanted(schedule="zb-v"))
+    with pytest.raises(
+        NothingFits, match=r"^no plan fits: needs .*; no pipeline fits; the last that was tr"
+    ) as refusal:
+        found(1e3, Wanted())
+    assert refusal.value.needed is not None, "so that advice can begin with what is needed"
+    assert refusal.value.needed > 1e3
 
 
 def test_estimates_are_no_higher_than_plans(tmp_path):
