@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush
 from itertools import product
 
 from nnscaler.annotation import Bound, Split
@@ -101,11 +102,11 @@ def _cannot_be_pinned(unit: Unit, bounds: Sequence[Bound], mesh: Mesh) -> Cannot
 
 def assignments(unit: Unit, block: Block, bounds: Sequence[Bound]) -> Iterator[Assignment]:
     """The ways to split all nodes of a unit on one axis such that no tensor inside it needs resharding."""
-
-    # Not by recursion: a forward that loops over tokens makes units of more operators than Python has levels.
+    # Not by recursion: a forward that loops makes units of more operators than Python has levels.
+    order = _neighbours_first(unit)
     layouts: list[dict[str, Placement]] = [{}]  # before each node
     chosen: list[Split] = []
-    untried = [iter(bounds[0].splits(1))]  # of each node
+    untried = [iter(bounds[order[0]].splits(1))]  # of each node
     while untried:
         way = next(untried[-1], None)
         if way is None:
@@ -113,17 +114,41 @@ def assignments(unit: Unit, block: Block, bounds: Sequence[Bound]) -> Iterator[A
             layouts.pop()
             del chosen[-1:]
             continue
-        node, known = unit.nodes[len(chosen)], dict(layouts[-1])
+        node, known = unit.nodes[order[len(chosen)]], dict(layouts[-1])
         places = [(name, _seen(place, block.tensors[name])) for name, place in zip(node.inputs, way.inputs)]
+        places += zip(node.outputs, way.outputs)
         if any(known.setdefault(name, place) != place for name, place in places):
             continue
         if len(chosen) + 1 == len(unit.nodes):
-            yield (*chosen, way)
+            yield tuple(split for _, split in sorted(zip(order, (*chosen, way)), key=lambda one: one[0]))
             continue
-        known.update(zip(node.outputs, way.outputs))
         chosen.append(way)
         layouts.append(known)
-        untried.append(iter(bounds[len(chosen)].splits(1)))
+        untried.append(iter(bounds[order[len(chosen)]].splits(1)))
+
+
+def _neighbours_first(unit: Unit) -> list[int]:
+    """The unit's nodes by number, such that each has, if it can, a tensor of those before it, which leaves it few ways.
+
+    Ways that contradict each other are so met early: not only at a node that joins the results of many.
+    """
+    users: dict[str, list[int]] = {}
+    for number, node in enumerate(unit.nodes):
+        for name in {*node.inputs, *node.outputs}:
+            users.setdefault(name, []).append(number)
+    order: dict[int, None] = {}
+    near: list[int] = []
+    for first in range(len(unit.nodes)):
+        heappush(near, first)
+        while near:
+            number = heappop(near)
+            if number in order:
+                continue
+            order[number] = None
+            for name in (*unit.nodes[number].inputs, *unit.nodes[number].outputs):
+                for user in users.pop(name, ()):
+                    heappush(near, user)
+    return list(order)
 
 
 def _seen(place: Placement, meta: TensorMeta) -> Placement:

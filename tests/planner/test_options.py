@@ -5,11 +5,15 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from nnscaler.annotation import Split
+from nnscaler.graph import Block, Node, Ref, TensorMeta
 from nnscaler.mesh import Mesh
+from nnscaler.operators import bind
 from nnscaler.placement import REPLICATE, SHARED, Shard
-from nnscaler.planner.options import divides, layouts_of, local_sizes
+from nnscaler.planner.options import assignments, divides, layouts_of, local_sizes
+from nnscaler.units import Unit
 
 
 def test_a_tensor_is_whole_or_divided_where_it_divides():
@@ -33,3 +37,19 @@ def test_sizes_on_a_device():
     assert local_sizes(bound, [rows, rows], Mesh((4, 4))) is None
     assert local_sizes(bound, [none, both], Mesh((5, 4))) is None
     assert bound.sizes == {"b": 8, "l": 6}
+
+
+def test_many_that_are_joined_are_split_as_one():
+    """Each of 40 operators may be split in several ways; as they are joined, all in the same one."""
+    meta, names = TensorMeta((4, 6), torch.float32, True), [f"t{i}" for i in range(40)]
+    nodes = [Node(f"made_{name}", "aten.exp.default", (Ref(f"in_{name}"),), {}, (f"made_{name}",)) for name in names]
+    parts = [Ref(node.name) for node in nodes]
+    joined = Node("joined", "aten.stack.default", (parts, 1), {}, ("joined",))
+    tensors = {name: meta for node in nodes for name in (node.name, *node.inputs)}
+    block = Block("block", "Block", tensors=tensors | {"joined": TensorMeta((4, 40, 6), torch.float32, True)})
+    unit = Unit("cheap", [*nodes, joined])
+    found = list(assignments(unit, block, [bind(node, block) for node in unit.nodes]))
+    assert [{split.outputs for split in one[:-1]} for one in found] == [
+        {(place,)} for place in (REPLICATE, Shard(0), Shard(1))
+    ]
+    assert [one[-1].outputs for one in found] == [(REPLICATE,), (Shard(0),), (Shard(2),)]
