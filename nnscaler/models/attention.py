@@ -68,7 +68,12 @@ CAUSAL = Seen(right=0)
 
 def _attention_by(kernel: str) -> Callable[..., tuple[Tensor, None]]:
     def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Seen | Tensor | None, **options: Any
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Seen | Tensor | None,  # some models give it by this name
+        **options: Any,
     ) -> tuple[Tensor, None]:
         """transformers' attention interface: query [b, h, l, d], key and value [b, k, l, d] -> [b, l, h, e].
 
@@ -76,9 +81,9 @@ def _attention_by(kernel: str) -> Callable[..., tuple[Tensor, None]]:
         """
         where = type(module).__name__
         is_causal = options.pop("is_causal", None)
-        if mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-            mask = CAUSAL
-        seen = Seen() if mask is None else mask
+        seen = Seen() if attention_mask is None else attention_mask
+        if attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+            seen = CAUSAL
         if not isinstance(seen, Seen):
             raise UserError(f"{where} gives attention a mask of its own, which is not supported; {_OWN_ATTENTION}")
         if in_rows.get() is not None and seen.documents is None:

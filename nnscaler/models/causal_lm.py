@@ -190,7 +190,7 @@ def prepare_config(config: PretrainedConfig, positions: int, implementation: str
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model_class is None:
         raise UserError(f"{config.model_type} is not a causal language model of transformers, which train.py trains")
-    if config.get_text_config() is not config:
+    if not _is_text_alone(config):
         raise UserError(f"{config.model_type} is more than a language model; give the directory of its language model")
     config.use_cache = False
     set_attention(config, implementation, model_class)
@@ -198,6 +198,13 @@ def prepare_config(config: PretrainedConfig, positions: int, implementation: str
     if documents:
         check_documents(config, model_class)
     check_positions(config, positions)
+
+
+def _is_text_alone(config: PretrainedConfig) -> bool:
+    try:
+        return config.get_text_config() is config
+    except ValueError:  # it has several models of text inside
+        return False
 
 
 def count_parameters(config: PretrainedConfig) -> int:

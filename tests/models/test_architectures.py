@@ -148,7 +148,8 @@ def test_options_nobody_has_heard_of_are_refused():
     causal, weights = attend(module, q, q, q, None, scaling=None, dropout=0.0, news=None, output_attentions=False)
     assert weights is None
     assert not torch.equal(causal, attend(module, q, q, q, None, is_causal=False)[0])
-    assert torch.equal(causal, attend(module, q, q, q, Seen(right=0), is_causal=False)[0])  # the mask is what counts
+    by_name = attend(module, q, q, q, attention_mask=Seen(right=0), is_causal=False)[0]
+    assert torch.equal(causal, by_name)  # the mask is what counts
     with pytest.raises(UserError, match="asks attention for the option news"):
         attend(module, q, q, q, None, news=1.0)
     with pytest.raises(UserError, match="a mask of its own"):
@@ -191,6 +192,7 @@ def test_positions_beyond_those_of_the_model(caplog):
         prepare_config(config_of("gpt2"), 100, "auto")
 
 
-def test_models_that_are_more_than_text():
-    with pytest.raises(UserError, match="gemma3 is more than a language model"):
-        prepare_config(AutoConfig.for_model("gemma3"), 8, "auto")
+@pytest.mark.parametrize("name", ["gemma3", "musicgen"])
+def test_models_that_are_more_than_text(name):
+    with pytest.raises(UserError, match=f"{name} is more than a language model"):
+        prepare_config(AutoConfig.for_model(name), 8, "auto")
