@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from nnscaler.errors import UserError
 from nnscaler.graph import Block, Call, Graph, TensorMeta
+from nnscaler.operators.own_backward import functions_are_operators
 from nnscaler.trace.convert import CallTarget, Converter
 from nnscaler.trace.decompose import decompose, written
 from nnscaler.trace.digest import digest
@@ -55,9 +56,10 @@ def trace(
     execution = None
     if chosen.device is not None:
         device = torch.device(chosen.device)
-        execution = execute(model, find_repeated(model), example_inputs, buffers, device, chosen.offload, seed)
+        with functions_are_operators():
+            execution = execute(model, find_repeated(model), example_inputs, buffers, device, chosen.offload, seed)
     mode = fake_mode()
-    with fake_weights(model, mode), _values_are_not_read():
+    with fake_weights(model, mode), _values_are_not_read(), functions_are_operators():
         inputs = {name: fake(mode, tensor) for name, tensor in example_inputs.items()}
         exporter = _Exporter(mode, execution or observe(model, find_repeated(model), inputs, mode))
         with recording(exporter.observation, chosen.reuse) as session:
@@ -77,7 +79,7 @@ def trace(
 def observed(model: nn.Module, example_inputs: Mapping[str, Tensor]) -> str:
     """The `record` that a graph of the model would have, under strategies that do not execute it."""
     mode = fake_mode()
-    with fake_weights(model, mode), _values_are_not_read():
+    with fake_weights(model, mode), _values_are_not_read(), functions_are_operators():
         inputs = {name: fake(mode, tensor) for name, tensor in example_inputs.items()}
         return observe(model, find_repeated(model), inputs, mode).key
 

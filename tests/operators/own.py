@@ -86,6 +86,31 @@ class Negated(torch.autograd.Function):
         return gradient * -2
 
 
+class Rounded(torch.autograd.Function):
+    """Elementwise, with the gradient of what it rounds. Not registered."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, step: float) -> Tensor:
+        ctx.step = step
+        return (x / step).round() * step
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient.clamp(-1, 1), None
+
+
+class Centred(torch.autograd.Function):
+    """Not elementwise, and its gradient is another one's. Not registered."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x - x.mean(1, keepdim=True)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient * 2
+
+
 scaled = register_op("row column, column -> row column")(Scaled.apply)
 negated = register_op("* -> *")(Negated.apply)
 
@@ -124,4 +149,5 @@ class Net(nn.Module):
         x = negated(first + positive * sums[:, None])
         x = scaled(x, v[4], 0.5) + scaled(x, v[4])
         x = compiled(x, v[5], power=3)
+        x = Centred.apply(Rounded.apply(x, 0.25) + Negated.apply(x))
         return F.cross_entropy(product(x, self.matrices[1]), y)

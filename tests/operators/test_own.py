@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nnscaler import ComputeConfig, Source, UserError, compile_model, register_op, verify_op
+from nnscaler.operators.own_backward import annotation_of
 from tests import plainly, tiny
 from tests.operators import own
 
@@ -24,7 +25,7 @@ def test_operators_of_all_kinds_split_over_two_processes_are_the_plain_functions
     torch.manual_seed(0)
     plainly.check(tmp_path, {"own": plainly.Case(own.Net(), [batch(number) for number in range(3)])})
     split = {op for op, name in plainly.splits(tmp_path / "own") if name != "-"}
-    assert split >= {*(f"own_{kind}" for kind in KINDS), "Scaled", "Negated"}
+    assert split >= {*(f"own_{kind}" for kind in KINDS), "Scaled", "Negated", "own_backward"}
     code = (tmp_path / "own" / "gencode_stage0.py").read_text()
     assert "imported('tests.operators.own', 'squashed')" in code
     assert "imported('tests.operators.own', 'Side')['RIGHT']" in code
@@ -54,6 +55,59 @@ def test_annotations_of_all_kinds_can_be_tried(function, args, kwargs, names):
 def test_several_results_do_not_depend_on_each_others_columns():
     with pytest.raises(UserError, match="split along 'column' over 2 devices: output 1 differs"):
         verify_op(register_op("row column+ -> row column, row", name="own_wrong")(lambda x: (x, x.argmax(1))), (X,))
+
+
+class BySize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x * len(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class Dropped(BySize):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x * torch.rand_like(x)
+
+
+class InPlace(BySize):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x.mul_(2))
+        return x
+
+
+class Read(BySize):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x * x.sum().item()
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "annotation"),
+    [
+        (own.Rounded, (X, 0.5), "d0 d1 -> d0 d1"),
+        (own.Rounded, (X[:1], 0.5), "1 d1 -> 1 d1"),
+        (own.Rounded, (X.sum(), 0.5), "() -> ()"),
+        (own.Centred, (X,), "4 6 -> 4 6"),
+        (own.Scaled, (X, VECTOR), "4 6, 6 -> 4 6"),  # the weight's gradient is a sum
+        (BySize, (X,), "4 6 -> 4 6"),
+    ],
+)
+def test_a_backward_of_its_own_is_split_where_all_is_elementwise(function, args, annotation):
+    assert annotation_of(function, args) == annotation
+
+
+@pytest.mark.parametrize(
+    ("function", "wrong"),
+    [(Dropped, "draws random numbers"), (InPlace, "writes into its arguments"), (Read, r"cannot be traced: .*item")],
+)
+def test_a_backward_of_its_own_that_cannot_be_an_operator_is_refused_by_name(function, wrong):
+    with pytest.raises(UserError, match=f"{function.__name__} {wrong}"):
+        annotation_of(function, (X,))
 
 
 class Unwritable:

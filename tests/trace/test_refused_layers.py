@@ -20,6 +20,9 @@ class Sign(torch.autograd.Function):
         return gradient
 
 
+signed = Sign.apply  # taken before tracing begins
+
+
 def counts(layer):
     layer.calls = getattr(layer, "calls", 0) + 1
     return float(layer.calls)
@@ -87,7 +90,7 @@ REFUSED = {
     ),
     "batch norm": (lambda: Stack([nn.BatchNorm1d(4)]), "changes buffer 'layers.0.num_batches_tracked'"),
     "a backward": (
-        stack(lambda layer: Sign.apply(layer.linear.weight).sum()),
+        stack(lambda layer: signed(layer.linear.weight).sum()),
         r"Sign, .*py:\d+, has a backward of its",
     ),
     "a gradient's hook": (
