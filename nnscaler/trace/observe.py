@@ -86,7 +86,7 @@ class Observation:
         def take(path: str, *call: Any) -> Any:
             return self.call_module(path, *call) if path else whole(path, *call)
 
-        with intercepted(model, [*paths, ""], take), operators_call(self.call_operator):
+        with intercepted(model, [*paths, ""], take), operators_call(self.call_operator), self.recorder.loops.watched():
             model(**inputs)
         for path, record in self._records:
             if record.outside:

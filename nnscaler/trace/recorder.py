@@ -27,6 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from nnscaler.constants import constant_text
 from nnscaler.errors import UserError
 from nnscaler.trace.digest import digest
+from nnscaler.trace.loops import Loops
 from nnscaler.trace.own_code import is_own_code, line_of
 
 _IN_BACKWARD = {"register_hook", "register_post_accumulate_grad_hook", "backward", "retain_grad"}
@@ -137,6 +138,7 @@ class Recorder(Outline):
         self._home: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> (record that made it, its name there)
         self._values: dict[int, tuple[Tensor, str]] = {}  # of constants, which are kept alive, by id
         self._fixed: dict[int | None, str] = {}  # what forward must not change, by id of its storage
+        self.loops = Loops(model)
         for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
             self._fixed.update({_storage(tensor): f"{kind} '{name}'" for name, tensor in named})
 
@@ -192,7 +194,9 @@ class Recorder(Outline):
         text = self._text((args, kwargs or {}), record)  # before the call, which may write into its arguments
         result = super().__torch_function__(func, types, args, kwargs)
         if self.matters(name, result):
-            self.write(f"{name} {self.line()} {torch.is_grad_enabled()} {text}")
+            line = self.line()
+            self.loops.count(line)
+            self.write(f"{name} {line} {torch.is_grad_enabled()} {text}")
             self.results(result)
         return result
 

@@ -78,7 +78,18 @@ def unregistered():
     return model()
 
 
+def loops(layer):
+    total = layer.linear.weight[0]
+    for _ in range(3000):
+        total = total * 0.5
+    return total
+
+
 REFUSED = {
+    "a long loop": (
+        stack(loops),
+        r"forward of Layer 'layers.0' calls torch more than 2000 times, \d+ of them at test_refused_layers.py:\d+: a l",
+    ),
     "a counter": (stack(counts), "sets layers.0.calls.*changes from one call to the next"),
     "a shared counter": (shared_count, r"forward of 'layers.0' computes changes from one call to the next"),
     "a buffer": (stack(updates, buffer), r"changes buffer 'layers.0.held' at test_refused_layers.py:\d+"),
