@@ -22,6 +22,7 @@ from nnscaler.models.balance import balancing_loss, report_routers, routers_met
 from nnscaler.models.documents import Documents, check_documents, rows_hold
 from nnscaler.models.experts import divide_gates, set_experts
 from nnscaler.models.positions import check_positions
+from nnscaler.models.scans import make_scans_operators
 from nnscaler.trace import build_on_meta
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.model = build(config)
         divide_gates(self.model)
+        make_scans_operators(self.model)
         self.balanced = bool(getattr(config, "output_router_logits", False))
         if self.balanced:
             report_routers(self.model)

@@ -13,6 +13,7 @@ from nnscaler.operators import (
     pooling,
     random,
     reduce,
+    scans,
     view,
 )
 from nnscaler.operators.register import register_op
@@ -38,6 +39,7 @@ __all__ = [
     "reduce",
     "register_op",
     "registered",
+    "scans",
     "spell",
     "verify_op",
     "view",

@@ -84,6 +84,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "gpt_oss": {},
     "mamba": {},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "expand": 2, "state_size": 8, "n_groups": 2, "chunk_size": 8},
+    "qwen3_next": {
+        "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
     "rwkv": {},
     "t5": {},
     "bert": {},

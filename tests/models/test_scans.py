@@ -1,0 +1,66 @@
+"""What runs over tokens in state-space layers and linear attention is one operator, split over samples and channels."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+
+from nnscaler import verify_op
+from nnscaler.models.causal_lm import CausalLM, prepare_config
+from nnscaler.models.scans import SCANS
+from nnscaler.operators.scans import scan
+from nnscaler.trace import build_on_meta, trace
+from tests.models.architectures import batch, compare, config_of
+
+SIZES = {"b": 2, "l": 6, "d": 4, "n": 4, "p": 4}
+# Of each kernel: a model, its function, options, and whether heads share keys.
+FUNCTIONS = {
+    "selective_scan_fn": ("mamba", "mamba_selective_scan", {"delta_softplus": True}, False),
+    "mamba_chunk_scan_combined": ("mamba2", "mamba2_chunk_scan", {"chunk_size": 4, "dt_softplus": True}, True),
+    "chunk_gated_delta_rule": ("qwen3_next", "torch_chunk_gated_delta_rule", {"chunk_size": 4}, True),
+    "chunk_kda": ("kimi_linear", "chunk_kimi_delta_attention", {"chunk_size": 4}, False),
+}
+
+
+@pytest.mark.parametrize("groups", [{"k": 2, "r": 2}, {"k": 1, "r": 4}, {"k": 4, "r": 1}], ids=str)
+@pytest.mark.parametrize("kernel", SCANS)
+def test_samples_and_channels_are_computed_apart(kernel, groups):
+    model, name, options, heads = FUNCTIONS[kernel]
+    if groups["r"] > 1 and not heads:
+        pytest.skip("its heads share nothing")
+    sizes = SIZES | groups
+    texts = SCANS[kernel]
+    if groups["k"] == 1:  # which cannot be tried
+        texts = {key: re.sub(r" k ", " 1 ", text.replace("(k r)", "r")) for key, text in texts.items()}
+    generator = torch.Generator().manual_seed(0)
+    tensors = {key: torch.randn(shape_of(text, sizes), generator=generator) for key, text in texts.items() if key}
+    tensors |= {key: -tensors[key].abs() for key in {"A", "g"} & tensors.keys()}  # by which states decay
+    split = "d" if "d" in texts[""].split() else "r" if groups["k"] == 1 else "k"
+    annotation = f"{', '.join(texts[key] for key in tensors)} -> {texts['']}"
+    path = f"transformers.models.{model}.modeling_{model}:{name}"
+    assert verify_op(scan, (path, annotation, tensors, options)) == ["b", split]
+
+
+def shape_of(text: str, sizes: dict[str, int]) -> list[int]:
+    """The shape of a tensor that is annotated so."""
+    groups = re.findall(r"\(.*?\)|\w+", text)
+    return [math.prod(sizes[name] for name in re.findall(r"[a-z]", group)) for group in groups]
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "qwen3_next"])
+def test_layers_with_a_state_are_those_of_transformers(name, tmp_path):
+    assert compare(name, False, tmp_path).startswith("SAME")
+
+
+def test_a_graph_has_as_many_operators_for_any_number_of_tokens():
+    config = config_of("mamba", num_hidden_layers=1)
+    prepare_config(config, 65536, "auto")
+    model, buffers = build_on_meta(lambda: CausalLM(config))
+    tokens, labels = batch(65536)
+    graph = trace(model, {"input_ids": tokens, "labels": labels}, buffers)
+    nodes = [node.op for block in (graph.root, *graph.blocks.values()) for node in block.nodes]
+    assert nodes.count("scan") == 1
+    assert len(nodes) < 100
