@@ -88,14 +88,21 @@ def needed_by(unit: Unit, block: Block) -> list[str]:
     made_by = {name: node for node in unit.nodes for name in node.outputs}
     needed: dict[str, None] = {}
 
+    seen: set[str] = set()
+
     def want(name: str) -> None:
-        if name not in made_by or name in unit.outputs:
-            needed[name] = None
-        elif unit.kind == "cheap":
-            for source in made_by[name].inputs:
-                want(source)
-        else:
-            needed.update(dict.fromkeys(unit.outputs))  # the outputs are views of what is saved
+        waiting = [name]
+        while waiting:
+            name = waiting.pop()
+            if name in seen:
+                continue
+            seen.add(name)
+            if name not in made_by or name in unit.outputs:
+                needed[name] = None
+            elif unit.kind == "cheap":
+                waiting += reversed(made_by[name].inputs)
+            else:
+                needed.update(dict.fromkeys(unit.outputs))  # the outputs are views of what is saved
 
     for node in unit.nodes:
         for name in saved_by(node, block):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import torch
@@ -57,6 +58,15 @@ def test_a_gated_mlp_has_three_products_and_a_cluster():
 def test_a_product_does_not_lie_between_parts_of_a_cluster():
     given = block(("silu", "a", "x"), ("linear", "b", "a w"), ("mul", "c", "a b"), outputs=("c",))
     assert [names for _, names, *_ in units_of(given)] == [["a"], ["b"], ["c"]]
+
+
+def test_what_is_used_twice_is_looked_at_once():
+    """Each of 60 operators uses the one before twice: there are 2^60 ways through them."""
+    names = ["x", *(f"t{i}" for i in range(60))]
+    given = block(
+        *(("mul", name, f"{before} {before}") for before, name in itertools.pairwise(names)), outputs=("t59",)
+    )
+    assert needed_by(divide(given)[0], given) == ["x"]
 
 
 def test_views_belong_to_what_they_look_at():
