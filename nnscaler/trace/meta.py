@@ -44,4 +44,20 @@ def build_on_meta(make: Callable[[], nn.Module]) -> tuple[nn.Module, dict[str, T
     with _ValuelessOnMeta():
         model = make()
     buffers = {name: tensor.detach().clone() for name, tensor in model.named_buffers() if not tensor.is_meta}
-    return model.to("meta"), buffers
+    _leave_values(model)
+    return model, buffers
+
+
+def _leave_values(model: nn.Module) -> None:
+    """Puts all of a model on the meta device. Unlike `Module.to`, this leaves tied parameters tied."""
+    known: dict[int, tuple[Tensor, Tensor]] = {}  # keeps the tensors, so that no other one gets their id
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is None or tensor.is_meta:
+                    continue
+                if id(tensor) not in known:
+                    made = tensor.detach().to("meta")
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    known[id(tensor)] = tensor, nn.Parameter(made, tensor.requires_grad) if is_parameter else made
+                held[name] = known[id(tensor)][1]  # type: ignore[assignment]

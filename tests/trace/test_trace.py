@@ -118,6 +118,19 @@ def test_no_weight_takes_memory_but_buffers_have_values():
     assert buffers["steps"].tolist() == [0, 1, 2, 3, 4]
 
 
+def test_parameters_with_values_stay_tied():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(4))
+            self.linear = nn.Linear(4, 4)
+            self.linear.bias = self.bias
+
+    model, _ = build_on_meta(Model)
+    assert model.linear.bias is model.bias
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
 def test_a_registered_function_is_one_node_whatever_it_does():
     @register_op("b d^ -> b", name="test_row_norm")
     def row_norm(x, power: int = 2):
