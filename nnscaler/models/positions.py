@@ -46,8 +46,9 @@ def set_trained_length(config: PretrainedConfig, sequence_length: int) -> None:
 
 def _known_positions(config: PretrainedConfig) -> int | None:
     for name in ("max_position_embeddings", "max_seq_len"):
-        if isinstance(getattr(config, name, None), int):
-            return int(getattr(config, name))
+        known = getattr(config, name, None)
+        if isinstance(known, int) and known > 0:  # -1: any number
+            return known
     return None
 
 

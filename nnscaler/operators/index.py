@@ -138,7 +138,8 @@ family("scatter.src", scatter, saves=backward_reads(self="index", src="index"))
 family("scatter.value", scatter, saves=backward_reads(self="index"))
 family("scatter_add.default", scatter, saves=backward_reads(src="index"))
 family(
-    "arange.default arange.start arange.start_step zeros.default ones.default full.default empty.memory_format",
+    "arange.default arange.start arange.start_step zeros.default ones.default full.default empty.memory_format "
+    "eye.default eye.m",
     constant,
     made("torch.{op}(*)"),
     saves=save_nothing,

@@ -135,5 +135,6 @@ family("lerp.Tensor", broadcast, saves=backward_reads(self="weight", end="weight
 family("clamp_min.Tensor", broadcast, saves=backward_reads(self="self min", min="self min"))
 family("clamp_max.Tensor", broadcast, saves=backward_reads(self="self max", max="self max"))
 family("hypot.default", broadcast, saves=backward_reads(self="self result", other="other result"))
+family("polar.default", broadcast, FUNCTION, saves=backward_reads(abs="result", angle="result"))
 family("logaddexp.default", broadcast, saves=backward_reads(self="self other", other="self other"))
 family("fill.Scalar fill.Tensor", broadcast, FUNCTION, saves=save_nothing)

@@ -188,6 +188,13 @@ def slice_text(call: WrittenCall) -> str:
     return f"{call['self']}[{lead}{begin}:{stop}{stride}{trail}]"
 
 
+def complex_view(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
+    """The real tensor has one more dimension, of real and imaginary parts."""
+    names = dim_names(min(inputs[0], outputs[0], key=len))
+    texts = [[*names, "2"] if len(shape) > len(names) else names for shape in (inputs[0], outputs[0])]
+    return write(texts[:1], texts[1:])
+
+
 def views(names: str, annotate: Annotate, text: Text = METHOD) -> None:
     """Adds operators that show the elements of their input in another way, without a copy."""
     family(names, annotate, text, saves=save_nothing, alias=True)
@@ -204,6 +211,7 @@ views("squeeze.default squeeze.dim squeeze.dims", squeeze, sizes("reshape"))
 views("slice.Tensor", along_dim, slice_text)
 views("narrow.default chunk.default", along_dim)
 views("split.Tensor split.sizes", along_dim, "{self}.split({split_size}, **)")
+views("view_as_complex.default view_as_real.default", complex_view, FUNCTION)
 views("split_with_sizes.default", along_dim, "{self}.split({split_sizes}, **)")
 views("select.int unbind.int", select)
 family("cat.default", joined, FUNCTION, saves=save_nothing)
