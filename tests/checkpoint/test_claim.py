@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -222,6 +223,41 @@ def test_a_run_removes_what_it_saved_and_nothing_else(tmp_path):
     found = [path.name for path in own_checkpoints(tmp_path)]
     assert sorted(found) == [f"step_{step:08d}" for step in (1, 2, 3, 11, 12, 13, 23)]
     assert len(own_checkpoints(tmp_path / "nested")) == 3
+
+
+def test_what_is_half_written_is_removed_by_none_but_who_takes_the_folder(tmp_path):
+    held = claim(tmp_path, "run", None, None, ["a"])
+    halves = [held.folder / name for name in (".step_00000002.writing", ".step_00000001.removing")]
+    for half in halves:
+        half.mkdir()
+        (half / "trainer.json").write_text("{}")
+    other = claim(tmp_path, "run", None, None, ["b"])
+    assert other.folder.name == "run-2"
+    assert all(half.exists() for half in halves), "it is being written"
+    killed(held)
+    of_dead_process(held.folder)
+    again = claim(tmp_path, "run", None, None, ["c"])
+    assert again.folder == held.folder
+    assert not any(half.exists() for half in halves)
+
+
+def test_a_claim_says_who_holds_the_folder_and_since_when(tmp_path):
+    before = time.time()
+    held = claim(tmp_path, "run", None, None, ["b", "a"])
+    found = Claim.read(held.folder)
+    assert found == held.claim
+    assert (found.folder, found.jobs, found.keeper, found.released) == ("run", ["a", "b"], keeper(), False)
+    assert before <= found.since <= time.time()
+    held.release()
+    assert Claim.read(held.folder) == dataclasses.replace(held.claim, released=True)
+    assert not Claim.read(held.folder).lives(held.folder)
+    assert held._lock is None
+    other = claim(tmp_path, "run", None, None, ["c"])
+    held.claim.write(tmp_path)
+    assert Claim.read(tmp_path) is None, "of a folder of another name"
+    held.release()
+    assert Claim.read(other.folder).run == other.claim.run, "it is no longer its own to give free"
+    assert other.is_mine
 
 
 def test_a_damaged_claim_is_none(tmp_path):

@@ -23,7 +23,7 @@ from torch import Tensor
 from nnscaler import UserError
 from nnscaler.checkpoint import due, saver
 from nnscaler.checkpoint import folder as folders
-from nnscaler.checkpoint.checksums import Checksums
+from nnscaler.checkpoint.checksums import Checksums, whole_file
 from nnscaler.checkpoint.due import Due
 from nnscaler.checkpoint.folder import TrainerState, complete_checkpoints, latest_checkpoint, remove_old
 from nnscaler.checkpoint.randomness import as_tensors, random_states
@@ -342,3 +342,42 @@ def test_a_name_is_given_when_everything_is_on_disk(tmp_path):
     work = ".step_1.writing"
     assert {one[1] for one in happened[:renamed]} == {work, f"{work}/trainer.json", f"{work}/checksums"}
     assert happened[renamed + 1 :] == [("sync", ".")]
+
+
+def test_what_belongs_to_a_checkpoint_is_written_and_judged_before_it_gets_its_name(tmp_path, monkeypatch):
+    """Its state, what the model needs, and checksums of all; a folder that is another run's gets no checkpoint."""
+    happened, work = [], tmp_path / ".step_00000003.writing"
+    work.mkdir()
+    (work / "shard").write_bytes(b"own")
+    made = saver.Saver.__new__(saver.Saver)
+    made.run, made._assets, made._check = tmp_path, None, lambda: happened.append("checked")
+
+    def save_assets(folder: Path) -> None:
+        happened.append("assets")
+        (folder / "deep").mkdir()
+        (folder / "deep" / "config.json").write_text("{}")
+
+    def publish(folder: Path, state: object) -> None:
+        listed = Checksums.read(folder)
+        happened.append(("published", sorted(listed.sizes()), list(listed.damages(shards=True))))
+
+    made._save_assets = save_assets
+    monkeypatch.setattr(folders, "publish", publish)
+    monkeypatch.setattr(folders, "remove_old", lambda *given: happened.append(("removed", *given)))
+    written = SimpleNamespace(keep=5, owner="me", write=lambda folder: (folder / "trainer.json").write_text("{}"))
+    shard = whole_file(work, work / "shard")
+    made._complete(work, written, [shard])
+    files = ["model/deep/config.json", "shard", "trainer.json"]
+    assert happened == ["assets", "checked", ("published", files, []), ("removed", tmp_path, 5, "me")]
+    happened.clear()
+    made._complete(work, written, [shard])
+    assert "assets" not in happened, "they do not change"
+
+    def another_s() -> None:
+        raise UserError("another one has claimed it")
+
+    happened.clear()
+    made._check = another_s
+    with pytest.raises(UserError, match="another one has claimed it"):
+        made._complete(work, written, [shard])
+    assert happened == []

@@ -71,7 +71,7 @@ def test_a_plan_needs_no_weights_and_says_how_it_is_made(made):
     args, asked = made(
         "--run_mode", "compile", "--sequence_length", "16", "--plan_ngpus", "2", "--hardware", "h100", "--name", "own",
         "--seed", "7", "--micro_batch_size", "3", "--set", "hidden_act=gelu", "--enable-chunk-loss", "--document_mask",
-        "--search_seconds", "5", "--checkpoint_interval", "9",
+        "--search_seconds", "5", "--checkpoint_interval", "9", "--lora_rank", "4", "--lora_target_modules", "q_proj",
     )  # fmt: skip
     assert args.model.weights is None
     assert args.model.save_assets[3:5] == (None, 16)
@@ -80,7 +80,7 @@ def test_a_plan_needs_no_weights_and_says_how_it_is_made(made):
     for flag in (
         "--model_id model", "--set hidden_act=gelu", "--enable-chunk-loss", "--sequence_length 16", "--document_mask",
         "--document_length 16", "--plan_ngpus 2", "--runtime_ngpus 2", "--hardware h100", "--micro_batch_size 3",
-        "--precision bf16", "--search_seconds 5.0",
+        "--precision bf16", "--search_seconds 5.0", "--lora_rank 4", "--lora_target_modules q_proj",
     ):  # fmt: skip
         assert f" {flag} " in f"{args.command} "
     for flag in ("--name", "--seed", "--checkpoint_interval", "--dataset_path"):
