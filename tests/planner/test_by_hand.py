@@ -22,7 +22,7 @@ from nnscaler.operators import bind, operator_of
 from nnscaler.placement import PARTIAL, REPLICATE, SHARED, Shard
 from nnscaler.plan import Key
 from nnscaler.planner import find_plan
-from nnscaler.planner.costs import CostModel
+from nnscaler.planner.costs import CostModel, Local
 from nnscaler.planner.flows import resharding
 from nnscaler.planner.options import unit_options
 from nnscaler.planner.price import Price, price
@@ -275,6 +275,52 @@ def test_operators_are_timed_on_what_a_device_has(graph, machine):
     assert {(option.seconds.forward, option.seconds.backward) for option in options} == {(3.0, 4.0)}
 
 
+def test_a_time_that_was_measured_is_scaled_to_what_a_device_does(machine):
+    """Along the sequence each of two devices does half of the causal arithmetic. What is timed is a call with half of
+    the queries: the last ones, which see more keys. What it exchanges comes on top."""
+
+    class Times:
+        def seconds(self, node, inputs):
+            assert [meta.shape for meta in inputs] == [(2, 8, 64, 16), (2, 4, 128, 16), (2, 4, 128, 16)]
+            return (3.0, 4.0)
+
+    block = attention_block(causal=True)
+    costs = CostModel(replace(machine, memory_bandwidth=1e30), Mesh((2,)), times=Times())
+    metas = [TensorMeta((2, 8, 64, 16), torch.bfloat16), *[TensorMeta((2, 4, 128, 16), torch.bfloat16)] * 2]
+    sizes = {"b": 2, "k": 4, "g": 2, "l": 64, "s": 128, "d": 16, "e": 16}
+    exchanged = (True, False, False, True)
+    share = 2 * 8 * 64 * 16 * 2  # bytes of a device's queries, and of its results
+    local = Local(
+        block.nodes[0], sizes, metas, [share, 2 * share, 2 * share, share], 0, "l", {**sizes, "l": 128}, exchanged
+    )
+    seconds, transient, inner = costs.unit(divide(block)[0], block, {}, [local])
+    part = sum(range(1, 129)) / 2 / sum(range(65, 129))
+    sent = 2 * share / 2 / LINK
+    assert (seconds.forward, seconds.backward) == pytest.approx((3 * part + sent, 4 * part + sent))
+    assert inner == share, "the result before it goes back"
+    in_fp32 = 4 * (2 * 8 * 64 * 16 + 2 * 2 * 4 * 128 * 16)  # gradients that backward adds up
+    assert transient == 6 * share + in_fp32
+    assert costs.node_origin(block.nodes[0], metas) == "measured"
+    nowhere = SimpleNamespace(seconds=lambda node, inputs: None)
+    assert replace(costs, times=nowhere).node_origin(block.nodes[0], metas) == "roofline"
+    assert replace(costs, times=None).node_origin(block.nodes[0], metas) == "roofline"
+
+
+def test_what_an_operator_keeps_is_kept_only_for_a_gradient(machine):
+    """A mask of what is dropped, a byte for each of [4, 6]."""
+    for trained in (True, False):
+        block = Block("model", "Model")
+        shapes = {"x": (4, 6), "draws": (1, 5), "place": (), "n0": (4,), "n1": (6,)}
+        block.tensors = {name: TensorMeta(shape, torch.int64) for name, shape in shapes.items()}
+        block.tensors |= {name: TensorMeta((4, 6), torch.bfloat16, trained) for name in ("x", "y")}
+        block.inputs, block.outputs = list(shapes), ["y"]
+        args = (Ref("x"), 0.5, Ref("draws"), Ref("place"), [Ref("n0"), Ref("n1")])
+        block.nodes = [Node("y", "nnscaler.dropout.default", args, {}, ("y",))]
+        for fused in (True, False):
+            (option,) = unit_options(divide(block)[0], block, CostModel(machine, Mesh((1,)), fused))
+            assert option.inner_bytes == (24 if trained else 0)
+
+
 def test_only_gradients_that_there_are_are_exchanged(machine):
     """Along the sequence half of the queries and of the results go to the other device; of their gradients likewise."""
     costs = CostModel(replace(machine, memory_bandwidth=1e30), Mesh((2,)))
@@ -329,6 +375,9 @@ def test_the_chunked_loss_by_hand(machine):
     flops = operator_of(node).flops(bind(node, block).sizes, node)
     assert flops == 3 * 2 * 64 * 32 * 96
     (unit,) = divide(block)
-    (option,) = unit_options(unit, block, CostModel(replace(machine, memory_bandwidth=1e30), Mesh((1,))))
+    rates = {"bfloat16": OPERATIONS, "float32": OPERATIONS / 4}
+    block.tensors["loss"] = TensorMeta((1, 64), torch.float32, True)  # whatever it gives, its products are in 16 bits
+    costs = CostModel(replace(machine, memory_bandwidth=1e30, flops=rates), Mesh((1,)))
+    (option,) = unit_options(unit, block, costs)
     assert option.seconds.forward == pytest.approx(flops / OPERATIONS)
     assert option.seconds.backward == pytest.approx(0.0, abs=1e-9)

@@ -9,15 +9,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nnscaler.graph import TensorMeta
+from nnscaler.graph import Block, Node, Ref, TensorMeta
 from nnscaler.hardware import Hardware
 from nnscaler.hardware.communication import Timing
 from nnscaler.mesh import Mesh
-from nnscaler.placement import REPLICATE, Shard
+from nnscaler.placement import PARTIAL, REPLICATE, Shard
 from nnscaler.plan import GIB
 from nnscaler.planner import costs, find_plan, search
 from nnscaler.planner.costs import CostModel
+from nnscaler.planner.options import unit_options
 from nnscaler.planner.solve import OutOfTime
+from nnscaler.reshard import reshards
+from nnscaler.units import divide
 from tests.planner.test_by_hand import LINK, MEMORY, graph, machine
 
 __all__ = ["graph", "machine"]
@@ -51,6 +54,75 @@ def test_the_optimizer_s_state(machine):
     held = model.parameter_memory(replace(WEIGHT, shape=(12, 10)), (Shard(0),), 4, exchanged_once=True)
     assert held == {"parameters": 60, "gradients": 120, "master weights": 60, "moments": 120}, "3 rows of 10"
     assert model.parameter_memory(replace(WEIGHT, requires_grad=False), (REPLICATE,), 4) == {"parameters": 200}
+
+
+def test_gradients_on_the_host_and_where_they_come_to(machine):
+    """All ranks own equal parts of them. As many buckets as there are slots, or as there are, are on the device; the
+    copies divide them."""
+    model = CostModel(machine, Mesh((4,), 2))
+    assert model.gradient_memory([WEIGHT, NORM], 3) == (100 + 10) * 4 / 8
+    large = replace(WEIGHT, shape=(100, 25))
+    assert model.slots_memory([WEIGHT, NORM], 3) == 110 * 4 / 2
+    assert model.slots_memory([large], 3) == 3 * 1000 * 4 / 2
+    assert model.slots_memory([large] * 9, 3) == costs.GRADIENT_SLOTS * 1000 * 4 / 2
+    alone = CostModel(machine, Mesh((1,)))
+    assert alone.gradient_memory([WEIGHT, NORM], 1) == 100 * 2 + 10 * 4, "to which none is added"
+    assert alone.slots_memory([WEIGHT, NORM], 1) == 110 * 4, "of the largest type"
+    assert alone.slots_memory([WEIGHT], 1) == 100 * 2
+
+
+def test_a_cast_reads_fp32_and_writes_the_weight_s_type(machine):
+    """25 elements of each of four devices; it is launched, too."""
+    model = CostModel(replace(machine, launch=1e-3), Mesh((4,), 2))
+    weight = replace(WEIGHT, shape=(20, 5))
+    assert model.cast(weight, (Shard(0),)) == pytest.approx(1e-3 + 25 * (4 + 2) / MEMORY)
+    assert model.cast(weight, (REPLICATE,)) == pytest.approx(1e-3 + 100 * (4 + 2) / MEMORY)
+    assert model.local_bytes(weight, (Shard(0),)) == 50
+    assert (model.owners((Shard(0),)), model.owners((REPLICATE,))) == (2, 8)
+    assert model.weight_exchange(weight, (REPLICATE,)) == pytest.approx(2 * 100 * 7 / 8 / LINK)
+
+
+def test_bytes_that_move_are_those_of_the_larger_side(machine):
+    """Of [32, 8] in bf16, from whole to slices of one device's rows, and on to columns."""
+    model = CostModel(machine, Mesh((4,)))
+    meta = TensorMeta((32, 8), torch.bfloat16, True)
+    for source, target, size in (
+        (REPLICATE, Shard(0), 512), (Shard(0), REPLICATE, 512), (Shard(0), Shard(1), 128), (PARTIAL, Shard(1), 512),
+        (PARTIAL, REPLICATE, 512),
+    ):  # fmt: skip
+        ((change, part, _),) = model.each_reshard(meta, (source,), reshards((source,), (target,)))
+        assert (change.source, change.target, part) == (source, target, size)
+    two = CostModel(machine, Mesh((2, 2)))
+    changes = reshards((Shard(0), Shard(0)), (REPLICATE, REPLICATE))
+    assert [part for _, part, _ in two.each_reshard(meta, (Shard(0), Shard(0)), changes)] == [256, 512]
+
+
+def test_a_fused_cluster_moves_what_enters_and_leaves_it(machine):
+    """exp(a * b), of [4, 8] in bf16, where b is frozen: forward reads two and writes one; backward reads b, the result
+    and its gradient, and writes one."""
+    block = Block("model", "Model")
+    block.tensors = {name: TensorMeta((4, 8), torch.bfloat16, name != "b") for name in "abmy"}
+    block.inputs, block.outputs = ["a", "b"], ["y"]
+    block.nodes = [
+        Node("m", "aten.mul.Tensor", (Ref("a"), Ref("b")), {}, ("m",)),
+        Node("y", "aten.exp.default", (Ref("m"),), {}, ("y",)),
+    ]
+    (unit,) = divide(block)
+    each = 4 * 8 * 2
+    (fused,) = unit_options(unit, block, CostModel(machine, Mesh((1,)), fused=True))
+    assert fused.seconds.forward == pytest.approx(3 * each / MEMORY)
+    assert fused.seconds.backward == pytest.approx(4 * each / MEMORY)
+    assert (fused.transient, fused.inner_bytes) == (3 * each, 0)
+    (apart,) = unit_options(unit, block, CostModel(machine, Mesh((1,))))
+    assert apart.seconds.forward == pytest.approx((3 + 2) * each / MEMORY)
+    # Each reads the gradient of its result and what it has saved with all that forward read, and writes one.
+    assert apart.seconds.backward == pytest.approx((4 + 3) * each / MEMORY)
+    assert (apart.transient, apart.inner_bytes) == (3 * each, 0), "the last one's result is no inner tensor"
+    block.tensors["a"] = TensorMeta((4, 8), torch.bfloat16)
+    block.tensors |= {name: TensorMeta((4, 8), torch.bfloat16) for name in "my"}
+    for kind in (True, False):
+        (frozen,) = unit_options(unit, block, CostModel(machine, Mesh((1,)), fused=kind))
+        assert frozen.seconds.backward == 0
 
 
 def test_a_gradient_to_which_none_is_added_stays_as_it_is(machine):
