@@ -1,0 +1,212 @@
+"""What three equal layers cost at each recompute level, in bf16, against numbers worked out by hand.
+
+A layer computes h = x @ a.T, s = silu(h), e = exp(s), m = e * p, y = m @ b.T; x is [64, 256], a [512, 256] and b
+[256, 512]. All layers share p, which needs no gradient. Pointwise operators are not fused. The machine does 1e9 operations a second, and moves 1e9 bytes a second in
+memory and 1e6 between devices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from nnscaler.compiler import Source
+from nnscaler.graph import Graph
+from nnscaler.hardware import Hardware
+from nnscaler.hardware.spec import Host
+from nnscaler.mesh import Mesh
+from nnscaler.placement import REPLICATE, SHARED, Placement, Shard
+from nnscaler.plan import Key
+from nnscaler.planner.costs import CostModel
+from nnscaler.planner.price import Price, price
+from nnscaler.planner.problem import Recomputing, build_problem
+from nnscaler.planner.program import Program, Solution
+from nnscaler.recompute import (
+    KEEPS_ALL,
+    KEEPS_PRODUCTS,
+    RECOMPUTES_ALL,
+    RECOMPUTES_ALL_BUT_ATTENTION,
+    SAME_ON_HOST,
+    Level,
+)
+from nnscaler.trace import trace
+from tests.planner.test_by_hand import LINK, MEMORY, OPERATIONS, machine, total
+
+__all__ = ["machine"]
+
+ROWS, OUTER, INNER, LAYERS = 64, 256, 512, 3
+X, H, W = 2 * ROWS * OUTER, 2 * ROWS * INNER, INNER * OUTER  # bytes of x or y; of h, s, e, p or m; elements of a or b
+PRODUCT, BETWEEN = 2 * ROWS * OUTER * INNER / OPERATIONS, (2 + 2 + 3) * H / MEMORY
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(OUTER, INNER, bias=False), nn.Linear(INNER, OUTER, bias=False)
+
+    def forward(self, x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        return self.b(nn.functional.silu(self.a(x)).exp() * p)
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
+
+    def forward(self, x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x, p)
+        return x.sum()
+
+
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    sizes = {"x": (ROWS, OUTER), "p": (ROWS, INNER)}
+    inputs = {name: torch.empty(size, dtype=torch.bfloat16, device="meta") for name, size in sizes.items()}
+    model, buffers = Source(Layers, inputs).build()
+    return trace(model, inputs, buffers)
+
+
+ONE, TWO = Mesh((1,)), Mesh((2,))
+
+
+def priced(
+    graph: Graph, machine: Hardware, levels: dict[Level, int], mesh: Mesh = ONE, micro_batches: int = 2,
+    once: bool = False, stored: Placement = SHARED, gathers_again: bool = False, **given: object,
+) -> Price:  # fmt: skip
+    """With weights whole, and all that has rows divided by them where there are several devices.
+
+    once           whether gradients are exchanged once a step
+    stored         how weights are stored, which are used whole
+    gathers_again  whether backward gathers them again
+    """
+    problem = build_problem(graph, CostModel(machine, mesh), Recomputing(), micro_batches, groups=False, **given)
+    rows = (Shard(0) if mesh.plan_ngpus > 1 else REPLICATE,)
+    chosen = []
+    for decision in problem.decisions:
+        fitting = [
+            index
+            for index, option in enumerate(decision.options)
+            if (decision.kind == "unit" and option.inputs[0] == rows and all(one in (rows, (REPLICATE,), (SHARED,))
+                for one in option.inputs))
+            or (decision.kind == "parameter" and option.outputs == ((stored,),) and option.exchanged_once == once
+                and not option.master_only)
+            or (decision.kind in ("input", "output") and option.outputs[0] in (rows, (REPLICATE,)))
+        ]  # fmt: skip
+        prefers = [index for index in fitting if decision.options[index].outputs[0] == rows]
+        chosen.append((prefers if decision.kind in ("input", "output") and prefers else fitting)[0])
+    (block,) = graph.blocks
+    again = frozenset(i for i, flow in enumerate(problem.flows) if flow.is_parameter and gathers_again)
+    found = price(Program(problem), Solution(chosen, {graph.root.name: {KEEPS_ALL: 1}, block: levels}, again))
+    assert found is not None
+    return found
+
+
+# Level -> bytes that a layer keeps beside p, seconds of what it does again.
+LEVELS = {
+    KEEPS_ALL: (X + H + H, 0.0),
+    KEEPS_PRODUCTS: (X + H, BETWEEN),
+    RECOMPUTES_ALL_BUT_ATTENTION: (X, PRODUCT + BETWEEN),
+    RECOMPUTES_ALL: (X, PRODUCT + BETWEEN),
+}
+
+
+@pytest.mark.parametrize("level", LEVELS, ids=str)
+def test_each_level_by_hand(graph, machine, level):
+    """Of two layers; a third one keeps everything. What is shared is kept once."""
+    kept, again = LEVELS[level]
+    everything, _ = LEVELS[KEEPS_ALL]
+    found = priced(graph, machine, {level: 2, KEEPS_ALL: 1} if level is not KEEPS_ALL else {level: 3})
+    assert total(found.memory, "saved") == pytest.approx(2 * kept + everything + H)
+    assert total(found.seconds, "again") == pytest.approx(2 * again)
+    assert total(found.seconds, "forward") == pytest.approx(3 * (2 * PRODUCT + BETWEEN) + (X + 2) / MEMORY)
+    # Products: for both factors. What others move in forward, and a gradient that they write.
+    backward = 3 * (4 * PRODUCT + (3 + 3 + 4) * H / MEMORY) + (X + 2) / MEMORY
+    assert total(found.seconds, "backward") == pytest.approx(backward, rel=1e-3)
+    assert found.weights == pytest.approx(3 * 2 * PRODUCT, rel=1e-3), "one of the two, of each product"
+    in_flight = priced(graph, machine, {level: 3}, in_flight=4)
+    assert total(in_flight.memory, "saved") == pytest.approx(4 * (3 * kept + H))
+    inside = 1 if level is KEEPS_ALL else 0  # what exp gives, which it reads itself, is no flow
+    assert total(found.memory, "inside") == (2 * inside + 1) * H
+    assert total(in_flight.memory, "inside") == 4 * 3 * inside * H
+
+
+def test_parameters_of_all_layers_count(graph, machine):
+    found = priced(graph, machine, {KEEPS_ALL: 3})
+    for what, size in (("parameters", 2), ("gradients", 4), ("master weights", 4), ("moments", 8)):
+        assert total(found.memory, "parameter", what) == 3 * 2 * W * size, what
+    one, two = (total(priced(graph, machine, {KEEPS_ALL: 3}, micro_batches=n).seconds, "update") for n in (2, 4))
+    # Of 46 bytes an element once a step; and of those that copy and add up each micro-batch's gradient.
+    assert one == pytest.approx(6 * W * (46 / 2 + 6 + 8 / 2) / MEMORY)
+    assert two == pytest.approx(6 * W * (46 / 4 + 6 + 8 * 3 / 4) / MEMORY)
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_gradients_of_all_layers_are_exchanged(graph, machine, once):
+    """Six weights in fp32 between two devices; once a step is half as often as in each of two micro-batches."""
+    found = priced(graph, machine, {KEEPS_ALL: 3}, TWO, once=once)
+    each, part = 6 * 4 * W / 2 / LINK, 1 / 2 if once else 1
+    assert total(found.beside, "exchange") == pytest.approx(each * part, rel=1e-3)
+    assert total(found.memory, "saved") == pytest.approx((3 * (X + 2 * H) + H) / 2)
+    assert total(found.memory, "parameter", "gradients") == 6 * W * 4 / (1 if once else 2)
+    # Computation that loses a half of the time of what runs beside it hides no more than half of its own.
+    computing = total(found.seconds, "backward")
+    longer = priced(graph, replace(machine, interference=0.5), {KEEPS_ALL: 3}, TWO, once=once)
+    wanted = max(each / 2, each - computing / 2) * part
+    assert longer.seconds[Key("exchange", "", "backward")] == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize(("level", "gathers_again", "times"), [
+    (KEEPS_ALL, False, 0), (KEEPS_ALL, True, 1), (RECOMPUTES_ALL_BUT_ATTENTION, True, 1), (RECOMPUTES_ALL, False, 1),
+])  # fmt: skip
+def test_gathered_weights_by_hand(graph, machine, level, gathers_again, times):
+    """Six weights of which each of two devices has a half: gathered in bf16, beside what is computed; gradients come
+    back in fp32. What backward needs of them is kept whole, or gathered again."""
+    found = priced(graph, machine, {level: 3}, TWO, stored=Shard(0), gathers_again=gathers_again)
+    sent = 6 * W / 2 / LINK
+    for category, seconds in (
+        ("reshard", 2 * sent),
+        ("reshard backward", 4 * sent),
+        ("reshard again", times * 2 * sent),
+    ):
+        assert total(found.beside, category) == pytest.approx(seconds, rel=1e-6, abs=1e-12), category
+        assert not any(key.category == category and key.name in "ab" for key in found.seconds)
+    assert total(found.beside, "exchange") == 0, "each device owns its half"
+    kept, _ = LEVELS[level]
+    assert total(found.memory, "saved") == pytest.approx((3 * kept + H) / 2 + (0 if times else 6 * 2 * W))
+    assert found.memory[Key("buffers", "", "gathered early")] == 6 * 2 * W
+    for what, size in (("parameters", 2), ("gradients", 4), ("master weights", 4), ("moments", 8)):
+        assert total(found.memory, "parameter", what) == 6 * W * size / 2, what
+    forward, backward = (total(found.seconds, side) for side in ("forward", "backward"))
+    again = total(found.seconds, "again")
+    assert found.seconds[Key("exchange", "", "forward")] == pytest.approx(2 * sent - forward)
+    assert found.seconds[Key("exchange", "", "backward")] == pytest.approx((4 + 2 * times) * sent - backward)
+    assert again == pytest.approx(3 * LEVELS[level][1] / 2)
+
+
+def test_what_lies_on_the_host_by_hand(graph, machine):
+    """Two layers keep there, one on the device, and what all share too. Copies are at each way's rate."""
+    host = Host(memory=1e12, to_host=1e8, to_device=5e7, both_ways=1e7)
+    level = SAME_ON_HOST[KEEPS_ALL]
+    kept, _ = LEVELS[KEEPS_ALL]
+    found = priced(graph, replace(machine, host=host), {level: 2, KEEPS_ALL: 1}, host=1e12)
+    assert total(found.host, "saved") == 2 * kept
+    assert total(found.memory, "saved") == pytest.approx(kept + H)
+    (block,) = graph.blocks
+    assert found.memory[Key("working", block, "copies")] == 2 * kept, "what two calls keep is on its way"
+    assert sum(found.copies.values()) == pytest.approx(2 * kept * (1 / 1e8 + 1 / 5e7))
+    # Beside what these two calls compute: the first forward and the second backward hide what they can.
+    forward, backward = 2 * (2 * PRODUCT + BETWEEN), 2 * (4 * PRODUCT + 10 * H / MEMORY)
+    slow = replace(host, to_host=1e6, to_device=5e5)
+    found = priced(graph, replace(machine, host=slow), {level: 2, KEEPS_ALL: 1}, host=1e12)
+    assert found.seconds[Key("copies", "", "forward")] == pytest.approx(2 * kept / 1e6 - forward)
+    assert found.seconds[Key("copies", "", "backward")] == pytest.approx(2 * kept / 5e5 - backward)
+
+
+def test_workspaces_are_there_all_the_time(graph, machine):
+    with_some = priced(graph, replace(machine, workspaces=12345.0), {KEEPS_ALL: 3})
+    assert with_some.memory[Key("working", "", "workspaces")] == 12345.0
+    assert with_some.total_memory == priced(graph, machine, {KEEPS_ALL: 3}).total_memory + 12345.0
