@@ -1,8 +1,8 @@
 """What three equal layers cost at each recompute level, in bf16, against numbers worked out by hand.
 
 A layer computes h = x @ a.T, s = silu(h), e = exp(s), m = e * p, y = m @ b.T; x is [64, 256], a [512, 256] and b
-[256, 512]. All layers share p, which needs no gradient. Pointwise operators are not fused. The machine does 1e9 operations a second, and moves 1e9 bytes a second in
-memory and 1e6 between devices.
+[256, 512]. All layers share p, which needs no gradient. Pointwise operators are not fused. The machine does 1e9
+operations a second, and moves 1e9 bytes a second in memory and 1e6 between devices.
 """
 
 from __future__ import annotations

@@ -13,7 +13,9 @@ from nnscaler.errors import UserError
 from nnscaler.hardware.spec import Host
 from nnscaler.mesh import Mesh
 from nnscaler.plan import GIB, Key
-from nnscaler.planner import search
+from nnscaler.planner import NotFaster, search
+from nnscaler.planner.costs import CostModel
+from nnscaler.planner.price import Price
 from nnscaler.planner.search import LEAST_SECONDS, find_plan, nodes_to_recompute
 from nnscaler.planner.solve import OutOfTime
 from tests.pipeline.test_cut import llama
@@ -187,3 +189,64 @@ def test_named_modules_are_nodes_of_blocks():
         nodes_to_recompute(whole, ["LlamaMLP", "Llama"])
     with pytest.raises(UserError, match=r"names 'Embedding', which is not in repeated layers.*them are .*LlamaMLP"):
         nodes_to_recompute(whole, ["LlamaMLP", "Embedding"])
+
+
+def test_what_is_asked_of_a_search_reaches_the_problem(graph, machine, monkeypatch):
+    """That for the best plan, and that for the lower bound of a step."""
+    stated: list[tuple] = []
+    problem = SimpleNamespace(costs=SimpleNamespace(mesh=Mesh((2,))))
+    monkeypatch.setattr(search, "build_problem", lambda *given: stated.append(given) or problem)
+    monkeypatch.setattr(search, "Program", lambda problem: SimpleNamespace(problem=problem))
+    monkeypatch.setattr(search._Search, "on", lambda self, program, left: None)
+    monkeypatch.setattr(search._Search, "may_gain", lambda self, program, worth: True)
+    monkeypatch.setattr(search, "_least", lambda problem: ({Key("saved", "x", "y"): 2 * GIB}, "layer.up"))
+    again, mesh = search.recomputing(graph, ()), Mesh((2,), 3)
+    given = {"recompute_modules": (), "micro_batches": 5, "fused": True, "times": "times", "host": 7.0}
+    with pytest.raises(UserError):
+        find_plan(graph, [mesh], machine, layouts={"x": "rows"}, in_flight=4, **given)
+    costs = CostModel(machine, mesh, True, "times")
+    assert stated[0] == (graph, costs, again, 5, {"x": "rows"}, 4, 0.0, False, False)
+    assert [one[3:] for one in stated[1:]] == [(5, {"x": "rows"}, 4, 7.0, True, False)] * 2, "no layers, no groups"
+    asked = []
+    monkeypatch.setattr(search, "relaxed", lambda *given: asked.append(given) or [SimpleNamespace(seconds=2.0)])
+    stated.clear()
+    assert search.least_step(graph, mesh, machine, **given) == 2.0 * 5
+    assert stated == [(graph, costs, again, 5, None, 1, 7.0, True, False)]
+    assert asked == [([problem], 0.9 * machine.memory)]
+    search.least_step(graph, mesh, machine, memory=3.0)
+    assert stated[-1] == (graph, CostModel(machine, mesh), search.recomputing(graph, None), 1, None, 1, 0.0, True, True)
+    assert asked[-1] == ([problem], 3.0)
+    monkeypatch.setattr(search, "relaxed", lambda *given: None)
+    monkeypatch.setattr(search, "least_bytes", lambda program: 11.0)
+    with pytest.raises(search.NothingFits, match=r"no plan fits: over 3\.0 GiB a device are needed") as refused:
+        search.least_step(graph, mesh, machine, memory=3 * GIB)
+    assert refused.value.needed == 11.0
+
+
+def test_all_figures_of_a_solution_are_those_of_the_plan(graph, machine, monkeypatch):
+    """Each is written here, and none is another's."""
+    prices = Price(
+        {Key("forward"): 1.0},
+        {Key("saved"): 2.0},
+        {Key("reshard"): 3.0},
+        4.0,
+        {Key("state"): 5.0},
+        {Key("copies"): 6.0},
+    )
+    monkeypatch.setattr(search, "price", lambda program, solution: prices)
+    monkeypatch.setattr(search._Search, "may_gain", lambda self, program, worth: False)
+    plan = find_plan(graph, [Mesh((2,))], machine, micro_batches=3, memory=1e12, host=8.0)
+    assert (plan.seconds, plan.memory, plan.beside) == (prices.seconds, prices.memory, prices.beside)
+    assert (plan.weight_seconds, plan.host, plan.copies) == (4.0, prices.host, prices.copies)
+    assert (plan.micro_batches, plan.memory_limit, plan.host_limit, plan.hardware) == (3, 1e12, 8.0, machine.name)
+    assert (plan.step_seconds, plan.memory_bytes, plan.host_bytes) == (3.0, 2.0, 5.0)
+    assert (plan.state_on_host, plan.gradients_on_host) == (5.0, 0)
+    assert plan.costs == CostModel(machine, Mesh((2,)))
+
+
+def test_where_no_plan_is_as_fast_as_asked_for_that_is_said_of_a_step(graph, machine, monkeypatch):
+    monkeypatch.setattr(search, "solve", lambda *given, **named: None)
+    monkeypatch.setattr(search, "least_seconds", lambda program: 0.5)
+    with pytest.raises(NotFaster) as slower:
+        find_plan(graph, [Mesh((2,))], machine, micro_batches=4, below=0.1)
+    assert slower.value.bound == 4 * 0.5
