@@ -210,3 +210,17 @@ def test_workspaces_are_there_all_the_time(graph, machine):
     with_some = priced(graph, replace(machine, workspaces=12345.0), {KEEPS_ALL: 3})
     assert with_some.memory[Key("working", "", "workspaces")] == 12345.0
     assert with_some.total_memory == priced(graph, machine, {KEEPS_ALL: 3}).total_memory + 12345.0
+
+
+def test_what_all_weights_take_together(graph, machine):
+    """Six weights on two copies of two devices, in one bucket: their state, gradients, and what comes from the host."""
+    costs = CostModel(machine, Mesh((2,), 2))
+    problem = build_problem(graph, costs, Recomputing(), 3, in_flight=2, host=5.0)
+    assert problem.optimizer_state == 6 * W * (4 + 8) / 4
+    assert problem.staging == 3 * 6 * W * (4 + 8) / 2
+    assert problem.gradients == 6 * W * 4 / 4
+    assert problem.slots == 6 * W * 4 / 2
+    assert problem.exchange_buffers == 6 * W * 4 * (1 + 1 / 4)
+    assert problem.gathered_early == 6 * W * 2
+    assert (problem.micro_batches, problem.in_flight, problem.host) == (3, 2, 5.0)
+    assert sorted(problem.calls.values()) == [1, LAYERS]

@@ -1,0 +1,124 @@
+"""What a compile hands from one of its steps to the next."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from nnscaler import compiler, loaded
+from nnscaler.batch import Batch, Division
+from nnscaler.config import ComputeConfig
+from nnscaler.identity import DONE
+from nnscaler.source import Source
+
+HARDWARE = SimpleNamespace(remark="")
+
+
+@pytest.fixture
+def steps(monkeypatch) -> SimpleNamespace:
+    """Each step writes down what it is given, and gives its name."""
+    asked = SimpleNamespace()
+
+    def step(name: str, result: object):
+        def run(*given: object, **named: object) -> object:
+            setattr(asked, name, (*given, *named.values()))
+            return result
+
+        return run
+
+    asked.times = SimpleNamespace(save=step("saved", None))
+    asked.graph = SimpleNamespace(record="record")
+    monkeypatch.setattr(compiler.OperatorTimes, "here", lambda: asked.times)
+    monkeypatch.setattr(ComputeConfig, "find_hardware", lambda self: HARDWARE)
+    monkeypatch.setattr(Source, "work", step("work", "work"))
+    for name, result in {
+        "traced": asked.graph, "plan_or_advise": "plan", "plan_for": "another", "plan_report": {"it": 1},
+        "headed": {"report": 1}, "identity": {"it": "is"}, "_write": None, "division_rows": "rows",
+    }.items():  # fmt: skip
+        monkeypatch.setattr(compiler, name, step(name, result))
+    return asked
+
+
+SOURCE = Source(lambda: nn.Linear(2, 2), {"x": torch.zeros(2, 2)}, length=12)
+
+
+def test_a_plan_is_made_reported_and_written_for_what_was_asked(steps, tmp_path):
+    config = ComputeConfig(2, 4, trace_strategy="meta", gpu_mem_constraint=5.0)
+    assert compiler.compile_model(SOURCE, config, tmp_path / "code", explain=True) == tmp_path / "code"
+    assert steps.traced == (SOURCE, "meta")
+    assert steps.plan_or_advise == (SOURCE, steps.graph, config, HARDWARE, steps.times)
+    assert steps.work == (SOURCE, steps.graph, HARDWARE)
+    plan, work, replan = steps.plan_report
+    assert (plan, work) == ("plan", "work")
+    assert replan({"gpu_mem_constraint": 7.0}) == "another"
+    changed = ComputeConfig(2, 4, trace_strategy="meta", gpu_mem_constraint=7.0)
+    assert steps.plan_for == (steps.graph, changed, HARDWARE, steps.times)
+    assert steps.headed == ({"it": 1}, SOURCE.about())
+    assert steps.saved == (), "what was timed"
+    source, _, *others = steps.identity
+    assert (source, others) == (SOURCE, [config, "record", None])
+    assert steps._write[1:] == (steps.graph, "plan", {"report": 1})
+    assert json.loads((tmp_path / "code" / DONE).read_text()) == {"it": "is"}
+    assert [path.name for path in tmp_path.iterdir()] == ["code"]
+
+
+def test_for_other_hardware_nothing_is_timed_here(steps, tmp_path):
+    config = ComputeConfig(hardware="h100")
+    compiler.compile_model(SOURCE, config, tmp_path / "code")
+    assert steps.plan_or_advise[-1] is None
+    assert steps.plan_report[-1] is None, "nothing is to be explained"
+    assert not hasattr(steps, "saved")
+
+
+def test_a_batch_is_divided_first(steps, tmp_path, monkeypatch):
+    config, batch = ComputeConfig(1, 8), Batch(16, 8)
+    own = Source(SOURCE.make, SOURCE.inputs, length=24), ComputeConfig(2, 8)
+    divided = SimpleNamespace(source=own[0], config=own[1], graph=steps.graph, plan="divided")
+    asked = []
+    monkeypatch.setattr(compiler, "divide", lambda *given: asked.append(given) or divided)
+    compiler.compile_model(SOURCE, config, tmp_path / "code", batch=batch)
+    assert asked == [(batch, SOURCE, config, HARDWARE, steps.times)]
+    assert not hasattr(steps, "traced")
+    assert steps.plan_report[0] == "divided"
+    assert steps.work == (own[0], steps.graph, HARDWARE)
+    assert steps.division_rows == (divided, 24)
+    assert (steps.identity[0], *steps.identity[2:]) == (own[0], own[1], "record", batch)
+    assert steps._write[3] == {"report": 1, "divisions": "rows"}
+
+
+def test_what_is_compiled_already_is_used_where_it_is_for_the_same(monkeypatch, tmp_path, caplog):
+    """Also where the planner has divided a batch: in the division that it chose, if there still is such a one."""
+    caplog.set_level("INFO", "nnscaler")
+    compiled, asked, judged = [], [], []
+    monkeypatch.setattr(loaded, "compile_model", lambda *given, **named: compiled.append((*given, *named.values())))
+    monkeypatch.setattr(loaded, "identity", lambda *given, **named: asked.append((given, named)) or "wanted")
+    monkeypatch.setattr(loaded, "differences", lambda folder, wanted: answers.pop())
+    config, answers = ComputeConfig(1, 8), [[], ["dtype: compiled a, wanted b"], None]
+    for used in (False, False, True):
+        loaded._compile_if_needed(SOURCE, config, tmp_path, judged.append, None)
+        assert compiled == ([] if used else [(SOURCE, config, tmp_path, None)])
+        compiled.clear()
+    assert len(judged) == 3
+    assert all(isinstance(model, nn.Linear) for model in judged)
+    assert "was compiled for something else (dtype: compiled a, wanted b): compiling" in caplog.text
+    assert f"using the compiled plan in {tmp_path}" in caplog.text
+    batch = Batch(16, 8)
+    for division, of in ((Division(2, 2, 2), ComputeConfig(2, 8, micro_batches=2)), (Division(3, 2, 2), config)):
+        rows = [{"plan_ngpus": division.plan_ngpus, "micro_batch_size": 2, "micro_batches": 2}]
+        (tmp_path / "plan.json").write_text(json.dumps({"divisions": rows, "predicted": {"step_seconds": 2.5}}))
+        assert loaded.division_in(tmp_path) == division
+        answers[:] = [["other"]]
+        asked.clear()
+        compiled.clear()
+        loaded._compile_if_needed(SOURCE, config, tmp_path, judged.append, batch)
+        (((source, _, found), named),) = asked
+        assert (found, named) == (of, {"batch": batch})
+        assert source.inputs["x"].shape == ((2, 2) if of is not config else SOURCE.inputs["x"].shape)
+        assert compiled == [(SOURCE, config, tmp_path, batch)], "it is divided anew"
+    assert loaded.predicted_step_seconds(tmp_path) == 2.5
+    (tmp_path / "plan.json").write_text("{}")
+    assert loaded.division_in(tmp_path) is None
