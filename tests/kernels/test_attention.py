@@ -21,6 +21,8 @@ from nnscaler.kernels import KERNELS, Asked, Documents, attend
 from nnscaler.kernels.attention import choice, libraries, probe, rows
 from nnscaler.kernels.random import draws_of, numbers_of, place_of
 from nnscaler.operators.attention import attention, dropped_weights
+from nnscaler.runtime.attention import attention_along_l
+from nnscaler.runtime.axis import Axis
 from tests.kernels.attention import written_out
 
 SIZES = [(4, 4, 7, 7), (4, 2, 7, 7), (4, 2, 5, 9)]  # heads, key-value heads, rows, keys
@@ -88,6 +90,23 @@ def test_every_option_counts(sizes, asked, scores, monkeypatch):
     tensors, given = options_of(asked, inputs(*sizes))
     right = call(written_out, asked, **given)(*tensors)
     assert_same(call(attention, asked, **given), right, tensors)
+
+
+@pytest.mark.parametrize("asked", OPTIONS, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_along_the_sequence_every_option_counts(sizes, asked):
+    """What each device computes of its rows; here one has all of them."""
+    tensors, given = options_of(asked, inputs(*sizes))
+    along = functools.partial(attention_along_l, Axis(1, 0, None))
+    assert_same(call(along, asked, **given), call(written_out, asked, **given)(*tensors), tensors)
+
+
+def test_along_the_sequence_the_kernel_that_is_asked_for_computes():
+    query, key, value, sinks, _ = inputs(4, 2, 7, 7)
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1]] * 2)
+    for others in ({}, {"documents": documents}):
+        with pytest.raises(UserError, match=r"'cudnn' has no .*sinks"):
+            attention_along_l(Axis(1, 0, None), query, key, value, sinks, kernel="cudnn", **others)
 
 
 def assert_same(function: Callable[..., Tensor], wanted: Tensor, tensors: list[Tensor]) -> None:

@@ -9,7 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from nnscaler.compiler import Source
-from nnscaler.recompute import KEEPS_ALL, KEEPS_PRODUCTS, ON_DEVICE, RECOMPUTES_ALL, RECOMPUTES_ALL_BUT_ATTENTION
+from nnscaler.errors import UserError
+from nnscaler.recompute import (
+    KEEPS_ALL,
+    KEEPS_PRODUCTS,
+    LEVELS,
+    ON_DEVICE,
+    RECOMPUTES_ALL,
+    RECOMPUTES_ALL_BUT_ATTENTION,
+    SAME_ON_HOST,
+    level_of,
+    rank,
+    recomputes,
+)
 from nnscaler.recompute.keeping import Keeping, keep_all, keep_cut, keep_from, part_again
 from nnscaler.trace import trace
 from nnscaler.units import divide, needed_by
@@ -145,3 +157,37 @@ def test_what_collectives_bring_to_what_is_computed_again_is_kept():
 def test_levels_keep_less_and_less():
     assert ON_DEVICE == (KEEPS_ALL, KEEPS_PRODUCTS, RECOMPUTES_ALL_BUT_ATTENTION, RECOMPUTES_ALL)
     assert [level.everything for level in ON_DEVICE] == [True, False, False, False]
+
+
+def test_what_each_level_is():
+    """How many calls it takes together, whether their regions may be in pieces, and what wraps regions and calls."""
+    each = {
+        "keeps all": (False, None, None, True),
+        "keeps products": (False, "keeping_products", None, False),
+        "recomputes all but attention": (True, "recompute", None, False),
+        "recomputes all": (True, None, "recompute", False),
+    }
+    wanted = {name: (1, *facts, None) for name, facts in each.items()}
+    for size in (2, 4):
+        for inner in ("keeps all", "recomputes all but attention", "recomputes all"):
+            pieces, region, *_ = each[inner]
+            wanted[f"recomputes groups of {size}, inside {inner}"] = (size, pieces, region, "recompute", False, inner)
+    wanted |= {f"{name}, on the host": facts for name, facts in wanted.items()}
+    name_of = lambda wrapper: wrapper and wrapper.__name__  # noqa: E731
+    found = {
+        level.name: (
+            level.size, level.in_pieces, name_of(level.region), name_of(level.call), level.everything,
+            level.inner and level.inner.name,
+        )
+        for level in LEVELS
+    }  # fmt: skip
+    assert found == wanted
+    assert all(level.on_host == level.name.endswith(", on the host") for level in LEVELS)
+    assert all(level_of(level.name) is level for level in LEVELS)
+    assert all(SAME_ON_HOST[level].name == f"{level.name}, on the host" for level in SAME_ON_HOST)
+    named = recomputes(["a", "b"])
+    assert (named.named, named.size, named.on_host, named.in_pieces) == ({"a", "b"}, 1, False, False)
+    assert rank(named) < min(map(rank, LEVELS))
+    assert sorted(ON_DEVICE, key=rank) == list(ON_DEVICE), "from most kept to least"
+    with pytest.raises(UserError, match="recompute level 'keeps some' is not one of keeps all, keeps products"):
+        level_of("keeps some")

@@ -9,6 +9,7 @@ import torch
 from nnscaler.mesh import Mesh
 from nnscaler.runtime import collectives, gathering
 from nnscaler.runtime.axes import Axes
+from nnscaler.runtime.axis import Axis
 from nnscaler.runtime.gathering import Gathers
 from tests.launch import run
 
@@ -122,3 +123,9 @@ def test_as_many_weights_are_gathered_early_as_there_is_room_for(monkeypatch):
     gathers = Gathers(lambda *given: None)
     micro_batch([0, 1, 2, 3], torch.bfloat16)
     assert micro_batch([0, 1, 2, 3], torch.bfloat16)[:5] == ["0", "1", "2", "3", "use 0"]
+
+
+def test_a_gathered_weight_has_the_shards_of_every_axis():
+    shard = torch.zeros(2, 3, requires_grad=True)
+    along = ((Axis(2, 0, None), 0), (Axis(3, 1, None), 1))
+    assert gathering._Sharded(shard, along, torch.bfloat16).bytes == 6 * (2 * 3) * 2

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 
+import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from nnscaler.recompute import KEEPS_ALL, RECOMPUTES_ALL_BUT_ATTENTION
+from nnscaler.recompute import KEEPS_ALL, KEEPS_PRODUCTS, RECOMPUTES_ALL_BUT_ATTENTION
 from nnscaler.runtime import regions
 
 
@@ -38,3 +41,40 @@ def test_a_region_runs_again_in_backward_where_its_level_says_so():
         assert torch.equal(region(RECOMPUTES_ALL_BUT_ATTENTION.name, x), squares(x))
     assert calls == [False, False]
     assert region.__name__ == "squares"
+
+
+class Counted(TorchDispatchMode):
+    """Counts operators as they run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.ran[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("op", "product", "times"), [
+    ("aten.mm.default", lambda x, w: x @ w, 1 + 2),
+    ("aten.bmm.default", lambda x, w: torch.bmm(x[None], w[None]), 1 + 2),
+    ("aten.addmm.default", lambda x, w: torch.addmm(w[0], x, w), 1),
+])  # fmt: skip
+def test_products_are_kept_and_all_else_runs_again(op, product, times):
+    """A product runs in forward, and for the gradients of both factors; of addmm these are products without a sum."""
+    x, w = torch.rand(3, 4, requires_grad=True), torch.rand(4, 5, requires_grad=True)
+
+    def between(x, w):
+        return product(x.exp(), w).sin()
+
+    region = regions.region(between)
+    found = {}
+    for level in (KEEPS_ALL, KEEPS_PRODUCTS, RECOMPUTES_ALL_BUT_ATTENTION):
+        with Counted() as counted:
+            gradients = torch.autograd.grad(region(level.name, x, w).sum(), (x, w))
+        found[level] = (counted.ran[op], counted.ran["aten.exp.default"])
+        for mine, right in zip(gradients, torch.autograd.grad(between(x, w).sum(), (x, w))):
+            torch.testing.assert_close(mine, right)
+    assert found == {
+        KEEPS_ALL: (times, 1), KEEPS_PRODUCTS: (times, 2), RECOMPUTES_ALL_BUT_ATTENTION: (times + 1, 2)
+    }  # fmt: skip
