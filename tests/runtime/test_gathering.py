@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from nnscaler.mesh import Mesh
@@ -129,3 +130,33 @@ def test_a_gathered_weight_has_the_shards_of_every_axis():
     shard = torch.zeros(2, 3, requires_grad=True)
     along = ((Axis(2, 0, None), 0), (Axis(3, 1, None), 1))
     assert gathering._Sharded(shard, along, torch.bfloat16).bytes == 6 * (2 * 3) * 2
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_autograd_keeps_of_a_gathered_weight(again, monkeypatch):
+    """The weight, or how it is gathered once more: once for all that lies in it, while that lives."""
+    gathered = []
+
+    def start_gather(shard, axis, dtype=None):
+        gathered.append(shard)
+        return torch.cat([shard, shard]), None
+
+    monkeypatch.setattr(gathering, "start_gather", start_gather)
+    monkeypatch.setattr(gathering, "finish_gather", lambda whole, work, dim: whole)
+    gathers = Gathers(lambda *given: None)
+    gathers.begin()
+    whole = gathers.weight(torch.arange(8.0).view(2, 4), (SimpleNamespace(size=2), 0), again=again)
+    views, other = [whole, whole[1:3], whole.t()], torch.zeros(3)
+    assert gathers.holds(whole[1:])
+    assert not gathers.holds(other)
+    assert gathers.pack(other) is other
+    kept = [gathers.pack(view) for view in views]
+    assert [isinstance(packed, torch.Tensor) for packed in kept] == [not again] * 3
+    found = [gathers.unpack(packed) for packed in kept]
+    assert all(torch.equal(mine, view) for mine, view in zip(found, views))
+    assert len({view.untyped_storage().data_ptr() for view in found}) == 1
+    assert len(gathered) == (2 if again else 1)
+    del whole, views, found
+    if again:
+        assert gathers.unpack(kept[0]).sum() == 56
+        assert len(gathered) == 3
