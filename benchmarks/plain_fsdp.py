@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,18 +38,18 @@ CHUNK = 4096  # tokens whose logits exist at once
 class Loss(nn.Module):
     """The mean cross-entropy of the next token. tokens [sequences, length + 1] -> a scalar, fp32"""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model = model
+        self.body, self.head = model.model, model.lm_head
 
     def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.model.model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)
+        hidden = self.body(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)
         chunks = zip(hidden.split(CHUNK), tokens[:, 1:].flatten().split(CHUNK))
         losses = [checkpoint(self._sum, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.stack(losses).sum() / hidden.shape[0]
 
     def _sum(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(self.model.lm_head(hidden).float(), labels, reduction="sum")
+        return F.cross_entropy(self.head(hidden).float(), labels, reduction="sum")
 
 
 def parse() -> argparse.Namespace:

@@ -181,6 +181,10 @@ def performance() -> str:
             pipelines(),
             title("Attention"),
             attentions(),
+            title("Documents"),
+            documents(),
+            title("Mixtures of experts"),
+            experts(),
             title("The chunked loss"),
             "The loss of 16,384 tokens with hidden size 4096 and 128,256 words, forward and backward on\n"
             f"{read('loss.json')['device']} (``benchmarks/loss.py``). The error is that of the weight's gradient\n"
@@ -206,6 +210,58 @@ def attentions() -> str:
         for row in result["cases"]
     ]
     return textwrap.fill(text, 120) + "\n\n" + rst_table(["case", "kernel", "ms", "TFLOP/s", "of causal's"], rows)
+
+
+def documents() -> str:
+    """How fast rows of documents are that are kept apart, beside rows with the same work."""
+    text = (
+        "Whole steps of 4 layers of Llama-3 8B, 131,072 tokens a step, with ``--documents`` of "
+        "``benchmarks/train_llama.py``, beside rows whose work is equal. Documents by Zipf's law (8,192 tokens on "
+        "average, the longest fills the row) are split along the sequence there (with one key-value head, there is no "
+        "other way); they are beside documents of one length that have as much attention to compute together."
+    )
+    pairs = [
+        ("one-gpu-documents-4096", "one-gpu-rows-4096"),
+        ("one-gpu-documents-131072", "one-gpu-sequence-131072"),
+        ("two-gpus-documents-4096", "two-gpus-rows-4096"),
+        ("two-gpus-zipf", "two-gpus-even"),
+    ]
+    rows = []
+    for names in pairs:
+        one, other = (read(f"documents/{name}.json") for name in names)
+        speeds = [found["tokens_per_second_per_gpu"] for found in (one, other)]
+        device = one["device"].replace("NVIDIA ", "")
+        rows.append(
+            [
+                one["name"],
+                device,
+                f"{speeds[0]:,.0f}",
+                other["name"],
+                f"{speeds[1]:,.0f}",
+                f"{speeds[0] / speeds[1]:.1%}",
+            ]
+        )
+    head = ["rows of", "devices", "tokens/s/GPU", "beside", "tokens/s/GPU", "of that"]
+    return textwrap.fill(text, 120) + "\n\n" + rst_table(head, rows)
+
+
+def experts() -> str:
+    """How fast a mixture of experts trains, beside FSDP2 alone."""
+    ours, plain = read("experts/planned.json"), read("experts/fsdp.json")
+    step = compared(ours["predicted_seconds_per_step"], ours["seconds_per_step"], "s", 3)
+    memory = compared(ours["predicted_memory_gib"], ours["peak_memory_gib"], "GiB", 1)
+
+    def speed(one: dict[str, Any]) -> str:
+        return f"{one['tokens_per_second_per_gpu']:,.0f}"
+
+    return textwrap.fill(
+        f"Four layers of Qwen3-30B-A3B's width, {ours['sequences_per_step']} sequences of {ours['sequence_length']:,} "
+        f"tokens a step on {ours['device'].replace('NVIDIA ', '')}: {speed(ours)} tokens/s/GPU with the plan that the "
+        f"planner found (predicted / measured {step}, {memory}), {speed(plain)} with FSDP2 alone, transformers' "
+        "grouped products and compiled layers "
+        "(``benchmarks/plain_fsdp.py``).",
+        120,
+    )
 
 
 def title(text: str) -> str:
