@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from nnscaler.runtime import module as modules
 from nnscaler.runtime.module import ParallelModule
 
 CODE = """
@@ -96,3 +97,12 @@ def test_tensors_that_forward_does_not_use_are_held(known, tmp_path):
     assert ("more" in module.parameters_to_load()) == (not known)
     assert module.specs["more"].shape == (3,)
     assert module._weights["more"].tolist() == ([0, 1, 2] if known else [0, 0, 0])
+
+
+@pytest.mark.parametrize(("slow", "times"), [(torch.bfloat16, 1), (torch.float32, 1), (torch.float16, 0)])
+def test_products_of_a_slow_type_are_widened_where_any_weight_has_it(slow, times, tmp_path, monkeypatch):
+    widened = []
+    monkeypatch.setattr(modules, "are_slow", lambda device, dtype: dtype == slow)
+    monkeypatch.setattr(modules, "widen_slow_products", lambda: widened.append(slow))
+    loaded(tmp_path)
+    assert len(widened) == times

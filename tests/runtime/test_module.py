@@ -78,6 +78,13 @@ def test_a_step_sums_what_its_micro_batches_give_and_trains_the_first_number():
     assert loss_of(torch.tensor(4.0)).item() == loss_of(torch.tensor([4.0, 5.0])).item() == 4.0
 
 
+def test_numbers_of_micro_batches_are_summed_in_fp64():
+    module = module_that_gives(lambda x: x)
+    given = [{"x": torch.tensor(float(number), requires_grad=True)} for number in (2**24, 257)]
+    for total in (module.accumulate(given), module.evaluate(given)):
+        assert (total.item(), total.dtype) == (2**24 + 257, torch.float64)
+
+
 def test_what_a_module_cannot_take_or_train_is_one_line():
     module = module_that_gives(lambda x: x)
     for given, said in (({}, r"\[\]"), ({"x": 1, "y": 1}, r"\['x', 'y'\]"), ({"y": 1}, r"\['y'\]")):
