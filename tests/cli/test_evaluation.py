@@ -59,3 +59,9 @@ def test_losses_that_are_no_numbers():
     assert data.run() == {"eval_loss": None, "eval_perplexity": None}
     data._module.evaluate = lambda batches: torch.tensor(3000.0, dtype=torch.float64) + 0 * len(list(batches))
     assert data.run() == {"eval_loss": 1000.0, "eval_perplexity": None}
+
+
+def test_losses_of_many_steps_are_summed_in_fp64():
+    data, losses = evaluation(12, None), iter([2**24, 1])
+    data._module.evaluate = lambda batches: torch.full((), next(losses), dtype=torch.float64) + 0 * len(list(batches))
+    assert data.run()["eval_loss"] == (2**24 + 1) / (12 * (LENGTH - 1))

@@ -49,6 +49,13 @@ def test_steps_that_are_not_finite_and_ranks_without_a_loss_count_for_nothing():
     assert found.report(4)["loss"] is None, "of no step"
 
 
+def test_losses_of_many_steps_are_summed_in_fp64():
+    found = Progress(StepSize(1, 1, Mesh((1,)), None, None), 0, True, CPU)
+    for loss, labels in ((2.0**24, 1), (1.0, 0)):
+        found.add(torch.tensor(loss, dtype=torch.float64), SimpleNamespace(labels=labels, padding=0), ONE)
+    assert found.report(2)["loss"] == 2**24 + 1
+
+
 def test_operations_over_what_devices_could_do_and_the_most_memory(monkeypatch):
     """Three steps of 6 sequences in 2 s each, on 4 GPUs of 50 operations a second: 0.75 sequences a second and GPU."""
     monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: now))

@@ -85,6 +85,22 @@ def test_numbers_of_micro_batches_are_summed_in_fp64():
         assert (total.item(), total.dtype) == (2**24 + 257, torch.float64)
 
 
+def test_a_pipeline_sums_its_micro_batches_in_fp64():
+    module, numbers = pipeline.PipelineModule.__new__(pipeline.PipelineModule), [torch.tensor(2.0**24), torch.ones(())]
+    module.axes = SimpleNamespace(device=torch.device("cpu"), mesh=SimpleNamespace(replicas=1), replica=0)
+    module.gives_loss = True
+    module._numbers, module.schedule, module._shared = [torch.zeros(())], Schedule("1f1b", 2, 2, 2), []
+    finished = []
+    module.stages = {0: SimpleNamespace(reducer=SimpleNamespace(finish=lambda: finished.append(0)))}
+    step = lambda target, return_outputs, **inputs: [module._loss(number, target) for number in numbers]  # noqa: E731
+    module._schedule = SimpleNamespace(step=step)
+    module._forward = SimpleNamespace(run=lambda some: numbers)
+    given = [{"x": torch.zeros(1)}] * 2
+    for total in (module.accumulate(given), module.evaluate(given)):
+        assert (total.item(), total.dtype) == (2**24 + 1, torch.float64)
+    assert finished == [0]
+
+
 def test_what_a_module_cannot_take_or_train_is_one_line():
     module = module_that_gives(lambda x: x)
     for given, said in (({}, r"\[\]"), ({"x": 1, "y": 1}, r"\['x', 'y'\]"), ({"y": 1}, r"\['y'\]")):
