@@ -40,7 +40,7 @@ from nnscaler.options import REQUIRED, assignments, check, path, switch, text, w
 
 # torch and transformers take seconds to import: what is wrong with a flag is said before.
 
-DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+DTYPES = {"bf16": "bfloat16", "fp8": "bfloat16", "fp32": "float32"}
 KERNELS = (
     "auto",
     "flash_attention_4",
@@ -246,6 +246,7 @@ def planning_command(flags: Flags, model: str, args: TrainerArgs, dataset: Datas
         "global_batch_size",
         "micro_batch_size",
         "precision",
+        "fp8_keep_bf16",
     ]
     hardware = args.compute.hardware and Path(args.compute.hardware).name
     given = flags.spelled(

@@ -30,6 +30,7 @@ from nnscaler.division_search import divide
 from nnscaler.errors import UserError
 from nnscaler.graph import Graph
 from nnscaler.identity import DONE, differences, identity
+from nnscaler.kernels.fp8 import E4M3
 from nnscaler.pipeline.plan import PipelinePlan
 from nnscaler.planning import AnyPlan, plan_for, plan_or_advise, traced
 from nnscaler.profiler.operators import OperatorTimes
@@ -69,6 +70,8 @@ def compile_model(
     hardware = config.find_hardware()
     if hardware.remark:
         logger.warning(hardware.remark)
+    if source.fp8 and not hardware.multiplies(E4M3):
+        logger.warning("%s has no products in fp8, as far as is known: all are planned in bf16", hardware.name)
     times = OperatorTimes.here() if config.hardware is None else None
     divided = divide(batch, source, config, hardware, times) if batch else None
     if divided is not None:

@@ -64,6 +64,7 @@ class Node:
     source         the line of the user's code
     no_grad        whether it was called under `torch.no_grad`
     pinned         the annotated names along which alone it may be split, see `pin`; None: the planner chooses
+    may_be_fp8     whether it may be computed in fp8, see `nnscaler.trace.fp8`
     """
 
     name: str
@@ -77,6 +78,7 @@ class Node:
     source: str = ""
     no_grad: bool = False
     pinned: tuple[str | None, ...] | None = None
+    may_be_fp8: bool = False
 
     def pin(self, *names: str | None) -> None:
         """On each axis of devices, it is split along one of these names of its annotation; None: or not at all."""

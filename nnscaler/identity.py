@@ -48,6 +48,7 @@ def identity(
         "sources": _sources(model, config),
         "inputs": {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in source.inputs.items()},
         "dtype": str(source.dtype),
+        "fp8": [source.fp8, *source.fp8_keep_bf16],
         "config": {
             **asdict(config),
             "recompute_modules": None if config.recompute_modules is None else list(config.recompute_modules),

@@ -42,11 +42,13 @@ class NodePlan:
 
     split            for each mesh axis, the annotated name that is split, or `-` for none; such as `b,-`
     inputs, outputs  the layout of each tensor
+    in_fp8           whether it multiplies in fp8, see `nnscaler.kernels.fp8`
     """
 
     split: str
     inputs: tuple[Placements, ...]
     outputs: tuple[Placements, ...]
+    in_fp8: bool = False
 
 
 @dataclass
@@ -185,4 +187,5 @@ class Plan:
             "split": node.split,
             "inputs": [format_placements(layout) for layout in node.inputs],
             "outputs": [format_placements(layout) for layout in node.outputs],
+            "in_fp8": node.in_fp8,
         }

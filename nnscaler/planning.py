@@ -21,7 +21,7 @@ from nnscaler.planner import NothingFits, find_plan, least_step
 from nnscaler.planner.policies import apply_policy
 from nnscaler.profiler.operators import OperatorTimes
 from nnscaler.source import Source
-from nnscaler.trace import trace
+from nnscaler.trace import allow_fp8, trace
 
 logger = logging.getLogger(__name__)
 
@@ -62,15 +62,24 @@ def plan_for(
 def traced(source: Source, strategy: str) -> Graph:
     """The graph of what is compiled. Raises UserError where it cannot be traced, or there is nothing to train."""
     started = time.perf_counter()
-    model, buffers = source.build()
-    graph = trace(model, source.inputs, buffers, strategy, source.seed)
+    graph = _graph_of(source, strategy)
     if not any(parameter.requires_grad for parameter in graph.parameters.values()):
-        raise UserError(f"what {type(model).__name__} returns gives no parameter a gradient: there is nothing to train")
+        raise UserError(
+            f"what {graph.root.module_type} returns gives no parameter a gradient: there is nothing to train"
+        )
     logger.info(
         "traced %s in %.1f s: %d operators in %d blocks",
-        type(model).__name__, time.perf_counter() - started,
+        graph.root.module_type, time.perf_counter() - started,
         sum(len(block.nodes) for block in graph.all_blocks()), len(graph.all_blocks()),
     )  # fmt: skip
+    return graph
+
+
+def _graph_of(source: Source, strategy: str) -> Graph:
+    model, buffers = source.build()
+    graph = trace(model, source.inputs, buffers, strategy, source.seed)
+    if source.fp8:
+        allow_fp8(graph, source.fp8_keep_bf16)
     return graph
 
 
@@ -136,10 +145,7 @@ def _changes(
         return lambda: plan_for(graph, replace(config, **changes), hardware, None)
 
     def with_source(other: Source) -> Planning:
-        model, buffers = other.build()
-        return lambda: plan_for(
-            trace(model, other.inputs, buffers, config.trace_strategy, other.seed), config, hardware, None
-        )
+        return lambda: plan_for(_graph_of(other, config.trace_strategy), config, hardware, None)
 
     for name, make in source.instead.items():
         yield name, name, with_source(replace(source, make=make))

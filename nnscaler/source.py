@@ -25,6 +25,8 @@ class Source:
     make     builds the model
     inputs   name of an argument of its forward -> an example. Values matter only to a trace strategy that executes.
     dtype    of the parameters in computation
+    fp8      whether products may be computed in fp8, where that is faster (see `nnscaler.trace.fp8`); and
+    fp8_keep_bf16  which layers stay as they are
     seed     of the weights with which such a strategy executes the model
     tokens   of a micro-batch, for figures of speed; 0: none
     name     of the model, for people; empty: that of its class
@@ -44,6 +46,8 @@ class Source:
     document_length: int | None = None
     command: str = ""
     instead: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
+    fp8: bool = False
+    fp8_keep_bf16: tuple[str, ...] = ()
 
     def shortened(self, parts: int) -> Source | None:
         """The same with sequences that are cut to 1 / `parts` of their length.
@@ -83,7 +87,7 @@ class Source:
         return {
             **{what: value for what, value in facts.items() if value},
             "inputs": {name: f"{short_dtype(one.dtype)}{list(one.shape)}" for name, one in self.inputs.items()},
-            "precision": precision.get(dtype, dtype),
+            "precision": "fp8" if self.fp8 else precision.get(dtype, dtype),
             "versions": versions(),
         }
 

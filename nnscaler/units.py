@@ -25,6 +25,7 @@ class Unit:
     depth    how many products and registered operators lie on the longest way to it from the block's inputs
     inputs   names of the tensors that come from outside, in the order of first use
     outputs  names of the tensors that others use
+    rounds   whether it may be a product in fp8, whose backward reads a rounded copy of its input instead
     """
 
     kind: str
@@ -32,6 +33,7 @@ class Unit:
     depth: int = 0
     inputs: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
+    rounds: bool = False
 
     @property
     def name(self) -> str:

@@ -396,10 +396,13 @@ def test_files_are_listed_up_to_three():
 NEEDS = {
     "pipeline_pivots": ("--explore_pipeline",), "pipeline_schedule": ("--explore_pipeline",),
     "pipeline_nstages": ("--explore_pipeline",), "document_length": ("--document_mask",),
-    "global_batch_size": ("--runtime_ngpus", "5"),
+    "global_batch_size": ("--runtime_ngpus", "5"), "fp8_keep_bf16": ("--precision", "fp8"),
     "lora_alpha": ("--lora_rank", "4"), "lora_target_modules": ("--lora_rank", "4"),
 }  # fmt: skip
-GIVEN = {"hardware": "h100", "trace_strategy": "meta", "dataset_path": "there", "eval_dataset_path": "there"}
+GIVEN = {
+    "hardware": "h100", "trace_strategy": "meta", "dataset_path": "there", "eval_dataset_path": "there",
+    "fp8_keep_bf16": "first",
+}  # fmt: skip
 GIVES = {int: ("5", 5), float: ("0.25", 0.25), bool: ("true", True), dict: ("a=1", {"a": "1"})}
 FLAGS = [(cls, name, rule) for cls in train.GROUPS.values() for name, rule in rules_of(cls).items()]
 

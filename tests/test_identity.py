@@ -218,16 +218,19 @@ def test_each_field_of_a_configuration_counts(tmp_path, quick, name):
 def test_what_else_a_compile_depends_on(tmp_path, monkeypatch, quick):
     config, model = ComputeConfig(hardware="a100"), nn.Linear(2, 2)
 
-    def of(shape=(2, 2), kind=torch.float32, dtype=torch.bfloat16, name="x", batch=None):
-        source = Source(lambda: model, {name: torch.zeros(shape, dtype=kind)}, dtype)
+    def of(shape=(2, 2), kind=torch.float32, dtype=torch.bfloat16, name="x", batch=None, **fp8):
+        source = Source(lambda: model, {name: torch.zeros(shape, dtype=kind)}, dtype, **fp8)
         return identity(source, model, config, batch=batch)
 
     (tmp_path / "compiled.json").write_text(json.dumps(of()))
     assert differences(tmp_path, of()) == []
     for changed in (
         of((2, 3)), of(kind=torch.int64), of(dtype=torch.float32), of(name="y"), of(batch=Batch(8, 1)),
+        of(fp8=True),
     ):  # fmt: skip
         assert differences(tmp_path, changed)
+    (tmp_path / "compiled.json").write_text(json.dumps(of(fp8=True)))
+    assert differences(tmp_path, of(fp8=True, fp8_keep_bf16=("last",)))
     (tmp_path / "compiled.json").write_text(json.dumps(of(batch=Batch(8, 1))))
     for batch in (Batch(16, 1), Batch(8, 2), Batch(8, 1, 1), Batch(8, 1, None, 2), Batch(8, 1, None, None, 4)):
         assert differences(tmp_path, of(batch=batch))

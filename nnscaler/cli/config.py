@@ -16,7 +16,7 @@ from nnscaler.batch import Batch, Division
 from nnscaler.config import ComputeConfig, OptimizerConfig
 from nnscaler.directory import check_name
 from nnscaler.errors import UserError
-from nnscaler.options import REQUIRED, check, number, path, switch, text, whole, words
+from nnscaler.options import REQUIRED, check, names, number, path, switch, text, whole, words
 
 if TYPE_CHECKING:  # which a command that only answers need not wait for
     from peft import LoraConfig
@@ -27,6 +27,14 @@ if TYPE_CHECKING:  # which a command that only answers need not wait for
 
 
 MOST_STEPS = 2**40
+PLACES = ("first", "last")  # of layers, see `nnscaler.trace.fp8`
+
+
+def check_places(value: tuple[str, ...], name: str) -> None:
+    """Raises UserError where a value is not some of PLACES."""
+    for place in value:
+        if place not in PLACES:
+            raise UserError(f"{name} is '{place}'; allowed are {', '.join(PLACES)}")
 
 
 @dataclass(frozen=True)
@@ -282,10 +290,15 @@ class TrainerArgs:
     )
     precision: str = text(
         "auto",
-        "bf16: weights in bf16, with fp32 masters in the optimizer; fp32: all in fp32; auto: bf16 where this device is "
-        "fast in it, and for plans for other --hardware; fp32 elsewhere",
-        choices=("auto", "bf16", "fp32"),
+        "bf16: weights in bf16, with fp32 masters in the optimizer; fp8: as bf16, and linear layers of the repeated "
+        "layers multiply in fp8 (e4m3, a scale a tensor) where that is faster; fp32: all in fp32; auto: bf16 where "
+        "this device is fast in it, and for plans for other --hardware; fp32 elsewhere",
+        choices=("auto", "bf16", "fp8", "fp32"),
     )
+    fp8_keep_bf16: tuple[str, ...] = names(
+        (), "with --precision fp8: layers that stay in bf16: first, last or first,last (default: none)",
+        shown="PLACE,...", judge=check_places,
+    )  # fmt: skip
     global_batch_size: int | None = whole(
         None, "sequences of a step, in all. How they are divided among copies of the model and over micro-batches, and "
         "whether as a pipeline, is then what is predicted to be fastest, unless other flags say it (default: what the "
@@ -317,6 +330,8 @@ class TrainerArgs:
         check(self)
         if self.global_batch_size is not None:
             self._batch(self.global_batch_size).divisions()
+        if self.fp8_keep_bf16 and self.precision != "fp8":
+            raise UserError(f"fp8_keep_bf16 goes with precision fp8; precision is {self.precision}")
         if self.explain and self.run_mode != "compile":
             raise UserError(f"explain goes with run_mode compile; run_mode is {self.run_mode}")
         validation = self.evaluation.dataset

@@ -29,7 +29,7 @@ from nnscaler.watch import Watch
 
 logger = logging.getLogger(__name__)
 
-_PRECISION = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_PRECISION = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}  # of weights
 
 
 class Trainer:
@@ -177,6 +177,8 @@ class Trainer:
             command=self.args.command,
             instead=model.instead,
             document_length=self.args.dataset.mean_document,
+            fp8=self.args.precision == "fp8",
+            fp8_keep_bf16=self.args.fp8_keep_bf16,
         )
 
     def _check_weights(self, resume_from: list[Path], model: nn.Module) -> None:

@@ -28,6 +28,7 @@ class Body:
     made          tensor -> the layout in which it is made
     taken         names of variables that are in use
     functions     the lines of the regions' functions, as far as they are written
+    rounded       expression of a tensor -> the variable with it in fp8
     stretches     the stretches that are computed in pieces, while functions of their pieces are written
     needs_device  whether a region has a parameter `device`
     """
@@ -38,13 +39,14 @@ class Body:
     made: dict[str, Placements] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
     functions: list[list[str]] = field(default_factory=list)
+    rounded: dict[str, str] = field(default_factory=dict)
     stretches: list[Stretch] = field(default_factory=list)
     needs_device: bool = False
 
     def write(self) -> list[list[str]]:
         """The lines of each function, with the block's own function last."""
         block = self.block
-        self.taken = {*block.tensors, "w", "axes", "keep", "ops", "device", "torch", "F", "collectives"}
+        self.taken = {*block.tensors, "w", "axes", "keep", "ops", "device", "torch", "F", "collectives", "fp8"}
         for tensor, layout in zip(block.inputs, self.plan.inputs[block.name]):
             self._define(tensor, layout, tensor)
         for tensor, path in block.parameters.items():
@@ -106,7 +108,9 @@ class Body:
     def _region(self, region: Region, index: int) -> list[str]:
         """The lines that call a region; its function is added to `functions`. A single operator is written in place."""
         computing = [node for unit in region.units for node in unit.nodes if not operator_of(node).alias]
-        composed = any(operator_of(node).composed for node in computing)
+        composed = any(
+            operator_of(node).composed or self.plan.nodes[self.block.name, node.name].in_fp8 for node in computing
+        )
         if len(computing) < 2 and not (composed or region.recomputed) and region.stretch is None:
             return [line for unit in region.units for line in self._nodes(unit.nodes)]
         lines: list[str] = []
@@ -198,6 +202,7 @@ class Body:
         outputs  what it returns
         """
         outer_names, outer_made, outer_device = self.names, self.made, self.needs_device
+        outer_rounded, self.rounded = self.rounded, {}
         parameters = self._parameter_names(given)
         self.names = {given[expression]: own for expression, own in zip(given, parameters)}
         self.made, self.needs_device = dict(self.names.keys()), False
@@ -205,6 +210,7 @@ class Body:
         needs = {"axes": any("axes." in line for line in lines)}
         needs["device"] = self.needs_device or any("device=device" in line for line in lines)
         self.names, self.made, self.needs_device = outer_names, outer_made, outer_device or needs["device"]
+        self.rounded = outer_rounded
         also = [what for what, needed in needs.items() if needed]
         given.update(dict.fromkeys(also, ("", ())))
         head = f"def {name}({', '.join([*first, *parameters, *also])}):"
@@ -242,13 +248,22 @@ class Body:
             expression = self._registered(operator, plan.split, node, inputs)
         else:
             outputs = [self._local_meta(name, layout) for name, layout in zip(node.outputs, plan.outputs)]
-            expression = spell(node, inputs, outputs, self._parts(plan.split))
+            if plan.in_fp8:
+                inputs[0] = Ref(self._rounded(inputs[0].name, before))
+            expression = spell(node, inputs, outputs, self._parts(plan.split), plan.in_fp8)
         for name, layout in zip(node.outputs, plan.outputs):
             self._define(name, layout, name)
         target = ", ".join(node.outputs) + ("," if node.returns_tuple and len(node.outputs) == 1 else "")
         needs_no_grad = node.no_grad and any(self.block.tensors[name].requires_grad for name in node.inputs)
         statement = f"{target} = {expression}"
         return ["with torch.no_grad():", INDENT + statement] if needs_no_grad else [statement]
+
+    def _rounded(self, expression: str, lines: list[str]) -> str:
+        """The variable with a tensor in fp8. The first time, the line that rounds it is added to `lines`."""
+        if expression not in self.rounded:
+            self.rounded[expression] = self._fresh(f"{expression}_fp8")
+            lines.append(f"{self.rounded[expression]} = fp8.rounded({expression})")
+        return self.rounded[expression]
 
     def _registered(self, operator: Operator, split: str, node: Node, inputs: list[Ref]) -> str:
         names = iter(inputs)

@@ -53,6 +53,7 @@ def _header(plan: Plan, facts: Iterable[tuple[str, str]], constants: Iterable[st
         "import torch",
         "import torch.nn.functional as F",
         "",
+        *(["from nnscaler.kernels import fp8"] if any(node.in_fp8 for node in plan.nodes.values()) else []),
         "from nnscaler.runtime import collectives",
         f"from nnscaler.runtime.generated import {', '.join(imported)}",
         "",

@@ -83,6 +83,10 @@ class Hardware:
         """Peak FLOP/s of a device on this type, by its data sheet. None where that is not known."""
         return None if self.borrowed else self.flops.get(str(dtype).removeprefix("torch."))
 
+    def multiplies(self, dtype: torch.dtype) -> bool:
+        """Whether a device has products of this type, as far as its data sheet is known."""
+        return str(dtype).removeprefix("torch.") in self.flops
+
     def flops_per_second(self, operator: str, dtype: torch.dtype) -> float:
         """FLOP/s that an operator reaches on this type. A type without a figure counts as float32."""
         peak = self.flops.get(str(dtype).removeprefix("torch."), self.flops["float32"])

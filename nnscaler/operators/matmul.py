@@ -17,15 +17,25 @@ def linear(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str
 
 
 def linear_text(call: WrittenCall) -> str:
+    _divide_bias(call)
+    return call.fill("F.linear(*)")
+
+
+def linear_in_fp8(call: WrittenCall) -> str:
+    _divide_bias(call)
+    bias = " + {bias}" if "bias" in call.unwritten else ""
+    return call.fill("fp8.linear({input}, {weight})" + bias)
+
+
+def _divide_bias(call: WrittenCall) -> None:
     """Where `k` is split, each device computes a term of a sum, and adds as large a part of the bias."""
     terms = call.parts.get("k", 1)
     if terms > 1 and isinstance(call.arguments["bias"], Ref):
         call.arguments["bias"] = Ref(f"{call.arguments['bias']} / {terms}")
-    return call.fill("F.linear(*)")
 
 
 def added_text(call: WrittenCall) -> str:
-    """As `linear_text`, of a tensor that is multiplied with `beta`."""
+    """As `_divide_bias`, of a tensor that is multiplied with `beta`."""
     terms = call.parts.get("k", 1)
     if terms > 1:
         call.arguments["beta"] /= terms
@@ -105,7 +115,7 @@ def einsum(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str
 
 
 family(
-    "linear.default", linear, linear_text, flops=contraction_flops,
+    "linear.default", linear, linear_text, fp8_text=linear_in_fp8, flops=contraction_flops,
     factors=("input", "weight"), saves=backward_reads(input="weight", weight="input"),
 )  # fmt: skip
 family("mm.default", mm, flops=contraction_flops, saves=backward_reads(self="mat2", mat2="self"))

@@ -122,6 +122,8 @@ class Operator:
 
     annotate    annotation text for given input and output shapes
     text        the Python text of an ATen operator, see `nnscaler.operators.spelling`
+    fp8_text    the same of a product in fp8 of two matrices, of which the first argument is written in its rounded
+                form (see `nnscaler.kernels.fp8`); None: it has none
     flops       forward floating-point operations from the local size of each annotated name
     unmasked    the same if no mask hid anything; None: there is none
     backward    backward operations as a multiple of forward's, or a function (node, inputs) of them; None: once for
@@ -149,6 +151,7 @@ class Operator:
     name: str
     annotate: Annotate
     text: Text = METHOD
+    fp8_text: Text | None = None
     flops: Flops = no_flops
     unmasked: Flops | None = None
     backward: float | BackwardRatio | None = None
@@ -242,19 +245,27 @@ def _draws_random_numbers(node: Node) -> UserError:
 
 
 def spell(
-    node: Node, inputs: Sequence[Ref], outputs: Sequence[TensorMeta], parts: Mapping[str, int] | None = None
+    node: Node,
+    inputs: Sequence[Ref],
+    outputs: Sequence[TensorMeta],
+    parts: Mapping[str, int] | None = None,
+    in_fp8: bool = False,
 ) -> str:
     """The Python expression of an ATen call.
 
     inputs   the tensor arguments, in order, with the names to write
     outputs  shapes and types of the results on this device
     parts    annotated name -> over how many devices it is split; None: nothing is split
+    in_fp8   whether it is a product in fp8
 
     Raises UserError for an argument that the operator's text does not say.
     """
     names = iter(inputs)
     args, kwargs = map_refs((node.args, node.kwargs), lambda ref: next(names))
-    return write(operator_of(node).text, WrittenCall(node, args, kwargs, outputs, parts or {}))
+    operator = operator_of(node)
+    text = operator.fp8_text if in_fp8 else operator.text
+    assert text is not None, node.op
+    return write(text, WrittenCall(node, args, kwargs, outputs, parts or {}))
 
 
 LeafTracer = Callable[[Operator, tuple[Any, ...], dict[str, Any]], Any]

@@ -20,6 +20,7 @@ from nnscaler.hardware import Hardware, Timing
 from nnscaler.mesh import Mesh
 from nnscaler.operators import operator_of
 from nnscaler.placement import Placements, Shard, local_shape
+from nnscaler.planner.fp8 import Fp8Product, fp8_product
 from nnscaler.profiler.operators import OperatorTimes
 from nnscaler.reshard import Reshard
 from nnscaler.sizes import BUCKET_ELEMENTS, GRADIENT_SLOTS, MOST_IN_FLIGHT, STATES_AHEAD
@@ -60,6 +61,8 @@ class Local:
     way          the name that is split along it
     group_sizes  size of each annotated name over all devices of the axis together; each device does an equal part
     exchanged    for each input and output, whether the function exchanges it
+
+    fp8          the product in fp8 that it is; None: it is none
     """
 
     node: Node
@@ -70,6 +73,7 @@ class Local:
     way: str | None = None
     group_sizes: dict[str, int] = field(default_factory=dict)
     exchanged: Sequence[bool] = ()
+    fp8: Fp8Product | None = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ class CostModel:
             if operator_of(node).alias:
                 continue
             seconds += self._node(local, block) + self._exchange(local, block)
-            held = operator_of(node).workspace(local.sizes, node, local.inputs)
+            held = local.fp8.held if local.fp8 else operator_of(node).workspace(local.sizes, node, local.inputs)
             transient = max(transient, sum(local.bytes) + held)
             kept.update(saved_by(node, block))
             if local.axis is not None:  # what it computes before the exchange is kept beside what it gives
@@ -157,9 +161,20 @@ class CostModel:
             backward = self._roofline(0.0, needed + given + made)
         return Seconds(forward, backward), float(read + written)
 
+    def fastest(self, local: Local, block: Block) -> Local:
+        """The node as a product in fp8, where it may be one and that is faster; else as it is."""
+        product = fp8_product(local.node, local.inputs, block, self.hardware)
+        if product is None:
+            return local
+        narrow = replace(local, fp8=product)
+        plain, rounded = self._node(local, block), self._node(narrow, block)
+        return narrow if rounded.forward + rounded.backward < plain.forward + plain.backward else local
+
     def _node(self, local: Local, block: Block) -> Seconds:
         """Seconds of one node."""
         node, operator = local.node, operator_of(local.node)
+        if local.fp8 is not None:
+            return Seconds(local.fp8.forward(self.hardware), local.fp8.backward(self.hardware))
         flops = operator.flops(local.sizes, node)
         if local.axis is not None:
             flops = operator.flops(local.group_sizes, node) / self.mesh.sizes[local.axis]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import inf
+from typing import NamedTuple
 
 import torch
 
@@ -15,6 +16,7 @@ from nnscaler.placement import Placements, format_placements
 from nnscaler.plan import Key
 from nnscaler.planner.choices import Choices
 from nnscaler.planner.costs import NO_TIME, Seconds
+from nnscaler.planner.options import Option
 from nnscaler.planner.problem import Flow, Port, Problem
 from nnscaler.planner.statement import Account, Terms, minus
 from nnscaler.recompute import Level
@@ -50,13 +52,20 @@ def storage(layout: Placements) -> Placements:
     return without_gradient(layout)
 
 
+class Form(NamedTuple):
+    """How a tensor is kept: in which layout; and whether as its copy in fp8, which a product has that multiplies so."""
+
+    layout: Placements
+    rounded: bool = False
+
+
 class Flows:
     """Adds the variables, rows and charges of all flows to a program.
 
     resharded  index of a flow -> (from, to) -> its variable y
     again      (index of a flow, from, to) -> how often a micro-batch's backward does this again, as a sum
-    kept       (index of a flow, layout, level) -> the variable k
-    in_call    (index of a flow, layout, level) -> the variable j: whether one call would keep it so; for levels that
+    kept       (index of a flow, form, level) -> the variable k
+    in_call    (index of a flow, form, level) -> the variable j: whether one call would keep it so; for levels that
                keep on the host, and those inside groups
     gathered   (index of a flow, from, to) -> the variable g: backward gathers it again
     """
@@ -65,23 +74,19 @@ class Flows:
         self.choices, self.problem, self.statement = choices, choices.problem, choices.statement
         self.resharded: dict[int, dict[tuple[Placements, Placements], int]] = {}
         self.again: dict[tuple[int, Placements, Placements], Terms] = {}
-        self.kept: dict[tuple[int, Placements, Level], int] = {}
-        self.in_call: dict[tuple[int, Placements, Level], int] = {}
+        self.kept: dict[tuple[int, Form, Level], int] = {}
+        self.in_call: dict[tuple[int, Form, Level], int] = {}
         self.gathered: dict[tuple[int, Placements, Placements], int] = {}
         for index in range(len(self.problem.flows)):
             self._flow(index)
 
-    def _calls(
-        self, block: str, port: Port, level: Level | None, fits: Callable[[Placements], bool], side: str
-    ) -> Terms:
-        """How many calls of `block` at `level` make or use a tensor in a layout that fits, as a sum.
+    def _calls(self, block: str, index: int, level: Level | None, fits: Callable[[Option], bool]) -> Terms:
+        """How many calls of `block` at `level` have an option of a decision that fits, as a sum.
 
-        port   the decision that makes the tensor (`side` "outputs") or uses it ("inputs"), and its place there
         level  None: of one call, whether it would
         """
-        index, position = port
         decision = self.problem.decisions[index]
-        matching = [o for o, option in enumerate(decision.options) if fits(getattr(option, side)[position])]
+        matching = [o for o, option in enumerate(decision.options) if fits(option)]
         if level is None:
             return [(self.choices.x[index][option], 1.0) for option in matching]
         if decision.block == block and (index, level) in self.choices.z:
@@ -96,16 +101,27 @@ class Flows:
             found.setdefault(getattr(option, side)[index], []).append((x, 1.0))
         return found
 
+    def bytes_of(self, flow: Flow, form: Form) -> int:
+        """Bytes of a flow in a form, if it is kept: one for each element of a copy in fp8."""
+        size = self.problem.costs.local_bytes(flow.meta, form.layout)
+        return size // flow.meta.dtype.itemsize if form.rounded else size
+
+    def _forms(self, use: Port) -> dict[Form, None]:
+        """The forms in which a unit may keep what it uses."""
+        index, place = use
+        return dict.fromkeys(_form(option, place) for option in self.problem.decisions[index].options)
+
     def size(self, flow: Flow, smallest: bool = False) -> tuple[Terms, float]:
         """Bytes of a flow as it is made, as a sum, and its largest value.
 
-        smallest  at most as many as it has in any layout that it is used in
+        smallest  at most as many as it has in any form in which it may be kept for a use
         """
         layouts = self.layouts(flow.producer, "outputs")
         sizes = {layout: self.problem.costs.local_bytes(flow.meta, layout) for layout in layouts}
         if smallest:
-            used = [layout for use in flow.consumers for layout in self.layouts(use, "inputs")]
-            least = min((self.problem.costs.local_bytes(flow.meta, layout) for layout in used), default=inf)
+            used = [form for use in flow.consumers for form in self._forms(use)]
+            made_again = self.problem.costs.fused and any(form.rounded for form in used)
+            least = 0 if made_again else min((self.bytes_of(flow, form) for form in used), default=inf)
             sizes = {layout: int(min(size, least)) for layout, size in sizes.items()}
         return [(x, sizes[layout]) for layout, xs in layouts.items() for x, _ in xs], max(sizes.values())
 
@@ -173,13 +189,13 @@ class Flows:
         self, index: int, level: Level, made: set[Placements], again: dict[Placements, Terms], inside: bool
     ) -> None:
         """The rows (keeping) of one flow at one level. `inside`: whether it counts that groups keep it inside."""
-        for layout, calls in self._keeping(index, level, made, again):
-            self.statement.above(self._kept(index, layout, level), calls)
+        for form, calls in self._keeping(index, level, made, again):
+            self.statement.above(self._kept(index, form, level), calls)
         if inside or self.keeps_on_host(self.problem.flows[index], level):
-            for layout, calls in self._keeping(index, level, made, again, of_one_call=True):
-                if (index, layout, level) not in self.in_call:
-                    self.in_call[index, layout, level] = self.statement.least(bound=1.0)
-                self.statement.above(self.in_call[index, layout, level], calls)
+            for form, calls in self._keeping(index, level, made, again, of_one_call=True):
+                if (index, form, level) not in self.in_call:
+                    self.in_call[index, form, level] = self.statement.least(bound=1.0)
+                self.statement.above(self.in_call[index, form, level], calls)
 
     def _keeping(
         self,
@@ -188,30 +204,35 @@ class Flows:
         made: set[Placements],
         again: dict[Placements, Terms],
         of_one_call: bool = False,
-    ) -> Iterator[tuple[Placements, Terms]]:
-        """(layout, how many calls keep the flow in it, as a sum), for each reason to keep it at this level.
+    ) -> Iterator[tuple[Form, Terms]]:
+        """(form, how many calls keep the flow in it, as a sum), for each reason to keep it at this level.
 
         of_one_call  instead, whether one call would
         """
         flow = self.problem.flows[index]
 
-        def calls(port: Port, fits: Callable[[Placements], bool], side: str) -> Terms:
-            return self._calls(flow.block, port, None if of_one_call else level, fits, side)
+        def calls(decision: int, fits: Callable[[Option], bool]) -> Terms:
+            return self._calls(flow.block, decision, None if of_one_call else level, fits)
 
         def making(layout: Placements) -> Terms:
-            return calls(flow.producer, lambda made: storage(made) == layout, "outputs")
+            decision, place = flow.producer
+            return calls(decision, lambda option: storage(option.outputs[place]) == layout)
 
         if level in flow.as_made and not flow.is_parameter:
             for layout in made:
-                yield layout, making(layout)
-        for use in [*flow.as_used.get(level, ()), *flow.as_resharded.get(level, ())]:
-            options = self.problem.decisions[use[0]].options
-            for used in dict.fromkeys(option.inputs[use[1]] for option in options):
-                terms = calls(use, used.__eq__, "inputs")
-                if flow.is_parameter or use in flow.as_resharded.get(level, ()):
-                    terms = terms + minus(making(storage(used)))
+                yield Form(layout), making(layout)
+        as_resharded = flow.as_resharded.get(level, ())
+        for use in [*flow.as_used.get(level, ()), *as_resharded]:
+            for form in self._forms(use):
+                terms = calls(use[0], _keeps(form, use[1]))
+                # Where what is around is fused, a copy in fp8 is made again, but for what is resharded for it.
+                made_again = form.rounded and self.problem.costs.fused
+                if flow.is_parameter or use in as_resharded or made_again:
+                    terms = terms + minus(making(storage(form.layout)))
                 share = 1 / self.problem.calls[flow.block] if of_one_call else 1.0
-                yield storage(used), terms + [(g, share * factor) for g, factor in again.get(used, [])]
+                terms = terms + [(g, share * factor) for g, factor in again.get(form.layout, [])]
+                # A region that runs again has kept what it was given.
+                yield Form(storage(form.layout), form.rounded and use not in as_resharded), terms
 
     def keeps_on_host(self, flow: Flow, level: Level) -> bool:
         """Whether a level keeps a flow on the host, if it keeps it: not parameters, nor what several calls share."""
@@ -241,14 +262,23 @@ class Flows:
                 self.gathered[index, source, target] = g
         return terms
 
-    def _kept(self, index: int, layout: Placements, level: Level) -> int:
+    def _kept(self, index: int, form: Form, level: Level) -> int:
         """The variable k_fsl; it is made, with its charges, when it is first asked for."""
-        if (index, layout, level) not in self.kept:
+        if (index, form, level) not in self.kept:
             flow, calls = self.problem.flows[index], self.problem.calls[self.problem.flows[index].block]
             variable = self.statement.least(bound=float(calls))
-            size = flow.count / calls * self.problem.in_flight * self.problem.costs.local_bytes(flow.meta, layout)
+            size = flow.count / calls * self.problem.in_flight * self.bytes_of(flow, form)
             size /= 1 if self._is_shared(flow) else level.size
             where = Account.HOST if self.keeps_on_host(flow, level) else Account.DEVICE
             self.statement.charge(where, Key("saved", flow.block, flow.tensor, level.name), variable, size)
-            self.kept[index, layout, level] = variable
-        return self.kept[index, layout, level]
+            self.kept[index, form, level] = variable
+        return self.kept[index, form, level]
+
+
+def _form(option: Option, place: int) -> Form:
+    """The form in which a unit keeps an input, if it keeps it."""
+    return Form(option.inputs[place], place in option.rounded)
+
+
+def _keeps(form: Form, place: int) -> Callable[[Option], bool]:
+    return lambda option: _form(option, place) == form

@@ -60,10 +60,10 @@ class InGroups:
         """What a group keeps inside: a sum of bytes, and its largest value."""
         others, inner = level.size - 1, level.inner
         terms: Terms = []
-        for (index, layout, at), j in self.flows.in_call.items():
+        for (index, form, at), j in self.flows.in_call.items():
             flow = self.problem.flows[index]
             if at is inner and flow.block == stack.block:
-                each = flow.count / self.problem.calls[stack.block] * self.problem.costs.local_bytes(flow.meta, layout)
+                each = flow.count / self.problem.calls[stack.block] * self.flows.bytes_of(flow, form)
                 terms.append((j, others * each))
         for decision, xs in zip(self.problem.decisions, self.choices.x):
             if decision.block == stack.block and inner in decision.inner_kept_at:

@@ -81,11 +81,11 @@ class OnHost:
     def _copy(self) -> Terms:
         """The rows (hiding), for what calls keep. Returns the seconds of copies back that backward hides, as a sum."""
         sent: dict[tuple[str, Level], tuple[Terms, Terms]] = {use: ([], []) for use in self.used}
-        for (index, layout, level), k in self.flows.kept.items():
+        for (index, form, level), k in self.flows.kept.items():
             flow = self.problem.flows[index]
             if self.flows.keeps_on_host(flow, level):
                 share = flow.count / self.problem.calls[flow.block]
-                size = share * self.problem.costs.local_bytes(flow.meta, layout)
+                size = share * self.flows.bytes_of(flow, form)
                 key = Key("copies", flow.block, flow.tensor, level.name)
                 ways = ((Account.SENT, self.host.to_host), (Account.FETCHED, self.host.to_device))
                 for terms, (account, rate) in zip(sent[flow.block, level], ways):
@@ -113,11 +113,11 @@ class OnHost:
         for level in (level for where, level in self.used if where == block):
             terms: Terms = []
             most = 0.0
-            for (index, layout, at), j in self.flows.in_call.items():
+            for (index, form, at), j in self.flows.in_call.items():
                 flow = self.problem.flows[index]
                 if at is level and flow.block == block:
                     size = 2 * flow.count / self.problem.calls[block]
-                    size *= self.problem.costs.local_bytes(flow.meta, layout)
+                    size *= self.flows.bytes_of(flow, form)
                     terms.append((j, size))
                     most += size
             self.statement.above(on_its_way, [*terms, (self.used[block, level], most)], -most)

@@ -31,6 +31,7 @@ class Option:
     inner_bytes      bytes of inner tensors that backward keeps: those of a cluster that is not fused, of an operator
                      whose function communicates, and what operators keep beside their tensors
     ways             (node name, how it runs) of each node of the unit
+    rounded          places of inputs of which backward keeps a copy in fp8, and not the input itself
 
     Of parameters only:
 
@@ -49,6 +50,7 @@ class Option:
     transient: float = 0.0
     inner_bytes: float = 0.0
     ways: tuple[tuple[str, NodePlan], ...] = ()
+    rounded: frozenset[int] = frozenset()
     exchanged_once: bool = False
     last_exchange: float = 0.0
     exchange_buffers: float = 0.0
@@ -175,7 +177,6 @@ def _option(
                 if not divides(meta.shape, layouts[name], costs.mesh):
                     return None
         inputs, outputs = ([layouts[name] for name in names] for names in (node.inputs, node.outputs))
-        ways.append((node.name, NodePlan(",".join(s.name or "-" for s in splits), tuple(inputs), tuple(outputs))))
         local = [costs.local_bytes(block.tensors[name], layouts[name]) for name in (*node.inputs, *node.outputs)]
         exchanged = [
             isinstance(place, Shard) for axis in along for place in (*splits[axis].inputs, *splits[axis].outputs)
@@ -189,7 +190,9 @@ def _option(
             for name, size in sizes.items()
         }
         axis, way = (along[0], splits[along[0]].name) if along else (None, None)
-        locals_.append(Local(node, sizes, metas, local, axis, way, group_sizes, exchanged))
+        locals_.append(costs.fastest(Local(node, sizes, metas, local, axis, way, group_sizes, exchanged), block))
+        split, in_fp8 = ",".join(s.name or "-" for s in splits), locals_[-1].fp8 is not None
+        ways.append((node.name, NodePlan(split, tuple(inputs), tuple(outputs), in_fp8)))
     seconds, transient, inner = costs.unit(unit, block, layouts, locals_)
     return Option(
         tuple(layouts[name] for name in unit.inputs),
@@ -198,6 +201,7 @@ def _option(
         transient=transient,
         inner_bytes=inner,
         ways=tuple(ways),
+        rounded=frozenset(unit.inputs.index(one.node.inputs[0]) for one in locals_ if one.fp8 is not None),
     )
 
 

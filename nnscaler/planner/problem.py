@@ -338,6 +338,13 @@ class _Body:
         self.is_root = block is builder.graph.root
         self.count = builder.graph.count(block)
         self.units = divide(block)
+        self.options = {
+            index: tuple(unit_options(unit, block, builder.problem.costs))
+            for index, unit in enumerate(self.units)
+            if unit.kind != "call"
+        }
+        for index, options in self.options.items():
+            self.units[index].rounds = any(option.rounded for option in options)
         self.chains = [chain for chain in chains(builder.graph) if chain[0].block == block.name and len(chain) > 1]
         self.levels = (KEEPS_ALL,) if self.is_root else builder.recomputing.levels(block)
         if builder.groups and len({handed_on(chain) for chain in self.chains}) == 1:
@@ -441,7 +448,7 @@ class _Body:
             flow.freed_first = flow.needed and self.units[self.last_call] is unit
 
     def _unit(self, index: int, unit: Unit) -> None:
-        options, fused = tuple(unit_options(unit, self.block, self.problem.costs)), self.problem.costs.fused
+        options, fused = self.options[index], self.problem.costs.fused
         runs_again = {level: kept.runs_again(index) for level, kept in self.kept_at.items()}
         inner_kept_at = frozenset(
             level

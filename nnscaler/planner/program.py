@@ -27,7 +27,8 @@ Variables x_do in {0,1}  option o is chosen for d
           e_fcps >= 0    f is made in p and used by c in s
           y_fps >= 0     f is resharded from p to s, once for all consumers that need it in s
           Y_fpsl >= 0    calls at level l in which that is done again in backward
-          k_fsl >= 0     calls at level l that keep f in layout s
+          k_fsl >= 0     calls at level l that keep f in layout s; the copy in fp8 that an option keeps instead counts
+                         as a layout of its own
           g_fps in {0,1} backward gathers parameter f again, from p to s, rather than keep it
           E, L, F >= 0   seconds by which exchange makes computation longer: beside backward, beside that of the last
                          micro-batch, and beside forward

@@ -105,10 +105,12 @@ def keep_cut(units: list[Unit], block: Block, as_used: Collection[str]) -> Keepi
     needed = _needed(units, block)
     made_by = {name: index for index, unit in enumerate(units) for name in unit.outputs}
     used = {(index, name) for index, name, is_input in needed if is_input and units[index].kind in as_used}
-    wanted = {name for index, name, _ in needed if (index, name) not in used}
+    # A copy in fp8 is made again from its tensor, like what cheap operators make.
+    rounded = {use for use in used if units[use[0]].rounds}
+    wanted = {name for index, name, _ in needed if (index, name) not in used - rounded}
     if not wanted:
         return Keeping(as_used=frozenset(used))
-    kept_anyway = {name for _, name in used}
+    kept_anyway = {name for _, name in used - rounded}
     cheap = {
         name: node
         for unit in units

@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+_PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_mm.default,
+}
 
 
 def recompute(function: Callable[..., Any], *args: Any) -> Any:
@@ -18,7 +23,7 @@ def recompute(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def keeping_products(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, of which `args` and the results of matrix products (mm, addmm, bmm) are kept.
+    """`function(*args)`, of which `args` and the results of matrix products (mm, addmm, bmm, those in fp8) are kept.
 
     Backward runs the rest again.
     """

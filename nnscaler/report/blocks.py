@@ -83,7 +83,7 @@ def _origin(plan: Plan, block: Block, node: Node) -> str:
     inputs = [
         replace(meta, shape=local_shape(meta.shape, layout, plan.mesh.sizes)) for meta, layout in zip(metas, way.inputs)
     ]
-    return costs_of(plan).node_origin(node, inputs)
+    return "roofline" if way.in_fp8 else costs_of(plan).node_origin(node, inputs)
 
 
 def _made(unit: Unit) -> set[str]:

@@ -31,6 +31,7 @@ def explain(values: Mapping[str, Any]) -> str:
         *_listed("", predicted["bytes_by_category"], limit, gib),
         *_host(predicted),
         *(f"recompute  {text}" for text in recompute(values)),
+        *_named("fp8", in_fp8(values)),
         f"search     {proven(predicted)}",
         *_named("divisions", division_lines(values)),
         *_named("exposed", exposed(values)),
@@ -109,6 +110,15 @@ def recompute(values: Mapping[str, Any]) -> list[str]:
         for name, block in values["costs"].items()
         if block["calls"] > 1
     ]
+
+
+def in_fp8(values: Mapping[str, Any]) -> list[str]:
+    """Where products in fp8 were asked for: a line for each block that has any, or one that says that none has."""
+    if values.get("about", {}).get("precision") != "fp8":
+        return []
+    found = {name: sum(node["in_fp8"] for node in block["nodes"].values()) for name, block in values["blocks"].items()}
+    lines = [f"{name}: {count} products multiply in fp8" for name, count in found.items() if count]
+    return lines or ["no product is faster in fp8 than in bf16"]
 
 
 def _master_only(parameters: Sequence[Mapping[str, Any]]) -> str:

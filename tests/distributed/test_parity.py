@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -109,10 +110,28 @@ EXTRA = [
 ]
 
 
-def test_tied_weights_parts_recomputed_and_batches(folder, reference):
-    run(2, train_all, EXTRA, folder, init=False)
+IN_FP8 = Case(1, 1, accumulation=2, precision="fp8", hardware="fp8.json")
+COPIES, SPLIT = replace(IN_FP8, runtime=2, accumulation=1, compiled=True), replace(IN_FP8, plan=2, runtime=2)
+
+
+def test_tied_weights_parts_recomputed_batches_and_fp8(folder, reference):
+    tiny.write_hardware(folder, IN_FP8.hardware, flops={"float32": 1e9, "bfloat16": 1e9, "float8_e4m3fn": 4e9})
+    run(2, train_all, [*EXTRA, COPIES, SPLIT], folder, init=False)
     for case in EXTRA:
         compare(case, folder, reference)
+    train_all([IN_FP8], folder)
+    wanted = losses_of(IN_FP8, folder)
+    assert losses_of(COPIES, folder) == pytest.approx(wanted, rel=1e-6), "each sequence has its scales, as before"
+    assert losses_of(SPLIT, folder) == pytest.approx(wanted, rel=3e-3), "each shard has its own"
+    for case in (IN_FP8, COPIES, SPLIT):
+        (layer,) = (block for name, block in plan_of(case, folder)["blocks"].items() if name != "model")
+        assert sum(node["in_fp8"] for node in layer["nodes"].values()) >= 5, case.name
+    assert wanted[-1] < wanted[0] - 0.05
+
+
+def losses_of(case: Case, folder: Path) -> list[float]:
+    lines = (folder / "runs" / case.name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
 
 
 def plan_of(case: Case, folder: Path) -> dict[str, Any]:
