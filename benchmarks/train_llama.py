@@ -65,6 +65,7 @@ def parse() -> argparse.Namespace:
     add("--host_mem_constraint", type=float, help="GiB of the host's memory that the plan may use for a device")
     add("--recompute_modules", default="", help="as in train.py")
     add("--attn_implementation", default="auto", help="as in train.py")
+    add("--precision", choices=("bf16", "fp8"), default="bf16", help="as in train.py")
     add("--documents", help="keep documents apart: tokens of each, or zipf (default: a row is one sequence)")
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help="as in train.py")
     add("--profile", type=Path, help="folder for a profile of two steps")
@@ -120,7 +121,8 @@ def main() -> None:
     divided = f"{length}x{fixed['micro_batch_size']}-plan{fixed['plan_ngpus']}of{world}"
     name = f"{options.model_id.rsplit('/', 1)[-1]}-{config.num_hidden_layers}layers-"
     name += f"{length}-batch{batch}of{world}" if left_open else divided
-    name = options.label or name + (f"-documents-{options.documents}" if apart else "")
+    name += (f"-documents-{options.documents}" if apart else "") + ("-fp8" if options.precision == "fp8" else "")
+    name = options.label or name
     # The ranks share one folder, of which the port of their rendezvous is the name they all know.
     work = Path(tempfile.gettempdir()) / f"nnscaler-benchmark-{os.environ.get('MASTER_PORT', os.getpid())}"
     try:
@@ -145,6 +147,7 @@ def main() -> None:
             dataset=data,
             checkpoint=CheckpointConfig(work / "checkpoints", interval=None),
             log=LogConfig(work / "runs", profile=options.profile),
+            precision=options.precision,
             global_batch_size=batch,
             micro_batch_size=fixed["micro_batch_size"],
             left_open=left_open,
