@@ -133,8 +133,8 @@ def _mask(
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
     **_: Any,
-) -> Seen | None:
-    """transformers' interface for masks: what a mask lets rows see, without a tensor. None: no key after their place.
+) -> Seen:
+    """transformers' interface for masks: what a mask lets rows see, without a tensor.
 
     Documents in rows are part of it, whether the model hands on positions or not.
 
@@ -145,9 +145,7 @@ def _mask(
     if seen is None or as_tensor or attention_mask is not None or q_length != kv_length:
         raise UserError(f"the model attends with a mask that is neither causal nor a window; {_OWN_ATTENTION}")
     documents = in_rows.get()
-    if documents is not None:
-        return Seen(seen.left, seen.right, *documents)
-    return None if seen == CAUSAL else seen
+    return seen if documents is None else Seen(seen.left, seen.right, *documents)
 
 
 def _seen_by(function: Callable[..., Any], length: int) -> Seen | None:

@@ -176,7 +176,7 @@ def test_what_masks_let_rows_see():
 
 @pytest.mark.parametrize("given", [{"attention_mask": torch.ones(1, 8)}, {"allow_is_causal_skip": False}])
 def test_a_mask_that_is_needed_as_a_tensor_is_refused(given):
-    assert _mask(8, 8) is None
+    assert _mask(8, 8) == Seen(right=0)  # said, and not left to what the module has by default
     with pytest.raises(UserError, match="neither causal nor a window"):
         _mask(8, 8, **given)
 
