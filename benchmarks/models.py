@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.measure import RESULTS
 from tests.launch import run
-from tests.models.architectures import ARCHITECTURES
+from tests.models.architectures import ARCHITECTURES, OTHERS
 from tests.models.matrix import check, prepare, train_all
 
 DEVICES = (2, 4)
@@ -38,7 +38,7 @@ def verdict(name: str, devices: int, folder: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=list(ARCHITECTURES), help="architectures (default: all)")
+    parser.add_argument("names", nargs="*", default=[*ARCHITECTURES, *OTHERS], help="architectures (default: all)")
     names = parser.parse_args().names
     logging.disable(logging.WARNING)
     for name in names:

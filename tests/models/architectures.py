@@ -94,6 +94,45 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "bert": {},
 }  # fmt: skip
 
+_LATENT = {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+_LINEAR = ARCHITECTURES["qwen3_next"]
+_SCAN = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 8}
+# Other language models of transformers: those that are run on several processes alone (benchmarks/models.py).
+OTHERS: dict[str, dict[str, Any]] = {
+    **{
+        name: {}
+        for name in (
+            "afmoe apertus aria_text bailing_hybrid beam bigbird_pegasus biogpt bitnet blenderbot blenderbot-small blt "
+            "cohere2_moe cpmant ctrl cwm dbrx deepseek_v4 diffllama doge dots1 ernie4_5_moe exaone_moe falcon_h1 "
+            "falcon_mamba flex_olmo flint gemma4_unified_text glm4_moe gpt-sw3 gpt_bigcode gpt_neox_japanese "
+            "granite_swa granitemoe granitemoe_swa granitemoeshared hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 "
+            "hy_v4 hyperclovax inkling2_text inkling_text internlm3 iquestcoder jais2 jamba jetmoe kimi_linear "
+            "kolibri1 laguna lfm3 llama4_text marian mbart mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl_text "
+            "ministral3 mvp nanochat nemotron_h openai-gpt pegasus persimmon phimoe qwen2_moe qwen4_exp_text "
+            "recurrent_gemma solar_open vaultgemma xglm"
+        ).split()
+    },
+    **dict.fromkeys(("axk2", "deepseek_v2", "deepseek_v32", "glm_moe_dsa", "youtu"), _LATENT),
+    **{name: {**_LATENT, "head_dim": 8} for name in ("glm4_moe_lite", "longcat_flash")},
+    **dict.fromkeys(("olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text"), _LINEAR),
+    "bamba": _SCAN,
+    "codegen": {"rotary_dim": 4},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0,
+        "vocab_size_per_layer_input": 96,
+    },
+    "gemma4_text": {"vocab_size_per_layer_input": 96},
+    "granitemoehybrid": {**_SCAN, "layer_types": ["mamba", "attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "modernbert-decoder": {"pad_token_id": 1},
+    "plbart": {"d_model": 48},
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
+
 
 def config_of(name: str, drops: bool = False, **changes: Any) -> PretrainedConfig:
     """A tiny configuration of an architecture. drops: with the dropout that its class has; else without"""
@@ -103,9 +142,9 @@ def config_of(name: str, drops: bool = False, **changes: Any) -> PretrainedConfi
         spelled = known.attribute_map.get(field, field)
         if spelled in known.to_dict():
             fields[spelled] = value
-    if "sliding_attention" in (getattr(known, "layer_types", None) or ()):
+    if "sliding_attention" in (known.to_dict().get("layer_types") or ()):
         fields["layer_types"] = ["sliding_attention", "full_attention"]
-    return AutoConfig.for_model(name, **{**fields, **ARCHITECTURES.get(name, {}), **changes})
+    return AutoConfig.for_model(name, **{**fields, **{**ARCHITECTURES, **OTHERS}.get(name, {}), **changes})
 
 
 def plain(
