@@ -70,9 +70,13 @@ class Mesh:
         """The distance, in global ranks, between neighbours on an axis."""
         return prod(self.sizes[axis + 1 :])
 
-    def spans_nodes(self, axis: int, devices_per_node: int) -> bool:
-        """Whether a group along an axis has devices of more than one node."""
-        return self.stride(axis) * self.sizes[axis] > devices_per_node
+    def devices(self, *axes: int) -> int:
+        """How many devices a group along some axes has."""
+        return prod(self.sizes[axis] for axis in axes)
+
+    def spans_nodes(self, devices_per_node: int, *axes: int) -> bool:
+        """Whether a group along neighbouring axes has devices of more than one node."""
+        return self.stride(axes[-1]) * self.devices(*axes) > devices_per_node
 
     def to_json(self) -> dict[str, Any]:
         """As plan.json has it: sizes and names of the axes, and the number of copies."""

@@ -22,7 +22,7 @@ def test_ranks_count_the_last_axis_first_then_copies_then_pipeline_ranks():
 @pytest.mark.parametrize(("per_node", "spans"), [(8, (False, False)), (7, (True, False)), (4, (True, False)),
                                                  (3, (True, True))])  # fmt: skip
 def test_a_group_spans_nodes_where_its_ends_are_farther_apart_than_a_node(per_node, spans):
-    assert tuple(Mesh((2, 4)).spans_nodes(axis, per_node) for axis in (0, 1)) == spans
+    assert tuple(Mesh((2, 4)).spans_nodes(per_node, axis) for axis in (0, 1)) == spans
 
 
 def test_gradients_are_summed_over_micro_batches_and_devices_but_not_over_stages():

@@ -269,9 +269,12 @@ class Body:
         names = iter(inputs)
         args, kwargs = map_refs((node.args, node.kwargs), lambda ref: next(names))
         name = operator.name
-        for axis, dimension in enumerate(split.split(",")):
-            if dimension in operator.along and self.plan.mesh.sizes[axis] > 1:
-                name, args = f"{name}_along_{dimension.replace(' ', '_')}", [Ref(self._axis(axis)), *args]
+        sizes = self.plan.mesh.sizes
+        along = {axis: one for axis, one in enumerate(split.split(",")) if one in operator.along and sizes[axis] > 1}
+        if along:
+            (way,) = set(along.values())
+            group = self._axis(*along) if len(along) == 1 else "axes.devices"
+            name, args = f"{name}_along_{way.replace(' ', '_')}", [Ref(group), *args]
         if operator.among_copies is not None and self.plan.mesh.replicas > 1:
             name, args = f"{name}_among_copies", [Ref("axes.copies"), *args]
         return f"ops.{name}({format_arguments(args, kwargs)})"

@@ -69,7 +69,8 @@ _PIECES = (
 )
 _AXES = (
     "axes.devices the group of all devices that one copy of the model is split over.",
-    "axes.inner the group of neighbouring devices, axes.outer that of devices at the same place in other such groups.",
+    "axes.inner the group of neighbouring devices, axes.outer that of devices at the same place in other such groups,"
+    "\naxes.devices the group of all these devices.",
 )
 
 

@@ -54,12 +54,12 @@ class Local:
     sizes        local size of each annotated name
     inputs       shapes and types of its local inputs
     bytes        local bytes of each input, then of each output
-    axis         the mesh axis over which the node's own function communicates; None: it does not
+    axes         the mesh axes over which the node's own function communicates, as over one; none: it does not
 
-    Where there is such an axis:
+    Where there are such axes:
 
-    way          the name that is split along it
-    group_sizes  size of each annotated name over all devices of the axis together; each device does an equal part
+    way          the name that is split along them
+    group_sizes  size of each annotated name over all devices of the axes together; each device does an equal part
     exchanged    for each input and output, whether the function exchanges it
 
     fp8          the product in fp8 that it is; None: it is none
@@ -69,7 +69,7 @@ class Local:
     sizes: dict[str, int]
     inputs: list[TensorMeta]
     bytes: list[int]
-    axis: int | None = None
+    axes: tuple[int, ...] = ()
     way: str | None = None
     group_sizes: dict[str, int] = field(default_factory=dict)
     exchanged: Sequence[bool] = ()
@@ -135,7 +135,7 @@ class CostModel:
             held = local.fp8.held if local.fp8 else operator_of(node).workspace(local.sizes, node, local.inputs)
             transient = max(transient, sum(local.bytes) + held)
             kept.update(saved_by(node, block))
-            if local.axis is not None:  # what it computes before the exchange is kept beside what it gives
+            if local.axes:  # what it computes before the exchange is kept beside what it gives
                 inside += self._travelling(local) or sum(local.bytes[len(node.inputs) :])
         if unit.kind == "cheap":  # what others save of themselves is their output, or what it is a view of
             inner = {name for node in unit.nodes for name in node.outputs} - set(unit.outputs)
@@ -176,8 +176,8 @@ class CostModel:
         if local.fp8 is not None:
             return Seconds(local.fp8.forward(self.hardware), local.fp8.backward(self.hardware))
         flops = operator.flops(local.sizes, node)
-        if local.axis is not None:
-            flops = operator.flops(local.group_sizes, node) / self.mesh.sizes[local.axis]
+        if local.axes:
+            flops = operator.flops(local.group_sizes, node) / self.mesh.devices(*local.axes)
         if (measured := self._measured(local, flops)) is not None:
             return measured
         metas = [block.tensors[name] for name in (*node.inputs, *node.outputs)]
@@ -216,16 +216,16 @@ class CostModel:
 
     def _exchange(self, local: Local, block: Block) -> Seconds:
         """Seconds in which a node's own function exchanges its inputs and outputs with other devices."""
-        if local.axis is None:
+        if not local.axes:
             return NO_TIME
         if size := self._travelling(local):  # there and back
-            seconds = 2 * self.collective("all_to_all", size, local.axis).seconds
+            seconds = 2 * self.collective("all_to_all", size, *local.axes).seconds
             return Seconds(seconds, seconds if saved_by(local.node, block) else 0.0)
         names = (*local.node.inputs, *local.node.outputs)
         moved = [(name, size) for name, size, exchanged in zip(names, local.bytes, local.exchanged) if exchanged]
-        forward = sum(self.collective("all_to_all", size, local.axis).seconds for _, size in moved)
+        forward = sum(self.collective("all_to_all", size, *local.axes).seconds for _, size in moved)
         backward = sum(
-            self.collective("all_to_all", size, local.axis).seconds
+            self.collective("all_to_all", size, *local.axes).seconds
             for name, size in moved
             if block.tensors[name].requires_grad
         )
@@ -234,9 +234,9 @@ class CostModel:
     def _travelling(self, local: Local) -> float | None:
         """Bytes that an operator's function sends to other devices, where the operator says how many."""
         exchange = operator_of(local.node).exchanges.get(local.way or "")
-        if exchange is None or local.axis is None:
+        if exchange is None or not local.axes:
             return None
-        return exchange(local.sizes, self.mesh.sizes[local.axis], local.inputs)
+        return exchange(local.sizes, self.mesh.devices(*local.axes), local.inputs)
 
     def _roofline(self, arithmetic: float, moved: float) -> float:
         return self.hardware.launch + max(arithmetic, moved / self.hardware.memory_bandwidth)
@@ -266,16 +266,17 @@ class CostModel:
         moved = 2 * STRIDED * copies * size if self.mesh.sizes[reshard.axis] > 1 else 0.0
         return self.collective(name, size, reshard.axis).seconds + moved / self.hardware.memory_bandwidth
 
-    def collective(self, name: str, size: float, axis: int) -> Timing:
-        """Time of a collective over one mesh axis. `size`: bytes of the larger of a device's input and output."""
-        devices = self.mesh.sizes[axis]
+    def collective(self, name: str, size: float, *axes: int) -> Timing:
+        """Time of a collective over a mesh axis, or over neighbouring axes as over one. `size`: bytes of the larger of
+        a device's input and output."""
+        devices = self.mesh.devices(*axes)
         if devices == 1 or name == "identity":
             return Timing(0.0, "roofline")
         if name in LOCAL:
             seconds = self.hardware.launch + 2 * size / devices / self.hardware.memory_bandwidth
             return Timing(seconds, "roofline")
-        spans = self.mesh.spans_nodes(axis, self.hardware.devices_per_node)
-        per_node = max(1, self.hardware.devices_per_node // self.mesh.stride(axis)) if spans else devices
+        spans = self.mesh.spans_nodes(self.hardware.devices_per_node, *axes)
+        per_node = max(1, self.hardware.devices_per_node // self.mesh.stride(axes[-1])) if spans else devices
         return self.hardware.collective_seconds(name, size, devices, spans, per_node)
 
     def owners(self, placements: Placements) -> int:

@@ -167,8 +167,8 @@ def _option(
     for index, (node, bound) in enumerate(zip(unit.nodes, bounds)):
         splits = [assignment[index] for assignment in chosen]
         sizes = local_sizes(bound, splits, costs.mesh)
-        along = [axis for axis, split in enumerate(splits) if split.name in operator_of(node).along]
-        if sizes is None or len(along) > 1:  # such a split's function knows of one axis
+        along = tuple(axis for axis, split in enumerate(splits) if split.name in operator_of(node).along)
+        if sizes is None or len({splits[axis].name for axis in along}) > 1:  # no function knows of two names
             return None
         for side, names in (("inputs", node.inputs), ("outputs", node.outputs)):
             for i, name in enumerate(names):
@@ -178,21 +178,18 @@ def _option(
                     return None
         inputs, outputs = ([layouts[name] for name in names] for names in (node.inputs, node.outputs))
         local = [costs.local_bytes(block.tensors[name], layouts[name]) for name in (*node.inputs, *node.outputs)]
-        exchanged = [
-            isinstance(place, Shard) for axis in along for place in (*splits[axis].inputs, *splits[axis].outputs)
-        ]
+        way = splits[along[0]] if along else None
+        exchanged = [isinstance(place, Shard) for place in (*way.inputs, *way.outputs)] if way else []
         metas = [
             replace(block.tensors[name], shape=local_shape(block.tensors[name].shape, layouts[name], costs.mesh.sizes))
             for name in node.inputs
         ]
-        group_sizes = {
-            name: size * costs.mesh.sizes[along[0]] if along and name in splits[along[0]].names else size
-            for name, size in sizes.items()
-        }
-        axis, way = (along[0], splits[along[0]].name) if along else (None, None)
-        locals_.append(costs.fastest(Local(node, sizes, metas, local, axis, way, group_sizes, exchanged), block))
-        split, in_fp8 = ",".join(s.name or "-" for s in splits), locals_[-1].fp8 is not None
-        ways.append((node.name, NodePlan(split, tuple(inputs), tuple(outputs), in_fp8)))
+        group = costs.mesh.devices(*along)
+        group_sizes = {name: size * group if way and name in way.names else size for name, size in sizes.items()}
+        one = Local(node, sizes, metas, local, along, way.name if way else None, group_sizes, exchanged)
+        locals_.append(costs.fastest(one, block))
+        text, in_fp8 = ",".join(split.name or "-" for split in splits), locals_[-1].fp8 is not None
+        ways.append((node.name, NodePlan(text, tuple(inputs), tuple(outputs), in_fp8)))
     seconds, transient, inner = costs.unit(unit, block, layouts, locals_)
     return Option(
         tuple(layouts[name] for name in unit.inputs),

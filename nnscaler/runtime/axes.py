@@ -20,7 +20,7 @@ from nnscaler.runtime.host import HostMemory
 class Axes:
     """The groups of `mesh` that this process belongs to. Every rank builds them, in the same order.
 
-    devices        of a mesh of one axis, the group of all devices of a copy
+    devices        the group of all devices of a copy
     inner, outer   of a mesh of two axes, the groups along each; see `Mesh.names`
     pipeline       the group of pipeline ranks
     copies         the group of devices that do the same part of the work for other copies of the model
@@ -56,6 +56,7 @@ class Axes:
             self._device_mesh = init_device_mesh(device.type, self._sizes, mesh_dim_names=self._names)
         self._groups: dict[tuple[str, ...], Axis] = {}
         self._axes = [self._axis([name]) for name in axes]
+        self.devices = self._axis(list(axes))
         for name, axis in zip(axes, self._axes):
             setattr(self, name, axis)
         self.pipeline = self._axis(["pipeline"]) if mesh.pipeline > 1 else Axis(1, 0, None)

@@ -129,10 +129,16 @@ OPTIONS = [
 
 
 def attention_of_shards(length: int, sizes: tuple[int, ...]) -> None:
-    """Attention split along the sequence over the mesh's first axis, and over heads over the second: values and
-    gradients are slices of the whole's."""
+    """Attention split along the sequence over the mesh's first axis, and over heads over the second; or along the
+    sequence over both: values and gradients are slices of the whole's."""
     axes = Axes(Mesh(sizes), torch.device("cpu"))
-    axis, over_heads = axes[0], axes[1] if len(sizes) > 1 else Axis(1, 0, None)
+    check_attention_of_shards(length, axes[0], axes[1] if len(sizes) > 1 else Axis(1, 0, None))
+    if len(sizes) > 1:
+        assert axes.devices.rank == dist.get_rank()
+        check_attention_of_shards(length, axes.devices, Axis(1, 0, None))
+
+
+def check_attention_of_shards(length: int, axis: Axis, over_heads: Axis) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 4, length, 6), (2, 2, length, 6), (2, 2, length, 5), (4,), (4,)]
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]

@@ -170,17 +170,20 @@ def test_host_memory_changes_no_bit(folder, reference):
 
 
 def test_two_axes_and_attention_along_the_sequence(folder, reference):
-    tiny.write_hardware(folder, "nodes.json", devices_per_node=2, inter={"bandwidth": 5e7, "latency": 0.0})
-    nodes = Case(4, 4, hardware="nodes.json")
+    far = {"devices_per_node": 2, "inter": {"bandwidth": 5e7, "latency": 0.0}}
+    tiny.write_hardware(folder, "far.json", **far)
+    tiny.write_hardware(folder, "slow.json", **far, intra={"bandwidth": 1e9, "latency": 0.0})
+    heads_too = Case(4, 4, hardware="slow.json")
     one_head = Case(4, 4, key_value_heads=1, chunk_loss=True)
-    both = Case(4, 4, hardware="nodes.json", key_value_heads=2, levels=(EACH[0], EACH[-1]))
-    cases = [nodes, one_head, both]
+    both_axes = Case(4, 4, hardware="far.json", key_value_heads=2, levels=(EACH[0], EACH[-1]))
+    cases = [heads_too, one_head, both_axes]
     run(4, train_all, cases, folder, init=False)
     for case in cases:
         compare(case, folder, reference)
-    assert len(plan_of(nodes, folder)["mesh"]["sizes"]) == 2
-    assert "l,k" in splits(nodes, folder)["attention"], "attention is split over heads and along the sequence"
+    assert [len(plan_of(case, folder)["mesh"]["sizes"]) for case in cases] == [2, 1, 2]
+    assert "l,k" in splits(heads_too, folder)["attention"], "attention is split over heads and along the sequence"
     assert "l" in splits(one_head, folder)["attention"]
+    assert "l,l" in splits(both_axes, folder)["attention"]
 
 
 def code_of(case: Case, folder: Path) -> str:

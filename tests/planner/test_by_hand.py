@@ -243,17 +243,18 @@ def test_attention_on_each_of_two_devices(machine, causal):
             ), split
 
 
-def test_on_two_axes_the_sequence_is_divided_along_one(machine):
-    """A function that communicates knows of one axis; each of four devices does a quarter all the same."""
+def test_on_two_axes_the_sequence_is_divided_along_one_or_both(machine):
+    """A function that communicates takes both for one; each of four devices does a quarter all the same."""
     block = attention_block(causal=False)
     (unit,) = divide(block)
     options = unit_options(unit, block, CostModel(replace(machine, memory_bandwidth=1e30), Mesh((2, 2))))
     splits = {option.ways[0][1].split: option.seconds.forward for option in options}
-    assert {"l,k", "k,l", "b,k"} <= set(splits)
-    assert "l,l" not in splits
+    assert {"l,k", "k,l", "b,k", "l,l"} <= set(splits)
     assert splits["b,k"] == pytest.approx(ATTENTION / 4 / OPERATIONS, rel=1e-4)
     exchanged = 2 * (2 * 8 * 128 * 16) * 2 / 4 / 2 / LINK  # of a quarter of the queries and results, a half
     assert splits["l,k"] == pytest.approx(ATTENTION / 4 / OPERATIONS + exchanged, rel=1e-4)
+    exchanged *= 3 / 2  # three quarters go to others
+    assert splits["l,l"] == pytest.approx(ATTENTION / 4 / OPERATIONS + exchanged, rel=1e-4)
 
 
 def test_operators_are_timed_on_what_a_device_has(graph, machine):
@@ -291,7 +292,7 @@ def test_a_time_that_was_measured_is_scaled_to_what_a_device_does(machine):
     exchanged = (True, False, False, True)
     share = 2 * 8 * 64 * 16 * 2  # bytes of a device's queries, and of its results
     local = Local(
-        block.nodes[0], sizes, metas, [share, 2 * share, 2 * share, share], 0, "l", {**sizes, "l": 128}, exchanged
+        block.nodes[0], sizes, metas, [share, 2 * share, 2 * share, share], (0,), "l", {**sizes, "l": 128}, exchanged
     )
     seconds, transient, inner = costs.unit(divide(block)[0], block, {}, [local])
     part = sum(range(1, 129)) / 2 / sum(range(65, 129))

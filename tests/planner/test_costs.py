@@ -167,12 +167,19 @@ def test_groups_of_collectives_by_axis_and_node(machine, monkeypatch):
             model.collective("all_gather", 64.0, axis)
         return [group[1:] for group in asked]
 
+    def over_all(per_node: int, mesh: Mesh) -> tuple:
+        asked.clear()
+        CostModel(replace(machine, devices_per_node=per_node), mesh).collective("all_to_all", 64.0, *mesh.axes)
+        return asked[0][1:]
+
     assert groups(16, Mesh((8,))) == [(8, False, 8)]
     assert groups(4, Mesh((8,))) == [(8, True, 4)]
     assert groups(8, Mesh((2, 4))) == [(2, False, 2), (4, False, 4)]
     assert groups(4, Mesh((2, 4))) == [(2, True, 1), (4, False, 4)]
     assert groups(2, Mesh((2, 4))) == [(2, True, 1), (4, True, 2)]
     assert groups(8, Mesh((4, 4))) == [(4, True, 2), (4, False, 4)]
+    assert over_all(8, Mesh((2, 4))) == (8, False, 8)
+    assert over_all(4, Mesh((2, 4))) == (8, True, 4)
     asked.clear()
     model = CostModel(replace(machine, devices_per_node=4), Mesh((2, 4), 2))
     assert model.among_owners("all_gather", 500.0, (Shard(0), REPLICATE)) == (3.0 * 500 / 4000, "profile")
