@@ -85,7 +85,8 @@ def register_op(
     workspace   (local size of each annotated name, node, local inputs) -> bytes that a call holds inside itself, beside
                 its tensors and their gradients; none by default
     along       for names along which shards need to know of each other: the function to call instead, with the mesh
-                axis (`nnscaler.runtime.axes.Axis`) before the other arguments; or its name `module.function`
+                axis (`nnscaler.runtime.axis.Axis`; several for one, where all split the name) before the other
+                arguments; or its name `module.function`
     exchanges   for names in `along`: (local size of each annotated name, devices, local inputs) -> bytes of a device
                 that its function sends to others, and keeps where they arrive; as many come back. By default, what is
                 sharded of inputs and outputs is sent
