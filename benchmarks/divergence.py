@@ -80,15 +80,16 @@ def real_width(name: str) -> PretrainedConfig:
 
 def measure(name: str) -> dict[str, Any]:
     """The three divergences, in nats a token, and the width."""
-    config = real_width(name)
+    config, ours_config = real_width(name), real_width(name)
+    prepare_config(ours_config, TOKENS, "auto")
+    if ours_config._attn_implementation == "eager":  # as the model writes it, which is then what is compared
+        config._attn_implementation = "eager"
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     tokens = torch.randint(2, config.vocab_size, (1, TOKENS))
     with torch.no_grad():
         rounded = plain(input_ids=tokens, use_cache=False).logits.float()
         exact = plain.float()(input_ids=tokens, use_cache=False).logits.float()
-    ours_config = real_width(name)
-    prepare_config(ours_config, TOKENS, "auto")
     ours = AutoModelForCausalLM.from_config(ours_config, dtype=torch.bfloat16)
     ours.load_state_dict(plain.state_dict())
     del plain

@@ -85,7 +85,7 @@ class _Mixture(torch.autograd.Function):
         after = products(gate(before), down, ends) * scores.flatten()[order].unsqueeze(1)
         ctx.save_for_backward(hidden, scores, up, down, bias, before, order, place.view(chosen.shape), ends)
         ctx.gate = gate
-        return sum_of_rows(after.to(hidden.dtype), place.view(chosen.shape))
+        return sum_of_rows(after, place.view(chosen.shape)).to(hidden.dtype)  # rounded once, as transformers does
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -109,3 +109,13 @@ def test_bf16_is_as_near_as_one_product_after_the_other():
     found, rounded = mix(*arguments, gate), one_by_one(*arguments)
     assert found.dtype == torch.bfloat16
     assert (found - exact).norm() < 1.1 * (rounded - exact).norm()
+
+
+def test_products_with_scores_in_fp32_are_rounded_once_they_are_summed():
+    hidden, chosen, scores, *weights = (
+        x.detach().bfloat16() if x.is_floating_point() else x for x in example(CHOSEN["any"])
+    )
+    scores = scores.float()
+    each = [mix(hidden, one, torch.ones(TOKENS, 1), *weights, gate).float() for one in chosen.split(1, 1)]
+    wanted = sum(one * score for one, score in zip(each, scores.split(1, 1)))
+    assert torch.equal(mix(hidden, chosen, scores, *weights, gate), wanted.bfloat16())
