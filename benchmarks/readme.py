@@ -114,9 +114,9 @@ def models() -> str:
     further = max(one["ours_from_fp32"] / one["plain_from_fp32"] for one in in_bf16)
     bf16 = (
         "In bf16, with two layers of the width that each has by default, in one process on a CPU, the logits of "
-        f"{len(same)} are those of plain ``transformers`` to the last bit. Of the other {len(in_bf16) - len(same)}, an "
-        "operator runs by another kernel or in another order; their logits' divergence from those in fp32 is at most "
-        f"{further:.2f} times that of plain ``transformers`` in bf16 (``benchmarks/divergence.py``)."
+        f"{len(same)} are those of plain ``transformers`` to the last bit. The other {len(in_bf16) - len(same)} have "
+        "windows or soft caps in attention, which another kernel computes; their logits' divergence from those in fp32 "
+        f"is at most {further:.2f} times that of plain ``transformers`` in bf16 (``benchmarks/divergence.py``)."
     )
     return "\n\n".join(
         [
