@@ -137,12 +137,10 @@ class Trainer:
         if vocabulary is not None:
             smallest, largest = dataset.token_ids()
             if smallest < 0 or largest >= vocabulary:
-                row = dataset.first_row_outside(vocabulary)
-                place = f"in row {row}" if row is not None else "among its labels"
+                place = dataset.place_outside(vocabulary)
                 raise UserError(
                     f"dataset '{dataset.path}' holds token ids from {smallest} to {largest}, and the model knows those "
-                    f"from 0 to {vocabulary - 1} (the first other one is {place}); prepare it with the model's own "
-                    "tokenizer"
+                    f"from 0 to {vocabulary - 1} ({place}); prepare it with the model's own tokenizer"
                 )
         for name, id_ in dataset.marks().items():
             known = self.args.model.marks.get(name, ())

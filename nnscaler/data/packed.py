@@ -77,12 +77,10 @@ class PackedDataset:
             raise _wrong(flag, path, f"whose {COLUMN} have {lengths[COLUMN]} tokens and {LABELS} {lengths[LABELS]}")
         for name in UNREAD:
             if name in rows.column_names and not _says_nothing(rows, name, lengths[COLUMN]):
-                raise UserError(
-                    f"{flag} is '{path}', whose column '{name}' training does not read; remove it "
-                    f"(remove_columns), and say in '{LABELS}' with {IGNORED} which tokens are not learned"
-                )
+                raise not_read(name, flag, path)
         documents = next(
-            (name for name in DOCUMENT_COLUMNS if name in rows.column_names and _is_list(rows, name)), None
+            (name for name in DOCUMENT_COLUMNS if name in rows.column_names and is_list(rows.data.column(name).type)),
+            None,
         )
         if documents is not None:
             _check_lists(rows, documents, flag, path)
@@ -141,7 +139,7 @@ class PackedDataset:
         """The smallest and the largest id, in labels too.
 
         They are what bookcorpus.py has noted; or the whole dataset is read once, and they are noted beside it, if that
-        can be written.
+        can be written. Raises UserError where all labels are IGNORED.
         """
         fingerprint = self._fingerprint()
         for name in (PROVENANCE, TOKEN_IDS):
@@ -165,8 +163,8 @@ class PackedDataset:
         """The name that `datasets` gives to the content."""
         return str(json.loads((self.path / "state.json").read_text())["_fingerprint"])
 
-    def first_row_outside(self, vocabulary: int) -> int | None:
-        """The first row with an id below 0, or of `vocabulary` or more. None: there is none."""
+    def place_outside(self, vocabulary: int) -> str:
+        """Where the first id below 0, or of `vocabulary` or more, is: there is one."""
         import pyarrow.compute as pc
 
         row = 0
@@ -175,9 +173,9 @@ class PackedDataset:
             outside = pc.or_(pc.less(ids, 0), pc.greater_equal(ids, vocabulary))
             at = pc.index(outside, True).as_py()
             if at >= 0:
-                return row + int(at) // self.sequence_length
+                return f"the first other one is in row {row + int(at) // self.sequence_length}"
             row += len(part)
-        return None
+        return "the first other one is among its labels"
 
     def _scan(self) -> TokenIds:
         import pyarrow.compute as pc
@@ -190,12 +188,15 @@ class PackedDataset:
                 smallest.append(found["min"])
                 largest.append(found["max"])
                 bar.update(len(part))
+        tokens = len(largest)
         for part in self._parts(LABELS) if self.has_labels else ():
             labels = part.flatten()
             found = pc.min_max(labels.filter(pc.not_equal(labels, IGNORED))).as_py()
             if found["min"] is not None:
                 smallest.append(found["min"])
                 largest.append(found["max"])
+        if self.has_labels and len(largest) == tokens:
+            raise nothing_learned(self.path)
         return TokenIds(min(smallest), max(largest))
 
     def _parts(self, column: str) -> Any:
@@ -211,6 +212,19 @@ def marks_in(noted: bytes) -> dict[str, int]:
     return {}
 
 
+def not_read(column: str, flag: str, path: Path | str) -> UserError:
+    """What is wrong with a column that says something else than `labels` of what is learned."""
+    return UserError(
+        f"{flag} is '{path}', whose column '{column}' training does not read; remove it (remove_columns), and say in "
+        f"'{LABELS}' with {IGNORED} which tokens are not learned"
+    )
+
+
+def nothing_learned(path: Path | str) -> UserError:
+    """What is wrong with a dataset whose labels are all IGNORED."""
+    return UserError(f"dataset '{path}' has {LABELS}, and all of them are {IGNORED}: nothing would be learned")
+
+
 def _wrong(flag: str, path: Path, what: str) -> UserError:
     return UserError(f"{flag} is '{path}', {what}; make one with bookcorpus.py")
 
@@ -224,20 +238,25 @@ def _parts(rows: Any, column: str, most: int) -> Any:
 
 def _check_lists(rows: Any, column: str, flag: str, path: Path) -> None:
     """Raises UserError where rows are not lists of whole numbers."""
-    import pyarrow as pa
-
     kind = rows.data.column(column).type
-    if not _is_list(rows, column) or not pa.types.is_integer(kind.value_type):
+    if not are_numbers(kind):
         raise _wrong(flag, path, f"whose column '{column}' holds {kind}, not lists of whole numbers")
     if any(part.null_count or part.flatten().null_count for part in _parts(rows, column, SCANNED)):
         raise _wrong(flag, path, f"whose column '{column}' has empty places")
 
 
-def _is_list(rows: Any, column: str) -> bool:
+def is_list(kind: Any) -> bool:
+    """Whether a type of Arrow's is a list."""
     import pyarrow as pa
 
-    kind = rows.data.column(column).type
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def are_numbers(kind: Any) -> bool:
+    """Whether a type of Arrow's is a list of whole numbers."""
+    import pyarrow as pa
+
+    return is_list(kind) and bool(pa.types.is_integer(kind.value_type))
 
 
 def _length(rows: Any, column: str, flag: str, path: Path) -> int:

@@ -21,13 +21,24 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nnscaler import hub
 from nnscaler.data.documents import COLUMNS as DOCUMENT_COLUMNS
 from nnscaler.data.documents import DocumentLengths, document_starts, not_said, padding_starts
 from nnscaler.data.files import COLUMN, DOCUMENT_STARTS, LABELS, PROVENANCE, UNFINISHED
-from nnscaler.data.packed import IGNORED, Row, TokenIds, marks_in
+from nnscaler.data.packed import (
+    IGNORED,
+    UNREAD,
+    Row,
+    TokenIds,
+    are_numbers,
+    is_list,
+    marks_in,
+    not_read,
+    nothing_learned,
+)
 from nnscaler.data.readers import reading
 from nnscaler.data.remote import located, opened
 from nnscaler.errors import UserError
@@ -48,7 +59,7 @@ class StreamedDataset:
     system     the file system (of fsspec) that opens the files
     files      their names, with how many rows each has
     columns    the columns that training reads
-    ids        the smallest and the largest token id, if the footers tell
+    ids        the smallest and the largest token id, in labels too, if the footers tell
     documents  column that says where documents begin, see `nnscaler.data.documents`; None: there is none
     """
 
@@ -78,23 +89,24 @@ class StreamedDataset:
             found = [(name, footer) for name, footer in zip(names, footers, strict=True) if footer.num_rows]
             if not found:
                 raise UserError(f"{flag} is '{path}', where no Parquet file has a row")
-            schema = found[0][1].schema.to_arrow_schema()
-            columns = [field.name for field in schema if pa.types.is_nested(field.type)]
-            if COLUMN not in columns:
-                raise UserError(f"{flag} is '{path}', whose rows have no column '{COLUMN}'")
+            columns = _columns(*found[0])
+            for name, footer in found:
+                if _columns(name, footer) != columns:
+                    raise UserError(
+                        f"{flag} is '{path}', where files differ in their columns: '{name}' has "
+                        f"{', '.join(_columns(name, footer))}, and '{found[0][0]}' {', '.join(columns)}"
+                    )
+            ids = _ids([footer for _, footer in found], path, flag)
             with reading(Path(found[0][0])), opened(system, found[0][0]) as file:
-                first = next(pq.ParquetFile(file).iter_batches(1, columns=[COLUMN])).column(0)[0]
-            length = len(first)
+                first = next(pq.ParquetFile(file).iter_batches(1, columns=[COLUMN])).column(0)
+            length = int(pc.list_value_length(first)[0].as_py() or 0)
         except UserError:
             raise
         except (OSError, ValueError, ImportError, TypeError, pa.ArrowException) as error:
             raise UserError(f"{flag} is '{path}', which cannot be read: {hub.first_line(error)}") from error
         documents = next((name for name in DOCUMENT_COLUMNS if name in columns), None)
-        return StreamedDataset(
-            path, system, tuple((name, footer.num_rows) for name, footer in found),
-            tuple(name for name in (COLUMN, LABELS, documents) if name is not None and name in columns), length,
-            _ids([footer for _, footer in found]), documents,
-        )  # fmt: skip
+        files = tuple((name, footer.num_rows) for name, footer in found)
+        return StreamedDataset(path, system, files, columns, length, ids, documents)
 
     def __len__(self) -> int:
         return sum(rows for _, rows in self.files)
@@ -135,7 +147,7 @@ class StreamedDataset:
         )  # fmt: skip
 
     def token_ids(self) -> TokenIds:
-        """The smallest and the largest id, as the footers tell."""
+        """The smallest and the largest id, in labels too, as the footers tell."""
         return self.ids
 
     def marks(self) -> dict[str, int]:
@@ -144,8 +156,9 @@ class StreamedDataset:
             return marks_in(self.system.cat_file(f"{located(self.path)[1]}/{PROVENANCE}"))
         return {}
 
-    def first_row_outside(self, vocabulary: int) -> int | None:
-        return None
+    def place_outside(self, vocabulary: int) -> str:
+        """As `PackedDataset.place_outside`; which row it is, footers do not tell."""
+        return "as its files' footers say"
 
 
 def _footer(system: Any, name: str) -> pq.FileMetaData:
@@ -153,17 +166,45 @@ def _footer(system: Any, name: str) -> pq.FileMetaData:
         return pq.ParquetFile(file).metadata
 
 
-def _ids(footers: list[pq.FileMetaData]) -> TokenIds:
-    """The smallest and the largest of `input_ids`, by the statistics of all row groups; 0 where there are none."""
-    found = [
-        column.statistics
+def _columns(name: str, footer: pq.FileMetaData) -> tuple[str, ...]:
+    """The columns of a file that training reads. Raises UserError where they are no lists of whole numbers, or
+    there are no tokens."""
+    lists = {field.name: field.type for field in footer.schema.to_arrow_schema() if is_list(field.type)}
+    documents = next((column for column in DOCUMENT_COLUMNS if column in lists), None)
+    columns = tuple(column for column in (COLUMN, LABELS, documents) if column in lists)
+    if COLUMN not in columns:
+        raise UserError(f"'{name}' has no column '{COLUMN}' of lists")
+    for column in columns:
+        if not are_numbers(lists[column]):
+            raise UserError(f"'{name}' has a column '{column}' of {lists[column]}, not of lists of whole numbers")
+    return columns
+
+
+def _ids(footers: list[pq.FileMetaData], path: str, flag: str) -> TokenIds:
+    """The smallest and the largest id, in labels too, as far as footers tell; 0 where they do not. Raises UserError
+    where nothing is learned, and where a column that training does not read may differ between tokens."""
+    for column in UNREAD:
+        parts = _statistics(footers, column)
+        if any(one is None for one in parts) or len({value for one in parts if one for value in one}) > 1:
+            raise not_read(column, flag, path)
+    ids, labels = ([one for one in _statistics(footers, column) if one] for column in (COLUMN, LABELS))
+    learned = {value for one in labels for value in one} - {IGNORED}
+    if labels and not learned and None not in _statistics(footers, LABELS):
+        raise nothing_learned(path)
+    known = learned.union(*ids)
+    return TokenIds(min(known, default=0), max(known, default=0))
+
+
+def _statistics(footers: list[pq.FileMetaData], column: str) -> list[tuple[int, int] | None]:
+    """The smallest and the largest value of a column in each row group that has it; None: the footer does not tell."""
+    parts = [
+        part.statistics
         for footer in footers
         for group in map(footer.row_group, range(footer.num_row_groups))
-        for column in map(group.column, range(group.num_columns))
-        if column.path_in_schema.split(".")[0] == COLUMN and column.statistics is not None
+        for part in map(group.column, range(group.num_columns))
+        if part.path_in_schema.split(".")[0] == column
     ]
-    known = [one for one in found if one.has_min_max]
-    return TokenIds(min((one.min for one in known), default=0), max((one.max for one in known), default=0))
+    return [(one.min, one.max) if one is not None and one.has_min_max else None for one in parts]
 
 
 class Streaming:
@@ -245,7 +286,11 @@ class _Lane:
                     skipped = max(0, skipped - len(batch))
 
     def _row(self, batch: pa.RecordBatch, row: int, name: str) -> Row:
-        found = {column: np.array(batch.column(column)[row].values) for column in self._dataset.columns}
+        values = {column: batch.column(column)[row].values for column in self._dataset.columns}
+        for column, each in values.items():
+            if each is None or each.null_count:
+                raise UserError(f"'{name}' has a row with empty places in '{column}'")
+        found = {column: np.array(each) for column, each in values.items()}
         for column in (COLUMN, LABELS):
             if column in found and len(found[column]) != self._dataset.sequence_length:
                 raise UserError(

@@ -185,7 +185,7 @@ def test_what_cannot_be_streamed(tmp_path):
     (tmp_path / "damaged.parquet").write_bytes(b"PAR1 nothing")
     for name, said in {
         "empty": "where no Parquet file has a row",
-        "text.parquet": "whose rows have no column 'input_ids'",
+        "text.parquet": r"text.parquet' has no column 'input_ids' of lists",
         "damaged.parquet": r"cannot read \S*/damaged.parquet: ",
         ".": r"cannot read \S*/damaged.parquet: ",
     }.items():
@@ -195,6 +195,34 @@ def test_what_cannot_be_streamed(tmp_path):
         StreamedDataset.open("nowhere://rows")
     with pytest.raises(UserError, match="has a row with 3 input_ids; those of the first row are 2"):
         drawn(StreamedDataset.open(str(tmp_path / "ragged.parquet")), range(2))
+
+
+IDS = pa.array([[1, 2], [3, 4]], pa.list_(pa.int32()))
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ([{"input_ids": [[0.5, 2.0]]}], "has a column 'input_ids' of list<element: double>, not of lists of whole"),
+        ([{"input_ids": [["a", "b"]]}], "not of lists of whole numbers"),
+        ([{"input_ids": IDS}, {"input_ids": IDS, "labels": IDS}], "1.parquet' has input_ids, labels, and .*input_ids$"),
+        ([{"input_ids": IDS, "labels": [[-100, -100]] * 2}], "all of them are -100: nothing would be learned"),
+        ([{"input_ids": IDS, "attention_mask": [[1, 1], [1, 0]]}], "column 'attention_mask' training does not read"),
+        ([{"input_ids": pa.array([[1, 2], None], pa.list_(pa.int32()))}], "0.parquet' has a row with empty places"),
+        ([{"input_ids": pa.array([[1, 2], [3, None]])}], "a row with empty places in 'input_ids'"),
+    ],
+)
+def test_rows_of_files_that_would_be_read_wrong(tmp_path, files, said):
+    for number, columns in enumerate(files):
+        pq.write_table(pa.table(columns), tmp_path / f"{number}.parquet")
+    with pytest.raises(UserError, match=said):
+        drawn(StreamedDataset.open(str(tmp_path)), range(4))
+
+
+def test_footers_tell_the_ids_of_labels_too(tmp_path):
+    columns = {"input_ids": IDS, "labels": [[-100, 9], [-100, 2]], "attention_mask": [[1, 1]] * 2}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert StreamedDataset.open(str(tmp_path)).token_ids() == (1, 9)
 
 
 def train(case: Case, folder: Path, steps: int, resume: Path | None = None) -> None:

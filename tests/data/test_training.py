@@ -135,7 +135,8 @@ def test_ids_of_a_dataset_are_read_once(tmp_path, monkeypatch):
     monkeypatch.setattr(packed, "SCANNED", 8)  # two rows
     dataset = saved(tmp_path, input_ids=[[0, 4, 5, 6]] * 5 + [[3, 99, -7, 4]] + [[3, 4, 5, 6]] * 4)
     assert dataset.token_ids() == (-7, 99)
-    assert [dataset.first_row_outside(vocabulary) for vocabulary in (100, 50, 3)] == [5, 5, 0]
+    places = [dataset.place_outside(vocabulary) for vocabulary in (100, 50, 3)]
+    assert places == [f"the first other one is in row {row}" for row in (5, 5, 0)]
     monkeypatch.setattr(PackedDataset, "_scan", None)
     assert PackedDataset.open(tmp_path).token_ids() == (-7, 99)
     state = json.loads((tmp_path / "state.json").read_text())
@@ -148,6 +149,12 @@ def test_ids_that_bookcorpus_noted_are_taken(tmp_path):
     dataset = saved(tmp_path, input_ids=[[3, 4]])
     (tmp_path / "packing.json").write_text('{"vocab_size": 1000, "smallest_id": 0, "largest_id": 7}')
     assert dataset.token_ids() == (0, 7)
+
+
+def test_labels_of_which_none_is_learned_are_refused(tmp_path):
+    dataset = saved(tmp_path, input_ids=[[3, 4]] * 2, labels=[[-100, -100]] * 2)
+    with pytest.raises(UserError, match="all of them are -100: nothing would be learned"):
+        dataset.token_ids()
 
 
 @pytest.mark.parametrize(
