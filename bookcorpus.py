@@ -90,6 +90,8 @@ class Options:
         ]
         if len(given) > 1:
             raise UserError(f"{given[0]} and {given[1]} are both given; rows hold one or the other")
+        if self.chat_template is not None and not self.talks:
+            raise UserError(f"chat_template is '{self.chat_template}', which needs messages_column or prompt_column")
         if self.chat_template is not None and not self.chat_template.is_file():
             raise UserError(f"chat_template is '{self.chat_template}', which is not a file")
 
@@ -159,7 +161,7 @@ def pack_conversations(options: Options, corpus: Corpus, tokenizer: Any, threads
     from nnscaler.data.conversations import Columns, Speech, pack_conversations
 
     columns = Columns(options.messages_column, options.prompt_column, options.completion_column)
-    template = options.chat_template.read_text(encoding="utf-8") if options.chat_template else None
+    template = template_in(options.chat_template) if options.chat_template else None
     fitting = pack_conversations(
         corpus,
         Speech(tokenizer, columns, template, options.train_on == "all"),
@@ -187,6 +189,13 @@ def pack_conversations(options: Options, corpus: Corpus, tokenizer: Any, threads
         "sequences",
         f"{fitting.sequences:,} of {fitting.sequence_length:,} tokens, {100 * share:.1f} % of them padding",
     )
+
+
+def template_in(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"chat_template is '{path}', which cannot be read: {error}") from error
 
 
 def listed(files: Collection[Path]) -> str:

@@ -39,8 +39,10 @@ class Columns:
         if not isinstance(row, dict):
             raise UserError(f"{place}: a row must have columns by name, not be {type(row).__name__}")
         for name in names:
-            if row.get(name) is None:
+            if name not in row:
                 raise UserError(f"{place}: there is no {name!r}; the row has {', '.join(row) or 'nothing'}")
+            if row[name] is None:
+                raise UserError(f"{place}: {name!r} is empty")
         return [row[name] for name in names]
 
 

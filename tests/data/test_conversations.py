@@ -165,6 +165,7 @@ def test_texts_get_the_marks_that_they_lack(prompt, completion, bos, text):
     ("row", "template", "said"),
     [
         ({"text": "x"}, CHATML, "row 1: there is no 'messages'; the row has text"),
+        ({"messages": None}, CHATML, "row 1: 'messages' is empty"),
         (
             {"messages": [turn("user", "x"), {"role": "assistant", "text": "y"}]},
             CHATML,
@@ -297,9 +298,22 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         "save_path": tmp_path / "out", "sequence_length": 48, "messages_column": "chat", "num_proc": 1,
         "chat_template": tmp_path / "template.jinja", "too_long": "cut",
     }  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["bookcorpus.py", *(f"--{name}={value}" for name, value in flags.items())])
-    run(bookcorpus.main)
+
+    def called() -> None:
+        monkeypatch.setattr(sys, "argv", ["bookcorpus.py", *(f"--{name}={value}" for name, value in flags.items())])
+        run(bookcorpus.main)
+
+    called()
     said = capsys.readouterr().out
     assert "packed     12 conversations" in said
     assert "% of them padding" in said
     assert len(datasets.load_from_disk(str(tmp_path / "out"))) >= 3
+    flags["save_path"] = tmp_path / "other"
+    (tmp_path / "template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(SystemExit):
+        called()
+    assert "template.jinja', which cannot be read: 'utf-8' codec" in capsys.readouterr().err
+    del flags["messages_column"]
+    with pytest.raises(SystemExit):
+        called()
+    assert "template.jinja', which needs messages_column or prompt_column" in capsys.readouterr().err
