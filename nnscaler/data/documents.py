@@ -21,8 +21,9 @@ from nnscaler.errors import UserError
 
 POSITIONS, DOCUMENTS = "position_ids", "documents"  # inputs of a model
 # By what rows may say where documents begin, the first that is there: the places themselves, as bookcorpus.py writes
-# them; positions, which start anew; or numbers of documents, which change.
-COLUMNS = (DOCUMENT_STARTS, POSITIONS, "seq_idx", "document_ids", "segment_ids")
+# them; positions, which start anew; numbers of documents, which change; or documents' lengths.
+LENGTHS = ("seq_lengths", "seq_lens")
+COLUMNS = (DOCUMENT_STARTS, POSITIONS, "seq_idx", "document_ids", "segment_ids", *LENGTHS)
 
 Places = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -34,8 +35,8 @@ def document_starts(column: str, values: Any, counts: Any, length: int) -> Place
     counts  how many of them each row has
     column  what the values are; it may say that a row begins with the rest of a document
 
-    The first place of such a row is not among the results. Raises UserError for values that are no places, positions or
-    numbers.
+    The first place of such a row is not among the results. Raises UserError for values that are no places, positions,
+    numbers or lengths.
     """
     values, counts = np.asarray(values, np.int64), np.asarray(counts, np.int64)
     rows = np.arange(len(counts)) * length
@@ -44,6 +45,11 @@ def document_starts(column: str, values: Any, counts: Any, length: int) -> Place
         right = values.size == 0 or (values.min() >= 0 and values.max() < length and bool((np.diff(found) > 0).all()))
         _check(bool(right), column, f"places from 0 to {length - 1}, which rise")
         return found
+    if column in LENGTHS:
+        ends, last = (np.concatenate([[0], np.cumsum(each)]) for each in (values, counts))
+        right = bool((values > 0).all()) and np.array_equal(ends[last], np.arange(len(counts) + 1) * length)
+        _check(right, column, f"lengths that add up to {length} in each row")
+        return ends[:-1]
     _check(bool((counts == length).all()), column, f"one number for each of {length} tokens")
     if column == POSITIONS:
         follows = np.diff(values, prepend=-1) == 1

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 IGNORED = -100  # label of a token that counts for nothing, in a dataset of Hugging Face's conventions
 SCANNED = 1 << 22  # ids looked at in one go
 # Columns by which others learn something else from the same tokens, and which training does not read.
-UNREAD = ("attention_mask", "loss_mask")
+UNREAD = ("attention_mask", "loss_mask", "assistant_masks", "completion_mask")
 
 Row: TypeAlias = Mapping[str, Any]
 

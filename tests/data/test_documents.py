@@ -29,7 +29,8 @@ def columns_of(rows: list[list[int]]) -> dict[str, list[list[int]]]:
     starts = [row[row < LENGTH] for row in starts]
     numbers = [np.searchsorted(row, np.arange(LENGTH), side="right") - 1 for row in starts]
     positions = [np.arange(LENGTH) - row[number] for row, number in zip(starts, numbers)]
-    named = {"document_starts": starts, "position_ids": positions, "seq_idx": numbers}
+    lengths = [np.diff([*row, LENGTH]) for row in starts]
+    named = {"document_starts": starts, "position_ids": positions, "seq_idx": numbers, "seq_lengths": lengths}
     return {name: [row.tolist() for row in values] for name, values in named.items()}
 
 
@@ -66,6 +67,9 @@ def test_a_row_that_goes_on_with_a_document_begins_one_of_its_own() -> None:
         ("position_ids", [0, 1, 2, 5, 6, 7], [6], "rise by one or start anew at 0"),
         ("position_ids", [0, 1, 2], [3], "one number for each of 6 tokens"),
         ("seq_idx", [0], [1], "one number for each of 6 tokens"),
+        ("seq_lengths", [2, 3], [2], "lengths that add up to 6 in each row"),
+        ("seq_lengths", [6, 0], [2], "lengths that add up to 6 in each row"),
+        ("seq_lens", [2, 4, 6], [3, 0], "lengths that add up to 6 in each row"),
     ],
 )
 def test_columns_that_say_something_else(column: str, values: list[int], counts: list[int], said: str) -> None:
@@ -91,7 +95,7 @@ def batch_of(dataset: PackedDataset, rows: int) -> Batch:
     )
 
 
-@pytest.mark.parametrize("column", ["document_starts", "position_ids", "seq_idx", "segment_ids"])
+@pytest.mark.parametrize("column", ["document_starts", "position_ids", "seq_idx", "segment_ids", "seq_lengths"])
 def test_a_batch_keeps_documents_apart(tmp_path, column) -> None:
     values = columns_of([[2, 1, 3]])["seq_idx" if column == "segment_ids" else column]
     dataset = saved(tmp_path, input_ids=[[5, 6, 7, 8, 9, 10]], **{column: values})

@@ -169,6 +169,7 @@ def test_labels_of_which_none_is_learned_are_refused(tmp_path):
         ({"text": ["x"]}, "have no column 'input_ids'"),
         ({"input_ids": [[1, 2]], "labels": [[1]]}, "whose input_ids have 2 tokens and labels 1"),
         ({"input_ids": [[1, 2]], "attention_mask": [[1, 0]]}, "column 'attention_mask' training does not read"),
+        ({"input_ids": [[1, 2]], "assistant_masks": [[0, 1]]}, "column 'assistant_masks' training does not read"),
     ],
 )
 def test_datasets_that_are_not_trained_on(tmp_path, columns, said):
