@@ -28,6 +28,7 @@ OURS = [ROOT / "README.rst", ROOT / "benchmarks" / "README.rst", *sorted(set(ROO
 names = pytest.mark.parametrize("page", OURS, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 # Flags of other programs that the texts name, beside torchrun's.
+BENCHMARKS = ("benchmarks/readme.py", "benchmarks/train_llama.py")
 OTHERS = {"--index-url", "--version", "--shutdown-timeout"}  # of pip, of tools, of torchrun since torch 2.13
 
 
@@ -110,7 +111,7 @@ def test_every_command_that_plans_or_trains_is_judged_right(monkeypatch, tmp_pat
 @names
 def test_every_flag_that_is_named_exists(page):
     known = OTHERS | torchrun_flags()
-    for script in ("train.py", "bookcorpus.py", "create_mini_model.py", "ckpt_merger.py", "benchmarks/readme.py"):
+    for script in ("train.py", "bookcorpus.py", "create_mini_model.py", "ckpt_merger.py", *BENCHMARKS):
         known |= flags_of(script)
     spelled = {flag.replace("_", "-") for flag in known}
     text = " ".join(re.findall(r"``(.+?)``", page.read_text(), re.DOTALL))
