@@ -171,7 +171,7 @@ def _columns(name: str, footer: pq.FileMetaData) -> tuple[str, ...]:
     there are no tokens."""
     lists = {field.name: field.type for field in footer.schema.to_arrow_schema() if is_list(field.type)}
     documents = next((column for column in DOCUMENT_COLUMNS if column in lists), None)
-    columns = tuple(column for column in (COLUMN, LABELS, documents) if column in lists)
+    columns = tuple(column for column in (COLUMN, LABELS, documents) if column is not None and column in lists)
     if COLUMN not in columns:
         raise UserError(f"'{name}' has no column '{COLUMN}' of lists")
     for column in columns:
@@ -286,11 +286,11 @@ class _Lane:
                     skipped = max(0, skipped - len(batch))
 
     def _row(self, batch: pa.RecordBatch, row: int, name: str) -> Row:
-        values = {column: batch.column(column)[row].values for column in self._dataset.columns}
-        for column, each in values.items():
+        held = {column: batch.column(column)[row].values for column in self._dataset.columns}
+        for column, each in held.items():
             if each is None or each.null_count:
                 raise UserError(f"'{name}' has a row with empty places in '{column}'")
-        found = {column: np.array(each) for column, each in values.items()}
+        found = {column: np.array(each) for column, each in held.items()}
         for column in (COLUMN, LABELS):
             if column in found and len(found[column]) != self._dataset.sequence_length:
                 raise UserError(
