@@ -198,6 +198,7 @@ def set_attention(config: PretrainedConfig, implementation: str, model_class: ty
             "--attn_implementation eager"
         )
     if implementation == "auto" and not has_place:
-        logger.warning("%s has attention of its own, which computes all scores at once", model_class.__name__)
+        if hasattr(config, "num_attention_heads"):  # else it has no attention
+            logger.warning("%s has attention of its own, which computes all scores at once", model_class.__name__)
         implementation = "eager"
     config._attn_implementation = implementation if implementation == "eager" else f"{ATTENTION}_{implementation}"
