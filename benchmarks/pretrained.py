@@ -23,7 +23,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_published(folder / "model", QWEN3)
-        (loss,) = run(1, train_and_export, folder, 1, QWEN3["vocab_size"], init=False)  # whose memory is free then
+        # In a process of its own, whose memory is free afterwards.
+        (loss,) = run(1, train_and_export, folder, 1, QWEN3["vocab_size"], init=False, timeout=3600)
         check(folder, loss)
     shapes = shapes_of(QWEN3)
     found = {"model": "Qwen3-0.6B", "keys": len(shapes), "loss": loss, "result": "equal"}
