@@ -46,15 +46,20 @@ class WeightedDataset:
     @staticmethod
     def _read(text: str, flag: str) -> WeightedDataset:
         if os.path.exists(os.path.expanduser(text)) or "=" not in text:
-            return WeightedDataset(os.path.expanduser(text))
+            return WeightedDataset(_spelled(text))
         path, _, number = text.rpartition("=")
         try:
             weight = float(number)
         except ValueError:
-            return WeightedDataset(os.path.expanduser(text))
+            return WeightedDataset(_spelled(text))
         if not 0 < weight <= 1e9:
             raise UserError(f"{flag} gives '{path}' the weight {number}; it must be more than 0 and at most 1e9")
-        return WeightedDataset(os.path.expanduser(path), weight)
+        return WeightedDataset(_spelled(path), weight)
+
+
+def _spelled(path: str) -> str:
+    """A path or URL in one of the ways to spell it, by which logs name it and by which it is known again."""
+    return path.rstrip("/") if is_url(path) else os.path.normpath(os.path.expanduser(path))
 
 
 def shares_of(weights: Sequence[float], names: Sequence[str], flag: str) -> list[int]:

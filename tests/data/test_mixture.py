@@ -106,6 +106,8 @@ def test_every_dataset_has_epochs_and_an_order_of_its_own(tmp_path):
         (["a=0.5", "b=0"], "gives 'b' the weight 0; it must be more than 0"),
         (["a=0.5", "b=nan"], "gives 'b' the weight nan; it must be more than 0"),
         (["a=1", "a=2"], "has 'a' twice"),
+        (["a=1", "./a/=2"], "has 'a' twice"),
+        (["s3://b/a/=1", "s3://b/a=2"], "has 's3://b/a' twice"),
         (["a=1", "b=1e-7"], "less than 1/65,536 of all weights"),
     ],
 )
