@@ -90,10 +90,10 @@ class Options:
         ]
         if len(given) > 1:
             raise UserError(f"{given[0]} and {given[1]} are both given; rows hold one or the other")
-        if self.chat_template is not None and not self.talks:
-            raise UserError(f"chat_template is '{self.chat_template}', which needs messages_column or prompt_column")
         if self.chat_template is not None and not self.chat_template.is_file():
             raise UserError(f"chat_template is '{self.chat_template}', which is not a file")
+        if self.chat_template is not None and not self.talks:
+            raise UserError(f"chat_template is '{self.chat_template}', which needs messages_column or prompt_column")
 
     @property
     def target(self) -> Path | str:
