@@ -86,6 +86,8 @@ def _fact(what: str, text: str) -> list[str]:
 class _RootBody(Body):
     """Writes the root block: `forward`, with a loop where the same block is called again and again."""
 
+    _after_host = False  # whether what the last call keeps may still be on its way to the host
+
     def _name(self) -> str:
         return "forward"
 
@@ -151,6 +153,9 @@ class _RootBody(Body):
             head, written = groups.head, [f"{results} = {_wrapped(level, name, [groups.given, *own])}"]
         if level.on_host:
             written = [f"with axes.host.keeping({self._shared(calls[0], arguments)}):", *_indented(written)]
+        elif self._after_host:
+            written.append("axes.host.free_sent()")
+        self._after_host = level.on_host
         return [*function, *_loop(head, written)]
 
     def _call(self, level: Level, call: Call, prefix: str, arguments: list[str], results: str) -> str:

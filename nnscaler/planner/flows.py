@@ -141,7 +141,7 @@ class Flows:
         again = self._gather_again(index, made, resharded)
         inside = {level.inner for level in self.problem.levels[flow.block]}
         for level in self.problem.levels[flow.block]:
-            self._keep(index, level, set(map(storage, made)), again, level in inside and not self._is_shared(flow))
+            self._keep(index, level, set(map(storage, made)), again, level in inside and not self.is_shared(flow))
 
     def _reshard(self, index: int, source: Placements, target: Placements) -> int:
         """Makes the variable y_fps and its charges, and the rows (again)."""
@@ -236,9 +236,10 @@ class Flows:
 
     def keeps_on_host(self, flow: Flow, level: Level) -> bool:
         """Whether a level keeps a flow on the host, if it keeps it: not parameters, nor what several calls share."""
-        return level.on_host and not flow.is_parameter and not self._is_shared(flow)
+        return level.on_host and not flow.is_parameter and not self.is_shared(flow)
 
-    def _is_shared(self, flow: Flow) -> bool:
+    def is_shared(self, flow: Flow) -> bool:
+        """Whether several calls of its block have the same tensor."""
         return flow.count < self.problem.calls[flow.block]
 
     def _gather_again(
@@ -268,7 +269,7 @@ class Flows:
             flow, calls = self.problem.flows[index], self.problem.calls[self.problem.flows[index].block]
             variable = self.statement.least(bound=float(calls))
             size = flow.count / calls * self.problem.in_flight * self.bytes_of(flow, form)
-            size /= 1 if self._is_shared(flow) else level.size
+            size /= 1 if self.is_shared(flow) else level.size
             where = Account.HOST if self.keeps_on_host(flow, level) else Account.DEVICE
             self.statement.charge(where, Key("saved", flow.block, flow.tensor, level.name), variable, size)
             self.kept[index, form, level] = variable

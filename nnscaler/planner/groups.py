@@ -6,32 +6,36 @@ Sets      l a level of groups of g_l calls of block b; i its level inside, at wh
           tensors while the group is computed again
 Data      L_bc        calls of the c-th chain of block b: groups do not reach over its end
 Variables j_fsi       whether one call at level i would keep f in s
-          W_b >= 0    bytes that calls of a group keep while another one of them runs backward
+          W_bl >= 0   bytes that calls of a group keep while another one of them runs backward
 
 subject to    sum of n_bl over l with g_l >= g  <= sum_c g floor(L_bc / g), for each size g of groups             (room)
               sum_l n_bl / N_b <= 1 + x_ds - x_d's for a layout s of what d makes, a call's result, and d', what
                    the next call takes                                                                           (alike)
-              W_b >= (g_l - 1) (sum_f b_fs n_f / N_b j_fsi + sum_d i_do x_do), less what is counted anyway,
-                   if u_bl = 1                                                                                  (inside)
-W_b is added on the device. The sizes divide one another: so groups that keep to (room) can be placed, large ones first.
-Of what a call takes from the one before it, the first call's counts as kept, and the last one's as computed again.
+              W_bl >= (g_l - 1) (sum_f b_fs n_f / N_b j_fsi + sum_d i_do x_do), if u_bl = 1                     (inside)
+                   where i computes each region again by itself, g_l times, less the group's input, which counts as
+                   kept; else all that the call needs which runs backward counts as computed again
+W_bl is added in `nnscaler.planner.working`. The sizes divide one another: so groups that keep to (room) can be placed,
+large ones first.
 """
 
 from __future__ import annotations
 
-from nnscaler.plan import Key
 from nnscaler.planner.choices import Choices
 from nnscaler.planner.flows import Flows
 from nnscaler.planner.problem import Stack
-from nnscaler.planner.statement import Account, Quantity, Terms
+from nnscaler.planner.statement import Quantity, Terms
 from nnscaler.recompute import Level
 
 
 class InGroups:
-    """Adds the variables, rows and charges above to a program."""
+    """Adds the variables and rows above to a program.
+
+    inside  (block, level) -> the variable W, for levels of groups
+    """
 
     def __init__(self, choices: Choices, flows: Flows) -> None:
         self.choices, self.flows, self.problem, self.statement = choices, flows, choices.problem, choices.statement
+        self.inside: dict[tuple[str, Level], int] = {}
         for stack in self.problem.stacks:
             self._stack(stack)
 
@@ -41,12 +45,10 @@ class InGroups:
             room = float(sum(length - length % size for length in stack.lengths))
             self.statement.row([(n, 1.0) for level, n in counts.items() if level.size >= size], upper=room)
         self._alike(stack, counts)
-        inside = self.statement.least(Quantity.BYTES)
-        self.statement.charge(Account.DEVICE, Key("working", stack.block, "group"), inside, 1.0)
         for level in counts:
             terms, most = self._kept(stack, level)
-            used = self.choices.used(stack.block, level)
-            self.statement.above(inside, [*terms, (used, most)], -most)
+            inside = self.inside[stack.block, level] = self.statement.least(Quantity.BYTES)
+            self.statement.above(inside, [*terms, (self.choices.used(stack.block, level), most)], -most)
 
     def _alike(self, stack: Stack, counts: dict[Level, int]) -> None:
         """The row (alike)."""
@@ -58,19 +60,20 @@ class InGroups:
 
     def _kept(self, stack: Stack, level: Level) -> tuple[Terms, float]:
         """What a group keeps inside: a sum of bytes, and its largest value."""
-        others, inner = level.size - 1, level.inner
+        inner = level.of_each
+        calls = level.size if inner.by_region else level.size - 1
         terms: Terms = []
         for (index, form, at), j in self.flows.in_call.items():
             flow = self.problem.flows[index]
             if at is inner and flow.block == stack.block:
                 each = flow.count / self.problem.calls[stack.block] * self.flows.bytes_of(flow, form)
-                terms.append((j, others * each))
+                terms.append((j, calls * each))
         for decision, xs in zip(self.problem.decisions, self.choices.x):
             if decision.block == stack.block and inner in decision.inner_kept_at:
                 held = zip(xs, decision.options)
-                terms += [(x, others * option.inner_bytes) for x, option in held if option.inner_bytes]
+                terms += [(x, calls * option.inner_bytes) for x, option in held if option.inner_bytes]
         most = sum(size for _, size in terms)
-        for flow in self.problem.flows:
+        for flow in self.problem.flows if inner.by_region else ():
             if flow.producer == (stack.taken, 0) and flow.needed and inner in flow.as_made:
                 for layout, made in self.flows.layouts(flow.producer, "outputs").items():
                     terms += [(x, -self.problem.costs.local_bytes(flow.meta, layout)) for x, _ in made]

@@ -10,7 +10,7 @@ Data      w, r, wr       bytes/s to the host, back from it, and each way when bo
                          G_do, bytes of a gradient that may leave, as option o keeps it
 Variables k_fsl          calls at level l that keep f in layout s, as there
           j_fsl >= 0     the same of one call: whether it would keep f in s
-          D_b >= 0       bytes on the device of what is on its way to the host or back
+          D_bl >= 0      bytes on the device of what is on its way to the host, or back, while calls at level l run
           h integer      parts of the optimizer's state on the host;  v in {0,1}: there are some
           h', v'         likewise of gradients
           O_bl, I_bl >= 0  seconds by which copies to the host, and back, make forward and backward longer
@@ -21,14 +21,14 @@ Variables k_fsl          calls at level l that keep f in layout s, as there
 minimise      sum_bl (O_bl + I_bl) + X / m + Z / m + (1 - 1/m) Z', beside the rest
 subject to    h <= P v;  h S / P + sum_d S_do x_do <= S                                                          (state)
               h' <= P v';  h' G / P <= sum_d n_d G_do x_do                                                   (gradients)
-              D_b >= 2 sum_f b_fs j_fsl, if u_bl = 1: what two calls keep                                   (on its way)
+              D_bl >= 2 sum_f b_fs j_fsl, if u_bl = 1: what two calls keep                                  (on its way)
               O_bl >= c C, O_bl >= C - (1 - c) F, where C = sum_f b_fs k_fsl / w n_f / N_b, and F = the time of forward
                    of these calls: a call's copies run beside the next one; I_bl with r and backward           (hiding)
               X >= c Y, X >= Y - (1 - c) sum_d n_d t_do x_do, where Y = (h S + h' G) / P / wr: the update of a bucket,
                    and the copies for it, run beside the next forward until that needs its weights
               Z >= c Y, Z >= Y - (1 - c) B, where Y = h' G / P / wr, and B = the time of all of backward; Z' likewise,
                    with Y + sum_bl (what b_fs k_fsl come back in - I_bl): what else comes back has the way first
-              D_b, T v + T' v', and -(h S + h' G) / P on the device;
+              T v + T' v', and -(h S + h' G) / P on the device; D_bl is added in `nnscaler.planner.working`;
               sum_f A b_fs n_f / N_b k_fsl + (h S + h' G) / P <= W                                              (memory)
 """
 
@@ -49,9 +49,10 @@ PARTS = 64  # of the optimizer's state, and of gradients
 class OnHost:
     """Adds the variables, rows and charges above to a program.
 
-    used       (block, level) -> the variable u, for levels that keep on the host
-    state      the variable h;  some_state: the variable v
-    gradients  the variable h'; some_gradients: the variable v'
+    used        (block, level) -> the variable u, for levels that keep on the host
+    on_its_way  (block, level) -> the variable D, for the same
+    state       the variable h;  some_state: the variable v
+    gradients   the variable h'; some_gradients: the variable v'
     """
 
     def __init__(self, choices: Choices, flows: Flows) -> None:
@@ -65,8 +66,7 @@ class OnHost:
             if level.on_host
         }
         self.fetched = self._copy()
-        for block in dict.fromkeys(block for block, _ in self.used):
-            self._on_its_way(block)
+        self.on_its_way = {(block, level): self._on_its_way(block, level) for block, level in self.used}
         self.state, self.some_state = self._parts("state", self.problem.optimizer_state, self.problem.staging)
         self.gradients, self.some_gradients = self._parts(GRADIENTS, self.problem.gradients, self.problem.slots)
         self._limit()
@@ -106,21 +106,18 @@ class OnHost:
                 hidden += [*copies, (longer, -1.0)] if side == "backward" else []
         return hidden
 
-    def _on_its_way(self, block: str) -> None:
-        """The variable D_b."""
+    def _on_its_way(self, block: str, level: Level) -> int:
+        """The variable D_bl."""
         on_its_way = self.statement.least(Quantity.BYTES)
-        self.statement.charge(Account.DEVICE, Key("working", block, "copies"), on_its_way, 1.0)
-        for level in (level for where, level in self.used if where == block):
-            terms: Terms = []
-            most = 0.0
-            for (index, form, at), j in self.flows.in_call.items():
-                flow = self.problem.flows[index]
-                if at is level and flow.block == block:
-                    size = 2 * flow.count / self.problem.calls[block]
-                    size *= self.flows.bytes_of(flow, form)
-                    terms.append((j, size))
-                    most += size
-            self.statement.above(on_its_way, [*terms, (self.used[block, level], most)], -most)
+        terms: Terms = []
+        for (index, form, at), j in self.flows.in_call.items():
+            flow = self.problem.flows[index]
+            if at is level and flow.block == block:
+                of_each = flow.count / self.problem.calls[block] * self.flows.bytes_of(flow, form)
+                terms.append((j, 2 * of_each))
+        most = sum(size for _, size in terms)
+        self.statement.above(on_its_way, [*terms, (self.used[block, level], most)], -most)
+        return on_its_way
 
     def _parts(self, what: str, size: float, held: float) -> tuple[int, int]:
         """The variables h and v, or h' and v', with their memory.

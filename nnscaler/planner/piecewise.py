@@ -27,7 +27,7 @@ from nnscaler.planner.costs import GRADIENT_BYTES
 from nnscaler.planner.held import Held, Sum, total
 from nnscaler.planner.pieces import COUNTS, InStretch
 from nnscaler.planner.problem import Flow
-from nnscaler.planner.statement import Quantity, Terms
+from nnscaler.planner.statement import Quantity
 
 Counts = Mapping[InStretch, int]  # stretch -> in how many pieces it is
 
@@ -145,8 +145,8 @@ def _part(flow: Flow, counts: Counts) -> float:
     return part
 
 
-def waiting_and_freed(stretch: InStretch, held: Held) -> tuple[Terms, list[tuple[int, Flow]]]:
+def waiting_and_freed(stretch: InStretch, held: Held) -> tuple[Sum, list[tuple[int, Flow]]]:
     """Gradients that wait while a stretch runs backward; and what is free by then."""
     places = _places(stretch)
     first, last = min(places), max(places)
-    return held.waiting(first, last)[0], held.freed(first, last, places)
+    return held.waiting(first, last), held.freed(first, last, places)

@@ -71,6 +71,7 @@ class Flow:
     needed          backward of its block reads it, whether it is kept or computed again
     read_by         the places of the units of its block whose backward reads it, or makes it again for others
     freed_first     backward reads it before that of any call of a block begins, and not later
+    used_last       it is a parameter that is used after the last call of any block
     reshards_again  level -> how often backward reshards it again for each call, in the mean
     """
 
@@ -87,6 +88,7 @@ class Flow:
     needed: bool = False
     read_by: frozenset[int] = frozenset()
     freed_first: bool = False
+    used_last: bool = False
     reshards_again: Mapping[Level, float] = field(default_factory=dict)
 
 
@@ -474,6 +476,7 @@ class _Body:
         for position, tensor in enumerate(unit.inputs):
             flow, use = self.flows[tensor], (decision, position)
             flow.consumers.append(use)
+            flow.used_last |= flow.is_parameter and 0 <= self.last_call < index
             for level, kept in self.kept_at.items():
                 if (index, tensor) in kept.as_used:
                     flow.as_used.setdefault(level, []).append(use)

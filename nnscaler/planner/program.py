@@ -61,9 +61,10 @@ subject to    sum_o x_do = 1                                                    
                        device, + U + sum_b V_b + a G + H + what libraries take <= M                             (memory)
 The rows from (choice) to (some) are stated in `nnscaler.planner.choices`; those from (making) to (gathering), in
 `nnscaler.planner.flows`; weights without a copy beside their masters, in `nnscaler.planner.masters`; what is computed
-in pieces, in `nnscaler.planner.pieces`; groups of calls, in `nnscaler.planner.groups`; what is held while operators
-run, in `nnscaler.planner.working`, and while pieces do, in `nnscaler.planner.piecewise`; what lies on the host, in
-`nnscaler.planner.on_host`; and all others here.
+in pieces, in `nnscaler.planner.pieces`; groups of calls, in `nnscaler.planner.groups`; what lies on the host, in
+`nnscaler.planner.on_host`; what is held while operators run, in `nnscaler.planner.working`, while pieces do, in
+`nnscaler.planner.piecewise`, and while gradients wait for their exchange, in `nnscaler.planner.deferred`; and all
+others here.
 """
 
 from __future__ import annotations
@@ -124,14 +125,14 @@ class Program:
         self._weigh()
         self._hide()
         self.pieces = InPieces(self.choices, self.flows)
-        InGroups(self.choices, self.flows)
-        Working(self.choices, self.flows, self.pieces)
+        groups = InGroups(self.choices, self.flows)
+        self.on_host = OnHost(self.choices, self.flows) if problem.host else None
+        Working(self.choices, self.flows, self.pieces, groups, self.on_host)
         workspaces = self.statement.least(Quantity.BYTES)
         self.statement.above(workspaces, [], problem.costs.hardware.workspaces)
         self._charge(Account.DEVICE, Key("working", "", "workspaces"), workspaces, 1.0)
         self._gather_early()
         self._full = self._buffer()
-        self.on_host = OnHost(self.choices, self.flows) if problem.host else None
 
     def solution(self, values: np.ndarray) -> Solution:
         """The solution that values of the variables mean."""

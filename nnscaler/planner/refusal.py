@@ -11,8 +11,6 @@ from nnscaler.planner.costs import GRADIENTS, STATE
 _WORKING = {
     "": "while {} runs",
     "backward": "one {} computed again",
-    "group": "others of a group of {}",
-    "copies": "copies of {} under way",
     "workspaces": "workspaces of libraries",
 }
 

@@ -1,7 +1,9 @@
 """What is held while operators run, as a part of the planning problem's program (see `nnscaler.planner.program`).
 
 Memory is at its peak in backward: while a unit runs backward, there are the gradients that it reads and writes, others
-that wait for theirs, and what its call computes again. What later units and calls kept is free by then.
+that wait for theirs, and what its call computes again. What later units and calls kept is free by then. Calls that keep
+most on the device run backward first, and those that keep on the host, or in groups, after them: so what comes back
+from the host is there when what others kept is not. (In forward they come first, when nothing else is kept.)
 
 Sets      i a unit of block b, in the region that is compiled with its neighbours; after(l) the levels of the calls
           that come after those of level l, and so run backward before them: those that keep more on the device
@@ -13,30 +15,40 @@ Data      w_i   bytes held while i runs. Of a fused cluster: the gradients of it
           h_i   gradients of what the products after i make of i's output: they wait for it to be computed again
           f_i   what is made by i and after it, and kept on the device, and which no backward reads from i on; f what
                 is made after the last call of any block
+          K_l   what the calls after(l) keep
+          D_bl, W_bl  what is on its way to the host or back, and what others of a group keep, while calls at l run: see
+                `nnscaler.planner.on_host` and `nnscaler.planner.groups`
+          E_il  gradients of weights that wait for their exchange: see `nnscaler.planner.deferred`
 Variables V_b >= 0  what one call of b computes again as a whole, beyond what calls after it kept
+          A_l >= 0  bytes that a call of level l holds beside what it keeps, if it computes nothing again as a whole
           U >= 0    what is held beside that
           u_bl      whether any call has level l
 
-subject to    V_b >= sum of b_fs of what backward needs and l does not keep - K_l, if u_bl = 1                  (whole)
-                   for levels l that compute a call again as a whole; K_l is what the calls after(l) keep
-              U + sum_b V_b >= V_b + w_i + t_i - f_i - f                                                        (kept)
-              U + sum_b V_b >= w'_i + t_i + h_i - f_i - f - K_l + b_fs of what is needed, made in i's region, and
-                   not kept at l, if u_bl = 1, for levels l that compute each region again by itself             (again)
-              U + sum_b V_b >= V_b + H_r + t_r - f_r - f, for each stretch r that may be in pieces, with H_r as in
-                   `nnscaler.planner.piecewise`, and f_r what is likewise free then                            (pieces)
-              U >= w_i for what is in no call
+subject to    V_b >= sum of b_fs of what backward needs and l does not keep + D_bl + W_bl - K_l, if u_bl = 1    (whole)
+                   for levels l that compute a call again as a whole
+              U + sum_b V_b >= V_b + w_i + t_i - f_i - f + E_i                                                  (kept)
+              A_l >= w'_i + t_i + h_i - f_i - f + b_fs of what is needed, made in i's region, and not kept at l,
+                   for levels l that compute each region again by itself, w_i + t_i - f_i - f for those that compute
+                   nothing again; of groups, for the level inside                                               (again)
+              U + sum_b V_b >= A_l + D_bl + W_bl + E_il - K_l, if u_bl = 1, for the same levels               (in call)
+              U + sum_b V_b >= V_b + H_r + t_r - f_r - f + E_r, for each stretch r that may be in pieces, with H_r as
+                   in `nnscaler.planner.piecewise`, and f_r what is likewise free then; A_l likewise           (pieces)
+              U >= w_i for what is in no call; after the last one, with the gradients of its weights on their way
 and U + sum_b V_b is charged. Weights that are gathered to be computed with again count as what is computed again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 from nnscaler.plan import Key
 from nnscaler.planner.choices import Choices
+from nnscaler.planner.deferred import Deferred
 from nnscaler.planner.flows import Flows, storage
+from nnscaler.planner.groups import InGroups
 from nnscaler.planner.held import Held, Sum, total
+from nnscaler.planner.on_host import OnHost
 from nnscaler.planner.pieces import InPieces, InStretch
 from nnscaler.planner.piecewise import Piece, pieces_of, waiting_and_freed
 from nnscaler.planner.problem import Decision, Flow
@@ -47,23 +59,28 @@ from nnscaler.recompute import Level, rank
 class Working:
     """Adds the variables, rows and charges above to a program."""
 
-    def __init__(self, choices: Choices, flows: Flows, pieces: InPieces) -> None:
+    def __init__(
+        self, choices: Choices, flows: Flows, pieces: InPieces, groups: InGroups, on_host: OnHost | None
+    ) -> None:
         self.choices, self.flows, self.pieces = choices, flows, pieces
+        self.extra = [groups.inside, on_host.on_its_way if on_host else {}]
         self.problem, self.statement = choices.problem, choices.statement
         self.whole = {
             block: self.statement.least(Quantity.BYTES)
             for block, levels in self.problem.levels.items()
-            if any(_as_a_whole(level) for level in levels)
+            if any(level.as_a_whole for level in levels)
         }
         for block, variable in self.whole.items():
             self._charge(Key("working", block, "backward"), variable)
-        of_block = {block: Held(choices, flows, block) for block in self.problem.levels}
-        of_stretch = {one: pieces_of(one, of_block[one.stretch.block]) for one in pieces.stretches.values()}
+        self.freed_first = self._freed_first()
+        bodies = [
+            _Body(self, Held(choices, flows, block), Deferred(flows, block, self._kept_after(block)))
+            for block in self.problem.levels
+        ]
         self.held = self.statement.least(Quantity.BYTES)
         self._charge(Key("working"), self.held)
-        self.freed_first = self._freed_first()
-        for held in of_block.values():
-            _Body(self, held, of_stretch)
+        for body in bodies:
+            body.hold()
 
     def _charge(self, key: Key, variable: int) -> None:
         self.statement.charge(Account.DEVICE, key, variable, 1.0)
@@ -79,14 +96,28 @@ class Working:
             return [], 0.0
         return [(self.choices.used(block, level), most)], -most
 
+    def there(self, block: str, level: Level) -> Terms:
+        """The sum D_bl + W_bl - K_l."""
+        extra = [(found[block, level], 1.0) for found in self.extra if (block, level) in found]
+        return [*extra, *minus(self.kept_after(block, level))]
+
+    def _kept_after(self, block: str) -> dict[Level | None, Terms]:
+        levels = [level for level in self.problem.levels[block] if _is_in_parts(level)]
+        return {None: [], **{level: self.kept_after(block, level) for level in levels}}
+
     def kept_after(self, block: str, level: Level) -> Terms:
-        """Bytes on the device that the calls keep that run backward before those of this level: the sum K_l."""
+        """Bytes on the device that the calls keep that run backward before those of this level, and others do not: the
+        sum K_l."""
         before = (level.size, rank(level))
         after = {other.name for other in self.problem.levels[block] if (other.size, rank(other)) < before}
+        shared = {flow.tensor for flow in self.problem.flows if flow.block == block and self.flows.is_shared(flow)}
         return [
             (charge.variable, charge.amount / self.problem.in_flight)
             for charge in self.statement.accounts[Account.DEVICE]
-            if charge.key.category in ("saved", "inside") and charge.key.block == block and charge.key.detail in after
+            if charge.key.category in ("saved", "inside")
+            and charge.key.block == block
+            and charge.key.detail in after
+            and charge.key.name not in shared
         ]
 
     def _freed_first(self) -> Terms:
@@ -101,14 +132,14 @@ class Working:
         )
 
 
-def _as_a_whole(level: Level) -> bool:
-    """Whether calls at this level are computed again as a whole, or partly as nobody here knows."""
-    return level.call is not None or bool(level.named)
+def _is_in_parts(level: Level) -> bool:
+    """Whether a call at this level computes nothing again as a whole, and others may run backward before it."""
+    return not level.as_a_whole and (level.on_host or not level.everything)
 
 
-def _by_region(level: Level) -> bool:
-    """Whether calls at this level compute each region again by itself."""
-    return not level.everything and not _as_a_whole(level)
+def _alike(level: Level) -> Level:
+    """The level of whose calls backward runs as at this one."""
+    return level if level.size == 1 else level.of_each
 
 
 def _is_in(region: int | None, unit: Decision) -> bool:
@@ -118,61 +149,107 @@ def _is_in(region: int | None, unit: Decision) -> bool:
 class _Body:
     """The rows of one block."""
 
-    def __init__(self, working: Working, held: Held, of_stretch: Mapping[InStretch, list[Piece]]) -> None:
-        self.working, self.held, self.block, self.units = working, held, held.block, held.units
-        self.problem, self.pieces = working.problem, working.pieces
-        block = self.block
-        if self.problem.has_calls(block):
-            for index in self.units:
-                terms, _ = self.held.alone(index)
-                working.hold(terms)
+    def __init__(self, working: Working, held: Held, deferred: Deferred) -> None:
+        self.working, self.held, self.deferred = working, held, deferred
+        self.block, self.units, self.levels = held.block, held.units, working.problem.levels[held.block]
+        self.problem, self.pieces, self.statement = working.problem, working.pieces, working.statement
+        # (level, whether gradients from after the last call may wait) -> the variable A, and its largest value
+        self.in_call: dict[tuple[Level, bool], tuple[int, float]] = {}
+        self.of_stretch: dict[InStretch, list[Piece]] = {}
+        if self.problem.has_calls(self.block):
             return
         # What waits does not depend on the level.
         self.beside = {
             index: [self.held.waiting(unit.place, unit.place), self.held.held_by_caller(unit)]
             for index, unit in self.units.items()
         }
-        levels = self.problem.levels[block]
-        for level in filter(_as_a_whole, levels):
-            self._whole(level)
+        stretches = [one for one in self.pieces.stretches.values() if one.stretch.block == self.block]
+        self.of_stretch = {one: pieces_of(one, held) for one in stretches}
+        for level in dict.fromkeys(_alike(level) for level in self.levels if _is_in_parts(level)):
+            self._again(level)
+            for stretch, pieces in self.of_stretch.items():
+                if stretch.stretch.allows(level):
+                    self._again_in_pieces(stretch, pieces, level)
+
+    def hold(self) -> None:
+        """The rows of U and V. To be called as soon as the variables of all bodies are there."""
+        if self.problem.has_calls(self.block):
+            for index in self.units:
+                terms, _ = self.held.alone(index)
+                self.working.hold([*terms, *self.deferred.of_last(index)])
+            return
+        for level in self.levels:
+            if level.as_a_whole:
+                self._whole(level)
+            elif _is_in_parts(level):
+                self._in_call(level)
         for index, decision in self.units.items():
             self._kept(index, decision)
-        by_region = [level for level in levels if _by_region(level)]
-        self.again = {
-            index: [self.held.alone(index, over=False), *self.beside[index], self.held.waiting_for(index)]
-            for index in self.units
-            if by_region
-        }
-        for level in by_region:
-            self._again(level)
-        for stretch, pieces in of_stretch.items():
-            if stretch.stretch.block == block:
-                self._in_pieces(stretch, pieces, [level for level in by_region if stretch.stretch.allows(level)])
-
-    def _in_pieces(self, stretch: InStretch, pieces: list[Piece], by_region: list[Level]) -> None:
-        """The rows (pieces) of one stretch."""
-        for piece in pieces:
-            waiting, free = waiting_and_freed(piece.of, self.held)
-            held = [(piece.variable, 1.0), *waiting, *self.working.freed_first]
-            self.working.hold([*held, *self._freed(free)], self.block)
-            for level in by_region:
-                region = self.units[stretch.stretch.decisions[0]].region
-                freed = self._freed([one for one in free if self._is_freed(level, region, one[1])])
-                used, number = self.working.if_used(self.block, level, piece.most)
-                self.working.hold([*held, *freed, *used], number=number)
+        for stretch, pieces in self.of_stretch.items():
+            self._kept_in_pieces(stretch, pieces)
 
     def _whole(self, level: Level) -> None:
         """The row (whole) of one level."""
         terms, most = self._made_again(level, lambda decision: True)
         used, number = self.working.if_used(self.block, level, most)
-        after = minus(self.working.kept_after(self.block, level))
-        self.working.statement.above(self.working.whole[self.block], [*terms, *after, *used], number)
+        there = self.working.there(self.block, level)
+        self.statement.above(self.working.whole[self.block], [*terms, *there, *used], number)
 
     def _kept(self, index: int, decision: Decision) -> None:
         """The row (kept) of one unit."""
         freed = self._freed(self.held.freed(decision.place, decision.place))
         held, _ = self._unless_in_pieces(index, [self.held.alone(index), *self.beside[index]])
-        self.working.hold([*held, *freed, *self.working.freed_first], self.block)
+        deferred = self.deferred.during(self.deferred.is_first(decision.place))
+        self.working.hold([*held, *freed, *deferred, *self.working.freed_first], self.block)
+
+    def _kept_in_pieces(self, stretch: InStretch, pieces: list[Piece]) -> None:
+        """The rows (pieces) of one stretch."""
+        deferred = self.deferred.during(self.deferred.is_first(self._place(stretch)))
+        for piece in pieces:
+            (waiting, _), free = waiting_and_freed(piece.of, self.held)
+            held = [(piece.variable, 1.0), *waiting, *self._freed(free)]
+            self.working.hold([*held, *deferred, *self.working.freed_first], self.block)
+
+    def _in_call(self, level: Level) -> None:
+        """The rows (in call) of one level."""
+        there = self.working.there(self.block, level)
+        for (alike, first), (variable, most) in self.in_call.items():
+            if alike is _alike(level):
+                used, number = self.working.if_used(self.block, level, most)
+                deferred = self.deferred.during(first, level)
+                self.working.hold([(variable, 1.0), *there, *deferred, *used], number=number)
+
+    def _above(self, level: Level, place: float, terms: Terms, most: float) -> None:
+        """States A >= terms for what runs at a place of a call. `most`: the largest value of terms."""
+        part = level, self.deferred.is_first(place)
+        variable, before = self.in_call.get(part) or (self.statement.least(Quantity.BYTES), 0.0)
+        self.in_call[part] = variable, max(before, most)
+        self.statement.above(variable, [*terms, *self.working.freed_first])
+
+    def _again(self, level: Level) -> None:
+        """The rows (again) of one level."""
+        made_again: dict[int | None, Sum] = {None: ([], 0.0)}
+        for index, decision in self.units.items():
+            region, place = decision.region, decision.place
+            if region not in made_again:
+                made_again[region] = self._made_again(level, partial(_is_in, region))
+            held = [self.held.alone(index, over=level.everything), *self.beside[index]]
+            held += [] if level.everything else [self.held.waiting_for(index)]
+            terms, most = self._unless_in_pieces(index, [*held, made_again[region]])
+            freed = [one for one in self.held.freed(place, place) if self._is_freed(level, region, one[1])]
+            self._above(level, place, [*terms, *self._freed(freed)], most)
+
+    def _again_in_pieces(self, stretch: InStretch, pieces: list[Piece], level: Level) -> None:
+        """The rows (pieces) of one stretch and level."""
+        region = self.units[stretch.stretch.decisions[0]].region
+        for piece in pieces:
+            (waiting, most), free = waiting_and_freed(piece.of, self.held)
+            freed = self._freed([one for one in free if self._is_freed(level, region, one[1])])
+            held = [(piece.variable, 1.0), *waiting, *freed]
+            self._above(level, self._place(stretch), held, piece.most + most)
+
+    def _place(self, stretch: InStretch) -> float:
+        return self.held.place(stretch.stretch.decisions[0])
 
     def _unless_in_pieces(self, index: int, parts: list[Sum]) -> Sum:
         """The sum of `parts`, less its largest value where a unit is computed in pieces."""
@@ -187,20 +264,6 @@ class _Body:
             in_pieces = self.pieces.inside[index].in_any if index in self.pieces.inside else []
             terms += [*minus(sizes), *((a, most * share) for a, share in in_pieces)]
         return terms
-
-    def _again(self, level: Level) -> None:
-        """The rows (again) of one level."""
-        after = minus(self.working.kept_after(self.block, level))
-        made_again: dict[int | None, Sum] = {None: ([], 0.0)}
-        for index, decision in self.units.items():
-            region = decision.region
-            if region not in made_again:
-                made_again[region] = self._made_again(level, partial(_is_in, region))
-            terms, most = self._unless_in_pieces(index, [*self.again[index], made_again[region]])
-            used, number = self.working.if_used(self.block, level, most)
-            free = self.held.freed(decision.place, decision.place)
-            freed = self._freed([one for one in free if self._is_freed(level, region, one[1])])
-            self.working.hold([*terms, *after, *used, *freed, *self.working.freed_first], number=number)
 
     def _is_freed(self, level: Level, region: int | None, flow: Flow) -> bool:
         """Whether a tensor is free as soon as no backward reads it, at a level that computes each region again.

@@ -65,6 +65,17 @@ class Level:
         """The level of a call by itself: for one of a group, that which it has inside."""
         return self.inner or self
 
+    @property
+    def by_region(self) -> bool:
+        """Whether backward computes each region of a call again by itself."""
+        each = self.of_each
+        return not (each.everything or each.call or each.named)
+
+    @property
+    def as_a_whole(self) -> bool:
+        """Whether backward computes a call again as a whole, or partly as nobody here knows."""
+        return not (self.everything or self.by_region)
+
     def __repr__(self) -> str:
         return self.name
 

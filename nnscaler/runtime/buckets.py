@@ -22,9 +22,8 @@ from nnscaler.runtime.axis import Axis
 from nnscaler.runtime.collectives import all_gather_single, reduce_scatter_single
 from nnscaler.runtime.gradients import GradientOnHost, GradientSlots
 from nnscaler.shards import Box, ParameterSpec, flat_range_boxes
-from nnscaler.sizes import BUCKET_ELEMENTS, MOST_IN_FLIGHT
+from nnscaler.sizes import BUCKET_ELEMENTS, MOST_DEFERRED, MOST_IN_FLIGHT
 
-MOST_DEFERRED = 2  # gathered weights whose gradients are on their way to their shards
 _ALIGNMENT = 64  # elements; keeps every parameter's first byte where kernels like it
 
 

@@ -72,13 +72,17 @@ class HostMemory:
 
         with torch.autograd.graph.saved_tensors_hooks(keep, self._give):
             yield
-        if self._previous is not None:
-            self._previous.let_go()
+        self.free_sent()
         self._previous = kept
 
-    def _forward_is_done(self) -> None:
+    def free_sent(self) -> None:
+        """Frees on the device what the last call on the host keeps, once it is there. To be called when another call
+        has run since: beside that, the copies run."""
         if self._previous is not None:
             self._previous.let_go()
+
+    def _forward_is_done(self) -> None:
+        self.free_sent()
         self._previous = None
 
     def _give(self, packed: Any) -> Tensor:

@@ -15,7 +15,7 @@ from nnscaler.planner.costs import CostModel
 from nnscaler.planner.price import price
 from nnscaler.planner.problem import Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution
-from nnscaler.recompute import IN_GROUPS, KEEPS_ALL, RECOMPUTES_ALL, Level
+from nnscaler.recompute import IN_GROUPS, KEEPS_ALL, RECOMPUTES_ALL, SAME_ON_HOST, Level
 from nnscaler.trace import trace
 from tests import tiny
 from tests.codegen.plain import beside_plain
@@ -65,6 +65,27 @@ class Backwards(Mixed):
         for layer in reversed(self.layers):
             x = layer(x, first) if isinstance(layer, Wide) else layer(x)
         return x.square().sum()
+
+
+@pytest.mark.parametrize("groups", [True, False])
+def test_what_the_last_call_on_the_host_keeps_is_free_after_one_more_call(groups, tmp_path):
+    def find_plan(*args, **kwargs):
+        plan = planner.find_plan(*args, **kwargs)
+        away = SAME_ON_HOST[SIZES[2]] if groups else SAME_ON_HOST[RECOMPUTES_ALL]
+        plan.levels["wide"] = {away: 2, RECOMPUTES_ALL: 3, KEEPS_ALL: 3}
+        return plan
+
+    with patch.object(planning, "find_plan", find_plan):
+        config = ComputeConfig(hardware=tiny.write_hardware(tmp_path))
+        compile_model(Source(Mixed, {"x": X}, torch.float32), config, tmp_path / "code")
+    lines = (tmp_path / "code" / "gencode_stage0.py").read_text().splitlines()
+    (freed,) = [place for place, line in enumerate(lines) if "free_sent" in line]
+    keeping = next(place for place, line in enumerate(lines) if "host.keeping" in line)
+    between = [line for line in lines[keeping + 1 : freed] if "(scope" in line or "recompute(" in line]
+    assert '"recomputes all"' in between[-1]
+    _, losses, gradients = beside_plain(tmp_path / "code", Mixed, X)
+    assert torch.equal(*losses)
+    assert all(torch.equal(mine, wanted) for _, mine, wanted in gradients)
 
 
 def levels(fours: int, twos: int) -> dict[Level, int]:

@@ -20,7 +20,7 @@ from nnscaler.hardware.spec import Host
 from nnscaler.mesh import Mesh
 from nnscaler.placement import PARTIAL, REPLICATE, SHARED, Shard
 from nnscaler.plan import Plan
-from nnscaler.planner import NothingFits, find_plan, on_host
+from nnscaler.planner import NothingFits, deferred, find_plan, on_host
 from nnscaler.planner import problem as stating
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.price import Price, price
@@ -155,6 +155,7 @@ def test_fp32_weights_are_their_masters_already(machine):
 def test_the_planner_takes_it_where_memory_is_short(graph, machine, monkeypatch):
     """Where it is not, casting in each micro-batch costs more than it saves in the update."""
     monkeypatch.setattr(stating, "PREFETCH_BYTES", 2**10)  # as small beside the model as beside a large one
+    monkeypatch.setattr(deferred, "GRADIENT_BYTES", 0.01)  # likewise, of gradients that wait
     least = [
         price(program, least_memory(program)).total_memory
         for program in (Program(stated(graph, machine, sparing=sparing)) for sparing in (False, True))

@@ -13,7 +13,7 @@ from nnscaler.compiler import Source
 from nnscaler.hardware import load_hardware
 from nnscaler.mesh import Mesh
 from nnscaler.plan import Key, Plan
-from nnscaler.planner import find_plan
+from nnscaler.planner import deferred, find_plan
 from nnscaler.planner import problem as stating
 from nnscaler.report.comparison import compare
 from nnscaler.report.page import plan_page
@@ -54,7 +54,8 @@ def plans(tmp_path_factory) -> tuple[Plan, Plan]:
     graph = trace(model, inputs, buffers)
     machine = load_hardware(tiny.write_hardware(tmp_path_factory.mktemp("machine"), memory_bandwidth=MEMORY))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stating, "PREFETCH_BYTES", 2**10)
+        patch.setattr(stating, "PREFETCH_BYTES", 2**10)  # as small beside the model as beside a large one
+        patch.setattr(deferred, "GRADIENT_BYTES", 0.01)  # likewise, of gradients that wait
         free = find_plan(graph, [Mesh((2,))], machine, micro_batches=MICRO_BATCHES)
         limit = 0.95 * free.memory_bytes
         return free, find_plan(graph, [Mesh((2,))], machine, memory=limit, micro_batches=MICRO_BATCHES)

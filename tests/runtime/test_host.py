@@ -133,6 +133,13 @@ def test_micro_batches_in_flight_leave_the_device_while_they_wait() -> None:
         assert all(map(torch.equal, gradients, wanted))
         assert left() == 0
     assert host.pool.bytes == 3 * 2 * SIZE * CALLS
+    host.free_sent()
+    assert left() == 0
+    forward()
+    assert left() == 2
+    host.free_sent()  # another call has run since
+    assert left() == 0
+    assert all(map(torch.equal, torch.autograd.grad(waiting.pop(), [model.x, *model.weights]), wanted))
 
 
 def test_a_gathered_weight_is_known_by_its_memory_while_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
