@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,14 @@ from torch import nn
 
 from nnscaler import ComputeConfig, Source, compile_model
 from nnscaler.codegen import generate
+from nnscaler.codegen.body import Body
+from nnscaler.graph import Block as GraphBlock
+from nnscaler.graph import Node, Ref, TensorMeta
 from nnscaler.hardware import load_hardware
 from nnscaler.mesh import Mesh
 from nnscaler.models.causal_lm import CausalLM, prepare_config
+from nnscaler.placement import PARTIAL, REPLICATE, Shard
+from nnscaler.plan import NodePlan
 from nnscaler.planner import find_plan
 from nnscaler.recompute import KEEPS_ALL, KEEPS_PRODUCTS, RECOMPUTES_ALL
 from nnscaler.trace import trace
@@ -117,6 +123,20 @@ def test_tensors_that_nobody_uses_are_let_go_before_what_follows(tmp_path):
         assert kept_to_the_end(functions[name]) <= {"device", "i"}
     first = next(node for node in ast.walk(functions["llama_decoder_layer"]) if isinstance(node, ast.Delete))
     assert "input_layernorm_weight_whole" in ast.unparse(first), "a gathered weight goes with the step that used it"
+
+
+def test_a_bias_is_divided_by_the_devices_of_all_axes_along_which_its_product_is_a_sum():
+    """Each of 2 x 3 devices has a sixth of the terms, or a half where only the first axis divides them."""
+    shapes = {"x": (4, 12), "w": (8, 12), "b": (8,), "y": (4, 8)}
+    tensors = {name: TensorMeta(shape, torch.float32) for name, shape in shapes.items()}
+    node = Node("y", "aten.linear.default", tuple(map(Ref, "xwb")), {}, ("y",))
+    given = GraphBlock("model", "Model", tensors, inputs=list("xwb"), outputs=["y"], nodes=[node])
+    for split, second, part in (("k,k", Shard(1), 6), ("k,-", REPLICATE, 2)):
+        layouts = [(Shard(1), second), (Shard(1), second), (REPLICATE, REPLICATE)]
+        way = NodePlan(split, tuple(layouts), ((PARTIAL, PARTIAL if part == 6 else REPLICATE),))
+        plan = SimpleNamespace(mesh=Mesh((2, 3)), nodes={("model", "y"): way})
+        body = Body(plan, given, {(name, layout): name for name, layout in zip("xwb", layouts)})
+        assert body._node(node, []) == [f"y = F.linear(x, w, b / {part})"]
 
 
 def test_calls_that_keep_least_come_first(tmp_path):

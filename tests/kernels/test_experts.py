@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from nnscaler.kernels import kept_bytes, mix
+from nnscaler.kernels.experts import sum_of_rows
 
 TOKENS, CHOICES, EXPERTS, WIDTH, INNER = 7, 2, 4, 6, 3
 
@@ -119,3 +120,21 @@ def test_products_with_scores_in_fp32_are_rounded_once_they_are_summed():
     each = [mix(hidden, one, torch.ones(TOKENS, 1), *weights, gate).float() for one in chosen.split(1, 1)]
     wanted = sum(one * score for one, score in zip(each, scores.split(1, 1)))
     assert torch.equal(mix(hidden, chosen, scores, *weights, gate), wanted.bfloat16())
+
+
+def test_results_of_many_choices_are_added_up_in_fp32():
+    """257 and 258 lie between two neighbours in bf16 and on one: rounded after each choice, the ones were lost."""
+    rows = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)
+    for place in ([[0, 1, 2]], [[0, 1, 2, 3]]):  # the last one is elsewhere
+        total = sum_of_rows(rows, torch.tensor(place))
+        assert total.dtype == torch.bfloat16
+        assert total.item() == 258
+
+
+def test_backward_may_be_asked_twice():
+    arguments = example(CHOSEN["any"])
+    leaves = [x for x in arguments if x.requires_grad]
+    loss = mix(*arguments, gate).square().sum()
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    for one, other in zip(torch.autograd.grad(loss, leaves), first):
+        assert torch.equal(one, other)
