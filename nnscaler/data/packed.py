@@ -62,6 +62,11 @@ class PackedDataset:
         try:
             rows = datasets.load_from_disk(str(path))
         except Exception as error:  # damaged files make the library raise whatever they may
+            if path.suffix == ".parquet" or any(path.glob("**/*.parquet")):
+                raise UserError(
+                    f"{flag} is '{path}', which holds Parquet files; it must be a dataset that bookcorpus.py wrote to a "
+                    "local folder"
+                ) from error
             known = (path / "state.json").exists()
             what = "which is empty or damaged" if known else "which is not a dataset that bookcorpus.py wrote"
             raise _wrong(flag, path, what) from error

@@ -21,6 +21,7 @@ from nnscaler.cli.trainer import Trainer
 from nnscaler.data import remote, streamed
 from nnscaler.data.documents import DocumentLengths
 from nnscaler.data.mixture import open_sources, samples_of
+from nnscaler.data.packed import PackedDataset
 from nnscaler.data.streamed import StreamedDataset, Streaming
 from nnscaler.data.training import Share
 from nnscaler.data.weighted import WeightedDataset
@@ -195,6 +196,10 @@ def test_what_cannot_be_streamed(tmp_path):
         StreamedDataset.open("nowhere://rows")
     with pytest.raises(UserError, match="has a row with 3 input_ids; those of the first row are 2"):
         drawn(StreamedDataset.open(str(tmp_path / "ragged.parquet")), range(2))
+    with pytest.raises(
+        UserError, match="which holds Parquet files; it must be a dataset that bookcorpus.py wrote to a"
+    ):
+        PackedDataset.open(tmp_path, "eval_dataset_path")
 
 
 IDS = pa.array([[1, 2], [3, 4]], pa.list_(pa.int32()))
