@@ -64,8 +64,8 @@ class PackedDataset:
         except Exception as error:  # damaged files make the library raise whatever they may
             if path.suffix == ".parquet" or any(path.glob("**/*.parquet")):
                 raise UserError(
-                    f"{flag} is '{path}', which holds Parquet files; it must be a dataset that bookcorpus.py wrote to a "
-                    "local folder"
+                    f"{flag} is '{path}', which holds Parquet files; it must be a dataset that bookcorpus.py wrote "
+                    "to a local folder"
                 ) from error
             known = (path / "state.json").exists()
             what = "which is empty or damaged" if known else "which is not a dataset that bookcorpus.py wrote"
