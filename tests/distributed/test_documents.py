@@ -37,11 +37,12 @@ def starts_of(layout: list[int]) -> list[int]:
 
 STARTS = [starts_of(LAYOUTS[row % len(LAYOUTS)]) for row in range(80)]
 
-SPLITS = [  # of attention: along heads, the sequence (where one key-value head cannot be split), and both
+SPLITS = [  # of attention: along heads, the sequence (where one key-value head cannot be split), both, and on two axes
     Case(2, 2, hardware="slow.json"),
     Case(2, 2, key_value_heads=1),
     Case(2, 2, key_value_heads=1, chunk_loss=True, recompute=("LlamaDecoderLayer",), micro_batch=2),
     Case(4, 4, key_value_heads=1),
+    Case(4, 4, hardware="slow_nodes.json"),
     Case(4, 4, key_value_heads=2, hardware="nodes.json"),
 ]
 OTHERS = [
@@ -61,8 +62,13 @@ def apart(cases: list[Case]) -> list[Case]:
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("documents")
     tiny.write_hardware(folder)
-    tiny.write_hardware(folder, "slow.json", intra={"bandwidth": 1e9, "latency": 0.0})
-    tiny.write_hardware(folder, "nodes.json", devices_per_node=2, inter={"bandwidth": 5e7, "latency": 0.0})
+    slow, nodes = (
+        {"bandwidth": 1e9, "latency": 0.0},
+        {"devices_per_node": 2, "inter": {"bandwidth": 5e7, "latency": 0.0}},
+    )
+    tiny.write_hardware(folder, "slow.json", intra=slow)
+    tiny.write_hardware(folder, "nodes.json", **nodes)
+    tiny.write_hardware(folder, "slow_nodes.json", intra=slow, **nodes)
     return folder
 
 
@@ -163,4 +169,6 @@ def test_no_document_is_noticed_by_another(world, folder, rows):
     run(world, check_that_none_is_noticed, cases, folder)
     plans = [json.loads((folder / "code" / case.name / "plan.json").read_text()) for case in cases if not case.schedule]
     nodes = [node for plan in plans for block in plan["blocks"].values() for node in block["nodes"].values()]
-    assert {2: {"k", "l"}, 4: {"l", "l,k"}}[world] <= {node["split"] for node in nodes if node["op"] == "attention"}
+    assert {2: {"k", "l"}, 4: {"l", "l,k", "l,l"}}[world] <= {
+        node["split"] for node in nodes if node["op"] == "attention"
+    }

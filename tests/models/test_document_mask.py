@@ -13,6 +13,8 @@ OTHERS = {
     "t5": "not a causal language model",
     "mamba": "MambaForCausalLM would compute attention as it writes it",
     "rwkv": "RwkvForCausalLM would compute attention as it writes it",
+    "mamba2": "Mamba2ForCausalLM would compute attention as it writes it",
+    "qwen3_next": "has layers (linear_attention) by which tokens of one document would reach those of the next",
     **dict.fromkeys(("gptj", "gpt_neo", "bloom", "falcon", "mpt"), "would compute attention as it writes it"),
 }
 # transformers 5.17 gives OPT's attention a mask of ones, of which only values say that it hides nothing.
