@@ -185,6 +185,8 @@ def performance() -> str:
             documents(),
             title("Mixtures of experts"),
             experts(),
+            title("Text into tokens"),
+            tokenising(),
             title("The chunked loss"),
             "The loss of 16,384 tokens with hidden size 4096 and 128,256 words, forward and backward on\n"
             f"{read('loss.json')['device']} (``benchmarks/loss.py``). The error is that of the weight's gradient\n"
@@ -262,6 +264,20 @@ def experts() -> str:
         "(``benchmarks/plain_fsdp.py``).",
         120,
     )
+
+
+def tokenising() -> str:
+    """How fast bookcorpus.py is beside the tokenizer alone."""
+    result = read("tokenize.json")
+    text = (
+        f"``bookcorpus.py``, from a file of text to a packed dataset, beside ``encode_batch`` of the tokenizer alone, "
+        f"which has all texts in memory, on {result['cores']} cores (``benchmarks/tokenize_text.py``):"
+    )
+    rows = [
+        [row["documents"], *(f"{row[key]:.2f}" for key in ("bookcorpus MB/s", "encode_batch MB/s", "ratio"))]
+        for row in result["rows"]
+    ]
+    return textwrap.fill(text, 120) + "\n\n" + rst_table(["documents", "MB/s", "encode_batch, MB/s", "ratio"], rows)
 
 
 def title(text: str) -> str:
