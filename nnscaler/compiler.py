@@ -31,6 +31,7 @@ from nnscaler.errors import UserError
 from nnscaler.graph import Graph
 from nnscaler.identity import DONE, differences, identity
 from nnscaler.kernels.fp8 import E4M3
+from nnscaler.lazy import seldom_collected
 from nnscaler.pipeline.plan import PipelinePlan
 from nnscaler.planning import AnyPlan, plan_for, plan_or_advise, traced
 from nnscaler.profiler.operators import OperatorTimes
@@ -53,6 +54,7 @@ OWN_FILES = (
 __all__ = ["ComputeConfig", "Source", "compile_model", "differences", "identity"]
 
 
+@seldom_collected()
 def compile_model(
     source: Source, config: ComputeConfig, directory: Path, explain: bool = False, batch: Batch | None = None
 ) -> Path:

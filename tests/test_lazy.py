@@ -9,7 +9,7 @@ import traceback
 import pytest
 
 from nnscaler.errors import UserError, told_briefly
-from nnscaler.lazy import lazily, uncollected
+from nnscaler.lazy import lazily, seldom_collected, uncollected
 
 
 def test_a_name_is_imported_when_it_is_asked_for():
@@ -55,3 +55,13 @@ def test_an_error_of_the_user_comes_without_the_way_through_the_package(caplog):
     with pytest.raises(ValueError, match="a defect") as other:
         published(1, error=ValueError("a defect"))
     assert "deep" in [frame.name for frame in traceback.extract_tb(other.tb)]
+
+
+def test_the_collector_runs_seldom_inside_and_as_before_outside():
+    before = gc.get_threshold()
+    with seldom_collected():
+        assert gc.get_threshold()[0] == 50_000
+    assert gc.get_threshold() == before
+    with pytest.raises(ZeroDivisionError), seldom_collected():
+        1 / 0  # noqa: B018
+    assert gc.get_threshold() == before
