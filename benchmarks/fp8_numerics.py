@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.measure import RESULTS, ROOT, table, write
-from benchmarks.numerics import write_model
-from nnscaler.command import ArgumentParser, run
+from benchmarks.measure import ROOT, table, write
+from benchmarks.numerics import losses_of, parser_of, write_model
+from nnscaler.command import run
 from nnscaler.kernels import fp8
 
-SEQUENCES, LAST = 8, 200  # a step; steps over which differences are averaged
+LAST = 200  # steps over which differences are averaged
 RUNS = {
     "bf16": "--precision bf16 --micro_batch_size 8 --grad_accumulation_steps 1",
     "bf16, two micro-batches": "--precision bf16 --micro_batch_size 4 --grad_accumulation_steps 2",
@@ -40,16 +40,10 @@ RUNS = {
 
 
 def parse() -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__)
+    parser = parser_of(__doc__, "fp8_numerics", steps=500, layers=20, hidden_size=1024)
     add = parser.add_argument
-    add("--model_id", default="meta-llama/Meta-Llama-3-8B", help="whose configuration is made small")
-    add("--dataset_path", type=Path, required=True, help="dataset that bookcorpus.py wrote")
     add("--runs", nargs="*", choices=list(RUNS), default=list(RUNS), help="which are run (default: all)")
-    add("--steps", type=int, default=500, help="optimizer steps")
-    add("--layers", type=int, default=20, help="decoder layers")
-    add("--hidden_size", type=int, default=1024, help="a multiple of 128, the size of a head")
     add("--hardware", default="h100", help="the kind of device, as train.py knows it")
-    add("--output", type=Path, default=RESULTS, help="folder for fp8_numerics.json and fp8_numerics.png")
     return parser.parse_args()
 
 
@@ -75,8 +69,7 @@ def trained(options: argparse.Namespace, name: str, model: Path, hardware: Path,
     plan = json.loads((work / "code" / "numerics" / "plan.json").read_text())
     count = sum(node["in_fp8"] for block in plan["blocks"].values() for node in block["nodes"].values())
     assert (count > 0) == name.startswith("fp8"), "what is said to be in fp8 is"
-    lines = (work / "runs" / "numerics" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    return losses_of(work)
 
 
 def errors_of_gradients(model_path: Path) -> list[dict[str, Any]]:

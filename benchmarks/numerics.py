@@ -37,16 +37,22 @@ PLANS = {
 }
 
 
-def parse() -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__)
+def parser_of(description: str | None, name: str, steps: int, layers: int, hidden_size: int) -> ArgumentParser:
+    """The flags of a small model that is trained, with their defaults. `name`: of the results"""
+    parser = ArgumentParser(description=description)
     add = parser.add_argument
     add("--model_id", default="meta-llama/Meta-Llama-3-8B", help="whose configuration is made small")
     add("--dataset_path", type=Path, required=True, help="dataset that bookcorpus.py wrote")
-    add("--steps", type=int, default=200, help="optimizer steps")
-    add("--layers", type=int, default=4, help="decoder layers")
-    add("--hidden_size", type=int, default=512, help="a multiple of 128, the size of a head")
-    add("--memory", type=float, default=2.45, help="GB a device of the plan with little memory")
-    add("--output", type=Path, default=RESULTS, help="folder for numerics.json and numerics.png")
+    add("--steps", type=int, default=steps, help="optimizer steps")
+    add("--layers", type=int, default=layers, help="decoder layers")
+    add("--hidden_size", type=int, default=hidden_size, help="a multiple of 128, the size of a head")
+    add("--output", type=Path, default=RESULTS, help=f"folder for {name}.json and {name}.png")
+    return parser
+
+
+def parse() -> argparse.Namespace:
+    parser = parser_of(__doc__, "numerics", steps=200, layers=4, hidden_size=512)
+    parser.add_argument("--memory", type=float, default=2.45, help="GB a device of the plan with little memory")
     return parser.parse_args()
 
 
@@ -115,6 +121,11 @@ def planned(options: argparse.Namespace, name: str, model_path: Path, work: Path
     if "--grad_accumulation_steps" not in own:
         arguments += ["--grad_accumulation_steps", "1"]
     subprocess.run([*command, *arguments], check=True)
+    return losses_of(work)
+
+
+def losses_of(work: Path) -> list[float]:
+    """Loss by step, as train.py has logged it of the run `numerics`."""
     lines = (work / "runs" / "numerics" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]
 
