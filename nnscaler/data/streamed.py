@@ -10,7 +10,7 @@ once, on any number of devices, and replicas whose number divides LANES read dif
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -183,28 +183,30 @@ def _columns(name: str, footer: pq.FileMetaData) -> tuple[str, ...]:
 def _ids(footers: list[pq.FileMetaData], path: str, flag: str) -> TokenIds:
     """The smallest and the largest id, in labels too, as far as footers tell; 0 where they do not. Raises UserError
     where nothing is learned, and where a column that training does not read may differ between tokens."""
+    statistics = _statistics(footers, (COLUMN, LABELS, *UNREAD))
     for column in UNREAD:
-        parts = _statistics(footers, column)
+        parts = statistics[column]
         if any(one is None for one in parts) or len({value for one in parts if one for value in one}) > 1:
             raise not_read(column, flag, path)
-    ids, labels = ([one for one in _statistics(footers, column) if one] for column in (COLUMN, LABELS))
+    ids, labels = ([one for one in statistics[column] if one] for column in (COLUMN, LABELS))
     learned = {value for one in labels for value in one} - {IGNORED}
-    if labels and not learned and None not in _statistics(footers, LABELS):
+    if labels and not learned and None not in statistics[LABELS]:
         raise nothing_learned(path)
     known = learned.union(*ids)
     return TokenIds(min(known, default=0), max(known, default=0))
 
 
-def _statistics(footers: list[pq.FileMetaData], column: str) -> list[tuple[int, int] | None]:
-    """The smallest and the largest value of a column in each row group that has it; None: the footer does not tell."""
-    parts = [
-        part.statistics
-        for footer in footers
-        for group in map(footer.row_group, range(footer.num_row_groups))
-        for part in map(group.column, range(group.num_columns))
-        if part.path_in_schema.split(".")[0] == column
-    ]
-    return [(one.min, one.max) if one is not None and one.has_min_max else None for one in parts]
+def _statistics(footers: list[pq.FileMetaData], columns: Sequence[str]) -> dict[str, list[tuple[int, int] | None]]:
+    """Column -> its smallest and its largest value in each row group that has it; None: the footer does not tell."""
+    found: dict[str, list[tuple[int, int] | None]] = {column: [] for column in columns}
+    for footer in footers:
+        for group in map(footer.row_group, range(footer.num_row_groups)):
+            for part in map(group.column, range(group.num_columns)):
+                column = part.path_in_schema.split(".")[0]
+                if column in found:
+                    one = part.statistics
+                    found[column].append((one.min, one.max) if one is not None and one.has_min_max else None)
+    return found
 
 
 class Streaming:
