@@ -226,6 +226,7 @@ def documents() -> str:
         ("one-gpu-documents-4096", "one-gpu-rows-4096"),
         ("one-gpu-documents-131072", "one-gpu-sequence-131072"),
         ("two-gpus-documents-4096", "two-gpus-rows-4096"),
+        ("two-gpus-documents-131072", "two-gpus-sequence-131072"),
         ("two-gpus-zipf", "two-gpus-even"),
     ]
     rows = []
