@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,16 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+import chunk_linear_cross_entropy as chunks
 from nnscaler import kernels
 from nnscaler.cli.trainer import Trainer
 from nnscaler.data.documents import document_inputs
 from nnscaler.loaded import LoadedModel, compiled
 from nnscaler.models.causal_lm import IGNORED
+from nnscaler.processes import from_all
 from tests import tiny
 from tests.distributed.test_parity import AWAY, EACH, RECOMPUTE, plan_of, weights_of
 from tests.launch import run
@@ -119,8 +124,26 @@ UNNOTICED = [
 ]  # fmt: skip
 
 
-def learned(module: Any, case: Case, first: int, changed: bool, mask: bool = True) -> list[Tensor]:
-    """The loss of a step that learns nothing from documents that others must not notice, and this rank's gradients.
+@contextmanager
+def logits_noted() -> Iterator[list[Tensor]]:
+    """Inside, this rank's logits [t, n] of tokens with labels are noted, as the loss gets them: call by call."""
+    noted = []
+
+    def noting(loss: Any) -> Any:
+        def note(logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Any:
+            noted.append(logits.detach()[labels != IGNORED])
+            return loss(logits, labels, *args, **kwargs)
+
+        return note
+
+    plain, chunked = noting(F.cross_entropy), noting(chunks.softmax_loss)
+    with patch.object(F, "cross_entropy", plain), patch.object(chunks, "softmax_loss", chunked):
+        yield noted
+
+
+def learned(module: Any, case: Case, first: int, changed: bool, mask: bool = True) -> tuple[list[Tensor], list[Tensor]]:
+    """Of a step that learns nothing from documents that others must not notice: its loss and this rank's gradients, and
+    the logits of the other documents' tokens.
 
     first    of the step's rows among `UNNOTICED`
     changed  whether the tokens of such documents are others than they were
@@ -137,15 +160,25 @@ def learned(module: Any, case: Case, first: int, changed: bool, mask: bool = Tru
             apart["documents"] = torch.zeros_like(old)
         ids = torch.where(hidden & changed, new, old)
         batches.append({"input_ids": ids, "labels": labels.masked_fill(hidden, IGNORED), **apart})
-    with patch.object(kernels.documents, "_Memory", wraps=kernels.documents._Memory) as memory:
+    with (
+        patch.object(kernels.documents, "_Memory", wraps=kernels.documents._Memory) as memory,
+        logits_noted() as logits,
+    ):
         loss = module.accumulate(batches)
     # All layers, their backward and what is computed again know the documents from the first that asked.
     assert memory.call_count <= len(batches), case.name
-    return [loss.clone(), *(bucket.gradient.clone() for bucket in module.buckets)]
+    assert bool(logits) == module.gives_loss, case.name
+    return [loss.clone(), *(bucket.gradient.clone() for bucket in module.buckets)], logits
+
+
+def are_equal(before: list[Tensor], after: list[Tensor]) -> bool:
+    """Whether they are, to the last bit."""
+    return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def check_that_none_is_noticed(cases: list[Case], folder: Path) -> None:
-    """On every rank: a document's tokens change no bit of loss and gradients of what is learned from others."""
+    """On every rank: a document's tokens change no bit of other documents' logits, and of the loss and gradients of
+    what is learned from them."""
     for case in cases:
         args, device = arguments(case, folder), torch.device("cpu")
         source, code = Trainer(args)._source(), folder / "code" / case.name
@@ -154,10 +187,12 @@ def check_that_none_is_noticed(cases: list[Case], folder: Path) -> None:
                 loaded = LoadedModel(code, source, args.optimizer, device)
             loaded.initialise(0)
             for first in range(0, len(UNNOTICED), case.accumulation * case.micro_batch):
-                before, after = (learned(loaded.module, case, first, changed) for changed in (False, True))
-                assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), (case.name, first)
-            before, after = (learned(loaded.module, case, 2, changed, mask=False) for changed in (False, True))
-            assert not all(torch.equal(a, b) for a, b in zip(before, after)), "without a mask it is noticed"
+                for before, after in zip(*(learned(loaded.module, case, first, changed) for changed in (False, True))):
+                    assert are_equal(before, after), (case.name, first)
+            found = zip(*(learned(loaded.module, case, 2, changed, mask=False) for changed in (False, True)))
+            gradients, logits = (not are_equal(before, after) for before, after in found)
+            assert gradients, "without a mask it is noticed"
+            assert any(from_all(logits)), "and where a rank computes logits of others, they are other ones"
 
 
 EVERY = [Case(*devices, *choice) for devices, choice in product(((1, 2), (2, 2)), zip((False, True), RECOMPUTE))]
