@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from nnscaler.cli.finite import FiniteSteps
 from nnscaler.cli.length import RunLength
 from nnscaler.cli.log import RunLog, is_free, log_folder
 from nnscaler.cli.progress import Progress, StepSize
+from nnscaler.cli.reports import Read, Reports
 from nnscaler.compiler import Source
 from nnscaler.counting import counted
 from nnscaler.data.mixture import Dataset, Mixture, samples_of
@@ -40,6 +42,7 @@ from nnscaler.processes import from_rank_0
 from nnscaler.profiler.steps import StepProfiler
 from nnscaler.report.values import read_plan
 from nnscaler.runtime.loads import ExpertLoads
+from nnscaler.runtime.reading import Reading
 from nnscaler.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -86,7 +89,6 @@ class TrainingRun:
             self.module.axes.replica, self.mesh.replicas, self.args.micro_batch_size, self.args.compute.micro_batches
         )
         self.step, self.consumed, self.seed = 0, 0, self.args.seed
-        self.loss: float | None = None  # as last reported
         self.eval_loss: float | None = None  # of the weights as they are
         self.peak = self.args.compute.find_hardware().peak(source.dtype)
         predicted = read_plan(code)["predicted"]
@@ -101,7 +103,7 @@ class TrainingRun:
         else:
             self.loaded.initialise(self.seed)
         if state is not None:
-            self.step, self.consumed, self.seed, self.loss = state.step, state.consumed, state.seed, state.loss
+            self.step, self.consumed, self.seed = state.step, state.consumed, state.seed
             logger.info("continuing from %s: step %d, %d samples", loaded, self.step, self.consumed)
         self.length = RunLength.of(self.args, len(dataset), self.share.step_samples, self.step, self.consumed)
         self.steps = self.length.steps
@@ -113,6 +115,7 @@ class TrainingRun:
         self.random = random_states(self.device)  # as the last step left them
         skipped = state.step - state.updates if state is not None and state.updates is not None else 0
         self.finite = FiniteSteps(skipped)
+        self.reports = Reports(state.loss if state is not None else None)
         config = self.args.checkpoint
         check = self.holding.check if self.holding is not None else lambda: None
         assets = self.args.model.save_assets
@@ -191,7 +194,6 @@ class TrainingRun:
                     batches = counts.of(islice(ahead, self.share.micro_batches))
                     loss = self.module.accumulate(batches, self.seed, self.step)
                 rate = args.optimizer.lr * args.lr_scheduler.factor(self.step, self.steps)
-                report: dict[str, float | None] = {}
                 with termination.updating:
                     save, stop = self.due.after(self.step + 1, termination.told)
                     if stop:  # what the last update left is saved, and this step given up
@@ -208,29 +210,26 @@ class TrainingRun:
                         self.watch.reached(self.step)
                     profiler.step()
                     log.advance()
-                    self.finite.after(self.step, norm)
-                    last = self.step == self.steps
+                    last, read_norm = self.step == self.steps, Reading(norm)
                     if reported:
-                        found = progress.report(self.step)
-                        self.loss = found.pop("loss")
-                        report = {"loss": self.loss, "gradient_norm": norm.item(), "lr": rate, **found}
-                        report |= loads.report()
-                        report["epoch"] = self.consumed / len(self.dataset)
-                        report |= {f"samples/{name}": seen for name, seen in self._seen().items()}
+                        self.reports.add(self.step, self._report(progress.report(self.step), read_norm, rate, loads))
+                    # What is read is about the steps before: nothing waits for the one that the device has just begun.
+                    self.reports.write(log, before=self.step)
+                    self.finite.after(self.step, read_norm)
                 if evaluation is not None and evaluation.is_due(self.step, last):
                     with progress.paused():  # and a signal may save meanwhile
                         evaluated = evaluation.run()
                     self.eval_loss = evaluated.get("eval_loss")
-                    report |= evaluated
-                if report:
-                    log.write(self.step, report)
+                    if evaluated:
+                        self.reports.add(self.step, partial(dict, evaluated))
                 if save or last:
                     with termination.updating:
+                        self.reports.write(log)
                         self._save_if_finite(last)
                         if last:
                             termination.leave()
             if self.step < self.steps:
-                self.finite.settle()
+                self.reports.write(log)
                 self._save_if_finite(last=True)
             self.optimizer.finish()
             self.saver.finish()
@@ -243,6 +242,18 @@ class TrainingRun:
                 logger.info("%s: %s seen", name, counted(seen, "sample"))
         if termination.interrupted:
             raise KeyboardInterrupt
+
+    def _report(self, progress: Read, norm: Reading, rate: float, loads: ExpertLoads) -> Read:
+        """What reads all that is reported of the step that has just been launched. Collective."""
+        experts, known = loads.report(), {"epoch": self.consumed / len(self.dataset)}
+        known |= {f"samples/{name}": seen for name, seen in self._seen().items()}
+
+        def read() -> dict[str, float | None]:
+            found = dict(progress())
+            (norm_found,) = norm.numbers()
+            return {"loss": found.pop("loss"), "gradient_norm": norm_found, "lr": rate, **found, **experts(), **known}
+
+        return read
 
     def _termination(self) -> Termination:
         store = self.watch.store if self.watch is not None else None
@@ -302,13 +313,16 @@ class TrainingRun:
         return {"lr": self.args.optimizer.lr, **asdict(self.args.lr_scheduler), "steps": self.steps}
 
     def _state(self) -> TrainerState:
+        """What a checkpoint says of the last step. Waits for that."""
+        self.reports.read()
+        self.finite.look()
         return TrainerState(
             step=self.step,
             consumed=self.consumed,
             seed=self.seed,
             samples=len(self.dataset),
             schedule=self._schedule(),
-            loss=self.loss,
+            loss=self.reports.loss,
             run=self.folder.name,
             model=self.args.name,
             processes=self.mesh.runtime_ngpus,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,8 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nnscaler.cli.reports import Read
 from nnscaler.data.training import Counts
 from nnscaler.mesh import Mesh
+from nnscaler.runtime.reading import Moment, Reading
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Progress:
     def __init__(self, size: StepSize, step: int, gives_loss: bool, device: torch.device) -> None:
         self._size, self._reported, self._gives_loss, self._device = size, step, gives_loss, device
         self._total = torch.zeros(3, dtype=torch.float64, device=device)  # losses, labels, padding
-        self._since, self._paused = time.perf_counter(), 0.0
+        self._since = Moment(device)
+        self._pauses: list[tuple[Moment, Moment]] = []  # since then
 
     def add(self, loss: Tensor, counts: Counts, norm: Tensor) -> None:
         """A step's sum of losses and its tokens on this rank; where the gradient's `norm` is not finite, they count for
@@ -54,24 +56,28 @@ class Progress:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Inside is no training: the time does not count."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        began = time.perf_counter()
+        began = Moment(self._device)
         yield
-        self._paused += time.perf_counter() - began
+        self._pauses.append((began, Moment(self._device)))
 
-    def report(self, step: int) -> dict[str, float | None]:
-        """The numbers of all steps since the last report. Collective."""
+    def report(self, step: int) -> Read:
+        """What reads the numbers of all steps since the last report. Collective."""
         if dist.is_initialized():
             dist.all_reduce(self._total)
-        losses, labels, padding = self._total.tolist()
-        now = time.perf_counter()
-        # Every device of a copy that has the loss has counted its labels.
-        alike = self._size.mesh.plan_ngpus / self._size.mesh.pipeline
-        speed = self._speed(step - self._reported, now - self._since - self._paused, labels / alike, padding / alike)
+        total, memory = Reading(self._total), self._memory()
+        steps, since, pauses, now = step - self._reported, self._since, self._pauses, Moment(self._device)
         self._total.zero_()
-        self._since, self._paused, self._reported = now, 0.0, step
-        return {"loss": losses / labels if labels else None, **speed}
+        self._since, self._pauses, self._reported = now, [], step
+
+        def read() -> dict[str, float | None]:
+            losses, labels, padding = total.numbers()
+            seconds = since.until(now) - sum(began.until(ended) for began, ended in pauses)
+            # Every device of a copy that has the loss has counted its labels.
+            alike = self._size.mesh.plan_ngpus / self._size.mesh.pipeline
+            speed = self._speed(steps, seconds, labels / alike, padding / alike)
+            return {"loss": losses / labels if labels else None, **speed, **memory}
+
+        return read
 
     def _speed(self, steps: int, seconds: float, labels: float, padding: float) -> dict[str, float]:
         devices = self._size.mesh.runtime_ngpus
@@ -82,10 +88,15 @@ class Progress:
             "seconds_per_step": seconds / steps,
             "padding": padding / (steps * self._size.samples * self._size.tokens),
         }
-        if self._device.type == "cuda":
-            values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            torch.cuda.reset_peak_memory_stats()
         flops, peak = self._size.flops, self._size.peak
         if peak and self._device.type == "cuda":
             values["mfu"], values["mfu_causal"] = flops[0] * sequences / peak, flops[1] * sequences / peak
         return values
+
+    def _memory(self) -> dict[str, float]:
+        """The most that a GPU has held at a time since the last report."""
+        if self._device.type != "cuda":
+            return {}
+        most = torch.cuda.max_memory_allocated() / 2**30
+        torch.cuda.reset_peak_memory_stats()
+        return {"peak_memory_gib": most}

@@ -19,6 +19,8 @@ def with_draws(micro_batches: Iterable[Inputs], axes: Axes, seed: int, step: int
     """
     for index, inputs in enumerate(micro_batches):
         draws = draws_of(seed, step, index * axes.mesh.replicas + axes.replica)
+        if axes.device.type == "cuda":
+            draws = draws.pin_memory()  # else the copy may wait for what was launched before
         yield {**inputs, DRAWS: draws.to(axes.device, non_blocking=True)}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from nnscaler.kernels import counting
 from nnscaler.placement import REPLICATE
 from nnscaler.runtime.axes import Axes
+from nnscaler.runtime.reading import Reading
 
 
 class ExpertLoads:
@@ -35,9 +36,9 @@ class ExpertLoads:
         counts = torch.zeros(experts, dtype=torch.float64, device=flat.device)
         self._counts.append(counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.float64)))
 
-    def report(self) -> dict[str, float]:
-        """The evenness of what was counted since the last report, over the samples of all ranks, on average over the
-        calls. Collective.
+    def report(self) -> Callable[[], dict[str, float]]:
+        """What reads the evenness of what was counted since the last report, over the samples of all ranks, on average
+        over the calls. Collective.
 
         experts/busiest  tokens of the busiest expert, over those of an average expert: 1 where loads are even
         experts/idle     the part of the experts that no token has chosen, 0 to 1
@@ -55,5 +56,10 @@ class ExpertLoads:
             self._counts = []
         if dist.is_initialized():
             dist.all_reduce(sums)
-        busiest, idle, calls = sums.tolist()
-        return {"experts/busiest": busiest / calls, "experts/idle": idle / calls} if calls else {}
+        found = Reading(sums)
+
+        def read() -> dict[str, float]:
+            busiest, idle, calls = found.numbers()
+            return {"experts/busiest": busiest / calls, "experts/idle": idle / calls} if calls else {}
+
+        return read

@@ -17,6 +17,7 @@ from nnscaler.cli.loop import TrainingRun
 from nnscaler.cli.trainer import Trainer
 from nnscaler.runtime.module import ParallelModule
 from nnscaler.runtime.optimizer import OptimizerConfig
+from nnscaler.runtime.reading import Reading
 from tests.checkpoint.jobs import job, tensors, train
 from tests.launch import run
 from tests.parity import Case
@@ -91,9 +92,23 @@ def test_weights_that_are_not_finite_are_not_saved(folder):
 
 def test_only_steps_in_a_row_count():
     steps = FiniteSteps(skipped=2)
-    bad, good = torch.tensor(float("nan")), torch.tensor(1.0)
+    bad, good = Reading(torch.tensor(float("nan"))), Reading(torch.tensor(1.0))
     for step in range(3 * MOST):
         steps.after(step, good if step % MOST == 0 else bad)
-    assert steps.skipped == 2 + 3 * (MOST - 1)
-    with pytest.raises(UserError, match=f"steps {2 * MOST + 1} to {3 * MOST} "):
-        steps.after(3 * MOST, bad)
+    steps.settle()
+    assert (steps.skipped, steps.in_a_row) == (2 + 3 * (MOST - 1), MOST - 1)
+    steps.after(3 * MOST, bad)
+    for _ in range(2):  # whoever looks next, however often
+        with pytest.raises(UserError, match=f"steps {2 * MOST + 1} to {3 * MOST} "):
+            steps.settle()
+
+
+def test_a_norm_is_looked_at_one_step_late(caplog):
+    steps = FiniteSteps(skipped=0)
+    steps.after(1, Reading(torch.tensor(float("inf"))))
+    assert (steps.skipped, caplog.messages) == (0, [])
+    steps.after(2, Reading(torch.tensor(1.0)))
+    assert (steps.skipped, steps.in_a_row) == (1, 1)
+    assert "step 1: " in caplog.text
+    steps.look()
+    assert (steps.skipped, steps.in_a_row) == (1, 0)

@@ -70,7 +70,7 @@ def resume_and_report(folder, name, checkpoint):
     def stop(run):
         state = run.optimizer.state
         seen.update(
-            step=run.step, consumed=run.consumed, seed=run.seed, loss=run.loss, steps=run.optimizer.steps,
+            step=run.step, consumed=run.consumed, seed=run.seed, loss=run.reports.loss, steps=run.optimizer.steps,
             random={name: tensor.numpy() for name, tensor in as_tensors(random_states(run.device)).items()},
             moments=[float(values.abs().sum()) for bucket in state for values in bucket.values()],
         )  # fmt: skip

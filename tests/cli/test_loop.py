@@ -24,11 +24,13 @@ from nnscaler.cli.config import (
 from nnscaler.cli.finite import FiniteSteps
 from nnscaler.cli.length import RunLength
 from nnscaler.cli.loop import TrainingRun
+from nnscaler.cli.reports import Reports
 from nnscaler.config import ComputeConfig, OptimizerConfig
 from nnscaler.data.training import Share
 from nnscaler.errors import UserError
 from nnscaler.hardware import load_hardware
 from nnscaler.mesh import Mesh
+from nnscaler.runtime.reading import Reading
 
 ARGS = TrainerArgs(
     name="llama", model=ModelConfig(make=lambda: torch.nn.Identity(), weight_prefix="model."),
@@ -50,8 +52,9 @@ class Run(TrainingRun):
         self.args, self.rank, self.device, self.watch = args, 0, torch.device("cpu"), None
         self.dataset, self.mesh, self.share = Rows(range(40)), Mesh((1,), 2), Share(0, 2, 1, 2)
         self.step, self.consumed, self.seed, self.steps, self.saved = 0, 0, 9, 5, 0
-        self.loss = self.eval_loss = self.random = self.holding = None
+        self.eval_loss = self.random = self.holding = None
         self.length, self.due, self.finite = RunLength(5, 18, 40), Due(3, 0.0), FiniteSteps(2)
+        self.reports = Reports(None)
         self.flops, self.peak, self.folder, self.run = (1.0, 1.0), None, Path("checkpoints/llama-2"), "own"
         self.trained, self.updates, self.written, self.saves, self.told = [], [], [], [], []
         self.told_at, self.finite_weights, self.norms = told_at, True, {}
@@ -132,9 +135,9 @@ def fakes(monkeypatch) -> list:
         def add(self, loss, counts, norm) -> None:
             self.steps += 1
 
-        def report(self, step: int) -> dict[str, float]:
-            steps, self.steps = self.steps, 0
-            return {"loss": 10.0 * step, "steps": steps}
+        def report(self, step: int):
+            found, self.steps = {"loss": 10.0 * step, "steps": self.steps}, 0
+            return lambda: found
 
         @contextmanager
         def paused(self):
@@ -167,7 +170,7 @@ def fakes(monkeypatch) -> list:
     monkeypatch.setattr(loop, "samples_of", lambda dataset, seed: ("samples", dataset, seed))
     monkeypatch.setattr(loop, "First", lambda samples, count: ("first", samples[-1], count))
     monkeypatch.setattr(loop, "random_states", lambda device: "random")
-    loads = SimpleNamespace(counted=nullcontext, report=lambda: {"experts/idle": 0.5})
+    loads = SimpleNamespace(counted=nullcontext, report=lambda: lambda: {"experts/idle": 0.5})
     monkeypatch.setattr(loop, "ExpertLoads", lambda axes: loads)
     profiler = nullcontext()
     profiler.step = lambda: asked.append("profiled")
@@ -289,7 +292,7 @@ def test_a_run_without_checkpoints_saves_nothing_and_no_state_twice(fakes, caplo
 
 def test_the_state_of_a_run():
     run = Run()
-    run.step, run.consumed, run.loss, run.eval_loss = 4, 16, 1.25, 1.5
+    run.step, run.consumed, run.reports.loss, run.eval_loss = 4, 16, 1.25, 1.5
     state = run._state()
     assert (state.step, state.consumed, state.seed, state.samples) == (4, 16, 9, 40)
     assert (state.loss, state.eval_loss, state.updates, state.keep) == (1.25, 1.5, 4 - 2, 7)
@@ -297,6 +300,10 @@ def test_the_state_of_a_run():
     assert state.schedule == {"lr": 0.5, "schedule": "linear", "warmup_steps": 1, "minimum": 0.0, "steps": 5}
     assert state.parameters == {"w": {"shape": [2, 3], "dtype": "bfloat16"}}, "and nothing that the model has not"
     assert (state.tied, state.prefix, state.mixture) == ({"a": "w"}, "model.", {})
+    run.reports.add(4, lambda: {"loss": 0.75})
+    run.finite.after(4, Reading(torch.tensor(float("nan"))))
+    state = run._state()
+    assert (state.loss, state.updates, state.keep) == (0.75, 4 - 3, 0), "of the last step, which nobody has read yet"
 
 
 def test_what_differs_from_the_checkpoint_is_said(caplog):
@@ -444,7 +451,7 @@ def begin(args: TrainerArgs = BEGUN, resume_from: list[Path] | None = None) -> T
 def test_a_run_is_begun_anew(begun):
     run = begin()
     assert begun.loaded == [("initialised", 4), "predicted"]
-    assert (run.step, run.consumed, run.seed, run.loss, run.saved, run.steps) == (0, 0, 4, None, 0, 9)
+    assert (run.step, run.consumed, run.seed, run.reports.loss, run.saved, run.steps) == (0, 0, 4, None, 0, 9)
     assert (run.share, run.flops) == (Share(1, 2, 3, 2), (10.0, 4.0)), "of a sequence"
     assert run.peak == load_hardware("h100").flops["bfloat16"]
     assert (run.folder, run.run, run.random, run.finite.skipped) == (Path("runs/llama"), "own", "states", 0)
@@ -468,7 +475,7 @@ def test_a_run_is_begun_where_another_was(begun, tmp_path):
     begun.state = replace(state, step=7, consumed=21, seed=11, loss=1.5, updates=5, samples=40)
     run = begin(resume_from=[tmp_path, Path("older")])
     assert begun.loaded == [("resumed", [tmp_path, Path("older")]), "predicted"]
-    assert (run.step, run.consumed, run.seed, run.loss, run.saved) == (7, 21, 11, 1.5, 7)
+    assert (run.step, run.consumed, run.seed, run.reports.loss, run.saved) == (7, 21, 11, 1.5, 7)
     assert run.finite.skipped == 2
     assert begun.made["claim"][1] == tmp_path
     begun.state = replace(begun.state, updates=None)

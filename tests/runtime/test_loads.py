@@ -28,7 +28,7 @@ def loads(mesh: Mesh) -> list[dict[str, float]]:
         with loads.counted():
             for chosen in calls:
                 note_choice(chosen.chunk(world)[rank], EXPERTS)
-        reports.append(loads.report())
+        reports.append(loads.report()())
     assert counting.get() is None
     return reports
 
