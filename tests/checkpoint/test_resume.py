@@ -26,6 +26,7 @@ from nnscaler.cli.loop import TrainingRun
 from nnscaler.cli.trainer import Trainer
 from nnscaler.data.training import PackedDataset
 from nnscaler.models.causal_lm import CausalLM
+from nnscaler.recompute import IN_GROUPS, RECOMPUTES_ALL, SAME_ON_HOST
 from tests import tiny
 from tests.checkpoint.jobs import assert_equal, final, job, losses, random_tensors, tensors, train
 from tests.launch import run
@@ -142,6 +143,25 @@ def test_on_another_plan_it_goes_on_at_the_exact_sample(folder, saved, case, seq
     found = final(folder, case.name)
     for name, weight in weights.items():
         assert tiny.close(found[f"model.{name}"], weight) < TOLERANCE, name
+
+
+def test_into_groups_of_layers_on_the_host_and_out(folder, saved):
+    """Inputs of groups, state and gradients on the host, regions in pieces; then one process without any of it."""
+    level = SAME_ON_HOST[next(level for level in IN_GROUPS if level.size == 2 and level.inner == RECOMPUTES_ALL)]
+    grouped = Case(2, 2, accumulation=2, levels=(level.name,) * 2, pieces=4)
+    plain = Case(1, 1, accumulation=2)
+    run(2, train, grouped, folder, 8, "grouped", resume_copy(saved, folder, "grouped"), init=False)
+    plan = json.loads((folder / "code" / "grouped" / "plan.json").read_text())
+    assert "    def group(" in (folder / "code" / "grouped" / "gencode_stage0.py").read_text()
+    assert plan["state_on_host"]
+    middle = latest_checkpoint(folder / "checkpoints" / "grouped")
+    run(1, train, plain, folder, 12, "ungrouped", resume_copy(middle, folder, "ungrouped"), init=False)
+    assert losses(folder, "grouped") + losses(folder, "ungrouped") == pytest.approx(
+        losses(folder, "straight")[5:], rel=TOLERANCE
+    )
+    wanted = final(folder, "straight")
+    for name, found in final(folder, "ungrouped").items():
+        assert tiny.close(found, wanted[name]) < TOLERANCE, name
 
 
 def test_a_merged_file_resumes_on_any_number_of_processes(folder, saved, tmp_path):
