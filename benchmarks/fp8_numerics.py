@@ -63,7 +63,7 @@ def trained(options: argparse.Namespace, name: str, model: Path, hardware: Path,
         f"--name numerics --model_id {model} --dataset_path {options.dataset_path} --hardware {hardware} --seed 0 "
         f"--learning_rate 1e-3 --warmup_steps {options.steps // 10} --weight_decay 0.1 --enable-chunk-loss "
         f"--max_train_steps {options.steps} --log_interval 1 "
-        f"--log_dir {work}/runs --gen_savedir {work}/code --checkpoint_dir {work}/checkpoints"
+        f"--log_dir {work}/runs --gen_savedir {work}/code --checkpoint_dir {work}/checkpoints --checkpoint_interval 0"
     )
     subprocess.run([sys.executable, str(ROOT / "train.py"), *fixed.split(), *RUNS[name].split()], check=True)
     plan = json.loads((work / "code" / "numerics" / "plan.json").read_text())
