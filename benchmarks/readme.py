@@ -135,6 +135,7 @@ def describe(one: dict[str, Any]) -> str:
     layers = re.search(r"(\d+)layers", one["name"])
     layers_text = f"{layers[1]} layers of " if layers and not whole(one) else ""
     limit = f", {one['device_memory_gib']} GiB used of each" if "device_memory_gib" in one else ""
+    limit += ", in fp8" if one["name"].endswith("-fp8") else ""
     return (
         f"{layers_text}Llama-3 8B, {one['sequence_length']:,} tokens on {one['device'].replace('NVIDIA ', '')}{limit}"
     )
