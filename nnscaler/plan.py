@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nnscaler.graph import Graph
 from nnscaler.mesh import Mesh
 from nnscaler.placement import Placements, format_placements
+from nnscaler.sums import IN_FP32, GradientSum
 
 if TYPE_CHECKING:
     from nnscaler.recompute import Level
@@ -69,6 +70,7 @@ class Plan:
     pieces          (block, name of a stretch) -> in how many pieces it is computed; see `nnscaler.pieces`
     gathered_again  (block, tensor): weights that backward gathers again rather than keep
     micro_batches   how many a step has
+    sums            how devices add up their gradients
 
     Figures:
 
@@ -97,6 +99,7 @@ class Plan:
     pieces: dict[tuple[str, str], int] = field(default_factory=dict)
     gathered_again: set[tuple[str, str]] = field(default_factory=set)
     micro_batches: int = 1
+    sums: GradientSum = IN_FP32
     seconds: dict[Key, float] = field(default_factory=dict)
     memory: dict[Key, float] = field(default_factory=dict)
     beside: dict[Key, float] = field(default_factory=dict)
@@ -150,6 +153,7 @@ class Plan:
             "tied": self.graph.tied,
             "state_on_host": self.state_on_host,
             "gradients_on_host": self.gradients_on_host,
+            "gradient_sum": asdict(self.sums),
             "blocks": {
                 block.name: {
                     "calls": self.graph.count(block),

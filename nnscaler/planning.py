@@ -21,6 +21,7 @@ from nnscaler.planner import NothingFits, find_plan, least_step
 from nnscaler.planner.policies import apply_policy
 from nnscaler.profiler.operators import OperatorTimes
 from nnscaler.source import Source
+from nnscaler.sums import gradient_sum
 from nnscaler.trace import allow_fp8, trace
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,7 @@ def _given(config: ComputeConfig, hardware: Hardware, times: OperatorTimes | Non
         "fused": hardware.name != "CPU",
         "times": times,
         "host": config.host_bytes(hardware),
+        "sums": gradient_sum(config.grad_reduce_dtype, config.runtime_ngpus, hardware.devices_per_node),
     }
 
 

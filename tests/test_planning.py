@@ -19,11 +19,12 @@ from nnscaler.mesh import meshes
 from nnscaler.pipeline.search import Wanted
 from nnscaler.plan import GIB
 from nnscaler.planner import NothingFits
+from nnscaler.sums import GradientSum
 
 GRAPH, TIMES = Graph(Block("model", "Model"), {}, {}, {}), SimpleNamespace()
 CONFIG = ComputeConfig(
     4, 8, gpu_mem_constraint=3.0, host_mem_constraint=2.0, recompute_modules=("Layer",), micro_batches=6,
-    search_seconds=7.0,
+    search_seconds=7.0, grad_reduce_dtype="bf16",
 )  # fmt: skip
 H100 = replace(load_hardware("h100"), memory=80 * GIB)
 
@@ -34,7 +35,7 @@ def test_all_of_a_configuration_reaches_the_search(monkeypatch):
         monkeypatch.setattr(planning, name, lambda *given, name=name, **named: asked.append((name, given, named)))
     named = {
         "memory": 3 * GIB, "recompute_modules": ("Layer",), "micro_batches": 6, "fused": True, "times": TIMES,
-        "seconds": 7.0, "host": 2 * GIB, "below": math.inf,
+        "seconds": 7.0, "host": 2 * GIB, "below": math.inf, "sums": GradientSum("all_to_all", "bfloat16"),
     }  # fmt: skip
     planning.plan_for(GRAPH, CONFIG, H100, TIMES)
     assert asked.pop() == ("find_plan", (GRAPH, meshes(4, 2, 8), H100), named)
@@ -47,6 +48,8 @@ def test_all_of_a_configuration_reaches_the_search(monkeypatch):
     planning.plan_for(GRAPH, replace(CONFIG, gpu_mem_constraint=None), replace(H100, name="CPU"), None)
     _, _, found = asked.pop()
     assert (found["memory"], found["fused"], found["times"]) == (None, False, None)
+    planning.plan_for(GRAPH, CONFIG, replace(H100, devices_per_node=4), TIMES)
+    assert asked.pop()[2]["sums"] == GradientSum("reduce_scatter", "bfloat16"), "across nodes"
 
 
 def tried(monkeypatch, fits, config: ComputeConfig = CONFIG, needed: float | None = 81 * GIB) -> tuple[str, list[str]]:

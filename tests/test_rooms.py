@@ -36,6 +36,7 @@ WORDS = (
     "sizes",
     "units",
     "schedules",
+    "sums",
 )  # that all share
 
 

@@ -15,7 +15,7 @@ _FIRST = 2**16  # elements that are rounded through memory of their own
 
 
 def add_gradient(total: Tensor, gradient: Tensor, first: bool) -> None:
-    """Adds a gradient [n], of any float type, to a total [n] in fp32. `first`: the total has no value yet"""
+    """Adds a gradient [n] to a total [n], both of any float type. `first`: the total has no value yet"""
     if total.is_cuda and gradient.is_contiguous() and len(total):
         # Where the types differ, PyTorch's own copying and adding reach half of the memory's bandwidth (H200).
         add, _, _ = _kernels()

@@ -33,6 +33,7 @@ from nnscaler.planner.options import layouts_of
 from nnscaler.planner.search import SPARING, nodes_to_recompute
 from nnscaler.profiler.operators import OperatorTimes
 from nnscaler.schedules import KINDS, Schedule
+from nnscaler.sums import IN_FP32, GradientSum
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ def find_pipeline(
     micro_batches: int = 1,
     fused: bool = False,
     times: OperatorTimes | None = None,
+    sums: GradientSum = IN_FP32,
     seconds: float = SEARCH_SECONDS,
     host: float = 0.0,
     below: float = inf,
@@ -92,7 +94,8 @@ def find_pipeline(
             with quiet("planner"):
                 best = find_plan(
                     graph, meshes, hardware, memory=memory, recompute_modules=recompute_modules,
-                    micro_batches=micro_batches, fused=fused, times=times, seconds=seconds / 2, host=host, below=below,
+                    micro_batches=micro_batches, fused=fused, times=times, sums=sums, seconds=seconds / 2, host=host,
+                    below=below,
                 )  # fmt: skip
             logger.info("without a pipeline: %.4g s a step", best.step_seconds)
         except NotFaster as slower:
@@ -105,7 +108,7 @@ def find_pipeline(
         return {
             ranks: StagePlanner(
                 graph, Mesh((meshes[0].plan_ngpus // ranks,), meshes[0].replicas),
-                hardware, memory, recompute_modules, fused, times, begins, until, **saving,
+                hardware, memory, recompute_modules, fused, times, begins, until, sums=sums, **saving,
             )
             for ranks in {schedule.ranks for schedule in schedules if schedule is not None}
         }  # fmt: skip

@@ -32,6 +32,7 @@ from nnscaler.planner.search import recomputing
 from nnscaler.planner.solve import Needs, relaxed
 from nnscaler.profiler.operators import OperatorTimes
 from nnscaler.schedules import Schedule, actions, in_flight
+from nnscaler.sums import IN_FP32, GradientSum
 
 LEAST_SECONDS = 1.0  # for each stage, though time is out
 
@@ -112,6 +113,7 @@ class StagePlanner:
     host: float = 0.0
     sparing: bool = False
     groups: bool = False
+    sums: GradientSum = IN_FP32
     layout: Placements | None = None
     cuts: dict[tuple[int, ...], list[StageGraph]] = field(default_factory=dict)
     stages: dict[Candidate, list[_Stage]] = field(default_factory=dict)
@@ -210,7 +212,7 @@ class StagePlanner:
     def _problem(self, stage: _Stage) -> Problem:
         if stage.like not in self.problems:
             graph = stage.cut.graph
-            costs = CostModel(self.hardware, self.mesh, self.fused, self.times)
+            costs = CostModel(self.hardware, self.mesh, self.fused, self.times, self.sums)
             again = recomputing(graph, self._recomputed(graph))
             self.problems[stage.like] = build_problem(
                 graph,
@@ -237,8 +239,8 @@ class StagePlanner:
         plan = find_plan(
             graph, [self.mesh], self.hardware, memory=limit - stage.receive_buffers,
             recompute_modules=self._recomputed(graph), micro_batches=stage.count, fused=self.fused, times=self.times,
-            layouts=stage.layouts, in_flight=stage.held, host=host, sparing=self.sparing, groups=self.groups,
-            seconds=max(self.until - time.process_time(), LEAST_SECONDS),
+            sums=self.sums, layouts=stage.layouts, in_flight=stage.held, host=host, sparing=self.sparing,
+            groups=self.groups, seconds=max(self.until - time.process_time(), LEAST_SECONDS),
         )  # fmt: skip
         plan.memory[Key("buffers", "", "received")] = stage.receive_buffers
         plan.memory_limit = limit

@@ -24,11 +24,12 @@ from nnscaler.planner.fp8 import Fp8Product, fp8_product
 from nnscaler.profiler.operators import OperatorTimes
 from nnscaler.reshard import Reshard
 from nnscaler.sizes import BUCKET_ELEMENTS, GRADIENT_SLOTS, MOST_IN_FLIGHT, STATES_AHEAD
+from nnscaler.sums import IN_FP32, GradientSum
 from nnscaler.units import Unit, needed_by, node_kind, saved_by
 
 MASTER_BYTES = 4  # fp32 master weight
 MOMENT_BYTES = 8  # two fp32 moments of Adam
-GRADIENT_BYTES = 4  # gradients are summed, and exchanged, in fp32
+GRADIENT_BYTES = 4  # gradients are summed in fp32
 STRIDED = 3  # a copy that reorders a tensor takes so many times as long as one that does not (measured on H200)
 
 STORED = "parameters"  # of the bytes that a parameter takes, those of itself
@@ -96,12 +97,14 @@ class CostModel:
 
     fused  whether a cluster of cheap operators runs as one kernel, as `torch.compile` makes it
     times  measured times of operators, which are taken instead of the roofline; None: there are none
+    sums   how devices add up their gradients
     """
 
     hardware: Hardware
     mesh: Mesh
     fused: bool = False
     times: OperatorTimes | None = None
+    sums: GradientSum = IN_FP32
 
     def local_bytes(self, meta: TensorMeta, placements: Placements) -> int:
         """Bytes of one device's part of a tensor that lies so."""
@@ -257,6 +260,17 @@ class CostModel:
             forward, backward = (self._moving(name, reshard, meta, part) for name in reshard.collectives)
             yield reshard, part, Seconds(forward, backward if meta.requires_grad else 0.0)
 
+    def each_gradient(
+        self, meta: TensorMeta, source: Placements, reshards: Sequence[Reshard]
+    ) -> Iterator[tuple[Reshard, str, int, float]]:
+        """(reshard, collective, bytes, seconds) in backward of each of the gathers of a weight: where its gradients are
+        added up, that is done as `sums` says."""
+        meta = replace(meta, dtype=self.sums.dtype(meta.dtype))
+        for reshard, part, _ in self.each_reshard(meta, source, reshards):
+            name = reshard.collectives[1]
+            name = self.sums.collective if name == "reduce_scatter" else name
+            yield reshard, name, part, self._moving(name, reshard, meta, part) if meta.requires_grad else 0.0
+
     def _moving(self, name: str, reshard: Reshard, meta: TensorMeta, size: float) -> float:
         """Seconds of one collective, and of the copies that bring slices into order before and after it."""
         dims = {place.dim for place in (reshard.source, reshard.target) if isinstance(place, Shard)}
@@ -290,7 +304,8 @@ class CostModel:
     def gradient_exchange(self, meta: TensorMeta, placements: Placements) -> float:
         """Seconds of exchanging a parameter's gradient once. This runs beside backward's computation."""
         elements = self.local_bytes(meta, placements) / meta.dtype.itemsize
-        return self.among_owners("reduce_scatter", elements * GRADIENT_BYTES, placements).seconds
+        size = elements * self.sums.itemsize
+        return self.among_owners(self.sums.collective, size, placements).seconds
 
     def cast(self, meta: TensorMeta, placements: Placements) -> float:
         """Seconds of casting a shard of a parameter from fp32, where that is all that is stored of it."""
@@ -345,7 +360,10 @@ class CostModel:
         return timing._replace(seconds=timing.seconds * size / bucket)
 
     def exchange_buffer(self, meta: TensorMeta, placements: Placements) -> float:
-        """Bytes of the buffer in which a parameter's gradient is exchanged, and of the part that comes back."""
+        """Bytes of the buffer in which a parameter's gradient is exchanged, and of the part that comes back.
+
+        In bf16 it is as much: all terms come back by themselves, and are added up.
+        """
         elements = self.local_bytes(meta, placements) / meta.dtype.itemsize
         return GRADIENT_BYTES * elements * (1 + 1 / self.owners(placements))
 

@@ -6,11 +6,8 @@ The rows (making), (using), (resharding), (again), (keeping) and (gathering) of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from math import inf
 from typing import NamedTuple
-
-import torch
 
 from nnscaler.placement import Placements, format_placements
 from nnscaler.plan import Key
@@ -38,8 +35,7 @@ def _resharding(problem: Problem, flow: Flow, source: Placements, target: Placem
     seconds = problem.costs.resharding(flow.meta, source, needed)
     if not beside(flow, source, target):
         return seconds
-    exact = replace(flow.meta, dtype=torch.promote_types(flow.meta.dtype, torch.float32))  # gradients are added in fp32
-    return Seconds(seconds.forward, problem.costs.resharding(exact, source, needed).backward)
+    return Seconds(seconds.forward, sum(time for *_, time in problem.costs.each_gradient(flow.meta, source, needed)))
 
 
 def beside(flow: Flow, source: Placements, target: Placements) -> bool:

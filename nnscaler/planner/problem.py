@@ -22,6 +22,7 @@ from nnscaler.planner.costs import CostModel, Seconds, in_fp32, master_bytes
 from nnscaler.planner.options import CannotBePinned, Option, is_alias, layouts_of, unit_options
 from nnscaler.recompute import IN_GROUPS, KEEPS_ALL, ON_DEVICE, RECOMPUTES_ALL, SAME_ON_HOST, Level, recomputes
 from nnscaler.sizes import PREFETCH_BYTES
+from nnscaler.sums import IN_FP32
 from nnscaler.units import Unit, divide, needed_by, pure
 
 Port = tuple[int, int]  # (index of a decision, which of its inputs or outputs)
@@ -144,7 +145,8 @@ class Problem:
     divisible         stretches of units that may be computed in pieces
     stacks            blocks of which groups of calls may be computed again together
     micro_batches     how many a step has
-    exchange_buffers  most bytes that the buffers for exchanging gradients in each micro-batch take
+    exchange_buffers  most bytes that the buffers for exchanging gradients take: none for those that are exchanged once
+                      a step in fp32, as they lie
     gathered_early    bytes of weights that are gathered before they are needed, if any are gathered
     in_flight         micro-batches whose activations are held at a time: 1, or more in a stage of a pipeline
     host              bytes of the host's memory that the plan may use for each device; 0: none
@@ -324,7 +326,7 @@ class _Builder:
                 Seconds(update, 0.0 if once else exchange),
                 costs.parameter_memory(in_fp32(meta) if master_only else meta, layout, micro_batches, once),
                 last_exchange=exchange if once else 0.0,
-                exchange_buffers=0.0 if once else costs.exchange_buffer(meta, layout),
+                exchange_buffers=0.0 if once and costs.sums == IN_FP32 else costs.exchange_buffer(meta, layout),
                 exchanged_once=once and not alone,
                 master_only=master_only,
                 gradient_may_leave=not shared and (alone or not once),

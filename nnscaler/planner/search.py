@@ -24,6 +24,7 @@ from nnscaler.planner.program import Program, Solution
 from nnscaler.planner.refusal import DoesNotFit, NotFaster, NothingFits
 from nnscaler.planner.solve import OutOfTime, least_bytes, least_memory, least_seconds, relaxed, solve
 from nnscaler.profiler.operators import OperatorTimes
+from nnscaler.sums import IN_FP32, GradientSum
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ def find_plan(
     micro_batches: int = 1,
     fused: bool = False,
     times: OperatorTimes | None = None,
+    sums: GradientSum = IN_FP32,
     layouts: Mapping[str, Placements] | None = None,
     in_flight: int = 1,
     seconds: float = SEARCH_SECONDS,
@@ -62,6 +64,7 @@ def find_plan(
     micro_batches      how many a step has (gradient accumulation)
     fused              whether regions will be compiled, so that a cluster of cheap operators runs as one kernel
     times              measured times of operators, where the hardware is present
+    sums               how devices add up their gradients
     layouts            name of a parameter, or of an input or output of the graph -> its layout, where that is given
     in_flight          micro-batches whose activations are held at a time
     seconds            of processor time, after which the best plan so far is taken
@@ -79,7 +82,7 @@ def find_plan(
     memory = 0.9 * hardware.memory if memory is None else memory
     again = recomputing(graph, recompute_modules)
     started = time.perf_counter()
-    costs = [CostModel(hardware, mesh, fused, times) for mesh in meshes]
+    costs = [CostModel(hardware, mesh, fused, times, sums) for mesh in meshes]
 
     def problem(model: CostModel, *saving: Any) -> Problem:
         return build_problem(graph, model, again, micro_batches, layouts, in_flight, *saving)
@@ -130,6 +133,7 @@ def least_step(
     micro_batches: int = 1,
     fused: bool = False,
     times: OperatorTimes | None = None,
+    sums: GradientSum = IN_FP32,
     host: float = 0.0,
 ) -> float:
     """Seconds of a step that no plan on a mesh takes less than: those where choices may be made in parts, which is soon
@@ -139,7 +143,7 @@ def least_step(
     """
     memory = 0.9 * hardware.memory if memory is None else memory
     again = recomputing(graph, recompute_modules)
-    model = CostModel(hardware, mesh, fused, times)
+    model = CostModel(hardware, mesh, fused, times, sums)
     problem = build_problem(graph, model, again, micro_batches, None, 1, host, True, again.free)
     found = relaxed([problem], memory)
     if found is not None:
@@ -306,7 +310,8 @@ def _to_plan(
     micro_batches: int,
 ) -> Plan:
     """The plan that a solution means, by the names of the graph."""
-    plan = Plan(graph, problem.costs.mesh, problem.costs.hardware.name, micro_batches=micro_batches)
+    costs = problem.costs
+    plan = Plan(graph, costs.mesh, costs.hardware.name, micro_batches=micro_batches, sums=costs.sums)
     plan.seconds, plan.beside, plan.memory = priced.seconds, priced.beside, priced.memory
     plan.levels, plan.pieces = solution.levels, dict(solution.pieces)
     plan.host, plan.copies = priced.host, priced.copies

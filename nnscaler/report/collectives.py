@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-
-import torch
+from dataclasses import dataclass
 
 from nnscaler.graph import TensorMeta
 from nnscaler.placement import Placements, parse_placement
 from nnscaler.plan import Key, Plan
-from nnscaler.planner.costs import GRADIENT_BYTES, LOCAL, CostModel
+from nnscaler.planner.costs import LOCAL, CostModel
 from nnscaler.report.parameters import ParameterGroup
 from nnscaler.reshard import reshards
 
@@ -82,16 +80,16 @@ def _steps(plan: Plan, costs: CostModel, key: Key, seconds: float, hidden: float
     needed = reshards(source, target)
     assert needed is not None, key
     is_backward = phase == "backward"
-    if is_backward and key in plan.beside:  # a weight's gradients are added in fp32
-        meta = replace(meta, dtype=torch.promote_types(meta.dtype, torch.float32))
-    priced = [
-        (reshard, size, time.backward if is_backward else time.forward)
-        for reshard, size, time in costs.each_reshard(meta, source, needed)
-    ]
-    calls = seconds / sum(time for _, _, time in priced)
-    for reshard, size, time in priced:
+    if is_backward and key in plan.beside:
+        priced = list(costs.each_gradient(meta, source, needed))
+    else:
+        priced = [
+            (reshard, reshard.collectives[is_backward], size, time.backward if is_backward else time.forward)
+            for reshard, size, time in costs.each_reshard(meta, source, needed)
+        ]
+    calls = seconds / sum(time for *_, time in priced)
+    for reshard, name, size, time in priced:
         if time:
-            name = reshard.collectives[is_backward]
             yield CollectiveCost(
                 block=key.block,
                 what=key.name,
@@ -119,14 +117,14 @@ def _gradients(plan: Plan, costs: CostModel, parameters: list[ParameterGroup]) -
             block=first.block,
             what="gradients",
             phase="backward",
-            collective="reduce_scatter",
+            collective=costs.sums.collective,
             move="",
             devices=first.owners,
-            size=sum(one.count * one.elements for one in group) * GRADIENT_BYTES,
+            size=sum(one.count * one.elements for one in group) * costs.sums.itemsize,
             calls=1 if first.exchanged_once else plan.micro_batches,
             seconds=seconds,
             hidden=hidden * seconds,
-            origin=costs.among_owners("reduce_scatter", 1.0, first.layout).origin,
+            origin=costs.among_owners(costs.sums.collective, 1.0, first.layout).origin,
         )
 
 

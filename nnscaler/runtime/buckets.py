@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from nnscaler.kernels import add_gradient
 from nnscaler.runtime.axes import Axes
 from nnscaler.runtime.axis import Axis
-from nnscaler.runtime.collectives import all_gather_single, reduce_scatter_single
+from nnscaler.runtime.collectives import Waited, all_gather_single, start_gradient_sum
 from nnscaler.runtime.gradients import GradientOnHost, GradientSlots
 from nnscaler.shards import Box, ParameterSpec, flat_range_boxes
 from nnscaler.sizes import BUCKET_ELEMENTS, MOST_DEFERRED, MOST_IN_FLIGHT
+from nnscaler.sums import IN_FP32, GradientSum
 
 _ALIGNMENT = 64  # elements; keeps every parameter's first byte where kernels like it
 
@@ -260,25 +261,33 @@ class GradientReducer:
 
     A bucket is exchanged once its last gradient has arrived: in each micro-batch, or, where it is `summed`, in the last
     one of a step. How many gradients a summed bucket gets is learned in the first micro-batch.
+
+    sums  how owners add up their gradients
     """
 
-    def __init__(self, buckets: Iterable[Bucket], parameters: Mapping[str, nn.Parameter], micro_batches: int) -> None:
+    def __init__(
+        self,
+        buckets: Iterable[Bucket],
+        parameters: Mapping[str, nn.Parameter],
+        micro_batches: int,
+        sums: GradientSum = IN_FP32,
+    ) -> None:
         self._buckets = list(buckets)
-        self._micro_batches = micro_batches
+        self._micro_batches, self._sums = micro_batches, sums
         self._left = micro_batches  # of this step
         self._arrived: dict[int, list[str]] = defaultdict(list)  # bucket -> gradients in it, in this micro-batch
         self._expected: dict[int, int] = {}  # summed bucket -> how many a micro-batch has
         self._begun: dict[int, set[str]] = defaultdict(set)  # bucket -> parameters that had a gradient, in this step
         self._buffers: dict[int, Tensor] = {}
-        self._in_flight: deque[tuple[dist.Work | None, int, Tensor, Tensor, bool]] = deque()
-        self._summing: dict[int, dist.Work | None] = {}  # summed buckets that have been sent
+        self._in_flight: deque[tuple[Waited | None, int, Tensor, Tensor, bool]] = deque()
+        self._summing: dict[int, Waited | None] = {}  # summed buckets that have been sent; None: nothing is under way
         self._slots = next((bucket.on_host.slots for bucket in self._buckets if bucket.on_host is not None), None)
         pieces: dict[str, list[tuple[int, Slot]]] = defaultdict(list)
         for index, bucket in enumerate(self._buckets):
             for slot in bucket.slots:
                 pieces[slot.name].append((index, slot))
         self._pieces = {id(parameter): pieces[name] for name, parameter in parameters.items()}
-        self._deferred: deque[tuple[Tensor, dist.Work | None, Tensor]] = deque()
+        self._deferred: deque[tuple[Tensor, Waited | None, Tensor]] = deque()
         self._parameters = list(parameters.values())
         for parameter in self._parameters:
             parameter.register_post_accumulate_grad_hook(self._take_own)
@@ -293,7 +302,7 @@ class GradientReducer:
         if gradient is not None:  # else it was deferred
             self._take(parameter, gradient)
 
-    def defer(self, parameter: Tensor, work: dist.Work | None, gradient: Tensor) -> None:
+    def defer(self, parameter: Tensor, work: Waited | None, gradient: Tensor) -> None:
         """Takes a gradient that is complete once `work` is."""
         self._deferred.append((parameter, work, gradient))
         if len(self._deferred) > MOST_DEFERRED:
@@ -329,7 +338,8 @@ class GradientReducer:
                         self._end_stay(bucket, summed)
             else:
                 if index not in self._buffers:
-                    self._buffers[index] = torch.empty(bucket.flat.shape, dtype=torch.float32, device=bucket.device)
+                    dtype = self._sums.dtype(torch.float32)
+                    self._buffers[index] = torch.empty(bucket.flat.shape, dtype=dtype, device=bucket.device)
                 add_gradient(self._buffers[index][there], gradient[here], first=slot.name not in self._arrived[index])
                 self._arrived[index].append(slot.name)
                 if len(set(self._arrived[index])) == len(bucket.slots):
@@ -345,7 +355,7 @@ class GradientReducer:
         here = first and bucket.on_host is None
         mine = bucket.gradient if here else torch.empty(bucket.owned.shape, dtype=torch.float32, device=bucket.device)
         self._begun[index].update(slot.name for slot in bucket.slots)
-        work = reduce_scatter_single(mine, buffer, group=bucket.owners.group, async_op=True)
+        work = start_gradient_sum(mine, buffer, bucket.owners.group, self._sums)
         self._in_flight.append((work, index, mine, buffer, first))
 
     def _receive(self) -> None:
@@ -364,12 +374,18 @@ class GradientReducer:
         summed = bucket.gradient_here(fresh=not self._begun[index])
         for unused in bucket.without(self._begun[index]):
             summed[unused].zero_()
+        under_way = [one for one, work in self._summing.items() if work is not None]
+        if self._sums != IN_FP32 and len(under_way) >= MOST_IN_FLIGHT:  # bounds the copies alive
+            self._finish_sum(under_way[0])
         self._summing[index] = None
         if bucket.owners.group is not None:
-            self._summing[index] = reduce_scatter_single(
-                bucket.gradient, bucket.summed, group=bucket.owners.group, async_op=True
-            )
+            self._summing[index] = start_gradient_sum(bucket.gradient, bucket.summed, bucket.owners.group, self._sums)
         self._end_stay(bucket, summed)
+
+    def _finish_sum(self, index: int) -> None:
+        work, self._summing[index] = self._summing[index], None
+        if work is not None:
+            work.wait()
 
     def _end_stay(self, bucket: Bucket, gradient: Tensor) -> None:
         """Where the gradient is here from the host: it has got all of this micro-batch, and goes back."""
@@ -401,9 +417,8 @@ class GradientReducer:
                 self._end_stay(bucket, bucket.gradient_here(fresh=True).zero_())
             elif bucket.on_host is not None and bucket.on_host.norm is None:
                 self._end_stay(bucket, bucket.gradient_here())  # which got nothing in the last micro-batch
-        for work in self._summing.values():
-            if work is not None:
-                work.wait()
+        for index in self._summing:
+            self._finish_sum(index)
         self._summing.clear()
         self._begun.clear()
         self._left = self._micro_batches

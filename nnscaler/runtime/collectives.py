@@ -9,13 +9,15 @@ gradient of a whole tensor (R), or a term of it (R*).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from nnscaler.runtime.axis import Axis
+from nnscaler.sums import IN_FP32, GradientSum
 
 # Renamed in torch 2.13; the old names still work there, with a warning.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -127,11 +129,50 @@ def finish_gather(shards: Tensor, work: dist.Work | None, dim: int) -> Tensor:
     return _merge(shards, dim)
 
 
-def start_reduce_scatter(x: Tensor, axis: Axis, dim: int) -> tuple[Tensor, dist.Work | None]:
-    """Starts adding up the devices' terms: (this device's slice of the sum, work); complete once the work is."""
-    parts = _divide(x, axis.size, dim)
-    result = torch.empty_like(parts[0])
-    return result, reduce_scatter_single(result, parts.flatten(0, 1), group=axis.group, async_op=True)
+class Waited(Protocol):
+    """What is under way, and done once it is waited for, by what is computed next."""
+
+    def wait(self) -> Any: ...
+
+
+def start_gradient_scatter(x: Tensor, axis: Axis, dim: int, sums: GradientSum) -> tuple[Tensor, Waited | None]:
+    """Starts adding up the devices' terms of a gradient: (this device's slice of the sum along `dim`, what it waits
+    for). The sum is in fp32, or a wider type that the terms have."""
+    parts = _divide(x.to(sums.dtype(x.dtype)), axis.size, dim)
+    result = parts.new_empty(parts.shape[1:], dtype=torch.promote_types(x.dtype, torch.float32))
+    return result, start_gradient_sum(result.view(-1), parts.view(-1), axis.group, sums)
+
+
+def start_gradient_sum(
+    result: Tensor, terms: Tensor, group: dist.ProcessGroup | None, sums: GradientSum
+) -> Waited | None:
+    """Starts adding up the devices' terms [devices * n] of a gradient. Once waited for, `result` [n] is this device's
+    slice of the sum."""
+    terms = terms.to(sums.dtype(terms.dtype))
+    if sums == IN_FP32:
+        return reduce_scatter_single(result, terms, group=group, async_op=True)
+    if sums.collective == "all_to_all":
+        received = torch.empty_like(terms)
+        work = dist.all_to_all_single(received, terms, group=group, async_op=True)
+    else:
+        received = terms.new_empty(len(result))
+        work = reduce_scatter_single(received, terms, group=group, async_op=True)
+    return _Received(result, received, terms, work)
+
+
+@dataclass(frozen=True)
+class _Received:
+    """Terms on their way, of another type than their sum."""
+
+    result: Tensor
+    received: Tensor
+    sent: Tensor
+    work: dist.Work | None
+
+    def wait(self) -> None:
+        if self.work is not None:
+            self.work.wait()
+        torch.sum(self.received.view(-1, len(self.result)), 0, dtype=self.result.dtype, out=self.result)
 
 
 def _gathered(x: Tensor, axis: Axis, dim: int) -> Tensor:
@@ -139,9 +180,9 @@ def _gathered(x: Tensor, axis: Axis, dim: int) -> Tensor:
 
 
 def _scattered(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    result, work = start_reduce_scatter(x, axis, dim)
-    if work is not None:
-        work.wait()
+    parts = _divide(x, axis.size, dim)
+    result = torch.empty_like(parts[0])
+    reduce_scatter_single(result, parts.flatten(0, 1), group=axis.group)
     return result
 
 

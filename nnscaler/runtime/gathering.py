@@ -2,8 +2,8 @@
 
 The weights of a block are gathered just before the block uses them. After the first micro-batch the order of the
 gathers is known. From then on, the next ones are started early, and run beside the computation. Where the shard is the
-fp32 master weight, it is cast into the buffer of its gather. Gradients are reduce-scattered to the shards beside
-backward, in fp32.
+fp32 master weight, it is cast into the buffer of its gather. Gradients are added up beside backward, those of a shard
+where it is stored.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nnscaler.runtime.axis import Axis
-from nnscaler.runtime.collectives import finish_gather, start_gather, start_reduce_scatter
+from nnscaler.runtime.collectives import Waited, finish_gather, start_gather, start_gradient_scatter
 from nnscaler.sizes import PREFETCH_BYTES
+from nnscaler.sums import IN_FP32, GradientSum
 
 ShardedAlong = tuple[Axis, int]  # the mesh axis over which a tensor is sharded, and its sharded dimension
-Defer = Callable[[Tensor, dist.Work | None, Tensor], None]  # defer(parameter, the exchange's work, its result)
+Defer = Callable[[Tensor, Waited | None, Tensor], None]  # defer(parameter, the exchange, its result)
 AwaitUpdate = Callable[[Tensor], None]  # wait(parameter): what is computed next comes after its update
 
 
@@ -81,10 +82,11 @@ class Gathers:
 
     defer  takes the gradient of a shard, whose exchange may still be under way
     wait   makes what is computed next come after the update of a shard
+    sums   how gradients are added up
     """
 
-    def __init__(self, defer: Defer, wait: AwaitUpdate = lambda parameter: None) -> None:
-        self.defer, self.wait = defer, wait
+    def __init__(self, defer: Defer, wait: AwaitUpdate = lambda parameter: None, sums: GradientSum = IN_FP32) -> None:
+        self.defer, self.wait, self.sums = defer, wait, sums
         self._order: list[_Sharded] = []  # what was gathered in the last micro-batch
         self._next = 0  # place in the order of the next one that is needed
         self._early: deque[_Gather] = deque()  # those started from there on
@@ -174,10 +176,9 @@ class _GatheredWeight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         work = None
-        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         for axis, dim in reversed(ctx.weight.shardings):
             if work is not None:
                 work.wait()
-            gradient, work = start_reduce_scatter(gradient, axis, dim)
+            gradient, work = start_gradient_scatter(gradient, axis, dim, ctx.gathers.sums)
         ctx.gathers.defer(ctx.weight.shard, work, gradient)
         return None, None, None

@@ -28,6 +28,7 @@ from nnscaler.runtime.gathering import Gathers
 from nnscaler.runtime.host import HostMemory
 from nnscaler.runtime.optimizer import buckets_of, decays
 from nnscaler.shards import Box, ParameterSpec
+from nnscaler.sums import GradientSum
 
 ReadPart = Callable[[str, Box], Tensor]
 
@@ -112,9 +113,10 @@ class ParallelModule(nn.Module):
             self.specs, self.axes, decayed, alone=shared, summed=summed, gradients_on_host=plan["gradients_on_host"]
         )
         self.trained = list(parameters.values())
-        self.reducer = GradientReducer(self.buckets, parameters, micro_batches)
+        sums = GradientSum(**plan["gradient_sum"])
+        self.reducer = GradientReducer(self.buckets, parameters, micro_batches, sums)
         self._weights = Weights(self.buckets, parameters)
-        self.gathers = self.axes.gathers = Gathers(self.reducer.defer, self._weights.wait)
+        self.gathers = self.axes.gathers = Gathers(self.reducer.defer, self._weights.wait, sums)
         self.axes.host = HostMemory(self.axes.device, self._is_weight, self.gathers.pack, self.gathers.unpack)
         self.state_on_host = buckets_of(self.buckets, plan["state_on_host"])
         self._gathers_again = any(block["gathered_again"] for block in plan["blocks"].values())

@@ -16,16 +16,18 @@ from nnscaler.runtime.axes import Axes
 from nnscaler.runtime.buckets import Bucket, GradientReducer, make_buckets, norms
 from nnscaler.runtime.host import HostPool
 from nnscaler.shards import ParameterSpec
+from nnscaler.sums import IN_FP32, GradientSum, gradient_sum
 from tests.launch import run
 
+IN_BF16 = gradient_sum("bf16", 2, 8), gradient_sum("bf16", 2, 1)
 SHAPES = {"a": (40, 30), "norm": (7,), "b": (3, 100), "c": (300,), "d": (64, 11)}
 
 
 def sums_of_gradients(
-    elements: int, world: int, once: bool, on_host: float = 0.0
+    elements: int, world: int, once: bool, on_host: float = 0.0, sums: GradientSum = IN_FP32
 ) -> tuple[list[float], list[torch.Tensor]]:
     """Three steps of three micro-batches of random gradients, of which `b` gets one in the first micro-batch alone, in
-    the second step none; `d`'s come in two parts.
+    the second step none; `d`'s come in two parts. All sums are exact in bf16.
 
     on_host  bytes of gradients that are to lie on the host
     Returns the differences from plain sums, that of the whole gradient's norm included: what lies between parameters
@@ -39,13 +41,15 @@ def sums_of_gradients(
     made, parameters = make_buckets(specs, axes, decays, elements, gradients_on_host=on_host)
     away = sum(bucket.gradient_bytes for bucket in made if bucket.on_host is not None)
     assert (away >= on_host) if on_host < 1e9 else all(bucket.on_host or not bucket.may_be_on_host for bucket in made)
-    reducer = GradientReducer(made, parameters, micro_batches=3)
+    reducer = GradientReducer(made, parameters, 3, sums)
     differences, found = [], []
     for step in range(3):
         wanted = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
         for micro_batch in range(3):
             generator = torch.Generator().manual_seed(3 * step + micro_batch)
-            given = {name: torch.randn(world, *shape, generator=generator) for name, shape in SHAPES.items()}
+            given = {
+                name: torch.randint(-8, 9, (world, *shape), generator=generator) / 8 for name, shape in SHAPES.items()
+            }
             if micro_batch or step == 1:
                 del given["b"]
             loss = torch.stack([(parameters[name] * values[rank]).sum() for name, values in given.items()]).sum()
@@ -82,6 +86,9 @@ def all_sums(world: int) -> list[float]:
         differences, here = sums_of_gradients(elements, world, once)
         for on_host in (1500.0, 1e9) if world == 1 or not once else (1e9,):
             assert all(map(torch.equal, sums_of_gradients(elements, world, once, on_host)[1], here))
+        for sums in IN_BF16 if world > 1 else ():
+            buckets.MOST_IN_FLIGHT = 2
+            assert all(map(torch.equal, sums_of_gradients(elements, world, once, 0.0, sums)[1], here))
         found += differences
     return found
 
@@ -98,13 +105,13 @@ def sends(once: bool) -> list[tuple[int, bool]]:
     specs = {name: ParameterSpec((128,), torch.float32, (SHARED,), True, once) for name in "ab"}
     made, parameters = make_buckets(specs, axes, dict.fromkeys(specs, True), 128)
     reducer = GradientReducer(made, parameters, micro_batches=3)
-    found, exchange, place = [], buckets.reduce_scatter_single, (0, 0, False)
+    found, exchange, place = [], buckets.start_gradient_sum, (0, 0, False)
 
     def record(*args, **options):
         found.append(place)
         return exchange(*args, **options)
 
-    buckets.reduce_scatter_single = record
+    buckets.start_gradient_sum = record
     for step, micro_batch in product(range(2), range(3)):
         place = step, micro_batch, True
         torch.stack([parameter.sum() for parameter in parameters.values()]).sum().backward()

@@ -146,7 +146,18 @@ def test_a_plan_for_more_memory_is_taken_where_it_fits(monkeypatch):
     monkeypatch.setattr(stages, "find_plan", find)
     times, machine = object(), SimpleNamespace()
     one = StagePlanner(
-        SimpleNamespace(), Mesh((2,)), machine, 1e3, None, True, times, [], host=9.0, sparing=True, groups=True
+        SimpleNamespace(),
+        Mesh((2,)),
+        machine,
+        1e3,
+        None,
+        True,
+        times,
+        [],
+        host=9.0,
+        sparing=True,
+        groups=True,
+        sums="sums",
     )
     graph, layouts = SimpleNamespace(), {"x": (REPLICATE,)}
     this = stages._Stage(SimpleNamespace(graph=graph), "like", 4, 3, 10, layouts)
@@ -156,7 +167,7 @@ def test_a_plan_for_more_memory_is_taken_where_it_fits(monkeypatch):
     assert given.pop("seconds") == math.inf
     assert given == {
         "memory": 90.0, "recompute_modules": None, "micro_batches": 4, "fused": True, "times": times,
-        "layouts": layouts, "in_flight": 3, "host": 8.0, "sparing": True, "groups": True,
+        "layouts": layouts, "in_flight": 3, "host": 8.0, "sparing": True, "groups": True, "sums": "sums",
     }  # fmt: skip
     assert plan.memory_bytes == 60.0, "with what is received"
     assert plan.memory_limit == 100.0

@@ -341,9 +341,10 @@ def test_each_search_gets_all_that_it_may_use(monkeypatch, tmp_path):
     monkeypatch.setattr(search, "find_plan", without)
     monkeypatch.setattr(search, "estimated", estimate)
     monkeypatch.setattr(search, "planned", lambda *given: None)
-    given = {"recompute_modules": ("LlamaMLP",), "micro_batches": 4, "fused": True, "times": times}
+    given = {"recompute_modules": ("LlamaMLP",), "micro_batches": 4, "fused": True, "times": times, "sums": "sums"}
     meshes = [Mesh((4,), 3)]
     find_pipeline(graph, meshes, machine, Wanted(), **given, memory=7.0, seconds=1e6, host=5.0)
+    assert {planner.sums for _, planner in tried} == {"sums"}
     assert alone == [(graph, meshes, machine, {**given, "memory": 7.0, "seconds": 5e5, "host": 5.0, "below": math.inf})]
     kinds = {(planner.memory, planner.host, planner.sparing, planner.groups) for _, planner in tried}
     assert kinds == {(7.0, 0.0, False, False), (math.inf, 0.0, False, False), (7.0, 5.0, True, True)}

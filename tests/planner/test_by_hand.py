@@ -31,7 +31,8 @@ from nnscaler.planner.program import Program, Solution
 from nnscaler.recompute import KEEPS_ALL
 from nnscaler.report.values import Work, plan_report
 from nnscaler.reshard import reshards
-from nnscaler.runtime import gathering
+from nnscaler.runtime import collectives, gathering
+from nnscaler.sums import IN_FP32, gradient_sum
 from nnscaler.trace import trace
 from nnscaler.units import divide
 from tests import tiny
@@ -140,6 +141,12 @@ def test_a_gathered_weight_comes_back_in_fp32(machine):
     assert seconds.forward == pytest.approx(32 * 8 * 2 / 2 / LINK)
     assert seconds.backward == pytest.approx(32 * 8 * 4 / 2 / LINK)
     assert resharding(problem, replace(flow, is_parameter=False), (Shard(0),), (REPLICATE,)).forward == seconds.forward
+    narrow = CostModel(machine, Mesh((2,)), sums=gradient_sum("bf16", 2, 8))
+    found = resharding(SimpleNamespace(costs=narrow, resharding={}), flow, (Shard(0),), (SHARED,))
+    assert found is not None
+    assert (found.forward, found.backward) == (seconds.forward, seconds.backward / 2)
+    frozen = replace(flow, meta=replace(meta, requires_grad=False))
+    assert resharding(SimpleNamespace(costs=narrow, resharding={}), frozen, (Shard(0),), (REPLICATE,)).backward == 0
 
 
 COPY = 2 * 3  # a byte is read and written, in strides
@@ -186,23 +193,26 @@ def test_weights_are_gathered_early_up_to_what_there_is(graph, machine):
     assert build_problem(graph, CostModel(machine, Mesh((2,))), Recomputing(), 1).gathered_early == 2 * W
 
 
-def test_what_runs_adds_up_a_gathered_weights_gradient_in_fp32(monkeypatch):
+@pytest.mark.parametrize(
+    ("sums", "travels_as"), [(IN_FP32, torch.float32), (gradient_sum("bf16", 2, 8), torch.bfloat16)]
+)
+def test_what_runs_adds_up_a_gathered_weights_gradient_in_fp32(sums, travels_as, monkeypatch):
     sent = []
 
-    def start_reduce_scatter(gradient, axis, dim):
-        sent.append(gradient)
-        return gradient.chunk(2)[0], None
+    def start_gradient_sum(result, terms, group, how):
+        sent.append(terms)
+        assert how is sums
 
     monkeypatch.setattr(gathering, "start_gather", lambda shard, axis, dtype: (torch.cat([shard, shard]), None))
     monkeypatch.setattr(gathering, "finish_gather", lambda whole, work, dim: whole)
-    monkeypatch.setattr(gathering, "start_reduce_scatter", start_reduce_scatter)
+    monkeypatch.setattr(collectives, "start_gradient_sum", start_gradient_sum)
     given = []
-    gathers = gathering.Gathers(lambda parameter, work, gradient: given.append(gradient))
+    gathers = gathering.Gathers(lambda parameter, work, gradient: given.append(gradient), sums=sums)
     shard = nn.Parameter(torch.ones((2, 4), dtype=torch.bfloat16))
-    axis = SimpleNamespace(size=2)
+    axis = SimpleNamespace(size=2, group=None)
     whole = gathers.weight(shard, (axis, 0))
     (whole * 1.0).sum().backward()
-    assert [gradient.dtype for gradient in (*sent, *given)] == [torch.float32] * 2
+    assert [gradient.dtype for gradient in (*sent, *given)] == [travels_as, torch.float32]
     assert given[0].shape == shard.shape
 
 

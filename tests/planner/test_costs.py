@@ -18,8 +18,10 @@ from nnscaler.plan import GIB
 from nnscaler.planner import costs, find_plan, search
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.options import unit_options
+from nnscaler.planner.problem import Recomputing, build_problem
 from nnscaler.planner.solve import OutOfTime
 from nnscaler.reshard import reshards
+from nnscaler.sums import gradient_sum
 from nnscaler.units import divide
 from tests.planner.test_by_hand import LINK, MEMORY, graph, machine
 
@@ -148,6 +150,30 @@ def test_an_update_by_hand(machine, once):
     assert found == pytest.approx(step / 4 + (100 * (2 + 4) + added) / MEMORY)
     assert model.gradient_exchange(WEIGHT, (REPLICATE,)) == pytest.approx(4 * 100 / 2 / LINK)
     assert model.exchange_buffer(WEIGHT, (REPLICATE,)) == 4 * 100 * (1 + 1 / 2)
+
+
+@pytest.mark.parametrize(("nodes", "collective"), [(1, "all_to_all"), (2, "reduce_scatter")])
+def test_gradients_that_travel_in_bf16(graph, machine, monkeypatch, nodes, collective):
+    """Half as much travels, by the collective that is right within a node or across; and where gradients are exchanged
+    once a step, there are buffers too."""
+    asked = []
+
+    def seconds(self, name, size, *group):
+        asked.append(name)
+        return Timing(size, "profile")
+
+    monkeypatch.setattr(Hardware, "collective_seconds", seconds)
+    here = replace(machine, devices_per_node=2 // nodes)
+    ways = [gradient_sum(dtype, 2, here.devices_per_node) for dtype in ("fp32", "bf16")]
+    models = [CostModel(here, Mesh((1,), 2), sums=sums) for sums in ways]
+    assert [model.gradient_exchange(WEIGHT, (REPLICATE,)) for model in models] == [4 * 100, 2 * 100]
+    assert asked == ["reduce_scatter", collective]
+    problems = [build_problem(graph, model, Recomputing(), 2) for model in models]
+    options = [
+        next(option for decision in problem.decisions for option in decision.options if option.exchanged_once)
+        for problem in problems
+    ]
+    assert [option.exchange_buffers > 0 for option in options] == [False, True]
 
 
 def test_groups_of_collectives_by_axis_and_node(machine, monkeypatch):

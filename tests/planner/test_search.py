@@ -18,6 +18,7 @@ from nnscaler.planner.costs import CostModel
 from nnscaler.planner.price import Price
 from nnscaler.planner.search import LEAST_SECONDS, find_plan, nodes_to_recompute
 from nnscaler.planner.solve import OutOfTime
+from nnscaler.sums import GradientSum
 from tests.pipeline.test_cut import llama
 from tests.planner.test_by_hand import graph, machine
 
@@ -201,10 +202,10 @@ def test_what_is_asked_of_a_search_reaches_the_problem(graph, machine, monkeypat
     monkeypatch.setattr(search._Search, "may_gain", lambda self, program, worth: True)
     monkeypatch.setattr(search, "_least", lambda problem: ({Key("saved", "x", "y"): 2 * GIB}, "layer.up"))
     again, mesh = search.recomputing(graph, ()), Mesh((2,), 3)
-    given = {"recompute_modules": (), "micro_batches": 5, "fused": True, "times": "times", "host": 7.0}
+    given = {"recompute_modules": (), "micro_batches": 5, "fused": True, "times": "times", "sums": "sums", "host": 7.0}
     with pytest.raises(UserError):
         find_plan(graph, [mesh], machine, layouts={"x": "rows"}, in_flight=4, **given)
-    costs = CostModel(machine, mesh, True, "times")
+    costs = CostModel(machine, mesh, True, "times", "sums")
     assert stated[0] == (graph, costs, again, 5, {"x": "rows"}, 4, 0.0, False, False)
     assert [one[3:] for one in stated[1:]] == [(5, {"x": "rows"}, 4, 7.0, True, False)] * 2, "no layers, no groups"
     asked = []
@@ -235,13 +236,15 @@ def test_all_figures_of_a_solution_are_those_of_the_plan(graph, machine, monkeyp
     )
     monkeypatch.setattr(search, "price", lambda program, solution: prices)
     monkeypatch.setattr(search._Search, "may_gain", lambda self, program, worth: False)
-    plan = find_plan(graph, [Mesh((2,))], machine, micro_batches=3, memory=1e12, host=8.0)
+    sums = GradientSum("all_to_all", "bfloat16")
+    plan = find_plan(graph, [Mesh((2,))], machine, micro_batches=3, memory=1e12, host=8.0, sums=sums)
+    assert plan.sums == sums
     assert (plan.seconds, plan.memory, plan.beside) == (prices.seconds, prices.memory, prices.beside)
     assert (plan.weight_seconds, plan.host, plan.copies) == (4.0, prices.host, prices.copies)
     assert (plan.micro_batches, plan.memory_limit, plan.host_limit, plan.hardware) == (3, 1e12, 8.0, machine.name)
     assert (plan.step_seconds, plan.memory_bytes, plan.host_bytes) == (3.0, 2.0, 5.0)
     assert (plan.state_on_host, plan.gradients_on_host) == (5.0, 0)
-    assert plan.costs == CostModel(machine, Mesh((2,)))
+    assert plan.costs == CostModel(machine, Mesh((2,)), sums=sums)
 
 
 def test_where_no_plan_is_as_fast_as_asked_for_that_is_said_of_a_step(graph, machine, monkeypatch):

@@ -74,7 +74,9 @@ def test_no_weight_is_gathered_before_its_update(monkeypatch):
 
     monkeypatch.setattr(gathering, "start_gather", start_gather)
     monkeypatch.setattr(gathering, "finish_gather", lambda whole, work, dim: whole)
-    monkeypatch.setattr(gathering, "start_reduce_scatter", lambda gradient, axis, dim: (gradient.chunk(2)[0], None))
+    monkeypatch.setattr(
+        gathering, "start_gradient_scatter", lambda gradient, axis, dim, sums: (gradient.chunk(2)[0], None)
+    )
     shards = [torch.ones(2, 4, requires_grad=True) for _ in range(3)]
     names = {shard.data_ptr(): index for index, shard in enumerate(shards)}
     gathers = Gathers(lambda *given: None, lambda shard: happened.append(("wait", names[shard.data_ptr()])))

@@ -34,6 +34,7 @@ def loaded(folder: Path, **changed) -> ParallelModule:
         "predicted": {"seconds_by_category": {"compute": 1.5}},
         "micro_batches": 2,
         "gradients_on_host": 0,
+        "gradient_sum": {},
         "state_on_host": 0,
         "blocks": {"0": {"gathered_again": False}, "1": {"gathered_again": False}},
     } | changed
