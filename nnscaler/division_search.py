@@ -105,7 +105,7 @@ def divide(
     logger.info(
         "looking for the fastest of %s to divide %s among %s; that takes at most about %.0f s",
         counted(divisions, "way"), counted(batch.sequences, "sequence"), counted(batch.runtime_ngpus, "device"),
-        search.until - time.process_time(),
+        search.left(),
     )  # fmt: skip
     with quiet("planner", "pipeline", "planning"):
         search.run()
@@ -136,7 +136,7 @@ def _next_to(best: Tried, tried: Sequence[Tried]) -> str:
 
 @dataclass
 class _Search:
-    """The search, which ends when `time.process_time()` is `until`, or else when there is a plan.
+    """The search, which ends when `_now()` is `until`, or else when there is a plan.
 
     tried   the divisions, in order
     graphs  size of micro-batch -> the model's graph
@@ -152,7 +152,7 @@ class _Search:
     graphs: dict[int, Graph] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.until = time.process_time() + SEARCHES * self.config.search_seconds
+        self.until = self._now() + SEARCHES * self.config.search_seconds
         self.tried = [Tried(division) for division in self.batch.divisions()]
 
     @property
@@ -194,8 +194,13 @@ class _Search:
     def _fastest(self) -> float:
         return min(one.step_seconds for one in self.tried)
 
-    def _left(self) -> float:
-        return self.until - time.process_time()
+    def left(self) -> float:
+        """Seconds until the search is to end."""
+        return self.until - self._now()
+
+    def _now(self) -> float:
+        """Processor seconds of this process, without those of timing operators, which is done once for a device."""
+        return time.process_time() - (self.times.spent if self.times else 0.0)
 
     def _find_bounds(self) -> None:
         """Where few sequences do not fit, more are not asked for."""
@@ -205,7 +210,7 @@ class _Search:
             if split in full:
                 one.bound, one.needed = inf, full[split].needed
                 continue
-            if self._left() < 0 and any(0 < other.bound < inf for other in self.tried):
+            if self.left() < 0 and any(0 < other.bound < inf for other in self.tried):
                 continue
             _, config = in_division(self.source, self.config, one.division)
             try:
@@ -227,7 +232,7 @@ class _Search:
     def _plan_on_more_axes(self) -> None:
         """Half of the time that is left is for pipelines, where these will do."""
         possible = [one for one in self.tried if 0 < one.bound < inf and len(self._meshes(one)) > 1]
-        reserved = self._left() / 2 if self.pipelines else 0.0
+        reserved = self.left() / 2 if self.pipelines else 0.0
         for one in sorted(possible, key=lambda one: (one.bound, one.division)):
             if self._fastest() == inf or self._is_over(reserved):
                 return
@@ -260,12 +265,12 @@ class _Search:
 
     def _is_over(self, reserved: float) -> bool:
         """Whether there is a plan, and no more time than what is reserved for others."""
-        return self._fastest() < inf and self._left() <= reserved
+        return self._fastest() < inf and self.left() <= reserved
 
     def _plan(self, one: Tried, meshes: Sequence[Mesh], below: float = inf) -> None:
         """Looks for the plan of a division that takes less than `below` seconds."""
         _, config = in_division(self.source, self.config, one.division)
-        seconds = min(config.search_seconds, max(self._left(), LEAST_SECONDS))
+        seconds = min(config.search_seconds, max(self.left(), LEAST_SECONDS))
         if not one.pipeline:
             config = replace(
                 config, explore_pipeline=False, pipeline_pivots=(), pipeline_schedule=None, pipeline_nstages=None

@@ -72,10 +72,11 @@ class World:
         monkeypatch.setattr(division_search, "traced", lambda source, strategy: source.inputs["input_ids"].shape[0])
         monkeypatch.setattr(division_search, "time", SimpleNamespace(process_time=lambda: self.now))
         self.hardware = SimpleNamespace(devices_per_node=8, name="Test")
+        self.times = None
 
     def divide(self, **changes):
         config = ComputeConfig(1, 4, **changes)
-        return divide(Batch(8, 4), source(), config, self.hardware, None)
+        return divide(Batch(8, 4), source(), config, self.hardware, self.times)
 
 
 BOUNDS = {
@@ -94,6 +95,28 @@ def test_those_that_promise_most_are_planned_first_and_the_rest_is_not(monkeypat
     assert found.tried[0].division == Division(2, 2, 2)
     assert {(kind, plan) for kind, plan, *_ in world.asked[3:]} == {("more", 4)}, "two devices have one axis"
     assert {below for *_, below in world.asked[3:]} == {8.05 * 0.995}
+
+
+def test_timing_operators_takes_nothing_of_the_time_to_search(monkeypatch):
+    """Of 30 s, nine bounds take 9, and each plan 10: so there are three, however long operators are timed."""
+    one = {(2, 4): 8.1, (4, 4): 8.05, (2, 2): 8.07}
+    world = World(monkeypatch, BOUNDS, one)
+    world.now, world.times = 500.0, SimpleNamespace(spent=12.0)
+    found = world.divide(search_seconds=10.0)
+    assert [asked[1:3] for asked in world.asked] == [(2, 4), (4, 4), (2, 2)]
+    assert found.config.plan_ngpus == 2
+
+    def slow(graph, config, hardware, times):
+        times.spent += 12.0
+        world.now += 12.0
+        return bound(graph, config, hardware, times)
+
+    bound = division_search.bound_for
+    monkeypatch.setattr(division_search, "bound_for", slow)
+    asked = world.asked.copy()
+    world.asked.clear()
+    world.divide(search_seconds=10.0)
+    assert world.asked == asked
 
 
 def test_two_axes_and_pipelines_may_be_faster(monkeypatch):

@@ -40,12 +40,14 @@ class OperatorTimes:
     versions  of the libraries that the times depend on
     known     call -> [seconds of forward, seconds of backward], None where it could not be run
     measured  how many were measured since the cache was read
+    spent     processor seconds that all measuring took
     """
 
     path: Path
     versions: str
     known: dict[str, list[float] | None] = field(default_factory=dict)
     measured: int = 0
+    spent: float = 0.0
 
     @staticmethod
     def here() -> OperatorTimes | None:
@@ -72,7 +74,9 @@ class OperatorTimes:
             if not self.measured:
                 logger.info("timing operators on this device, once each (kept in %s)", self.path)
             self.measured += 1
+            began = time.process_time()
             self.known[key] = _measure(node, inputs)
+            self.spent += time.process_time() - began
         found = self.known[key]
         return None if found is None else (found[0], found[1])
 
