@@ -279,7 +279,18 @@ def tokenising() -> str:
         [row["documents"], *(f"{row[key]:.2f}" for key in ("bookcorpus MB/s", "encode_batch MB/s", "ratio"))]
         for row in result["rows"]
     ]
-    return textwrap.fill(text, 120) + "\n\n" + rst_table(["documents", "MB/s", "encode_batch, MB/s", "ratio"], rows)
+    memory = [
+        [row["documents"], f"{row['text GB']:.2f}", f"{row['peak memory GB']:.2f}"]
+        for row in read("tokenize_memory.json")["rows"]
+    ]
+    return "\n\n".join(
+        [
+            textwrap.fill(text, 120),
+            rst_table(["documents", "MB/s", "encode_batch, MB/s", "ratio"], rows),
+            "Its most resident memory, libraries and tokenizer included, on the text repeated to so many GB:",
+            rst_table(["documents", "text, GB", "memory, GB"], memory),
+        ]
+    )
 
 
 def title(text: str) -> str:
