@@ -32,11 +32,12 @@ from nnscaler.cli.config import (
 from nnscaler.cli.flags import Flags, keys_of, parse
 from nnscaler.command import run
 from nnscaler.config import ComputeConfig, OptimizerConfig
-from nnscaler.data.weighted import WeightedDataset
+from nnscaler.data.files import is_url
+from nnscaler.data.weighted import WeightedDataset, spelled
 from nnscaler.directory import check_writable
 from nnscaler.errors import UserError
 from nnscaler.lazy import uncollected
-from nnscaler.options import REQUIRED, assignments, check, path, switch, text, words
+from nnscaler.options import REQUIRED, assignments, check, switch, text, words
 
 # torch and transformers take seconds to import: what is wrong with a flag is said before.
 
@@ -67,9 +68,10 @@ class Inputs:
         None, "dataset that bookcorpus.py wrote, or folder or URL of Parquet files with such rows, which are read a "
         "little at a time; or several, each as PATH=WEIGHT, from which samples are drawn by weight", shown="PATH",
     )  # fmt: skip
-    eval_dataset_path: Path | None = path(
-        None, "dataset like it that is evaluated between steps, and not trained on (default: no validation)"
-    )
+    eval_dataset_path: str | None = text(
+        None, "one dataset like these that is evaluated between steps, and not trained on (default: no validation)",
+        shown="PATH",
+    )  # fmt: skip
     enable_chunk_loss: bool = switch(
         "compute the last projection and the loss in chunks of 2048 tokens, so that memory never holds all logits "
         "at once",
@@ -82,17 +84,20 @@ class Inputs:
 
     def __post_init__(self) -> None:
         check(self)
-        for name, given in [
-            *(("dataset_path", Path(one.path)) for one in self.sources if not one.is_url),
-            ("eval_dataset_path", self.eval_dataset_path),
-        ]:
-            if given is not None and not given.exists():
+        paths = [*(("dataset_path", one.path) for one in self.sources), ("eval_dataset_path", self.validation)]
+        for name, given in paths:
+            if given is not None and not is_url(given) and not Path(given).exists():
                 raise UserError(f"{name} is '{given}', which does not exist; make one with bookcorpus.py")
 
     @property
     def sources(self) -> list[WeightedDataset]:
         """What is trained on."""
         return WeightedDataset.read_all(self.dataset_path or (), "dataset_path")
+
+    @property
+    def validation(self) -> str | None:
+        """What is evaluated between steps: a path or a URL."""
+        return None if self.eval_dataset_path is None else spelled(self.eval_dataset_path)
 
 
 GROUPS: dict[str, type] = {
@@ -191,8 +196,7 @@ def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
     """`args` with the model and the data. Raises UserError for what does not go together."""
     from chunk_linear_cross_entropy import in_chunks
     from nnscaler.cli.precision import with_precision
-    from nnscaler.data.mixture import open_sources
-    from nnscaler.data.training import PackedDataset
+    from nnscaler.data.mixture import open_dataset, open_sources
     from nnscaler.models import load_config, marks_of
     from nnscaler.models.adapters import PREFIX
     from nnscaler.models.causal_lm import (
@@ -208,8 +212,7 @@ def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
     if inputs.set:
         config = changed_config(config, dict(inputs.set))
     dataset = flags.make(DatasetConfig, dataset=open_sources(inputs.sources))
-    evaluated = inputs.eval_dataset_path
-    validation = PackedDataset.open(evaluated, "eval_dataset_path") if evaluated else None
+    validation = open_dataset(inputs.validation, "eval_dataset_path") if inputs.validation else None
     positions = dataset.positions
     if validation is not None and dataset.document_mask:
         positions = max(positions, validation.document_lengths.positions)

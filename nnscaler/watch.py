@@ -9,6 +9,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from nnscaler.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 _BEAT = 2.0  # seconds between signs of life
@@ -33,6 +35,14 @@ class Watch:
         """To be called when this rank has done optimizer step `step`."""
         self.store.set(f"step/{self._rank}", str(step))
         self._waited = 0.0
+
+    def failed(self, error: UserError) -> None:
+        """Tells the other ranks what this rank ends with, in whatever they wait for it."""
+        self.store.set("failed", str(error))
+
+    def failure(self) -> UserError | None:
+        """What another rank has ended with; None: that is not known."""
+        return UserError(self.store.get("failed").decode()) if self.store.check(["failed"]) else None
 
     def close(self) -> None:
         """Ends the thread."""

@@ -9,6 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from nnscaler import watch
+from nnscaler.errors import UserError
 from nnscaler.watch import Watch
 
 BEAT = watch._BEAT
@@ -71,3 +72,11 @@ def test_it_names_those_that_are_silent_and_those_behind(threads, caplog):
         "after step 5: rank 3 on b gives no sign of life; its last step was 3",
         "after step 5: rank 2 on b is behind; its last step was 4",
     ]
+
+
+def test_what_a_rank_ends_with_is_known_to_the_others(threads):
+    store = dist.HashStore()
+    mine, other = of(store, 0, 2), of(store, 1, 2)
+    assert mine.failure() is None
+    other.failed(UserError("no such row"))
+    assert str(mine.failure()) == "no such row"

@@ -23,7 +23,6 @@ if TYPE_CHECKING:  # which a command that only answers need not wait for
     from torch import nn
 
     from nnscaler.data.mixture import Dataset, Part
-    from nnscaler.data.packed import PackedDataset
 
 
 MOST_STEPS = 2**40
@@ -172,9 +171,9 @@ class DatasetConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Validation between steps on packed sequences that are not trained on; `dataset` None: there is none."""
+    """Validation between steps on sequences that are not trained on; `dataset` None: there is none."""
 
-    dataset: PackedDataset | None = None
+    dataset: Part | None = None
     interval: int = whole(
         100, "steps between evaluations with eval_dataset_path; there is always one after the last step",
         flag="eval_interval", least=1, most=MOST_STEPS,

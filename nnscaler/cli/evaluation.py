@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from nnscaler.cli.config import EvaluationConfig
-from nnscaler.data.training import Batches, Counts, InOrder, PackedDataset, Share
+from nnscaler.data.mixture import Part, in_order
+from nnscaler.data.training import Batches, Counts, Share
 from nnscaler.runtime.pipeline import TrainedModule
 
 _LARGEST = 700.0  # nats, whose exponential still is a number
@@ -19,17 +20,19 @@ _LARGEST = 700.0  # nats, whose exponential still is a number
 class Evaluation:
     """Evaluates a model in batches of as many samples as its training steps have, by forward alone.
 
-    share      of a step's samples; the last batch is filled up with rows that count for nothing
-    documents  whether they are kept apart
-    go_on      asked before every batch, on all ranks alike, whether to
+    share       of a step's samples; the last batch is filled up with rows that count for nothing
+    documents   whether they are kept apart
+    go_on       asked before every batch, on all ranks alike, whether to
+    vocabulary  how many ids the model knows; None: it is not judged
     """
 
     def __init__(
-        self, config: EvaluationConfig, dataset: PackedDataset, module: TrainedModule, share: Share, ignored: int,
-        device: torch.device, documents: bool, go_on: Callable[[], bool],
+        self, config: EvaluationConfig, dataset: Part, module: TrainedModule, share: Share, ignored: int,
+        device: torch.device, documents: bool, go_on: Callable[[], bool], vocabulary: int | None = None,
     ) -> None:  # fmt: skip
         self._config, self._module, self._share, self._device, self._go_on = config, module, share, device, go_on
-        self._batches = Batches(InOrder(dataset), dataset.sequence_length, share, ignored, device, documents)
+        samples = in_order(dataset, vocabulary)
+        self._batches = Batches(samples, dataset.sequence_length, share, ignored, device, documents)
         whole = math.ceil(len(dataset) / share.step_samples)
         self._steps = min(whole, config.steps or whole)
 

@@ -172,7 +172,7 @@ class TrainingRun:
         if self.step >= self.steps:
             logger.info("nothing to do: the run ends at step %d, and step %d is reached", self.steps, self.step)
             return
-        samples = samples_of(self.dataset, self.seed)
+        samples = samples_of(self.dataset, self.seed, args.model.vocabulary)
         if self.length.samples is not None:
             samples = First(samples, self.length.samples)
         length, ignored = self.dataset.sequence_length, args.dataset.ignored_label
@@ -280,7 +280,7 @@ class TrainingRun:
         if config.dataset is None:
             return None
         given = (data.ignored_label, self.device, data.document_mask)
-        return Evaluation(config, config.dataset, self.module, self.share, *given, go_on)
+        return Evaluation(config, config.dataset, self.module, self.share, *given, go_on, self.args.model.vocabulary)
 
     def _step_to_save(self) -> int | None:
         """After which step this rank is, if that state can be saved; else None. Not collective."""

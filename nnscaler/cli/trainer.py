@@ -83,8 +83,14 @@ class Trainer:
             if self.watch is not None:
                 wait_for_steps_of(predicted_step_seconds(self.gen_folder), self.watch)
             run.train()
+        except UserError as error:  # of this rank alone, perhaps: of the rows that it reads
+            if self.watch is not None:
+                self.watch.failed(error)
+            raise
         except RuntimeError:
             if self.watch is not None:
+                if failure := self.watch.failure():
+                    raise failure from None
                 self.watch.explain()
             raise
         finally:

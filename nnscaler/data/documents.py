@@ -28,40 +28,43 @@ COLUMNS = (DOCUMENT_STARTS, POSITIONS, "seq_idx", "document_ids", "segment_ids",
 Places = np.ndarray[Any, np.dtype[np.int64]]
 
 
-def document_starts(column: str, values: Any, counts: Any, length: int) -> Places:
+def document_starts(column: str, values: Any, counts: Any, length: int, dataset: object = "the dataset") -> Places:
     """The places at which documents begin, rising, in rows of `length` tokens that are laid end to end.
 
-    values  of the column, row after row
-    counts  how many of them each row has
-    column  what the values are; it may say that a row begins with the rest of a document
+    values   of the column, row after row
+    counts   how many of them each row has
+    column   what the values are; it may say that a row begins with the rest of a document
+    dataset  what errors call it
 
     The first place of such a row is not among the results. Raises UserError for values that are no places, positions,
     numbers or lengths.
     """
     values, counts = np.asarray(values, np.int64), np.asarray(counts, np.int64)
     rows = np.arange(len(counts)) * length
+
+    def check(right: Any, found: Any, what: str) -> None:
+        """`right`: for each of what was found, whether it is."""
+        if not right.all():
+            raise UserError(f"column '{column}' of {dataset} must hold {what}, not {found[~right][0]}")
+
     if column == DOCUMENT_STARTS:
         found = np.repeat(rows, counts) + values
-        right = values.size == 0 or (values.min() >= 0 and values.max() < length and bool((np.diff(found) > 0).all()))
-        _check(bool(right), column, f"places from 0 to {length - 1}, which rise")
+        rises = np.diff(found, prepend=-1) > 0
+        check((values >= 0) & (values < length) & rises, values, f"places from 0 to {length - 1}, which rise")
         return found
     if column in LENGTHS:
         ends, last = (np.concatenate([[0], np.cumsum(each)]) for each in (values, counts))
-        right = bool((values > 0).all()) and np.array_equal(ends[last], np.arange(len(counts) + 1) * length)
-        _check(right, column, f"lengths that add up to {length} in each row")
+        sums = np.diff(ends[last])
+        check(values > 0, values, "lengths of 1 or more")
+        check(sums == length, sums, f"lengths that add up to {length} in each row")
         return ends[:-1]
-    _check(bool((counts == length).all()), column, f"one number for each of {length} tokens")
+    check(counts == length, counts, f"one number for each of {length} tokens")
     if column == POSITIONS:
         follows = np.diff(values, prepend=-1) == 1
         follows[rows] = True
-        _check(bool((follows | (values == 0)).all()), column, "positions that rise by one or start anew at 0")
+        check(follows | (values == 0), values, "positions that rise by one or start anew at 0")
         return np.flatnonzero(values == 0)
     return np.union1d(rows, np.flatnonzero(np.diff(values)) + 1)
-
-
-def _check(right: bool, column: str, what: str) -> None:
-    if not right:
-        raise UserError(f"column '{column}' of the dataset must hold {what}")
 
 
 def document_inputs(starts: Sequence[Places], length: int) -> dict[str, Tensor]:

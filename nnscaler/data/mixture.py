@@ -16,9 +16,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from nnscaler.data.documents import DocumentLengths
+from nnscaler.data.files import is_url
 from nnscaler.data.packed import PackedDataset, Row
-from nnscaler.data.streamed import StreamedDataset, Streaming
-from nnscaler.data.training import Samples, Shuffled
+from nnscaler.data.streamed import StreamedDataset, StreamedInOrder, Streaming
+from nnscaler.data.training import InOrder, Samples, Shuffled
 from nnscaler.data.weighted import WeightedDataset, shares_of
 from nnscaler.errors import UserError
 
@@ -123,25 +124,34 @@ def open_sources(sources: Sequence[WeightedDataset]) -> Dataset | None:
 
     Raises UserError as `PackedDataset.open` and `StreamedDataset.open` do, and where the rows are not of one length.
     """
-    parts = [_open(source) for source in sources]
+    parts = [open_dataset(source.path) for source in sources]
     if len(parts) > 1:
         return Mixture.of(parts, [source.weight or 1.0 for source in sources], "dataset_path")
     return parts[0] if parts else None
 
 
-def _open(source: WeightedDataset) -> Part:
-    if source.is_url or any(Path(source.path).glob("**/*.parquet")) or Path(source.path).suffix == ".parquet":
-        return StreamedDataset.open(source.path)
-    return PackedDataset.open(Path(source.path))
+def open_dataset(path: str, flag: str = "dataset_path") -> Part:
+    """The dataset at a path or URL. Raises UserError as `PackedDataset.open` and `StreamedDataset.open` do."""
+    if is_url(path) or any(Path(path).glob("**/*.parquet")) or Path(path).suffix == ".parquet":
+        return StreamedDataset.open(path, flag)
+    return PackedDataset.open(Path(path), flag)
 
 
-def samples_of(dataset: Dataset, seed: int) -> Samples:
-    """The rows of a dataset, without end, in the order of a seed."""
+def samples_of(dataset: Dataset, seed: int, vocabulary: int | None = None) -> Samples:
+    """The rows of a dataset, without end, in the order of a seed.
+
+    vocabulary  how many ids the model knows, by which streamed rows are judged as they are read
+    """
     parts = [
-        Shuffled(part, seed, place) if isinstance(part, PackedDataset) else Streaming(part, seed, place)
+        Shuffled(part, seed, place) if isinstance(part, PackedDataset) else Streaming(part, seed, place, vocabulary)
         for place, part in enumerate(dataset.parts)
     ]
     return Mixed(parts, dataset.shares, seed) if isinstance(dataset, Mixture) else parts[0]
+
+
+def in_order(dataset: Part, vocabulary: int | None = None) -> Samples:
+    """Each row of a dataset once, in the order in which they are stored. `vocabulary`: as in `samples_of`."""
+    return StreamedInOrder(dataset, vocabulary) if isinstance(dataset, StreamedDataset) else InOrder(dataset)
 
 
 @lru_cache(maxsize=2)

@@ -62,11 +62,6 @@ class PackedDataset:
         try:
             rows = datasets.load_from_disk(str(path))
         except Exception as error:  # damaged files make the library raise whatever they may
-            if path.suffix == ".parquet" or any(path.glob("**/*.parquet")):
-                raise UserError(
-                    f"{flag} is '{path}', which holds Parquet files; it must be a dataset that bookcorpus.py wrote "
-                    "to a local folder"
-                ) from error
             known = (path / "state.json").exists()
             what = "which is empty or damaged" if known else "which is not a dataset that bookcorpus.py wrote"
             raise _wrong(flag, path, what) from error
@@ -119,7 +114,7 @@ class PackedDataset:
         """Places in a row at which documents begin, as a column says that there is."""
         assert self.documents is not None
         values = self.rows.data.column(self.documents)[row].values.to_numpy(zero_copy_only=False)
-        return document_starts(self.documents, values, [len(values)], self.sequence_length)
+        return document_starts(self.documents, values, [len(values)], self.sequence_length, f"'{self.path}'")
 
     @cached_property
     def document_lengths(self) -> DocumentLengths:
@@ -132,7 +127,7 @@ class PackedDataset:
         columns = [self.documents, *([COLUMN, LABELS] if self.has_labels else [])]
         for part, *tokens in zip(*map(self._parts, columns), strict=True):
             counts, values = part.value_lengths().to_numpy(), part.flatten().to_numpy(zero_copy_only=False)
-            found = document_starts(self.documents, values, counts, length)
+            found = document_starts(self.documents, values, counts, length, f"'{self.path}'")
             starts.append(found + before)
             if tokens:
                 ids, labels = (each.flatten().to_numpy().reshape(-1, length) for each in tokens)

@@ -10,7 +10,7 @@ once, on any number of devices, and replicas whose number divides LANES read dif
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -116,6 +116,16 @@ class StreamedDataset:
         return (self,)
 
     @property
+    def block(self) -> int:
+        """How many rows are read at a time."""
+        row_bytes = 4 * self.sequence_length * len(self.columns)
+        return max(1, min(MOST_ROWS, BUFFER // row_bytes))
+
+    def as_stored(self, epoch: int) -> Sequence[int]:
+        """The order of the files in which they are stored, which is the same in every epoch."""
+        return range(len(self.files))
+
+    @property
     def asks_for_documents(self) -> bool:
         """As `PackedDataset.asks_for_documents`, by the rows that are looked at."""
         if self.documents in (None, DOCUMENT_STARTS):
@@ -131,7 +141,7 @@ class StreamedDataset:
         """
         if self.documents is None:
             raise not_said(self.path)
-        rows = list(_Lane(self, 0, 0).first_rows())
+        rows = list(_Lane(self, self.as_stored).first_rows())
         length = self.sequence_length
         shifts = np.arange(len(rows)) * length
         starts = np.concatenate([row[DOCUMENT_STARTS] + shift for row, shift in zip(rows, shifts)])
@@ -212,13 +222,13 @@ def _statistics(footers: list[pq.FileMetaData], columns: Sequence[str]) -> dict[
 class Streaming:
     """The samples of a streamed dataset in the order of a seed, epoch after epoch, without end.
 
-    part  the place of the dataset in a mixture
+    part        the place of the dataset in a mixture
+    vocabulary  how many ids the model knows; None: whatever they are
     """
 
-    def __init__(self, dataset: StreamedDataset, seed: int, part: int = 0) -> None:
+    def __init__(self, dataset: StreamedDataset, seed: int, part: int = 0, vocabulary: int | None = None) -> None:
         self._dataset, self._seed, self._part, self._rows = dataset, seed, part, len(dataset)
-        row_bytes = 4 * dataset.sequence_length * len(dataset.columns)
-        self._block = max(1, min(MOST_ROWS, BUFFER // row_bytes))
+        self._block, self._vocabulary = dataset.block, vocabulary
         self._lanes: dict[int, _Lane] = {}
 
     def sample(self, number: int) -> Row:
@@ -231,15 +241,45 @@ class Streaming:
         last = min(first + self._block, begin + short + (lane < longer))
         seeds = (self._seed, epoch, self._part, lane, block, _BLOCK)
         order = np.random.default_rng(seeds).permutation(last - first)
-        reader = self._lanes.setdefault(lane, _Lane(self._dataset, self._seed, self._part))
+        reader = self._lanes.setdefault(lane, _Lane(self._dataset, self._files, self._vocabulary))
         return reader.rows(epoch, first, last)[int(order[within])]
+
+    def _files(self, epoch: int) -> Sequence[int]:
+        """An epoch's order of the files."""
+        seeds = (self._seed, epoch, self._part, _FILES)
+        order: list[int] = np.random.default_rng(seeds).permutation(len(self._dataset.files)).tolist()
+        return order
+
+
+class StreamedInOrder:
+    """Each row of a streamed dataset once, in the order in which they are stored. Every copy of the model reads all.
+
+    vocabulary  as in `Streaming`
+    """
+
+    def __init__(self, dataset: StreamedDataset, vocabulary: int | None = None) -> None:
+        self._block, self._rows = dataset.block, len(dataset)
+        self._reader = _Lane(dataset, dataset.as_stored, vocabulary)
+
+    def sample(self, number: int) -> Row | None:
+        if number >= self._rows:
+            return None
+        block, within = divmod(number, self._block)
+        first = block * self._block
+        return self._reader.rows(0, first, min(first + self._block, self._rows))[within]
 
 
 class _Lane:
-    """Reads one block of rows after the other, and keeps the last one."""
+    """Reads one block of rows after the other, and keeps the last one.
 
-    def __init__(self, dataset: StreamedDataset, seed: int, part: int) -> None:
-        self._dataset, self._seed, self._part = dataset, seed, part
+    order       epoch -> in which order its files come
+    vocabulary  as in `Streaming`
+    """
+
+    def __init__(
+        self, dataset: StreamedDataset, order: Callable[[int], Sequence[int]], vocabulary: int | None = None
+    ) -> None:
+        self._dataset, self._order, self._vocabulary = dataset, order, vocabulary
         self._held: tuple[tuple[int, int], list[Row]] = ((-1, -1), [])  # which block, and its rows
         self._ahead: Iterator[Row] = iter(())
         self._next = (-1, -1)  # the epoch and the row that come next from there
@@ -265,8 +305,7 @@ class _Lane:
 
     def _from(self, epoch: int, first: int) -> Iterator[Row]:
         """The rows of an epoch from number `first` on."""
-        files = self._dataset.files
-        order = np.random.default_rng((self._seed, epoch, self._part, _FILES)).permutation(len(files))
+        files, order = self._dataset.files, self._order(epoch)
         ends = list(accumulate(files[index][1] for index in order))
         at = bisect_right(ends, first)
         skipped = first - (ends[at - 1] if at else 0)
@@ -299,8 +338,24 @@ class _Lane:
                     f"'{name}' has a row with {len(found[column])} {column}; those of the first row are "
                     f"{self._dataset.sequence_length}"
                 )
+            if column in found and self._vocabulary is not None:
+                _check_ids(found[column], column, self._vocabulary, name)
         documents = self._dataset.documents
         if documents is not None:
             values = found.pop(documents)
-            found[DOCUMENT_STARTS] = document_starts(documents, values, [len(values)], self._dataset.sequence_length)
+            length = self._dataset.sequence_length
+            found[DOCUMENT_STARTS] = document_starts(documents, values, [len(values)], length, f"'{name}'")
         return found
+
+
+def _check_ids(ids: Any, column: str, vocabulary: int, name: str) -> None:
+    """Raises UserError where a row of a file has an id that the model does not know. Footers may not tell of it."""
+    unknown = (ids < 0) | (ids >= vocabulary)
+    if column == LABELS:
+        unknown &= ids != IGNORED
+    if unknown.any():
+        other = f", and {IGNORED} where nothing is learned" if column == LABELS else ""
+        raise UserError(
+            f"'{name}' has a row with the id {ids[unknown][0]} in '{column}', and the model knows those from 0 to "
+            f"{vocabulary - 1}{other}; prepare it with the model's own tokenizer"
+        )

@@ -23,10 +23,6 @@ class WeightedDataset:
     path: str
     weight: float | None = None
 
-    @property
-    def is_url(self) -> bool:
-        return is_url(self.path)
-
     @staticmethod
     def read_all(texts: Sequence[str], flag: str) -> list[WeightedDataset]:
         """From texts PATH or PATH=WEIGHT. Raises UserError where one of several has no weight, or a weight that is
@@ -46,18 +42,18 @@ class WeightedDataset:
     @staticmethod
     def _read(text: str, flag: str) -> WeightedDataset:
         if os.path.exists(os.path.expanduser(text)) or "=" not in text:
-            return WeightedDataset(_spelled(text))
+            return WeightedDataset(spelled(text))
         path, _, number = text.rpartition("=")
         try:
             weight = float(number)
         except ValueError:
-            return WeightedDataset(_spelled(text))
+            return WeightedDataset(spelled(text))
         if not 0 < weight <= 1e9:
             raise UserError(f"{flag} gives '{path}' the weight {number}; it must be more than 0 and at most 1e9")
-        return WeightedDataset(_spelled(path), weight)
+        return WeightedDataset(spelled(path), weight)
 
 
-def _spelled(path: str) -> str:
+def spelled(path: str) -> str:
     """A path or URL in one of the ways to spell it, by which logs name it and by which it is known again."""
     return path.rstrip("/") if is_url(path) else os.path.normpath(os.path.expanduser(path))
 

@@ -6,11 +6,15 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import train
 from chunk_linear_cross_entropy import in_chunks
 from nnscaler.cli.config import TrainerArgs
+from nnscaler.data.streamed import StreamedDataset
+from nnscaler.errors import UserError
 from nnscaler.models import causal_lm, files
 from tests import tiny
 
@@ -65,6 +69,19 @@ def test_a_model_as_flags_have_it(made):
     assert args.model.save_assets[1:] == ("float32", "model", Path("data"), 28, adapters)
     assert args.model.instead == {}, "it is done"
     assert (args.evaluation.interval, args.evaluation.dataset.path.name) == (7, "validation")
+
+
+def test_a_validation_of_parquet_files_is_streamed(made):
+    Path("rows").mkdir()
+    rows = {"input_ids": [[1] * tiny.LENGTH] * 3}
+    pq.write_table(pa.table(rows), "rows/a.parquet")
+    for path in ("rows/", "rows/a.parquet", Path("rows").absolute().as_uri()):
+        args, _ = made("--dataset_path", "data", "--eval_dataset_path", path)
+        assert (type(args.evaluation.dataset), len(args.evaluation.dataset)) == (StreamedDataset, 3)
+    rows["input_ids"] = [[1] * 5]
+    pq.write_table(pa.table(rows), "rows/a.parquet")
+    with pytest.raises(UserError, match="eval_dataset_path is 'rows', whose sequences have 5 tokens, but those of"):
+        made("--dataset_path", "data", "--eval_dataset_path", "rows")
 
 
 def test_a_plan_needs_no_weights_and_says_how_it_is_made(made):

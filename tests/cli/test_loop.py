@@ -167,7 +167,7 @@ def fakes(monkeypatch) -> list:
     monkeypatch.setattr(loop, "Progress", Progress)
     monkeypatch.setattr(loop, "RunLog", Log)
     monkeypatch.setattr(loop, "log_folder", lambda *given: given)
-    monkeypatch.setattr(loop, "samples_of", lambda dataset, seed: ("samples", dataset, seed))
+    monkeypatch.setattr(loop, "samples_of", lambda dataset, seed, vocabulary: ("samples", dataset, seed))
     monkeypatch.setattr(loop, "First", lambda samples, count: ("first", samples[-1], count))
     monkeypatch.setattr(loop, "random_states", lambda device: "random")
     loads = SimpleNamespace(counted=nullcontext, report=lambda: lambda: {"experts/idle": 0.5})
@@ -362,11 +362,12 @@ def test_a_validation_is_told_how_rows_are_read(monkeypatch):
     assert run._evaluation(None) is None
     data = SimpleNamespace(ignored_label=-7, document_mask=True)
     validation = SimpleNamespace(dataset="rows")
-    run.args = SimpleNamespace(evaluation=validation, dataset=data)
+    run.args = SimpleNamespace(evaluation=validation, dataset=data, model=SimpleNamespace(vocabulary=96))
     run.watch, run.step = SimpleNamespace(reached=steps.append), 4
     termination = SimpleNamespace(told=False)
-    *given, go_on = run._evaluation(termination)
+    *given, go_on, vocabulary = run._evaluation(termination)
     assert given == [validation, "rows", run.module, run.share, -7, run.device, True]
+    assert vocabulary == 96
     assert go_on()
     termination.told = True
     assert not go_on()

@@ -59,21 +59,21 @@ def test_a_row_that_goes_on_with_a_document_begins_one_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("column", "values", "counts", "said"),
     [
-        ("document_starts", [0, 6], [2], "places from 0 to 5, which rise"),
-        ("document_starts", [-1], [1], "places from 0 to 5"),
-        ("document_starts", [2, 2], [2], "which rise"),
-        ("document_starts", [4, 1], [2], "which rise"),
-        ("position_ids", [0, 1, 2, 2, 3, 4], [6], "rise by one or start anew at 0"),
-        ("position_ids", [0, 1, 2, 5, 6, 7], [6], "rise by one or start anew at 0"),
-        ("position_ids", [0, 1, 2], [3], "one number for each of 6 tokens"),
-        ("seq_idx", [0], [1], "one number for each of 6 tokens"),
-        ("seq_lengths", [2, 3], [2], "lengths that add up to 6 in each row"),
-        ("seq_lengths", [6, 0], [2], "lengths that add up to 6 in each row"),
-        ("seq_lens", [2, 4, 6], [3, 0], "lengths that add up to 6 in each row"),
+        ("document_starts", [0, 6], [2], "places from 0 to 5, which rise, not 6"),
+        ("document_starts", [-1], [1], "places from 0 to 5, which rise, not -1"),
+        ("document_starts", [2, 2], [2], "which rise, not 2"),
+        ("document_starts", [4, 1], [2], "which rise, not 1"),
+        ("position_ids", [0, 1, 2, 2, 3, 4], [6], "rise by one or start anew at 0, not 2"),
+        ("position_ids", [0, 1, 2, 5, 6, 7], [6], "rise by one or start anew at 0, not 5"),
+        ("position_ids", [0, 1, 2], [3], "one number for each of 6 tokens, not 3"),
+        ("seq_idx", [0], [1], "one number for each of 6 tokens, not 1"),
+        ("seq_lengths", [2, 3], [2], "lengths that add up to 6 in each row, not 5"),
+        ("seq_lengths", [6, 0], [2], "lengths of 1 or more, not 0"),
+        ("seq_lens", [2, 4, 6], [3, 0], "lengths that add up to 6 in each row, not 12"),
     ],
 )
 def test_columns_that_say_something_else(column: str, values: list[int], counts: list[int], said: str) -> None:
-    with pytest.raises(UserError, match=f"column '{column}' of the dataset must hold .*{said}"):
+    with pytest.raises(UserError, match=f"column '{column}' of the dataset must hold .*{said}$"):
         document_starts(column, values, counts, LENGTH)
 
 

@@ -20,9 +20,8 @@ from nnscaler.cli.config import CheckpointConfig, DatasetConfig
 from nnscaler.cli.trainer import Trainer
 from nnscaler.data import remote, streamed
 from nnscaler.data.documents import DocumentLengths
-from nnscaler.data.mixture import open_sources, samples_of
-from nnscaler.data.packed import PackedDataset
-from nnscaler.data.streamed import StreamedDataset, Streaming
+from nnscaler.data.mixture import in_order, open_sources, samples_of
+from nnscaler.data.streamed import StreamedDataset, StreamedInOrder, Streaming
 from nnscaler.data.training import Share
 from nnscaler.data.weighted import WeightedDataset
 from nnscaler.errors import UserError
@@ -126,7 +125,9 @@ def test_other_columns_say_where_documents_begin(tmp_path):
         DatasetConfig(dataset)
     rows["position_ids"] = [[0, 0, 2]] * 2
     pq.write_table(pa.table(rows), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match="must hold positions that rise by one or start anew"):
+    with pytest.raises(
+        UserError, match=r"of '.*a.parquet' must hold positions that rise by one or start anew at 0, not 2"
+    ):
         Streaming(StreamedDataset.open(str(tmp_path)), 5).sample(0)
 
 
@@ -136,6 +137,17 @@ def test_every_epoch_and_seed_has_an_order_of_its_own(tmp_path):
     assert first != second
     assert first != drawn(dataset, range(120), seed=6)
     assert first != sorted(first)
+
+
+@pytest.mark.parametrize("block", [1, 4, 100])
+def test_in_order_each_row_is_once_and_an_evaluation_begins_anew(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(streamed, "MOST_ROWS", block)
+    samples = in_order(StreamedDataset.open(str(write(tmp_path, [[3, 2], [1], [4]]))))
+    for numbers in (range(13), range(1, 13, 3), range(4), range(13)):
+        found = [samples.sample(number) for number in numbers]
+        assert [row and int(row["input_ids"][0]) for row in found] == [
+            number if number < 10 else None for number in numbers
+        ]
 
 
 def test_replicas_read_lanes_of_their_own(tmp_path, monkeypatch):
@@ -196,8 +208,6 @@ def test_what_cannot_be_streamed(tmp_path):
         StreamedDataset.open("nowhere://rows")
     with pytest.raises(UserError, match="has a row with 3 input_ids; those of the first row are 2"):
         drawn(StreamedDataset.open(str(tmp_path / "ragged.parquet")), range(2))
-    with pytest.raises(UserError, match="which holds Parquet files; it must be a dataset that"):
-        PackedDataset.open(tmp_path, "eval_dataset_path")
 
 
 IDS = pa.array([[1, 2], [3, 4]], pa.list_(pa.int32()))
@@ -220,6 +230,27 @@ def test_rows_of_files_that_would_be_read_wrong(tmp_path, files, said):
         pq.write_table(pa.table(columns), tmp_path / f"{number}.parquet")
     with pytest.raises(UserError, match=said):
         drawn(StreamedDataset.open(str(tmp_path)), range(4))
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"input_ids": [[1, 96]]}, "the id 96 in 'input_ids', and the model knows those from 0 to 95; prepare it"),
+        ({"input_ids": [[-1, 5]]}, "the id -1 in 'input_ids', and the model knows"),
+        ({"input_ids": [[-100, 5]]}, "the id -100 in 'input_ids', and the model knows"),
+        ({"input_ids": IDS[:1], "labels": [[-100, 99]]}, "the id 99 in 'labels', .* to 95, and -100 where nothing is"),
+        ({"input_ids": IDS[:1], "labels": [[-100, -7]]}, "the id -7 in 'labels', and the model knows"),
+    ],
+)
+def test_rows_are_judged_as_they_are_read_where_footers_do_not_tell(tmp_path, columns, said):
+    pq.write_table(pa.table(columns), tmp_path / "0.parquet", write_statistics=False)
+    dataset = StreamedDataset.open(str(tmp_path))
+    for samples in (Streaming(dataset, 5, vocabulary=96), StreamedInOrder(dataset, 96)):
+        with pytest.raises(UserError, match=f"0.parquet' has a row with {said}"):
+            samples.sample(0)
+    columns = {"input_ids": [[0, 95]], "labels": [[-100, 95]]}
+    pq.write_table(pa.table(columns), tmp_path / "0.parquet", write_statistics=False)
+    assert Streaming(StreamedDataset.open(str(tmp_path)), 5, vocabulary=96).sample(0)["labels"].tolist() == [-100, 95]
 
 
 def test_footers_tell_the_ids_of_labels_too(tmp_path):
@@ -264,3 +295,22 @@ def test_a_mixture_with_a_stream_trains_as_the_plain_loop_and_goes_on_elsewhere(
         for line in (path / "metrics.jsonl").read_text().splitlines()
     ]
     assert found == pytest.approx(losses, rel=TOLERANCE)
+
+
+def complaint(folder: Path) -> str:
+    """What a run on a stream ends with on this rank."""
+    args = dataclasses.replace(arguments(Case(1, 2), folder), dataset=DatasetConfig(StreamedDataset.open(str(folder))))
+    with pytest.raises(UserError) as raised:
+        Trainer(args).run()
+    return str(raised.value)
+
+
+def test_a_row_that_one_copy_reads_ends_the_run_on_all_ranks_with_what_is_wrong(tmp_path):
+    tiny.write_hardware(tmp_path)
+    tiny.write_dataset(tmp_path / "data")
+    ids = np.zeros((5, tiny.LENGTH), np.int32)
+    ids[3, 5] = tiny.VOCABULARY
+    pq.write_table(pa.table({"input_ids": ids.tolist()}), tmp_path / "a.parquet", write_statistics=False)
+    mine, other = run(2, complaint, tmp_path, init=False)
+    assert mine == other
+    assert f"a.parquet' has a row with the id {tiny.VOCABULARY} in 'input_ids'" in mine

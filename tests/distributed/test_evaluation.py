@@ -21,6 +21,7 @@ import torch
 from nnscaler.checkpoint.folder import TrainerState, complete_checkpoints, latest_checkpoint
 from nnscaler.cli.config import CheckpointConfig, EvaluationConfig
 from nnscaler.cli.trainer import Trainer
+from nnscaler.data.mixture import open_dataset
 from nnscaler.data.training import PackedDataset
 from nnscaler.models.causal_lm import CausalLM, prepare_config
 from nnscaler.recompute import ON_DEVICE, ON_HOST
@@ -60,7 +61,10 @@ def folder(tmp_path_factory):
     ids = generator.integers(tiny.VOCABULARY, size=(ROWS, tiny.LENGTH))
     labels = np.where(generator.random(ids.shape) < 0.2, -100, ids)  # other numbers of labels in each row
     labels[3:] = np.where(np.arange(tiny.LENGTH) < 20, -100, labels[3:])
-    datasets.Dataset.from_dict({"input_ids": ids, "labels": labels}).save_to_disk(str(folder / "validation"))
+    rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": labels})
+    rows.save_to_disk(str(folder / "validation"))
+    (folder / "streamed").mkdir()
+    rows.to_parquet(folder / "streamed" / "rows.parquet", batch_size=3)
     return folder
 
 
@@ -70,7 +74,7 @@ def train(cases: list[Case], folder: Path, evaluates: bool) -> None:
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(index)
         args = arguments(case, folder)
         own = folder / ("with" if evaluates else "without")
-        validation = PackedDataset.open(folder / "validation") if evaluates else None
+        validation = open_dataset(str(folder / ("validation", "streamed")[index % 2])) if evaluates else None
         args = dataclasses.replace(
             args, max_train_steps=STEPS, checkpoint=CheckpointConfig(own / "checkpoints", interval=1, keep=0),
             log=dataclasses.replace(args.log, directory=own / "runs"),
