@@ -12,7 +12,7 @@ from nnscaler import compiler, division_search, loaded
 from nnscaler.batch import Batch, Division
 from nnscaler.compiler import compile_model
 from nnscaler.config import ComputeConfig
-from nnscaler.division_search import Tried, divide, in_division
+from nnscaler.division_search import Divided, Tried, divide, in_division
 from nnscaler.errors import UserError
 from nnscaler.loaded import division_in
 from nnscaler.models.causal_lm import CausalLM, prepare_config
@@ -44,6 +44,7 @@ class World:
 
     def __init__(self, monkeypatch, bounds, one=None, more=None, pipes=None):
         self.asked: list[tuple] = []
+        self.seconds: list[float] = []  # given to each search
         self.now = 0.0
         answers = {"one": one or {}, "more": more or {}, "pipeline": pipes or {}}
 
@@ -59,6 +60,10 @@ class World:
             self.now += 10.0
             kind = "pipeline" if not alone else "one" if len(meshes[0].sizes) == 1 else "more"
             assert config.explore_pipeline == (not alone)
+            assert not alone or (config.pipeline_schedule, config.pipeline_nstages, config.pipeline_pivots) == (
+                None, None, ()
+            )  # fmt: skip
+            self.seconds.append(config.search_seconds)
             self.asked.append((kind, config.plan_ngpus, graph, below))
             answer = answers[kind].get((config.plan_ngpus, graph), 0.0)
             if isinstance(answer, Exception):
@@ -164,6 +169,71 @@ def test_the_search_ends_in_time_with_the_best_so_far(monkeypatch):
     world.now = 0.0
     world.divide(search_seconds=4.0)
     assert world.asked == [("one", 2, 4, float("inf"))], "all nine have bounds after nine seconds of twelve"
+
+
+def test_each_search_has_its_time_and_pipelines_have_half_of_what_is_left(monkeypatch):
+    """All bounds are known after 9 s, and each search takes 10."""
+    one = {(2, 4): 8.1, (4, 4): 8.05, (2, 2): 8.07}
+    world = World(monkeypatch, BOUNDS, one)
+    world.divide(search_seconds=10.0)
+    assert world.seconds == [10.0, 10.0, division_search.LEAST_SECONDS], "21 s are left, 11, and 1"
+    world = World(monkeypatch, BOUNDS, one)
+    world.divide(search_seconds=20.0)
+    assert [kind for kind, *_ in world.asked] == ["one"] * 3 + ["more"] * 3, "51 s"
+    world = World(monkeypatch, BOUNDS, one)
+    world.divide(search_seconds=20.0, explore_pipeline=True)
+    assert [kind for kind, *_ in world.asked] == ["one"] * 3 + ["more"] * 2 + ["pipeline"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kinds"),
+    [({"pipeline_nstages": 1}, {"one", "more"}), ({"pipeline_nstages": 2}, {"pipeline"}),
+     ({"pipeline_pivots": ("Layer",)}, {"one", "more", "pipeline"})],
+)  # fmt: skip
+def test_only_what_the_user_allows_is_planned(wanted, kinds, monkeypatch):
+    world = World(monkeypatch, BOUNDS, {(2, 4): 8.1}, pipes={(4, 1): 9.5})
+    world.divide(explore_pipeline=True, **wanted)
+    assert {kind for kind, *_ in world.asked} == kinds
+
+
+def test_each_size_of_micro_batch_is_traced_once_with_the_strategy_asked_for(monkeypatch):
+    world, told = World(monkeypatch, BOUNDS, {(2, 4): 8.1}), []
+
+    def traced(source: Source, strategy: str) -> int:
+        told.append((source.inputs["input_ids"].shape[0], strategy))
+        return told[-1][0]
+
+    monkeypatch.setattr(division_search, "traced", traced)
+    found = world.divide(trace_strategy="cpu")
+    assert told == [(size, "cpu") for size in (1, 2, 4, 8)]
+    assert found.graph == 4
+
+
+def planned(seconds: float) -> SimpleNamespace:
+    return SimpleNamespace(step_seconds=seconds, memory_bytes=GIB, memory_limit=2 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("lost", "why"),
+    [
+        (Tried(Division(2, 1, 4), plan=planned(9.96)), "0.4 % faster, which is too little for more devices a copy"),
+        (Tried(Division(1, 4, 2), plan=planned(9.96)), "0.4 % faster, which is too little for larger micro-batches"),
+        (Tried(Division(1, 2, 4), True, plan=planned(9.96)), "0.4 % faster, which is too little for a pipeline"),
+        (Tried(Division(1, 1, 8), plan=planned(11.0)), "10.0 % slower"),
+        (Tried(Division(1, 1, 8), bound=12.0), "at least 20.0 % slower"),
+        (Tried(Division(1, 1, 8), bound=9.9), "no faster plan was found"),
+        (Tried(Division(1, 1, 8), bound=10.0), "no faster plan was found"),
+        (Tried(Division(1, 1, 8)), "not tried: time was out"),
+        (Tried(Division(1, 1, 8), True), "no faster plan was found"),
+        (Tried(Division(1, 1, 8), bound=float("inf"), needed=5 * GIB), "does not fit: 3.00 GiB too much, or more"),
+        (Tried(Division(1, 1, 8), needed=GIB), "does not fit: 0 B too much, or more"),
+        (Tried(Division(1, 1, 8), bound=12.0, needed=5 * GIB, refusal="dp cannot"), "dp cannot"),
+    ],
+)
+def test_why_a_division_lost(lost, why):
+    first = Tried(Division(1, 2, 4), plan=planned(10.0))
+    divided = Divided(source(), ComputeConfig(1, 1), None, first.plan, [first, lost])  # type: ignore[arg-type]
+    assert [row["why"] for row in division_rows(divided, 32)] == ["chosen", why]
 
 
 def test_where_nothing_fits_the_division_of_least_memory_is_explained(monkeypatch):

@@ -119,3 +119,22 @@ def test_what_a_policy_pins_is_pinned_before(monkeypatch):
     assert planning.plan_for(GRAPH, replace(CONFIG, pas_policy=lambda graph: graph.store), H100, None) == {}
     with pytest.raises(UserError, match="the model uses no parameter 'w'"):
         planning.plan_for(GRAPH, replace(CONFIG, pas_policy=lambda graph: graph.store("w", 0)), H100, None)
+
+
+def test_meshes_and_limits_that_are_given_reach_the_search_and_a_bound_is_asked_for_alike(monkeypatch):
+    asked = []
+    for name in ("find_plan", "find_pipeline", "least_step"):
+        monkeypatch.setattr(planning, name, lambda *given, name=name, **named: asked.append((name, given, named)))
+    every = meshes(4, 2, 8)
+    planning.plan_for(GRAPH, CONFIG, H100, TIMES, every[1:], False, 1.5)
+    _, (_, found, _), named = asked.pop()
+    assert (found, named["below"]) == (every[1:], 1.5)
+    planning.plan_for(GRAPH, replace(CONFIG, explore_pipeline=True), H100, TIMES, every[1:], False, 1.5)
+    _, (_, found, _, wanted), named = asked.pop()
+    assert (found, wanted.alone, named["below"]) == (every[1:], False, 1.5)
+    planning.bound_for(GRAPH, CONFIG, H100, TIMES)
+    for limit in ("seconds", "below"):
+        del named[limit]
+    assert asked.pop() == ("least_step", (GRAPH, every[0], H100), named)
+    with pytest.raises(UserError, match="the model uses no parameter 'w'"):
+        planning.bound_for(GRAPH, replace(CONFIG, pas_policy=lambda graph: graph.store("w", 0)), H100, None)

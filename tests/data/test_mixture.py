@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from nnscaler.checkpoint.folder import TrainerState, latest_checkpoint
 from nnscaler.cli.config import CheckpointConfig, DatasetConfig
 from nnscaler.cli.trainer import Trainer
+from nnscaler.data.documents import DocumentLengths
 from nnscaler.data.mixture import Mixed, Mixture, open_sources, samples_of
 from nnscaler.data.packed import PackedDataset
 from nnscaler.data.training import Batches, SampleOrder, Share
@@ -138,6 +140,17 @@ def test_lengths_of_a_mixture_s_documents(tmp_path):
     lengths = mixture.document_lengths
     assert (lengths.documents, lengths.longest, lengths.mean, lengths.cut) == (5, 4, 12 / 5, 0)
     assert lengths.of_token == pytest.approx(0.75 * (16 + 4 + 4) / 8 + 0.25 * (1 + 9) / 4)
+    first = DocumentLengths(documents=2, mean=3.0, longest=3, of_token=1.0, cut=1, padded=4, positions=5)
+    second = DocumentLengths(2, 2.0, 2, 1.0, cut=2, padded=5, positions=6, estimated=True)
+    parts = [SimpleNamespace(document_lengths=one) for one in (first, second)]
+    both = [Mixture(order, (1, 1)).document_lengths for order in (tuple(parts), tuple(parts[::-1]))]
+    assert both == [DocumentLengths(4, 2.5, 3, 1.0, cut=3, padded=9, positions=6, estimated=True)] * 2
+    assert not Mixture((parts[0],), (1,)).document_lengths.estimated
+
+
+def test_datasets_of_one_name_are_told_by_their_paths():
+    parts = [SimpleNamespace(path=path) for path in ("/a/x", "/b/x", "/b/y")]
+    assert Mixture(tuple(parts), (1, 1, 1)).names == ["/a/x", "/b/x", "y"]
 
 
 SOURCES = {"a": 0.75, "b": 0.25}

@@ -45,8 +45,8 @@ def write(folder: Path, files: list[list[int]]) -> Path:
     return folder
 
 
-def drawn(dataset: StreamedDataset, numbers: range, seed: int = 5) -> list[int]:
-    streaming = Streaming(dataset, seed)
+def drawn(dataset: StreamedDataset, numbers: range, seed: int = 5, part: int = 0) -> list[int]:
+    streaming = Streaming(dataset, seed, part)
     return [int(streaming.sample(number)["input_ids"][0]) for number in numbers]
 
 
@@ -131,12 +131,43 @@ def test_other_columns_say_where_documents_begin(tmp_path):
         Streaming(StreamedDataset.open(str(tmp_path)), 5).sample(0)
 
 
-def test_every_epoch_and_seed_has_an_order_of_its_own(tmp_path):
-    dataset = StreamedDataset.open(str(write(tmp_path, [[30], [30, 20], [40]])))
-    first, second = drawn(dataset, range(120)), drawn(dataset, range(120, 240))
-    assert first != second
-    assert first != drawn(dataset, range(120), seed=6)
-    assert first != sorted(first)
+@pytest.mark.parametrize(
+    ("positions", "labels", "asks"),
+    [
+        ([[0, 1, 2], [0, 1, 2]], {}, False),
+        ([[0, 1, 2], [0, 1, 0]], {}, True),
+        ([[0, 1, 2], [0, 0, 1]], {"labels": [[5, 6, 7], [5, -100, -100]]}, True),  # a document and padding
+    ],
+)
+def test_whose_streams_ask_for_documents(positions, labels, asks, tmp_path):
+    rows = {"input_ids": [[5, 6, 7], [5, 0, 0]], "position_ids": positions}
+    pq.write_table(pa.table(rows | labels), tmp_path / "a.parquet")
+    assert StreamedDataset.open(str(tmp_path)).asks_for_documents is asks
+
+
+@pytest.mark.parametrize(("files", "most"), [([[60]], 1024), ([[1]] * 60, 1)], ids=["of rows", "of files"])
+def test_every_epoch_seed_and_part_of_a_mixture_has_an_order_of_its_own(files, most, tmp_path, monkeypatch):
+    monkeypatch.setattr(streamed, "MOST_ROWS", most)
+    dataset = StreamedDataset.open(str(write(tmp_path, files)))
+    orders = [drawn(dataset, range(60)), drawn(dataset, range(60, 120)), drawn(dataset, range(60), 6)]
+    orders.append(drawn(dataset, range(60), part=1))
+    assert len({tuple(order) for order in orders}) == 4
+    assert list(range(60)) not in orders
+
+
+def test_every_block_of_every_lane_has_an_order_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(streamed, "LANES", 2)
+    monkeypatch.setattr(streamed, "MOST_ROWS", 16)
+    found = drawn(StreamedDataset.open(str(write(tmp_path, [[64]]))), range(64))
+    blocks = [[row % 16 for row in found[lane::2][at : at + 16]] for lane in range(2) for at in (0, 16)]
+    assert [sorted(block) for block in blocks] == [list(range(16))] * 4
+    assert len(set(map(tuple, blocks))) == 4
+
+
+def test_streams_of_a_mixture_are_told_their_place(tmp_path):
+    sources = [WeightedDataset(str(write(tmp_path / name, [[9]])), 0.5) for name in ("a", "b")]
+    parts = samples_of(open_sources(sources), 3)._samples
+    assert [(one._seed, one._part) for one in parts] == [(3, 0), (3, 1)]
 
 
 @pytest.mark.parametrize("block", [1, 4, 100])

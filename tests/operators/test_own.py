@@ -86,9 +86,35 @@ class Read(BySize):
         return x * x.sum().item()
 
 
+class Shifted(BySize):
+    """By what has no gradient, and is the same along some dimensions."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, by: Tensor) -> Tensor:
+        return x + by
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class Both(Shifted):
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return x + 1, y + 1
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients
+
+
 @pytest.mark.parametrize(
     ("function", "args", "annotation"),
     [
+        (Shifted, (X, VECTOR), "d0 d1, d1 -> d0 d1"),
+        (Shifted, (X, X[:, :1]), "d0 d1, d0 1 -> d0 d1"),
+        (Both, (X, X), "d0 d1, d0 d1 -> d0 d1, d0 d1"),
+        (Both, (X, VECTOR), "4 6, 6 -> 4 6, 6"),
         (own.Rounded, (X, 0.5), "d0 d1 -> d0 d1"),
         (own.Rounded, (X[:1], 0.5), "1 d1 -> 1 d1"),
         (own.Rounded, (X.sum(), 0.5), "() -> ()"),

@@ -20,6 +20,7 @@ from nnscaler.operators import spell
 from nnscaler.placement import Shard
 from nnscaler.plan import Key
 from nnscaler.planner import find_plan
+from nnscaler.planner import fp8 as fp8_costs
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.options import Option
 from nnscaler.planner.price import price
@@ -141,6 +142,22 @@ def test_a_product_by_hand(machine):
     assert gate.transient == 2 * (x + weight + y) + max(2 * x, 2 * y) + weight
     down = next(option for name, option in found.items() if "down" in name)
     assert down.seconds.forward == pytest.approx(product + byte * (6 * y + 5 * weight))
+
+
+def test_a_product_that_memory_and_launches_bound_by_hand(tmp_path):
+    """1e6 bytes a second, and a millisecond for each kernel; also where x, W, or both are frozen."""
+    machine = load_hardware(tiny.write_hardware(tmp_path, flops=FP8, launch=1e-3, memory_bandwidth=1e6))
+    x, weight, y, byte = M * K, N * K, M * N, 1e-6
+    both = fp8_costs.Fp8Product(M, K, N, 2, takers=4, trains_x=True, trains_w=True)
+    # The product, a fourth of x's rounding, and W's, each of which looks at its tensor first.
+    assert both.forward(machine) == pytest.approx(3.5e-3 + byte * (x + weight + 2 * y + 6 * x / 4 + 5 * weight))
+    rounding = 2e-3 + byte * 6 * y
+    of_x = 2e-3 + byte * (3 * weight + y + weight + 2 * x)
+    of_w = 1e-3 + byte * (y + x + 2 * weight)
+    assert both.backward(machine) == pytest.approx(rounding + of_x + of_w)
+    assert replace(both, trains_w=False).backward(machine) == pytest.approx(rounding + of_x)
+    assert replace(both, trains_x=False).backward(machine) == pytest.approx(rounding + of_w)
+    assert replace(both, trains_x=False, trains_w=False).backward(machine) == 0
 
 
 @pytest.mark.parametrize(
