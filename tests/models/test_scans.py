@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from nnscaler import verify_op
+from nnscaler.graph import Node
 from nnscaler.models.causal_lm import CausalLM, prepare_config
 from nnscaler.models.scans import SCANS
+from nnscaler.operators.registry import all_registered
 from nnscaler.operators.scans import scan
 from nnscaler.trace import build_on_meta, trace
 from tests.models.architectures import batch, compare, config_of
@@ -73,3 +75,10 @@ def test_a_graph_has_as_many_operators_for_any_number_of_tokens():
     nodes = [node.op for block in (graph.root, *graph.blocks.values()) for node in block.nodes]
     assert nodes.count("scan") == 1
     assert len(nodes) < 100
+
+
+def test_arithmetic_of_a_state():
+    """Each of 2 * 3 * 5 * 7 numbers is decayed, added to, and read: three multiplications with an addition."""
+    (operator,) = (one for one in all_registered() if one.name == "scan")
+    node = Node("y", "scan", (), {}, ("y",))
+    assert operator.flops({"b": 2, "l": 3, "d": 5, "n": 7}, node) == 3 * 2 * 210

@@ -114,7 +114,7 @@ class Both(Shifted):
         (Shifted, (X, VECTOR), "d0 d1, d1 -> d0 d1"),
         (Shifted, (X, X[:, :1]), "d0 d1, d0 1 -> d0 d1"),
         (Both, (X, X), "d0 d1, d0 d1 -> d0 d1, d0 d1"),
-        (Both, (X, VECTOR), "4 6, 6 -> 4 6, 6"),
+        (Both, (MATRIX, VECTOR), "6 6, 6 -> 6 6, 6"),
         (own.Rounded, (X, 0.5), "d0 d1 -> d0 d1"),
         (own.Rounded, (X[:1], 0.5), "1 d1 -> 1 d1"),
         (own.Rounded, (X.sum(), 0.5), "() -> ()"),
