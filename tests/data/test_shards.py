@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import fsspec
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
@@ -122,6 +123,57 @@ def test_one_note_says_how_far_an_unfinished_dataset_is(monkeypatch):
         packing.pack(corpus, tokenizer, url, 2, 2, {"tokenizer": "x"})
     (note,) = MEMORY.glob(f"{url.removeprefix('memory:/')}/{UNFINISHED}*")
     assert json.loads(MEMORY.cat_file(note))["done"] == 3
+
+
+def writer_to(url: str) -> ShardWriter:
+    """Of rows of two tokens."""
+    return ShardWriter(url, find_corpus(store("memory://one-text", [[{"text": "x"}]])), 2, False, {})
+
+
+def put(writer: ShardWriter, rows: int) -> None:
+    writer.write(np.zeros(2 * rows, np.int32), np.zeros(1, np.int32))
+
+
+def notes_of(url: str) -> list[dict[str, Any]]:
+    return [json.loads(MEMORY.cat_file(name)) for name in MEMORY.glob(f"{url.removeprefix('memory:/')}/{UNFINISHED}*")]
+
+
+@pytest.mark.parametrize(
+    ("shard", "batches", "sizes"), [(8, [3, 1, 5, 1, 1], [4, 5, 2]), (7, [3, 1, 3, 1, 4], [4, 4, 4])]
+)
+def test_shards_are_numbered_and_end_as_soon_as_they_are_full(shard, batches, sizes, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD", shard)
+    url = new_url()
+    with writer_to(url) as writer:
+        for rows in batches:
+            put(writer, rows)
+        writer.describe({})
+    root = url.removeprefix("memory:/")
+    found = {name.rpartition("/")[2]: pq.read_table(MEMORY.open(name)) for name in MEMORY.glob(f"{root}/*.parquet")}
+    assert {name: len(table) for name, table in found.items()} == {
+        f"data-{number:05d}.parquet": rows for number, rows in enumerate(sizes)
+    }
+
+
+def test_a_note_is_made_after_enough_tokens_and_the_newest_whole_one_counts(monkeypatch):
+    monkeypatch.setattr(shards, "NOTED", 4)
+    url = new_url()
+    with writer_to(url) as writer:
+        for file, done in enumerate([0, 2, 2, 4, 4], 1):
+            put(writer, 1)
+            writer.keep({"file": file})
+            assert [note["done"] for note in notes_of(url)] == [done]
+    assert len(rows_of(url)["input_ids"]) == 5, "what is open is closed"
+    (note,) = notes_of(url)
+    assert (note["shards"], note["rows"], note["kept"]) == (2, 4, {"file": 4}), "a shard ends with each note"
+    root, find = url.removeprefix("memory:/"), type(MEMORY).find
+    corpus = find_corpus(store("memory://one-text", [[{"text": "x"}]]))
+    MEMORY.pipe(f"{root}/{UNFINISHED}00003.json", json.dumps(note | {"done": 7, "shards": 3}).encode())
+    MEMORY.pipe(f"{root}/{UNFINISHED}00004.json", b'{"about": ')
+    for order in (1, -1):  # in which a file system tells what there is
+        monkeypatch.setattr(type(MEMORY), "find", lambda *given, order=order: find(*given)[::order])
+        with ShardWriter(url, corpus, 2, False, {}) as again:
+            assert (again._done, again._shards, again.rows) == (7, 3, 4)
 
 
 @given(

@@ -222,6 +222,15 @@ def test_a_url_is_read_like_a_folder_and_again_where_reading_fails(tmp_path, mon
         drawn(dataset, range(1))
 
 
+def test_files_come_in_the_order_of_their_names(tmp_path, monkeypatch):
+    """Whatever order a file system tells them in."""
+    local = type(fsspec.filesystem("file"))
+    original = local.glob
+    monkeypatch.setattr(local, "glob", lambda *given, **named: original(*given, **named)[::-1])
+    found = StreamedDataset.open(str(write(tmp_path, [[1], [2], [3]])))
+    assert [rows for _, rows in found.files] == [1, 2, 3]
+
+
 def test_what_cannot_be_streamed(tmp_path):
     (tmp_path / "empty").mkdir()
     pq.write_table(pa.table({"text": ["x"]}), tmp_path / "text.parquet")
@@ -282,6 +291,19 @@ def test_rows_are_judged_as_they_are_read_where_footers_do_not_tell(tmp_path, co
     columns = {"input_ids": [[0, 95]], "labels": [[-100, 95]]}
     pq.write_table(pa.table(columns), tmp_path / "0.parquet", write_statistics=False)
     assert Streaming(StreamedDataset.open(str(tmp_path)), 5, vocabulary=96).sample(0)["labels"].tolist() == [-100, 95]
+
+
+def test_a_column_of_one_number_a_row_says_nothing_of_documents(tmp_path):
+    rows = {"input_ids": IDS, "seq_idx": [4, 4], "segment_ids": [[0, 0], [0, 1]]}
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+    assert StreamedDataset.open(str(tmp_path)).documents == "segment_ids"
+
+
+def test_labels_of_which_some_footers_do_not_tell_may_be_learned(tmp_path):
+    for name, labels in {"a": [[-100, -100]] * 2, "b": [[-100, 2]] * 2}.items():
+        table = pa.table({"input_ids": IDS, "labels": labels})
+        pq.write_table(table, tmp_path / f"{name}.parquet", write_statistics=name == "a")
+    assert StreamedDataset.open(str(tmp_path)).token_ids() == (1, 4)
 
 
 def test_footers_tell_the_ids_of_labels_too(tmp_path):
