@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -86,8 +87,34 @@ def test_what_cannot_be_read_is_said(caplog):
     assert not caplog.text, "what is not there will not come"
 
 
+def test_pauses_double_and_what_was_open_is_closed(monkeypatch):
+    pauses, files = [], []
+    monkeypatch.setattr(remote.time, "sleep", pauses.append)
+    system = Breaking(iter([False, True, True, True, False, False]))  # a read, and opening it again twice
+    opening = system.open
+    monkeypatch.setattr(system, "open", lambda name, mode: files.append(opening(name, mode)) or files[-1])
+    with opened(system, "x") as file:
+        assert file.read(4) == CONTENT[:4]
+        assert [one.closed for one in files] == [True, False]
+    assert pauses == [1, 2, 4]
+    assert files[-1].closed
+
+
 def texts(url: str, **given: Any) -> list[str]:
     return ["".join(document) for document in find_corpus(url, **given).documents()]
+
+
+def test_each_file_is_read_as_the_corpus_is_and_what_is_found_is_noted():
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/columns/a.jsonl", '{"text": "x", "body": "é"}\n'.encode("latin-1"))
+    memory.pipe("/columns/b.jsonl", b"")
+    for encoding, text, replaced in (("latin-1", "é", {}), (None, "\ufffd", {Path("/columns/a.jsonl"): 1})):
+        corpus, found = find_corpus("memory://columns", text_column="body", encoding=encoding), []
+        for part in corpus.each_file():
+            found.append(list(part.documents()))
+            corpus.note(part)
+        assert found == [[text], []]
+        assert (corpus.silent, corpus.replaced) == ([Path("/columns/b.jsonl")], replaced)
 
 
 def test_the_files_behind_a_url_are_a_corpus():

@@ -102,3 +102,36 @@ def test_compiled_is_the_same():
     y = compiled(x, w)
     for found, wanted in zip([y, *torch.autograd.grad(y, (x, w), g)], results(*given)):
         assert torch.equal(found, wanted)
+
+
+class OnGpu(Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize(
+    ("rows", "knows", "in_fp8"), [(32, True, True), (32, False, False), (17, True, False)], ids=["new", "older", "odd"]
+)
+def test_where_a_gpu_has_no_such_product_the_same_numbers_are_multiplied_in_fp32(rows, knows, in_fp8, monkeypatch):
+    asked, multiply = [], torch._scaled_mm
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *given, **named: asked.append(1) or multiply(*given, **named))
+    monkeypatch.setattr(fp8, "_gpu_multiplies", lambda: knows)
+    x, w, _ = (one.detach() for one in inputs(rows, 64))
+    scales = fp8.scale_of(x), fp8.scale_of(w)
+    left, right = (fp8.round_by(one, scale) for one, scale in zip((x, w), scales))
+    found = fp8.product(left.as_subclass(OnGpu), right, *scales, torch.bfloat16)
+    wanted = as_e4m3(x) @ as_e4m3(w).t()
+    assert bool(asked) == in_fp8
+    assert found.dtype == torch.bfloat16
+    assert float((found.double() - wanted).norm() / wanted.norm()) < 3e-3
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "knows"), [((8, 9), None, True), ((9, 0), None, True), ((8, 6), None, False),
+                                     ((9, 4), "6.0", False)],
+)  # fmt: skip
+def test_which_gpus_have_products_in_fp8(capability, hip, knows, monkeypatch, caplog):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    assert fp8._knows_fp8.__wrapped__() is knows
+    assert ("Some GPU has no products in fp8" in caplog.text) is not knows
