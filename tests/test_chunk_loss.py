@@ -128,6 +128,12 @@ def test_a_label_that_is_no_word_is_refused(label):
         chunk_linear_cross_entropy(hidden, weight, labels, PADDING, 4)
 
 
+@pytest.mark.parametrize("label", [7, -1])
+def test_nor_does_the_loss_itself_take_one_for_another_word(label):
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        softmax_loss(torch.zeros(2, 7), torch.tensor([3, label]), PADDING, None, False)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("size", [1, 2**16, 2**16 + 1, 5 * 2**16 - 3])
 def test_a_sum_is_rounded_in_its_own_memory(dtype, size):

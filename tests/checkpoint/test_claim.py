@@ -209,6 +209,15 @@ def test_only_the_run_of_the_same_name_and_folder_is_continued(tmp_path):
     assert claim(tmp_path / "a", "copy", tmp_path / "a" / "copy" / saved.name, None, []).claim.run != held.claim.run
 
 
+def test_a_run_whose_folder_has_a_number_is_continued_by_its_name(tmp_path):
+    first, second = (claim(tmp_path, "model", None, None, [job]) for job in "ab")
+    saved = publish_one(second.folder, 1, 1.0)
+    second.release()
+    again = claim(tmp_path, "model", saved, None, ["c"])
+    assert (again.folder, again.claim.run) == (tmp_path / "model-2", second.claim.run)
+    assert first.folder == tmp_path / "model"
+
+
 def test_a_folder_whose_logs_are_another_runs_is_not_taken(tmp_path):
     assert claim(tmp_path, "run", None, None, [], lambda name: name != "run").folder.name == "run-2"
 

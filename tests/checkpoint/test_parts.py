@@ -65,6 +65,8 @@ def test_whole_tensors_from_parts_and_back() -> None:
         scatter_whole(parts, {"x": full})
     with pytest.raises(UserError, match=r"the state's 'y' has shape \[1\], the model's \[\]"):
         scatter_whole(parts, {"x": 3 * full, "y": torch.ones(1)})
+    with pytest.raises(UserError, match=r"the state's 'x' has shape \[5, 4\], the model's \[3, 4\]"):
+        scatter_whole(parts, {"x": torch.ones(5, 4), "y": torch.tensor(8)})
     assert torch.equal(parts[0].tensor, 2 * full[boxes[0].slices]), "nothing is filled where one does not fit"
 
 

@@ -122,7 +122,7 @@ def test_the_files_behind_a_url_are_a_corpus():
     rows = b'{"text": "one"}\n{"text": "two"}\n'
     for name, content in {
         "b.jsonl.gz": gzip.compress(rows), "a/train.txt": b"first", "a/test.txt": b"second", "README.md": b"about",
-        ".gitattributes.txt": b"hidden", "picture.png": b"",
+        ".gitattributes.txt": b"hidden", ".cache/a/inner.txt": b"hidden", "picture.png": b"",
     }.items():  # fmt: skip
         memory.pipe(f"/texts/{name}", content)
     assert texts("memory://texts") == ["second", "first", "one", "two"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -61,6 +62,27 @@ def priced(problem: Problem, level: Level) -> Price:
     found = price(Program(problem), Solution([0] * len(problem.decisions), levels))  # on one device there is one way
     assert found is not None
     return found
+
+
+class Layers(nn.Module):
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(count))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x.sum()
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(2, {1, 2}), (3, {1, 2}), (4, {1, 2, 4})])
+def test_groups_may_be_as_large_as_a_stack(count, sizes, machine):
+    one = Source(lambda: Layers(count), {"x": torch.empty(2, 4, device="meta")}, torch.float32)
+    model, buffers = one.build()
+    graph = trace(model, one.inputs, buffers)
+    found = build_problem(graph, CostModel(load_hardware(machine), Mesh((1,))), Recomputing(), 1, groups=True)
+    (block,) = graph.blocks
+    assert {level.size for level in found.levels[block]} == sizes
 
 
 class Products(TorchDispatchMode):

@@ -118,16 +118,18 @@ def test_no_weight_takes_memory_but_buffers_have_values():
     assert buffers["steps"].tolist() == [0, 1, 2, 3, 4]
 
 
-def test_parameters_with_values_stay_tied():
+def test_parameters_with_values_stay_tied_and_frozen():
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.bias = nn.Parameter(torch.zeros(4))
             self.linear = nn.Linear(4, 4)
             self.linear.bias = self.bias
+            self.frozen = nn.Parameter(torch.ones(4), requires_grad=False)
 
     model, _ = build_on_meta(Model)
     assert model.linear.bias is model.bias
+    assert [model.frozen.requires_grad, model.bias.requires_grad] == [False, True]
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
