@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -38,7 +39,8 @@ class Watch:
 
     def failed(self, error: UserError) -> None:
         """Tells the other ranks what this rank ends with, in whatever they wait for it."""
-        self.store.set("failed", str(error))
+        with suppress(RuntimeError):  # the store is gone: so are the others
+            self.store.set("failed", str(error))
 
     def failure(self) -> UserError | None:
         """What another rank has ended with; None: that is not known."""

@@ -80,3 +80,5 @@ def test_what_a_rank_ends_with_is_known_to_the_others(threads):
     assert mine.failure() is None
     other.failed(UserError("no such row"))
     assert str(mine.failure()) == "no such row"
+    other.store = SimpleNamespace(set=lambda key, value: (_ for _ in ()).throw(RuntimeError("the store is gone")))
+    other.failed(UserError("no such row"))
