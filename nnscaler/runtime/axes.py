@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import chain, combinations
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -55,6 +56,7 @@ class Axes:
         if world > 1:
             self._device_mesh = init_device_mesh(device.type, self._sizes, mesh_dim_names=self._names)
         self._groups: dict[tuple[str, ...], Axis] = {}
+        self._groups_of_owners: dict[tuple[str, ...], Axis] = {}
         self._axes = [self._axis([name]) for name in axes]
         self.devices = self._axis(list(axes))
         for name, axis in zip(axes, self._axes):
@@ -64,7 +66,7 @@ class Axes:
         if mesh.pipeline > 1:
             # Other stages may need other groups of owners, but a group is made by all ranks together.
             for names in chain.from_iterable(combinations(axes, count) for count in range(len(axes) + 1)):
-                self._axis(["replica", *names])
+                self._owners(["replica", *names])
 
     def __getitem__(self, axis: int) -> Axis:
         return self._axes[axis]
@@ -73,15 +75,31 @@ class Axes:
         return iter(self._axes)
 
     def owners(self, layout: Placements) -> Axis:
-        """The ranks that hold the same shard of a parameter that is stored so."""
+        """The ranks that hold the same shard of a parameter that is stored so.
+
+        Their group is another one than those of the same ranks above. What a group exchanges runs in the order in which
+        it was started. So the next forward would wait, in its first exchange, until all weights are updated and
+        published; and backward for gradients that are on their way.
+        """
         replicated = [self.mesh.names[axis] for axis, place in enumerate(layout) if not isinstance(place, Shard)]
-        return self._axis(["replica", *replicated])
+        return self._owners(["replica", *replicated])
+
+    def _owners(self, names: list[str]) -> Axis:
+        """A group over several mesh dimensions, for owners alone."""
+        key = self._longer(names)
+        if key and key not in self._groups_of_owners:
+            dims = [self._names.index(name) for name in key]
+            ranks = torch.arange(prod(self._sizes)).view(self._sizes).movedim(dims, tuple(range(len(dims))))
+            groups = ranks.reshape(prod(self._sizes[dim] for dim in dims), -1).t().tolist()
+            mine = next(group for group in groups if self.rank in group)
+            group, _ = dist.new_subgroups_by_enumeration(groups)
+            self._groups_of_owners[key] = Axis(len(mine), mine.index(self.rank), group)
+        return self._groups_of_owners[key] if key else Axis(1, 0, None)
 
     def _axis(self, names: list[str]) -> Axis:
         """The group over several mesh dimensions taken as one, where the last dimension's ranks are neighbours."""
-        names = [name for name in names if self._sizes[self._names.index(name)] > 1]
-        key = tuple(names)
-        if not names:
+        key = self._longer(names)
+        if not key:
             return Axis(1, 0, None)
         if key not in self._groups:
             assert self._device_mesh is not None
@@ -89,3 +107,7 @@ class Axes:
             part = part._flatten("_".join(key)) if len(key) > 1 else part
             self._groups[key] = Axis(part.size(), part.get_local_rank(), part.get_group())
         return self._groups[key]
+
+    def _longer(self, names: list[str]) -> tuple[str, ...]:
+        """Those of some mesh dimensions that have more than one rank."""
+        return tuple(name for name in names if self._sizes[self._names.index(name)] > 1)

@@ -21,6 +21,8 @@ def owners(mesh: Mesh, layouts: list[tuple]) -> list[tuple[int, int, list[int]]]
         axis = axes.owners(layout)
         assert axes.owners(layout) is axis or axis.group is None, "a group is made once"
         ranks = [dist.get_rank()] if axis.group is None else dist.get_process_group_ranks(axis.group)
+        of_code = [one.group for one in (*axes, axes.devices, axes.copies, axes.pipeline) if one.group is not None]
+        assert axis.group not in of_code, "what owners exchange does not queue with what forward exchanges"
         found.append((axis.size, axis.rank, ranks))
     return found
 
@@ -38,8 +40,9 @@ def owners(mesh: Mesh, layouts: list[tuple]) -> list[tuple[int, int, list[int]]]
                 (SPLIT, SPLIT): lambda rank: (rank,),
             },
         ),
+        (Mesh((2,), 1, 2), {(WHOLE,): lambda rank: (rank // 2 * 2, rank // 2 * 2 + 1), (SPLIT,): lambda rank: (rank,)}),
     ],
-    ids=["copies", "two axes"],
+    ids=["copies", "two axes", "pipeline"],
 )
 def test_owners_of_a_shard(mesh, wanted):
     for rank, found in enumerate(run(4, owners, mesh, list(wanted))):
