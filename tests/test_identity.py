@@ -185,9 +185,10 @@ def test_names_are_names(name):
 OTHERS = {
     "plan_ngpus": (2, 4), "runtime_ngpus": (8, 4), "trace_strategy": ("meta",), "pas_policy": ("dp", "tp"),
     "gpu_mem_constraint": (1.0, 2.0), "offload": ("off",), "host_mem_constraint": (0.0, 3.0),
-    "recompute_modules": ((), ("A",), ("A", "B")), "micro_batches": (2, 3), "hardware": ("h100", "h200"),
-    "devices_per_node": (2, 4), "search_seconds": (1.0, 2.0), "explore_pipeline": (True,),
-    "pipeline_pivots": (("A",), ("B",)), "pipeline_schedule": ("1f1b", "zb-v"), "pipeline_nstages": (2, 4),
+    "recompute_modules": ((), ("A",), ("A", "B")), "micro_batches": (2, 3), "grad_reduce_dtype": ("bf16",),
+    "hardware": ("h100", "h200"), "devices_per_node": (2, 4), "search_seconds": (1.0, 2.0),
+    "explore_pipeline": (True,), "pipeline_pivots": (("A",), ("B",)), "pipeline_schedule": ("1f1b", "zb-v"),
+    "pipeline_nstages": (2, 4),
 }  # fmt: skip
 
 
