@@ -8,6 +8,12 @@ A stretch may also hold one registered operator, with all that is computed for i
 that operator. An example is attention with the products that make query, key and value, for a group of heads at a time:
 these use a part of each weight, and the whole of the layer's input. What comes before the operator is a stretch as
 well, and may be computed in pieces of its own within each piece: some heads at a time, and of these some tokens.
+
+What the registered operator uses may be resharded within each piece: say from tokens to heads, by an all-to-all. A
+piece then has the same part of each of several blocks of the divided dimension: as many as devices have shards, before
+or after, the least common multiple. So each shard is some whole blocks, and the shards of a piece are pieces of shards.
+With eight heads, two devices and two pieces, the first piece has heads 0, 1, 4 and 5; of these, after the all-to-all,
+one device has 0 and 1, the first half of its own.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from math import prod
 
 
 @dataclass(frozen=True)
@@ -73,3 +74,8 @@ def local_shape(shape: tuple[int, ...], placements: Placements, axis_sizes: tupl
             assert local[placement.dim] % size == 0, (shape, placements, axis_sizes)
             local[placement.dim] //= size
     return tuple(local)
+
+
+def shards(placements: Placements, dim: int, axis_sizes: tuple[int, ...]) -> int:
+    """Into how many slices a dimension of a tensor is sharded."""
+    return prod(size for placement, size in zip(placements, axis_sizes, strict=True) if placement == Shard(dim))

@@ -23,6 +23,7 @@ from nnscaler.cli.trainer import Trainer
 from nnscaler.compiler import ComputeConfig
 from nnscaler.data.training import PackedDataset
 from nnscaler.first_values import initial_parameters
+from nnscaler.graph import Graph
 from nnscaler.models.causal_lm import WEIGHT_PREFIX, CausalLM, prepare_config
 from nnscaler.pieces import stretches, with_registered
 from nnscaler.pipeline import stages
@@ -57,7 +58,7 @@ class Case:
     layers: int = 2
     levels: tuple[str, ...] = ()  # recompute level of each layer, in place of what the planner chose
     pieces: int = 0  # in how many each layer's regions are computed, in place of what the planner chose
-    heads: int = 0  # in how many their attention is, likewise
+    heads: int = 0  # in how many their attention is, likewise; among devices, heads are divided too, and else tokens
     master_only: bool = False  # whether weights that are gathered are stored as master weights alone, likewise
     precision: str = "fp32"
     compiled: bool = False  # whether regions are compiled, as on an accelerator
@@ -110,6 +111,7 @@ def arguments(case: Case, folder: Path) -> TrainerArgs:
         micro_batches=case.accumulation,
         hardware=str(folder / case.hardware),
         explore_pipeline=case.schedule is not None or bool(case.batch),
+        pas_policy=heads_in_attention_alone if case.heads and case.plan > 1 else "autodist",
         pipeline_schedule=case.schedule,
         pipeline_nstages=case.stages if case.schedule else None,
     )
@@ -176,6 +178,18 @@ def planned(case: Case) -> Iterator[None]:
 
     with patch.object(planning, "find_plan", find_plan), patch.object(stages, "find_plan", find_plan):
         yield
+
+
+def heads_in_attention_alone(graph: Graph) -> None:
+    """The policy that splits a layer's attention by heads, and what is before and after it along the sequence."""
+    layer = graph.blocks["llama_decoder_layer"]
+    for node in layer.nodes:
+        if node.op == "attention":
+            node.pin("k")
+        elif node.op == "aten.linear.default":
+            node.pin("*1")  # of [batch, sequence, width]
+        elif node.op == "aten.mul.Tensor" and all(len(layer.tensors[name].shape) == 4 for name in node.inputs):
+            node.pin("d2")  # of [batch, head, sequence, width]
 
 
 def with_dropout(model: CausalLM) -> CausalLM:

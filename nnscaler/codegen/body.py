@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 
+from nnscaler.codegen.divided import divided
 from nnscaler.codegen.segments import Region, Segment, makes, segments, uses
 from nnscaler.graph import Block, Node, Ref, TensorMeta, format_arguments, map_refs, short_dtype
 from nnscaler.operators import Operator, operator_of, spell
@@ -122,7 +123,7 @@ class Body:
         self.stretches += [region.stretch] if region.stretch else []
         self._write_function(["@region"], name, [], given, lambda: self._by_module(nodes), list(made))
         if region.stretch is not None:
-            call = self._in_pieces(self.stretches.pop(), name, given, list(made))
+            call = self._in_pieces(self.stretches.pop(), region.units, name, given, made)
         else:
             keep = f'"{RECOMPUTES_ALL_BUT_ATTENTION}"' if region.recomputed else self._keep()
             call = f"{name}({', '.join([keep, *given])})"
@@ -142,8 +143,8 @@ class Body:
         self.stretches.append(stretch)
         self._write_function([], name, ["keep"], given, body, unit.outputs)
         self.stretches.pop()
-        call = self._in_pieces(stretch, name, given, unit.outputs)
-        return [*lines, *self._results(dict.fromkeys(unit.outputs, unit), call)]
+        made = dict.fromkeys(unit.outputs, unit)
+        return [*lines, *self._results(made, self._in_pieces(stretch, units, name, given, made))]
 
     def _given(self, units: list[Unit], lines: list[str]) -> dict[str, tuple[str, Placements]]:
         """What is passed to a function of some units -> the tensor that it is, and in which layout."""
@@ -163,13 +164,19 @@ class Body:
         return [f"{', '.join(made)} = {call}"]
 
     def _in_pieces(
-        self, stretch: Stretch, name: str, given: dict[str, tuple[str, Placements]], outputs: Sequence[str]
+        self,
+        stretch: Stretch,
+        units: list[Unit],
+        name: str,
+        given: dict[str, tuple[str, Placements]],
+        made: dict[str, Unit],
     ) -> str:
-        """The call that runs a stretch's function in pieces. Backward runs each piece again, so that itself keeps
-        all."""
-        count = self.plan.pieces[self.block.name, stretch.name]
-        split = tuple("sum" if stretch.adds_up(t, self.block) else stretch.dims.get(t) for t, _ in given.values())
-        joined = tuple(stretch.dims[tensor] for tensor in outputs)
+        """The call that runs a function of some units of a stretch in pieces. Backward runs each piece again, so that
+        itself keeps all."""
+        count, parts = self.plan.pieces[self.block.name, stretch.name], divided(self.plan, self.block, stretch, units)
+        split = tuple("sum" if stretch.adds_up(t, self.block) else parts.along(t, p) for t, p in given.values())
+        layouts = {tensor: makes(self.plan, self.block, unit, tensor) for tensor, unit in made.items()}
+        joined = tuple(parts.along(tensor, layout) for tensor, layout in layouts.items())
         how = str((None, *split)).replace("'", '"')
         arguments = ", ".join([name, str(count), how, str(joined), f'"{KEEPS_ALL}"', *given])
         return f"in_pieces({arguments})"

@@ -64,8 +64,9 @@ def _header(plan: Plan, facts: Iterable[tuple[str, str]], constants: Iterable[st
 
 _PIECES = (
     "in_pieces(function, n, divided, joined, keep, ...) runs a function n times, each time on a part of its arguments:",
-    "along which dimension each argument is divided, and each result joined. Where that is None or 'sum', the whole",
-    "argument is used each time, and gradients are added up: in fp32, or in their own type.",
+    "along which dimension each argument is divided, and each result joined; (d, b): a part of each of b blocks of it.",
+    "Where that is None or 'sum', the whole argument is used each time, and gradients are added up: in fp32, or in",
+    "their own type.",
 )
 _AXES = (
     "axes.devices the group of all devices that one copy of the model is split over.",

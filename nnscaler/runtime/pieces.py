@@ -13,21 +13,23 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-Split = int | Literal["sum"] | None
+Along = int | tuple[int, int]  # a dimension; or that, and a number of blocks
+Split = Along | Literal["sum"] | None
 
 
 def in_pieces(
     function: Callable[..., Any],
     count: int,
     split: Sequence[Split],
-    joined: Sequence[int],
+    joined: Sequence[Along],
     *args: Any,
 ) -> Any:
     """`function(*args)`, computed in `count` pieces, one after the other.
 
-    split   for each argument, the dimension along which it is divided. None: each piece gets the whole, and gradients
-            of pieces are added up in fp32; "sum": likewise, and added up in their own type
-    joined  for each result, the dimension along which the pieces' results are joined
+    split   for each argument, the dimension along which it is divided. With a number of blocks beside it, the dimension
+            has so many equal blocks, and each piece gets its part of each of them. None: each piece gets the whole, and
+            gradients of pieces are added up in fp32; "sum": likewise, and added up in their own type
+    joined  for each result, the dimension along which the pieces' results are joined, or that and a number of blocks
 
     Example: `in_pieces(torch.mm, 4, (0, None), (0,), x, w)` is `torch.mm(x, w)`, a quarter of the rows at a time.
     """
@@ -63,7 +65,7 @@ class _Pieces(torch.autograd.Function):
         function: Any,
         count: int,
         split: tuple[Split, ...],
-        joined: tuple[int, ...],
+        joined: tuple[Along, ...],
         kept: list[Any],
         *args: Any,
     ) -> tuple[Tensor, ...]:
@@ -73,7 +75,7 @@ class _Pieces(torch.autograd.Function):
             made = _tuple(function(*_parts(args, split, count, piece)))
             results = results or [_whole(part, dim, count) for part, dim in zip(made, joined, strict=True)]
             for result, part, dim in zip(results, made, joined):
-                _part(result, dim, count, piece).copy_(part)
+                _put(part, result, dim, count, piece)
             del made
         return tuple(results)
 
@@ -104,9 +106,9 @@ def _gradients(function: Any, inputs: list[Any], wanted: list[int], given: list[
 
 def _add(total: Tensor | None, gradient: Tensor, how: Split, count: int, piece: int) -> Tensor:
     """The gradient of a whole argument, after that of one more piece has been added."""
-    if isinstance(how, int):
+    if isinstance(how, (int, tuple)):
         total = _whole(gradient, how, count) if total is None else total
-        _part(total, how, count, piece).copy_(gradient)
+        _put(gradient, total, how, count, piece)
         return total
     if total is None:
         dtype = gradient.dtype if how == "sum" else torch.promote_types(gradient.dtype, torch.float32)
@@ -120,17 +122,36 @@ def _tuple(results: Any) -> tuple[Tensor, ...]:
 
 def _parts(args: Sequence[Any], split: Sequence[Split], count: int, piece: int) -> list[Any]:
     return [
-        _part(arg, how, count, piece) if isinstance(how, int) else arg for arg, how in zip(args, split, strict=True)
+        _part(arg, how, count, piece) if isinstance(how, (int, tuple)) else arg
+        for arg, how in zip(args, split, strict=True)
     ]
 
 
-def _part(whole: Tensor, dim: int, count: int, piece: int) -> Tensor:
-    size = whole.shape[dim] // count
-    return whole.narrow(dim, piece * size, size)
+def _part(whole: Tensor, along: Along, count: int, piece: int) -> Tensor:
+    """A piece of a tensor: a view, or, of several blocks, a copy."""
+    dim, _ = _dim_and_blocks(along)
+    return _in_blocks(whole, along, count, piece).flatten(dim, dim + 1)
 
 
-def _whole(part: Tensor, dim: int, count: int) -> Tensor:
+def _put(part: Tensor, whole: Tensor, along: Along, count: int, piece: int) -> None:
+    """Writes a piece of a tensor to its place."""
+    dim, blocks = _dim_and_blocks(along)
+    _in_blocks(whole, along, count, piece).copy_(part.unflatten(dim, (blocks, -1)))
+
+
+def _in_blocks(whole: Tensor, along: Along, count: int, piece: int) -> Tensor:
+    """A view of a piece, with a dimension for blocks before the divided one."""
+    dim, blocks = _dim_and_blocks(along)
+    return whole.unflatten(dim, (blocks, count, -1)).select(dim + 1, piece)
+
+
+def _dim_and_blocks(along: Along) -> tuple[int, int]:
+    return along if isinstance(along, tuple) else (along, 1)
+
+
+def _whole(part: Tensor, along: Along, count: int) -> Tensor:
     """An empty tensor with room for all pieces. Its dimensions lie in memory in the same order as those of a piece."""
+    dim, _ = _dim_and_blocks(along)
     shape = list(part.shape)
     shape[dim] *= count
     order = sorted(range(part.dim()), key=part.stride, reverse=True)

@@ -3,6 +3,8 @@ losses and gradients are equal within fp32's rounding."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,11 +17,13 @@ from nnscaler.hardware import load_hardware
 from nnscaler.mesh import Mesh
 from nnscaler.models.causal_lm import CausalLM, prepare_config
 from nnscaler.pieces import stretches, with_registered
+from nnscaler.placement import PARTIAL, REPLICATE
 from nnscaler.plan import Plan
 from nnscaler.planner import find_plan
 from nnscaler.recompute import RECOMPUTES_ALL
 from nnscaler.trace import trace
 from tests import tiny
+from tests.parity import heads_in_attention_alone
 
 LAYER = "llama_decoder_layer"
 
@@ -69,3 +73,34 @@ def test_heads_at_a_time_are_those_of_the_plain_model(before, heads, after, plan
     assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
     for name, right in wanted.items():
         assert (trained[name].grad - right).norm() <= 1e-6 * right.norm(), name
+
+
+def on_two_devices(key_value_heads: int, folder: Path) -> Plan:
+    """The plan of a model whose heads are divided in attention, and tokens elsewhere, with two groups of heads."""
+    config = tiny.config(num_key_value_heads=key_value_heads)
+    prepare_config(config, tiny.LENGTH, "auto")
+    tokens = {name: torch.zeros(1, tiny.LENGTH, dtype=torch.long) for name in ("input_ids", "labels")}
+    model, buffers = Source(lambda: CausalLM(config).float(), tokens, torch.float32).build()
+    graph = trace(model, tokens, buffers)
+    heads_in_attention_alone(graph)
+    plan = find_plan(graph, [Mesh((2,))], load_hardware(tiny.write_hardware(folder)))
+    plan.levels[LAYER], plan.pieces = {RECOMPUTES_ALL: 2}, {(LAYER, names(graph)[1]): 2}
+    return plan
+
+
+def test_a_piece_has_heads_of_each_device(tmp_path):
+    assert ", (0, 2), (0, 2), None), (2,), " in generate(on_two_devices(4, tmp_path))
+
+
+def test_what_cannot_be_divided_so_is_not_generated(tmp_path):
+    plan = on_two_devices(2, tmp_path)
+    with pytest.raises(AssertionError, match="cannot be divided into the 2 pieces of"):  # a head for each device
+        generate(plan)
+    for name, changes, reason in (
+        ("input_layernorm", {"outputs": ((REPLICATE,),)}, "input_layernorm is resharded"),
+        ("transpose_2", {"outputs": ((PARTIAL,),)}, "transpose_2 is a partial sum"),  # what makes values for attention
+    ):
+        plan = on_two_devices(4, tmp_path)
+        plan.nodes[LAYER, name] = replace(plan.nodes[LAYER, name], **changes)
+        with pytest.raises(AssertionError, match=f"{reason} inside the pieces of"):
+            generate(plan)

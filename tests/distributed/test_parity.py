@@ -199,6 +199,20 @@ def test_one_process_without_torchrun(folder, reference):
     assert "= in_pieces(llama_decoder_layer_piece_" in code_of(in_pieces, folder)
 
 
+def test_attention_in_groups_of_heads_with_an_all_to_all_for_each(folder, reference):
+    cases = [
+        Case(2, 2, accumulation=2, heads=2, levels=(EACH[0],) * 2),
+        Case(2, 2, layers=4, heads=2, pieces=4, levels=(EACH[0],) * 2 + (AWAY[0],) * 2, compiled=True),
+    ]
+    run(2, train_all, cases, folder, init=False)
+    for case in cases:
+        compare(case, folder, reference)
+        piece = code_of(case, folder).split("def llama_decoder_layer_piece_")[1].split("\n\n")[0]
+        assert piece.count("collectives.all_to_all(") == 3, "of queries, keys and values"
+        assert "= in_pieces(llama_decoder_layer_piece_0, 2, (None," in code_of(case, folder)
+        assert ", (0, 2), (0, 2), " in code_of(case, folder), "of a weight's rows, a part of each device's heads"
+
+
 def test_regions_in_pieces(folder, reference):
     again = (*EACH[:2], *AWAY[:2])  # the levels at which regions keep their inputs alone
     case = Case(2, 2, layers=4, pieces=4, levels=again)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -81,6 +82,29 @@ def test_heads_at_a_time_and_of_these_some_tokens() -> None:
             found = in_pieces(function, count, ("sum", 0, 0, 0), (2,), *inputs)
             for ours, theirs in zip([found, *torch.autograd.grad(found, inputs, upstream)], [wanted, *right]):
                 assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_piece_has_a_part_of_each_block(count) -> None:
+    x, weight, bias = torch.randn(5, 8), torch.randn(24, 8), torch.randn(24)
+    inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    seen: list[list[int]] = []
+
+    def product(numbers: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        seen.append(numbers.tolist())
+        return torch.tanh(F.linear(x, weight, bias)).t()  # joined along its first dimension, which lies last in memory
+
+    numbers, upstream = torch.arange(24), torch.randn(24, 5)
+    wanted = product(numbers, *inputs)
+    right = torch.autograd.grad(wanted, inputs, upstream)
+    seen.clear()
+    found = in_pieces(product, count, ((0, 4), "sum", (0, 4), (0, 4)), ((0, 4),), numbers, *inputs)
+    size = 6 // count
+    assert seen == [[6 * block + place for block in range(4) for place in range(size * piece, size * (piece + 1))]
+                    for piece in range(count)]  # fmt: skip
+    assert found.stride() == wanted.stride()
+    for ours, theirs in zip([found, *torch.autograd.grad(found, inputs, upstream)], [wanted, *right]):
+        assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
 
 
 def test_a_sum_in_its_own_type_changes_no_gradient_that_is_given() -> None:
