@@ -8,15 +8,19 @@ Data      N_b, t_do, x_do, z_dol, y_fps, b_fs, i_do   as there
           R_dlk     how often d runs at level l in k pieces, less how often it runs at l when not in pieces: k times as
                     often where d is not divided, but made whole by each piece (and so its backward)
           p_dok     seconds of one call for launching pieces, joining them, and adding up weights' gradients
+          v_fpsk    seconds of resharding f inside r in k pieces, less those when not in pieces: k times a k-th part,
+                    each forward as often as what is divided runs, and once backward
 Variables c_rk in {0,1}  r is computed in k pieces;  a_r in {0,1}: it, or what it is within, is in pieces at all
           A_r >= 0  seconds that pieces take
           I_r >= 0  bytes by which r makes longer what a call holds that is computed again
 
 minimise      sum_r A_r, beside the rest
-subject to    sum_k c_rk <= 1;  sum_k c_rk + y_fps <= 1 for f inside r;  c_rk + x_do <= 1 if o does not divide  (whole)
+subject to    sum_k c_rk <= 1;  c_rk + x_do <= 1 if o does not divide                                          (whole)
+              c_rk + y_fps <= 1 for f inside r, unless only r's registered operator uses f, p is no partial sum, and k
+                     divides blocks of which both p and s give each device some (see `nnscaler.pieces`)         (blocks)
               a_q >= sum_k c_qk and a_q >= sum_k c_rk, if q is within r;  a_q is not more than both together
               sum of n_bl over the other levels <= N_b (1 - sum_k c_rk)                                        (levels)
-              A_r >= sum t_do R_dlk z_dol + N_b sum_d p_dok x_do, if c_rk = 1                                    (time)
+              A_r >= sum t_do R_dlk z_dol + N_b sum_d p_dok x_do + N_b sum_fps v_fpsk y_fps, if c_rk = 1         (time)
               I_r >= sum of b_fs x_do of what backward needs of f inside r, and not inside q, and sum of i_do x_do, if
                      a_r = 0;  and of what r takes and nobody else keeps, if r is in pieces, and what it is within is
                      not                                                                                    (computed)
@@ -25,10 +29,14 @@ What is held while a piece runs stands in `nnscaler.planner.piecewise`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import lcm
+
+from nnscaler.placement import PARTIAL, Placements, shards
 from nnscaler.plan import Key
 from nnscaler.planner.choices import Choices
-from nnscaler.planner.costs import GRADIENT_BYTES
-from nnscaler.planner.flows import Flows
+from nnscaler.planner.costs import GRADIENT_BYTES, NO_TIME
+from nnscaler.planner.flows import Flows, resharding
 from nnscaler.planner.held import Sum, total
 from nnscaler.planner.problem import Divisible, Flow, Port
 from nnscaler.planner.statement import Account, Quantity, Terms, minus
@@ -113,11 +121,13 @@ class InStretch:
         return list(zip(self.choices.x[index], sizes)), max(sizes)
 
     def _whole(self) -> None:
-        """The rows (whole) and (levels)."""
+        """The rows (whole), (blocks) and (levels)."""
         self.statement.row(self.any(), upper=1.0)
         for index in self.inner:
-            for y in self.all.flows.resharded[index].values():
-                self.statement.row([*self.any(), (y, 1.0)], upper=1.0)
+            for (source, target), y in self.all.flows.resharded[index].items():
+                counts = [count for count in COUNTS if self._moves(index, source, target, count)]
+                others = [(c, 1.0) for count, c in self.counts.items() if count not in counts]
+                self.statement.row([*others, (y, 1.0)], upper=1.0)
         for decision, sizes in zip(self.stretch.decisions, self.stretch.sizes):
             for count, c in self.counts.items():
                 for x, size in zip(self.choices.x[decision], sizes):
@@ -127,6 +137,15 @@ class InStretch:
         others = [(n, 1.0) for level, n in self.choices.n[self.stretch.block].items() if not self.stretch.allows(level)]
         self.statement.row([*others, *self.any(calls)], upper=calls)
 
+    def _moves(self, index: int, source: Placements, target: Placements, count: int) -> bool:
+        """Whether a flow inside may be resharded when the stretch is in `count` pieces: see (blocks)."""
+        flow, sizes = self.problem.flows[index], self.problem.costs.mesh.sizes
+        if self.within is None or PARTIAL in source or not {use for use, _ in flow.consumers} <= set(self.own):
+            return False
+        dim = self.stretch.dims.get(flow.tensor)
+        blocks = 1 if dim is None else lcm(shards(source, dim, sizes), shards(target, dim, sizes))
+        return self.stretch.whole % (blocks * count) == 0
+
     def _time(self) -> None:
         """The row (time)."""
         costs, calls = self.problem.costs, float(self.problem.calls[self.stretch.block])
@@ -135,7 +154,7 @@ class InStretch:
             Account.TIME, Key("again", self.stretch.block, self.stretch.name, "in pieces"), longer, 1.0
         )
         for count in COUNTS:
-            again, most_again = self._again(count)
+            again, most_again = total([self._again(count), self._resharded(count)])
             moved, most = self._moved(count)
             each = calls / costs.hardware.memory_bandwidth
             launching = 3 * calls * (count - 1) * self._launches() * costs.hardware.launch
@@ -174,6 +193,32 @@ class InStretch:
                     terms += zip(self.choices.z[index, level], seconds)
                     most += self.problem.calls[self.stretch.block] * max(seconds)
         return terms, most
+
+    def _resharded(self, count: int) -> Sum:
+        """Seconds by which pieces reshard flows inside more often than the level does, each of them less, and the most
+        of them."""
+        parts: list[Sum] = []
+        levels = [level.of_each for level in self.choices.n[self.stretch.block] if self.stretch.allows(level)]
+        runs = 2 + (not self.stretch.ends_block)  # as those of units that are divided: see `_again`
+        for index in self.inner:
+            flow, terms, most = self.problem.flows[index], [], 0.0
+            # Without pieces, at any of the levels that allow them.
+            before = 1 + min((flow.reshards_again[level] for level in levels), default=0.0)
+            for (source, target), y in self.all.flows.resharded[index].items():
+                if self._moves(index, source, target, count):
+                    whole = resharding(self.problem, flow, source, target) or NO_TIME
+                    piece = resharding(self.problem, self._piece(flow, count), source, target) or NO_TIME
+                    forward = runs * count * piece.forward - before * whole.forward
+                    terms.append((y, flow.count * (forward + count * piece.backward - whole.backward)))
+                    most = max(most, terms[-1][1])
+            parts.append((terms, most))
+        return total(parts)
+
+    def _piece(self, flow: Flow, count: int) -> Flow:
+        shape, dim = list(flow.meta.shape), self.stretch.dims.get(flow.tensor)
+        if dim is not None:
+            shape[dim] //= count
+        return replace(flow, meta=replace(flow.meta, shape=tuple(shape)))
 
     def _launches(self) -> int:
         """Kernel launches of a piece."""

@@ -9,8 +9,8 @@ Variables H_r >= 0   bytes held while a piece of r runs; and one while a piece o
 
 subject to    H_r >= W_i + M_i + F_i + G for i in r, if its pieces are pieces(i); all of them as a piece has them:
                    W_i  w_i
-                   M_i  what is made inside and needed, inner tensors, and results that are needed again; less what is
-                        free by then
+                   M_i  what is made inside and needed, as it is used where it is resharded for that and then more;
+                        inner tensors, and results that are needed again; less what is free by then
                    F_i  gradients that later units of the stretch have made, of what comes from before i
                    G    around the piece: gradients of all results, and of all that the stretch takes. Those of what is
                         divided are put together; others are added up, mostly in fp32.                     (piece)
@@ -105,9 +105,11 @@ class _Rows:
         flows, own, place = self.held.problem.flows, _places(self.stretch), self.held.place(index)
         free = {one for one, _ in self.held.freed(place, place)}
         inside = self.stretch.all.inside
-        made = [flows[one] for one, where in inside.items() if where in stretches and one not in free]
+        there = [one for one, where in inside.items() if where in stretches and one not in free]
+        made = [flows[one] for one in there]
         made += [flow for flow in self.stretch.given if min(flow.read_by & own, default=inf) <= place]
         parts = [self.held.made([flow], lambda flow: _part(flow, counts)) for flow in made]
+        parts += [self.held.gathered(one, _part(flows[one], counts)) for one in there]
         run = [one for where in stretches for one in where.own if self.held.place(one) <= place]
         return total([*parts, *(self.held.inner(one, lambda flow: _part(flow, counts)) for one in run)])
 

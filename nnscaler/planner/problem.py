@@ -17,7 +17,7 @@ from nnscaler.chains import chains, handed_on
 from nnscaler.graph import Block, Call, Graph, TensorMeta
 from nnscaler.mesh import Mesh
 from nnscaler.pieces import Stretch, stretches, with_registered
-from nnscaler.placement import REPLICATE, SHARED, Placements, Shard, local_shape
+from nnscaler.placement import REPLICATE, SHARED, Placements, Shard, shards
 from nnscaler.planner.costs import CostModel, Seconds, in_fp32, master_bytes
 from nnscaler.planner.options import CannotBePinned, Option, is_alias, layouts_of, unit_options
 from nnscaler.recompute import IN_GROUPS, KEEPS_ALL, ON_DEVICE, RECOMPUTES_ALL, SAME_ON_HOST, Level, recomputes
@@ -100,7 +100,7 @@ class Divisible:
     decisions         those of its units
     sizes             for each option of each decision, a number that the number of pieces must divide: the greatest
                       common divisor of the divided dimension's local sizes; 0 where nothing is divided
-    dims, ends_block  those of the stretch
+    dims, ends_block  those of the stretch;  whole: the greatest common divisor of whole sizes; 1: no piece is resharded
     within            the name of the stretch within it, which comes before its registered operator; None: it has none
     adds_up           inputs that are used whole, of which gradients are added up in their own type rather than in fp32
     """
@@ -109,6 +109,7 @@ class Divisible:
     name: str
     decisions: tuple[int, ...]
     sizes: tuple[tuple[int, ...], ...]
+    whole: int
     dims: Mapping[str, int]
     ends_block: bool
     within: str | None = None
@@ -223,7 +224,7 @@ def build_problem(
     host           bytes of the host's memory that the plan may use for each device; 0: none
     sparing        whether what saves memory at a price may be done: stretches of units computed in pieces, and weights
                    stored as their master weights alone
-    groups         whether groups of calls may be computed again together
+    groups         whether groups of calls may be computed again together, and pieces resharded
     """
     trained = [meta for meta in graph.parameters.values() if meta.requires_grad]
     elements = sum(meta.numel for meta in trained)
@@ -399,12 +400,12 @@ class _Body:
 
     def _divisible(self, stretch: Stretch) -> Divisible:
         decisions = tuple(self.decisions[index] for index in stretch.units)
-        options = [self.problem.decisions[decision].options for decision in decisions]
-        sizes = tuple(tuple(self._divided_by(stretch, option) for option in each) for each in options)
+        sizes = tuple(tuple(self._divided_by(stretch, o) for o in self.problem.decisions[d].options) for d in decisions)
         within = stretch.within.name if stretch.within else None
         adds_up = frozenset(name for name in stretch.inputs if stretch.adds_up(name, self.block))
+        whole = gcd(*(self.block.tensors[t].shape[d] for t, d in stretch.dims.items())) if self.builder.groups else 1
         return Divisible(
-            self.block.name, stretch.name, decisions, sizes, stretch.dims, stretch.ends_block, within, adds_up
+            self.block.name, stretch.name, decisions, sizes, whole, stretch.dims, stretch.ends_block, within, adds_up
         )
 
     def _divided_by(self, stretch: Stretch, option: Option) -> int:
@@ -413,9 +414,8 @@ class _Body:
         for name, way in option.ways:
             node = self.nodes[name]
             for tensor, layout in zip((*node.inputs, *node.outputs), (*way.inputs, *way.outputs)):
-                if tensor in stretch.dims:
-                    local = local_shape(self.block.tensors[tensor].shape, layout, self.builder.mesh.sizes)
-                    sizes.append(local[stretch.dims[tensor]])
+                if (dim := stretch.dims.get(tensor)) is not None:
+                    sizes.append(self.block.tensors[tensor].shape[dim] // shards(layout, dim, self.builder.mesh.sizes))
         return gcd(*sizes)
 
     def _open(self, tensor: str, producer: Port) -> Flow:

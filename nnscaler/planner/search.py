@@ -70,7 +70,7 @@ def find_plan(
     seconds            of processor time, after which the best plan so far is taken
     host               bytes of the host's memory that the plan may use for each device
     sparing            whether what else saves memory at a price is tried: see `build_problem`
-    groups             whether groups of layers may be computed again together
+    groups             whether groups of layers may be computed again together, and pieces resharded inside
     below              seconds of a step; only a plan that takes less is wanted
 
     The host's memory, and what else is sparing, are tried only where more memory would make the plan faster, or where

@@ -18,6 +18,7 @@ from nnscaler import register_op
 from nnscaler.errors import UserError
 from nnscaler.graph import Block, Call, Graph, Node, Ref, TensorMeta
 from nnscaler.mesh import Mesh
+from nnscaler.operators import bind
 from nnscaler.placement import SHARED
 from nnscaler.plan import Plan
 from nnscaler.planner import deferred, find_plan, on_host
@@ -382,10 +383,23 @@ def calls_of_a_mixer(calls: int = 2) -> Graph:
     return called_in_turn(root, block, last, calls)
 
 
-@pytest.mark.parametrize(("make", "names"), [(stack_of_linear_layers, {"linear2"}), (calls_of_a_mixer, {"mixed"})])
-def test_what_fits_only_in_pieces_is_computed_so(make, names):
-    costs = CostModel(tiny.hardware("h100"), Mesh((1,)), True)
-    program = Program(build_problem(make(), costs, Recomputing(), 2, groups=False))
+def mixer_of_columns() -> Graph:
+    """The same for two devices: its columns are divided, as it mixes rows, and the rows of all else."""
+    graph = calls_of_a_mixer()
+    for block, node in ((b, node) for b in graph.all_blocks() for node in b.nodes if not isinstance(node, Call)):
+        _, first, *_ = (way.name for way in bind(node, block).splits(1))
+        node.pin("n" if node.op == "test_mixes_rows_of_three" else first)
+    return graph
+
+
+@pytest.mark.parametrize(("make", "names", "devices"), [
+    (stack_of_linear_layers, {"linear2"}, 1), (calls_of_a_mixer, {"mixed"}, 1), (mixer_of_columns, {"mixed"}, 2),
+])  # fmt: skip
+def test_what_fits_only_in_pieces_is_computed_so(make, names, devices, monkeypatch):
+    monkeypatch.setattr(stating, "IN_GROUPS", ())  # or there are too many ways
+    graph, costs = make(), CostModel(tiny.hardware("h100"), Mesh((devices,)), True)
+    whole = {path: (SHARED,) for path in graph.parameters if devices > 1 and not path.startswith("layers.1")}
+    program = Program(build_problem(graph, costs, Recomputing(), 1 if whole else 2, whole))
     evaluations = [(one, price(program, one)) for one in everything(program.problem)]
     whole = min(e.total_memory for one, e in evaluations if e is not None and not one.pieces)
     least = min(e.total_memory for _, e in evaluations if e is not None)

@@ -14,10 +14,11 @@ from nnscaler.hardware import load_hardware
 from nnscaler.mesh import Mesh
 from nnscaler.operators.attention import attention
 from nnscaler.pieces import Stretch, stretches, with_registered
+from nnscaler.placement import Shard
 from nnscaler.plan import Key
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.price import Price, price
-from nnscaler.planner.problem import Divisible, Recomputing, build_problem
+from nnscaler.planner.problem import Decision, Divisible, Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution
 from nnscaler.recompute import IN_GROUPS, KEEPS_ALL, ON_DEVICE, RECOMPUTES_ALL, RECOMPUTES_ALL_BUT_ATTENTION, Level
 from nnscaler.trace import trace
@@ -138,6 +139,7 @@ def test_what_is_not_for_the_operator_alone_is_not_divided_with_it(make):
 
 ROWS, NARROW, WIDE = 2 * 64, 16, 48
 MEMORY, ARITHMETIC, LAUNCH = 1e9, 1e9, 1e-5  # bytes and operations a second; seconds of an operator
+LINK, LATENCY = 2e8, 1e-4  # bytes a second between two devices; seconds of a collective
 
 
 class Plain(nn.Module):
@@ -178,18 +180,28 @@ class Two(nn.Module):
         return x.sum()
 
 
-def priced(layer: type[nn.Module], level: Level, count: int, folder: Path) -> tuple[Divisible, Price | None]:
+def priced(
+    layer: type[nn.Module], level: Level, count: int, folder: Path, devices: int = 1
+) -> tuple[Divisible, Price | None]:
     """The last of a layer's stretches, and the price of two layers at a level with that in so many pieces."""
     inputs = {"x": torch.empty((2, 64, NARROW), dtype=torch.bfloat16, device="meta")}
     model, buffers = Source(lambda: Two(layer), inputs).build()
     graph = trace(model, inputs, buffers)
-    hardware = load_hardware(tiny.write_hardware(folder, memory_bandwidth=MEMORY, launch=LAUNCH))
-    problem = build_problem(graph, CostModel(hardware, Mesh((1,))), Recomputing(), 1)
+    link = {"bandwidth": LINK, "latency": LATENCY}
+    hardware = load_hardware(tiny.write_hardware(folder, memory_bandwidth=MEMORY, launch=LAUNCH, intra=link))
+    problem = build_problem(graph, CostModel(hardware, Mesh((devices,))), Recomputing(), 1)
     stretch = problem.divisible[-1]
     levels = {graph.root.name: {KEEPS_ALL: 1}, stretch.block: {level: 2}}
-    chosen = [0] * len(problem.decisions)  # on one device there is one way
-    pieces = {(stretch.block, stretch.name): count}
+    chosen = [_by_rows(decision) for decision in problem.decisions]
+    pieces = {(stretch.block, stretch.name): count} if count > 1 else {}
     return stretch, price(Program(problem), Solution(chosen, levels, pieces=pieces))
+
+
+def _by_rows(decision: Decision) -> int:
+    """The option in which rows are divided, but columns in the operator that mixes rows; weights are whole."""
+    place = Shard(2 if "mixes" in decision.name else 1)
+    options = enumerate(decision.options if decision.kind != "parameter" else ())
+    return next((index for index, option in options if (place,) in option.outputs), 0)
 
 
 @pytest.mark.parametrize("count", [4, 16])
@@ -239,6 +251,29 @@ def test_pieces_with_a_registered_operator_by_hand(count, tmp_path):
     moved = 4 * wide + 2 * 2 * weight + (2 + 3 * (count - 1)) * narrow
     launching = 3 * (count - 1) * 4 * LAUNCH
     seconds = 2 * (again + moved / MEMORY + launching)
+    assert found.seconds[Key("again", stretch.block, stretch.name, "in pieces")] == pytest.approx(seconds)
+
+
+def test_pieces_with_an_all_to_all_by_hand(tmp_path):
+    assert priced(Mixed, RECOMPUTES_ALL, 16, tmp_path, 2)[1] is None, "48 columns are no 16 pieces for each of two"
+    stretch, found = priced(Mixed, RECOMPUTES_ALL, 4, tmp_path, 2)
+    assert found is not None
+    narrow, wide, weight = 2 * ROWS * NARROW / 2, 2 * ROWS * WIDE / 2, 2 * NARROW * WIDE  # bytes of a device
+    own = max(narrow + 5 * wide / 4, 3 * narrow + 2 * weight / 4, 3 * narrow + (2 * weight + wide) / 4)
+    around = wide + 2 * narrow + 2 * weight
+    assert found.memory[Key("working")] == pytest.approx(own + around - wide)
+    assert found.memory[Key("working", stretch.block, "backward")] == pytest.approx(wide + narrow)
+    # As in the test before, but that a device has half of the rows, and after an all-to-all half of the columns.
+    product, mixing = 2 * ROWS * NARROW * WIDE / 2 / ARITHMETIC + LAUNCH, 3 * wide / MEMORY + LAUNCH
+    tanh, tanh_backward = 2 * narrow / MEMORY + LAUNCH, 3 * narrow / MEMORY + LAUNCH
+    again = 2 * product + mixing + 10 * tanh + 3 * tanh_backward
+    moved = 4 * wide + 2 * 2 * weight + (2 + 3 * 3) * narrow
+    launching = 3 * 3 * 4 * LAUNCH
+    # Of what it has, it sends the half. What it sends, and what it gets, is brought in order by a read and a write in
+    # strides each. Each piece does so thrice forward and once backward; without pieces, it would be twice and once.
+    exchange = wide / 2 / LINK + 2 * 2 * 3 * wide / MEMORY
+    exchanges = 2 * (4 * (exchange + 4 * LATENCY) - 3 * (exchange + LATENCY))
+    seconds = 2 * (again + moved / MEMORY + launching + exchanges)
     assert found.seconds[Key("again", stretch.block, stretch.name, "in pieces")] == pytest.approx(seconds)
 
 
