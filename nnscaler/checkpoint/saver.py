@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from nnscaler.checkpoint import folder as folders
 from nnscaler.checkpoint.checksums import Checksums, Piece, whole_file
@@ -30,6 +29,7 @@ from nnscaler.checkpoint.folder import TrainerState
 from nnscaler.checkpoint.randomness import as_tensors
 from nnscaler.checkpoint.sharded import Part, owned_state, save_parts, whole
 from nnscaler.errors import UserError
+from nnscaler.runtime.locked import host_memory, lock
 from nnscaler.runtime.optimizer import ShardedOptimizer
 
 logger = logging.getLogger(__name__)
@@ -223,15 +223,11 @@ def _copy(sources: list[Part], targets: list[Part]) -> None:
 def _copies(parts: list[Part], device: torch.device) -> list[Part]:
     """Parts of the same sizes in one block of CPU memory, which a GPU can write to by itself."""
     assert all(part.tensor.dtype == torch.float32 for part in parts)
-    memory = torch.empty(sum(part.tensor.numel() for part in parts))
-    if device.type == "cuda" and len(memory):
-        _pin(memory)
+    count = sum(part.tensor.numel() for part in parts)
+    memory = torch.empty(count)
+    if device.type == "cuda" and count:
+        memory = host_memory(4 * count).view(torch.float32)
+        if not lock(memory):
+            logger.warning("checkpoints are copied slowly: the system does not lock %d bytes of memory", memory.nbytes)
     chunks = memory.split([part.tensor.numel() for part in parts])
     return [replace(part, tensor=chunk.view(part.box.sizes)) for part, chunk in zip(parts, chunks)]
-
-
-def _pin(memory: Tensor) -> None:
-    """Locks just this memory (`pin_memory` would take up to the next power of two)."""
-    status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel() * memory.element_size(), 0)
-    if int(status) != 0:
-        logger.warning("checkpoints are copied slowly: the system does not lock %d bytes of memory", memory.nbytes)

@@ -10,7 +10,6 @@ see `nnscaler.runtime.gradients`.
 
 from __future__ import annotations
 
-import mmap
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nnscaler.errors import UserError
+from nnscaler.runtime.locked import host_memory, lock, unlock
 
 SMALL = 2**16  # bytes; what is smaller stays on an accelerator, where each copy costs a launch
 
@@ -313,11 +313,9 @@ def _bytes_of(tensor: Tensor) -> Tensor:
 
 
 def _page_locked(size: int) -> Tensor:
-    """Page-locked bytes, in pages of their own: a page can be locked once. torch's own allocator of such memory rounds
-    sizes up to a power of two."""
-    memory = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
-    code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0)
-    if int(code):
+    """Bytes that the device may copy to and from by itself."""
+    memory = host_memory(size)
+    if not lock(memory):
         raise UserError(
             f"the machine gives no more page-locked memory: {size / 2**30:.2f} GiB refused; plan with less by "
             "--host_mem_constraint, or with none by --offload off"
@@ -330,4 +328,4 @@ def _unlock(streams: Sequence[torch.cuda.Stream], addresses: list[int]) -> None:
     for stream in streams:
         stream.synchronize()
     for address in addresses:
-        torch.cuda.cudart().cudaHostUnregister(address)
+        unlock(address)
