@@ -28,8 +28,8 @@ args=(--name first_run --model_id $out/llama3_mini --dataset_path $out/plays_512
     --checkpoint_dir $out/checkpoints --checkpoint_interval 20 --log_dir $out/runs --gen_savedir $out/compiled)
 
 step python train.py --run_mode compile "${args[@]}"
-step torchrun --nproc_per_node=$processes train.py "${args[@]}" --max_train_steps 30
-step torchrun --nproc_per_node=$processes train.py "${args[@]}" --max_train_steps 45 --resume_path $out/checkpoints
+step torchrun --nproc_per_node=$processes train.py "${args[@]}" --max_train_steps 24
+step torchrun --nproc_per_node=$processes train.py "${args[@]}" --max_train_steps 36 --resume_path $out/checkpoints
 step python ckpt_merger.py --ckpt_dir $out/checkpoints --output_fname $out/merged.ckpt --output_dir $out/merged_model
 step python examples/look.py --run $out/runs/first_run --model $out/merged_model --prompt "KING HENRY" --plot $out/loss.png
 
