@@ -60,7 +60,8 @@ def check_new(path: Path) -> None:
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """Yields a temporary sibling of `path` to write into, and renames it to `path` at the end of the block.
+    """Yields a temporary sibling of `path` to write into, and renames it to `path` at the end of the block, when all of
+    it is on disk.
 
     If the block raises, the sibling is removed. If the process is killed, a directory `<path>.partial-<process id>`
     stays behind, and `path` does not exist.
@@ -73,12 +74,30 @@ def new_directory(path: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
+        sync(partial)
         check_new(path)
         partial.rename(path)
+        sync_entry(partial.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def sync(folder: Path) -> None:
+    """Asks the system to put a folder's files and entries on disk."""
+    for path in folder.rglob("*"):
+        sync_entry(path)
+    sync_entry(folder)
+
+
+def sync_entry(path: Path) -> None:
+    """Asks the system to put a file's content, or the names in a folder, on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -22,6 +23,29 @@ def test_it_appears_when_the_block_ends(tmp_path: Path) -> None:
         assert not path.exists()
     assert [child.name for child in path.iterdir()] == ["file"]
     assert [child.name for child in path.parent.iterdir()] == ["directory"]
+
+
+def test_all_of_it_is_on_disk_before_it_appears_and_its_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened, rename, fsync = [], Path.rename, os.fsync
+
+    def record_rename(self: Path, target: Path) -> Path:
+        happened.append(f"named {target.name}")
+        return rename(self, target)
+
+    def record_sync(handle: int) -> None:
+        happened.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name.split(".partial")[0])
+        fsync(handle)
+
+    monkeypatch.setattr(Path, "rename", record_rename)
+    monkeypatch.setattr(os, "fsync", record_sync)
+    with new_directory(tmp_path / "parent" / "out") as partial:
+        (partial / "inner").mkdir()
+        (partial / "inner" / "file").write_text("content")
+    before, after = happened[: happened.index("named out")], happened[happened.index("named out") + 1 :]
+    assert sorted(before) == ["file", "inner", "out"]
+    assert after == ["parent"]
 
 
 def write_and_raise(path: Path, error: BaseException) -> None:

@@ -15,9 +15,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nnscaler.checkpoint.checksums import CorruptCheckpoint, file_crc
-from nnscaler.checkpoint.folder import ASSETS, sync
+from nnscaler.checkpoint.folder import ASSETS
 from nnscaler.checkpoint.merge import forget_cached, progress, write_tensor
 from nnscaler.checkpoint.stored import Checkpoint
+from nnscaler.directory import sync
 from nnscaler.errors import UserError
 from nnscaler.models import load_config
 from nnscaler.models.adapters import CONFIG, FILE, PREFIX, is_adapter, name_in_file

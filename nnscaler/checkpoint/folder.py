@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from nnscaler.checkpoint.checksums import CHECKSUMS, Checksums, CorruptCheckpoint
+from nnscaler.directory import sync, sync_entry
 from nnscaler.errors import UserError
 
 TRAINER = "trainer.json"
@@ -182,7 +183,7 @@ def publish(work: Path, state: TrainerState) -> Path:
     _point(run / LAST, final)
     if _is_better(state, run / BEST):
         _point(run / BEST, final)
-    _sync_folder(run)
+    sync_entry(run)
     return final
 
 
@@ -204,21 +205,6 @@ def _point(link: Path, folder: Path) -> None:
     new.unlink(missing_ok=True)
     new.symlink_to(folder.name)
     new.replace(link)
-
-
-def sync(folder: Path) -> None:
-    """Asks the system to put a folder's files and entries on disk."""
-    for path in folder.rglob("*"):
-        _sync_folder(path)
-    _sync_folder(folder)
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def remove_old(run: Path, keep: int, owner: str) -> None:
