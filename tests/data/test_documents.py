@@ -49,8 +49,10 @@ def test_every_column_says_the_same(rows: list[list[int]]) -> None:
 
 def test_a_row_that_goes_on_with_a_document_begins_one_of_its_own() -> None:
     for starts in ([], [3]):
-        (positions,) = document_inputs([np.array(starts, int)], LENGTH)["position_ids"].tolist()
-        assert positions == [0, 1, 2, 0, 1, 2] if starts else list(range(LENGTH))
+        inputs = document_inputs([np.array(starts, int)], LENGTH)
+        (positions,), (documents,) = inputs["position_ids"].tolist(), inputs["documents"].tolist()
+        assert positions == ([0, 1, 2, 0, 1, 2] if starts else list(range(LENGTH)))
+        assert documents == ([0, 0, 0, 1, 1, 1] if starts else [0] * LENGTH)
     assert document_starts("position_ids", [4, 5, 6, 0, 1, 2], [6], 6).tolist() == [3]
     assert document_starts("position_ids", [0, 1, 2, 3, 4, 5], [3, 3], 3).tolist() == [0]
     assert document_starts("document_starts", [], [0, 0], 3).tolist() == []
@@ -135,6 +137,8 @@ def test_lengths_of_documents(tmp_path, monkeypatch) -> None:
     assert dataset.document_lengths is found
     full = saved(tmp_path / "full", input_ids=[[1] * 4] * 2, document_starts=[[0], [0]]).document_lengths
     assert (full.documents, full.cut) == (2, 0), "as long as a row is not cut"
+    last = saved(tmp_path / "last", input_ids=[[1] * 4] * 3, document_starts=[[0], [0], []]).document_lengths
+    assert (last.documents, last.cut) == (3, 1), "which ends with the dataset"
 
 
 def test_padding_is_no_document(tmp_path, monkeypatch) -> None:
