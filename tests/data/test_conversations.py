@@ -161,6 +161,45 @@ def test_texts_get_the_marks_that_they_lack(prompt, completion, bos, text):
     assert [text[begin:end] for begin, end in rendered.spans] == ["b<|im_end|>"]
 
 
+def test_an_answer_may_come_first_or_without_a_prompt():
+    """And a template may write the tokenizer's own marks."""
+    tokenizer = make_tokenizer(bos_token="<|im_start|>")
+    for template in (CHATML, "{{ bos_token }}" + CHATML):
+        rendered = Speech(tokenizer, MESSAGES, template, False).render(
+            ({"messages": [turn("assistant", "a"), turn("user", "b"), turn("assistant", "c")]}, "row 1")
+        )
+        assert rendered.text.count("<|im_start|>") == 3 + (template != CHATML)
+        learned = [rendered.text[begin:end] for begin, end in rendered.spans]
+        assert learned == [rendered.text.partition("<|im_end|>\n")[0] + "<|im_end|>\n", "c<|im_end|>\n"]
+        row = {"p": [], "c": [turn("assistant", "a")]}
+        rendered = Speech(tokenizer, Columns(None, "p", "c"), template, False).render((row, "row 1"))
+        assert [list(span) for span in rendered.spans] == [[0, len(rendered.text)]]
+
+
+@pytest.mark.parametrize("pad", ["first", "!", None])
+def test_rows_are_filled_up_with_the_padding_token_or_the_last(tmp_path, pad):
+    """Also where that is the token 0."""
+    tokenizer = make_tokenizer(
+        None,
+        **{} if pad is None else {"pad_token": make_tokenizer().convert_ids_to_tokens(0) if pad == "first" else pad},
+    )
+    filler = {"first": 0, "!": tokenizer.convert_tokens_to_ids("!"), None: tokenizer.eos_token_id}[pad]
+    corpus = write(tmp_path / "pairs.jsonl", [{"p": "ab", "c": "cd"}, {"p": "a", "c": "bcd"}, {"p": "a", "c": "b"}])
+    speech = Speech(tokenizer, Columns(None, "p", "c"), None, True)
+    pack_conversations(corpus, speech, tokenizer, tmp_path / "out", 7, 1, False, {"data": "x"})
+    dataset = PackedDataset.open(tmp_path / "out")
+    rows = [dataset.row(number) for number in range(len(dataset))]
+    assert [int(row["document_starts"][-1]) for row in rows] == [5, 5, 3]
+    for row in rows:
+        begin = row["document_starts"][-1]
+        assert row["input_ids"][begin:].tolist() == [filler] * (7 - begin)
+    noted = json.loads((tmp_path / "out" / "packing.json").read_text())
+    assert (noted["data"], noted["vocab_size"], noted["padding"]) == ("x", len(tokenizer), 8)
+    assert (noted["smallest_id"], noted["largest_id"]) == (
+        min(int(row["input_ids"].min()) for row in rows), max(int(row["input_ids"].max()) for row in rows),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("row", "template", "said"),
     [
@@ -171,6 +210,7 @@ def test_texts_get_the_marks_that_they_lack(prompt, completion, bos, text):
             CHATML,
             r"no attribute 'content' \(message 2 has only role, text\)",
         ),
+        ({}, CHATML, "row 1: there is no 'messages'; the row has nothing"),
         (["x"], CHATML, "row 1: a row must have columns by name, not be list"),
         ({"messages": "x"}, CHATML, "row 1: a conversation is a list of messages, each with a role and a content"),
         ({"messages": [{"content": "x"}]}, CHATML, "a conversation is a list of messages"),

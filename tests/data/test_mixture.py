@@ -71,7 +71,8 @@ def test_each_part_s_samples_come_one_after_the_other(shares, seed, start, repli
 
 def test_weights_are_shares_of_a_block():
     assert shares_of([0.7, 0.3], ["a", "b"], "x") == [45875, 19661]
-    assert sum(shares_of([1 / 3] * 3, ["a"] * 3, "x")) == BLOCK
+    assert shares_of([1 / 3] * 3, ["a"] * 3, "x") == [21846, 21845, 21845]
+    assert shares_of([1.2, 65534.8, 65536], ["a", "b", "c"], "x") == [1, 32767, 32768], "what lost most gets the rest"
     assert shares_of([2, 6], ["a", "b"], "x") == [BLOCK // 4, 3 * BLOCK // 4]
     with pytest.raises(UserError, match="x gives 'b' less than 1/65,536 of all weights"):
         shares_of([1, 1e-9], ["a", "b"], "x")
@@ -107,6 +108,8 @@ def test_every_dataset_has_epochs_and_an_order_of_its_own(tmp_path):
         (["a=0.5", "b"], "is 'b', which has no weight; where there are several datasets, each needs one: PATH=WEIGHT"),
         (["a=0.5", "b=0"], "gives 'b' the weight 0; it must be more than 0"),
         (["a=0.5", "b=nan"], "gives 'b' the weight nan; it must be more than 0"),
+        (["b=-1"], "gives 'b' the weight -1; it must be more than 0 and at most 1e9"),
+        (["a=1e9", "b=1.1e9"], "gives 'b' the weight 1.1e9; it must be more than 0 and at most 1e9"),
         (["a=1", "a=2"], "has 'a' twice"),
         (["a=1", "./a/=2"], "has 'a' twice"),
         (["s3://b/a/=1", "s3://b/a=2"], "has 's3://b/a' twice"),
@@ -114,8 +117,27 @@ def test_every_dataset_has_epochs_and_an_order_of_its_own(tmp_path):
     ],
 )
 def test_weights_that_are_none(texts, said):
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=f"^dataset_path .*{said}"):
         WeightedDataset.read_all(texts, "dataset_path")
+
+
+@pytest.mark.parametrize(
+    ("texts", "wanted"),
+    [
+        (["a"], [("a", None)]),
+        (["a=0.3"], [("a", 0.3)]),
+        (["a=1e9", "b=1e9"], [("a", 1e9), ("b", 1e9)]),
+        (["~/x/../y/"], [("/home/me/y", None)]),
+        (["~/d=1"], [("/home/me/d=1", None)]),  # which is there
+        (["~/e=2"], [("/home/me/e", 2.0)]),  # which is not
+        (["data/lang=en"], [("data/lang=en", None)]),
+        (["./data//lang=en=0.5", "s3://b/./c=d//=2"], [("data/lang=en", 0.5), ("s3://b/./c=d", 2.0)]),
+    ],
+)
+def test_how_paths_and_weights_are_read(monkeypatch, texts, wanted):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setattr("os.path.exists", lambda path: path == "/home/me/d=1")
+    assert [(one.path, one.weight) for one in WeightedDataset.read_all(texts, "x")] == wanted
 
 
 def test_a_path_may_have_an_equals_sign(tmp_path):
