@@ -56,14 +56,21 @@ def in_halves(decision: Decision) -> int:
     return next((o for o, one in enumerate(decision.options) if one.outputs[0] == (Shard(0),)), 0)
 
 
-@pytest.fixture
-def stated() -> tuple[Program, Solution]:
+def state(frozen: str = "") -> tuple[Program, Solution]:
+    """`frozen`: what the names of weights without gradients begin or end with"""
     inputs = {"x": torch.empty((8, WIDTH), dtype=torch.bfloat16, device="meta")}
     model, buffers = Source(Model, inputs).build()
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(not frozen or not (name.startswith(frozen) or name.endswith(frozen)))
     costs = CostModel(load_hardware("h100"), Mesh((2,)))
     problem = build_problem(trace(model, inputs, buffers), costs, Recomputing(), 1)
     levels = {"model": {KEEPS_ALL: 1}, "layer": {KEEPS_ALL: CALLS}}
     return Program(problem), Solution([in_halves(one) for one in problem.decisions], levels)
+
+
+@pytest.fixture
+def stated() -> tuple[Program, Solution]:
+    return state()
 
 
 def test_they_are_held_while_operators_run(stated, monkeypatch):
@@ -79,6 +86,12 @@ def test_they_are_held_while_operators_run(stated, monkeypatch):
     assert working == [last + 4 * EACH, product - free + 4 * EACH, last]
 
 
+def value_of(terms: Terms, program: Program, solution: Solution) -> float:
+    values = program.statement.values(program.values(solution))
+    assert values is not None
+    return sum(values[variable] * factor for variable, factor in terms)
+
+
 def test_those_of_two_weights_wait_and_in_the_first_call_the_last_one_s(stated):
     program, solution = stated
     problem = program.problem
@@ -87,9 +100,7 @@ def test_those_of_two_weights_wait_and_in_the_first_call_the_last_one_s(stated):
     after = Deferred(program.flows, "model", {None: []})
 
     def found(terms: Terms) -> float:
-        values = program.statement.values(program.values(solution))
-        assert values is not None
-        return sum(values[variable] * factor for variable, factor in terms)
+        return value_of(terms, program, solution)
 
     assert found(deferred.during(False)) == found(deferred.during(False, RECOMPUTES_ALL)) == 2 * EACH
     assert found(deferred.during(True)) == 4 * EACH
@@ -103,3 +114,16 @@ def test_those_of_two_weights_wait_and_in_the_first_call_the_last_one_s(stated):
     assert [deferred.is_first(place) for place in products] == [False, True, True]
     of_units = {name: found(after.of_last(index)) for (block, name), (index, _) in units.items() if block == "model"}
     assert {name: size for name, size in of_units.items() if size} == {"last": 4 * EACH}
+
+
+@pytest.mark.parametrize(("frozen", "of_layers", "of_first", "of_last"), [
+    ("layers", 0, 4 * EACH, 4 * EACH), ("last", 2 * EACH, 2 * EACH, 0),
+])  # fmt: skip
+def test_weights_that_are_not_trained_have_none(frozen, of_layers, of_first, of_last):
+    """They are gathered all the same."""
+    program, solution = state(frozen)
+    deferred = Deferred(program.flows, "layer", {None: []})
+    after = Deferred(program.flows, "model", {None: []})
+    terms = [deferred.during(False), deferred.during(True)]
+    terms.append([term for index in range(len(program.problem.decisions)) for term in after.of_last(index)])
+    assert [value_of(each, program, solution) for each in terms] == [of_layers, of_first, of_last]

@@ -75,14 +75,27 @@ ONE, TWO = Mesh((1,)), Mesh((2,))
 
 def priced(
     graph: Graph, machine: Hardware, levels: dict[Level, int], mesh: Mesh = ONE, micro_batches: int = 2,
-    once: bool = False, stored: Placement = SHARED, gathers_again: bool = False, **given: object,
+    once: bool = False, stored: Placement = SHARED, gathers_again: bool = False, alone: bool = False,
+    state: int = 0, **given: object,
 ) -> Price:  # fmt: skip
     """With weights whole, and all that has rows divided by them where there are several devices.
 
     once           whether gradients are exchanged once a step
     stored         how weights are stored, which are used whole
     gathers_again  whether backward gathers them again
+    alone          whether only master weights are stored
+    state          parts of the optimizer's state on the host
     """
+    found = priced_if_possible(graph, machine, levels, mesh, micro_batches, once, stored, gathers_again, alone, state,
+                               **given)  # fmt: skip
+    assert found is not None
+    return found
+
+
+def priced_if_possible(
+    graph: Graph, machine: Hardware, levels: dict[Level, int], mesh: Mesh, micro_batches: int, once: bool,
+    stored: Placement, gathers_again: bool, alone: bool, state: int, **given: object,
+) -> Price | None:  # fmt: skip
     problem = build_problem(graph, CostModel(machine, mesh), Recomputing(), micro_batches, groups=False, **given)
     rows = (Shard(0) if mesh.plan_ngpus > 1 else REPLICATE,)
     chosen = []
@@ -93,16 +106,14 @@ def priced(
             if (decision.kind == "unit" and option.inputs[0] == rows and all(one in (rows, (REPLICATE,), (SHARED,))
                 for one in option.inputs))
             or (decision.kind == "parameter" and option.outputs == ((stored,),) and option.exchanged_once == once
-                and not option.master_only)
+                and option.master_only == alone)
             or (decision.kind in ("input", "output") and option.outputs[0] in (rows, (REPLICATE,)))
         ]  # fmt: skip
         prefers = [index for index in fitting if decision.options[index].outputs[0] == rows]
         chosen.append((prefers if decision.kind in ("input", "output") and prefers else fitting)[0])
     (block,) = graph.blocks
     again = frozenset(i for i, flow in enumerate(problem.flows) if flow.is_parameter and gathers_again)
-    found = price(Program(problem), Solution(chosen, {graph.root.name: {KEEPS_ALL: 1}, block: levels}, again))
-    assert found is not None
-    return found
+    return price(Program(problem), Solution(chosen, {graph.root.name: {KEEPS_ALL: 1}, block: levels}, again, state))
 
 
 # Level -> bytes that a layer keeps beside p, seconds of what it does again.
@@ -185,6 +196,30 @@ def test_gathered_weights_by_hand(graph, machine, level, gathers_again, times):
     assert found.seconds[Key("exchange", "", "forward")] == pytest.approx(2 * sent - forward)
     assert found.seconds[Key("exchange", "", "backward")] == pytest.approx((4 + 2 * times) * sent - backward)
     assert again == pytest.approx(3 * LEVELS[level][1] / 2)
+
+
+@pytest.mark.parametrize(("level", "gathers_again", "times"), [
+    (KEEPS_ALL, False, 0), (KEEPS_ALL, True, 1), (RECOMPUTES_ALL_BUT_ATTENTION, True, 1), (RECOMPUTES_ALL, False, 1),
+])  # fmt: skip
+def test_masters_of_all_layers_are_cast_for_each_gather(graph, machine, level, gathers_again, times):
+    """Six halves of weights: read in fp32, written in bf16."""
+    found = priced(graph, machine, {level: 3}, TWO, stored=Shard(0), gathers_again=gathers_again, alone=True)
+    each = 6 * W / 2 * (4 + 2) / MEMORY
+    assert total(found.seconds, "cast") == pytest.approx(each)
+    assert total(found.seconds, "cast again") == pytest.approx(times * each)
+    for what, size in (("parameters", 4), ("gradients", 4), ("master weights", 0), ("moments", 8)):
+        assert total(found.memory, "parameter", what) == 6 * W * size / 2, what
+
+
+def test_of_the_state_all_but_the_masters_of_all_layers_may_lie_on_the_host(graph, machine):
+    """Eight of twelve bytes an element: 42 of 64 parts, where the masters are the weights themselves."""
+    host = replace(machine, host=Host(memory=1e12, to_host=1e9, to_device=1e9, both_ways=1e9))
+    for alone, most in ((True, 42), (False, 64)):
+        possible = [
+            priced_if_possible(graph, host, {KEEPS_ALL: 3}, TWO, 2, False, Shard(0), False, alone, state, host=1e12)
+            for state in (most, most + 1)
+        ]
+        assert [found is not None for found in possible] == [True, False], alone
 
 
 def test_what_lies_on_the_host_by_hand(graph, machine):
