@@ -146,3 +146,15 @@ def test_what_does_not_go_with_adapters_is_said():
     ) as said:
         build_on_meta(lambda: CausalLM(tiny.config(), adapters=lora))
     assert str(said.value).endswith("are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head")
+
+
+def test_adapters_as_peft_has_them():
+    assert AdapterConfig().lora("id") is None
+    plain, named = AdapterConfig(lora_rank=3).lora("id"), AdapterConfig(5, 2.5, ("q_proj", "x")).lora("other")
+    assert plain is not None
+    assert named is not None
+    assert (plain.r, plain.lora_alpha, plain.target_modules, plain.task_type) == (3, 6, "all-linear", "CAUSAL_LM")
+    assert (named.r, named.lora_alpha, named.target_modules) == (5, 2.5, {"q_proj", "x"})
+    assert [lora.base_model_name_or_path for lora in (plain, named)] == ["id", "other"]
+    with pytest.raises(UserError, match=r"^lora_target_modules is q_proj x, and there is no lora_rank"):
+        AdapterConfig(lora_target_modules=("q_proj", "x"))

@@ -13,7 +13,6 @@ from torch import nn
 from nnscaler.batch import Batch, Division
 from nnscaler.cli import config
 from nnscaler.cli.config import (
-    AdapterConfig,
     CheckpointConfig,
     DatasetConfig,
     EvaluationConfig,
@@ -100,18 +99,6 @@ def test_every_part_of_a_mixture_is_asked():
         type(mixture).parts = (dataset(), wrong)
         with pytest.raises(UserError, match="keeps documents apart" if not apart else "does not say"):
             DatasetConfig(mixture, document_mask=apart)
-
-
-def test_adapters_as_peft_has_them():
-    assert AdapterConfig().lora("id") is None
-    plain, named = AdapterConfig(lora_rank=3).lora("id"), AdapterConfig(5, 2.5, ("q_proj", "x")).lora("other")
-    assert plain is not None
-    assert named is not None
-    assert (plain.r, plain.lora_alpha, plain.target_modules, plain.task_type) == (3, 6, "all-linear", "CAUSAL_LM")
-    assert (named.r, named.lora_alpha, named.target_modules) == (5, 2.5, {"q_proj", "x"})
-    assert [lora.base_model_name_or_path for lora in (plain, named)] == ["id", "other"]
-    with pytest.raises(UserError, match=r"^lora_target_modules is q_proj x, and there is no lora_rank"):
-        AdapterConfig(lora_target_modules=("q_proj", "x"))
 
 
 def test_how_many_samples_a_step_has_and_what_is_left_to_the_planner():
