@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -216,6 +217,36 @@ def test_a_run_whose_folder_has_a_number_is_continued_by_its_name(tmp_path):
     again = claim(tmp_path, "model", saved, None, ["c"])
     assert (again.folder, again.claim.run) == (tmp_path / "model-2", second.claim.run)
     assert first.folder == tmp_path / "model"
+
+
+def test_a_run_with_a_number_in_its_own_name_is_not_another_s(tmp_path):
+    """Whether `model-2` is the run of this name or a second one called `model`, its checkpoints say."""
+    held = claim(tmp_path, "model-2", None, None, ["a"])
+    saved = publish_one(held.folder, 1, 1.0)
+    state = json.loads((saved / "trainer.json").read_text())
+    (saved / "trainer.json").write_text(json.dumps(state | {"model": "model-2"}))
+    held.release()
+    other = claim(tmp_path, "model", saved, None, ["b"])
+    assert other.folder == tmp_path / "model"
+    assert claim(tmp_path, "model-2", saved, None, ["c"]).claim.run == held.claim.run
+
+
+def test_a_twelfth_run_of_a_name_gets_the_number_12_and_a_damaged_claim_is_no_job_s(tmp_path):
+    for number in range(1, 12):
+        publish_one(tmp_path / (f"run-{number}" if number > 1 else "run"), 1, 1.0)
+    held = claim(tmp_path, "run", None, None, ["a"])
+    assert held.folder.name == "run-12"
+    (tmp_path / "run-3" / CLAIM).write_text("{")
+    assert find_own(tmp_path, ["a"]) == (held.folder, held.claim.since)
+
+
+def test_who_takes_a_folder_that_was_left_without_a_checkpoint_is_another_run(tmp_path):
+    first = claim(tmp_path, "run", None, None, ["a"])
+    first.release()
+    second = claim(tmp_path, "run", None, None, ["b"])
+    assert (second.folder, second.claim.run == first.claim.run) == (first.folder, False)
+    assert second.claim.since >= first.claim.since
+    assert second.claim.jobs == ["b"]
 
 
 def test_a_folder_whose_logs_are_another_runs_is_not_taken(tmp_path):

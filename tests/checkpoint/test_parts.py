@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
+import os
 import random
 import signal
 import struct
@@ -282,6 +283,56 @@ def test_another_rank_s_signal_is_seen_in_the_store(asking: Any, monkeypatch: py
     alone._told.set()
     assert alone._is_told()
     assert alone._answers(0, 3) == {3}
+
+
+def test_each_of_three_ranks_answers_under_its_number(asking: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All three must say the same step."""
+    monkeypatch.setattr(termination.dist, "get_rank", lambda: 2)
+    monkeypatch.setattr(termination.dist, "get_world_size", lambda: 3)
+    for first, second, agreed in (("7", "7", True), ("6", "7", False), ("7", "-1", False), ("-2", "7", True)):
+        told, store, saved = asking(7, None)
+        store.values |= {"terminate/a/11/0": first, "terminate/a/11/1": second}
+        assert told._ask(11) is agreed
+        assert store.values["terminate/a/11/2"] == "7"
+        assert bool(saved) == (first == second)
+
+
+def test_a_told_rank_tells_the_others_and_a_store_that_is_gone_ends_nothing(asking: Any, monkeypatch: Any, caplog: Any):
+    monkeypatch.setattr(termination, "_POLL", 0.001)
+    told, store, saved = asking(5, "5")
+    with told:
+        os.write(told._wake, bytes([signal.SIGCHLD]))
+        time.sleep(0.02)
+        assert not told.told, "another signal"
+        os.write(told._wake, bytes([signal.SIGUSR1, signal.SIGTERM]))
+        told._thread.join(4.0)
+    assert "terminate/a" in store.values
+    assert saved == ["saved"]
+
+    def gone(key: str, value: str) -> None:
+        raise RuntimeError("connection closed")
+
+    told, store, saved = asking(5)
+    monkeypatch.setattr(store, "set", gone)
+    with told:
+        os.write(told._wake, bytes([signal.SIGINT]))
+        told._thread.join(4.0)
+    assert not saved
+    assert "cannot save what the last step left: connection closed" in caplog.text
+
+
+def test_who_is_woken_by_signals_otherwise_is_so_again() -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    before = signal.set_wakeup_fd(writing)
+    try:
+        with Termination(None, "a", lambda: 3, lambda: None):
+            pass
+        assert signal.set_wakeup_fd(writing) == writing
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(reading)
+        os.close(writing)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
