@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from nnscaler import compiler, loaded
 from nnscaler.batch import Batch, Division
 from nnscaler.config import ComputeConfig
 from nnscaler.identity import DONE
+from nnscaler.shards import Box
 from nnscaler.source import Source
 
 HARDWARE = SimpleNamespace(remark="")
@@ -122,3 +124,58 @@ def test_what_is_compiled_already_is_used_where_it_is_for_the_same(monkeypatch, 
     assert loaded.predicted_step_seconds(tmp_path) == 2.5
     (tmp_path / "plan.json").write_text("{}")
     assert loaded.division_in(tmp_path) is None
+
+
+@pytest.mark.parametrize("rank", [None, 0, 1])
+def test_one_rank_compiles_while_no_other_run_may_and_all_get_the_files(rank, monkeypatch, tmp_path):
+    """Inside, rank 0 still holds the folder. None: there is one process."""
+    events: list[object] = []
+
+    @contextmanager
+    def held(folder):
+        events.append(("held", folder))
+        yield
+        events.append("free")
+
+    monkeypatch.setattr(loaded, "alone_in", held)
+    monkeypatch.setattr(loaded.dist, "is_initialized", lambda: rank is not None)
+    monkeypatch.setattr(loaded.dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(loaded, "from_rank_0", lambda work, device: events.append(device) or (rank or work()))
+    monkeypatch.setattr(loaded, "_compile_if_needed", lambda *given: events.append(given))
+    monkeypatch.setattr(loaded, "share_folder", lambda *given: events.append(("shared", *given)))
+    config, device, judge, batch = ComputeConfig(1, 8), torch.device("meta"), lambda model: None, Batch(16, 8)
+    with loaded.compiled(SOURCE, config, tmp_path, device, judge, batch):
+        events.append("inside")
+    mine = [("held", tmp_path)] if rank != 1 else []
+    work = [(SOURCE, config, tmp_path, judge, batch)] if rank != 1 else []
+    shared = [("shared", tmp_path, device)] if rank is not None else []
+    assert events == [*mine, device, *work, *shared, "inside", *(["free"] if mine else [])]
+
+
+def test_first_values_are_given_to_what_is_named_and_masters_are_made_of_them(monkeypatch, caplog):
+    """Each rank takes its own part of a value, and what its stage does not have it leaves."""
+    caplog.set_level("INFO", "nnscaler")
+    values = {"here": torch.arange(6.0).view(2, 3), "elsewhere": torch.ones(4), "too": torch.arange(4.0)}
+    asked: list[object] = []
+
+    def initial(*given):
+        asked.append(given)
+        return values.items()
+
+    monkeypatch.setattr(loaded, "initial_parameters", initial)
+    boxes, taken = {"here": Box((1, 0), (1, 2)), "too": Box((2,), (2,))}, {}
+    module = SimpleNamespace(
+        parameters_to_load=lambda: ["here", "too"], axes=SimpleNamespace(device="cpu"), box=boxes.get,
+        load_one=lambda name, value: taken.__setitem__(name, value.tolist()),
+    )  # fmt: skip
+    model = loaded.LoadedModel.__new__(loaded.LoadedModel)
+    model.module, model.model = module, "model"
+    model.optimizer = SimpleNamespace(load_masters=lambda: asked.append(sorted(taken)))
+    model.initialise(7)
+    model.initialise(8, ["too", "here"])
+    assert taken == {"here": [[3.0, 4.0]], "too": [2.0, 3.0]}
+    assert asked == [
+        ("model", 7, "cpu", None), ["here", "too"], ("model", 8, "cpu", ["too", "here"]), ["here", "too"],
+    ]  # fmt: skip
+    assert "weights are initialised from seed 7" in caplog.text
+    assert "2 new tensors are initialised from seed 8" in caplog.text

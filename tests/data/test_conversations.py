@@ -302,6 +302,30 @@ def test_conversations_are_whole_in_rows_that_training_reads(tmp_path, cut):
     assert noted["cut"] + noted["unlearned"] + noted["dropped"] + noted["documents"] >= len(conversations)
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_what_became_of_each_conversation_is_counted(tmp_path, cut):
+    """Two fit, three are too long, of one of which nothing would be left to learn, and in four nobody answers."""
+    tokenizer, length = make_tokenizer(), 24
+    sizes = {"fit": [(0, 1), (2, 2)], "long": [(0, 30), (3, 40), (30, 1)]}
+    talk = [
+        [turn("user", "x" * asked), turn("assistant", "y" * said)] for kind in sizes.values() for asked, said in kind
+    ]
+    talk += [[turn("user", "z" * 2)]] * 3 + [[turn("user", "z" * 40)]]
+    whole = [encoded(tokenizer, {"messages": messages}, MESSAGES) for messages in talk]
+    assert [len(one) > length for one in whole] == [False] * 2 + [True] * 3 + [False] * 3 + [True]
+    kept = whole[: 4 if cut else 2]
+    corpus = write(tmp_path / "talk.jsonl", [{"messages": messages} for messages in talk])
+    speech = Speech(tokenizer, MESSAGES, None, False)
+    fitting = pack_conversations(corpus, speech, tokenizer, tmp_path / "out", length, 1, cut, {})
+    tokens = sum(min(len(one), length) for one in kept)
+    rows = len(PackedDataset.open(tmp_path / "out"))
+    assert fitting.counts() | {"smallest_id": 0, "largest_id": 0} == {
+        "sequence_length": length, "documents": 4 if cut else 2, "dropped": 0 if cut else 4, "cut": 2 if cut else 0,
+        "unlearned": 5 if cut else 3, "tokens": tokens, "padding": rows * length - tokens, "sequences": rows,
+        "learned": sum(int((one.labels[:length] != -100).sum()) for one in kept), "smallest_id": 0, "largest_id": 0,
+    }  # fmt: skip
+
+
 def test_rows_of_parquet_and_json_are_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "BLOCK", 1)  # one row at a time
     rows = [{"messages": [turn("user", f"{n}"), {**turn("assistant", "yes"), "name": None}]} for n in range(5)]

@@ -107,6 +107,7 @@ def test_text_is_packed_as_in_a_local_dataset_whatever_interrupts(texts, length,
 
 
 def test_one_note_says_how_far_an_unfinished_dataset_is(monkeypatch):
+    assert (shards.SHARD, shards.NOTED) == (2**26, 2**24), "four notes a file, of 67 million tokens"
     monkeypatch.setattr(shards, "SHARD", 8)
     monkeypatch.setattr(shards, "NOTED", 2)
     corpus = find_corpus(store(new_url(), [[{"text": "a b c d"}]] * 4))

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from nnscaler.checkpoint.folder import latest_checkpoint
 from nnscaler.cli.config import CheckpointConfig, DatasetConfig
 from nnscaler.cli.trainer import Trainer
-from nnscaler.data import remote, streamed
+from nnscaler.data import mixture, remote, streamed
 from nnscaler.data.documents import DocumentLengths
 from nnscaler.data.mixture import in_order, open_sources, samples_of
 from nnscaler.data.streamed import StreamedDataset, StreamedInOrder, Streaming
@@ -168,6 +168,29 @@ def test_streams_of_a_mixture_are_told_their_place(tmp_path):
     sources = [WeightedDataset(str(write(tmp_path / name, [[9]])), 0.5) for name in ("a", "b")]
     parts = samples_of(open_sources(sources), 3)._samples
     assert [(one._seed, one._part) for one in parts] == [(3, 0), (3, 1)]
+
+
+def test_an_order_is_that_of_every_version(tmp_path, monkeypatch):
+    """Or a run would not go on where an earlier version has left it: seeds are of seed, epoch and part; for a block
+    also of lane and number, and of another last number than for files, or for draws of a mixture."""
+    monkeypatch.setattr(streamed, "LANES", 2)
+    monkeypatch.setattr(streamed, "MOST_ROWS", 3)
+    dataset = StreamedDataset.open(str(write(tmp_path, [[2], [1], [4]])))  # rows 0 1, 2, 3 4 5 6
+    rows = [[0, 1], [2], [3, 4, 5, 6]]
+    for epoch in range(2):
+        files = np.random.default_rng((5, epoch, 4, 2**32 - 2)).permutation(3)
+        laid_out = [row for file in files for row in rows[file]]
+        lanes = []
+        for lane, (begin, end) in enumerate([(0, 4), (4, 7)]):
+            blocks = [laid_out[at : min(at + 3, end)] for at in range(begin, end, 3)]
+            orders = [
+                np.random.default_rng((5, epoch, 4, lane, number, 2**32 - 3)).permutation(len(block))
+                for number, block in enumerate(blocks)
+            ]
+            lanes.append([block[place] for block, order in zip(blocks, orders) for place in order])
+        wanted = [lanes[place % 2][place // 2] for place in range(7)]
+        assert drawn(dataset, range(7 * epoch, 7 * epoch + 7), part=4) == wanted
+    assert mixture._DRAWS == 2**32 - 1
 
 
 @pytest.mark.parametrize("block", [1, 4, 100])
