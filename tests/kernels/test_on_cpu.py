@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +21,9 @@ from nnscaler.kernels import (
     scale_gradient,
     softmax_loss,
 )
+from nnscaler.kernels.attention import Asked, choice, libraries, probe
 from tests.kernels import on_cpu
+from tests.kernels.attention import written_out
 from tests.kernels.on_cpu import OnGpu
 from tests.kernels.test_experts import CHOSEN, gate
 
@@ -28,10 +32,12 @@ PADDING = -7
 
 @pytest.fixture
 def kernels(monkeypatch):
-    for name, module in on_cpu.MODULES.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    for where, name in ((gradient, "_kernels"), (loss, "_kernel")):
-        monkeypatch.setattr(where, name, functools.cache(getattr(where, name).__wrapped__))
+    with monkeypatch.context() as there:  # no longer than that: others ask whether Triton is here, and remember it
+        for name, module in on_cpu.MODULES.items():
+            there.setitem(sys.modules, name, module)
+        made = gradient._kernels.__wrapped__(), loss._kernel.__wrapped__()
+    monkeypatch.setattr(gradient, "_kernels", lambda: made[0])
+    monkeypatch.setattr(loss, "_kernel", lambda: made[1])
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -172,3 +178,85 @@ def test_experts_whose_products_are_one_call(chosen, transposed, width, monkeypa
     assert len(calls) == (0 if width == 6 or not present else 7)
     for one, other in zip(found, wanted):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+
+
+def asked_of(shape: int = 5, **options: object) -> tuple[list[Tensor], Asked]:
+    """query [1, shape, 4, 6], keys and values of two heads and seven places"""
+    tensors = [draw(1, shape, 4, 6), draw(1, 7, 2, 6), draw(1, 7, 2, 3)]
+    return [one.as_subclass(OnGpu) for one in tensors], Asked(0.4, 7 - shape, **options)
+
+
+@pytest.mark.parametrize(("options", "able"), [
+    ((), {"flash_attention_4", "flash_attention_3", "flash_attention_2", "cudnn", "sdpa", "flex_attention"}),
+    (("sinks",), {"flash_attention_4", "flex_attention"}),
+    (("ALiBi", "windows"), {"flash_attention_2", "flex_attention"}),
+    (("documents with later keys",), {"flex_attention"}),
+    (("dropout",), set()),
+])  # fmt: skip
+def test_the_fastest_kernel_is_sought_among_those_that_are_able(options, able, monkeypatch, caplog):
+    """Not plain PyTorch, which comes last; on the call's device, once it has nothing else to do."""
+    said: list[object] = []
+
+    def fastest(kind: object, kernels: dict[str, object]) -> str | None:
+        said.append(set(kernels))
+        return "cudnn" if not options else None
+
+    monkeypatch.setattr(choice, "fastest", fastest)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: said.append(device) or nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: said.append("waits"))
+    found = choice._probed.__wrapped__(SimpleNamespace(device="cuda:1"), frozenset(options))
+    assert found == ("rows" if options else "cudnn")
+    assert said == (["cuda:1", "waits", able] if able else [])
+    assert ("no fast kernel of attention has dropout" in caplog.text) is not bool(able)
+
+
+def test_on_a_gpu_the_kernel_is_that_which_is_asked_for_or_the_fastest(monkeypatch):
+    probed = []
+    monkeypatch.setattr(choice, "_probed", lambda *given: probed.append(given) or "fastest of all")
+    monkeypatch.setattr(choice, "_load", lambda name: name)
+    tensors, asked = asked_of(right=0)
+    some = frozenset({"windows"})
+    assert choice._chosen(*tensors, asked, some, "cudnn") == "cudnn"
+    assert not probed
+    assert choice._chosen(*tensors, asked, some, "auto") == "fastest of all"
+    ((kind, options),) = probed
+    assert (kind.length, kind.heads, kind.shared, kind.size, kind.value_size) == (7, 4, 2, 6, 3)
+    assert options == some
+    plain = [one.as_subclass(Tensor) for one in tensors]
+    assert choice._chosen(*plain, asked, some, "cudnn") == "rows", "a CPU has none of these"
+    assert choice._chosen(*plain, asked, frozenset(), "auto") == "sdpa"
+
+
+@pytest.mark.parametrize("make", [libraries.sdpa, libraries.cudnn])
+def test_fewer_rows_than_keys_take_torchs_own_flash_attention(make, monkeypatch):
+    """Whose causal mask ends with the last row, as no other of torch's does."""
+    called = []
+
+    def flash(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, is_causal: bool, scale: float) -> Any:
+        called.append((dropout_p, is_causal))
+        return written_out(query, key, value, scale=scale, is_causal=is_causal).transpose(1, 2), None
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", flash)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    tensors, asked = asked_of(right=0)
+    found = make()(*tensors, asked)
+    wanted = written_out(*(one.as_subclass(Tensor).transpose(1, 2) for one in tensors), scale=0.4)
+    torch.testing.assert_close(found.as_subclass(Tensor), wanted)
+    assert called == [(0.0, True)]
+
+
+def test_a_kernels_time_is_that_of_one_run(monkeypatch):
+    """Of three, after a first one that may compile; forward and backward, of as many heads as a device is busy with."""
+    now, seen = [0.0], []
+
+    def run(query: Tensor, key: Tensor, value: Tensor, asked: Asked) -> Tensor:
+        now[0] += 2.0 if seen else 100.0
+        seen.append((query.shape, key.shape))
+        return query * 1.0 + 0 * (key.sum() + value.sum())
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(probe, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    (query, key, _), asked = asked_of(7)
+    kind = probe.kind_of(*(one.as_subclass(Tensor) for one in (query, key, key)), asked)
+    assert probe._time(run, kind) == 2.0
+    assert seen == [((1, 7, 4, 6), (1, 7, 2, 6))] * 4

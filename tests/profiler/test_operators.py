@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,3 +120,80 @@ def test_the_function_that_is_timed_is_the_operators():
     assert operators._function(LINEAR) is torch.ops.aten.linear.default
     own = Node("a", "attention", QUERY_KEY_VALUE, {}, ("out",))
     assert operators._function(own) is operator_of(own).function is not None
+
+
+class Gpu:
+    """A GPU whose clock goes on with what is asked of it; events write down its time, in milliseconds."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now, gpu = 0.0, self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = gpu.now
+
+            def elapsed_time(self, other: Event) -> float:
+                return other.at - self.at
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(operators, "time", SimpleNamespace(perf_counter=lambda: self.now / 1e3))
+
+
+@pytest.mark.parametrize("all_at_once", [False, True])
+def test_times_are_those_that_a_device_sustains(all_at_once, monkeypatch):
+    """Forward takes 20 ms and backward 40, and twice as long once the clock has fallen, in the later half of 10 runs.
+    The first run, which compiles, does not count."""
+    gpu, gradients, calls = Gpu(monkeypatch), [], []
+
+    def takes(milliseconds: float) -> None:
+        gpu.now += milliseconds * (100 if len(calls) == 1 else 2 if len(calls) > 2 + 5 else 1)
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, factor):
+            calls.append(factor)
+            takes(20)
+            return x * factor, x.clone()
+
+        @staticmethod
+        def backward(ctx, *given):
+            gradients.append(given)
+            takes(40)
+            return given[0], None
+
+    x = torch.ones(3, 2, requires_grad=True)
+    found = operators._forward_and_backward(Product.apply, all_at_once, (x, 5.0), {})
+    assert found == pytest.approx([0.040, 0.080])
+    assert calls == [5.0] * (2 + 10), "0.6 s of calls that take 60 ms"
+    assert len(gradients) == len(calls)
+    for given in gradients:
+        assert [one.shape for one in given] == [x.shape] * 2
+        assert all((one == 1).all() for one in given) == all_at_once
+        assert all(torch.equal(one, first) for one, first in zip(given, gradients[0]))
+
+
+def test_of_what_has_no_gradient_forward_alone_is_timed(monkeypatch):
+    gpu, calls = Gpu(monkeypatch), []
+
+    def function(x, scale):
+        gpu.now += 400
+        calls.append(scale)
+        return x * scale
+
+    assert operators._forward_and_backward(function, False, (torch.ones(2),), {"scale": 3}) == [0.4, 0.0]
+    assert calls == [3] * 4, "two at least that count"
+
+
+def test_an_operator_whose_backward_only_scales_is_timed_with_equal_gradients(monkeypatch):
+    asked = []
+    monkeypatch.setattr(operators, "_DEVICE", "cpu")
+    monkeypatch.setattr(operators, "_forward_and_backward", lambda function, at_once, *rest: asked.append(at_once))
+    for backward in (None, 0.0, 1.0):
+        own = replace(operator_of(LINEAR), backward=backward)
+        monkeypatch.setattr(operators, "operator_of", lambda node, own=own: own)
+        operators._measure(LINEAR, OPERANDS)
+    assert asked == [False, True, False]

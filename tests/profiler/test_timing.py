@@ -136,3 +136,32 @@ def test_buffers_of_each_collective(monkeypatch):
     ]  # fmt: skip
     there, here = called[-1][1]
     assert there.data_ptr() != here.data_ptr()
+
+
+def test_on_a_gpu_the_device_is_timed_and_waits_until_the_host_is_ahead(monkeypatch):
+    """Calls take 2, 9 and 4 ms of the device; the host's clock stands still."""
+    said, now = [], [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = now[0]
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    takes = iter([2.0, 9.0, 4.0])
+
+    def call():
+        said.append("call")
+        now[0] += next(takes)
+
+    cuda = SimpleNamespace(
+        Event=Event, _sleep=lambda cycles: said.append(cycles), synchronize=lambda: said.append("waits")
+    )
+    monkeypatch.setattr(timing, "torch", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(timing, "dist", SimpleNamespace(barrier=lambda: said.append("together")))
+    assert timing._median_seconds(call, torch.device("cuda"), 3) == pytest.approx(4e-3)
+    assert said == ["together", 3 * timing.AHEAD, "call", "call", "call", "waits"]
