@@ -177,6 +177,21 @@ def test_a_note_is_made_after_enough_tokens_and_the_newest_whole_one_counts(monk
             assert (again._done, again._shards, again.rows) == (7, 3, 4)
 
 
+def test_only_the_very_same_is_gone_on_with():
+    """Whatever differs: files, length, labels, or of what and how the rows are made."""
+    corpora = [find_corpus(store(f"memory://text-{number}", [[{"text": "x"}]])) for number in range(2)]
+    begun = {"corpus": corpora[0], "length": 2, "labels": False, "provenance": {"data": "a", "columns": ("x", None)}}
+    url = new_url()
+    with ShardWriter(url, **begun):
+        pass
+    others = {"corpus": corpora[1], "length": 3, "labels": True, "provenance": {"data": "a", "columns": ("y", None)}}
+    for name, value in others.items():
+        with pytest.raises(UserError, match=f"^{url} holds what another command began: remove it"):
+            ShardWriter(url, **begun | {name: value})
+    with ShardWriter(url, **begun):
+        pass
+
+
 @given(
     st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=5), min_size=1, max_size=5), st.lists(st.integers(0, 3))
 )
