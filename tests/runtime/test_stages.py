@@ -1,0 +1,171 @@
+"""What a rank of a pipeline makes of its stages, where it has several, and who shares what; without other ranks."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from nnscaler.placement import REPLICATE
+from nnscaler.runtime import pipeline
+from nnscaler.runtime.pipeline import PipelineModule, _group_across, load_module
+from nnscaler.schedules import KINDS, Schedule
+from nnscaler.shards import Box, ParameterSpec
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "stages", "ranks_of_stages"),
+    [
+        ("1f1b", 3, 3, [0, 1, 2]),
+        ("interleaved", 3, 6, [0, 1, 2, 0, 1, 2]),
+        ("interleaved", 2, 8, [0, 1, 0, 1, 0, 1, 0, 1]),
+        ("zb-v", 3, 6, [0, 1, 2, 2, 1, 0]),
+        ("dualpipe-v", 5, 10, [0, 1, 2, 3, 4, 4, 3, 2, 1, 0]),
+    ],
+)
+def test_which_rank_has_which_stages(kind, ranks, stages, ranks_of_stages):
+    schedule = Schedule(kind, ranks, stages, 12)
+    assert [schedule.rank_of(stage) for stage in range(stages)] == ranks_of_stages
+    for rank in range(ranks):
+        assert schedule.stages_of(rank) == [stage for stage in range(stages) if ranks_of_stages[stage] == rank]
+        assert len(schedule.stages_of(rank)) in KINDS[kind].stages_per_rank
+
+
+def parameter(size: int, trained: bool = True) -> dict[str, Any]:
+    ways = {"exchanged_once": False, "master_only": False}
+    return {"shape": [size], "dtype": "float32", "layout": "R", "trained": trained, **ways}
+
+
+STAGES = [
+    {
+        "mesh": {"sizes": [1], "replicas": 1}, "tied": {"again0": "p0"} if index == 0 else {},
+        "parameters": {f"p{index}": parameter(index + 1), "shared": parameter(7)},
+    }
+    for index in range(8)
+]  # fmt: skip
+# Of each of a rank's stages: how many buckets it has, and of which the state lies on the host.
+BUCKETS = {1: (2, [1]), 3: (3, [0, 2]), 5: (1, []), 7: (5, [4])}
+
+
+class FakeStage:
+    def __init__(self, index: int) -> None:
+        count, self.state_on_host = BUCKETS[index]
+        self.buckets = [
+            SimpleNamespace(name=(index, number), slots=[SimpleNamespace(name="own")]) for number in range(count)
+        ]
+        self.predicted_seconds = {"compute": float(index), f"of {index}": 1.0}
+        self.specs = {f"p{index}": parameter_spec(index), **({"both": parameter_spec(4)} if index > 3 else {})}
+        self.loaded: list[tuple[str, list[float]]] = []
+        self.held: dict[str, Any] = {}
+
+    def tensors_called(self, name: str) -> list[str]:
+        return [f"{name} of {min(self.specs)}"] if name in self.specs else []
+
+    def parameters_to_load(self) -> dict[str, Any]:
+        return dict(self.specs)
+
+    def load_one(self, name: str, part: torch.Tensor) -> None:
+        self.loaded.append((name, part.tolist()))
+
+    def hold_unused(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.held |= tensors
+        self.specs |= {name: parameter_spec(len(tensor)) for name, tensor in tensors.items()}
+
+
+def parameter_spec(size: int) -> ParameterSpec:
+    return ParameterSpec((size,), torch.float32, (REPLICATE,), True)
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> tuple[PipelineModule, dict[str, Any]]:
+    """Rank 1 of two, which has stages 1, 3, 5 and 7 of eight; and what it asked for."""
+    asked: dict[str, Any] = {"stages": [], "torch": []}
+    axes = SimpleNamespace(
+        pipeline=SimpleNamespace(rank=1, group="group"), device=torch.device("cpu"), mesh=SimpleNamespace(sizes=(1,)),
+        place=(0,),
+    )  # fmt: skip
+
+    def of_stage(directory: Any, plan: Any, index: int, axes: Any, shared: Any) -> FakeStage:
+        asked["stages"].append((directory, plan is STAGES[index], index, shared))
+        return FakeStage(index)
+
+    monkeypatch.setattr(pipeline, "Axes", lambda mesh, device: asked.update(mesh=mesh, device=device) or axes)
+    monkeypatch.setattr(pipeline.ParallelModule, "of_stage", of_stage)
+    monkeypatch.setattr(pipeline, "_Stage", lambda *given: asked["torch"].append(given) or f"stage {given[2]}")
+    monkeypatch.setattr(pipeline, "torch_schedule", lambda *given: asked.update(schedule=given) or "schedule")
+    monkeypatch.setattr(pipeline, "ForwardOnly", lambda *given: asked.update(forward=given) or "forward")
+    crossing = [[{"name": f"x{n}", "shape": [n + 1], "dtype": "float32", "gradient": True}] for n in range(7)]
+    plan = {
+        "stages": STAGES,
+        "pipeline": {
+            "schedule": {"kind": "interleaved", "ranks": 2, "stages": 8, "micro_batches": 4}, "shared": {},
+            "crossing": [*crossing, []], "splits": [index == 5 for index in range(8)],
+        },
+    }  # fmt: skip
+    return PipelineModule("folder", plan, torch.device("cpu")), asked  # type: ignore[arg-type]
+
+
+def test_a_rank_puts_its_stages_together(module):
+    made, asked = module
+    assert (asked["mesh"].sizes, asked["mesh"].replicas, asked["mesh"].pipeline) == ((1,), 1, 2)
+    assert asked["stages"] == [("folder", True, index, {}) for index in (1, 3, 5, 7)]
+    assert [bucket.name for bucket in made.buckets] == [
+        (i, n) for i, (count, _) in BUCKETS.items() for n in range(count)
+    ]
+    assert [made.buckets[index].name for index in made.state_on_host] == [(1, 1), (3, 0), (3, 2), (7, 4)]
+    assert made.predicted_seconds == Counter({"compute": 16.0, "of 1": 1, "of 3": 1, "of 5": 1, "of 7": 1})
+    assert list(made.specs) == ["p0", "shared", *(f"p{index}" for index in range(1, 8))], "of all stages"
+    assert made.tied == {"again0": "p0"}
+    assert made.gives_loss
+    for (stage, names, index, stages, received, sent, _, splits), wanted in zip(asked["torch"], (1, 3, 5, 7)):
+        assert stage is made.stages[index]
+        assert (names, index, stages, splits) == ([f"x{wanted - 1}"], wanted, 8, wanted == 5)
+        assert [tuple(one.shape) for one in received] == [(wanted,)]
+        assert [tuple(one.shape) for one in sent] == [(wanted + 1,) if wanted < 7 else ()]
+    schedule, stages, loss = asked["schedule"]
+    assert (schedule, stages, loss) == (made.schedule, [f"stage {index}" for index in (1, 3, 5, 7)], made._loss)
+    assert asked["forward"][:2] == (made.schedule, made.stages)
+
+
+def test_each_stage_that_has_a_parameter_gets_it(module):
+    made, _ = module
+    made.load_one("both", torch.tensor([1.0, 2.0]))
+    made.load_one("p3", torch.tensor([3.0]))
+    made.load_one("p0", torch.tensor([4.0]))  # which another rank has
+    both = ("both", [1.0, 2.0])
+    assert [stage.loaded for stage in made.stages.values()] == [[], [("p3", [3.0])], [both], [both]]
+    assert made.tensors_called("both") == ["both of both"] * 2
+    assert made.tensors_called("p0") == []
+    assert list(made.parameters_to_load()) == ["p1", "p3", "p5", "both", "p7"]
+    made.hold_unused({"unused": torch.zeros(9)})
+    assert [list(stage.held) for stage in made.stages.values()] == [["unused"], [], [], []]
+    assert made.specs["unused"].shape == (9,)
+    assert made.box("unused") == Box((0,), (9,))
+    assert made.box("p4") == Box((0,), (5,))
+
+
+@pytest.mark.parametrize(("rank", "found"), [(6, [6, 18]), (11, [11, 23]), (20, [8, 20]), (2, None), (13, None)])
+def test_devices_of_the_same_place_on_some_pipeline_ranks_are_a_group(rank, found, monkeypatch):
+    """Four pipeline ranks of six devices each; every rank makes all groups."""
+    made: list[list[int]] = []
+    monkeypatch.setattr(pipeline.dist, "new_group", lambda ranks: made.append(ranks) or ranks)
+    axes = SimpleNamespace(rank=rank, mesh=SimpleNamespace(runtime_ngpus=24, pipeline=4))
+    assert _group_across(axes, (1, 3)) == found
+    assert made == [[6 + place, 18 + place] for place in range(6)]
+    assert _group_across(axes, (2,)) is None
+    assert len(made) == 6
+
+
+def test_what_is_compiled_says_whether_it_is_a_pipeline(tmp_path, monkeypatch):
+    for name in ("PipelineModule", "ParallelModule"):
+        monkeypatch.setattr(pipeline, name, lambda *given, name=name: (name, *given))
+    for plan, wanted in (
+        ({"pipeline": {}}, ("PipelineModule", tmp_path, {"pipeline": {}}, "device")),
+        ({"stages": []}, ("ParallelModule", tmp_path, "device")),
+    ):
+        (tmp_path / "plan.json").write_text(json.dumps(plan))
+        assert load_module(tmp_path, "device") == wanted
