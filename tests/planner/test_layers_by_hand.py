@@ -25,6 +25,7 @@ from nnscaler.planner.price import Price, price
 from nnscaler.planner.problem import Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution
 from nnscaler.recompute import (
+    IN_GROUPS,
     KEEPS_ALL,
     KEEPS_PRODUCTS,
     RECOMPUTES_ALL,
@@ -76,7 +77,7 @@ ONE, TWO = Mesh((1,)), Mesh((2,))
 def priced(
     graph: Graph, machine: Hardware, levels: dict[Level, int], mesh: Mesh = ONE, micro_batches: int = 2,
     once: bool = False, stored: Placement = SHARED, gathers_again: bool = False, alone: bool = False,
-    state: int = 0, **given: object,
+    state: int = 0, result: Placement | None = None, **given: object,
 ) -> Price:  # fmt: skip
     """With weights whole, and all that has rows divided by them where there are several devices.
 
@@ -85,18 +86,19 @@ def priced(
     gathers_again  whether backward gathers them again
     alone          whether only master weights are stored
     state          parts of the optimizer's state on the host
+    result         how a layer's result lies, where that is not as it is computed
     """
     found = priced_if_possible(graph, machine, levels, mesh, micro_batches, once, stored, gathers_again, alone, state,
-                               **given)  # fmt: skip
+                               result, **given)  # fmt: skip
     assert found is not None
     return found
 
 
 def priced_if_possible(
     graph: Graph, machine: Hardware, levels: dict[Level, int], mesh: Mesh, micro_batches: int, once: bool,
-    stored: Placement, gathers_again: bool, alone: bool, state: int, **given: object,
+    stored: Placement, gathers_again: bool, alone: bool, state: int, result: Placement | None, **given: object,
 ) -> Price | None:  # fmt: skip
-    problem = build_problem(graph, CostModel(machine, mesh), Recomputing(), micro_batches, groups=False, **given)
+    problem = build_problem(graph, CostModel(machine, mesh), Recomputing(), micro_batches, **{"groups": False, **given})
     rows = (Shard(0) if mesh.plan_ngpus > 1 else REPLICATE,)
     chosen = []
     for decision in problem.decisions:
@@ -109,7 +111,8 @@ def priced_if_possible(
                 and option.master_only == alone)
             or (decision.kind in ("input", "output") and option.outputs[0] in (rows, (REPLICATE,)))
         ]  # fmt: skip
-        prefers = [index for index in fitting if decision.options[index].outputs[0] == rows]
+        lies = (result,) if result is not None and decision.kind == "output" else rows
+        prefers = [index for index in fitting if decision.options[index].outputs[0] == lies]
         chosen.append((prefers if decision.kind in ("input", "output") and prefers else fitting)[0])
     (block,) = graph.blocks
     again = frozenset(i for i, flow in enumerate(problem.flows) if flow.is_parameter and gathers_again)
@@ -216,7 +219,9 @@ def test_of_the_state_all_but_the_masters_of_all_layers_may_lie_on_the_host(grap
     host = replace(machine, host=Host(memory=1e12, to_host=1e9, to_device=1e9, both_ways=1e9))
     for alone, most in ((True, 42), (False, 64)):
         possible = [
-            priced_if_possible(graph, host, {KEEPS_ALL: 3}, TWO, 2, False, Shard(0), False, alone, state, host=1e12)
+            priced_if_possible(
+                graph, host, {KEEPS_ALL: 3}, TWO, 2, False, Shard(0), False, alone, state, None, host=1e12
+            )
             for state in (most, most + 1)
         ]
         assert [found is not None for found in possible] == [True, False], alone
@@ -241,6 +246,16 @@ def test_what_lies_on_the_host_by_hand(graph, machine):
     found = priced(graph, replace(machine, host=slow), {level: 2, KEEPS_ALL: 1}, host=1e12)
     assert found.seconds[Key("copies", "", "forward")] == pytest.approx(2 * kept / 1e6 - forward)
     assert found.seconds[Key("copies", "", "backward")] == pytest.approx(2 * kept / 5e5 - backward)
+
+
+@pytest.mark.parametrize("result", [None, REPLICATE], ids=str)
+@pytest.mark.parametrize("size", [1, 2])
+def test_calls_of_a_group_take_what_the_one_before_makes_as_it_lies(graph, machine, result, size):
+    """In halves of rows. Gathered, each half would come to the next layer by a slice, which no group does."""
+    (level,) = (one for one in (RECOMPUTES_ALL, *IN_GROUPS) if one.of_each is RECOMPUTES_ALL and one.size == size)
+    levels = {level: 2, KEEPS_ALL: 1}
+    found = priced_if_possible(graph, machine, levels, TWO, 2, False, SHARED, False, False, 0, result, groups=True)
+    assert (found is None) == (size == 2 and result is not None)
 
 
 def test_workspaces_are_there_all_the_time(graph, machine):
