@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Iterator
 from threading import Event, Thread
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants
 
 from nnscaler import hub
+from nnscaler.errors import UserError
 
 
 @pytest.fixture
@@ -76,3 +79,55 @@ def test_a_hub_that_answers_is_reachable(monkeypatch: pytest.MonkeyPatch) -> Non
     thread.join()
     server.server_close()
     assert reachable
+
+
+def test_it_is_asked_once_and_not_at_all_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_of: list[tuple[str, float]] = []
+    session = SimpleNamespace(head=lambda url, timeout: asked_of.append((url, timeout)) or "200")
+    monkeypatch.setattr(hub, "get_session", lambda: session)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://here")
+    for offline, wanted in ((True, False), (False, True)):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        hub.reachable.cache_clear()
+        try:
+            assert [hub.reachable() for _ in range(2)] == [wanted] * 2
+        finally:
+            hub.reachable.cache_clear()
+        assert asked_of == [("http://here", hub.PATIENCE)][:wanted]
+
+
+@pytest.mark.parametrize(
+    ("name", "reaches", "local_only", "said"),
+    [
+        ("here", None, True, "it holds no tokenizer.json"),
+        ("damaged", None, True, "it is damaged"),
+        ("org/x", False, True, "no such directory, not in the local cache, and the Hugging Face hub cannot be reached"),
+        ("org/x", True, False, "it is damaged"),
+    ],
+)
+def test_where_a_tokenizer_is_looked_for_and_why_there_is_none(name, reaches, local_only, said, tmp_path, monkeypatch):
+    """What is here needs no hub."""
+    monkeypatch.chdir(tmp_path)
+    for folder, file in (("here", "config.json"), ("damaged", "tokenizer_config.json")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text("{}")
+    monkeypatch.setattr(hub, "reachable", lambda: reaches if reaches is not None else pytest.fail("nobody is to ask"))
+    asked_for: list[tuple[str, bool]] = []
+
+    def load(path: str, local_files_only: bool) -> str:
+        asked_for.append((path, local_files_only))
+        if len(asked_for) > 1:
+            raise RuntimeError("\n it is damaged\nmore of it")
+        return "a tokenizer"
+
+    library = SimpleNamespace(AutoTokenizer=SimpleNamespace(from_pretrained=load))
+    monkeypatch.setitem(sys.modules, "transformers", library)
+    assert hub.load_tokenizer(name) == "a tokenizer"
+    with pytest.raises(UserError, match=f"^cannot load a tokenizer from {name}: {said}$"):
+        hub.load_tokenizer(name)
+    assert asked_for == [(name, local_only)] * 2
+
+
+def test_the_first_line_of_an_error_is_what_it_says_or_is() -> None:
+    assert hub.first_line(ValueError(" \n one\ntwo")) == "one"
+    assert hub.first_line(KeyError()) == "KeyError"
