@@ -93,6 +93,16 @@ def test_a_log_folder_is_one_runs(tmp_path):
     assert not is_free(tmp_path / "run")
     (tmp_path / "run" / "run.json").unlink()  # an older form's
     assert not is_free(tmp_path / "run")
+    (tmp_path / "run" / METRICS).unlink()
+    assert not is_free(tmp_path / "run"), "TensorBoard's are there"
+    assert log_folder(tmp_path, "run", "me") == tmp_path / "run-2"
+    for number in range(2, 12):
+        (tmp_path / f"run-{number}").mkdir()
+        (tmp_path / f"run-{number}" / "run.json").write_text('{"run": "other"}')
+    assert log_folder(tmp_path, "run", "me") == tmp_path / "run-12"
+    for note in ("[]", "{", "{}"):
+        (tmp_path / "run-11" / "run.json").write_text(note)
+        assert log_folder(tmp_path, "run", "me") == tmp_path / "run-11", "nobody's"
     assert is_free(tmp_path / "code")
 
 
