@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunk_linear_cross_entropy import chunk_linear_cross_entropy
+from chunk_linear_cross_entropy import chunk_linear_cross_entropy, in_chunks
 from nnscaler.graph import Node, Ref, TensorMeta
 from nnscaler.kernels import add_product, gradient, rounded_in_place, softmax_loss
 from nnscaler.operators.registry import find
@@ -29,9 +29,9 @@ def inputs(batch, length, width, words, dtype=torch.float64, padded=0.3, seed=0)
     return hidden, weight, labels
 
 
-def reference(hidden, weight, labels):
+def reference(hidden, weight, labels, padding=PADDING):
     logits = hidden.double() @ weight.double().t()
-    flat = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=PADDING, reduction="none")
+    flat = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=padding, reduction="none")
     return flat.view(labels.shape)
 
 
@@ -43,11 +43,14 @@ def gradients(losses, incoming, *inputs):
 @given(
     batch=st.integers(1, 3), length=st.integers(1, 23), width=st.integers(1, 9), words=st.integers(2, 17),
     chunk=st.integers(1, 40), padded=st.sampled_from([0.0, 0.4, 1.0]), ones=st.booleans(),
+    padding=st.sampled_from([PADDING, 0, 1]),
 )  # fmt: skip
-def test_agrees_with_cross_entropy_in_fp64(batch, length, width, words, chunk, padded, ones):
+def test_agrees_with_cross_entropy_in_fp64(batch, length, width, words, chunk, padded, ones, padding):
+    """Also where the padding's label is that of a word."""
     hidden, weight, labels = inputs(batch, length, width, words, padded=padded)
-    losses = chunk_linear_cross_entropy(hidden, weight, labels, PADDING, chunk)
-    wanted = reference(hidden, weight, labels)
+    labels[labels == PADDING] = padding
+    losses = chunk_linear_cross_entropy(hidden, weight, labels, padding, chunk)
+    wanted = reference(hidden, weight, labels, padding)
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses.double(), wanted, rtol=1e-6, atol=1e-6)
     # An expanded scalar, as a sum's backward gives, and any other gradient take different ways.
@@ -214,7 +217,7 @@ def test_shapes_that_do_not_fit_are_refused(hidden, weight, labels, chunk, messa
 
 MEASURE = """
 import resource, sys, torch
-from chunk_linear_cross_entropy import chunk_linear_cross_entropy
+from chunk_linear_cross_entropy import chunk_linear_cross_entropy, in_chunks
 tokens, words, chunk = map(int, sys.argv[1:])
 torch.set_num_threads(1)
 hidden = torch.randn(1, tokens, 64, requires_grad=True)
@@ -252,8 +255,11 @@ def test_the_planner_is_told_what_it_holds(dtype, trained, more):
         TensorMeta((30, 8), dtype, trained),
         TensorMeta((2, 50), torch.int64, False),
     ]
-    node = Node(
-        "loss", "chunk_linear_cross_entropy", (Ref("h"), Ref("w"), Ref("y"), PADDING), {"chunk_size": 16}, ("l",)
-    )
-    held = operator.workspace({"b": 2, "l": 50, "d": 8, "n": 30}, node, metas)
-    assert held == 16 * 30 * dtype.itemsize + 30 * 8 * more
+    given = (Ref("h"), Ref("w"), Ref("y"), PADDING)
+    for args, named, tokens, at_once in (
+        (given, {"chunk_size": 16}, 50, 16), ((*given, 16), {}, 50, 16), (given, {}, 50, 100), (given, {}, 600, 1024),
+        (given, in_chunks.keywords, 3000, 2048),
+    ):  # fmt: skip
+        node = Node("loss", "chunk_linear_cross_entropy", args, named, ("l",))
+        held = operator.workspace({"b": 2, "l": tokens, "d": 8, "n": 30}, node, metas)
+        assert held == at_once * 30 * dtype.itemsize + 30 * 8 * more
