@@ -181,15 +181,22 @@ class Two(nn.Module):
 
 
 def priced(
-    layer: type[nn.Module], level: Level, count: int, folder: Path, devices: int = 1
-) -> tuple[Divisible, Price | None]:
-    """The last of a layer's stretches, and the price of two layers at a level with that in so many pieces."""
+    layer: type[nn.Module], level: Level, count: int, folder: Path, devices: int = 1, frozen: str = "-",
+    fused: bool = False, memory: float = MEMORY,
+) -> tuple[Divisible, Price | None]:  # fmt: skip
+    """The last of a layer's stretches, and the price of two layers at a level with that in so many pieces.
+
+    frozen  part of the names of weights without gradients
+    memory  bytes a second
+    """
     inputs = {"x": torch.empty((2, 64, NARROW), dtype=torch.bfloat16, device="meta")}
     model, buffers = Source(lambda: Two(layer), inputs).build()
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(frozen not in name)
     graph = trace(model, inputs, buffers)
     link = {"bandwidth": LINK, "latency": LATENCY}
-    hardware = load_hardware(tiny.write_hardware(folder, memory_bandwidth=MEMORY, launch=LAUNCH, intra=link))
-    problem = build_problem(graph, CostModel(hardware, Mesh((devices,))), Recomputing(), 1)
+    hardware = load_hardware(tiny.write_hardware(folder, memory_bandwidth=memory, launch=LAUNCH, intra=link))
+    problem = build_problem(graph, CostModel(hardware, Mesh((devices,)), fused), Recomputing(), 1)
     stretch = problem.divisible[-1]
     levels = {graph.root.name: {KEEPS_ALL: 1}, stretch.block: {level: 2}}
     chosen = [_by_rows(decision) for decision in problem.decisions]
@@ -224,6 +231,48 @@ def test_pieces_by_hand(count, tmp_path):
     launching = 3 * (count - 1) * 4 * LAUNCH  # of four operators, in forward, again, and backward
     seconds = 2 * (again + moved / MEMORY + launching)
     assert found.seconds[Key("again", stretch.block, stretch.name, "in pieces")] == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("count", [4, 16])
+def test_pieces_of_what_is_frozen_by_hand(count, tmp_path):
+    """The last product's weight has no gradient, nor does its backward read what silu makes."""
+    stretch, found = priced(Plain, RECOMPUTES_ALL_BUT_ATTENTION, count, tmp_path, frozen="down")
+    assert found is not None
+    narrow, wide, weight = 2 * ROWS * NARROW, 2 * ROWS * WIDE, 2 * NARROW * WIDE
+    # While the last product runs, there is what silu reads, computed again; and while silu does, its two gradients.
+    last, silu = weight + (narrow + wide) / count + wide / count, 2 * wide / count + wide / count
+    own = max(last, silu) + narrow / count
+    assert found.memory[Key("working")] == pytest.approx(own + 2 * narrow + 2 * weight)
+    # Nobody needed silu's result either.
+    again = 2 * ROWS * NARROW * WIDE / ARITHMETIC + (2 * wide + 3 * narrow) / MEMORY + 3 * LAUNCH
+    moved = 2 * narrow + 2 * narrow + weight * (1 + 2 * (2 * count - 1))
+    seconds = 2 * (again + moved / MEMORY + 3 * (count - 1) * 4 * LAUNCH)
+    assert found.seconds[Key("again", stretch.block, stretch.name, "in pieces")] == pytest.approx(seconds)
+
+
+class Longer(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(nn.functional.silu(self.up(x))))
+
+
+@pytest.mark.parametrize(("fused", "kernels"), [(False, 5), (True, 4)])
+def test_each_piece_launches_its_kernels_anew(fused, kernels, tmp_path):
+    """Each operator is one, or each cluster of what is between products. Of 16 pieces, 12 more than of 4."""
+    few, many = (
+        found.seconds[Key("again", one.block, one.name, "in pieces")]
+        for one, found in (priced(Longer, RECOMPUTES_ALL_BUT_ATTENTION, count, tmp_path, 1, "-", fused, 1e30)
+                           for count in (4, 16))
+    )  # fmt: skip
+    assert many - few == pytest.approx(2 * 3 * 12 * kernels * LAUNCH)
+
+
+@pytest.mark.parametrize("level", [one for one in IN_GROUPS if one.size == 2 and one.in_pieces], ids=str)
+def test_pieces_in_a_group_take_as_long_as_in_calls_by_themselves(level, tmp_path):
+    seconds = []
+    for one in (level, level.of_each):
+        stretch, found = priced(Plain, one, 4, tmp_path)
+        seconds.append(found.seconds[Key("again", stretch.block, stretch.name, "in pieces")])
+    assert seconds[0] == seconds[1] > 0
 
 
 @pytest.mark.parametrize("count", [4, 16])
