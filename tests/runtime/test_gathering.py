@@ -147,7 +147,8 @@ def test_what_autograd_keeps_of_a_gathered_weight(again, monkeypatch):
     monkeypatch.setattr(gathering, "finish_gather", lambda whole, work, dim: whole)
     gathers = Gathers(lambda *given: None)
     gathers.begin()
-    whole = gathers.weight(torch.arange(8.0).view(2, 4), (SimpleNamespace(size=2), 0), again=again)
+    way = {"again": True} if again else {}
+    whole = gathers.weight(torch.arange(8.0).view(2, 4), (SimpleNamespace(size=2), 0), **way)
     views, other = [whole, whole[1:3], whole.t()], torch.zeros(3)
     assert gathers.holds(whole[1:])
     assert not gathers.holds(other)

@@ -47,6 +47,7 @@ def loaded(folder: Path, **changed) -> ParallelModule:
 def test_a_rank_has_what_its_plan_says(tmp_path):
     module = loaded(tmp_path)
     assert module.predicted_seconds == {"compute": 1.5}
+    assert module.gives_loss
     assert module._weights["same"] is module._weights["w"]
     assert module.buffer_names == {"fixed"}
     assert sorted(module.parameters_to_load()) == ["b", "v", "w"]

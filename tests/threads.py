@@ -1,0 +1,112 @@
+"""Runs a function on ranks that are threads of this process, with stand-ins for the collectives of a group.
+
+It takes milliseconds where processes take seconds: so any number of ranks can be tried, such as three or eleven. What
+really communicates is tested in `tests/distributed`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnscaler.runtime.axis import Axis
+
+
+class Ranks:
+    """What the threads share: each puts down a value, and all get those of all."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self._values = count, [None] * count
+        self._barrier = threading.Barrier(count, timeout=60)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """`function(axis, *args)` on each rank; what each gives. An error in one is raised here."""
+
+        def on(rank: int) -> Any:
+            try:
+                return function(Axis(self.count, rank, Group(self, rank)), *args)  # type: ignore[arg-type]
+            except BaseException:
+                self._barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(self.count) as pool:
+            futures = [pool.submit(on, rank) for rank in range(self.count)]
+        errors = [future.exception() for future in futures]
+        first = next(
+            (error for error in errors if not isinstance(error, (threading.BrokenBarrierError, type(None)))), None
+        )
+        if first is not None:
+            raise first
+        return [future.result() for future in futures]
+
+    def exchange(self, rank: int, value: Any) -> list[Any]:
+        self._values[rank] = value
+        self._barrier.wait()
+        found = list(self._values)
+        self._barrier.wait()
+        return found
+
+
+class Group:
+    """The group of all ranks, as one of them has it."""
+
+    def __init__(self, ranks: Ranks, rank: int) -> None:
+        self.ranks, self.rank = ranks, rank
+
+    def all(self, tensor: Tensor) -> list[Tensor]:
+        return self.ranks.exchange(self.rank, tensor.detach().clone())
+
+
+class Later:
+    """A result that is there once it is waited for."""
+
+    def __init__(self, target: Tensor, value: Tensor) -> None:
+        self._target, self._value = target, value
+
+    def wait(self) -> None:
+        self._target.copy_(self._value)
+
+
+def _done(target: Tensor, value: Tensor, async_op: bool) -> Later | None:
+    later = Later(target, value.view(target.shape))
+    if not async_op:
+        later.wait()
+    return later if async_op else None
+
+
+def _check(*tensors: Tensor) -> None:
+    """As the real ones ask for it."""
+    assert len({tensor.dtype for tensor in tensors}) == 1
+    assert all(tensor.is_contiguous() for tensor in tensors)
+
+
+def all_reduce(tensor: Tensor, group: Group, async_op: bool = False) -> Later | None:
+    _check(tensor)
+    return _done(tensor, torch.stack(group.all(tensor)).sum(0), async_op)
+
+
+def all_gather_single(output: Tensor, tensor: Tensor, group: Group, async_op: bool = False) -> Later | None:
+    _check(output, tensor)
+    return _done(output, torch.stack(group.all(tensor)), async_op)
+
+
+def reduce_scatter_single(output: Tensor, tensor: Tensor, group: Group, async_op: bool = False) -> Later | None:
+    _check(output, tensor)
+    return _done(output, torch.stack(group.all(tensor)).sum(0).chunk(group.ranks.count)[group.rank], async_op)
+
+
+def all_to_all_single(
+    output: Tensor, tensor: Tensor, received: list[int] | None = None, sent: list[int] | None = None,
+    group: Any = None, async_op: bool = False,
+) -> Later | None:  # fmt: skip
+    _check(output, tensor)
+    parts = tensor.chunk(group.ranks.count) if sent is None else tensor.split(sent)
+    everyone = group.ranks.exchange(group.rank, [part.detach().clone() for part in parts])
+    mine = [parts[group.rank] for parts in everyone]
+    assert received is None or [len(part) for part in mine] == received
+    return _done(output, torch.cat(mine), async_op)
