@@ -238,6 +238,13 @@ def test_a_number_on_the_host_that_is_not_finite_is_found(name):
     assert not optimizer.is_finite()
 
 
+def test_who_asks_whether_all_is_finite_leaves_gradients_on_the_host(monkeypatch):
+    optimizer, _ = optimizer_of(CONFIG, torch.bfloat16, range(3), gradients_on_host=1e9)
+    assert all(bucket.on_host is not None for bucket in optimizer.buckets)
+    monkeypatch.setattr(on_the_host.GradientOnHost, "fetch", lambda self: pytest.fail("nobody works on it"))
+    assert optimizer.is_finite()
+
+
 def test_the_state_of_the_buckets_that_forward_needs_last_goes_to_the_host():
     optimizer, _ = optimizer_of(CONFIG, torch.bfloat16)
     by_use = sorted(range(len(optimizer.buckets)), key=lambda index: optimizer.buckets[index].first)
