@@ -98,3 +98,12 @@ def test_documents_are_read_once():
     assert second.ends.tolist() == [4] * 4
     assert rows_of(Documents(documents.numbers)) is found
     assert rows_of(Documents(documents.numbers.clone())) is not found
+
+
+def test_who_owns_which_rows_is_worked_out_once(monkeypatch):
+    rows, asked = dealing.Rows.of(np.zeros(48, np.int64)), []
+    monkeypatch.setattr(dealing.Rows, "_even", lambda self, *given: asked.append(given[:2]) or (len(asked),))
+    different = [(3, 16, (None, 0)), (4, 12, (None, 0)), (3, 8, (None, 0)), (3, 16, (5, 0)), (3, 16, (None, 5))]
+    for _ in range(2):
+        assert [rows.owners(*given) for given in different] == [(1,), (2,), (3,), (4,), (5,)]
+    assert asked == [given[:2] for given in different]

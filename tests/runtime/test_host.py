@@ -299,3 +299,19 @@ def test_a_copy_that_nobody_asked_for_ends_before_its_memory_is_another_s(stream
         del copy
         assert said == ([("now", "waits for", "back 1")] if fetched else [])
     assert pool.bytes == 4, "the second had the first one's"
+
+
+def test_what_was_kept_is_waited_for_by_who_takes_it(streams) -> None:
+    """Whatever order its dimensions had, and wherever in its memory it began."""
+    pool, said = streams
+    kept = _Kept(pool, None)
+    whole = torch.arange(24.0).view(4, 6)
+    tensors = [whole.t(), whole[1:3], whole[:, 2:4]]
+    sent = [kept.send(tensor) for tensor in tensors]
+    kept.fetch()
+    for tensor, one in zip(tensors, sent):
+        said.clear()
+        assert torch.equal(one.take(), tensor)
+        assert len(said) == 1
+        assert said[0][:2] == ("now", "waits for")
+        assert said[0][2].startswith("back ")

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from nnscaler.runtime import module as modules
 from nnscaler.runtime.module import ParallelModule
+from nnscaler.sums import IN_FP32, GradientSum
 
 CODE = """
 def forward(weights, axes, x):
@@ -80,6 +81,15 @@ def test_what_a_plan_puts_on_the_host_or_gathers_again(tmp_path):
     assert module.buckets[0].on_host is not None
     assert module._gathers_again
     assert module.reducer._micro_batches == 3
+
+
+@pytest.mark.parametrize(
+    ("ways", "wanted"),
+    [({}, IN_FP32), ({"collective": "all_to_all", "travels_as": "bfloat16"}, GradientSum("all_to_all", "bfloat16"))],
+)
+def test_gradients_of_stored_and_of_gathered_weights_are_summed_as_the_plan_says(ways, wanted, tmp_path):
+    module = loaded(tmp_path, gradient_sum=ways)
+    assert module.reducer._sums == module.gathers.sums == wanted
 
 
 def test_a_single_gradient_is_of_its_weights_type(tmp_path):

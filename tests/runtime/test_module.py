@@ -45,16 +45,20 @@ def test_each_micro_batch_of_each_copy_draws_numbers_of_its_own():
     assert all(torch.equal(one["x"], torch.ones(1)) for one in found)
     (one,) = without_draws([{"x": torch.ones(1)}], axes)
     assert torch.equal(one[DRAWS], no_draws())
+    axes.device = torch.device("meta")  # as if it were an accelerator
+    for some in (with_draws([{}], axes, 5, 7), without_draws([{}], axes)):
+        assert next(some)[DRAWS].device == axes.device
 
 
 def module_that_gives(numbers) -> ParallelModule:
     """One whose forward gives this, for an input `x`."""
     module = ParallelModule.__new__(ParallelModule)
     torch.nn.Module.__init__(module)
-    module.axes = SimpleNamespace(device=torch.device("cpu"), host=SimpleNamespace(clear=lambda: None))
+    steps: list[str] = []
+    host = SimpleNamespace(clear=lambda: steps.append("clear"))
+    module.axes = SimpleNamespace(device=torch.device("cpu"), host=host, mesh=SimpleNamespace(replicas=3), replica=2)
     module.input_names, module._gathers_again, module._weights = ["x"], False, {}
-    module.gathers = SimpleNamespace(begin=lambda: None)
-    steps = []
+    module.gathers = SimpleNamespace(begin=lambda: steps.append("begin"))
     module.reducer = SimpleNamespace(end_micro_batch=lambda: steps.append("end"), finish=lambda: steps.append("finish"))
     module._code = SimpleNamespace(forward=lambda weights, axes, x: numbers(x))
     module.steps = steps
@@ -69,13 +73,26 @@ def test_a_step_sums_what_its_micro_batches_give_and_trains_the_first_number():
     total = module.accumulate([{"x": x}, {"x": 2 * x}])
     assert total.tolist() == [9.0 + 36.0, 30.0 + 60.0]
     assert (total.dtype, total.requires_grad) == (torch.float64, False)
-    assert module.steps == ["end", "end", "finish"]
+    assert module.steps == [*["begin", "clear", "end", "clear"] * 2, "finish"]
     assert x.grad.item() == 2 * 3.0 + 8 * 3.0
     found = module.evaluate([{"x": x}, {"x": 2 * x}])
     assert torch.equal(found, total)
     assert x.grad.item() == 30.0
     assert not found.requires_grad
     assert loss_of(torch.tensor(4.0)).item() == loss_of(torch.tensor([4.0, 5.0])).item() == 4.0
+
+
+def test_training_draws_by_seed_step_and_micro_batch_and_an_evaluation_does_not():
+    """The last of three copies, of which each has two micro-batches."""
+    module = module_that_gives(None)
+    module.input_names, drawn = ["x", DRAWS], []
+    module._code.forward = lambda weights, axes, x, draws: drawn.append(draws) or x
+    given = [{"x": torch.ones((), requires_grad=True)}] * 2
+    module.accumulate(given, 5, 7)
+    assert all(map(torch.equal, drawn, (draws_of(5, 7, 2), draws_of(5, 7, 5))))
+    assert len(drawn) == 2
+    module.evaluate(given)
+    assert all(torch.equal(draws, no_draws()) for draws in drawn[2:])
 
 
 def test_numbers_of_micro_batches_are_summed_in_fp64():
