@@ -183,3 +183,43 @@ def test_a_function_without_name_or_parameters_is_told_so():
         register_op("m k+, k n -> m n")(torch.matmul)
     with pytest.raises(UserError, match="an operator named 'Scaled' is already registered"):
         register_op("row -> row", name="Scaled")(own.Negated.apply)
+
+
+def unhinted(x, eps=1e-5, weight=None, bias=None, name=None):
+    found = x + eps
+    found = found if weight is None else found * weight
+    return found if bias is None else found + bias
+
+
+def test_tensors_that_are_left_out_are_known_without_hints():
+    """A constant before them is none of them; nor is an argument that is None, where tensors are described no more."""
+    function = register_op("row column, column, column -> row column", name="own_unhinted")(unhinted)
+    for given in ({}, {"weight": VECTOR}, {"bias": VECTOR}, {"weight": VECTOR, "bias": VECTOR, "name": "x"}):
+        assert verify_op(function, (X, 0.5), given) == ["row", "column"], given
+    side = register_op("row column, row, column -> row column", name="own_side")
+    function = side(lambda x, left=None, right=None: x + (0 if right is None else right) + left[:, None])
+    assert verify_op(function, (X, X[:, 0], VECTOR)) == ["row", "column"]
+    assert verify_op(function, (X, X[:, 0]), {}) == ["row", "column"]
+    first = register_op("row column, row, column -> row column", name="own_second")
+    function = first(lambda x, left=None, right=None: x * right)
+    assert verify_op(function, (X,), {"right": VECTOR}) == ["row", "column"], (
+        "the second alone, not taken for the first"
+    )
+
+
+def test_a_function_may_be_registered_again_and_another_of_its_name_may_not():
+    """As where a module is imported once more."""
+
+    def make(name: str = "twice"):
+        def twice(x):
+            return x * 2
+
+        twice.__qualname__ = name
+        return register_op("row column -> row column", name="own_twice")(twice)
+
+    make()
+    assert torch.equal(make()(X), 2 * X)
+    with pytest.raises(UserError, match="an operator named 'own_twice' is already registered; choose another name="):
+        make("thrice")
+    with pytest.raises(UserError, match=r"an operator named 'aten\.silu\.default' is already registered"):
+        register_op("* -> *", name="aten.silu.default")(lambda x: x)
