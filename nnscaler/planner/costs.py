@@ -18,10 +18,10 @@ import torch
 from nnscaler.graph import Block, Node, TensorMeta
 from nnscaler.hardware import Hardware, Timing
 from nnscaler.mesh import Mesh
-from nnscaler.operators import operator_of
+from nnscaler.operators import bind, operator_of
 from nnscaler.placement import Placements, Shard, local_shape
 from nnscaler.planner.fp8 import Fp8Product, fp8_product
-from nnscaler.profiler.operators import OperatorTimes
+from nnscaler.profiler.operators import OperatorTimes, Part
 from nnscaler.reshard import Reshard
 from nnscaler.sizes import BUCKET_ELEMENTS, GRADIENT_SLOTS, MOST_IN_FLIGHT, STATES_AHEAD
 from nnscaler.sums import IN_FP32, GradientSum
@@ -30,6 +30,7 @@ from nnscaler.units import Unit, needed_by, node_kind, saved_by
 MASTER_BYTES = 4  # fp32 master weight
 MOMENT_BYTES = 8  # two fp32 moments of Adam
 GRADIENT_BYTES = 4  # gradients are summed in fp32
+TIMED_SECONDS = 1.0  # of a forward; where it takes longer, a part of it is timed
 STRIDED = 3  # a copy that reorders a tensor takes so many times as long as one that does not (measured on H200)
 
 STORED = "parameters"  # of the bytes that a parameter takes, those of itself
@@ -181,7 +182,7 @@ class CostModel:
         flops = operator.flops(local.sizes, node)
         if local.axes:
             flops = operator.flops(local.group_sizes, node) / self.mesh.devices(*local.axes)
-        if (measured := self._measured(local, flops)) is not None:
+        if (measured := self._measured(local, block, flops)) is not None:
             return measured
         metas = [block.tensors[name] for name in (*node.inputs, *node.outputs)]
         rate = self.hardware.flops_per_second(node.op, metas[0].dtype) if flops else 1.0
@@ -196,7 +197,7 @@ class CostModel:
         ratio = operator.backward_ratio(node, metas[: len(node.inputs)])
         return Seconds(forward, self._roofline(ratio * flops / rate, written + read))
 
-    def _measured(self, local: Local, flops: float) -> Seconds | None:
+    def _measured(self, local: Local, block: Block, flops: float) -> Seconds | None:
         """Measured seconds of a node that does `flops` operations; None where it was not measured.
 
         What was timed is a call on the local inputs. Where the node's function communicates, the device does another
@@ -204,12 +205,31 @@ class CostModel:
         """
         if self.times is None or node_kind(local.node) == "cheap":
             return None
-        found = self.times.seconds(local.node, local.inputs)
+        done = operator_of(local.node).flops(local.sizes, local.node)
+        found = self.times.seconds(local.node, local.inputs, self._part(local, block, done))
         if found is None:
             return None
-        done = operator_of(local.node).flops(local.sizes, local.node)
         share = flops / done if done else 1.0
         return Seconds(found[0] * share, found[1] * share)
+
+    def _part(self, local: Local, block: Block, flops: float) -> Part | None:
+        """The part of a call of so many operations that is timed in its place, if the call takes very long: that along
+        a name which may be split without communication."""
+        operator = operator_of(local.node)
+        rate = self.hardware.flops_per_second(local.node.op, local.inputs[0].dtype) if flops else 1.0
+        seconds = flops / rate
+        if seconds <= TIMED_SECONDS:
+            return None
+        for way in bind(local.node, block).splits(1):
+            size = local.sizes.get(way.name or "", 1)
+            if size == 1 or way.name in operator.along:
+                continue
+            counts = (count for count in range(2, size) if size % count == 0 and seconds <= count * TIMED_SECONDS)
+            count = next(counts, size)
+            shapes = [local_shape(meta.shape, (place,), (count,)) for meta, place in zip(local.inputs, way.inputs)]
+            metas = [replace(meta, shape=shape) for meta, shape in zip(local.inputs, shapes)]
+            return Part(metas, flops / operator.flops({**local.sizes, way.name or "": size // count}, local.node))
+        return None
 
     def node_origin(self, node: Node, inputs: Sequence[TensorMeta]) -> str:
         """Where the seconds of a node on these local inputs come from: "measured" or "roofline"."""

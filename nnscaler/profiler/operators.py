@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +28,16 @@ logger = logging.getLogger(__name__)
 # Seconds that each operator runs. A GPU at the limit of its power lowers its clock within tenths of a second: attention
 # takes 10 % longer then than at first (H200), and in training it is always so.
 _SUSTAINED = 0.6
+_LAUNCHING = 0.05  # a first run counts if the host is busy for at most this part of it: nothing was compiled then
 _DEVICE = "cuda"
 _KERNEL_LIBRARIES = ("flash-attn-4", "flash-attn", "liger-kernel")
+
+
+class Part(NamedTuple):
+    """A part of a call: its inputs, and how many times as long the whole takes."""
+
+    inputs: Sequence[TensorMeta]
+    times: float
 
 
 @dataclass
@@ -63,13 +71,18 @@ class OperatorTimes:
             pass  # nothing was measured yet, or the file is of no use: it is written anew
         return times
 
-    def seconds(self, node: Node, inputs: Sequence[TensorMeta]) -> tuple[float, float] | None:
+    def seconds(self, node: Node, inputs: Sequence[TensorMeta], part: Part | None = None) -> tuple[float, float] | None:
         """(seconds of forward, seconds of backward) of a node on inputs of these local shapes. None where it cannot be
         run.
+
+        part  what is timed in its place, if it takes very long
 
         Backward is 0 where no input has a gradient.
         """
         key = call_text(node, inputs)
+        if key not in self.known and part is not None:
+            of_part = self.seconds(node, part.inputs)
+            self.known[key] = None if of_part is None else [part.times * seconds for seconds in of_part]
         if key not in self.known:
             if not self.measured:
                 logger.info("timing operators on this device, once each (kept in %s)", self.path)
@@ -149,9 +162,9 @@ def _example(meta: TensorMeta) -> Tensor:
 
 
 def _forward_and_backward(function: Callable[..., Any], all_at_once: bool, args: Any, kwargs: Any) -> list[float]:
-    """[seconds of forward, seconds of backward]: medians over the second half of a run.
+    """[seconds of forward, seconds of backward]: medians over the second half of some runs.
 
-    The run is so long that the clock falls to what the GPU can sustain.
+    They take so long that the clock falls to what the GPU can sustain. Where one run does, it is enough.
 
     all_at_once  forward computes the gradients too, as for results whose gradients are all equal
     """
@@ -171,13 +184,19 @@ def _forward_and_backward(function: Callable[..., Any], all_at_once: bool, args:
         events[2].record()
         return events
 
-    run()  # kernels may be compiled
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    count = max(2, round(_SUSTAINED / (time.perf_counter() - started)))
-    runs = [run() for _ in range(count)]  # without waiting in between, when the device would rest
+    def alone() -> tuple[list[torch.cuda.Event], float, float]:
+        """Events of one run; seconds of the host's work for it, and of all of it."""
+        started = time.perf_counter()
+        events = run()
+        launched = time.perf_counter()
+        torch.cuda.synchronize()
+        return events, launched - started, time.perf_counter() - started
+
+    events, launching, seconds = alone()
+    if seconds < _SUSTAINED or launching > _LAUNCHING * seconds:  # kernels may have been compiled
+        events, _, seconds = alone()
+    # Without waiting in between, when the device would rest.
+    runs = [events] if seconds >= _SUSTAINED else [run() for _ in range(max(2, round(_SUSTAINED / seconds)))]
     torch.cuda.synchronize()
     late = runs[len(runs) // 2 :]
     forward, backward = (median(one[i].elapsed_time(one[i + 1]) / 1e3 for one in late) for i in (0, 1))

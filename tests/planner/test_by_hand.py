@@ -22,12 +22,13 @@ from nnscaler.operators import bind, operator_of
 from nnscaler.placement import PARTIAL, REPLICATE, SHARED, Shard
 from nnscaler.plan import Key
 from nnscaler.planner import find_plan
-from nnscaler.planner.costs import CostModel, Local
+from nnscaler.planner.costs import CostModel, Local, Seconds
 from nnscaler.planner.flows import resharding
 from nnscaler.planner.options import unit_options
 from nnscaler.planner.price import Price, price
 from nnscaler.planner.problem import Flow, Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution
+from nnscaler.profiler.operators import Part
 from nnscaler.recompute import KEEPS_ALL
 from nnscaler.report.values import Work, plan_report
 from nnscaler.reshard import reshards
@@ -271,7 +272,7 @@ def test_operators_are_timed_on_what_a_device_has(graph, machine):
     asked = set()
 
     class Times:
-        def seconds(self, node, inputs):
+        def seconds(self, node, inputs, part=None):
             asked.add((node.op, *(meta.shape for meta in inputs)))
             return (3.0, 4.0)
 
@@ -291,7 +292,7 @@ def test_a_time_that_was_measured_is_scaled_to_what_a_device_does(machine):
     the queries: the last ones, which see more keys. What it exchanges comes on top."""
 
     class Times:
-        def seconds(self, node, inputs):
+        def seconds(self, node, inputs, part=None):
             assert [meta.shape for meta in inputs] == [(2, 8, 64, 16), (2, 4, 128, 16), (2, 4, 128, 16)]
             return (3.0, 4.0)
 
@@ -315,6 +316,31 @@ def test_a_time_that_was_measured_is_scaled_to_what_a_device_does(machine):
     nowhere = SimpleNamespace(seconds=lambda node, inputs: None)
     assert replace(costs, times=nowhere).node_origin(block.nodes[0], metas) == "roofline"
     assert replace(costs, times=None).node_origin(block.nodes[0], metas) == "roofline"
+
+
+@pytest.mark.parametrize(("limit", "heads"), [(1.01, 4), (0.6, 2), (0.34, 1), (0.1, 1)])
+def test_attention_that_takes_very_long_is_timed_for_some_heads(machine, monkeypatch, limit, heads):
+    """`limit`: seconds that may be timed, as a part of those of the call. It is not divided along the sequence."""
+
+    class Times:
+        def seconds(self, node, inputs, part=None):
+            parts.append(part)
+            return (3.0, 4.0)
+
+    parts: list[Part | None] = []
+    block = attention_block(causal=True)
+    block.tensors = {name: replace(one, shape=(1, *one.shape[1:])) for name, one in block.tensors.items()}
+    (unit,) = divide(block)
+    seconds = ATTENTION * 129 / 256 / 2 / OPERATIONS
+    monkeypatch.setattr("nnscaler.planner.costs.TIMED_SECONDS", limit * seconds)
+    (option,) = unit_options(unit, block, CostModel(machine, Mesh((1,)), times=Times()))
+    assert option.seconds == Seconds(3.0, 4.0)
+    (part,) = parts
+    if heads == 4:
+        assert part is None
+    else:
+        assert [meta.shape for meta in part.inputs] == [(1, 2 * heads, 128, 16), *[(1, heads, 128, 16)] * 2]
+        assert part.times == pytest.approx(4 / heads)
 
 
 def test_what_an_operator_keeps_is_kept_only_for_a_gradient(machine):

@@ -77,6 +77,57 @@ def test_a_call_is_timed_once_and_what_cannot_be_run_is_not_tried_again(monkeypa
     assert not times.path.exists(), "all is kept already"
 
 
+def test_what_takes_very_long_is_timed_by_a_part_of_it(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(operators, "_measure", lambda node, inputs: asked.append(inputs) or [1.0, 2.0])
+    times = operators.OperatorTimes(tmp_path / "gpu.json", "torch 1")
+    halves = [replace(OPERANDS[0], shape=(4, 4)), OPERANDS[1]]
+    for shape, factor in (((8, 4), 2.0), ((16, 4), 5.0)):
+        whole = [replace(OPERANDS[0], shape=shape), OPERANDS[1]]
+        assert times.seconds(LINEAR, whole, operators.Part(halves, factor)) == (factor, 2 * factor)
+        assert times.seconds(LINEAR, whole) == (factor, 2 * factor), "as reports ask"
+    assert asked == [halves]
+    monkeypatch.setattr(operators, "_measure", lambda node, inputs: None)
+    half, whole = ([replace(OPERANDS[0], shape=shape), OPERANDS[1]] for shape in ((9, 4), (18, 4)))
+    assert times.seconds(LINEAR, whole, operators.Part(half, 2.0)) is None
+
+
+@pytest.mark.parametrize(
+    ("first", "compiling", "then", "runs"),
+    [(8.0, 0.1, 8.0, 1), (8.0, 3.0, 5.0, 2), (0.7, 0.5, 0.2, 5), (0.2, 0.0, 0.2, 5), (0.5, 0.0, 0.5, 4)],
+)
+def test_a_call_that_takes_long_is_run_once_or_twice(monkeypatch, first, compiling, then, runs):
+    """Seconds of the first run, in which the host compiles so long, and of later ones."""
+    clock, done = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = clock[0]
+
+        def record(self) -> None:
+            self.at = clock[0] + sum(done)
+
+        def elapsed_time(self, other: Event) -> float:
+            return 1e3 * (other.at - self.at)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        clock[0] += compiling if not function.runs else 0.0
+        done.append(then if function.runs else first - compiling)
+        function.runs += 1
+        return x
+
+    def synchronize() -> None:
+        clock[0] += sum(done)
+        done.clear()
+
+    function.runs = 0
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(operators, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert operators._forward_and_backward(function, False, [torch.ones(1)], {}) == [pytest.approx(then), 0.0]
+    assert function.runs == runs
+
+
 def test_times_of_other_versions_are_measured_anew(monkeypatch, tmp_path):
     path = tmp_path / "operators" / "a-gpu.json"
     monkeypatch.setenv("NNSCALER_CACHE", str(tmp_path))

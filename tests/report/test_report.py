@@ -476,7 +476,7 @@ def test_operators_timed_on_the_device_are_called_measured(graph, slow, tmp_path
     asked: list[str] = []
 
     class Times(OperatorTimes):
-        def seconds(self, node, inputs):
+        def seconds(self, node, inputs, part=None):
             asked.append(node.op)
             return (1e-3, 2e-3) if node.op in ("aten.linear.default", "aten.matmul.default") else None
 
