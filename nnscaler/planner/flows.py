@@ -121,6 +121,15 @@ class Flows:
             sizes = {layout: int(min(size, least)) for layout, size in sizes.items()}
         return [(x, sizes[layout]) for layout, xs in layouts.items() for x, _ in xs], max(sizes.values())
 
+    def more_as_used(self, index: int, part: float = 1.0) -> tuple[Terms, float]:
+        """Bytes by which a part of a flow is more as it is used than as it is made, where it is resharded in between:
+        a sum, and its largest value."""
+        flow, larger = self.problem.flows[index], {}
+        for (before, after), y in self.resharded[index].items():
+            sizes = [self.problem.costs.local_bytes(flow.meta, layout) for layout in (before, after)]
+            larger.update({y: part * (sizes[1] - sizes[0])} if sizes[1] > sizes[0] else {})
+        return list(larger.items()), max(larger.values(), default=0.0)
+
     def _flow(self, index: int) -> None:
         """All rows of one flow."""
         flow = self.problem.flows[index]

@@ -69,14 +69,6 @@ class Held:
         sizes = [times * self._bytes(flow, option.inputs[place]) for option in options]
         return list(zip(self.choices.x[index], sizes)), max(sizes)
 
-    def gathered(self, index: int, part: float) -> Sum:
-        """Bytes by which a flow is more as it is used than as it is made, where it is resharded in between."""
-        flow, larger = self.problem.flows[index], {}
-        for (before, after), y in self.of_flows.resharded[index].items():
-            more = part * (self._bytes(flow, after) - self._bytes(flow, before))
-            larger.update({y: more} if more > 0 else {})
-        return list(larger.items()), max(larger.values(), default=0.0)
-
     def alone(self, index: int, over: bool = True, part: Part = whole) -> Sum:
         """w_i, or w'_i where not `over`."""
         decision = self.units[index]

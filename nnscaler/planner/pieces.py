@@ -21,9 +21,9 @@ subject to    sum_k c_rk <= 1;  c_rk + x_do <= 1 if o does not divide           
               a_q >= sum_k c_qk and a_q >= sum_k c_rk, if q is within r;  a_q is not more than both together
               sum of n_bl over the other levels <= N_b (1 - sum_k c_rk)                                        (levels)
               A_r >= sum t_do R_dlk z_dol + N_b sum_d p_dok x_do + N_b sum_fps v_fpsk y_fps, if c_rk = 1         (time)
-              I_r >= sum of b_fs x_do of what backward needs of f inside r, and not inside q, and sum of i_do x_do, if
-                     a_r = 0;  and of what r takes and nobody else keeps, if r is in pieces, and what it is within is
-                     not                                                                                    (computed)
+              I_r >= sum of b_fs x_do of what backward needs of f inside r, and not inside q, as it is used where it is
+                     resharded for that and then more, and sum of i_do x_do, if a_r = 0;  and of what r takes and nobody
+                     else keeps, if r is in pieces, and what it is within is not                            (computed)
 What is held while a piece runs stands in `nnscaler.planner.piecewise`.
 """
 
@@ -41,7 +41,16 @@ from nnscaler.planner.held import Sum, total
 from nnscaler.planner.problem import Divisible, Flow, Port
 from nnscaler.planner.statement import Account, Quantity, Terms, minus
 
-COUNTS = (4, 16)  # of pieces, beside one
+COUNTS = (2, 4, 16)  # of pieces, beside one
+
+
+def counts_of(stretch: Divisible) -> list[int]:
+    """The numbers of pieces that are tried: those for which each unit has an option.
+
+    Two are enough only for a registered operator, which may have few heads.
+    """
+    few = COUNTS if stretch.within else COUNTS[1:]
+    return [count for count in few if all(any(not size % count for size in sizes) for sizes in stretch.sizes)]
 
 
 class InPieces:
@@ -93,7 +102,7 @@ class InStretch:
         self.own = [one for one in stretch.decisions if not self.within or one not in self.within.stretch.decisions]
         if self.within:
             self.within.around = self
-        self.counts = {count: self.statement.choice() for count in COUNTS}
+        self.counts = {count: self.statement.choice() for count in counts_of(stretch)}
         all_.counts[stretch.block, stretch.name] = self.counts
         self._whole()
         self._time()
@@ -125,7 +134,7 @@ class InStretch:
         self.statement.row(self.any(), upper=1.0)
         for index in self.inner:
             for (source, target), y in self.all.flows.resharded[index].items():
-                counts = [count for count in COUNTS if self._moves(index, source, target, count)]
+                counts = [count for count in self.counts if self._moves(index, source, target, count)]
                 others = [(c, 1.0) for count, c in self.counts.items() if count not in counts]
                 self.statement.row([*others, (y, 1.0)], upper=1.0)
         for decision, sizes in zip(self.stretch.decisions, self.stretch.sizes):
@@ -153,7 +162,7 @@ class InStretch:
         self.statement.charge(
             Account.TIME, Key("again", self.stretch.block, self.stretch.name, "in pieces"), longer, 1.0
         )
-        for count in COUNTS:
+        for count in self.counts:
             again, most_again = total([self._again(count), self._resharded(count)])
             moved, most = self._moved(count)
             each = calls / costs.hardware.memory_bandwidth
@@ -235,11 +244,12 @@ class InStretch:
             self.statement.row([(either, 1.0), *minus([*self.any(), *self.around.any()])], upper=0.0)
             self.in_any = [(either, 1.0)]
         flows = self.problem.flows
-        needed = [flows[index] for index in self.inner if flows[index].needed and index not in self.all.inside]
-        self.all.inside.update({i: self for i in self.inner if flows[i].needed and i not in self.all.inside})
+        needed = [index for index in self.inner if flows[index].needed and index not in self.all.inside]
+        self.all.inside.update(dict.fromkeys(needed, self))
         kept = [flow for flow in self.taken if not flow.needed and not flow.is_parameter]
         self.again = self.statement.least(Quantity.BYTES)
-        parts = [self._bytes(flow.producer, flow, "outputs") for flow in needed]
+        parts = [self._bytes(flows[index].producer, flows[index], "outputs") for index in needed]
+        parts += [self.all.flows.more_as_used(index) for index in needed if self.within]
         parts += [self._inner_bytes(index) for index in self.own]
         terms, made = total(parts)
         self.statement.above(self.again, [*terms, *((a, -made * share) for a, share in self.in_any)])

@@ -25,7 +25,7 @@ from math import inf
 
 from nnscaler.planner.costs import GRADIENT_BYTES
 from nnscaler.planner.held import Held, Sum, total
-from nnscaler.planner.pieces import COUNTS, InStretch
+from nnscaler.planner.pieces import InStretch
 from nnscaler.planner.problem import Flow
 from nnscaler.planner.statement import Quantity
 
@@ -52,15 +52,15 @@ def pieces_of(stretch: InStretch, held: Held) -> list[Piece]:
     units = set(stretch.stretch.decisions)
     inner = units & set(within.stretch.decisions) if within else set()
     alone = _Rows(held, stretch, stretch)
-    for count in COUNTS:
+    for count in stretch.counts:
         alone.state({stretch: count}, units - inner, [], around)
         if within:
             alone.state({stretch: count}, units, [within], around)
     if around is None:
         return [alone.piece]
     both = _Rows(held, stretch, around)
-    for count in COUNTS:
-        for outer in COUNTS:
+    for count in stretch.counts:
+        for outer in around.counts:
             both.state({stretch: count, around: outer}, units, [], None)
     return [alone.piece, both.piece]
 
@@ -109,7 +109,7 @@ class _Rows:
         made = [flows[one] for one in there]
         made += [flow for flow in self.stretch.given if min(flow.read_by & own, default=inf) <= place]
         parts = [self.held.made([flow], lambda flow: _part(flow, counts)) for flow in made]
-        parts += [self.held.gathered(one, _part(flows[one], counts)) for one in there]
+        parts += [self.held.of_flows.more_as_used(one, _part(flows[one], counts)) for one in there]
         run = [one for where in stretches for one in where.own if self.held.place(one) <= place]
         return total([*parts, *(self.held.inner(one, lambda flow: _part(flow, counts)) for one in run)])
 

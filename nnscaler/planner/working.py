@@ -277,14 +277,12 @@ class _Body:
         return made_in == region and not {use for use, _ in flow.consumers} & self.held.weighted
 
     def _made_again(self, level: Level, of: Callable[[Decision], bool]) -> Sum:
-        """What backward needs and a level does not keep, of what certain units make, or gather as their weights."""
+        """What backward needs and a level does not keep, of what certain units make, or gather for themselves."""
         terms: Terms = []
         most = 0.0
         for index, flow in self.held.flows:
             if flow.is_parameter:
-                if level not in flow.as_used and any(
-                    of(self.units[use]) for use, _ in flow.consumers if use in self.units
-                ):
+                if level not in flow.as_used and self._is_used(flow, of):
                     for (source, target), y in self.working.flows.resharded[index].items():
                         if storage(source) == storage(target):
                             continue
@@ -292,14 +290,20 @@ class _Body:
                         g = self.working.flows.gathered.get((index, source, target))
                         terms += [(y, size), *([(g, -size)] if g is not None else [])]
                         most += size
-            elif flow.needed and level not in flow.as_made and level not in flow.as_used:
-                producer = self.problem.decisions[flow.producer[0]]
+            elif flow.needed and level not in flow.as_used:
                 inside = self.pieces.inside.get(index)
-                alone = inside is None or not inside.stretch.allows(level)
-                if alone and producer.kind == "unit" and of(producer):
-                    part, largest = self.working.flows.size(flow)
-                    terms += part
-                    most += largest
+                inside = inside if inside and inside.stretch.allows(level) else None
+                producer = self.problem.decisions[flow.producer[0]]
+                parts = []
+                if not inside and level not in flow.as_made and producer.kind == "unit" and of(producer):
+                    parts.append(self.working.flows.size(flow))
+                # A stretch with nothing within is not in pieces where this is not 0.
+                alone = not inside or not inside.within
+                if alone and level not in flow.as_resharded and self._is_used(flow, of):
+                    parts.append(self.working.flows.more_as_used(index))
+                part, largest = total(parts)
+                terms += part
+                most += largest
         in_stretches = {i for one in self.pieces.stretches.values() if one.stretch.allows(level) for i in one.own}
         for index, decision in self.units.items():
             if level not in decision.inner_kept_at and index not in in_stretches and of(decision):
@@ -312,3 +316,7 @@ class _Body:
                 terms.append((one.again, 1.0))
                 most += one.most
         return terms, most
+
+    def _is_used(self, flow: Flow, of: Callable[[Decision], bool]) -> bool:
+        """Whether certain units use a flow."""
+        return any(of(self.units[use]) for use, _ in flow.consumers if use in self.units)

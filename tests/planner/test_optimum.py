@@ -25,7 +25,7 @@ from nnscaler.planner import deferred, find_plan, on_host
 from nnscaler.planner import problem as stating
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.flows import beside
-from nnscaler.planner.pieces import COUNTS
+from nnscaler.planner.pieces import counts_of
 from nnscaler.planner.price import price
 from nnscaler.planner.problem import Problem, Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution
@@ -129,7 +129,7 @@ def gatherable(problem: Problem, chosen: tuple[int, ...]) -> list[int]:
 def piece_counts(problem: Problem) -> list[dict[tuple[str, str], int]]:
     """Every way to compute runs in pieces."""
     names = [(one.block, one.name) for one in problem.divisible]
-    ways = product((1, *COUNTS), repeat=len(names))
+    ways = product(*((1, *counts_of(one)) for one in problem.divisible))
     return [{name: count for name, count in zip(names, counts) if count > 1} for counts in ways]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ from nnscaler.hardware import load_hardware
 from nnscaler.mesh import Mesh
 from nnscaler.operators.attention import attention
 from nnscaler.pieces import Stretch, stretches, with_registered
-from nnscaler.placement import Shard
+from nnscaler.placement import REPLICATE, Placement, Shard
 from nnscaler.plan import Key
 from nnscaler.planner.costs import CostModel
+from nnscaler.planner.pieces import counts_of
 from nnscaler.planner.price import Price, price
-from nnscaler.planner.problem import Decision, Divisible, Recomputing, build_problem
+from nnscaler.planner.problem import Decision, Divisible, Problem, Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution
 from nnscaler.recompute import IN_GROUPS, KEEPS_ALL, ON_DEVICE, RECOMPUTES_ALL, RECOMPUTES_ALL_BUT_ATTENTION, Level
 from nnscaler.trace import trace
@@ -139,6 +141,7 @@ def test_what_is_not_for_the_operator_alone_is_not_divided_with_it(make):
 
 ROWS, NARROW, WIDE = 2 * 64, 16, 48
 MEMORY, ARITHMETIC, LAUNCH = 1e9, 1e9, 1e-5  # bytes and operations a second; seconds of an operator
+COLUMNS = Shard(2)
 LINK, LATENCY = 2e8, 1e-4  # bytes a second between two devices; seconds of a collective
 
 
@@ -180,11 +183,11 @@ class Two(nn.Module):
         return x.sum()
 
 
-def priced(
-    layer: type[nn.Module], level: Level, count: int, folder: Path, devices: int = 1, frozen: str = "-",
-    fused: bool = False, memory: float = MEMORY,
-) -> tuple[Divisible, Price | None]:  # fmt: skip
-    """The last of a layer's stretches, and the price of two layers at a level with that in so many pieces.
+def two(
+    layer: type[nn.Module], folder: Path, devices: int = 1, frozen: str = "-", fused: bool = False,
+    memory: float = MEMORY,
+) -> Problem:  # fmt: skip
+    """Two layers.
 
     frozen  part of the names of weights without gradients
     memory  bytes a second
@@ -196,17 +199,30 @@ def priced(
     graph = trace(model, inputs, buffers)
     link = {"bandwidth": LINK, "latency": LATENCY}
     hardware = load_hardware(tiny.write_hardware(folder, memory_bandwidth=memory, launch=LAUNCH, intra=link))
-    problem = build_problem(graph, CostModel(hardware, Mesh((devices,)), fused), Recomputing(), 1)
+    return build_problem(graph, CostModel(hardware, Mesh((devices,)), fused), Recomputing(), 1)
+
+
+def priced(
+    layer: type[nn.Module], level: Level, count: int, folder: Path, devices: int = 1, mixing: Placement = COLUMNS,
+    **changes: Any,
+) -> tuple[Divisible, Price | None]:  # fmt: skip
+    """The last of a layer's stretches, and the price of two layers at a level with that in so many pieces.
+
+    mixing   how the result lies of the operator that mixes rows
+    changes  of `two`
+    """
+    problem = two(layer, folder, devices, **changes)
     stretch = problem.divisible[-1]
-    levels = {graph.root.name: {KEEPS_ALL: 1}, stretch.block: {level: 2}}
-    chosen = [_by_rows(decision) for decision in problem.decisions]
+    levels = {problem.root: {KEEPS_ALL: 1}, stretch.block: {level: 2}}
+    chosen = [_by_rows(decision, mixing) for decision in problem.decisions]
     pieces = {(stretch.block, stretch.name): count} if count > 1 else {}
     return stretch, price(Program(problem), Solution(chosen, levels, pieces=pieces))
 
 
-def _by_rows(decision: Decision) -> int:
-    """The option in which rows are divided, but columns in the operator that mixes rows; weights are whole."""
-    place = Shard(2 if "mixes" in decision.name else 1)
+def _by_rows(decision: Decision, mixing: Placement) -> int:
+    """The option in which rows are divided, but what `mixing` says in the operator that mixes rows; weights are
+    whole."""
+    place = mixing if "mixes" in decision.name else Shard(1)
     options = enumerate(decision.options if decision.kind != "parameter" else ())
     return next((index for index, option in options if (place,) in option.outputs), 0)
 
@@ -260,7 +276,7 @@ def test_each_piece_launches_its_kernels_anew(fused, kernels, tmp_path):
     """Each operator is one, or each cluster of what is between products. Of 16 pieces, 12 more than of 4."""
     few, many = (
         found.seconds[Key("again", one.block, one.name, "in pieces")]
-        for one, found in (priced(Longer, RECOMPUTES_ALL_BUT_ATTENTION, count, tmp_path, 1, "-", fused, 1e30)
+        for one, found in (priced(Longer, RECOMPUTES_ALL_BUT_ATTENTION, count, tmp_path, fused=fused, memory=1e30)
                            for count in (4, 16))
     )  # fmt: skip
     assert many - few == pytest.approx(2 * 3 * 12 * kernels * LAUNCH)
@@ -324,6 +340,21 @@ def test_pieces_with_an_all_to_all_by_hand(tmp_path):
     exchanges = 2 * (4 * (exchange + 4 * LATENCY) - 3 * (exchange + LATENCY))
     seconds = 2 * (again + moved / MEMORY + launching + exchanges)
     assert found.seconds[Key("again", stretch.block, stretch.name, "in pieces")] == pytest.approx(seconds)
+
+
+def test_what_is_gathered_in_a_layer_that_is_computed_again_counts_as_it_is_used(tmp_path):
+    stretch, found = priced(Mixed, RECOMPUTES_ALL, 1, tmp_path, 2, REPLICATE)
+    assert found is not None
+    narrow, wide = 2 * ROWS * NARROW, 2 * ROWS * WIDE  # bytes of both devices together
+    # Half of tanh's result, for the weights' gradients; all that the operator uses, as it does on each device, and
+    # all of its result.
+    assert found.memory[Key("working", stretch.block, "backward")] == pytest.approx(narrow / 2 + 2 * wide + wide)
+
+
+def test_two_pieces_are_tried_only_with_a_registered_operator(tmp_path):
+    found = [(one.within is not None, counts_of(one)) for one in two(Grouped, tmp_path, 1).divisible]
+    # Of 64 rows, any; of two sequences, and of four heads, as many as there are at most.
+    assert found == [*[(False, [4, 16])] * 3, (True, [2]), (True, [2, 4])]
 
 
 def test_only_levels_that_keep_a_layers_input_alone_allow_its_operators_in_pieces(tmp_path):
