@@ -1,14 +1,17 @@
 """The longest sequence with which 8B trains on few devices, and its predicted speed: planned, not run.
 
     python benchmarks/longest.py --json benchmarks/results/longest.json
+    python benchmarks/longest.py --json benchmarks/results/longest.json --devices 8 --kinds h100
 
 Of Llama-3 8B, bf16, one sequence a step, for each number of H100 (80 GB) and H200: the greatest multiple of 32,768
 tokens for which a plan fits, within 80 % of 128 GiB of host memory a device, or of 1.9 TB a node. Published beside it:
-ALST and UPipe, 8B with exact attention on hosts of 1.9 TB.
+ALST and UPipe, 8B with exact attention on hosts of 1.9 TB. Rows of the file that are not asked for stay as they are;
+where there is a row, the search begins at its length.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import time
@@ -47,52 +50,65 @@ SEARCH_SECONDS = 10.0  # of processor time, for one length
 def main() -> None:
     flags = ArgumentParser(description=__doc__.split("\n")[0])
     flags.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8], help="how many (default: 1 2 4 8)")
+    flags.add_argument("--kinds", nargs="+", choices=("h100", "h200"), default=["h100", "h200"], help="of which kinds")
     flags.add_argument("--json", type=Path, help="file to write the results to (default: none)")
     args = flags.parse_args()
-    rows: list[dict[str, Any]] = []
+    known = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
+    rows = {(row["devices"], row["host"]): row for row in known}
     for devices in args.devices:
-        for kind in ("h100", "h200"):
+        for kind in args.kinds:
             for host, size in HOSTS.items():
-                rows.append(_row(kind, devices, host, 0.8 * size(devices) / GIB))
+                name = f"{devices} x {kind.upper()}"
+                before = rows.get((name, host), {}).get("tokens")
+                row = _row(kind, devices, host, 0.8 * size(devices) / GIB, before)
+                rows[name, host] = {"devices": name, **row}
                 if args.json:
-                    write(args.json, {"model": MODEL, "predicted": True, "rows": rows})
-    print_rows(rows)
+                    write(args.json, {"model": MODEL, "predicted": True, "rows": _ordered(rows)})
+    print_rows(_ordered(rows))
 
 
-def _row(kind: str, devices: int, host: str, host_gib: float) -> dict[str, Any]:
+def _ordered(rows: dict[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any]]:
+    return [rows[key] for key in sorted(rows, key=lambda key: (key[0], [*HOSTS].index(key[1])))]
+
+
+def _row(kind: str, devices: int, host: str, host_gib: float, before: int | None) -> dict[str, Any]:
+    """`before`: tokens that the row had."""
     started = time.perf_counter()
     published = PUBLISHED.get((kind, devices), {})
     config = ComputeConfig(
         devices, devices, hardware=kind, host_mem_constraint=host_gib, search_seconds=SEARCH_SECONDS
     )  # fmt: skip
-    first = round(max(published.values(), default=500_000 * devices) / STEP)
+    first = (before or max(published.values(), default=500_000 * devices)) // STEP
     found = longest(lambda steps: _plan(config, steps * STEP), first)
-    row: dict[str, Any] = {"devices": f"{devices} x {kind.upper()}", "host": host}
     if found is None:
-        return row | {"tokens": 0}
+        return {"host": host, "tokens": 0}
     steps, plan = found
-    row |= {
+    row: dict[str, Any] = {
+        "host": host,
         "tokens": steps * STEP,
         **_speed(config, steps * STEP, plan),
         "memory_gib": round(plan.memory_bytes / GIB, 1),
     }
     row["host_gib"] = round(plan.host_bytes / GIB, 1)
     row["published"] = ", ".join(f"{who} {length:,}" for who, length in published.items())
-    print(f"{row}, found in {time.perf_counter() - started:.0f} s", flush=True)
+    print(f"{devices} x {kind}: {row}, found in {time.perf_counter() - started:.0f} s", flush=True)
     return row
 
 
 def longest(plan: Callable[[int], Plan | None], first: int) -> tuple[int, Plan] | None:
-    """The greatest number for which there is a plan, and the plan: looked for from `first` on."""
+    """The greatest number for which there is a plan, and the plan: looked for around `first`, in steps that double."""
     best: tuple[int, Plan] | None = None
-    fits, too_long, tried = 0, 0, first
+    fits, too_long, tried, step = 0, 0, first, 1
     while too_long != fits + 1:
         found = plan(tried)
         if found is None:
             too_long = tried
         else:
             fits, best = tried, (tried, found)
-        tried = (fits + too_long) // 2 if too_long else 2 * fits
+        if fits and too_long:
+            tried = (fits + too_long) // 2
+        else:
+            tried, step = (fits + step) if fits else max(too_long - step, 1), 2 * step
     return best
 
 
