@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from chunk_linear_cross_entropy import in_chunks
 from nnscaler.compiler import Source
@@ -18,6 +20,7 @@ from nnscaler.models.causal_lm import CausalLM, prepare_config
 from nnscaler.placement import Shard
 from nnscaler.plan import GIB, Key
 from nnscaler.planner.costs import CostModel
+from nnscaler.planner.held import Held, Sum
 from nnscaler.planner.price import Price, price
 from nnscaler.planner.problem import Decision, Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution
@@ -32,7 +35,7 @@ from nnscaler.recompute import (
 )
 from nnscaler.trace import trace
 from tests import tiny
-from tests.planner.test_pieces import NARROW, ROWS, WIDE, Two
+from tests.planner.test_pieces import NARROW, ROWS, WIDE, Plain, Two, mixes_two
 
 TWOS = {level.inner: level for level in IN_GROUPS if level.size == 2}
 N, W, WEIGHT = 2 * ROWS * NARROW, 2 * ROWS * WIDE, 2 * NARROW * WIDE  # bytes, in bf16
@@ -72,6 +75,101 @@ def test_one_layer_by_hand(layers, levels, again, beside, tmp_path):
     found = price(Program(problem), Solution(chosen, {layers.root.name: {KEEPS_ALL: 1}, block: levels}))
     assert found.memory.get(Key("working", block, "backward"), 0.0) == again
     assert found.memory[Key("working")] == beside
+
+
+class Squashed(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.down(nn.functional.silu(self.up(x))))
+
+
+class Added(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(NARROW, WIDE, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            other = self.other(x)
+        return x + self.down(self.up(x) + other)
+
+
+def held_by(layer: type[nn.Module], frozen: str, folder: Path) -> float:
+    """Bytes that two layers hold while they run, of which regions are compiled and computed again.
+
+    frozen  part of the names of weights without gradients
+    """
+    inputs = {"x": torch.empty((2, ROWS // 2, NARROW), dtype=torch.bfloat16, device="meta")}
+    model, buffers = Source(lambda: Two(layer), inputs).build()
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(frozen not in name)
+    graph = trace(model, inputs, buffers)
+    costs = CostModel(load_hardware(tiny.write_hardware(folder)), Mesh((1,)), fused=True)
+    problem = build_problem(graph, costs, Recomputing(), 1)
+    (block,) = graph.blocks
+    levels = {graph.root.name: {KEEPS_ALL: 1}, block: {RECOMPUTES_ALL_BUT_ATTENTION: 2}}
+    found = price(Program(problem), Solution([0] * len(problem.decisions), levels))
+    assert found is not None
+    return found.memory[Key("working")]
+
+
+@pytest.mark.parametrize(("frozen", "held"), [("-", 2 * W + N + 2 * W + 2 * N), ("down", W + 2 * W + 2 * N)])
+def test_products_wait_for_what_is_made_again_of_their_factors(frozen, held, tmp_path):
+    """While silu is computed again, and then its gradient: silu's input and result, and the gradients of both. The last
+    product's weight has its gradient after that, so that of the product's result still lies there; and those of the
+    layer's result and of x. Where the weight is frozen, nobody waits, nor needs silu's result."""
+    assert held_by(Squashed, frozen, tmp_path) == held
+
+
+def test_what_needs_no_gradient_is_held_in_forward_by_hand(tmp_path):
+    """While a sum is computed again: both terms, which nobody needs after it, and the sum; and what backward needs of
+    it; and the gradients of the layer's result and of x. In backward there would be the gradients of the sum and of one
+    term."""
+    assert held_by(Added, "-", tmp_path) == 3 * W + W + 2 * N
+
+
+class Rich(Added):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        with torch.no_grad():
+            other = self.other(x)
+        return x + torch.tanh(self.down(mixes_two(nn.functional.silu(h), other)))
+
+
+TRANSIENT = N + W + WEIGHT  # of a product: what it reads and makes
+# Unit -> its own bytes; gradients of tensors from before it that are used after it, such as x; those of its region's
+# results that are made after it; and which tensors no backward reads from it on.
+UNITS = {
+    "up": (TRANSIENT, N, W, {"up", "other", "silu", "mixed", "down"}),
+    "other": (TRANSIENT, N + W, W, {"other", "silu", "mixed", "down"}),  # without a gradient, and in the region
+    "silu": (2 * W, N, 0, {"silu", "mixed", "down"}),
+    "mixed": (3 * W, N, 0, {"mixed", "down"}),
+    "down": (TRANSIENT, N, N, {"down"}),
+    "add": (3 * N, 0, 0, set()),
+}
+
+
+def test_what_units_hold_by_hand(tmp_path):
+    inputs = {"x": torch.empty((2, ROWS // 2, NARROW), dtype=torch.bfloat16, device="meta")}
+    model, buffers = Source(lambda: Two(Rich), inputs).build()
+    graph = trace(model, inputs, buffers)
+    costs = CostModel(load_hardware(tiny.write_hardware(tmp_path)), Mesh((1,)), fused=True)
+    program = Program(build_problem(graph, costs, Recomputing(), 1))
+    (block,) = graph.blocks
+    held = Held(program.choices, program.flows, block)
+    names = dict(zip(held.units, UNITS, strict=True))
+    tensors = {held.units[index].name: name for index, name in names.items()}
+
+    def size(one: Sum) -> float:  # on one device there is one way
+        terms, most = one
+        assert sum(amount for _, amount in terms) == most
+        return most
+
+    found = {}
+    for index, unit in held.units.items():
+        freed = {tensors[flow.tensor] for _, flow in held.freed(unit.place, unit.place)}
+        waiting = held.waiting(unit.place, unit.place)
+        found[names[index]] = (size(held.alone(index)), size(waiting), size(held.held_by_caller(unit)), freed)
+    assert found == UNITS
 
 
 @dataclass(frozen=True)
