@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from nnscaler.runtime import locked
 from nnscaler.runtime.locked import host_memory
 
 
@@ -53,3 +56,35 @@ def test_locked_memory_is_copied_to_beside_computation():
     assert (memory == 7).all()
     unlock(memory.data_ptr())
     assert not memory.is_pinned()
+
+
+@pytest.mark.parametrize(
+    ("processors", "processes", "threads"), [(64, None, 8), (64, "4", 8), (12, "4", 3), (2, "4", 1)]
+)
+def test_the_processes_of_a_node_share_its_processors(processors, processes, threads, monkeypatch):
+    asked = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, count: int) -> None:
+            asked.append(count)
+            super().__init__(1)
+
+    monkeypatch.setattr(locked, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(locked.os, "sched_getaffinity", lambda pid: range(processors))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    host_memory(5)
+    assert asked == [threads]
+
+
+def test_all_of_a_tensor_s_pages_are_locked_from_its_beginning(monkeypatch):
+    asked = []
+    library = SimpleNamespace(
+        cudaHostRegister=lambda *given: asked.append(given) or len(asked) - 1, cudaHostUnregister=asked.append
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: library)
+    memory = torch.zeros(5, 3)[1:]
+    assert [locked.lock(memory), locked.lock(memory)] == [True, False]
+    locked.unlock(memory.data_ptr())
+    assert asked == [(memory.data_ptr(), 48, 0)] * 2 + [memory.data_ptr()]

@@ -80,6 +80,42 @@ def test_updates_are_those_of_adamw(dtype, clip):
             torch.testing.assert_close(parameter.detach(), plain[name].detach().to(dtype), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("labels", "counted"), [(3, 1.5), (2, 1), (1, 1), (0, 1)])
+def test_the_mean_is_over_one_label_at_least(labels, counted):
+    """Two devices count the same labels; without any, gradients stay as they are."""
+    optimizer, _ = optimizer_of(CONFIG, torch.float32)
+    give(optimizer, {name: torch.ones(shape) for name, shape in SHAPES.items()})
+    elements = sum(torch.Size(shape).numel() for shape in SHAPES.values())
+    assert optimizer.step(labels, 0.1).item() == pytest.approx(elements**0.5 / counted)
+
+
+def test_each_bucket_is_sent_to_its_owners_once_it_is_updated(monkeypatch):
+    """In the order in which forward needs them; also after masters were loaded, and where the master is the weight."""
+    sent = []
+    for dtype in (torch.bfloat16, torch.float32):
+        optimizer, _ = optimizer_of(CONFIG, dtype)
+        give(optimizer, {name: torch.ones(shape) for name, shape in SHAPES.items()})
+        before = [bucket.owned.clone() for bucket in optimizer.buckets]
+
+        def publish(bucket, buckets=optimizer.buckets, before=before):
+            index = buckets.index(bucket)
+            sent.append((index, torch.equal(bucket.owned, before[index])))
+
+        monkeypatch.setattr(type(optimizer.buckets[0]), "publish", publish)
+        optimizer.buckets[0].first = 2
+        again = ShardedOptimizer(optimizer.buckets, CONFIG, COPIES)
+        again.load_masters()
+        again.step(LABELS, 0.1)
+        assert sent == [(1, False), (2, False), (0, False)]
+        sent.clear()
+        for master in again.masters:
+            master.zero_()
+        again.publish_masters()
+        assert sorted(sent) == [(0, False), (1, False), (2, False)]
+        assert all(bucket.owned.eq(0).all() for bucket in again.buckets)
+        sent.clear()
+
+
 @pytest.mark.parametrize("clip", [0.5, 0.0])
 def test_a_gradient_that_is_not_summed_stays_in_its_own_type(clip):
     """The update is the same to the last bit, the scaling of gradients in fp32 included."""

@@ -44,6 +44,24 @@ def test_results_and_gradients_are_those_of_the_whole() -> None:
         wanted = mlp(*inputs)
 
 
+def test_arguments_that_are_no_tensors_and_results_in_another_order_of_dimensions() -> None:
+    """A number, None and a text go to every piece; a result lies in memory as its pieces do."""
+    x, w = torch.rand(6, 4, requires_grad=True), torch.rand(4, 5, requires_grad=True)
+
+    def scaled(scale: float, x: Tensor, bias: Tensor | None, w: Tensor, how: str) -> tuple[Tensor, Tensor]:
+        assert (bias, how) == (None, "transposed")
+        return (scale * x @ w).t(), x.exp()
+
+    found = in_pieces(scaled, 3, (None, 0, None, None, None), (1, 0), 2.5, x, None, w, "transposed")
+    wanted = scaled(2.5, x, None, w, "transposed")
+    for mine, right in zip(found, wanted):
+        torch.testing.assert_close(mine, right)
+        assert mine.stride() == right.stride()
+    incoming = [torch.rand_like(one) for one in wanted]
+    for mine, right in zip(torch.autograd.grad(found, (x, w), incoming), torch.autograd.grad(wanted, (x, w), incoming)):
+        torch.testing.assert_close(mine, right)
+
+
 def test_a_second_backward_gives_the_same_gradients() -> None:
     inputs = tensors(torch.float32)
     first, second = in_pieces(mlp, 3, (1, None, None, None), (1, 1), *inputs)

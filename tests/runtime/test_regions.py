@@ -43,6 +43,33 @@ def test_a_region_runs_again_in_backward_where_its_level_says_so():
     assert region.__name__ == "squares"
 
 
+def test_on_a_gpu_each_way_to_run_a_region_is_compiled_once(monkeypatch):
+    """Whole, and for the sizes that there are. Without gradients there is nothing to keep, and one way."""
+    compiled = []
+
+    def compile_(function, **options):
+        compiled.append((function, options))
+        return function
+
+    def sines(x):
+        return x.sin()
+
+    monkeypatch.setattr(regions, "_on_accelerator", lambda args: True)
+    monkeypatch.setattr(torch, "compile", compile_)
+    region, x = regions.region(sines), torch.ones(3, requires_grad=True)
+    for _ in range(2):
+        for level in (KEEPS_ALL, KEEPS_PRODUCTS, RECOMPUTES_ALL_BUT_ATTENTION):
+            assert torch.equal(region(level.name, x), x.sin())
+            with torch.no_grad():
+                assert torch.equal(region(level.name, x), x.sin())
+    assert [options for _, options in compiled] == [{"dynamic": False, "fullgraph": True}] * 3
+    plain, products, again = (function for function, _ in compiled)
+    assert plain is sines, "as it is: with all kept, and without gradients"
+    names = [function.__code__.co_name for function in (products, again)]
+    assert all(name.startswith("sines_") for name in names)
+    assert len(set(names)) == 2
+
+
 class Counted(TorchDispatchMode):
     """Counts operators as they run."""
 
