@@ -7,8 +7,11 @@ really communicates is tested in `tests/distributed`.
 from __future__ import annotations
 
 import threading
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import Queue
 from typing import Any
 
 import torch
@@ -23,6 +26,9 @@ class Ranks:
     def __init__(self, count: int) -> None:
         self.count, self._values = count, [None] * count
         self._barrier = threading.Barrier(count, timeout=60)
+        self._sent: defaultdict[tuple[int, int, int], Queue[Tensor]] = defaultdict(Queue)
+        self._numbers: Counter[tuple[str, int, int]] = Counter()  # of what was sent, or received, between two ranks
+        self._lock = threading.Lock()
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """`function(axis, *args)` on each rank; what each gives. An error in one is raised here."""
@@ -50,6 +56,12 @@ class Ranks:
         found = list(self._values)
         self._barrier.wait()
         return found
+
+    def message(self, kind: str, source: int, target: int) -> Queue[Tensor]:
+        """Where the next message from one rank to another is put down. `kind`: who asks, "isend" or "irecv\""""
+        with self._lock:
+            self._numbers[kind, source, target] += 1
+            return self._sent[source, target, self._numbers[kind, source, target]]
 
 
 class Group:
@@ -110,3 +122,35 @@ def all_to_all_single(
     mine = [parts[group.rank] for parts in everyone]
     assert received is None or [len(part) for part in mine] == received
     return _done(output, torch.cat(mine), async_op)
+
+
+@dataclass
+class P2POp:
+    """A message to another rank ("isend"), or from it ("irecv")."""
+
+    op: str
+    tensor: Tensor
+    group: Group
+    group_peer: int
+
+
+class _Message:
+    def __init__(self, operation: P2POp) -> None:
+        _check(operation.tensor)
+        group, peer = operation.group, operation.group_peer
+        pair = (group.rank, peer) if operation.op == "isend" else (peer, group.rank)
+        self._queue, self._target = group.ranks.message(operation.op, *pair), operation.tensor
+        self._is_open = operation.op == "irecv"
+        if not self._is_open:
+            self._queue.put(operation.tensor.detach().clone())
+
+    def wait(self) -> None:
+        if self._is_open:
+            value = self._queue.get(timeout=60)
+            assert (value.shape, value.dtype) == (self._target.shape, self._target.dtype)
+            self._target.copy_(value)
+        self._is_open = False
+
+
+def batch_isend_irecv(operations: list[P2POp]) -> list[_Message]:
+    return [_Message(operation) for operation in operations]
