@@ -110,6 +110,12 @@ def test_names_that_are_split_together():
     assert found["t n"].names == ["t", "n"]
     assert set(ways(text, shapes, [(8, 4)], 4)) == {None, "t"}, "6 do not divide by 4"
     assert "t n" not in ways(text, [(8, 4), (8, 2), (1, 4)], [(8, 4)], 1), "of one expert there are no parts"
+    inside = ways("t d^, (m^ n^) d^ -> t d^ | t n", [(8, 4), (12, 4)], [(8, 4)], 2)
+    assert "t n" in ways("t d^, (n^ m^) d^ -> t d^ | t n", [(8, 4), (12, 4)], [(8, 4)], 2)
+    assert set(inside) == {None, "t"}, "where one lies within another it is not cut"
+    others = ways("t^ d^, n^ d^ -> t d^, n | t n", [(8, 4), (6, 4)], [(8, 4), (6,)], 2)
+    assert others["t n"].outputs == (Shard(0), Shard(0))
+    assert "t n" not in ways("t^ d^, n^ d^ -> t d^, d^ | t n", [(8, 4), (6, 4)], [(8, 4), (4,)], 2), "a term of a sum"
 
 
 @given(st.text(alphabet="ab(),->^+*?| 1", max_size=24))

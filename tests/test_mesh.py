@@ -11,6 +11,7 @@ def test_ranks_count_the_last_axis_first_then_copies_then_pipeline_ranks():
     mesh = Mesh((2, 4), replicas=2, pipeline=3)
     assert (mesh.plan_ngpus, mesh.runtime_ngpus) == (24, 48)
     assert mesh.coordinates(13) == (1, (1, 1))
+    assert [mesh.coordinates(rank) for rank in (1, 6, 8, 20)] == [(0, (0, 1)), (0, (1, 2)), (1, (0, 0)), (0, (1, 0))]
     assert mesh.coordinates(13 + 2 * 16) == (1, (1, 1))
     assert [mesh.pipeline_rank(rank) for rank in (0, 15, 16, 47)] == [0, 0, 1, 2]
     assert [mesh.stride(axis) for axis in mesh.axes] == [4, 1]

@@ -21,6 +21,18 @@ ROWS, COLUMNS = Shard(0), Shard(1)
         ((REPLICATE, ROWS), (ROWS, ROWS), [(1, ROWS, REPLICATE), (0, REPLICATE, ROWS), (1, REPLICATE, ROWS)]),
         ((ROWS, COLUMNS), (COLUMNS, ROWS), [(1, COLUMNS, REPLICATE), (0, ROWS, COLUMNS), (1, REPLICATE, ROWS)]),
         ((PARTIAL, ROWS), (SHARED, ROWS), [(0, PARTIAL, SHARED)]),
+        # On three axes, the innermost is gathered first.
+        (
+            (ROWS, ROWS, ROWS),
+            (REPLICATE, ROWS, ROWS),
+            [
+                (2, ROWS, REPLICATE),
+                (1, ROWS, REPLICATE),
+                (0, ROWS, REPLICATE),
+                (1, REPLICATE, ROWS),
+                (2, REPLICATE, ROWS),
+            ],
+        ),
     ],
 )
 def test_changes_run_from_the_outer_axis_to_the_inner_one(source, target, changes):

@@ -98,3 +98,11 @@ def test_what_no_gradient_goes_through_saves_nothing():
     assert saved_by(node, given) == ["x"], "for the weight's gradient"
     given.tensors["a"] = replace(given.tensors["a"], requires_grad=False)
     assert saved_by(node, given) == []
+
+
+def test_what_a_registered_operator_saves_inside_is_kept_as_the_view_of_it_that_goes_out():
+    given = block(("attention", "a", "q k v"), ("t", "b", "a"), outputs=("b",), inputs=("q", "k", "v"))
+    (unit,) = divide(given)
+    assert (unit.kind, unit.name, unit.main.name, pure(unit)) == ("registered", "b", "a", False)
+    assert "a" in saved_by(unit.main, given)
+    assert set(needed_by(unit, given)) == {"q", "k", "v", "b"}

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from nnscaler.mesh import Mesh
 from nnscaler.placement import REPLICATE, SHARED, Shard
-from nnscaler.shards import ParameterSpec, flat_range_boxes
+from nnscaler.shards import Box, ParameterSpec, flat_range_boxes
 
 
 @given(shape=st.lists(st.integers(1, 5), max_size=4), ends=st.tuples(st.integers(0, 700), st.integers(0, 700)))
@@ -32,3 +32,17 @@ def test_nested_shards_count_the_earlier_axis_outermost():
     mixed = ParameterSpec((8, 6), torch.float32, (Shard(1), SHARED), True)
     assert mixed.box(Mesh((2, 2)), (1, 0)).offsets == (0, 3)
     assert ParameterSpec((8,), torch.float32, (REPLICATE,), False).box(Mesh((2,)), (1,)).sizes == (8,)
+    uneven = ParameterSpec((12, 5), torch.float32, (Shard(0), Shard(0)), True)
+    boxes = [uneven.box(Mesh((2, 3)), (i, j)) for i in range(2) for j in range(3)]
+    assert boxes == [Box((at, 0), (2, 5)) for at in range(0, 12, 2)]
+    crossed = ParameterSpec((12, 6), torch.float32, (Shard(1), REPLICATE, Shard(0)), True)
+    assert crossed.box(Mesh((3, 5, 2)), (2, 4, 1)) == Box((6, 4), (6, 2))
+
+
+def test_a_parameter_is_as_plan_json_says():
+    """Its layout has a placement for each axis; each way to train it counts."""
+    said = {"shape": [12, 5], "dtype": "bfloat16", "layout": "S(1),R*,S(0)", "trained": True}
+    for once, master in ((True, False), (False, True)):
+        found = ParameterSpec.from_json({**said, "exchanged_once": once, "master_only": master})
+        assert found == ParameterSpec((12, 5), torch.bfloat16, (Shard(1), SHARED, Shard(0)), True, once, master)
+        assert found.stored_dtype == (torch.float32 if master else torch.bfloat16)
