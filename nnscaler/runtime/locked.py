@@ -40,7 +40,11 @@ def host_memory(size: int) -> Tensor:
 def lock(memory: Tensor) -> bool:
     """Locks the pages of a contiguous tensor, and says whether the system did. A page can be locked once. (torch's own
     allocator of such memory would take up to the next power of two.)"""
-    return int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0
+    locked = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0
+    if not locked and torch.cuda.is_initialized():
+        with suppress(RuntimeError):  # CUDA keeps the error for whoever asks next: that would be what is computed next
+            torch.zeros(1, device="cuda")
+    return locked
 
 
 def unlock(address: int) -> None:

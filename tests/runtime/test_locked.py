@@ -88,3 +88,22 @@ def test_all_of_a_tensor_s_pages_are_locked_from_its_beginning(monkeypatch):
     assert [locked.lock(memory), locked.lock(memory)] == [True, False]
     locked.unlock(memory.data_ptr())
     assert asked == [(memory.data_ptr(), 48, 0)] * 2 + [memory.data_ptr()]
+
+
+def test_a_refusal_is_not_left_for_what_is_computed_next(monkeypatch):
+    """CUDA gives its last error to whoever asks next, which training must not be."""
+    asked = []
+
+    def zeros(*size: int, device: str) -> None:
+        asked.append(device)
+        raise RuntimeError("CUDA error: part or all of the requested memory range is already mapped")
+
+    memory, answers = torch.zeros(5), iter([0, 712])
+    library = SimpleNamespace(cudaHostRegister=lambda *given: next(answers))
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: library)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    assert locked.lock(memory)
+    assert not asked
+    assert not locked.lock(memory)
+    assert asked == ["cuda"]
