@@ -204,18 +204,20 @@ def two(
 
 def priced(
     layer: type[nn.Module], level: Level, count: int, folder: Path, devices: int = 1, mixing: Placement = COLUMNS,
-    **changes: Any,
+    before: int = 1, **changes: Any,
 ) -> tuple[Divisible, Price | None]:  # fmt: skip
     """The last of a layer's stretches, and the price of two layers at a level with that in so many pieces.
 
     mixing   how the result lies of the operator that mixes rows
+    before   in how many pieces is the stretch that is within it
     changes  of `two`
     """
     problem = two(layer, folder, devices, **changes)
     stretch = problem.divisible[-1]
     levels = {problem.root: {KEEPS_ALL: 1}, stretch.block: {level: 2}}
     chosen = [_by_rows(decision, mixing) for decision in problem.decisions]
-    pieces = {(stretch.block, stretch.name): count} if count > 1 else {}
+    pieces = {(stretch.block, stretch.name): count, (stretch.block, stretch.within): before}
+    pieces = {name: number for name, number in pieces.items() if number > 1}
     return stretch, price(Program(problem), Solution(chosen, levels, pieces=pieces))
 
 
@@ -317,6 +319,27 @@ def test_pieces_with_a_registered_operator_by_hand(count, tmp_path):
     launching = 3 * (count - 1) * 4 * LAUNCH
     seconds = 2 * (again + moved / MEMORY + launching)
     assert found.seconds[Key("again", stretch.block, stretch.name, "in pieces")] == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(("count", "before"), [(4, 4), (16, 16), (4, 16)])
+def test_pieces_within_pieces_by_hand(count, before, tmp_path):
+    """What is before the registered operator is computed for some rows at a time, in each piece of some columns."""
+    stretch, found = priced(Mixed, RECOMPUTES_ALL, count, tmp_path, before=before)
+    assert found is not None
+    narrow, wide, weight = 2 * ROWS * NARROW, 2 * ROWS * WIDE, 2 * NARROW * WIDE
+    # While a product runs there are, of its rows, tanh's result with its gradient, and what it reads and makes; of its
+    # columns, both weights with their gradients.
+    inner = 3 * narrow / before + (2 * weight + wide / before) / count
+    # Around that lie the gradients of both results, of x, and of the weights, in fp32, all of a piece's columns.
+    inner += 2 * wide / count + narrow + 2 * 2 * weight / count
+    around = wide + 2 * narrow + 2 * weight
+    behind = wide + narrow + weight + narrow  # while the product after it runs, which reads its result
+    assert found.memory[Key("working")] == pytest.approx(max(max(inner, 5 * wide / count) + around - wide, behind))
+    assert found.memory[Key("working", stretch.block, "backward")] == pytest.approx(wide + narrow)
+    for one, name in (((count, 1), stretch.name), ((1, before), stretch.within)):
+        _, alone = priced(Mixed, RECOMPUTES_ALL, one[0], tmp_path, before=one[1])
+        key = Key("again", stretch.block, name, "in pieces")
+        assert found.seconds[key] == alone.seconds[key]
 
 
 def test_pieces_with_an_all_to_all_by_hand(tmp_path):
