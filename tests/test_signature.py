@@ -93,6 +93,16 @@ def test_arguments_go_in_by_name_and_come_back_in_place():
         Numbers(signature, lambda output: torch.zeros(1, 2)).of(Several())(**given)
 
 
+def test_a_loss_alone_stays_in_its_own_type():
+    class Alone(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"rows": x.expand(2, 3), "loss": x.sum().view(1)}
+
+    numbers = Numbers(Signature(Alone(), (ONE.bfloat16(),)), None)
+    found = numbers.of(Alone())(x=TWO.bfloat16())
+    assert (found.dtype, found.shape, found.item(), numbers.names) == (torch.bfloat16, (), 2.0, [])
+
+
 def test_names_that_cannot_be_told_apart_and_examples_without_tensors():
     class Both(nn.Module):
         def forward(self, a: dict[str, Tensor], a_b: Tensor) -> Tensor:
