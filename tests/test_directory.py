@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nnscaler.compiler import put_in_place
-from nnscaler.directory import alone_in, check_writable, new_directory
+from nnscaler.directory import alone_in, check_name, check_writable, new_directory
 from nnscaler.errors import UserError
 from nnscaler.identity import DONE
 
@@ -176,3 +176,12 @@ def test_that_all_is_there_is_said_last(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(Path, "rename", record)
     put_in_place(tmp_path / "work", tmp_path / "place")
     assert moved == ["plan.json", "zebra.txt", DONE]
+
+
+def test_a_name_may_have_two_hundred_bytes() -> None:
+    for name in ("a" * 200, "é" * 100, "A-b.c+d=e@f_1"):
+        check_name(name)
+    with pytest.raises(UserError, match=r"^run has 202 bytes; it names folders, and may have at most 200$"):
+        check_name("é" * 101, "run")
+    with pytest.raises(UserError, match=r"^run is 'a b'; it names folders"):
+        check_name("a b", "run")
