@@ -22,7 +22,7 @@ from nnscaler.models.causal_lm import CausalLM, prepare_config
 from nnscaler.placement import PARTIAL, REPLICATE, Shard
 from nnscaler.plan import NodePlan
 from nnscaler.planner import find_plan
-from nnscaler.recompute import KEEPS_ALL, KEEPS_PRODUCTS, RECOMPUTES_ALL
+from nnscaler.recompute import KEEPS_ALL, KEEPS_PRODUCTS, RECOMPUTES_ALL, SAME_ON_HOST
 from nnscaler.trace import trace
 from tests import tiny
 from tests.codegen.plain import beside_plain
@@ -190,6 +190,40 @@ def test_calls_are_one_loop_where_what_is_handed_on_lies_as_it_is_taken(tmp_path
     assert loop in generate(plan)
     otherwise = replace(plan, outputs={**plan.outputs, "masked": [mask]})
     assert "for i in" not in generate(otherwise), "it comes to the next call as that takes it"
+
+
+class MaskedTwice(MaskedLayers):
+    """Of four layers, two have a mask, and two another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Masked() for _ in range(4))
+
+    def forward(self, x):
+        first, second = self.mask * 2, self.mask * 3
+        for layer, mask in zip(self.layers, (first, first, second, second)):
+            x = layer(mask, x)
+        return x.square().sum()
+
+
+class MaskedApart(MaskedTwice):
+    def forward(self, x):
+        for number, layer in enumerate(self.layers):
+            x = layer(self.mask * (number + 2), x)
+        return x.square().sum()
+
+
+@pytest.mark.parametrize(("make", "shared"), [
+    (MaskedLayers, ["mul"]), (MaskedTwice, ["mul", "mul_1"]), (MaskedApart, [""]),
+])  # fmt: skip
+def test_what_several_calls_have_stays_on_the_device(make, shared, tmp_path):
+    """What they keep on the host is theirs alone."""
+    model, buffers = Source(make, {"x": X}, torch.float32).build()
+    hardware = load_hardware(tiny.write_hardware(tmp_path))
+    plan = find_plan(trace(model, {"x": X}, buffers), [Mesh((1,))], hardware, recompute_modules=())
+    (calls,) = plan.levels["masked"].values()
+    code = generate(replace(plan, levels={**plan.levels, "masked": {SAME_ON_HOST[KEEPS_ALL]: calls}}))
+    assert sorted(set(re.findall(r"with axes\.host\.keeping\((.*)\):", code))) == shared
 
 
 class Inner(nn.Module):
