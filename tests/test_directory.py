@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nnscaler.compiler import put_in_place
-from nnscaler.directory import alone_in, check_name, check_writable, new_directory
+from nnscaler.directory import alone_in, check_name, check_new, check_writable, new_directory
 from nnscaler.errors import UserError
 from nnscaler.identity import DONE
 
@@ -185,3 +185,15 @@ def test_a_name_may_have_two_hundred_bytes() -> None:
         check_name("é" * 101, "run")
     with pytest.raises(UserError, match=r"^run is 'a b'; it names folders"):
         check_name("a b", "run")
+
+
+def test_the_folder_that_a_command_runs_in_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in (Path("."), tmp_path):
+        with pytest.raises(UserError, match=r"is the folder that this command runs in: choose another path$"):
+            check_new(path)
+
+
+def test_who_wants_to_be_alone_makes_the_folders_above(tmp_path: Path) -> None:
+    with alone_in(tmp_path / "a" / "b" / "c"):
+        assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == [".c.lock"]

@@ -91,6 +91,7 @@ def test_weights_that_are_not_finite_are_not_saved(folder):
 
 
 def test_only_steps_in_a_row_count():
+    assert MOST == 10, "as README says"
     steps = FiniteSteps(skipped=2)
     bad, good = Reading(torch.tensor(float("nan"))), Reading(torch.tensor(1.0))
     for step in range(3 * MOST):
