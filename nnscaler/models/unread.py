@@ -149,8 +149,8 @@ _KNOWN: dict[str, Callable[[Any, Any, Any, Sequence[Tensor]], list[Read]]] = {
 
 def _shaped(source: Unread, shape: tuple[int, ...]) -> Unread:
     """Where one dimension becomes two, boxes are read one slice of the outer after the other."""
-    same = next(i for i, (a, b) in enumerate(zip(source.shape, shape)) if a != b)
-    two = len(shape) == source.ndim + 1 and shape[same + 2 :] == tuple(source.shape[same + 1 :])
+    same = next((i for i, (a, b) in enumerate(zip(source.shape, shape)) if a != b), source.ndim - 1)
+    two = 0 < source.ndim == len(shape) - 1 and shape[same + 2 :] == tuple(source.shape[same + 1 :])
 
     def read(box: Box) -> Tensor:
         if not two:

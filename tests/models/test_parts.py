@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -182,3 +184,59 @@ def test_joined_tensors_are_read_across_their_border() -> None:
         "what is not known is computed of the whole"
     )
     assert [part.tolist() for part in (one.whole() for one in unread[0].max(1))] == [[2, 5], [2, 2]]
+
+
+# What transformers does with tensors of files: here of [4, 6, 5], and of [4, 1, 5] as the second one.
+CALLS: dict[str, Callable[[Any, Any], Any]] = {
+    "stack": lambda a, b: torch.stack([a, a.contiguous()]),
+    "stack before the last": lambda a, b: torch.stack([a, a, a], dim=2),
+    "stack behind the last": lambda a, b: torch.stack([b, b], -1),
+    "cat": lambda a, b: torch.cat([a, a]),
+    "cat of other sizes": lambda a, b: torch.cat([b, a, b], dim=1),
+    "cat along the last": lambda a, b: torch.cat((a, a), dim=-1),
+    "chunk": lambda a, b: a.chunk(2),
+    "chunks of other sizes": lambda a, b: torch.chunk(a, 3, dim=-1),
+    "split": lambda a, b: a.split(3),
+    "split of other sizes": lambda a, b: torch.split(a, [1, 3, 2], dim=1),
+    "transpose": lambda a, b: a.transpose(0, 1),
+    "transpose by keywords": lambda a, b: torch.transpose(a, dim0=-1, dim1=0),
+    "squeeze": lambda a, b: b.squeeze(1),
+    "squeeze of what is no 1": lambda a, b: a.squeeze(dim=-2),
+    "one dimension as two": lambda a, b: a.shaped((4, 2, 3, 5)),
+    "the last as two": lambda a, b: a.shaped((4, 6, 5, 1)),
+    "two dimensions as one": lambda a, b: b.shaped((4, 5)),
+    "the same shape": lambda a, b: a.shaped((4, 6, 5)),
+    "one after the other": lambda a, b: torch.stack([one.transpose(0, 1) for one in torch.cat([a, b], 1).chunk(7, 1)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_of_a_box_no_more_is_read_than_what_it_is_made_of(name: str) -> None:
+    wholes = [torch.arange(120).view(4, 6, 5), 1000 + torch.arange(20).view(4, 1, 5)]
+    read = [0]
+
+    def unread(whole: Tensor) -> Any:
+        def part(box: Box) -> Tensor:
+            found = whole[box.slices]
+            assert tuple(found.shape) == box.sizes, "inside the tensor"
+            read[0] += found.numel()
+            return found
+
+        return Unread(whole.shape, whole.dtype, part)
+
+    class Shaped(Tensor):
+        def shaped(self, shape: tuple[int, ...]) -> Tensor:
+            return self.reshape(shape)
+
+    given, wanted = (CALLS[name](*map(make, wholes)) for make in (unread, lambda one: one.as_subclass(Shaped)))
+    given, wanted = (list(one) if isinstance(one, (tuple, list)) else [one] for one in (given, wanted))
+    assert [tuple(one.shape) for one in given] == [tuple(one.shape) for one in wanted]
+    draw = random.Random(0)
+    for one, right in zip(given, wanted):
+        assert torch.equal(one.whole(), right)
+        for _ in range(40):
+            sizes = tuple(draw.randint(1, size) for size in right.shape)
+            box = Box(tuple(draw.randint(0, all_ - size) for all_, size in zip(right.shape, sizes)), sizes)
+            read[0] = 0
+            assert torch.equal(one.read(box), right[box.slices]), box
+            assert name == "two dimensions as one" or read[0] == right[box.slices].numel(), box
