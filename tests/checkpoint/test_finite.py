@@ -113,3 +113,12 @@ def test_a_norm_is_looked_at_one_step_late(caplog):
     assert "step 1: " in caplog.text
     steps.look()
     assert (steps.skipped, steps.in_a_row) == (1, 0)
+
+
+def test_training_ends_with_the_step_after_the_tenth():
+    """No step waits for its own norm; so the eleventh is begun when the tenth is known."""
+    steps, bad = FiniteSteps(skipped=0), Reading(torch.tensor(float("nan")))
+    for step in range(5, 15):
+        steps.after(step, bad)
+    with pytest.raises(UserError, match="of steps 5 to 14 is not finite: training stops"):
+        steps.after(15, bad)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -59,6 +60,21 @@ def test_losses_that_are_no_numbers():
     assert data.run() == {"eval_loss": None, "eval_perplexity": None}
     data._module.evaluate = lambda batches: torch.tensor(3000.0, dtype=torch.float64) + 0 * len(list(batches))
     assert data.run() == {"eval_loss": 1000.0, "eval_perplexity": None}
+
+
+def test_without_a_label_there_is_no_loss():
+    data = evaluation(2, None)
+    data._batches._samples._dataset.rows = [
+        {name: np.full(LENGTH, value) for name, value in (("input_ids", 5), ("labels", -100))} for _ in range(2)
+    ]
+    assert data.run() == {"eval_loss": None, "eval_perplexity": None}
+
+
+def test_another_rank_of_a_pipeline_has_the_losses():
+    """Whatever this one's module gives."""
+    data = evaluation(2, None)
+    data._module.gives_loss = False
+    assert data.run() == {"eval_loss": None, "eval_perplexity": None}
 
 
 def test_losses_of_many_steps_are_summed_in_fp64():
