@@ -204,27 +204,27 @@ def two(
 
 def priced(
     layer: type[nn.Module], level: Level, count: int, folder: Path, devices: int = 1, mixing: Placement = COLUMNS,
-    before: int = 1, **changes: Any,
+    named: str = "mixes", before: int = 1, **changes: Any,
 ) -> tuple[Divisible, Price | None]:  # fmt: skip
     """The last of a layer's stretches, and the price of two layers at a level with that in so many pieces.
 
-    mixing   how the result lies of the operator that mixes rows
+    mixing   how the result lies of the operator that is named so, the one that mixes rows
     before   in how many pieces is the stretch that is within it
     changes  of `two`
     """
     problem = two(layer, folder, devices, **changes)
     stretch = problem.divisible[-1]
     levels = {problem.root: {KEEPS_ALL: 1}, stretch.block: {level: 2}}
-    chosen = [_by_rows(decision, mixing) for decision in problem.decisions]
+    chosen = [_by_rows(decision, mixing, named) for decision in problem.decisions]
     pieces = {(stretch.block, stretch.name): count, (stretch.block, stretch.within): before}
     pieces = {name: number for name, number in pieces.items() if number > 1}
     return stretch, price(Program(problem), Solution(chosen, levels, pieces=pieces))
 
 
-def _by_rows(decision: Decision, mixing: Placement) -> int:
-    """The option in which rows are divided, but what `mixing` says in the operator that mixes rows; weights are
+def _by_rows(decision: Decision, mixing: Placement, named: str) -> int:
+    """The option in which rows are divided, but what `mixing` says in the operator that is named so; weights are
     whole."""
-    place = mixing if "mixes" in decision.name else Shard(1)
+    place = mixing if named in decision.name else Shard(1)
     options = enumerate(decision.options if decision.kind != "parameter" else ())
     return next((index for index, option in options if (place,) in option.outputs), 0)
 
@@ -372,6 +372,8 @@ def test_what_is_gathered_in_a_layer_that_is_computed_again_counts_as_it_is_used
     # Half of tanh's result, for the weights' gradients; all that the operator uses, as it does on each device, and
     # all of its result.
     assert found.memory[Key("working", stretch.block, "backward")] == pytest.approx(narrow / 2 + 2 * wide + wide)
+    stretch, found = priced(Plain, RECOMPUTES_ALL, 1, tmp_path, 2, REPLICATE, "silu")
+    assert found.memory[Key("working", stretch.block, "backward")] == pytest.approx(wide + wide), "what silu reads, too"
 
 
 def test_two_pieces_are_tried_only_with_a_registered_operator(tmp_path):
