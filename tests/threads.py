@@ -50,6 +50,25 @@ class Ranks:
             raise first
         return [future.result() for future in futures]
 
+    def run_on_grid(self, sizes: tuple[int, ...], function: Callable[..., Any], *args: Any) -> list[Any]:
+        """`function(axes, *args)` on each rank: the groups along each axis of a grid, the last axis counted first."""
+        lines: dict[tuple[int, tuple[int, ...]], Ranks] = {}
+        for rank in range(self.count):
+            for number, key in self._lines(rank, sizes):
+                lines.setdefault((number, key), Ranks(sizes[number]))
+
+        def on(every: Axis) -> Any:
+            place = _place(every.rank, sizes)
+            found = [lines[line] for line in self._lines(every.rank, sizes)]
+            axes = [Axis(one.count, at, Group(one, at) if one.count > 1 else None) for one, at in zip(found, place)]  # type: ignore[arg-type]
+            return function(axes, *args)
+
+        return self.run(on)
+
+    def _lines(self, rank: int, sizes: tuple[int, ...]) -> list[tuple[int, tuple[int, ...]]]:
+        place = _place(rank, sizes)
+        return [(number, (*place[:number], -1, *place[number + 1 :])) for number in range(len(sizes))]
+
     def exchange(self, rank: int, value: Any) -> list[Any]:
         self._values[rank] = value
         self._barrier.wait()
@@ -62,6 +81,14 @@ class Ranks:
         with self._lock:
             self._numbers[kind, source, target] += 1
             return self._sent[source, target, self._numbers[kind, source, target]]
+
+
+def _place(rank: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    place = []
+    for size in reversed(sizes):
+        rank, at = divmod(rank, size)
+        place.append(at)
+    return tuple(reversed(place))
 
 
 class Group:

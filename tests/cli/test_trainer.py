@@ -161,3 +161,42 @@ def test_a_plan_is_compiled_by_one_process(running, monkeypatch):
         assert logging.getLogger("nnscaler").level == logging.ERROR, "one rank reports"
     finally:
         logging.getLogger("nnscaler").setLevel(level)
+
+
+@pytest.mark.parametrize("ends", [None, "my rows", "others", "hangs"])
+def test_ranks_are_told_what_one_of_them_ends_with(ends, running, monkeypatch):
+    """And what another has ended with is what this one ends with, in whatever it waited for it."""
+    failed = [UserError("the rows of rank 1 are wrong")] if ends == "others" else []
+    watch = SimpleNamespace(
+        failed=lambda error: running.append(("failed", str(error))), failure=lambda: failed[0] if failed else None,
+        explain=lambda: running.append("explained"), close=lambda: running.append("closed"),
+    )  # fmt: skip
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(trainer, "join_processes", lambda device: running.append(("joined", device)) or watch)
+    monkeypatch.setattr(trainer, "wait_for_steps_of", lambda *given: running.append(("waits", *given)))
+    monkeypatch.setattr("nnscaler.loaded.predicted_step_seconds", lambda folder: 2.5)
+    monkeypatch.setattr(trainer.dist, "destroy_process_group", lambda: running.append("destroyed"))
+    monkeypatch.setattr(trainer.dist, "is_initialized", lambda: ("joined", torch.device("cpu")) in running)
+    monkeypatch.setattr(trainer, "from_rank_0", lambda work, device: work())
+    monkeypatch.setattr(trainer, "from_all", lambda value: [value, None, "another", value])
+    raised = {"my rows": UserError("no such row"), "others": RuntimeError("closed"), "hangs": RuntimeError("timeout")}
+
+    def train(self: object) -> None:
+        running.append("trained")
+        if ends is not None:
+            raise raised[ends]
+
+    monkeypatch.setattr("nnscaler.cli.loop.TrainingRun.train", train)
+    args = replace(ARGS, compute=ComputeConfig(1, 2))
+    if ends is None:
+        Trainer(args).run()
+    else:
+        with pytest.raises(type((failed or [raised[ends]])[0])) as told:
+            Trainer(args).run()
+        assert told.value is (failed or [raised[ends]])[0]
+    assert running[0] == ("joined", torch.device("cpu"))
+    (run,) = (one for one in running if one[0] == "run")
+    assert run[-2:] == (["another", "job"], watch)
+    assert ("waits", 2.5, watch) in running
+    told_to_others = {"my rows": [("failed", "no such row")], "hangs": ["explained"]}.get(ends, [])
+    assert running[-2 - len(told_to_others) :] == [*told_to_others, "closed", "destroyed"]

@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from nnscaler.mesh import Mesh
 from nnscaler.operators.experts import experts
-from nnscaler.runtime import buckets, collectives
+from nnscaler.runtime import collectives
 from nnscaler.runtime import experts as runtime_experts
-from nnscaler.runtime import gradients as gradients_on_host
 from nnscaler.runtime.axis import Axis
 from nnscaler.runtime.experts import experts_along_t_n
 from nnscaler.sums import IN_FP32, GradientSum
 from tests import threads, tiny
-from tests.distributed import test_buckets as of_buckets
 from tests.distributed import test_collectives as of_processes
 from tests.distributed import test_experts as of_experts
 from tests.threads import Ranks
 
-
-@pytest.fixture(autouse=True)
-def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    dist = SimpleNamespace(
-        all_reduce=threads.all_reduce, all_to_all_single=threads.all_to_all_single,
-        get_rank=lambda: pytest.fail("of no group"), Work=object, ProcessGroup=object,
-    )  # fmt: skip
-    monkeypatch.setattr(collectives, "dist", dist)
-    monkeypatch.setattr(of_processes, "dist", dist)
-    for name in ("all_gather_single", "reduce_scatter_single"):
-        monkeypatch.setattr(collectives, name, getattr(threads, name))
+pytestmark = pytest.mark.usefixtures("stand_ins")
 
 
 @pytest.mark.parametrize(("count", "shape"), [(3, (3, 6, 9)), (5, (10, 5, 15)), (1, (2, 3, 4))])
@@ -147,42 +131,6 @@ def test_gradients_of_eleven_ranks_are_summed_in_fp32_at_least(sums, dtype, dim,
         assert error == 0 if sums.collective == "all_to_all" or sums == IN_FP32 else error <= 10
     travels_as = torch.bfloat16 if sums != IN_FP32 else torch.promote_types(dtype, torch.float32)
     assert sent == {(f"{sums.collective}_single", travels_as)}
-
-
-@pytest.fixture
-def reproducible() -> Iterator[None]:
-    """Which `sums_of_gradients` asks for."""
-    before = torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
-@pytest.mark.parametrize("once", [False, True])
-@pytest.mark.parametrize("elements", [192, 900, 10**6])
-def test_gradients_of_three_ranks_and_micro_batches_are_summed(once, elements, monkeypatch, reproducible):
-    """In fp32, and in bf16 by either way, two at a time; also where they lie on the host."""
-    mine, places = threading.local(), SimpleNamespace(mesh=Mesh((1,), 3), place=(0,), device=torch.device("cpu"))
-
-    def axes(*given: Any) -> Any:
-        return SimpleNamespace(owners=lambda layout, axis=mine.axis: axis, **vars(places))
-
-    dist = SimpleNamespace(
-        get_rank=lambda: mine.axis.rank, all_reduce=lambda value: threads.all_reduce(value, mine.axis.group)
-    )
-    monkeypatch.setattr(of_buckets, "dist", dist)
-    monkeypatch.setattr(of_buckets, "Axes", axes)
-    monkeypatch.setattr(buckets, "MOST_IN_FLIGHT", 2)
-    monkeypatch.setattr(gradients_on_host, "GRADIENT_SLOTS", 2)
-
-    def sums(axis: Axis) -> None:
-        mine.axis = axis
-        differences, wanted = of_buckets.sums_of_gradients(elements, 3, once)
-        assert max(differences) < 1e-4
-        for on_host, how in ((0.0, of_buckets.IN_BF16[0]), (0.0, of_buckets.IN_BF16[1]), (1e9, IN_FP32)):
-            _, found = of_buckets.sums_of_gradients(elements, 3, once, on_host, how)
-            assert all(map(torch.equal, found, wanted))
-
-    Ranks(3).run(sums)
 
 
 @pytest.mark.parametrize("transposed", [None, False, True])
