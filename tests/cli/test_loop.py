@@ -419,12 +419,13 @@ def begun(monkeypatch) -> SimpleNamespace:
 
     def resume(paths, *given):
         said.loaded.append(("resumed", paths))
+        said.made["resumed"] = given
         return paths[0], said.state
 
     monkeypatch.setattr(loop, "LoadedModel", Loaded)
     monkeypatch.setattr(loop, "resume", resume)
     monkeypatch.setattr(
-        loop, "load_weights", lambda folder, module, model, prefix: said.loaded.append((folder, prefix))
+        loop, "load_weights", lambda folder, *given: said.loaded.append((folder, given[2])) or record("weights")(*given)
     )
     figures = {"micro_batch_flops": 30.0, "micro_batch_flops_causal": 12.0}
     monkeypatch.setattr(loop, "read_plan", record("plan", {"predicted": figures}))
@@ -468,6 +469,8 @@ def test_a_run_is_begun_anew(begun):
     begun.loaded.clear()
     begin(weights)
     assert begun.loaded == [(Path("own"), "model."), ("initialised", 4, ["a.lora_A.x"]), "masters"]
+    module, model, prefix = begun.made["weights"]
+    assert (hasattr(module, "axes"), hasattr(model, "axes"), prefix) == (True, False, "model.")
     assert begun.made["due"] == (0, 0.0)
 
 
@@ -476,6 +479,7 @@ def test_a_run_is_begun_where_another_was(begun, tmp_path):
     begun.state = replace(state, step=7, consumed=21, seed=11, loss=1.5, updates=5, samples=40)
     run = begin(resume_from=[tmp_path, Path("older")])
     assert begun.loaded == [("resumed", [tmp_path, Path("older")]), "predicted"]
+    assert begun.made["resumed"] == (run.module, run.optimizer, ["fixed"], run._load_weights)
     assert (run.step, run.consumed, run.seed, run.reports.loss, run.saved) == (7, 21, 11, 1.5, 7)
     assert run.finite.skipped == 2
     assert begun.made["claim"][1] == tmp_path

@@ -161,3 +161,34 @@ def test_three_owners_update_as_one_would_and_skip_a_step_together(dtype, monkey
         for name in SHAPES:
             rounding = 1e-5 if dtype == torch.float32 else 2.0**-8
             torch.testing.assert_close(found[name], wanted[name], rtol=rounding, atol=1e-6)
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_gradients_that_come_without_a_hook_or_later_are_taken(once):
+    """As in a split backward, where torch sets them itself; and those of gathered weights, once their exchange ends."""
+    specs = {name: ParameterSpec((40,), torch.float32, (SHARED,), True, once) for name in "abc"}
+
+    def train(axis: Axis) -> list[torch.Tensor]:
+        axes: Any = SimpleNamespace(
+            owners=lambda layout: axis, mesh=Mesh((1,), 3), place=(0,), device=torch.device("cpu")
+        )
+        made, parameters = make_buckets(specs, axes, dict.fromkeys(specs, True), 10**6)
+        reducer = GradientReducer(made, parameters, 2)
+        for micro_batch in range(2):
+            parameters["a"].grad = torch.full((40,), 1.0 + axis.rank)
+            late = torch.zeros(40)
+            work = SimpleNamespace(wait=lambda late=late: late.fill_(10.0))
+            reducer.defer(parameters["b"], work, late)
+            if micro_batch or once:  # what is exchanged once gets as many gradients in each micro-batch
+                parameters["c"].grad = torch.full((40,), 100.0)
+            reducer.take_gradients()
+            assert all(parameter.grad is None for parameter in parameters.values())
+            reducer.end_micro_batch()
+        reducer.finish()
+        (bucket,) = made
+        found = {part.name: bucket.gradient[part.start : part.stop].unique().tolist() for part in bucket.owned_parts()}
+        return [found.get(name, []) for name in "abc"]
+
+    every = Ranks(3).run(train)
+    for place, wanted in enumerate((2 * 6.0, 2 * 30.0, 600.0 if once else 300.0)):
+        assert {value for one in every for value in one[place]} == {wanted}
