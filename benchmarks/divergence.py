@@ -90,8 +90,9 @@ def measure(name: str) -> dict[str, Any]:
     with torch.no_grad():
         rounded = plain(input_ids=tokens, use_cache=False).logits.float()
         exact = plain.float()(input_ids=tokens, use_cache=False).logits.float()
+    plain.bfloat16()  # where they came from: nothing is rounded
     ours = AutoModelForCausalLM.from_config(ours_config, dtype=torch.bfloat16)
-    ours.load_state_dict(plain.state_dict())
+    ours.load_state_dict(plain.state_dict(), assign=True)
     del plain
     found = {"hidden_size": config.hidden_size, "plain_from_fp32": divergence(rounded, exact).item() / TOKENS}
     # One small parameter alone is trained, which leaves forward as it is and takes no memory for an optimizer.

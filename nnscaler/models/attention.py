@@ -190,8 +190,7 @@ def set_attention(config: PretrainedConfig, implementation: str, model_class: ty
 
     Raises UserError where the model cannot have the one that is asked for.
     """
-    table = "ALL_ATTENTION_FUNCTIONS"  # in which models of transformers look their attention up
-    has_place = model_class._supports_attention_backend or hasattr(sys.modules[model_class.__module__], table)
+    has_place = _has_place(model_class)
     if implementation not in ("auto", "eager") and not has_place:
         raise UserError(
             f"{model_class.__name__} has attention of its own that no kernel can stand in for; use "
@@ -202,3 +201,12 @@ def set_attention(config: PretrainedConfig, implementation: str, model_class: ty
             logger.warning("%s has attention of its own, which computes all scores at once", model_class.__name__)
         implementation = "eager"
     config._attn_implementation = implementation if implementation == "eager" else f"{ATTENTION}_{implementation}"
+
+
+def _has_place(model_class: type[PreTrainedModel]) -> bool:
+    """Whether a model looks its attention up among transformers' functions, and not among classes of its own."""
+    module = sys.modules[model_class.__module__]
+    tables = [x for x in vars(module).values() if isinstance(x, dict) and "eager" in x]
+    if any(isinstance(kind, type) for table in tables for kind in table.values()):
+        return False
+    return model_class._supports_attention_backend or hasattr(module, "ALL_ATTENTION_FUNCTIONS")

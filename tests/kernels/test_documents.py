@@ -39,10 +39,11 @@ def test_rows_that_are_one_document(numbers, monkeypatch):
     assert Documents(torch.tensor([[4, 4], [2, 2]])).are_rows
     chosen = []
     monkeypatch.setattr(choice, "_load", lambda kernel: chosen.append(kernel) or (lambda q, k, v, asked: q))
+    monkeypatch.setattr(choice.masked, "attend_under_masks", lambda q, *_: chosen.append("under masks") or q)
     query = torch.zeros(1, 1, 3, 4)
     for document in ([0, 0, 0], [0, 0, 1]):
         attend(query, query, query, Asked(1.0, right=0, documents=Documents(torch.tensor([document]))), "auto")
-    assert chosen == ["sdpa", "rows"], "as without documents, where all are one"
+    assert chosen == ["sdpa", "under masks"], "as without documents, where all are one"
 
 
 @pytest.mark.usefixtures("libraries_are_there")

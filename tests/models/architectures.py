@@ -126,6 +126,12 @@ OTHERS: dict[str, dict[str, Any]] = {
         "vocab_size_per_layer_input": 96,
     },
     "gemma4_text": {"vocab_size_per_layer_input": 96},
+    "git": {
+        "vision_config": {
+            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 32, "patch_size": 16,
+        },
+    },
     "granitemoehybrid": {**_SCAN, "layer_types": ["mamba", "attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "modernbert-decoder": {"pad_token_id": 1},

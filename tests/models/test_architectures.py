@@ -19,7 +19,7 @@ SAME_BUT_CHUNKED = {"granite": "div", "cohere": "mul", "cohere2": "mul", "gemma2
 REFUSED = {"t5": "not a causal language model"}
 # transformers 5.17 gives OPT's attention a mask of ones, of which only values say that it hides nothing.
 REFUSED_OR_SAME = {"opt": "a mask that is neither causal nor a window"}
-OWN_ATTENTION = {"gptj", "gpt_neo", "bloom", "falcon", "mpt", "rwkv", "mamba"}
+OWN_ATTENTION = {"gptj", "gpt_neo", "bloom", "falcon", "mpt", "rwkv", "mamba", "git"}
 WITHOUT_ATTENTION = {"rwkv", "mamba"}
 
 

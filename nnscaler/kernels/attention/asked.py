@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from nnscaler.kernels.documents import Documents
@@ -73,3 +74,18 @@ class Asked:
             "documents with later keys": self.documents is not None and self.right != 0 and self.first + rows != keys,
         }
         return frozenset(name for name, asked in given.items() if asked)
+
+    def hidden(self, rows: slice, keys: slice, device: torch.device) -> Tensor:
+        """Which of some keys some rows do not see: [rows, keys]; [b, rows, keys] with documents."""
+        places = torch.arange(self.first + rows.start, self.first + rows.stop, device=device).unsqueeze(1)
+        others = torch.arange(keys.start, keys.stop, device=device).unsqueeze(0)
+        hidden = torch.zeros((len(places), others.shape[1]), dtype=torch.bool, device=device)
+        if self.left is not None:
+            hidden = hidden | (others < places - self.left)
+        if self.right is not None:
+            hidden = hidden | (others > places + self.right)
+        if self.documents is not None:
+            numbers = self.documents.numbers
+            own = numbers[:, self.first :][:, rows]
+            hidden = hidden | (own.unsqueeze(2) != numbers[:, keys].unsqueeze(1))
+        return hidden

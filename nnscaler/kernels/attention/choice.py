@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nnscaler.errors import UserError
+from nnscaler.kernels.attention import masked
 from nnscaler.kernels.attention.asked import Asked
 from nnscaler.kernels.attention.libraries import Run, cudnn, flash_attention, sdpa
 from nnscaler.kernels.attention.probe import Kind, fastest, kind_of
@@ -71,8 +72,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, asked: Asked, kernel: str)
     h is a multiple of k: query head i attends to key-value head i // (h / k).
 
     asked   the options
-    kernel  a name of `KERNELS`, or "auto": the fastest on this device. On a CPU that is sdpa, or rows where sdpa lacks
-            an option.
+    kernel  a name of `KERNELS`, or "auto": the fastest on this device. On a CPU that is always sdpa, with masks where
+            there are windows or documents (see `masked`); or rows where sdpa lacks an option.
 
     Raises UserError for a kernel that is not installed, or lacks an option.
     """
@@ -110,6 +111,8 @@ def _in_reach(rows: int, key: Tensor, value: Tensor, asked: Asked) -> tuple[Tens
 
 def _chosen(query: Tensor, key: Tensor, value: Tensor, asked: Asked, options: frozenset[str], kernel: str) -> Run:
     if not query.is_cuda:
+        if options and options <= masked.OPTIONS and query.shape[3] == value.shape[3]:
+            return masked.attend_under_masks
         return _load("rows" if options else "sdpa")
     return _load(_probed(kind_of(query, key, value, asked), options) if kernel == "auto" else kernel)
 

@@ -173,21 +173,10 @@ class _Call:
             scores = capped * asked.softcap
         if asked.slopes is not None:
             scores = scores - self.by_head(asked.slopes) * self.distance(rows, keys)
-        return scores.masked_fill(self.hidden(rows, keys), -math.inf), capped
-
-    def hidden(self, rows: slice, keys: slice) -> Tensor:
-        """Which keys a row does not see: [rows, keys]; [b, 1, 1, rows, keys] with documents."""
-        places, others = self.places(rows), self.others(keys)
-        hidden = torch.zeros((len(places), others.shape[1]), dtype=torch.bool, device=places.device)
-        if self.asked.left is not None:
-            hidden = hidden | (others < places - self.asked.left)
-        if self.asked.right is not None:
-            hidden = hidden | (others > places + self.asked.right)
-        if self.asked.documents is not None:
-            numbers = self.asked.documents.numbers
-            own = numbers[:, self.asked.first :][:, rows]
-            hidden = hidden | (own.unsqueeze(2) != numbers[:, keys].unsqueeze(1))[:, None, None]
-        return hidden
+        hidden = asked.hidden(rows, keys, scores.device)
+        if hidden.dim() == 3:
+            hidden = hidden[:, None, None]
+        return scores.masked_fill(hidden, -math.inf), capped
 
     def kept(self, dropped: Dropped, rows: slice, keys: slice) -> Tensor:
         """By what weights are multiplied: [b, k, g, rows, keys]."""
