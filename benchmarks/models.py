@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.measure import RESULTS
+from nnscaler.errors import UserError
 from tests.launch import run
 from tests.models.architectures import ARCHITECTURES, OTHERS
 from tests.models.matrix import check, prepare, train_all
@@ -32,7 +33,8 @@ def verdict(name: str, devices: int, folder: Path) -> str:
         check(name, devices, folder)
     except Exception as error:  # whatever it is, it is what is to be known of the architecture
         lines = [line for line in str(error).splitlines() if line.strip()]
-        return lines[-1].strip() if lines else type(error).__name__
+        last = lines[-1].strip() if lines else type(error).__name__
+        return last.replace(f"{UserError.__module__}.UserError", "refused")
     return "equal"
 
 

@@ -102,22 +102,29 @@ def models() -> str:
     """Which architectures give in parallel what plain transformers gives, for the front page."""
     rows = [[f"``{name}``", *(found.get(str(n), found.get("model", "")) for n in (2, 4))] for name, found in tested()]
     equal = [row[0] for row in rows if row[1:] == ["equal", "equal"]]
-    others = [row for row in rows if row[1:] != ["equal", "equal"]]
+    refused = [row for row in rows if row[1].startswith("refused: ") and row[1] == row[2]]
+    others = [row for row in rows if row[1:] != ["equal", "equal"] and row not in refused]
     text = (
         f"{len(equal)} of {len(rows)} architectures, tiny and with random weights, give on two and on four processes "
         "what plain ``transformers`` gives in one (``benchmarks/models.py``): losses and weights of three steps to "
         "1e-5 in fp32, with the dropout that each has by default, and exported files with the model's own keys. "
         f"They are {', '.join(equal)}."
     )
-    in_bf16 = read("divergence.json").values()
-    same = [one for one in in_bf16 if one["ours_from_plain"] == 0]
-    further = max(one["ours_from_fp32"] / one["plain_from_fp32"] for one in in_bf16)
+    for name, why, _ in refused:
+        flag = "--attn_implementation eager"
+        text += f" {name} is refused: {why.removeprefix('refused: ').replace(flag, f'``{flag}``')}."
+    from_plain = {name: one["ours_from_plain"] for name, one in sorted(read("divergence.json").items())}
+    further = {name: found for name, found in from_plain.items() if found >= 1e-6}
+    same = sum(found == 0 for found in from_plain.values())
+    near = len(from_plain) - same - len(further)
     bf16 = (
         "In bf16, with two layers of the width that each has by default, in one process on a CPU, the logits of "
-        f"{len(same)} are those of plain ``transformers`` to the last bit. The other {len(in_bf16) - len(same)} have "
-        "windows or soft caps in attention, which another kernel computes; their logits' divergence from those in fp32 "
-        f"is at most {further:.2f} times that of plain ``transformers`` in bf16 (``benchmarks/divergence.py``)."
+        f"{same} are those of plain ``transformers`` to the last bit, and those of {near} "
+        "diverge from them by less than 1e-6 nats a token (``benchmarks/divergence.py``)."
     )
+    if further:
+        names = ", ".join(f"``{name}`` ({found:.0e})" for name, found in further.items())
+        bf16 += f" The divergence is larger of {names}."
     return "\n\n".join(
         [
             textwrap.fill(text, 120, break_on_hyphens=False),
