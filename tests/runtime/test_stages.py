@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.pipelining import PipelineStage
 
 from nnscaler.placement import REPLICATE
 from nnscaler.runtime import pipeline
@@ -169,3 +170,47 @@ def test_what_is_compiled_says_whether_it_is_a_pipeline(tmp_path, monkeypatch):
     ):
         (tmp_path / "plan.json").write_text(json.dumps(plan))
         assert load_module(tmp_path, "device") == wanted
+
+
+def test_a_stage_takes_what_came_by_place_and_the_rest_by_name():
+    """torch gives the model's inputs in rows of one."""
+    asked: dict[str, Any] = {}
+    module = SimpleNamespace(
+        forward=lambda **given: asked.update(given) or "made", input_names=["x", "h", "mask", "g"], trained=[]
+    )
+    stage = pipeline._StageModule(module, ["g", "h"])  # type: ignore[arg-type]
+    given = {"x": torch.arange(6).view(1, 2, 3), "mask": torch.ones(1, 2), "unused": torch.zeros(1)}
+    assert stage("first", "second", **given) == "made"
+    assert (asked.pop("g"), asked.pop("h")) == ("first", "second")
+    assert {name: tensor.tolist() for name, tensor in asked.items()} == {"x": [[0, 1, 2], [3, 4, 5]], "mask": [1, 1]}
+    with pytest.raises(ValueError, match="zip"):
+        stage("first", **given)
+
+
+@pytest.mark.parametrize("splits", [True, False])
+def test_a_micro_batch_ends_when_the_gradients_of_its_weights_are_there(splits, monkeypatch):
+    """After backward; or, of one that is split, after its second part, in which torch sets them."""
+    done: list[Any] = []
+    for name in ("backward_one_chunk", "backward_weight_one_chunk"):
+        monkeypatch.setattr(PipelineStage, name, lambda self, *given, name=name: done.append((name, *given)))
+    stage = pipeline._Stage.__new__(pipeline._Stage)
+    stage._host = SimpleNamespace(clear=lambda: done.append("clear"))
+    stage._reducer = SimpleNamespace(
+        take_gradients=lambda: done.append("take"), end_micro_batch=lambda: done.append("end")
+    )  # type: ignore[assignment]
+    stage._at_once = not splits
+    stage.backward_one_chunk(3, "loss", False, True)
+    stage.backward_weight_one_chunk(3, True)
+    first, second = ("backward_one_chunk", 3, "loss", False, True), ("backward_weight_one_chunk", 3, True)
+    assert done == ([first, "clear", second, "take", "end"] if splits else [first, "clear", "end", second])
+    done.clear()
+    stage.backward_one_chunk(4)
+    assert done == [("backward_one_chunk", 4, None, True, False), "clear", "end"]
+
+
+def test_a_stage_is_only_connected_to_other_ranks(monkeypatch):
+    every = [SimpleNamespace(group_peer=peer) for peer in (0, 2, 1, 2)]
+    monkeypatch.setattr(PipelineStage, "_get_init_p2p_neighbors_ops", lambda self: every)
+    stage = pipeline.PeerStage.__new__(pipeline.PeerStage)
+    stage.group_rank = 2
+    assert stage._get_init_p2p_neighbors_ops() == [every[0], every[2]]
