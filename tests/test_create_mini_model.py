@@ -140,6 +140,13 @@ def test_lists_with_an_entry_a_layer_follow_the_number_of_layers() -> None:
     assert config.layer_types == ["full_attention"] * 3
 
 
+def test_a_list_that_is_given_is_not_cut():
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    base = AutoConfig.for_model("qwen3", num_hidden_layers=8, use_sliding_window=True)
+    config = changed_config(base, {"num_hidden_layers": "3", "layer_types": json.dumps(kinds)})
+    assert config.layer_types == kinds != changed_config(base, {"num_hidden_layers": "3"}).layer_types
+
+
 def test_a_head_dimension_of_its_own_stays() -> None:
     config = changed_config(AutoConfig.for_model("qwen3", hidden_size=64, head_dim=128), {"hidden_size": "96"})
     assert config.head_dim == 128

@@ -127,3 +127,30 @@ def test_weights_that_are_not_trained_have_none(frozen, of_layers, of_first, of_
     terms = [deferred.during(False), deferred.during(True)]
     terms.append([term for index in range(len(program.problem.decisions)) for term in after.of_last(index)])
     assert [value_of(each, program, solution) for each in terms] == [of_layers, of_first, of_last]
+
+
+class Between(Model):
+    """Something is computed of each layer's result, before the next layer and after the last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            x = nn.functional.silu(layer(x))
+        return nn.functional.silu(self.last(x)).sum()
+
+
+def test_what_backward_reads_before_that_of_any_layer():
+    """The last layer's result, and what is made after it; not what other layers give, though something reads it. And
+    which weights are used after the last layer."""
+    inputs = {"x": torch.empty((8, WIDTH), dtype=torch.bfloat16, device="meta")}
+    model, buffers = Source(Between, inputs).build()
+    problem = build_problem(
+        trace(model, inputs, buffers), CostModel(load_hardware("h100"), Mesh((1,))), Recomputing(), 1
+    )
+    of_root = [flow for flow in problem.flows if flow.block == problem.root]
+    made_by = {flow.tensor: problem.decisions[flow.producer[0]] for flow in of_root}
+    read = [flow.tensor for flow in of_root if flow.needed]
+    first = [flow.tensor for flow in of_root if flow.freed_first]
+    assert [made_by[name].kind for name in read] == ["input", *["output"] * CALLS, "unit", "unit"]
+    assert first == read[-3:], "the last call's result, silu's of it, and the product of that"
+    assert [flow.tensor for flow in of_root if flow.used_last] == ["last_weight"]
