@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -138,6 +139,48 @@ def test_what_is_left_out_is_listed_up_to_five_kinds(tmp_path: Path, caplog: pyt
     find_corpus(str(tmp_path))
     assert "left out 7 files of other types (.t 2, " in caplog.text
     assert ", ...)" in caplog.text
+
+
+def test_what_is_about_the_data_is_not_read(tmp_path: Path) -> None:
+    about = [
+        "README.md", "readme.txt", "README_first.txt", "LICENSE.txt", "licence-MIT.md", "COPYING.txt", "Changelog.md",
+        "CONTRIBUTING.md", "CODE_OF_CONDUCT.md", "citation.txt", "croissant.json", "dataset_info.json",
+        "dataset_infos.json", "dataset_dict.json", "state.json", "packing.json",
+    ]  # fmt: skip
+    data = ["a readme.txt", "licensed.txt", "mystate.json", "packing.jsonl", "readmes.md", "statement.json"]
+    for name in (*about, *data):
+        (tmp_path / name).write_text("")
+    assert [path.name for path in find_corpus(str(tmp_path)).files] == data
+
+
+def test_endings_may_be_in_capitals(tmp_path: Path) -> None:
+    rows = b'{"text": "one"}\n{"text": "two"}\n'
+    for name, content in {"A.TXT": b"first", "B.JSONL.GZ": gzip.compress(rows), "c.Md": b"last"}.items():
+        (tmp_path / name).write_bytes(content)
+    assert texts(str(tmp_path)) == ["first", "one", "two", "last"]
+    assert texts(str(tmp_path / "B.JSONL.GZ")) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("split", "files"),
+    [
+        ("train", ["deep/train/x.txt", "train", "train-1.txt", "train.txt", "train_b.txt"]),
+        ("test", ["test.txt"]),
+        ("a+b", ["a+b.txt"]),
+    ],
+)
+def test_which_files_are_of_a_split(tmp_path: Path, split: str, files: list[str]) -> None:
+    """In a folder of its name, or of a name that begins with it, and with no longer word."""
+    for name in (
+        "deep/train/x.txt", "train/y.txt", "train.txt", "train-1.txt", "train_b.txt", "training.txt", "train2.txt",
+        "test.txt", "latest.txt", "a+b.txt", "aab.txt", "deep/trained/train1.txt",
+    ):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    found = [path.relative_to(tmp_path).as_posix() for path in find_corpus(str(tmp_path), split=split).files]
+    assert found == [name if name != "train" else "train/y.txt" for name in files]
+    with pytest.raises(UserError, match="has no split 'tes': no subfolder of that name and no file tes-"):
+        find_corpus(str(tmp_path), split="tes")
 
 
 def sorted_kinds(text: str) -> str:
