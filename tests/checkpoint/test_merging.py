@@ -115,6 +115,15 @@ def test_what_is_not_as_written_gets_no_name(module, damaged, tmp_path, monkeypa
     assert output.read_bytes() == b"from before" if module is merge else not output.exists()
 
 
+@pytest.mark.parametrize("write", [merge_to_file, export_model])
+def test_nothing_is_read_again_unless_it_is_to_be_verified(write, tmp_path, monkeypatch):
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "runs", 4, 8, 3))
+    for module in (merge, export):
+        monkeypatch.setattr(module, "forget_cached", lambda path: pytest.fail("nobody has asked for it"))
+    write(checkpoint, tmp_path / "output")
+    assert (tmp_path / "output").exists()
+
+
 @pytest.mark.parametrize("what", ["merge", "export"])
 def test_peak_memory(saved, tmp_path, what):
     """At most the largest tensor and the pieces it is read in, whatever the number of tensors."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import logging
 import os
 import random
@@ -24,7 +25,7 @@ from nnscaler import UserError
 from nnscaler.checkpoint import claim as claims
 from nnscaler.checkpoint import sharded, termination
 from nnscaler.checkpoint.export import _header, _shards
-from nnscaler.checkpoint.folder import is_checkpoint, saved_at
+from nnscaler.checkpoint.folder import TrainerState, is_checkpoint, own_checkpoints, remove_old, saved_at
 from nnscaler.checkpoint.randomness import new_random_states
 from nnscaler.checkpoint.sharded import Part, whole
 from nnscaler.checkpoint.storage import _cause
@@ -157,6 +158,25 @@ def test_what_is_said_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Monkey
     state = replace(checkpoint.state, loss=None, eval_loss=2.5, schedule={"kind": "cosine", "peak": 0.1})
     lines = list(describe(replace(checkpoint, state=state)))
     assert lines[3:6] == ["loss        not reported", "validation  2.500000", "schedule    kind cosine, peak 0.1"]
+
+
+def test_what_older_checkpoints_do_not_say(tmp_path: Path) -> None:
+    """They are kept: nobody knows whose they are, nor for how long."""
+    folders = [publish_one(tmp_path, step, 9.0 - step, owner="me", keep=1) for step in (1, 2, 3)]
+    for saved, missing in zip(folders, ("owner", "keep", None)):
+        fields = json.loads((saved / "trainer.json").read_text())
+        for name in (missing, "updates", "eval_loss", "mixture"):
+            fields.pop(name, None)
+        (saved / "trainer.json").write_text(json.dumps(fields))
+        state = TrainerState(**fields)
+        assert (state.updates, state.eval_loss, state.mixture) == (None, None, {})
+        assert state.owner == ("" if missing == "owner" else "me")
+        assert state.keep == (0 if missing == "keep" else 1)
+    for step in (4, 5):
+        publish_one(tmp_path, step, 9.0 - step, owner="me", keep=1)
+    for owner in ("", "me"):
+        remove_old(tmp_path, 1, owner)
+    assert [path.name[-1] for path in own_checkpoints(tmp_path)] == ["1", "2", "5"]
 
 
 def test_what_is_a_checkpoint_and_when_it_was_saved(tmp_path: Path) -> None:
