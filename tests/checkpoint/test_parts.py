@@ -325,7 +325,7 @@ def test_a_told_rank_tells_the_others_and_a_store_that_is_gone_ends_nothing(aski
         time.sleep(0.02)
         assert not told.told, "another signal"
         os.write(told._wake, bytes([signal.SIGUSR1, signal.SIGTERM]))
-        told._thread.join(4.0)
+        told._thread.join(60.0)
     assert "terminate/a" in store.values
     assert saved == ["saved"]
 
@@ -336,7 +336,7 @@ def test_a_told_rank_tells_the_others_and_a_store_that_is_gone_ends_nothing(aski
     monkeypatch.setattr(store, "set", gone)
     with told:
         os.write(told._wake, bytes([signal.SIGINT]))
-        told._thread.join(4.0)
+        told._thread.join(60.0)
     assert not saved
     assert "cannot save what the last step left: connection closed" in caplog.text
 

@@ -23,8 +23,9 @@ from transformers import PreTrainedTokenizerFast
 import bookcorpus
 from nnscaler.command import run
 from nnscaler.data import readers
-from nnscaler.data.conversations import Columns, Speech, pack_conversations
+from nnscaler.data.conversations import Columns, Fitting, Speech, pack_conversations
 from nnscaler.data.fit import best_fit
+from nnscaler.data.pack import Packing
 from nnscaler.data.packed import PackedDataset
 from nnscaler.data.sources import Corpus
 from nnscaler.errors import UserError
@@ -381,3 +382,60 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         called()
     assert "template.jinja', which needs messages_column or prompt_column" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("learned", ["assistant", "all"])
+def test_every_flag_of_conversations_arrives_and_what_became_of_them_is_said(cut, learned, tmp_path, monkeypatch):
+    asked: dict[str, tuple[Any, ...]] = {}
+    fitting = Fitting(8, documents=3, dropped=4, cut=1, unlearned=5, tokens=60, learned=20, padding=4, sequences=8)
+    fitting.seconds = 2.0
+
+    def pack(*given: Any, provenance: dict[str, Any]) -> Fitting:
+        asked["pack"] = (*given, provenance)
+        return fitting
+
+    monkeypatch.setattr("nnscaler.data.conversations.Speech", lambda *given: asked.update(speech=given) or "speech")
+    monkeypatch.setattr("nnscaler.data.conversations.pack_conversations", pack)
+    (tmp_path / "template").write_text("a template")
+    options = bookcorpus.Options(
+        "rows", "tokens", str(tmp_path / "out"), 8, prompt_column="p", completion_column="c", split="test",
+        train_on=learned, too_long="cut" if cut else "drop", chat_template=tmp_path / "template",
+    )  # fmt: skip
+    lines = list(bookcorpus.pack_conversations(options, "corpus", "tokenizer", 5))
+    columns = Columns(None, "p", "c")
+    assert asked["speech"] == ("tokenizer", columns, "a template", learned == "all")
+    *given, provenance = asked["pack"]
+    assert given == ["corpus", "speech", "tokenizer", tmp_path / "out", 8, 5, cut]
+    assert provenance == {
+        "data": "rows", "messages": None, "prompt": "p", "completion": "c", "split": "test", "tokenizer": "tokens",
+        "train_on": learned, "too_long": options.too_long, "chat_template": "a template",
+    }  # fmt: skip
+    assert lines == [
+        ("packed", "3 conversations, 1 of them cut"),
+        ("left out", "4 too long, and 5 in which nothing would be learned"),
+        ("tokens", "60, of which 20 are learned, 30 tokens/s"),
+        ("sequences", "8 of 8 tokens, 6.2 % of them padding"),
+    ]
+
+
+def test_every_flag_of_texts_arrives_and_what_became_of_them_is_said(tmp_path, monkeypatch):
+    asked: list[Any] = []
+    packing = Packing(8, documents=3, empty_documents=2, tokens=1234, sequences=7, continued=1, tail=2, seconds=2.0)
+
+    def pack(*given: Any, provenance: dict[str, Any]) -> Packing:
+        asked.extend([*given, provenance])
+        return packing
+
+    monkeypatch.setattr("nnscaler.data.pack.pack", pack)
+    options = bookcorpus.Options("rows", "tokens", "s3://bucket/out", 8, text_column="body", split="test")
+    lines = list(bookcorpus.pack_text(options, "corpus", "tokenizer", 5))
+    made_of = {"data": "rows", "text_column": "body", "split": "test", "tokenizer": "tokens"}
+    assert asked == ["corpus", "tokenizer", "s3://bucket/out", 8, 5, made_of]
+    assert lines == [
+        ("documents", "3; skipped because they are empty: 2"),
+        ("tokens", "1,234 with bos and eos, 617 tokens/s"),
+        ("sequences", "7 of 8 tokens"),
+        ("continued", "1 sequence beginning within a document"),
+        ("tail", "2 tokens left out"),
+    ]
