@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.measure import print_rows, write
+from benchmarks.measure import environment, print_rows, write
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from nnscaler.command import ArgumentParser, run
 from nnscaler.compiler import Source
@@ -61,7 +61,7 @@ def main() -> None:
                 name = f"{devices} x {kind.upper()}"
                 before = rows.get((name, host), {}).get("tokens")
                 row = _row(kind, devices, host, 0.8 * size(devices) / GIB, before)
-                rows[name, host] = {"devices": name, **row}
+                rows[name, host] = {"devices": name, **row, "revision": environment()["revision"]}
                 if args.json:
                     write(args.json, {"model": MODEL, "predicted": True, "rows": _ordered(rows)})
     print_rows(_ordered(rows))

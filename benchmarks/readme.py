@@ -187,6 +187,8 @@ def performance() -> str:
             "(``benchmarks/predictions.py``). They were not measured:",
             predictions(),
             pipelines(),
+            title("Longest sequences"),
+            longest(),
             title("Attention"),
             attentions(),
             title("Documents"),
@@ -331,6 +333,29 @@ def predictions() -> str:
         for row in read("predictions.json")["rows"]
     ]
     return rst_table(["Llama-3 8B", "plan", "tokens/s/GPU", "MFU causal / document", "memory"], rows)
+
+
+def longest() -> str:
+    """The longest sequences for which a plan fits."""
+    found = read("longest.json")
+    rows = [
+        [
+            f"{row['devices']}, {row['host']}",
+            f"{row['tokens']:,}",
+            f"{row['tokens_per_second_per_gpu']:,.0f}",
+            f"{row['memory_gib']:.1f} GiB",
+            f"{row['host_gib']:.0f} GiB",
+            row["published"] or "nothing",
+        ]
+        for row in found["rows"]
+    ]
+    text = (
+        "These are the longest sequences, in steps of 32,768 tokens, for which a plan of Llama-3 8B fits, one sequence "
+        "a step (``benchmarks/longest.py``). They are planned from the bundled figures of the devices, not run. Plans "
+        "use at most 80 % of the host's memory. What ALST and UPipe publish is for 1.9 TB a node."
+    )
+    head = ["devices and the host's memory", "tokens", "tokens/s/GPU", "memory", "of the host, a device", "published"]
+    return f"{textwrap.fill(text, 120)}\n\n{rst_table(head, rows)}"
 
 
 def pipelines() -> str:
