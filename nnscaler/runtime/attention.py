@@ -41,6 +41,9 @@ def attention_along_l(
     The rows are dealt out to the devices, so that all have about the same work. They are sent there, and the results
     back. Each sequence of a batch is dealt out by its own documents, which all devices know.
     """
+    # Devices differ in how many calls their rows make. Where backward gathers the weight again, each call's would, but
+    # devices must gather equally often: so calls keep these few numbers instead.
+    sinks = None if sinks is None else sinks.clone()
     dropped = dropped_weights(dropout, query, key, draws, place, batches, heads)
     limits, options = reach(is_causal, window), (scale, is_causal, window, softcap, kernel)
     if documents is None:

@@ -109,6 +109,16 @@ def test_along_the_sequence_the_kernel_that_is_asked_for_computes():
             attention_along_l(Axis(1, 0, None), query, key, value, sinks, kernel="cudnn", **others)
 
 
+def test_along_the_sequence_no_call_keeps_the_weight_itself():
+    """Backward would gather it again for each call, of which devices have different numbers."""
+    query, key, value, sinks, _ = inputs(4, 2, 7, 7)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.untyped_storage().data_ptr()), lambda x: x):
+        attention_along_l(Axis(1, 0, None), query, key, value, sinks)
+    assert kept
+    assert sinks.untyped_storage().data_ptr() not in kept
+
+
 def assert_same(function: Callable[..., Tensor], wanted: Tensor, tensors: list[Tensor]) -> None:
     """Values and gradients of `function(*tensors)` are those of `wanted`."""
     found = function(*tensors)
