@@ -142,12 +142,13 @@ def test_estimates_are_no_higher_than_plans(tmp_path):
 
 @pytest.mark.parametrize(("kind", "stages"), [("1f1b", 2), ("interleaved", 4), ("zb-v", 4)])
 def test_what_crosses_by_hand(kind, stages, tmp_path):
-    """Two ranks of two devices, four micro-batches; from stage to stage goes [1, 32, 32] in fp32, whole."""
+    """Two ranks of two devices, four micro-batches; from stage to stage goes [1, 32, 32] in fp32, whole. On nodes of
+    three devices, one of the two pairs lies on one node; they wait for the other."""
     links = {"intra": {"bandwidth": 1e6, "latency": 1e-3}, "inter": {"bandwidth": 1e5, "latency": 1e-2}}
     graph, schedule = llama(), Schedule(kind, 2, stages, 4)
     shape = graph.root.tensors[graph.calls("llama_decoder_layer")[0].outputs[0]].shape
     size = 4 * prod(shape)
-    for per_node, (bandwidth, latency) in {4: (1e6, 1e-3), 2: (1e5, 1e-2), 1: (1e5, 1e-2)}.items():
+    for per_node, (bandwidth, latency) in {4: (1e6, 1e-3), **dict.fromkeys((3, 2, 1), (1e5, 1e-2))}.items():
         machine = hardware(tmp_path, devices_per_node=per_node, **links)
         planner = StagePlanner(graph, Mesh((2,)), machine, 1e12, None, False, None, pivots(graph))
         candidate = Candidate(schedule, even(4, stages), (REPLICATE,))
