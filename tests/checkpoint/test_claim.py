@@ -125,6 +125,8 @@ def test_a_new_run_says_which_one_it_does_not_continue(tmp_path, caplog):
     first = claim(tmp_path, "run", None, None, ["a"])
     second = claim(tmp_path, "run", None, None, ["b"])
     assert f"'{tmp_path}/run': another run's; this new run saves to '{tmp_path}/run-2'" in caplog.text
+    claim(tmp_path, "run", None, None, ["x"]).release()
+    assert f"'{tmp_path}/run', '{tmp_path}/run-2': another run's; this new run saves to" in caplog.text
     publish_one(first.folder, 1, 1.0)
     publish_one(first.folder, 3, 2.0)
     first.release()
