@@ -162,6 +162,8 @@ def test_a_process_is_known_by_more_than_its_number():
     assert zombie.lives is False
     child.wait()
     assert zombie.lives is False
+    gone = Process.of(child.pid)
+    assert (gone.pid, gone.started, gone.lives) == (child.pid, "", False), "there is none"
     assert keeper() == mine
 
 
