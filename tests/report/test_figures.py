@@ -8,17 +8,17 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from nnscaler.graph import Node, TensorMeta
+from nnscaler.graph import Block, Node, TensorMeta
 from nnscaler.hardware import load_hardware
 from nnscaler.mesh import Mesh
-from nnscaler.placement import REPLICATE, Shard
+from nnscaler.placement import REPLICATE, SHARED, Shard
 from nnscaler.plan import GIB, Key
 from nnscaler.planner.costs import CostModel
 from nnscaler.recompute import KEEPS_ALL
 from nnscaler.report.about import code_facts, facts, work_of
 from nnscaler.report.categories import category_of
 from nnscaler.report.charts import bar, headline, legend
-from nnscaler.report.collectives import _steps
+from nnscaler.report.collectives import _gradients, _steps, _weights
 from nnscaler.report.comparison import compare
 from nnscaler.report.limits import limits_of
 from nnscaler.report.origins import measuring, origins_of
@@ -380,3 +380,33 @@ def test_groups_of_parameters_are_those_of_all_calls(tmp_path):
     assert (table.tensor, table.count, table.owners, table.trained, table.memory) == (
         "table", 2, 2, False, {"parameters": 16}
     )  # fmt: skip
+
+
+def test_what_owners_exchange_by_hand():
+    """Of a block that is called three times: two weights in bf16 that four ranks have whole, and one that two have each
+    half of, whose gradient is exchanged once a step of five micro-batches."""
+    shapes = {"w": (4, 6), "u": (2, 5), "v": (8, 6), "frozen": (9, 9), "alone": (7, 7)}
+    block = Block("layer", "Layer", {name: TensorMeta(shape, torch.bfloat16) for name, shape in shapes.items()})
+
+    def group(name: str, elements: int, owners: int, **changes: object) -> SimpleNamespace:
+        given = {"block": "layer", "tensor": name, "count": 3, "elements": elements, "owners": owners}
+        return SimpleNamespace(**{**given, "layout": (SHARED,), "trained": True, "exchanged_once": False, **changes})
+
+    groups = [
+        group("w", 24, 4), group("u", 10, 4), group("v", 24, 2, layout=(Shard(0),), exchanged_once=True),
+        group("frozen", 81, 4, trained=False), group("alone", 49, 1),
+    ]  # fmt: skip
+    beside = {Key("exchange", "layer", name): value for name, value in (("w", 0.5), ("u", 0.25), ("v", 0.125))}
+    plan = SimpleNamespace(
+        graph=SimpleNamespace(all_blocks=lambda: [block]), micro_batches=5, beside=beside, seconds={}
+    )  # fmt: skip
+    costs = CostModel(load_hardware("h100"), Mesh((2,), 2))
+    gradients = [(one.devices, one.size, one.calls, one.seconds) for one in _gradients(plan, costs, groups)]
+    assert gradients == [(4, 3 * (24 + 10) * 4, 5, 5 * 0.75), (2, 3 * 24 * 4, 1, 5 * 0.125)]
+    weights = list(_weights(costs, groups, plan))
+    assert [(one.devices, one.size, one.calls) for one in weights] == [(4, 3 * (24 + 10) * 2, 1), (2, 3 * 24 * 2, 1)]
+    for one, names in zip(weights, ("wu", "v")):
+        each = [costs.weight_exchange(block.tensors[name], next(g.layout for g in groups if g.tensor == name))
+                for name in names]  # fmt: skip
+        assert one.seconds == pytest.approx(3 * sum(each))
+        assert (one.phase, one.collective, one.what) == ("update", "all_gather", "weights")
