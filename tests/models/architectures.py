@@ -100,12 +100,16 @@ _LATENT = {
 }  # fmt: skip
 _LINEAR = ARCHITECTURES["qwen3_next"]
 _SCAN = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 8}
+_PART = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 96, "max_position_embeddings": 64,
+}  # fmt: skip
 # Other language models of transformers: those that are run on several processes alone (benchmarks/models.py).
 OTHERS: dict[str, dict[str, Any]] = {
     **{
         name: {}
         for name in (
-            "afmoe apertus aria_text bailing_hybrid beam bigbird_pegasus biogpt bitnet blenderbot blenderbot-small blt "
+            "afmoe apertus aria_text bailing_hybrid beam bigbird_pegasus biogpt bitnet blenderbot blenderbot-small "
             "cohere2_moe cpmant ctrl cwm dbrx deepseek_v4 diffllama doge dots1 ernie4_5_moe exaone_moe falcon_h1 "
             "falcon_mamba flex_olmo flint gemma4_unified_text glm4_moe gpt-sw3 gpt_bigcode gpt_neox_japanese "
             "granite_swa granitemoe granitemoe_swa granitemoeshared hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 "
@@ -119,6 +123,10 @@ OTHERS: dict[str, dict[str, Any]] = {
     **{name: {**_LATENT, "head_dim": 8} for name in ("glm4_moe_lite", "longcat_flash")},
     **dict.fromkeys(("olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text"), _LINEAR),
     "bamba": _SCAN,
+    "blt": {
+        "encoder_hash_byte_group_vocab": 64,  # of 500,002 in six tables
+        **{f"{part}_config": dict(_PART) for part in ("patcher", "encoder", "decoder", "global")},
+    },
     "codegen": {"rotary_dim": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
     "gemma3n_text": {
