@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import sys
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,8 +15,8 @@ import pytest
 import ckpt_merger
 from nnscaler import UserError
 from nnscaler import command as command_line
-from nnscaler.checkpoint import export, merge
-from nnscaler.checkpoint.checksums import CHECKSUMS, Checksums, CorruptCheckpoint
+from nnscaler.checkpoint import checksums, export, merge
+from nnscaler.checkpoint.checksums import CHECKSUMS, Checksums, CorruptCheckpoint, file_crc
 from nnscaler.checkpoint.folder import BEST, LAST, complete_checkpoints, latest_checkpoint
 from nnscaler.checkpoint.merge import MergedFile, merge_to_file
 from nnscaler.checkpoint.stored import Checkpoint
@@ -81,6 +82,16 @@ def test_every_flipped_bit_is_found(copy, name):
         assert name not in SHARDS or re.search(r"tensor '(model|exp_avg|exp_avg_sq|random)\.", str(found.value))
         path.write_bytes(original)
     read_all(copy)
+
+
+@pytest.mark.parametrize("step", [1, 7, 100])
+def test_all_of_a_range_counts_in_its_checksum(step, tmp_path, monkeypatch):
+    """Of what is read in many steps, too."""
+    monkeypatch.setattr(checksums, "_READ_BYTES", step)
+    data = bytes(range(50))
+    (tmp_path / "data").write_bytes(data)
+    assert file_crc(tmp_path / "data", 10, 25) == zlib.crc32(data[10:35])
+    assert file_crc(tmp_path / "data", 10) == zlib.crc32(data[10:])
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -474,6 +474,15 @@ def test_a_run_is_begun_anew(begun):
     assert begun.made["due"] == (0, 0.0)
 
 
+def test_its_rank_is_that_among_all_nodes(begun, monkeypatch):
+    """By its rank on a node, one process on each would write the logs."""
+    assert begin().rank == 0
+    monkeypatch.setattr(loop.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(loop.dist, "get_rank", lambda: 5)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert begin().rank == 5
+
+
 def test_a_run_is_begun_where_another_was(begun, tmp_path):
     state = Run()._state()
     begun.state = replace(state, step=7, consumed=21, seed=11, loss=1.5, updates=5, samples=40)

@@ -85,6 +85,11 @@ def test_the_network_counts_what_goes_through_each_link():
     assert NETWORK.seconds_per_byte("all_to_all", Group(16, 8)) == pytest.approx(8 / 16 * outside)
 
 
+def test_the_latency_is_that_of_the_slowest_link_on_the_way():
+    for group, link in ((QUAD, NETWORK.intra), (APART, NETWORK.inter), (Group(16, 8), NETWORK.inter)):
+        assert NETWORK.latency(group) == link.latency
+
+
 def test_tables_survive_writing_and_reading():
     for times in (TIMES, replace(TIMES, copies=CopyRates(3e10, 2e10, 1e10))):
         assert CommunicationTimes.from_json(json.loads(times.dumps())) == times

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from nnscaler.kernels import kept_bytes, mix
-from nnscaler.kernels.experts import sum_of_rows
+from nnscaler.kernels.experts import outer_products, sum_of_rows
 
 TOKENS, CHOICES, EXPERTS, WIDTH, INNER = 7, 2, 4, 6, 3
 
@@ -71,6 +71,16 @@ def test_results_and_gradients(chosen, transposed):
     expected = torch.autograd.grad(wanted, leaves, gradient, allow_unused=True)
     for one, other in zip(torch.autograd.grad(found, leaves, gradient), expected):
         torch.testing.assert_close(one, torch.zeros_like(one) if other is None else other)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_gradient_of_weights_lies_in_memory_as_they_do(transposed):
+    """Else the first one is copied, and each other one added across its order."""
+    left, right, ends = torch.randn(TOKENS, WIDTH), torch.randn(TOKENS, INNER), torch.tensor([3, TOKENS])
+    like = torch.empty(2, INNER, WIDTH).transpose(1, 2) if transposed else torch.empty(2, WIDTH, INNER)
+    found = outer_products(left, right, ends, like)
+    assert found.stride() == like.stride()
+    torch.testing.assert_close(found, torch.stack([left[:3].t() @ right[:3], left[3:].t() @ right[3:]]))
 
 
 @pytest.mark.parametrize("trained", range(6))

@@ -91,6 +91,9 @@ def test_the_page_has_a_row_for_each_operator_move_and_parameter():
     update = ["all_gather", "layer.weights", "update", "", "4", "1", "1.00 GiB", "1.50 s", "500 ms", "profile"]
     assert update in rows
     assert not any(row[0] == "slice" for row in rows), "which is no communication"
+    head = ["collective", "of", "when", "layouts", "devices", "calls a step", "bytes a call", "time a step",
+            "hidden of it", "origin"]  # fmt: skip
+    assert head in rows
     assert ["matmul", "measured", "59.0 s", "59.0 %"] in rows
     for row in (
         ["what limits", "of the step", "why"], ["memory", "50.0 %", "a reason"], ["what would help", "by how much"],

@@ -20,7 +20,11 @@ class Sign(torch.autograd.Function):
         return gradient
 
 
-signed = Sign.apply  # taken before tracing begins
+class Marked(Sign):
+    """Its name ends in letters that "Backward" has."""
+
+
+signed, marked = Sign.apply, Marked.apply  # taken before tracing begins
 
 
 def counts(layer):
@@ -103,6 +107,10 @@ REFUSED = {
     "a backward": (
         stack(lambda layer: signed(layer.linear.weight).sum()),
         r"Sign, .*py:\d+, has a backward of its",
+    ),
+    "a backward with a name like that": (
+        stack(lambda layer: marked(layer.linear.weight).sum()),
+        r"^Marked, .* returns, not Marked\.apply$",
     ),
     "a gradient's hook": (
         stack(lambda layer: layer.linear.weight.register_hook(abs) and 1.0),
