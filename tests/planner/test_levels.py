@@ -154,6 +154,20 @@ def test_what_collectives_bring_to_what_is_computed_again_is_kept():
     assert found.as_resharded == {(1, "o"), (1, "r"), (2, "t"), (2, "w")}
 
 
+def test_what_is_kept_anyway_costs_nothing_more():
+    """Of n = q + k and a product of n: it is made again from what attention keeps, and not kept beside it."""
+    given = block(
+        ("attention", "o", "q k v"),
+        ("add", "n", "q k"),
+        ("linear", "y", "n w"),
+        outputs=("o", "y"),
+        inputs=("q", "k", "v"),
+    )
+    found = keep_cut(divide(given), given, ("registered",))
+    assert {name for _, name in found.as_used} == {"q", "k", "v"}
+    assert found.as_made == {"o"}
+
+
 def test_levels_keep_less_and_less():
     assert ON_DEVICE == (KEEPS_ALL, KEEPS_PRODUCTS, RECOMPUTES_ALL_BUT_ATTENTION, RECOMPUTES_ALL)
     assert [level.everything for level in ON_DEVICE] == [True, False, False, False]
