@@ -3,6 +3,7 @@ losses and gradients are equal within fp32's rounding."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 
 from nnscaler import Source
 from nnscaler.codegen import generate
+from nnscaler.codegen.segments import Region, _alike
 from nnscaler.graph import Graph
 from nnscaler.hardware import load_hardware
 from nnscaler.mesh import Mesh
@@ -86,6 +88,15 @@ def on_two_devices(key_value_heads: int, folder: Path) -> Plan:
     plan = find_plan(graph, [Mesh((2,))], load_hardware(tiny.write_hardware(folder)))
     plan.levels[LAYER], plan.pieces = {RECOMPUTES_ALL: 2}, {(LAYER, names(graph)[1]): 2}
     return plan
+
+
+def test_units_are_one_region_only_where_they_are_computed_alike(plan):
+    """What is computed in pieces with an operator, say, is none with what is not."""
+    before, after = stretches(plan.graph.blocks[LAYER])
+    made = [{}, {"recomputed": True}]
+    made += [{where: stretch} for where in ("stretch", "around") for stretch in (before, after)]
+    for one, other in itertools.product(made, made):
+        assert _alike(Region([], **one), Region([], **other)) == (one == other)
 
 
 def test_a_piece_has_heads_of_each_device(tmp_path):

@@ -127,6 +127,19 @@ def test_a_fused_cluster_moves_what_enters_and_leaves_it(machine):
         assert frozen.seconds.backward == 0
 
 
+def test_a_fused_cluster_is_free_only_where_all_of_it_are_views(machine):
+    """Of a transposed, and of a * b transposed, which reads two and writes one."""
+    for takes, moved in (("a", 0), ("m", 3)):
+        block = Block("model", "Model")
+        block.tensors = {name: TensorMeta((8, 8), torch.bfloat16, name != "b") for name in "abmy"}
+        block.inputs, block.outputs = ["a", "b"], ["y"]
+        block.nodes = [Node("m", "aten.mul.Tensor", (Ref("a"), Ref("b")), {}, ("m",))] if moved else []
+        block.nodes.append(Node("y", "aten.t.default", (Ref(takes),), {}, ("y",)))
+        (unit,) = divide(block)
+        (fused,) = unit_options(unit, block, CostModel(machine, Mesh((1,)), fused=True))
+        assert fused.seconds.forward == pytest.approx(moved * 8 * 8 * 2 / MEMORY)
+
+
 def test_a_gradient_to_which_none_is_added_stays_as_it_is(machine):
     """On one device in one micro-batch: 2 bytes an element, of which 8 are read and written for the update, and 4 where
     backward writes them."""
