@@ -475,10 +475,9 @@ def test_a_run_is_begun_anew(begun):
 
 
 def test_its_rank_is_that_among_all_nodes(begun, monkeypatch):
-    """By its rank on a node, one process on each would write the logs."""
     assert begin().rank == 0
-    monkeypatch.setattr(loop.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(loop.dist, "get_rank", lambda: 5)
+    for name, value in {"is_initialized": True, "get_rank": 5}.items():
+        monkeypatch.setattr(loop.dist, name, lambda value=value: value)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert begin().rank == 5
 
