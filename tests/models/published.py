@@ -140,6 +140,7 @@ def train_and_export(folder: Path, rows: int, vocabulary: int) -> float:
             lr_scheduler=LRSchedulerConfig("constant"),
             checkpoint=CheckpointConfig(folder / "checkpoints", interval=0),
             log=LogConfig(folder / "runs"),
+            precision="bf16",
             max_train_steps=1,
             gen_savedir=folder / "code",
         )

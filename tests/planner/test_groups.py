@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
@@ -97,6 +98,7 @@ class Products(TorchDispatchMode):
 
 def peak(run: Callable[[], object]) -> int:
     """The most bytes that `run` holds at a time, beside what was there before."""
+    gc.collect()  # else what others left may be freed meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
     changes = [event.nbytes() for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
