@@ -64,7 +64,8 @@ def main() -> None:
                 rows[name, host] = {"devices": name, **row, "revision": environment()["revision"]}
                 if args.json:
                     write(args.json, {"model": MODEL, "predicted": True, "rows": _ordered(rows)})
-    print_rows(_ordered(rows))
+    names = dict.fromkeys(name for row in rows.values() for name in row)  # where nothing fits, a row has few
+    print_rows([{name: row.get(name, "") for name in names} for row in _ordered(rows)])
 
 
 def _ordered(rows: dict[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any]]:

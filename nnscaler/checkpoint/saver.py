@@ -224,10 +224,9 @@ def _copies(parts: list[Part], device: torch.device) -> list[Part]:
     """Parts of the same sizes in one block of CPU memory, which a GPU can write to by itself."""
     assert all(part.tensor.dtype == torch.float32 for part in parts)
     count = sum(part.tensor.numel() for part in parts)
-    memory = torch.empty(count)
-    if device.type == "cuda" and count:
-        memory = host_memory(4 * count).view(torch.float32)
-        if not lock(memory):
-            logger.warning("checkpoints are copied slowly: the system does not lock %d bytes of memory", memory.nbytes)
+    on_accelerator = device.type == "cuda" and count > 0
+    memory = host_memory(4 * count).view(torch.float32) if on_accelerator else torch.empty(count)
+    if on_accelerator and not lock(memory):
+        logger.warning("checkpoints are copied slowly: the system does not lock %d bytes of memory", memory.nbytes)
     chunks = memory.split([part.tensor.numel() for part in parts])
     return [replace(part, tensor=chunk.view(part.box.sizes)) for part, chunk in zip(parts, chunks)]
