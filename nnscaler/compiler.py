@@ -91,7 +91,7 @@ def compile_model(
         report["divisions"] = division_rows(divided, source.length)
     if times is not None:
         times.save()
-    made_for = identity(source, source.build()[0], config, graph.record or None, batch)
+    made_for = identity(source, source.build(), config, graph.record or None, batch)
     directory.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:

@@ -13,7 +13,7 @@ from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nnscaler.batch import Batch
 from nnscaler.config import ComputeConfig
@@ -21,6 +21,7 @@ from nnscaler.operators.arguments import written_by_user
 from nnscaler.operators.registry import all_registered
 from nnscaler.source import Source, versions
 from nnscaler.trace import find_strategy, observed
+from nnscaler.trace.digest import digest
 
 DONE = "compiled.json"
 UNKNOWN = "known only when it is executed"
@@ -28,23 +29,27 @@ UNKNOWN = "known only when it is executed"
 
 def identity(
     source: Source,
-    model: nn.Module,
+    built: tuple[nn.Module, Mapping[str, Tensor]],
     config: ComputeConfig,
     record: str | None = None,
     batch: Batch | None = None,
 ) -> dict[str, Any]:
     """Everything that a compiled directory depends on, as plain values. Equal identities compile to equal files.
 
+    built   what `source.build()` gives: the model, and the values of its buffers
     record  that of a run of the model (see `nnscaler.trace.observed`), where it is known already. It holds whatever an
             attribute, code, closure or environment variable makes the model compute. A strategy that executes the
             model has none; then the model is compiled again each time.
     batch   where the planner has chosen how a step is divided: what it was to divide
     """
+    model, buffers = built
     executes = find_strategy(config.trace_strategy).executes
     if record is None:
         record = UNKNOWN if executes else observed(model, source.inputs)
     return {
         "model": record,
+        "parameters": _parameters(model),
+        "buffers": _digest(repr(sorted((name, digest(value)) for name, value in buffers.items()))),
         "sources": _sources(model, config),
         "inputs": {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in source.inputs.items()},
         "dtype": str(source.dtype),
@@ -93,6 +98,21 @@ def _sources(model: nn.Module, config: ComputeConfig) -> dict[str, str]:
         file = getattr(sys.modules.get(name), "__file__", None)
         found[name] = _digest(Path(file).read_bytes()) if file and Path(file).is_file() else "no file"
     return found
+
+
+def _parameters(model: nn.Module) -> str:
+    """A digest of what the record does not tell of parameters and buffers: their shapes, which are trained, and which
+    are one."""
+    first: dict[int, str] = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return _digest(
+        repr(
+            [
+                (name, first.setdefault(id(tensor), name), tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
+                for name, tensor in named
+            ]
+        )
+    )
 
 
 def _content(value: Any) -> str:

@@ -60,12 +60,12 @@ def _compile_if_needed(
     judge: Callable[[nn.Module], None],
     batch: Batch | None,
 ) -> None:
-    model, _ = source.build()
-    judge(model)
+    built = source.build()
+    judge(built[0])
     division = division_in(folder)
     possible = batch is not None and division in batch.divisions()  # not where fewer devices are left, say
     wanted = in_division(source, config, division) if possible and division is not None else (source, config)
-    changed = differences(folder, identity(wanted[0], model, wanted[1], batch=batch))
+    changed = differences(folder, identity(wanted[0], built, wanted[1], batch=batch))
     if changed == []:
         logger.info("using the compiled plan in %s", folder)
         return

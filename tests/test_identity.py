@@ -37,6 +37,17 @@ class Model(nn.Module):
 """
 
 
+class Scaled(nn.Module):
+    def __init__(self, value=1.0, rows=1):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        self.scale = nn.Parameter(torch.ones(rows))
+        self.register_buffer("factors", torch.full((4,), value), persistent=False)
+
+    def forward(self, x):
+        return (self.second(self.first(x)) * self.factors * self.scale).sum()
+
+
 class Written:
     """A model whose code is a file, and what it was compiled to."""
 
@@ -61,7 +72,7 @@ class Written:
 
     def differences(self, **changes):
         source = self.source(**changes)
-        return differences(self.code, identity(source, source.build()[0], self.config))
+        return differences(self.code, identity(source, source.build(), self.config))
 
 
 @pytest.fixture
@@ -89,6 +100,38 @@ def test_attributes_and_the_environment_that_forward_reads_tell_models_apart(wri
     assert any(text.startswith("model: ") for text in written.differences(power=2))
     monkeypatch.setenv("TEST_SHIFT", "1")
     assert any(text.startswith("model: ") for text in written.differences())
+
+
+def frozen():
+    model = Scaled()
+    model.first.requires_grad_(False)
+    return model
+
+
+def tied():
+    model = Scaled()
+    model.second.weight = model.first.weight
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (frozen, "parameters"), (tied, "parameters"), (lambda: Scaled(rows=4), "parameters"),
+        (lambda: Scaled(2.0), "buffers"),
+    ],
+    ids=["frozen", "tied", "shape", "buffer"],
+)  # fmt: skip
+def test_what_does_not_show_in_the_calls_of_forward_tells_models_apart(tmp_path, make, what):
+    config = ComputeConfig(hardware=tiny.write_hardware(tmp_path))
+
+    def source(make):
+        return Source(make, {"x": torch.zeros(2, 4)}, torch.float32)
+
+    code = compile_model(source(Scaled), config, tmp_path / "code")
+    assert differences(code, identity(source(Scaled), source(Scaled).build(), config)) == []
+    found = differences(code, identity(source(make), source(make).build(), config))
+    assert what in [text.split(":")[0] for text in found]
 
 
 @pytest.mark.parametrize("module", ["torch", "transformers"])
@@ -144,7 +187,7 @@ def test_what_is_executed_to_be_traced_is_compiled_again(written):
     config = ComputeConfig(hardware=written.config.hardware, trace_strategy="cpu")
     compile_model(written.source(), config, written.code)
     source = written.source()
-    assert differences(written.code, identity(source, source.build()[0], config)) == [
+    assert differences(written.code, identity(source, source.build(), config)) == [
         "model: compiled known only when it is executed, wanted known only when it is executed"
     ]
 
@@ -161,7 +204,7 @@ def test_only_what_a_compile_wrote_is_replaced(tmp_path):
     compile_model(source, config, code)
     assert (code / "thesis.txt").read_text() == "years of work"
     assert not (code / "gencode_stage7.py").exists()
-    assert differences(code, identity(source, source.build()[0], config)) == []
+    assert differences(code, identity(source, source.build(), config)) == []
     for path in (tmp_path / "file", tmp_path / "link", tmp_path / "plans"):
         if path.name == "file":
             path.write_text("")
@@ -203,11 +246,11 @@ def quick(monkeypatch):
 def test_each_field_of_a_configuration_counts(tmp_path, quick, name):
     model = nn.Linear(2, 2)
     source = Source(lambda: model, {"x": torch.zeros(2, 2)})
-    seen = [identity(source, model, ComputeConfig(1, 16, hardware="a100"))]
+    seen = [identity(source, (model, {}), ComputeConfig(1, 16, hardware="a100"))]
     for value in OTHERS[name]:
         config = ComputeConfig(1, 16, hardware="a100")
         object.__setattr__(config, name, value)  # whatever else would have to go with it
-        wanted = identity(source, model, config)
+        wanted = identity(source, (model, {}), config)
         for other in seen:
             (tmp_path / "compiled.json").write_text(json.dumps(other))
             assert any(f"config.{name}: " in text for text in differences(tmp_path, wanted)), value
@@ -221,7 +264,7 @@ def test_what_else_a_compile_depends_on(tmp_path, monkeypatch, quick):
 
     def of(shape=(2, 2), kind=torch.float32, dtype=torch.bfloat16, name="x", batch=None, **fp8):
         source = Source(lambda: model, {name: torch.zeros(shape, dtype=kind)}, dtype, **fp8)
-        return identity(source, model, config, batch=batch)
+        return identity(source, (model, {}), config, batch=batch)
 
     (tmp_path / "compiled.json").write_text(json.dumps(of()))
     assert differences(tmp_path, of()) == []

@@ -118,7 +118,7 @@ def test_another_policy_is_another_plan(tmp_path):
 
     def changed(policy: object) -> list[str] | None:
         config = ComputeConfig(2, 2, hardware=hardware, pas_policy=policy)
-        return differences(tmp_path / "code", identity(source, source.build()[0], config))
+        return differences(tmp_path / "code", identity(source, source.build(), config))
 
     compiled(tmp_path, pin_first("k"))
     assert changed(pin_first("k")) == []
