@@ -114,6 +114,10 @@ def test_bad_rates_of_copies_are_refused(rate):
         {"bytes_seconds": [[1, float("nan")]]},
         {"bytes_seconds": [[2, 1.0], [1, 2.0]]},
         {"bytes_seconds": [[1, 2.0], [2, 1.0]]},
+        {"bytes_seconds": [[1, 1.0], [2, 3.0], [3, 2.0]]},
+        {"bytes_seconds": [[1, 1.0], [1, 2.0]]},
+        {"bytes_seconds": [[0, 1.0], [1, 2.0]]},
+        {"bytes_seconds": [[1, 1.0], [2, float("inf")]]},
     ],
 )
 def test_a_bad_table_is_refused(change):

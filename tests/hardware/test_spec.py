@@ -259,6 +259,49 @@ def test_a_file_with_figures_that_no_machine_has_is_an_error(tmp_path, wrong):
         load_hardware(str(tmp_path / "mine.json"))
 
 
+@pytest.mark.parametrize(
+    ("at", "label", "zero"),
+    [
+        ("memory", "memory", False), ("memory_bandwidth", "memory_bandwidth", False),
+        ("flops bfloat16", "flops of bfloat16", False), ("flops float32", "flops of float32", False),
+        ("efficiency default", "efficiency by default", False),
+        ("efficiency aten.mm.default", "efficiency of aten.mm.default", False),
+        ("intra bandwidth", "bandwidth of intra", False), ("inter bandwidth", "bandwidth of inter", False),
+        ("devices_per_node", "devices_per_node", False), ("host memory", "memory of host", False),
+        ("host to_host", "to_host of host", False), ("host to_device", "to_device of host", False),
+        ("host both_ways", "both_ways of host", False), ("launch", "launch", True), ("workspaces", "workspaces", True),
+        ("interference", "interference", True), ("intra latency", "latency of intra", True),
+        ("inter latency", "latency of inter", True), ("host interference", "interference of host", True),
+    ],
+)  # fmt: skip
+def test_every_figure_of_a_file_is_checked_and_named(tmp_path, at, label, zero):
+    path = tmp_path / "mine.json"
+    for value in (-1, float("inf"), 0):
+        fields = json.loads((spec._SPECS / "h100.json").read_text())
+        *outer, last = at.split()
+        inside = fields[outer[0]] if outer else fields
+        inside[last] = value
+        path.write_text(json.dumps(fields))
+        if value == 0 and zero:
+            assert load_hardware(str(path)).name == "H100"
+            continue
+        with pytest.raises(UserError, match=rf"{label} is {value}; it must be {'at least' if zero else 'more than'} 0"):
+            load_hardware(str(path))
+
+
+def test_a_type_or_an_operator_without_a_figure_has_that_of_another():
+    rates = {"float32": 100.0, "bfloat16": 400.0}
+    hardware = replace(load_hardware("h100"), flops=rates, efficiency={"default": 0.5, "aten.mm.default": 0.75})
+    found = [
+        hardware.flops_per_second(operator, dtype)
+        for operator in ("aten.mm.default", "attention")
+        for dtype in (torch.bfloat16, torch.float16)
+    ]
+    assert found == [300, 75, 200, 50]
+    assert [hardware.peak(dtype) for dtype in (torch.bfloat16, torch.float16)] == [400, None]
+    assert [hardware.multiplies(dtype) for dtype in (torch.bfloat16, torch.float16)] == [True, False]
+
+
 @pytest.mark.parametrize("name", ["b9000", "../specs/h100", "", "nowhere.json"])
 def test_hardware_that_is_not_there(name):
     with pytest.raises(UserError, match="known are a100"):

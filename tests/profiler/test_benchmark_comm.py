@@ -121,3 +121,15 @@ def test_processes_that_cannot_measure_are_told_why(monkeypatch, world, backend,
         monkeypatch.setenv(name, str(value))
     with pytest.raises(UserError, match=wrong):
         find_world(backend)
+
+
+def test_each_process_has_the_gpu_of_its_place_on_its_node(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(collectives, "device_name", lambda: "A GPU")
+    for name, value in {"RANK": "7", "WORLD_SIZE": "12", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    world = find_world("nccl")
+    assert world == World(7, 12, 4, "nccl", torch.device("cuda", 3))
+    assert (taken, world.nodes, world.device_name) == ([3], 3, "A GPU")

@@ -146,6 +146,35 @@ def test_times_of_other_versions_are_measured_anew(monkeypatch, tmp_path):
     assert operators._versions().startswith(f"torch {torch.__version__}")
 
 
+def test_times_are_those_of_the_libraries_of_kernels_too(monkeypatch):
+    there = {"flash-attn": "2.8", "liger-kernel": "0.6"}
+
+    def version(name: str) -> str:
+        if name not in there:
+            raise operators.metadata.PackageNotFoundError(name)
+        return there[name]
+
+    monkeypatch.setattr(operators.metadata, "version", version)
+    assert operators._versions() == f"torch {torch.__version__}, flash-attn 2.8, liger-kernel 0.6"
+    there["flash-attn-4"] = "4.0"
+    assert operators._versions() == f"torch {torch.__version__}, flash-attn-4 4.0, flash-attn 2.8, liger-kernel 0.6"
+
+
+def test_operands_given_by_name_have_gradients_too(monkeypatch):
+    Gpu(monkeypatch)
+    seen = []
+
+    def function(x, weight):
+        out = x * weight
+        out.register_hook(lambda gradient: seen.append(1))
+        return out
+
+    x, weight = torch.ones(2), torch.ones(2, requires_grad=True)
+    monkeypatch.setattr(operators, "_SUSTAINED", -1.0)
+    assert operators._forward_and_backward(function, False, (x,), {"weight": weight}) == [0.0, 0.0]
+    assert seen
+
+
 def test_what_runs_out_of_memory_is_not_timed(monkeypatch):
     def refuses(*given):
         raise torch.cuda.OutOfMemoryError("no room")

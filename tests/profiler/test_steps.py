@@ -20,6 +20,7 @@ from nnscaler.profiler.steps import (
     KernelRun,
     StepProfiler,
     covered,
+    kernel_category,
     milliseconds_by_category,
     step_table,
 )
@@ -83,6 +84,38 @@ def test_the_table_has_what_was_planned_beside_what_ran_a_step():
     assert rows["memory-bound"] == ["0.00", "1.50"]
     assert rows["whole"] == ["12.00", "12.00"]
     assert [line.split() for line in text.splitlines()[-2:]] == [["5.00", "1", GEMM], ["2.00", "0", ATTENTION]]
+
+
+def test_the_kernels_that_take_longest_come_first_and_only_a_gpu_s_count():
+    gpu, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    events = [
+        SimpleNamespace(
+            name=name, device_type=device, is_user_annotation=marked,
+            time_range=SimpleNamespace(start=0.0, end=1e3 * length),
+        )
+        for name, device, marked, length in (
+            (GEMM, gpu, False, 2.0), (COPY, gpu, False, 3.0), (NCCL, gpu, False, 1.0), (COPY, gpu, False, 3.0),
+            ("aten::mm", cpu, False, 90.0), ("step 3", gpu, True, 99.0),
+        )
+    ]  # fmt: skip
+    text = step_table(SimpleNamespace(events=lambda: events), 1, {}, longest=2)
+    assert [line.split() for line in text.partition("\n\n")[2].splitlines()[1:]] == [
+        ["6.00", "2", COPY], ["2.00", "1", GEMM]
+    ]  # fmt: skip
+    assert re.search(r"^whole +3\.00", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("category", "names"), [
+    ("communication", ["ncclDevKernel_AllReduce_Sum_bf16_RING_LL", "ncclKernel_SendRecv"]),
+    ("attention", ["flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel", "fmha_cutlassF_bf16_aligned", "_attention_rows",
+                   "cudnn_generated_fort_native_sdpa_sm90_flash_fprop"]),
+    ("matmul", ["ampere_bf16_s16816gemm_128x128", "nvjet_tst_128x256", "sm80_xmma_fprop", "cutlass::Kernel2",
+                "cublasLt_mainloop", "splitKreduce_kernel"]),
+    ("optimizer", ["fused_adam_kernel", "multi_tensor_apply_kernel", "_foreach_norm_kernel", "add_gradient_kernel"]),
+    ("memory-bound", ["triton_poi_fused_mul_silu_0", "vectorized_elementwise_kernel", "Memcpy DtoH"]),
+])  # fmt: skip
+def test_kernels_are_told_apart_by_their_names(category, names):
+    assert {name: kernel_category(name) for name in names} == dict.fromkeys(names, category)
 
 
 @pytest.mark.parametrize("steps", [1, WARM_UP, LEAST - 1, LEAST])
