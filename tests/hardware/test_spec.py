@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -125,10 +127,23 @@ def test_the_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         keep("cpu")
 
 
-def test_writing_leaves_nothing_else_behind():
+def test_writing_leaves_nothing_else_behind(tmp_path, monkeypatch):
+    monkeypatch.setenv("NNSCALER_CACHE", str(tmp_path / "not" / "there" / "yet"))
     keep("cpu")
     keep("cpu")
-    assert [path.name for path in communication_path("cpu").parent.iterdir()] == ["cpu.json"]
+    folder = communication_path("cpu").parent
+    assert [path.name for path in folder.iterdir()] == ["cpu.json"]
+    moved = []
+
+    def replace_file(source, target):
+        moved.append(Path(source).parent)
+        raise OSError(errno.EACCES, "no right to")
+
+    monkeypatch.setattr(os, "replace", replace_file)
+    with pytest.raises(UserError, match=r"cannot write .*cpu\.json: no right to; NNSCALER_CACHE names"):
+        keep("cpu")
+    assert moved == [folder], "a file is moved within a file system"
+    assert [path.name for path in folder.iterdir()] == ["cpu.json"]
 
 
 def test_identity_changes_with_whatever_costs_depend_on():
