@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
@@ -79,6 +80,24 @@ def test_a_frozen_product_has_one_less():
     less = model_flops(trace(*_with_inputs(frozen, inputs)), TOKENS)[0]
     product = 2 * TOKENS * config.hidden_size * config.intermediate_size
     assert flops(tiny.config())[0] - less == pytest.approx(product)
+
+
+class Scaled(nn.Module):
+    """A product reads its weight after it was scaled and turned, and its bias never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.ones(8, 6)), nn.Parameter(torch.ones(8, 1))
+        self.bias = nn.Parameter(torch.zeros(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.mm(x, (self.weight * self.scale).t()) + self.bias
+
+
+def test_what_a_product_reads_in_another_form_counts_as_read():
+    """Of five tokens: 2 x 5 x 6 x 8 forward, and as much for the weight; 6 for each element of the bias and token."""
+    inputs = {"x": torch.zeros(5, 6)}
+    assert model_flops(trace(*_with_inputs(Scaled, inputs)), 5) == (2 * 480 + 6 * 5 * 8,) * 2
 
 
 def test_documents_leave_attention_within_them():

@@ -26,7 +26,7 @@ from nnscaler.report.parameters import parameter_groups
 from nnscaler.report.spelling import gib, percent, seconds, step
 from nnscaler.report.text import explain, proven, recompute, transfer
 from nnscaler.report.timeline import timeline
-from nnscaler.report.would_help import would_help
+from nnscaler.report.would_help import apart, would_help
 from nnscaler.units import Unit
 from tests import tiny
 
@@ -207,6 +207,9 @@ def test_plans_are_compared_row_by_row():
     assert rows["memory a device"] == "30.0 GiB 33.0 GiB 1.100"
     assert "setting micro-batches: 4  |  2" in lines
     assert f"recompute layer: 3 {KEEPS_ALL.name}, 5 {AGAIN}  |  8 {AGAIN}" in lines
+    for one, other in ((a, b), (b, a)):
+        without = {**one, "predicted": {k: v for k, v in one["predicted"].items() if "tokens" not in k}}
+        assert "tokens/s" not in compare(without, other) + compare(other, without), "of both, or of none"
 
 
 def plan_of(step_seconds: float, memory: float, devices: int, replicas: int) -> SimpleNamespace:
@@ -239,6 +242,12 @@ def test_a_change_helps_by_the_samples_a_second_that_it_gives():
     assert [one["helps"] for one in advice] == [False, True, True]
     assert [one["speed"] for one in advice] == pytest.approx([10 / 10.003, 2.5, 1.6])
     assert [one["devices"] for one in advice] == [4, 8, 8]
+
+
+def test_what_helps_and_what_does_not_are_told_apart():
+    """What does not say so, helps."""
+    yes, no, also = {"change": "a", "helps": True}, {"change": "b", "helps": False}, {"change": "c"}
+    assert apart([no, yes, also]) == ([yes, also], [no])
 
 
 def test_bars_are_as_long_as_their_shares():
@@ -310,6 +319,9 @@ def test_a_timeline_is_drawn_to_scale():
         "backward, stage 1, micro-batch 0: 2.50 s from 4.00 s",
         "backward, for the stage's weights, stage 2, micro-batch 1: 1.50 s from 6.50 s",
     ]  # fmt: skip
+    values["predicted"]["update_seconds"] = 0.0
+    (short, *_) = ElementTree.fromstring(str(next(timeline(values)))).iter(f"{name}path")
+    assert short.get("d") == "M1102.00 0h1.00v46h-1.00z", "it is seen, however short it is"
     update, *marks = picture.iter(f"{name}path")
     assert update.get("d") == "M893.60 0h208.40v46h-208.40z"
     assert update[0].text == "update of parameters: 2.00 s"
