@@ -83,21 +83,22 @@ def test_a_frozen_product_has_one_less():
 
 
 class Scaled(nn.Module):
-    """A product reads its weight after it was scaled and turned, and its bias never."""
+    """A product reads its weight after it was scaled and turned, its bias never, and of the gain only what x has of
+    it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight, self.scale = nn.Parameter(torch.ones(8, 6)), nn.Parameter(torch.ones(8, 1))
-        self.bias = nn.Parameter(torch.zeros(8))
+        self.bias, self.gain = nn.Parameter(torch.zeros(8)), nn.Parameter(torch.ones(6))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.mm(x, (self.weight * self.scale).t()) + self.bias
+        return torch.mm(x * self.gain, (self.weight * self.scale).t()) + self.bias
 
 
 def test_what_a_product_reads_in_another_form_counts_as_read():
-    """Of five tokens: 2 x 5 x 6 x 8 forward, and as much for the weight; 6 for each element of the bias and token."""
+    """Of five tokens: 2 x 5 x 6 x 8 forward, and as much for each factor; 6 for each token, and element of the rest."""
     inputs = {"x": torch.zeros(5, 6)}
-    assert model_flops(trace(*_with_inputs(Scaled, inputs)), 5) == (2 * 480 + 6 * 5 * 8,) * 2
+    assert model_flops(trace(*_with_inputs(Scaled, inputs)), 5) == (3 * 480 + 6 * 5 * (8 + 6),) * 2
 
 
 def test_documents_leave_attention_within_them():
