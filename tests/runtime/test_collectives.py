@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from nnscaler.kernels import counting
 from nnscaler.operators.experts import experts
 from nnscaler.runtime import collectives
 from nnscaler.runtime import experts as runtime_experts
@@ -30,6 +31,16 @@ def test_resharding_between_all_layouts(count, shape, monkeypatch):
     alone = Axis(1, 0, None)
     counts = Ranks(count).run(lambda axis: of_processes.check_all_pairs((axis if count > 1 else alone,)))
     assert min(counts) >= 25
+
+
+def test_a_slice_is_a_copy_that_lies_in_order():
+    """Whatever the order of what it is a slice of; else it would keep all of that, and be copied again."""
+    whole = torch.arange(24.0).view(4, 6).t()
+    for dim, wanted in ((0, whole[3:]), (1, whole[:, 2:])):
+        found = collectives._sliced(whole, Axis(2, 1, None), dim)
+        assert torch.equal(found, wanted)
+        assert found.is_contiguous()
+        assert found.untyped_storage().nbytes() == 12 * 4
 
 
 @pytest.mark.parametrize("length", [48, 9])
@@ -148,7 +159,13 @@ def test_tokens_travel_to_the_experts_of_three_devices_and_back(transposed, monk
 
         def on_a_device(axis: Axis, tensors: Any = (*tensors, gradient)) -> list[torch.Tensor]:
             *parts, incoming = (tensor.chunk(3)[axis.rank] for tensor in tensors)
-            return of_experts.results(lambda *args: experts_along_t_n(axis, *args, **given), parts, incoming)
+            noted: list[tuple[torch.Tensor, int]] = []
+            counting.set(lambda *choice: noted.append(choice))  # for this thread alone
+            found = of_experts.results(lambda *args: experts_along_t_n(axis, *args, **given), parts, incoming)
+            ((choices, number),) = noted
+            assert torch.equal(choices, parts[1])
+            assert number == 9, "of all devices"
+            return found
 
         for whole, *shards in zip(wanted, *Ranks(3).run(on_a_device), strict=True):
             assert tiny.close(torch.cat(shards), whole) < 1e-12, choose.__name__

@@ -250,9 +250,14 @@ def test_what_lies_on_the_host_comes_while_what_was_before_is_updated(states, mo
         if index in optimizer._staged:
             staged = optimizer._staged[index]
             monkeypatch.setattr(staged, "fetch", noted("state", index, staged.fetch))
+            monkeypatch.setattr(staged, "wait_for_fetch", noted("wait", index, staged.wait_for_fetch))
+            monkeypatch.setattr(staged, "send_back", noted("back", index, staged.send_back))
         state = optimizer._states[index]
         monkeypatch.setattr(state, "update", noted("update", index, state.update))
     optimizer.step(LABELS, 0.1)
+    for index in optimizer._staged:
+        own = [what for what, of in done if of == index and what != "gradient"]
+        assert own == ["state", "wait", "update", "back"]
     for before, index in pairwise(order):
         for what in ("gradient", "state") if index in optimizer._staged else ("gradient",):
             assert done.index((what, index)) < done.index(("update", before))
