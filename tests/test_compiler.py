@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from nnscaler import compiler, loaded
@@ -70,10 +71,63 @@ def test_a_plan_is_made_reported_and_written_for_what_was_asked(steps, tmp_path)
 
 def test_for_other_hardware_nothing_is_timed_here(steps, tmp_path):
     config = ComputeConfig(hardware="h100")
-    compiler.compile_model(SOURCE, config, tmp_path / "code")
+    assert compiler.compile_model(SOURCE, config, tmp_path / "runs" / "mine" / "code").is_dir()
     assert steps.plan_or_advise[-1] is None
     assert steps.plan_report[-1] is None, "nothing is to be explained"
     assert not hasattr(steps, "saved")
+
+
+def test_a_pipeline_is_reported_as_one(steps, tmp_path, monkeypatch):
+    plan, told = compiler.PipelinePlan.__new__(compiler.PipelinePlan), []
+    monkeypatch.setattr(compiler, "plan_or_advise", lambda *given: plan)
+    monkeypatch.setattr(compiler, "pipeline_report", lambda *given: told.append(given) or {"stages": 2})
+    compiler.compile_model(SOURCE, ComputeConfig(), tmp_path / "code")
+    assert told == [(plan, "work", None)]
+    assert steps.headed == ({"stages": 2}, SOURCE.about())
+    assert not hasattr(steps, "plan_report")
+
+
+def test_what_is_not_written_to_the_end_leaves_nothing(steps, tmp_path, monkeypatch):
+    def full(*given):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(compiler, "_write", full)
+    with pytest.raises(OSError, match="no space left"):
+        compiler.compile_model(SOURCE, ComputeConfig(), tmp_path / "code")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stages", [False, True])
+def test_each_file_says_what_it_is_for(stages, monkeypatch, tmp_path):
+    """Of a plan without stages, and of a pipeline; a page and a program are of the stage whose number they have."""
+
+    def written(name: str):
+        return lambda *given: f"{name}({', '.join(map(str, given))})"
+
+    for name in ("plan_page", "code_facts", "generate", "of_stage"):
+        monkeypatch.setattr(compiler, name, written(name))
+    monkeypatch.setattr(compiler, "chrome_trace", lambda report: {"of": report})
+    plan = compiler.PipelinePlan.__new__(compiler.PipelinePlan)
+    object.__setattr__(plan, "stages", ["first", "second"])
+    graph = SimpleNamespace(buffers={"table": torch.arange(6.0).view(2, 3).T})
+    compiler._write(tmp_path, graph, plan if stages else "plan", {"a": 1})  # type: ignore[arg-type]
+    found = {path.name: path.read_text() for path in tmp_path.iterdir() if path.suffix != ".safetensors"}
+    wanted = {"graph.txt": str(graph), "plan.json": '{\n "a": 1\n}', "plan.html": "plan_page({'a': 1})"}
+    if stages:
+        wanted |= {
+            "gencode_stage0.py": "generate(first, code_facts({'a': 1}, 0))",
+            "gencode_stage1.py": "generate(second, code_facts({'a': 1}, 1))",
+            "plan_stage0.html": "plan_page(of_stage({'a': 1}, 0))", "trace.json": '{"of": {"a": 1}}',
+            "plan_stage1.html": "plan_page(of_stage({'a': 1}, 1))",
+        }  # fmt: skip
+    else:
+        wanted["gencode_stage0.py"] = "generate(plan, code_facts({'a': 1}, None))"
+    assert found == wanted
+    assert load_file(tmp_path / "buffers.safetensors")["table"].tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
+    (tmp_path / "bare").mkdir()
+    graph.buffers.clear()
+    compiler._write(tmp_path / "bare", graph, plan if stages else "plan", {})  # type: ignore[arg-type]
+    assert not (tmp_path / "bare" / "buffers.safetensors").exists()
 
 
 def test_a_batch_is_divided_first(steps, tmp_path, monkeypatch):

@@ -52,5 +52,6 @@ def test_of_two_axes_the_second_stays_inside_a_node(devices, per_node, sizes):
 
 def test_a_mesh_in_words():
     assert str(Mesh((1,))) == "1 copy x 1 device"
+    assert str(Mesh((2,), 1, 2)) == "1 copy x 2 pipeline ranks x 2 devices"
     assert str(Mesh((2, 4), 2, 3)) == "2 copies x 3 pipeline ranks x 2 outer x 4 inner"
     assert Mesh((2, 4), 2).to_json() == {"sizes": [2, 4], "names": ["outer", "inner"], "replicas": 2}

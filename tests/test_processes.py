@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import NoReturn
@@ -73,6 +74,48 @@ def test_a_process_takes_its_own_gpu(monkeypatch):
         processes.own_device()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert processes.own_device() == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), ("cuda:1", "nccl")])
+def test_processes_meet_under_names_of_this_restart(monkeypatch, device, backend):
+    """Those of a restart before may have left an address there. A collective waits as long as the start may take, and
+    the watch half of that."""
+    told, store = [], dist.HashStore()
+    rendezvous = iter([(store, 1, 2)])
+    monkeypatch.setattr(dist, "rendezvous", lambda url, timeout: told.append((url, timeout)) or rendezvous)
+    monkeypatch.setattr(dist, "init_process_group", lambda *given, **named: told.append((*given, named)))
+    monkeypatch.setattr(processes, "Watch", lambda *given: given)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "3")
+    store.set("restart3/here/0", "first")
+    store.set("restart2/here/1", "killed")
+    there, rank, world, patience = processes.join_processes(torch.device(device), timedelta(seconds=8))
+    assert store.get("restart3/here/1").decode() == socket.gethostname()
+    assert (rank, world, patience) == (1, 2, timedelta(seconds=4))
+    given = {"store": there, "rank": 1, "world_size": 2, "timeout": timedelta(seconds=8)}
+    own = torch.device(device) if backend == "nccl" else None
+    assert told == [("env://", timedelta(seconds=8)), (backend, given | {"device_id": own})]
+
+
+def test_as_many_processes_as_the_plan_is_for(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    processes.check_world(1)
+    with pytest.raises(UserError, match=r"runtime_ngpus is 2, but 1 processes run; .* --nproc_per_node=2 \("):
+        processes.check_world(2)
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    processes.check_world(16)
+    with pytest.raises(UserError, match="runtime_ngpus is 8, but 16 processes run"):
+        processes.check_world(8)
+
+
+def test_one_process_finds_out_for_itself():
+    assert processes.from_rank_0(lambda: 5, torch.device("cpu")) == 5
+    assert processes.from_all("mine") == ["mine"]
+    with pytest.raises(UserError, match="empty"):
+        processes.from_rank_0(empty, torch.device("cpu"))
+
+
+def empty() -> NoReturn:
+    raise UserError("empty")
 
 
 class Nodes(SimpleNamespace):
