@@ -103,6 +103,24 @@ def test_marked_templates_learn_what_transformers_masks(messages):
     assert found.labels.tolist() == masked
 
 
+def test_fields_of_a_message_that_are_empty_are_not_there():
+    """Parquet has each field in each message. The conversation itself stays as it is."""
+    template = (
+        "{% for one in messages %}{{ one['content'] }}{% if 'tools' in one %}{{ one['tools'] }}{% endif %}{% endfor %}"
+    )
+    messages = [turn("user", "a") | {"tools": None}, turn("assistant", "b") | {"tools": "!"}]
+    rendered = Speech(make_tokenizer(), MESSAGES, template, True).render(({"messages": messages}, "row 1"))
+    assert rendered.text == "ab!"
+    assert messages[0] == {"role": "user", "content": "a", "tools": None}
+
+
+def test_marks_may_be_written_in_every_way_of_jinja_s():
+    row = {"messages": [turn("user", "a"), turn("assistant", "b"), turn("user", "c")]}
+    for mark in ("{%- generation -%}", "{%generation%}", "{%  generation -%}"):
+        found = encoded(make_tokenizer(), row, MESSAGES, MARKED.replace("{% generation %}", mark))
+        assert make_tokenizer().decode(found.labels[found.labels != -100]) == "b<|im_end|>", "and no new line"
+
+
 @given(talks())
 @settings(max_examples=60, deadline=None)
 def test_templates_without_marks_learn_what_follows_the_prompt_to_speak(messages):
@@ -215,6 +233,13 @@ def test_rows_are_filled_up_with_the_padding_token_or_the_last(tmp_path, pad):
         (["x"], CHATML, "row 1: a row must have columns by name, not be list"),
         ({"messages": "x"}, CHATML, "row 1: a conversation is a list of messages, each with a role and a content"),
         ({"messages": [{"content": "x"}]}, CHATML, "a conversation is a list of messages"),
+        ({"messages": 5}, CHATML, "row 1: a conversation is a list of messages"),
+        ({"messages": ["role"]}, CHATML, "row 1: a conversation is a list of messages"),
+        (
+            {"messages": [turn("user", "x"), turn("assistant", "y")]},
+            CHATML.replace("|>assistant", "|>model"),  # which the prompt alone says
+            "where the assistant speaks cannot be seen",
+        ),
         ({"messages": [turn("user", "x")]}, "{{ raise_exception('not so') }}", "refuses the conversation: not so"),
         (
             {"messages": [turn("user", "x")] + [turn("assistant", "y")] * 2},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -14,6 +15,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 from nnscaler import hub
+from nnscaler.data import sources
 from nnscaler.data.sources import find_corpus
 from nnscaler.errors import UserError
 
@@ -85,6 +87,14 @@ def test_one_of_several_configs(stored: Any) -> None:
     assert texts("owner/name") == ["default/train/0000.parquet"]
 
 
+def test_a_config_or_split_whose_name_begins_like_another_s_is_another(stored: Any) -> None:
+    stored("en/train/0000.parquet", "en/train_2/0000.parquet", "en_US/train/0000.parquet", "en_US/test/0000.parquet")
+    assert texts("owner/name:en") == ["en/train/0000.parquet"]
+    assert texts("owner/name:en", "train_2") == ["en/train_2/0000.parquet"]
+    with pytest.raises(UserError, match=r"no split 'test'; there are train, train_2$"):
+        texts("owner/name:en", "test")
+
+
 def test_a_dataset_that_is_converted_in_part(stored: Any, caplog: pytest.LogCaptureFixture) -> None:
     stored("default/partial-train/0000.parquet")
     assert texts("owner/name") == ["default/partial-train/0000.parquet"]
@@ -145,7 +155,7 @@ def test_what_is_about_the_data_is_not_read(tmp_path: Path) -> None:
     about = [
         "README.md", "readme.txt", "README_first.txt", "LICENSE.txt", "licence-MIT.md", "COPYING.txt", "Changelog.md",
         "CONTRIBUTING.md", "CODE_OF_CONDUCT.md", "citation.txt", "croissant.json", "dataset_info.json",
-        "dataset_infos.json", "dataset_dict.json", "state.json", "packing.json",
+        "dataset_infos.json", "dataset_dict.json", "state.json", "packing.json", "Readme of 2024.txt",
     ]  # fmt: skip
     data = ["a readme.txt", "licensed.txt", "mystate.json", "packing.jsonl", "readmes.md", "statement.json"]
     for name in (*about, *data):
@@ -181,6 +191,19 @@ def test_which_files_are_of_a_split(tmp_path: Path, split: str, files: list[str]
     assert found == [name if name != "train" else "train/y.txt" for name in files]
     with pytest.raises(UserError, match="has no split 'tes': no subfolder of that name and no file tes-"):
         find_corpus(str(tmp_path), split="tes")
+
+
+def test_a_home_is_where_its_owner_s_files_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("text")
+    assert find_corpus("~").files == find_corpus("~/a.txt").files == [tmp_path / "a.txt"]
+
+
+def test_a_file_on_another_disk_is_another_file() -> None:
+    """Also where it has the same number there."""
+    disks: Any = [SimpleNamespace(stat=lambda disk=disk: SimpleNamespace(st_dev=disk, st_ino=7)) for disk in (1, 2)]
+    seen: set[tuple[int, int]] = set()
+    assert [sources._is_new(path, seen) for path in (*disks, *disks)] == [True, True, False, False]
 
 
 def sorted_kinds(text: str) -> str:
