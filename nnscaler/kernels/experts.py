@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _ALIGNED = 16  # bytes: what the grouped product wants rows to be a multiple of
 _ONES = 8  # columns of ones, as many as make such a row
@@ -188,16 +188,38 @@ def gate_named(name: str, constants: Mapping[str, Any]) -> Callable[[Tensor], Te
     """The gate of this name: a method `(self, [rows, i]) -> [rows, f]` of a model's class, or a function.
 
     name       `module:Class.method` or `module:function`
-    constants  what the gate reads of `self`: numbers, and activations by their names in transformers
+    constants  what the gate reads of `self`: numbers, activations by their names in transformers, and modules without
+               tensors. Such a module is what it holds, and its class, which is called `class`
     """
-    return _gate(name, tuple(sorted(constants.items())))
+    return _gate(name, _frozen(constants))
 
 
 @functools.cache
 def _gate(name: str, constants: tuple[tuple[str, Any], ...]) -> Callable[[Tensor], Tensor]:
+    return functools.partial(_named(name), SimpleNamespace(**{key: _made(value) for key, value in constants}))
+
+
+def _frozen(constants: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple((key, _frozen(value) if isinstance(value, Mapping) else value) for key, value in constants.items())
+
+
+def _made(value: Any) -> Any:
+    """What stands for a constant: an activation, a module, or itself."""
     from transformers.activations import ACT2FN
 
-    values = {key: ACT2FN[value] if isinstance(value, str) else value for key, value in constants}
-    module, _, path = name.partition(":")
-    function: Any = operator.attrgetter(path)(importlib.import_module(module))
-    return functools.partial(function, SimpleNamespace(**values))
+    if isinstance(value, str):
+        return ACT2FN[value]
+    if not isinstance(value, tuple):
+        return value
+    held = dict(value)
+    kind = _named(held.pop("class"))
+    module = kind.__new__(kind)
+    nn.Module.__init__(module)
+    for name, item in held.items():
+        setattr(module, name, _made(item))
+    return module
+
+
+def _named(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return operator.attrgetter(name)(importlib.import_module(module))

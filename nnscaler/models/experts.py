@@ -86,7 +86,7 @@ def _gate(module: Any) -> tuple[str, dict[str, Any]]:
     """The name of a module's gate, and what the gate reads of the module (see
     `nnscaler.kernels.experts.gate_named`)."""
     if not module.has_gate:
-        return f"{__name__}:activate", {"act_fn": _activation(module, module.act_fn)}
+        return f"{__name__}:activate", {"act_fn": _constant(module, "act_fn")}
     function = type(module)._apply_gate
     reads = _Reads(module)
     function(reads, torch.empty(1, 2, device="meta"))
@@ -110,16 +110,31 @@ class _Reads:
 
 
 def _constant(module: nn.Module, name: str) -> Any:
-    value = getattr(module, name)
+    return _spelled(module, getattr(module, name))
+
+
+def _spelled(module: nn.Module, value: Any) -> Any:
+    """What a gate reads, as `nnscaler.kernels.experts.gate_named` takes it. Raises UserError for what that cannot
+    make."""
     if value is None or isinstance(value, (bool, int, float)):
         return value
-    return _activation(module, value)
+    known = _activation(value)
+    if known is not None:
+        return known
+    if not isinstance(value, nn.Module) or value.state_dict() or "<locals>" in type(value).__qualname__:
+        raise UserError(
+            f"{type(module).__name__} computes with a {type(value).__name__}, which is neither a number nor an "
+            "activation without weights"
+        )
+    held = {name: item for name, item in vars(value).items() if name not in vars(nn.Module())} | value._modules
+    kind = f"{type(value).__module__}:{type(value).__qualname__}"
+    return {"class": kind, **{name: _spelled(module, item) for name, item in held.items()}}
 
 
-def _activation(module: nn.Module, function: Any) -> str:
+def _activation(function: Any) -> str | None:
     """The name of an activation in transformers."""
     for name in ACT2FN:
         known = ACT2FN[name]
         if type(known) is type(function) and repr(known) == repr(function):
             return name
-    raise UserError(f"{type(module).__name__} computes with {function!r}, which is no activation of transformers")
+    return None

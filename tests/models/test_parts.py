@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from nnscaler import UserError
+from nnscaler.kernels import gate_named
 from nnscaler.models import load_config, marks_of
 from nnscaler.models.balance import balancing_loss, report_routers, routers_met
 from nnscaler.models.experts import _activation, _constant, _mixture, divide_gates
@@ -101,14 +102,39 @@ def test_gates_are_divided_once_and_stay_frozen() -> None:
 def test_what_gates_read_is_a_number_or_a_known_activation() -> None:
     module = Experts()
     assert [_constant(module, name) for name in ("limit", "act_fn", "has_bias")] == [7.5, "silu", False]
-    assert [_activation(module, ACT2FN[name]) for name in ("gelu", "gelu_pytorch_tanh", "relu2")] == [
+    assert [_activation(ACT2FN[name]) for name in ("gelu", "gelu_pytorch_tanh", "relu2")] == [
         "gelu", "gelu_pytorch_tanh", "relu2",
     ]  # fmt: skip
-    with pytest.raises(UserError, match=r"Experts computes with Linear\(.*, which is no activation of transformers"):
-        _constant(module, "other")
+    for other, name in ((nn.Linear(1, 1), "Linear"), (torch.tanh, "builtin_function_or_method")):
+        del module.act_fn
+        module.act_fn = other
+        with pytest.raises(UserError, match=f"Experts computes with a {name}, which is neither a number nor an act"):
+            _constant(module, "act_fn")
     module.has_post_expert_norm = True
     with pytest.raises(UserError, match="Experts normalises what each expert gives, which is not supported"):
         _mixture(module, *[torch.zeros(1, 1)] * 3)
+
+
+class Capped(nn.Module):
+    """An activation made of others and of numbers."""
+
+    def __init__(self, inner: nn.Module, cap: float) -> None:
+        super().__init__()
+        self.inner, self.cap = inner, cap
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).clamp(max=self.cap)
+
+
+def test_a_gate_may_read_a_module_without_weights() -> None:
+    module, x = Experts(), torch.randn(4, 3) * 3
+    module.act_fn = Capped(Capped(ACT2FN["silu"], 1.5), 0.5)
+    held = _constant(module, "act_fn")
+    kind = f"{__name__}:Capped"
+    assert held == {"class": kind, "cap": 0.5, "inner": {"class": kind, "cap": 1.5, "inner": "silu"}}
+    gate = gate_named("nnscaler.models.experts:activate", {"act_fn": held})
+    assert torch.equal(gate(x), torch.nn.functional.silu(x).clamp(max=0.5))
+    assert gate_named("nnscaler.models.experts:activate", {"act_fn": {**held, "cap": 0.1}})(x).max() <= 0.1
 
 
 class Router(nn.Module):
