@@ -1,8 +1,9 @@
 """Our attention in place of a Hugging Face model's own. Every option that the model passes is honoured or refused.
 
-transformers passes to an attention function whatever its models use: scales, masks, soft caps, sinks. An unknown option
-may change the result. So it is refused, by name, when the model is traced. Which keys a row sees follows from the mask
-alone, as in a model's own attention.
+transformers passes to an attention function whatever its models use: scales, masks, soft caps, sinks. An option that
+ours does not have may change the result. So a layer that asks for one computes attention as its model writes it. Where
+the user chose a kernel, or the model has no such function, the option is refused, by name, when the model is traced.
+Which keys a row sees follows from the mask alone, as in a model's own attention.
 """
 
 from __future__ import annotations
@@ -10,16 +11,19 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import re
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
 
 from nnscaler.errors import UserError
-from nnscaler.kernels import KERNELS
+from nnscaler.kernels import KERNELS, Asked
 from nnscaler.models.documents import in_rows
 from nnscaler.operators.attention import attention
 
@@ -28,6 +32,7 @@ logger = logging.getLogger(__name__)
 ATTENTION = "nnscaler"  # how our names in transformers' table of attention functions begin
 IMPLEMENTATIONS = ("auto", *KERNELS, "eager")  # what --attn_implementation may be
 
+_HONOURED = {"is_causal", "s_aux", "scaling", "softcap", "dropout"}
 # What models pass along that does not change what attention computes, given that masks say which keys a row sees.
 _HARMLESS = {
     "sliding_window",
@@ -77,31 +82,35 @@ def _attention_by(kernel: str) -> Callable[..., tuple[Tensor, None]]:
     ) -> tuple[Tensor, None]:
         """transformers' attention interface: query [b, h, l, d], key and value [b, k, l, d] -> [b, l, h, e].
 
-        Raises UserError for an option that our attention does not have.
+        Raises UserError for an option that our attention does not have, where the model's own does not stand in.
         """
         where = type(module).__name__
-        is_causal = options.pop("is_causal", None)
+        is_causal = options.get("is_causal")
         seen = Seen() if attention_mask is None else attention_mask
         if attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
             seen = CAUSAL
-        if not isinstance(seen, Seen):
-            raise UserError(f"{where} gives attention a mask of its own, which is not supported; {_OWN_ATTENTION}")
+        others = _others(options)
+        if others or not isinstance(seen, Seen):
+            what = _spelled(others[0]) if others else "a mask of its own"
+            own = _written(type(module), others) if kernel == "auto" else None
+            if own is None:
+                raise UserError(f"{where} asks attention for {what}, which is not supported; {_OWN_ATTENTION}")
+            return _as_written(module, own, what, query, key, value, seen, options)
         if in_rows.get() is not None and seen.documents is None:
             raise UserError(
                 f"{where} gives attention no mask, and would not keep documents apart; leave out --document_mask"
             )
         given = {
-            "sinks": options.pop("s_aux", None),
+            "sinks": options.get("s_aux"),
             "documents": seen.documents,
             "document_length": seen.document_length,
-            "scale": options.pop("scaling", None),
+            "scale": options.get("scaling"),
             "is_causal": None if seen.right == 0 else False,
             "window": _window(seen, key.shape[2]),
-            "softcap": options.pop("softcap", None),
+            "softcap": options.get("softcap"),
             "kernel": kernel if kernel != "auto" else None,
-            "dropout": options.pop("dropout", None) or None,
+            "dropout": options.get("dropout") or None,
         }
-        _check(where, options)
         return attention(query, key, value, **{name: x for name, x in given.items() if x is not None}), None
 
     return attend
@@ -114,18 +123,76 @@ def _window(seen: Seen, length: int) -> tuple[int | None, int | None] | None:
     return None if left is None and right is None else (left, right)
 
 
-def _check(where: str, options: dict[str, Any]) -> None:
-    """Raises UserError for an option that would change attention's result, and is not honoured."""
-    for name, value in options.items():
-        if name not in _HARMLESS and value is not None and value is not False:
-            what = f"{_MEANING[name]}: option {name}" if name in _MEANING else f"the option {name}"
-            raise UserError(f"{where} asks attention for {what}, which is not supported; {_OWN_ATTENTION}")
+def _others(options: dict[str, Any]) -> list[str]:
+    """The options that would change attention's result, and are not honoured."""
+    known = _HONOURED | _HARMLESS
+    return [name for name, value in options.items() if name not in known and value is not None and value is not False]
+
+
+def _spelled(option: str) -> str:
+    return f"{_MEANING[option]}: option {option}" if option in _MEANING else f"the option {option}"
+
+
+def _written(kind: type[nn.Module], options: list[str]) -> Callable[..., Any] | None:
+    """The function of attention in the file of a class, where it has these options by name; None: there is none."""
+    found = vars(sys.modules[kind.__module__]).get("eager_attention_forward")
+    return found if found is not None and set(options) <= inspect.signature(found).parameters.keys() else None
+
+
+def _as_written(
+    module: nn.Module,
+    own: Callable[..., Any],
+    what: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Seen | Tensor,
+    options: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """Attention by the function with which the model itself computes it.
+
+    Raises UserError where documents are to be kept apart: what the model does with them is not known.
+    """
+    if in_rows.get() is not None:
+        raise UserError(
+            f"{type(module).__name__} asks attention for {what}, which may not keep documents apart; leave out "
+            "--document_mask"
+        )
+    _warn_of_all_scores(type(module).__name__, what)
+    if isinstance(mask, Seen):
+        rows, keys = query.shape[2], key.shape[2]
+        asked = Asked(1.0, keys - rows, mask.left, mask.right)
+        hidden = asked.hidden(slice(0, rows), slice(0, keys), query.device)
+        mask = torch.zeros_like(hidden, dtype=query.dtype).masked_fill(hidden, torch.finfo(query.dtype).min)[None, None]
+    return own(module, query, key, value, mask, **options)[0], None
+
+
+@functools.cache
+def _warn_of_all_scores(where: str, what: str) -> None:
+    logger.warning("%s asks attention for %s: it is computed as the model writes it, all scores at once", where, what)
 
 
 _OWN_ATTENTION = "--attn_implementation eager computes attention as the model writes it"
 
 
-def _mask(
+def _mask(*args: Any, **options: Any) -> Seen:
+    """transformers' interface for masks: what a mask lets rows see, without a tensor.
+
+    Raises UserError for a mask that hides more than windows and documents do, or that the model needs as a tensor.
+    """
+    seen = _seen(*args, **options)
+    if seen is None:
+        raise UserError(f"the model attends with a mask that is neither causal nor a window; {_OWN_ATTENTION}")
+    return seen
+
+
+def _mask_or_tensor(*args: Any, **options: Any) -> Seen | Tensor:
+    """The same, with a tensor that is added to scores for such a mask."""
+    seen = _seen(*args, **options)
+    return masking_utils.eager_mask(*args, **options) if seen is None else seen
+
+
+def _seen(
     q_length: int,
     kv_length: int,
     mask_function: Callable[..., Any] = causal_mask_function,
@@ -133,17 +200,15 @@ def _mask(
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
     **_: Any,
-) -> Seen:
-    """transformers' interface for masks: what a mask lets rows see, without a tensor.
+) -> Seen | None:
+    """What a mask lets rows see; None: `Seen` cannot say it, or a tensor is asked for.
 
     Documents in rows are part of it, whether the model hands on positions or not.
-
-    Raises UserError for a mask that hides more than windows and documents do, or that the model needs as a tensor.
     """
     seen = _seen_by(mask_function, kv_length)
     as_tensor = not (allow_is_causal_skip or allow_is_bidirectional_skip)
     if seen is None or as_tensor or attention_mask is not None or q_length != kv_length:
-        raise UserError(f"the model attends with a mask that is neither causal nor a window; {_OWN_ATTENTION}")
+        return None
     documents = in_rows.get()
     return seen if documents is None else Seen(seen.left, seen.right, *documents)
 
@@ -182,7 +247,7 @@ def _both(a: Seen | None, b: Seen | None) -> Seen | None:
 
 for _kernel in ("auto", *KERNELS):
     AttentionInterface.register(f"{ATTENTION}_{_kernel}", _attention_by(_kernel))
-    AttentionMaskInterface.register(f"{ATTENTION}_{_kernel}", _mask)
+    AttentionMaskInterface.register(f"{ATTENTION}_{_kernel}", _mask_or_tensor if _kernel == "auto" else _mask)
 
 
 def set_attention(config: PretrainedConfig, implementation: str, model_class: type[PreTrainedModel]) -> None:
@@ -203,10 +268,23 @@ def set_attention(config: PretrainedConfig, implementation: str, model_class: ty
     config._attn_implementation = implementation if implementation == "eager" else f"{ATTENTION}_{implementation}"
 
 
+# Where a model gives attention by other names than these something else than a mask, such as numbers of keys.
+_BY_NAME = re.compile(r"_attn_implementation in [(\[]")
+
+
 def _has_place(model_class: type[PreTrainedModel]) -> bool:
-    """Whether a model looks its attention up among transformers' functions, and not among classes of its own."""
+    """Whether a model looks its attention up among transformers' functions, and not among classes of its own; and gives
+    all of them the same."""
     module = sys.modules[model_class.__module__]
     tables = [x for x in vars(module).values() if isinstance(x, dict) and "eager" in x]
     if any(isinstance(kind, type) for table in tables for kind in table.values()):
         return False
-    return model_class._supports_attention_backend or hasattr(module, "ALL_ATTENTION_FUNCTIONS")
+    has_place = model_class._supports_attention_backend or hasattr(module, "ALL_ATTENTION_FUNCTIONS")
+    return has_place and not _BY_NAME.search(_source(module))
+
+
+def _source(module: ModuleType) -> str:
+    try:
+        return inspect.getsource(module)
+    except OSError:  # there is no file of it
+        return ""

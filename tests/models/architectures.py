@@ -24,6 +24,7 @@ SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 64, "head_dim": 8, "pad_token_id": None,
     "bos_token_id": 0, "eos_token_id": 1, "sliding_window": 8,
+    "index_topk": 6, "index_n_heads": 4, "index_block_size": 4, "index_topk_blocks": 2, "keep_window_size": 6,
 }  # fmt: skip
 NO_DROPOUT = dict.fromkeys(
     (
@@ -110,7 +111,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         name: {}
         for name in (
             "afmoe apertus aria_text bailing_hybrid beam bigbird_pegasus biogpt bitnet blenderbot blenderbot-small "
-            "cohere2_moe cpmant ctrl cwm dbrx deepseek_v4 diffllama doge dots1 ernie4_5_moe exaone_moe falcon_h1 "
+            "cohere2_moe cpmant ctrl cwm deepseek_v4 diffllama doge dots1 ernie4_5_moe exaone_moe falcon_h1 "
             "falcon_mamba flex_olmo flint gemma4_unified_text glm4_moe gpt-sw3 gpt_bigcode gpt_neox_japanese "
             "granite_swa granitemoe granitemoe_swa granitemoeshared hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 "
             "hy_v4 hyperclovax inkling2_text inkling_text internlm3 iquestcoder jais2 jamba jetmoe kimi_linear "
@@ -128,6 +129,10 @@ OTHERS: dict[str, dict[str, Any]] = {
         **{f"{part}_config": dict(_PART) for part in ("patcher", "encoder", "decoder", "global")},
     },
     "codegen": {"rotary_dim": 4},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},  # not so without the last two
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "dots3_note_text": {"num_key_value_heads": 4},
     "gemma3n_text": {
         "layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0,

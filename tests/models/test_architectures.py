@@ -7,19 +7,26 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, masking_utils
+from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
 
 from nnscaler.errors import UserError
 from nnscaler.graph import Call
-from nnscaler.models.attention import Seen, _attention_by, _mask, _seen_by, _window
+from nnscaler.models.attention import (
+    Seen,
+    _attention_by,
+    _mask,
+    _mask_or_tensor,
+    _seen_by,
+    _warn_of_all_scores,
+    _window,
+)
 from nnscaler.models.causal_lm import CausalLM, prepare_config
 from nnscaler.trace import build_on_meta, trace
 from tests.models.architectures import ARCHITECTURES, LENGTH, batch, compare, compare_uncompiled, config_of
 
 SAME_BUT_CHUNKED = {"granite": "div", "cohere": "mul", "cohere2": "mul", "gemma2": "div"}
 REFUSED = {"t5": "not a causal language model"}
-# transformers 5.17 gives OPT's attention a mask of ones, of which only values say that it hides nothing.
-REFUSED_OR_SAME = {"opt": "a mask that is neither causal nor a window"}
-OWN_ATTENTION = {"gptj", "gpt_neo", "bloom", "falcon", "mpt", "rwkv", "mamba", "git"}
+OWN_ATTENTION = {"gptj", "gpt_neo", "bloom", "falcon", "mpt", "rwkv", "mamba", "git", "deepseek_v32"}
 WITHOUT_ATTENTION = {"rwkv", "mamba"}
 
 
@@ -34,8 +41,7 @@ def test_loss_and_gradients_are_those_of_transformers(name, chunked):
     elif chunked and name in SAME_BUT_CHUNKED:
         assert f"({SAME_BUT_CHUNKED[name]}), which the chunked loss does not" in said
     else:
-        refused = name in REFUSED_OR_SAME and REFUSED_OR_SAME[name] in said
-        assert said.startswith("SAME") or refused, said
+        assert said.startswith("SAME"), said
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "mistral"])
@@ -159,6 +165,42 @@ def test_options_nobody_has_heard_of_are_refused():
     assert not torch.equal(causal, attend(module, q, q, q, None, dropout=0.5)[0])
 
 
+WRITTEN = {
+    "doge": "a mask of its own",  # chosen by scores, added to a causal one
+    "biogpt": "a mask of its own",  # of ones
+    "inkling_text": "a bias of attention's scores by position: option position_bias",  # and windows
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_layer_that_asks_for_what_ours_does_not_do_computes_its_own(name, caplog):
+    _warn_of_all_scores.cache_clear()
+    assert compare_uncompiled(name, False).startswith("SAME")
+    assert f"asks attention for {WRITTEN[name]}: it is computed as the model writes it, all scores at" in caplog.text
+    said = compare_uncompiled(name, False, "sdpa")
+    assert said.startswith("REFUSED")
+    assert said.endswith("--attn_implementation eager computes attention as the model writes it")
+
+
+def test_only_what_a_model_s_own_attention_names_is_left_to_it():
+    module = LlamaAttention(config_of("llama"), 0)
+    q = torch.randn(1, 4, 5, 8)
+    k, mask = torch.randn(1, 2, 5, 8), torch.randn(1, 1, 5, 5)
+    given = {"scaling": 0.5, "dropout": 0.0}
+    found, _ = _attention_by("auto")(module, q, k, k, mask, **given)
+    assert torch.equal(found, eager_attention_forward(module, q, k, k, mask, **given)[0])
+    with pytest.raises(UserError, match="LlamaAttention asks attention for sparse attention: option indices"):
+        _attention_by("auto")(module, q, k, k, mask, **given, indices=torch.zeros(1))
+    with pytest.raises(UserError, match="LlamaAttention asks attention for a mask of its own"):
+        _attention_by("sdpa")(module, q, k, k, mask, **given)
+
+
+def test_sparse_attention_sees_the_keys_that_a_model_chooses():
+    some, whole = (compare_uncompiled("deepseek_v32", False, index_topk=count) for count in (6, LENGTH))
+    assert some.startswith("SAME")
+    assert some != whole
+
+
 def test_what_masks_let_rows_see():
     own = lambda batch, head, row, key: key <= row  # noqa: E731
     masks = {
@@ -176,11 +218,14 @@ def test_what_masks_let_rows_see():
         assert _seen_by(mask, 8) == seen, name
 
 
-@pytest.mark.parametrize("given", [{"attention_mask": torch.ones(1, 8)}, {"allow_is_causal_skip": False}])
-def test_a_mask_that_is_needed_as_a_tensor_is_refused(given):
+@pytest.mark.parametrize("given", [{"attention_mask": torch.ones(1, 8).bool()}, {"allow_is_causal_skip": False}])
+def test_a_mask_that_is_needed_as_a_tensor_is_refused_by_kernels(given):
     assert _mask(8, 8) == Seen(right=0)  # said, and not left to what the module has by default
     with pytest.raises(UserError, match="neither causal nor a window"):
         _mask(8, 8, **given)
+    assert _mask_or_tensor(q_length=8, kv_length=8) == Seen(right=0)
+    added = _mask_or_tensor(batch_size=1, q_length=8, kv_length=8, **given)
+    assert torch.equal(added[0, 0] < 0, torch.ones(8, 8).triu(1).bool())
 
 
 def test_positions_beyond_those_of_the_model(caplog):

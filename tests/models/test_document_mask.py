@@ -18,7 +18,7 @@ OTHERS = {
     **dict.fromkeys(("gptj", "gpt_neo", "bloom", "falcon", "mpt"), "would compute attention as it writes it"),
 }
 # transformers 5.17 gives OPT's attention a mask of ones, of which only values say that it hides nothing.
-REFUSED_OR_SAME = {"opt": "a mask that is neither causal nor a window"}
+REFUSED_OR_SAME = {"opt": "a mask of its own, which may not keep documents apart"}
 WINDOWS = {
     "mistral": {"sliding_window": 5},
     "gemma3_text": {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]},
@@ -34,6 +34,13 @@ def test_each_document_is_as_if_alone(name):
         assert OTHERS[name] in said
     else:
         assert said.startswith("SAME") or REFUSED_OR_SAME.get(name, "not refused") in said, said
+
+
+@pytest.mark.parametrize("name", ["biogpt", "doge"])
+def test_attention_as_the_model_writes_it_is_refused(name):
+    said = compare_uncompiled(name, False, starts=STARTS)
+    assert said.startswith("REFUSED")
+    assert "which may not keep documents apart; leave out --document_mask" in said
 
 
 @pytest.mark.parametrize("name", WINDOWS)
