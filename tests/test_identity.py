@@ -15,6 +15,7 @@ from nnscaler import ComputeConfig, Source, UserError, compile_model, register_o
 from nnscaler.batch import Batch
 from nnscaler.compiler import check_replaceable, differences, identity
 from nnscaler.directory import check_name
+from nnscaler.identity import _content, _sources
 from nnscaler.operators import registry
 from tests import tiny
 
@@ -283,3 +284,39 @@ def test_what_else_a_compile_depends_on(tmp_path, monkeypatch, quick):
     assert differences(tmp_path, of()) == ["deterministic: compiled False, wanted True"]
     monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.float64)
     assert len(differences(tmp_path, of())) == 2
+
+
+def closing_over(value: object):
+    return lambda: value
+
+
+def test_what_a_function_computes_tells_it_apart():
+    """Functions of one name: by their code, constants, names, defaults, and what they close over; not by an address."""
+    functions = [
+        lambda x: x, lambda x: x + 1, lambda x: x + 2, lambda x: x - 1, lambda x: len(x), lambda x: max(x),
+        lambda x=1: x, lambda x=2: x, lambda *, x=1: x, lambda *, x=2: x, lambda: [y + 1 for y in ()],
+        lambda: [y + 2 for y in ()], closing_over(1), closing_over(2), closing_over(closing_over(1)),
+        functools.partial(max, 1), functools.partial(max, 2), functools.partial(min, 1), functools.partial(max, key=1),
+    ]  # fmt: skip
+    values = [*functions, 1, True, "1", None, (1, 2), (2, 1), {"a": 1}, {"b": 1}, {"a": 2}, Batch(8, 1), Batch(8, 2)]
+    texts = [_content(value) for value in values]
+    assert len(set(texts)) == len(values)
+    assert texts == [_content(value) for value in values]
+    assert not any("0x" in text for text in texts)
+
+
+def test_code_of_base_classes_and_of_a_policy_counts(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "written_base.py").write_text("from torch import nn\nclass Base(nn.Module):\n    pass\n")
+    (tmp_path / "written_child.py").write_text("from written_base import Base\nclass Child(Base):\n    pass\n")
+    (tmp_path / "written_policy.py").write_text("def policy(graph):\n    pass\n")
+    model = nn.Sequential(importlib.import_module("written_child").Child())
+    config = ComputeConfig(hardware="a100", pas_policy=importlib.import_module("written_policy").policy)
+    found = _sources(model, config)
+    assert {"written_base", "written_child", "written_policy"} <= set(found)
+    assert not any(name.split(".")[0] in ("torch", "nnscaler", "builtins") for name in found)
+    for name in ("written_base", "written_policy"):
+        (tmp_path / f"{name}.py").write_text("# edited\n")
+        edited = _sources(model, config)
+        assert [other for other in found if edited[other] != found[other]] == [name]
+        found = edited

@@ -6,6 +6,7 @@ from collections import namedtuple
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -116,3 +117,61 @@ def test_names_that_cannot_be_told_apart_and_examples_without_tensors():
         UserError, match=r"forward of Both takes .*; of the example: missing a required argument: 'a_b'"
     ):
         Signature(Both(), {"a": {"b": ONE}})
+
+
+def test_every_kind_of_parameter_gives_its_arguments_names():
+    """A tuple in the place of one parameter, several more after it, and keywords whose names are no identifiers."""
+
+    class Places(nn.Module):
+        def forward(self, pair: tuple[Tensor, Tensor], *rest: Tensor) -> Tensor:
+            return pair[1] + rest[1]
+
+    class Keywords(nn.Module):
+        def forward(self, pair: tuple[Tensor, Tensor], *, extra: Tensor, **more: Tensor) -> Tensor:
+            return pair[1] + extra * more["in-put"]
+
+    by_place = Signature(Places(), ((ONE, TWO), THREE, TWO))
+    assert {name: tensor.item() for name, tensor in by_place.tensors.items()} == {
+        "pair_0": 1.0, "pair_1": 2.0, "rest_0": 3.0, "rest_1": 2.0
+    }  # fmt: skip
+    by_keyword = Signature(Keywords(), {"in-put": TWO, "extra": THREE, "pair": (ONE, TWO)})
+    named = by_keyword.named({"pair": (TWO, THREE), "extra": ONE, "in-put": TWO})
+    assert {name: tensor.item() for name, tensor in named.items()} == {
+        "pair_0": 2.0, "pair_1": 3.0, "extra": 1.0, "in_put": 2.0
+    }  # fmt: skip
+    places, keywords = by_keyword.put(named)
+    assert places == ((TWO, THREE),)
+    assert keywords == {"extra": ONE, "in-put": TWO}
+
+
+@pytest.mark.parametrize(
+    ("constant", "like", "unlike"),
+    [(1, 1, (True, 1.0, 2)), ("a", "a", ("b", None)), (None, None, (0, "None")), (0.5, 0.5, (0.25,))],
+)
+def test_a_constant_is_that_of_the_example_in_value_and_type(constant, like, unlike):
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, constant: object) -> Tensor:
+            return x.sum()
+
+    signature = Signature(Scaled(), (ONE, constant))
+    assert list(signature.named((TWO, like))) == ["x"]
+    for other in unlike:
+        with pytest.raises(UserError, match=f"^input 'constant' of a micro-batch is {other!r}; the example was"):
+            signature.named((TWO, other))
+    array = np.ones(2)
+    assert list(Signature(Scaled(), (ONE, array)).named((TWO, array))) == ["x"], "which is the very same"
+    with pytest.raises(UserError, match="input 'constant' of a micro-batch is array"):
+        Signature(Scaled(), (ONE, array)).named((TWO, np.ones(2)))
+
+
+def test_only_the_loss_has_a_gradient():
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return (x * 2).sum(), (x * 3).max(), x
+
+    numbers = Numbers(Signature(Two(), (torch.ones(2),)), lambda output: output[0])
+    x = torch.tensor([1.0, 5.0], requires_grad=True)
+    found = numbers.of(Two())(x=x)
+    assert (found.tolist(), numbers.names) == ([12.0, 15.0], ["1"]), "the loss is not told twice, nor what is no number"
+    found.sum().backward()
+    assert x.grad.tolist() == [2.0, 2.0]
