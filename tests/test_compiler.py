@@ -15,6 +15,7 @@ from nnscaler import compiler, loaded
 from nnscaler.batch import Batch, Division
 from nnscaler.config import ComputeConfig
 from nnscaler.identity import DONE
+from nnscaler.mesh import Mesh
 from nnscaler.shards import Box
 from nnscaler.source import Source
 
@@ -233,3 +234,36 @@ def test_first_values_are_given_to_what_is_named_and_masters_are_made_of_them(mo
     ]  # fmt: skip
     assert "weights are initialised from seed 7" in caplog.text
     assert "2 new tensors are initialised from seed 8" in caplog.text
+
+
+def test_a_loaded_model_holds_what_is_trained_and_what_is_not(monkeypatch, tmp_path):
+    """What the compiled module lacks, since it does not compute with it, is held beside it: it is saved too."""
+
+    class Model(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 3)
+            self.frozen = nn.Parameter(torch.zeros(4), requires_grad=False)
+            self.register_buffer("table", torch.arange(2.0))
+            self.register_buffer("unused", torch.arange(5.0))
+            self.register_buffer("passing", torch.ones(6), persistent=False)
+
+    held: dict[str, torch.Tensor] = {}
+    specs = {
+        name: SimpleNamespace(trained=name in ("weight", "bias")) for name in ("passing", "weight", "table", "bias")
+    }
+    module = SimpleNamespace(
+        axes=SimpleNamespace(mesh=Mesh((2,), 3)), buckets="buckets", state_on_host="host", specs=specs,
+        hold_unused=held.update,
+    )  # fmt: skip
+    monkeypatch.setattr(loaded, "load_module", lambda *given: module if given == (tmp_path, "device") else None)
+    monkeypatch.setattr(loaded, "ShardedOptimizer", lambda *given: given)
+    monkeypatch.setattr(loaded, "fixed_state", lambda *given: given)
+    found = loaded.LoadedModel(tmp_path, Source(Model, {}), "config", "device")  # type: ignore[arg-type]
+    assert found.optimizer == ("buckets", "config", 2, "host")
+    assert {name: (tuple(tensor.shape), tensor.is_meta) for name, tensor in held.items()} == {
+        "frozen": ((4,), True), "unused": ((5,), False)
+    }  # fmt: skip
+    assert held["unused"].tolist() == [0, 1, 2, 3, 4]
+    assert (found.fixed[0], sorted(found.fixed[1])) == (module, ["frozen", "table", "unused"])
+    assert found.names == ["weight", "table", "bias"], "but not what no file holds"
+    assert (found.mesh, type(found.model)) == (Mesh((2,), 3), Model)

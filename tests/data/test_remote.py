@@ -141,3 +141,41 @@ def test_the_files_behind_a_url_are_a_corpus():
     }.items():
         with pytest.raises(UserError, match=said):
             find_corpus(url)
+
+
+def test_it_is_read_in_large_parts_and_from_any_place(monkeypatch):
+    """A request takes as long for a byte as for many."""
+    asked: list[tuple[int, int]] = []  # where, and how much
+
+    class File(io.BytesIO):
+        def read(self, count: int | None = -1) -> bytes:
+            asked.append((self.tell(), count or 0))
+            return super().read(count)
+
+    class System:
+        opened = sized = 0
+
+        def open(self, name: str, mode: str) -> Any:
+            self.opened += 1
+            assert (name, mode) == ("x", "rb")
+            return File(CONTENT)
+
+        def size(self, name: str) -> int:
+            self.sized += 1
+            return len(CONTENT)
+
+    system = System()
+    with opened(system, "x") as file:
+        assert file.read(1) == CONTENT[:1]
+        assert asked == [(0, 2**18)]
+    monkeypatch.setattr(remote, "READ", 16)
+    with opened(system, "x") as file:
+        assert (file.readable(), file.seekable(), file.tell()) == (True, True, 0)
+        assert file.seek(-4, io.SEEK_END) == file.seek(-4, io.SEEK_END) == 1020
+        assert file.seek(100) == 100
+        assert file.read(2) == CONTENT[100:102]
+        assert file.seek(300, io.SEEK_CUR) == 402
+        assert file.read(3) == CONTENT[402:405]
+        assert file.seek(2000) == 2000
+        assert file.read(1) == b"", "behind its end is nothing"
+    assert (system.opened, system.sized) == (2, 1)
