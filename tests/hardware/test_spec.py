@@ -249,6 +249,7 @@ def test_nodes_are_as_they_are(monkeypatch):
     assert find_hardware(None).devices_per_node == 4
     alone = ComputeConfig(8, 8).find_hardware()
     assert "nodes of 4 devices" in alone.remark
+    assert "nodes of 4 devices" in ComputeConfig(2, 8).find_hardware().remark, "copies of the model on several"
     assert ComputeConfig(4, 4).find_hardware().remark == ""
     for name, value in {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "2"}.items():  # four nodes of two
         monkeypatch.setenv(name, value)
