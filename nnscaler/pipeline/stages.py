@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf, prod
 
-from nnscaler.graph import Call, Graph
+from nnscaler.graph import Call, Graph, Node, Ref, format_arguments, map_refs
 from nnscaler.hardware import Hardware
 from nnscaler.mesh import Mesh
 from nnscaler.pipeline.cut import StageGraph, cut, shared_parameters
@@ -323,13 +323,19 @@ def _likeness(graph: Graph) -> object:
     """Equal for graphs that differ only in the names of tensors of the root block, and of parameters."""
     place = {name: index for index, name in enumerate(_names(graph))}
     nodes = tuple(
-        (node.op, node.block if isinstance(node, Call) else "", tuple(place[name] for name in node.inputs), node.pinned)
+        (node.op, node.block if isinstance(node, Call) else "", _arguments(node, place), node.no_grad, node.pinned)
         for node in graph.root.nodes
     )
     parameters = {path: index for index, path in enumerate(dict.fromkeys(path for *_, path in graph.parameter_uses()))}
     uses = tuple((parameters[path], graph.stored.get(path)) for *_, path in graph.parameter_uses())
     metas = tuple(graph.root.tensors[name] for name in _names(graph))
     return nodes, uses, metas, tuple(place[name] for name in graph.root.outputs)
+
+
+def _arguments(node: Node, place: Mapping[str, int]) -> str:
+    """A node's arguments as text, with each tensor's place among all."""
+    args, kwargs = map_refs((node.args, node.kwargs), lambda ref: Ref(str(place[ref.name])))
+    return format_arguments(args, kwargs)
 
 
 def _names(graph: Graph) -> list[str]:
