@@ -81,6 +81,23 @@ def test_the_best_is_that_of_the_lowest_validation_loss(tmp_path):
     assert listed[-1].endswith("step 6, loss 1.100000, validation loss 3.000000  <- last, best")
 
 
+def test_a_step_that_is_saved_again_gets_a_number(tmp_path):
+    """As where a run goes on from an older checkpoint. The links are to the newest, and to the first of the best."""
+    names = ["step_00000008", "step_00000008-2", "step_00000008-3"]
+    for name, loss in zip(names, (2.0, 1.0, 1.0)):
+        assert publish_one(tmp_path, 8, loss) == tmp_path / name
+        assert os.readlink(tmp_path / "last") == name
+    assert os.readlink(tmp_path / "best") == names[1]
+    assert not (tmp_path / ".step_8.writing").exists()
+    for nothing, said in (
+        (tmp_path / "nowhere", "does not exist"),
+        (tmp_path / "none", "holds no complete checkpoint"),
+    ):
+        (tmp_path / "none").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=f"'{nothing}' {said}$"):
+            latest_checkpoint(nothing)
+
+
 def test_due_by_steps_and_by_minutes(monkeypatch):
     now = 100.0
     monkeypatch.setattr(due, "time", SimpleNamespace(monotonic=lambda: now))
