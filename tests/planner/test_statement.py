@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import pytest
 
 from nnscaler.plan import Key
@@ -16,6 +18,8 @@ def test_values_and_prices_follow_from_choices():
     statement.above(least, [(product, 1.0)], -20.0)
     statement.above(least, [(b, 0.5)])
     statement.row([(a, 1.0), (b, 1.0)], lower=2.0, upper=5.0)
+    assert (statement.integer, statement.bounds) == ([True, True, False, False], [3, 3, 100, inf])
+    assert statement.quantities == [Quantity.NUMBER] * 3 + [Quantity.SECONDS]
     assert statement.values({a: 2.0, b: 3.0}) == [2.0, 3.0, 20.0, 1.5]
     assert statement.values({a: 3.0, b: 2.0}) == [3.0, 2.0, 30.0, 10.0]
     assert statement.values({a: 3.0, b: 3.0}) is None, "above the row's upper bound"
@@ -29,3 +33,20 @@ def test_values_and_prices_follow_from_choices():
     shares = {Account.TIME: 1.0, Account.LAST: 0.25}
     assert statement.prices(values, shares) == pytest.approx({key: 2 * 2 + 1.5 + 20 / 4, other: 15.0})
     assert len(statement.terms(Account.TIME)) == 3, "what costs nothing is no charge"
+
+
+def test_what_runs_beside_makes_longer_what_it_is_not_hidden_by():
+    """Of 6 s beside 10 s, which lose a tenth of what runs beside them; then of 12 s, and with 3 s hidden before."""
+    for beside, before, lost, longer in (
+        (6.0, 0.0, 0.1, 0.6), (12.0, 0.0, 0.1, 12 - 9.0), (12.0, 3.0, 0.1, 12 + 3 - 9.0), (6.0, 0.0, 0.0, 0.0),
+        (12.0, 0.0, 0.0, 2.0), (6.0, 5.0, 0.0, 1.0), (0.0, 0.0, 0.1, 0.0),
+    ):  # fmt: skip
+        statement = Statement()
+        runs, computes, hidden = (statement.choice() for _ in range(3))
+        key = Key("copies", "", "update")
+        variable = statement.longer(key, [(runs, beside)], [(computes, 10.0)], lost, 0.25, [(hidden, before)])
+        values = statement.values({runs: 1.0, computes: 1.0, hidden: 1.0})
+        assert values is not None
+        assert values[variable] == pytest.approx(longer)
+        found = statement.prices(values, {Account.TIME: 1.0})
+        assert found == ({key: pytest.approx(longer / 4)} if longer else {}), "in a quarter of the micro-batches"
