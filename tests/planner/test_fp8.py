@@ -261,3 +261,10 @@ def test_what_a_region_is_given_is_kept_as_it_is_where_the_region_runs_again(lev
     priced = price(Program(problem), Solution(chosen, {graph.root.name: {KEEPS_ALL: 1}, "gated": {level: 4}}))
     shard = 2 * M // 2 * K  # in bf16, which the sigmoid's own backward reads
     assert priced.memory[Key("saved", "gated", "sigmoid", level.name)] == 4 * (byte * M * K + shard)
+
+
+@pytest.mark.parametrize(("sizes", "held"), [((3, 5, 7), 2 * 3 * 7 + 7 * 5), ((3, 5, 2), 2 * 3 * 5 + 2 * 5)])
+def test_most_that_is_rounded_at_a_time(sizes, held):
+    """The weight, and in two orders the input in forward or the result's gradient in backward."""
+    m, k, n = sizes
+    assert fp8_costs.Fp8Product(m, k, n, 2, takers=1, trains_x=True, trains_w=True).held == held

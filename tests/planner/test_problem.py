@@ -13,11 +13,15 @@ from nnscaler.compiler import Source
 from nnscaler.graph import Graph
 from nnscaler.hardware import load_hardware
 from nnscaler.mesh import Mesh
-from nnscaler.placement import REPLICATE, SHARED, Shard
+from nnscaler.placement import REPLICATE, SHARED, Placements, Shard
 from nnscaler.planner import problem as stating
 from nnscaler.planner.costs import CostModel
+from nnscaler.planner.price import price
 from nnscaler.planner.problem import Flow, Problem, Recomputing, build_problem
-from nnscaler.recompute import IN_GROUPS, KEEPS_ALL, ON_DEVICE, RECOMPUTES_ALL, SAME_ON_HOST
+from nnscaler.planner.program import Program, Solution
+from nnscaler.planner.statement import Terms
+from nnscaler.planner.working import Working
+from nnscaler.recompute import IN_GROUPS, KEEPS_ALL, ON_DEVICE, RECOMPUTES_ALL, SAME_ON_HOST, Level
 from nnscaler.trace import trace
 
 WEIGHT = 8 * 8
@@ -37,7 +41,7 @@ class Model(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer() for _ in range(3))
+        self.layers = nn.ModuleList(Layer() for _ in self.scales)
         self.head = nn.Linear(8, 8, bias=False)
         self.head.weight = self.layers[1].up.weight
         for layer in self.layers:
@@ -54,6 +58,10 @@ class Model(nn.Module):
 
 class Chained(Model):
     scales = (0, 0, 1)
+
+
+class TwiceThree(Model):
+    scales = (0, 0, 0, 1, 1, 1)
 
 
 def traced(kind: type[Model]) -> Graph:
@@ -167,6 +175,9 @@ def test_units_know_how_often_and_where_they_run(graph):
     assert not any(one.fused for one in units.values())
     fused = build_problem(graph, CostModel(load_hardware("h100"), Mesh((2,)), True), Recomputing(), 3)
     kinds = {name for name, one in zip(units, (d for d in fused.decisions if d.kind == "unit")) if one.fused}
+    for decisions, everywhere, products in ((stated(graph).decisions, 1, 1), (fused.decisions, 4, 2)):
+        kept = {one.name: len(one.inner_kept_at) for one in decisions if (one.kind, one.block) == ("unit", "layer")}
+        assert kept == {"up": products, "mul": 1, "down": everywhere, "add": everywhere}, "of four levels"
     assert kinds == {("layer", "mul"), ("layer", "add"), ("model", "mul"), ("model", "add"), ("model", "sum_1")}
 
 
@@ -206,3 +217,82 @@ def test_what_may_be_computed_in_pieces(graph):
         assert list(sizes) == [2 if layout == (Shard(0),) else 4 for layout in layouts]
     assert stated(graph, sparing=False).divisible == []
     assert stated(graph, groups=False).divisible == [replace(divisible, whole=1)]
+
+
+def priced(problem: Problem, level: Level, pieces: int, **layouts: Placements) -> bool:
+    """Whether a layer's stretch may be in so many pieces at a level; what is not named lies whole on both devices."""
+    chosen = []
+    for decision in problem.decisions:
+        wanted = layouts.get(decision.name, (REPLICATE,)) if decision.block == "layer" else (REPLICATE,)
+        found = [i for i, option in enumerate(decision.options) if option.outputs[0] in (wanted, (SHARED,))]
+        chosen.append(found[0])
+    levels = {"layer": {level: 3}, "model": {KEEPS_ALL: 1}}
+    return (
+        price(Program(problem), Solution(chosen, levels, pieces={("layer", "add"): pieces} if pieces else {}))
+        is not None
+    )
+
+
+def test_what_is_resharded_inside_or_kept_is_not_computed_in_pieces(graph):
+    problem, columns = stated(graph, groups=False), {"mul": (Shard(1),)}
+    found = [
+        priced(problem, level, pieces, **layouts)
+        for level in (RECOMPUTES_ALL, KEEPS_ALL)
+        for pieces in (0, 4)
+        for layouts in ({}, columns)
+    ]
+    assert found == [True, True, True, False, True, True, False, False]
+
+
+def test_what_other_calls_keep_is_counted_of_the_micro_batch_that_runs_backward(graph, monkeypatch):
+    """However many others are in flight."""
+    found: dict[int, list] = {}
+    count = Working.kept_after
+
+    def counted(self: Working, block: str, level: Level) -> Terms:
+        found[self.problem.in_flight].append(((block, level), terms := count(self, block, level)))
+        return terms
+
+    monkeypatch.setattr(Working, "kept_after", counted)
+    for in_flight in (1, 4):
+        found[in_flight] = []
+        Program(stated(graph, in_flight=in_flight, groups=False))
+    assert any(terms for _, terms in found[1])
+    assert found[1] == found[4]
+
+
+def first_of_all(program: Program) -> list[int]:
+    return [0] * len(program.problem.decisions)
+
+
+def test_no_more_calls_are_in_groups_than_their_chains_have_places_for():
+    """Of two chains of three, two calls each may be a pair; three pairs would reach from one into the other."""
+    problem = stated(traced(TwiceThree), Mesh((1,)))
+    (pair, *_) = (level for level in problem.levels["layer"] if level.size == 2)
+    program, found = Program(problem), []
+    for together in (2, 4, 6):
+        levels = {"layer": {pair: together, KEEPS_ALL: 6 - together}, "model": {KEEPS_ALL: 1}}
+        found.append(price(program, Solution(first_of_all(program), levels)) is not None)
+    assert found == [True, True, False]
+
+
+def test_a_level_that_some_call_has_counts_as_used(graph):
+    program = Program(stated(graph, groups=False, host=1e12))
+    for level in program.problem.levels["layer"]:
+        levels = {"layer": {level: 2}, "model": {KEEPS_ALL: 1}}
+        levels["layer"][KEEPS_ALL] = levels["layer"].get(KEEPS_ALL, 0) + 1
+        values = program.values(Solution(first_of_all(program), levels))
+        assert program.statement.values(values) is not None
+        for (_, used), variable in program.choices.u.items():
+            assert values[variable] == (used in levels["layer"])
+            if values[variable]:
+                assert program.statement.values({**values, variable: 0.0}) is None
+
+
+def test_sizes_of_what_flows_are_those_of_all_its_layouts(graph):
+    """With the largest, which sums are bounded by: of [4, 8] in fp32, or half of it on each of two devices."""
+    program = Program(stated(graph))
+    flow = next(flow for flow in program.problem.flows if (flow.block, flow.tensor) == ("layer", "up"))
+    terms, most = program.flows.size(flow)
+    assert sorted(size for _, size in terms) == [64, 64, 128, 128], "a sum's terms are whole"
+    assert most == 128
