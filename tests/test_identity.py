@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from nnscaler import ComputeConfig, Source, UserError, compile_model, register_o
 from nnscaler.batch import Batch
 from nnscaler.compiler import check_replaceable, differences, identity
 from nnscaler.directory import check_name
-from nnscaler.identity import _content, _sources
+from nnscaler.identity import _content, _package_digest, _sources
 from nnscaler.operators import registry
 from tests import tiny
 
@@ -305,18 +306,49 @@ def test_what_a_function_computes_tells_it_apart():
     assert not any("0x" in text for text in texts)
 
 
-def test_code_of_base_classes_and_of_a_policy_counts(tmp_path, monkeypatch):
+def test_code_of_base_classes_of_a_policy_and_of_operators_counts(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "written_base.py").write_text("from torch import nn\nclass Base(nn.Module):\n    pass\n")
     (tmp_path / "written_child.py").write_text("from written_base import Base\nclass Child(Base):\n    pass\n")
     (tmp_path / "written_policy.py").write_text("def policy(graph):\n    pass\n")
+    (tmp_path / "written_operator.py").write_text("def operator(x):\n    return x\n")
+    operators = [SimpleNamespace(function=importlib.import_module("written_operator").operator)]
+    monkeypatch.setattr("nnscaler.identity.all_registered", lambda: [*operators, SimpleNamespace(function=None)])
     model = nn.Sequential(importlib.import_module("written_child").Child())
     config = ComputeConfig(hardware="a100", pas_policy=importlib.import_module("written_policy").policy)
     found = _sources(model, config)
-    assert {"written_base", "written_child", "written_policy"} <= set(found)
+    assert {"written_base", "written_child", "written_policy", "written_operator"} <= set(found)
     assert not any(name.split(".")[0] in ("torch", "nnscaler", "builtins") for name in found)
-    for name in ("written_base", "written_policy"):
+    for name in ("written_base", "written_policy", "written_operator"):
         (tmp_path / f"{name}.py").write_text("# edited\n")
         edited = _sources(model, config)
         assert [other for other in found if edited[other] != found[other]] == [name]
         found = edited
+
+
+def test_another_version_of_the_package_is_told_by_its_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("nnscaler.identity.__file__", str(tmp_path / "identity.py"))
+    for name in ("identity.py", "inner/plan.py", "inner/h100.json", "about.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    seen = {_package_digest()}
+    for name in ("identity.py", "inner/plan.py", "inner/h100.json", "inner/new.py"):
+        (tmp_path / name).write_text("edited")
+        assert _package_digest() not in seen, name
+        seen.add(_package_digest())
+    (tmp_path / "inner" / "plan.py").rename(tmp_path / "plan.py")
+    assert _package_digest() not in seen, "another place is another module"
+    seen.add(_package_digest())
+    (tmp_path / "about.txt").write_text("edited")
+    assert _package_digest() in seen
+
+
+def test_policies_of_one_name_are_told_apart_by_their_code(quick):
+    model = nn.Linear(2, 2)
+    source = Source(lambda: model, {"x": torch.zeros(2, 2)})
+    first, other = (
+        identity(source, model, ComputeConfig(hardware="a100", pas_policy=policy))["config"]["pas_policy"]
+        for policy in (lambda graph: graph.store("a"), lambda graph: graph.store("b"))
+    )
+    assert first != other
+    assert "0x" not in first
