@@ -347,7 +347,7 @@ def test_policies_of_one_name_are_told_apart_by_their_code(quick):
     model = nn.Linear(2, 2)
     source = Source(lambda: model, {"x": torch.zeros(2, 2)})
     first, other = (
-        identity(source, model, ComputeConfig(hardware="a100", pas_policy=policy))["config"]["pas_policy"]
+        identity(source, source.build(), ComputeConfig(hardware="a100", pas_policy=policy))["config"]["pas_policy"]
         for policy in (lambda graph: graph.store("a"), lambda graph: graph.store("b"))
     )
     assert first != other
