@@ -45,6 +45,7 @@ def test_every_column_says_the_same(rows: list[list[int]]) -> None:
     inputs = document_inputs([np.array(row) for row in columns["document_starts"]], LENGTH)
     assert inputs["position_ids"].tolist() == columns["position_ids"]
     assert inputs["documents"].tolist() == columns["seq_idx"]
+    assert {tensor.dtype for tensor in inputs.values()} == {torch.int64}
 
 
 def test_a_row_that_goes_on_with_a_document_begins_one_of_its_own() -> None:
@@ -173,7 +174,7 @@ def test_padding_is_no_document(tmp_path, monkeypatch) -> None:
     positions = [[0, 1, 0, 1, 2, 3, 4, 5]]
     anew = saved(tmp_path / "anew", input_ids=ids[4:], labels=labels[4:], position_ids=positions)
     found = anew.document_lengths
-    assert (found.documents, found.longest, found.positions) == (1, 2, 6)
+    assert (found.documents, found.longest, found.positions, found.mean) == (1, 2, 6, 2.0)
     assert anew.asks_for_documents
 
 

@@ -17,6 +17,7 @@ from nnscaler.data.sources import Corpus
 
 def test_neighbours_are_grouped_until_they_weigh_enough() -> None:
     assert list(groups([3, 1, 4, 5, 1, 1], lambda item: item, 4)) == [[3, 1], [4], [5], [1, 1]]
+    assert list(groups([4, 3, 1], lambda item: item, 4)) == [[4], [3, 1]], "each is weighed anew"
     assert list(groups([], lambda item: item, 4)) == []
 
 
