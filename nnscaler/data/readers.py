@@ -36,6 +36,7 @@ LINES_SEEN = 50  # of a CSV file, to find out how its fields are separated
 OTHER_COLUMNS = (
     "--messages_column names one of conversations; in JSON, --text_column outer.inner names one within another"
 )
+_ABSENT = object()  # in the place of a value
 HALF_PAIR = re.compile(r"[\ud800-\udfff]")  # JSON may spell half a surrogate pair, which no tokenizer takes
 
 
@@ -276,10 +277,10 @@ def _row_text(row: Any, column: str | None, place: str) -> tuple[str, str]:
     """The text column of a decoded JSON row, and its text. `column` None: it is chosen now"""
     if not isinstance(row, dict):
         raise UserError(f"{place}: a row must be a JSON object, not {type(row).__name__}")
-    if column is None or (column not in row and not _inner(row, column)):
+    if column is None or _value(row, column) is _ABSENT:
         strings = [name for name, value in row.items() if isinstance(value, str)]
         column = _choose_column(strings, list(row), column, place)
-    text = row[column] if column in row else _inner(row, column)
+    text = _value(row, column)
     if text is None:
         text = ""
     if not isinstance(text, str):
@@ -293,11 +294,15 @@ def _row_text(row: Any, column: str | None, place: str) -> tuple[str, str]:
     return column, text
 
 
-def _inner(row: dict[str, Any], column: str) -> Any:
-    """The value of a column within another, such as "data.text". None where there is none."""
+def _value(row: dict[str, Any], column: str) -> Any:
+    """The value of a column, or of one within another, such as "data.text"; _ABSENT where there is no such column.
+    Within what is null, all is."""
+    if column in row:
+        return row[column]
     value: Any = row
     for name in column.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
+        if value is not None:
+            value = value.get(name, _ABSENT) if isinstance(value, dict) else _ABSENT
     return value
 
 

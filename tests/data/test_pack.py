@@ -157,3 +157,16 @@ def test_a_document_in_pieces_begins_once_and_ends_once() -> None:
     inner = [i for text in texts for i in backend.encode(text, add_special_tokens=False).ids]
     tokens = packing._MarkedTokenizer(tokenizer).encode_pieces(pieces)
     assert (tokens.ids.tolist(), tokens.starts.tolist()) == ([0, *inner, 1], [0])
+
+
+def test_ids_may_be_as_large_as_vocabularies_are() -> None:
+    backend = Tokenizer(models.WordLevel({"small": 7, "large": 250_000}, unk_token="small"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    marked = packing._MarkedTokenizer(tokenizer)
+    tokens = marked.encode_pieces([packing._Piece("large small", True, True), packing._Piece("large", True, True)])
+    assert tokens.ids.tolist() == [marked.bos, 250_000, 7, marked.eos, marked.bos, 250_000, marked.eos]
+    before, after = packing._joined([tokens, tokens]).cut(9)
+    assert (before.starts.tolist(), after.starts.tolist()) == ([0, 4, 7], [2])
+    assert after.ids.tolist() == tokens.ids[2:].tolist()
+    assert {each.dtype for each in (*before, *after)} == {np.dtype(np.int32)}, "as they are written"

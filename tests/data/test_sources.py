@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 from nnscaler import hub
-from nnscaler.data import sources
+from nnscaler.data import readers, sources
 from nnscaler.data.sources import find_corpus
 from nnscaler.errors import UserError
 
@@ -134,6 +135,42 @@ def test_characters_of_parquet_files_are_counted_too(tmp_path: Path) -> None:
     corpus = find_corpus(str(tmp_path / "a.parquet"))
     assert list(corpus.documents()) == ["caf\ufffd", "tea", ""]
     assert list(corpus.replaced.values()) == [1]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()])
+def test_texts_of_parquet_files_are_of_any_type_of_text(tmp_path: Path, kind: pa.DataType) -> None:
+    """The only column of them is the one, however many numbers there are."""
+    columns = {"id": pa.array([1, 2, 3]), "body": pa.array(["one", None, "three"], kind), "raw": pa.array([b"x"] * 3)}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert pq.read_schema(tmp_path / "a.parquet").field("body").type == kind
+    assert list(find_corpus(str(tmp_path / "a.parquet")).documents()) == ["one", "", "three"]
+
+
+def test_a_column_may_lie_within_another_and_be_empty_there(tmp_path: Path) -> None:
+    """A column's own name counts before that. A row without text is one of no characters."""
+    rows = [
+        {"a.b": "own", "a": {"b": "inner"}},
+        {"a": {"b": "inner"}},
+        {"a": {"b": ""}},
+        {"a": {"b": None}},
+        {"a": None},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(find_corpus(str(tmp_path), text_column="a.b").documents()) == ["own", "inner", "", "", ""]
+    for row in ({"a": {"c": "x"}}, {"a": "x"}, {"b": "x"}):
+        (tmp_path / "a.jsonl").write_text(json.dumps(row))
+        with pytest.raises(UserError, match=r"a.jsonl, line 1: there is no column 'a.b'; "):
+            list(find_corpus(str(tmp_path), text_column="a.b").documents())
+
+
+@pytest.mark.parametrize(("rows", "groups", "at_once"), [(1000, [4000, 6000], 1000), (10, [10**6] * 4, 1),
+                                                         (1024, [2**20] * 2, 129), (0, [], 1000)])  # fmt: skip
+def test_as_many_rows_are_decoded_at_once_as_are_small(rows: int, groups: list[int], at_once: int) -> None:
+    """Of 2 KiB each, 128 are as large as what is read at a time, and one more; at most a thousand."""
+    sizes = [SimpleNamespace(total_byte_size=size) for size in groups]
+    metadata = SimpleNamespace(num_rows=rows, row_group=sizes.__getitem__)
+    assert readers.BLOCK == 2**18
+    assert readers._rows_at_once(SimpleNamespace(metadata=metadata, num_row_groups=len(groups))) == at_once  # type: ignore[arg-type]
 
 
 def test_what_is_left_out_is_listed_up_to_five_kinds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
