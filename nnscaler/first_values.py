@@ -11,20 +11,27 @@ import torch
 from torch import Tensor, nn
 
 from nnscaler.errors import UserError
+from nnscaler.trace.meta import FirstValues
 
 
 def initial_parameters(
-    model: nn.Module, seed: int, device: torch.device, names: Collection[str] | None = None
+    model: nn.Module,
+    seed: int,
+    device: torch.device,
+    names: Collection[str] | None = None,
+    first: FirstValues | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, value in fp32) of the parameters of a model on the meta device, one module after the other: of those that
     are named, or of all.
 
     The values depend on the seed and the module's path only: not on the plan, nor on other modules. They are what the
     `_init_weights` of the surrounding Hugging Face models makes of them. For what that leaves untouched, and for other
-    models, the module's own `reset_parameters` makes them. Tied parameters come once, under their first name.
+    models, the module's own `reset_parameters` makes them. `first` is what else is known of them. Tied parameters come
+    once, under their first name.
 
-    Raises UserError for a parameter that neither gives a value.
+    Raises UserError for a parameter to which neither gives a value, or something else gives one that is lost.
     """
+    first = first or FirstValues()
     seen: set[int] = set()
     for path, module in model.named_modules():
         own = {
@@ -49,6 +56,15 @@ def initial_parameters(
         module._parameters.update(kept)
         for name, value in values.items():
             full = f"{path}.{name}".lstrip(".")
+            if full in first.known:
+                yield full, first.known[full].to(device, torch.float32)
+                continue
+            if full in first.lost:
+                raise UserError(
+                    f"parameter '{full}' of {type(module).__name__} gets its first value at {first.lost[full]}, and "
+                    "not in the model's _init_weights() or the module's reset_parameters(), which alone are called "
+                    "again; move it there, or give the module itself"
+                )
             if value.isnan().any():
                 raise UserError(
                     f"parameter '{full}' of {type(module).__name__} has no first value: neither the model's "

@@ -105,7 +105,7 @@ class LoadedModel:
         self.optimizer = ShardedOptimizer(
             self.module.buckets, config, self.mesh.plan_ngpus, self.module.state_on_host
         )  # fmt: skip
-        self.model, buffers = source.build()
+        self.model, buffers, self._first = source.build_with_first_values()
         trained = [name for name, spec in self.module.specs.items() if spec.trained]
         fixed = fixed_tensors(self.model, trained)
         self.module.hold_unused(
@@ -120,7 +120,7 @@ class LoadedModel:
         what = "weights are" if names is None else f"{len(names)} new tensors are"
         logger.info("%s initialised from seed %d", what, seed)
         wanted = self.module.parameters_to_load()
-        for name, value in initial_parameters(self.model, seed, self.module.axes.device, names):
+        for name, value in initial_parameters(self.model, seed, self.module.axes.device, names, self._first):
             if name in wanted:
                 self.module.load_one(name, value[self.module.box(name).slices])
         self.optimizer.load_masters()

@@ -55,8 +55,9 @@ def parallelize(
     """Plans, compiles and loads a module for the processes that run. Collective.
 
     module_or_factory  a module, which is left as it is; its weights are taken from rank 0. Or a function without
-                       arguments that makes one; it then takes no memory, and its weights come from `seed`, as do
-                       those of a module on the meta device
+                       arguments that makes one; it then takes no memory, and its weights come from `seed`, as its
+                       modules' `reset_parameters` or its `_init_weights` make them, as do those of a module on the
+                       meta device
     example_inputs     a micro-batch: forward's arguments, by name or in order. They may be nested in lists, tuples and
                        dicts, and optional ones left out. Tensors in every micro-batch have these shapes and types;
                        their values matter only where `compute_config.trace_strategy` executes the model. All else is a

@@ -15,7 +15,7 @@ from nnscaler.graph import Graph, short_dtype
 from nnscaler.hardware import Hardware
 from nnscaler.report.arithmetic import model_flops
 from nnscaler.report.values import Work
-from nnscaler.trace import build_on_meta
+from nnscaler.trace.meta import FirstValues, build_with_first_values
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,16 @@ class Source:
 
     def build(self) -> tuple[nn.Module, dict[str, Tensor]]:
         """The model on the meta device (without values), and name -> value of its buffers."""
-        model, buffers = build_on_meta(self.make)
+        model, buffers, _ = self.build_with_first_values()
+        return model, buffers
+
+    def build_with_first_values(self) -> tuple[nn.Module, dict[str, Tensor], FirstValues]:
+        """The same, and what making the model says of its parameters' first values."""
+        model, buffers, first = build_with_first_values(self.make, self.seed)
         for parameter in model.parameters():
             if parameter.dtype.is_floating_point:
                 parameter.data = parameter.data.to(self.dtype)
-        return model, buffers
+        return model, buffers, first
 
     def about(self) -> dict[str, Any]:
         """What a plan is made for, as plain values. They do not depend on the time or the place."""

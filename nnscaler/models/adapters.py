@@ -42,11 +42,13 @@ def adapted(model: nn.Module, config: LoraConfig) -> Any:
         ) from error
     if config.target_modules == "all-linear":
         config.target_modules = sorted(own.target_modules or ())
+    part: Any
     for layer in found.modules():
         if isinstance(layer, LoraLayer):
             for parts, kind in ((layer.lora_A, _Random), (layer.lora_B, _Zeros)):
                 for part in parts.values():
                     part.__class__ = kind
+                    part._init_weights(part)  # from now on it gives the first values, not peft
     return found
 
 
