@@ -188,6 +188,14 @@ def test_a_number_of_a_row_says_nothing_of_its_tokens(tmp_path) -> None:
     assert saved(tmp_path, input_ids=[[1], [2]], document_ids=[5, 6]).documents is None
 
 
+def test_of_several_columns_the_one_that_says_most_counts(tmp_path) -> None:
+    """Places may say that a row goes on with a document; positions do, too."""
+    columns = {"seq_idx": [[1, 1, 2]], "position_ids": [[0, 0, 1]], "document_starts": [[2]]}
+    assert saved(tmp_path / "all", input_ids=[[1, 2, 3]], **columns).documents == "document_starts"
+    del columns["document_starts"]
+    assert saved(tmp_path / "two", input_ids=[[1, 2, 3]], **columns).documents == "position_ids"
+
+
 def test_a_dataset_without_starts_of_documents(tmp_path) -> None:
     dataset = saved(tmp_path, input_ids=[[1, 2]])
     with pytest.raises(UserError, match=r"does not say where documents begin; make it anew with bookcorpus\.py"):

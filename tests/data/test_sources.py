@@ -163,6 +163,37 @@ def test_a_column_may_lie_within_another_and_be_empty_there(tmp_path: Path) -> N
             list(find_corpus(str(tmp_path), text_column="a.b").documents())
 
 
+@pytest.mark.parametrize("block", [1, 2, 3, 5, 8, 13, 1000])
+def test_rows_are_the_same_wherever_reading_them_pauses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    """Within a word, a number, or a sign that is spelled with several letters."""
+    rows = [{"a": True, "b": None, "c": -1.5e3, "text": "\u00e9\n😀", "d": [False, {}]}, {"text": "x"}]
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "b.json").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr(readers, "BLOCK", block)
+    found = [(row, Path(place).name) for row, place in find_corpus(str(tmp_path)).rows()]
+    assert found == [(rows[0], "a.json, line 2"), (rows[1], "a.json, line 12")] + [
+        (row, f"b.json, line {number}") for number, row in enumerate(rows, 1)
+    ]
+
+
+def test_a_long_row_is_not_looked_at_each_time_that_more_of_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried, original = [], json.JSONDecoder.raw_decode
+
+    def decode(self: json.JSONDecoder, text: str, at: int) -> Any:
+        tried.append(len(text))
+        return original(self, text, at)
+
+    monkeypatch.setattr(json.JSONDecoder, "raw_decode", decode)
+    monkeypatch.setattr(readers, "BLOCK", 8)
+    (tmp_path / "a.json").write_text(json.dumps({"text": "x" * 10_000}))
+    assert list(find_corpus(str(tmp_path)).documents()) == ["x" * 10_000]
+    assert len(tried) < 20, "but each time when it has doubled"
+
+
 @pytest.mark.parametrize(("rows", "groups", "at_once"), [(1000, [4000, 6000], 1000), (10, [10**6] * 4, 1),
                                                          (1024, [2**20] * 2, 129), (0, [], 1000)])  # fmt: skip
 def test_as_many_rows_are_decoded_at_once_as_are_small(rows: int, groups: list[int], at_once: int) -> None:
