@@ -5,10 +5,11 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
+from torch.distributed.pipelining import schedules
 
 from nnscaler import UserError
 from nnscaler.pipeline.simulate import StageSeconds, simulate
-from nnscaler.schedules import KINDS, Compute, Post, Schedule, Transfer, Wait, actions, in_flight
+from nnscaler.schedules import KINDS, Compute, Post, Schedule, Transfer, Wait, actions, in_flight, torch_schedule
 
 ALL = [
     Schedule(kind, ranks, ranks * per_rank, micro_batches)
@@ -109,9 +110,42 @@ def test_activations_in_flight():
         (("1f1b", 2, 3, 4), "schedule 1f1b on 2 ranks takes 2 stages; there are 3"),
         (("zb-v", 2, 8, 8), "schedule zb-v on 2 ranks takes 4 stages; there are 8"),
         (("1f1b", 4, 4, 3), "grad_accumulation_steps is 3; .* needs at least 4 micro-batches"),
+        (
+            ("dualpipe-v", 2, 4, 3),
+            "grad_accumulation_steps is 3; .* with 4 stages on 2 ranks needs at least 4 micro-batch",
+        ),
+        (("zb-v", 2, 4, 1), "grad_accumulation_steps is 1; .* with 4 stages on 2 ranks needs at least 2 micro-batch"),
+        (("interleaved", 2, 4, 1), "grad_accumulation_steps is 1; .* needs at least 2 micro-batches"),
         (("interleaved", 2, 4, 7), "grad_accumulation_steps is 7; .* needs a multiple of 3"),
     ],
 )
 def test_what_torch_cannot_run_is_one_line(arguments, message):
     with pytest.raises(UserError, match=message):
         Schedule(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stages", "of_ranks"),
+    [("1f1b", 3, [[0], [1], [2]]), ("interleaved", 12, [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]),
+     ("zb-v", 6, [[0, 5], [1, 4], [2, 3]]), ("dualpipe-v", 6, [[0, 5], [1, 4], [2, 3]])],
+)  # fmt: skip
+def test_which_stages_a_rank_has(kind, stages, of_ranks):
+    schedule = Schedule(kind, 3, stages, 6)
+    assert [schedule.stages_of(rank) for rank in range(3)] == of_ranks
+    assert all(schedule.rank_of(stage) == rank for rank, own in enumerate(of_ranks) for stage in own)
+    assert str(schedule) == f"{kind}, {stages} stages on 3 ranks, 6 micro-batches"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_adds_gradients_up_and_does_not_average_them(kind, monkeypatch):
+    """Of one stage it takes the stage, of several a list."""
+    given = []
+    monkeypatch.setattr(schedules, KINDS[kind].torch_name, lambda *args, **named: given.append((*args, named)))
+    loss = sum
+    torch_schedule(Schedule(kind, 2, 2 * KINDS[kind].stages_per_rank[0], 8), ("first", "second"), loss)
+    stages = "first" if kind == "1f1b" else ["first", "second"]
+    assert given == [(stages, 8, {"loss_fn": loss, "scale_grads": False})]
+
+
+def test_what_crosses_goes_to_the_next_stage_and_its_gradient_back():
+    assert (Transfer("F", 3, 0).target, Transfer("B", 3, 0).target) == (4, 2)
