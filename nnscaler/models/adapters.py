@@ -1,12 +1,14 @@
 """Low-rank adapters (LoRA) by peft: small matrices that are trained beside the weights of a model, which stay.
 
 E. Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021. An adapted linear layer gives
-W x + alpha / rank * B A x, where A [rank, in] begins random and B [out, rank] with zeros.
+W x + alpha / rank * B A x, where A [rank, in] begins random and B [out, rank] with zeros. The weights of a mixture's
+experts, which are no layers but parameters, have a pair for each expert.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -20,28 +22,34 @@ PREFIX = "base_model.model."  # of the names in an adapted model, before those o
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as peft names them
 
 
-def adapted(model: nn.Module, config: LoraConfig) -> Any:
-    """A language model with adapters, which alone need gradients. Where `config` asks for all linear layers, it names
-    them afterwards.
+# What peft changes of a configuration when it meets the model: `all-linear` to names, and names of experts' layers in
+# published files to those of parameters.
+_RESOLVED = ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
 
-    Raises UserError where the model has no such layers.
+
+def adapted(model: nn.Module, config: LoraConfig) -> Any:
+    """A language model with adapters, which alone need gradients. `config` names afterwards what they are of.
+
+    Raises UserError where the model cannot have them.
     """
     from peft import get_peft_model
     from peft.tuners.lora import LoraLayer
 
-    own = copy.copy(config)
+    linear = {name.rsplit(".", 1)[-1]: None for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+    own = copy.deepcopy(config)
     own.base_model_name_or_path = None  # which peft compares with a name that a model without weights does not have
     try:
         found = get_peft_model(model, own, autocast_adapter_dtype=False)
     except ValueError as error:
-        linear = {name.rsplit(".", 1)[-1]: None for name, part in model.named_modules() if isinstance(part, nn.Linear)}
         asked = config.target_modules
+        reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(
             f"lora_target_modules is {asked if isinstance(asked, str) else ' '.join(sorted(asked or ()))}, which does "
-            f"not suit {type(model).__name__}; its linear layers are {', '.join(linear)}"
+            f"not suit {type(model).__name__} ({reason}); its linear layers are {', '.join(linear)}"
         ) from error
-    if config.target_modules == "all-linear":
-        config.target_modules = sorted(own.target_modules or ())
+    for name in _RESOLVED:
+        value = getattr(own, name)
+        setattr(config, name, sorted(value) if isinstance(value, set) else value)
     part: Any
     for layer in found.modules():
         if isinstance(layer, LoraLayer):
@@ -68,6 +76,11 @@ class _Zeros(nn.Linear):
             nn.init.zeros_(self.weight)
 
 
+def adapted_parts(model: nn.Module) -> set[nn.Module]:
+    """The modules that adapters stand around."""
+    return {child for part in model.modules() for name, child in part.named_children() if name == "base_layer"}
+
+
 def is_adapter(name: str) -> bool:
     """Whether a parameter of an adapted model is a factor of an adapter, by its name."""
     return ".lora_A." in name or ".lora_B." in name
@@ -79,7 +92,7 @@ def name_in_model(name: str, prefix: str) -> str:
     prefix  what stands before it in `name`; with adapters it ends in `PREFIX`
     """
     short = name.removeprefix(prefix)
-    return short.replace(".base_layer.", ".") if prefix.endswith(PREFIX) else short
+    return re.sub(r"(\.base_layer)+\.", ".", short) if prefix.endswith(PREFIX) else short
 
 
 def name_in_file(name: str) -> str:

@@ -53,13 +53,13 @@ class CausalLM(nn.Module):
     ) -> None:
         super().__init__()
         self.model = build(config)
-        divide_gates(self.model)
         make_scans_operators(self.model)
         self.balanced = bool(getattr(config, "output_router_logits", False))
         if self.balanced:
             report_routers(self.model)
         if adapters is not None:
             self.model = adapted(self.model, adapters)
+        divide_gates(self.model)
         self.linear_loss = linear_loss
         self.document_length = document_length
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 from transformers.integrations import moe
 
 from nnscaler.errors import UserError
+from nnscaler.models.adapters import adapted_parts
 from nnscaler.operators.experts import experts
 
 EXPERTS = "nnscaler"  # our name in transformers' table of functions of experts
@@ -26,10 +27,11 @@ def set_experts(config: PretrainedConfig) -> None:
     config._experts_implementation = EXPERTS
 
 
-def divide_gates(model: PreTrainedModel) -> None:
-    """Makes the dimension of experts' weights that holds gate and rest two."""
+def divide_gates(model: nn.Module) -> None:
+    """Makes the dimension of experts' weights that holds gate and rest two, except where adapters are made for one."""
+    others = adapted_parts(model)
     for module in model.modules():
-        if _is_mixture(module):
+        if _is_mixture(module) and module not in others:
             for name, rank in (("gate_up_proj", _WEIGHT), ("gate_up_proj_bias", _BIAS)):
                 weight = getattr(module, name, None)
                 if weight is not None:

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 import ckpt_merger
 import train
@@ -24,14 +24,16 @@ from nnscaler.models.causal_lm import WEIGHT_PREFIX, CausalLM
 from nnscaler.trace import build_on_meta
 from tests import tiny
 from tests.launch import run
+from tests.models.architectures import config_of
 
 ROWS, STEPS, RATE = 8, 3, 0.02  # a step sees every row once, in whatever order
 TARGETS = ("q_proj", "v_proj", "down_proj")
 FLAGS = [
     "--model_id", "model", "--dataset_path", "data", "--hardware", "hardware.json", "--precision", "fp32",
-    "--runtime_ngpus", "2", "--lora_rank", "4", "--lora_target_modules", *TARGETS, "--learning_rate", str(RATE),
+    "--runtime_ngpus", "2", "--lora_rank", "4", "--learning_rate", str(RATE),
     "--lr_schedule", "constant", "--max_train_steps", str(STEPS), "--checkpoint_interval", "2",
 ]  # fmt: skip
+TARGETED = ("--lora_target_modules", *TARGETS)
 
 
 def call(folder: str, *flags: str) -> None:
@@ -49,7 +51,7 @@ def folder(tmp_path_factory) -> Path:
     tiny.write_dataset(folder / "data", rows=ROWS)
     tiny.write_hardware(folder)
     for plan, *others in (("1", "4"), ("2", "8", "--enable-chunk-loss")):
-        flags = ("--name", f"plan{plan}", "--plan_ngpus", plan, "--grad_accumulation_steps", *others)
+        flags = ("--name", f"plan{plan}", "--plan_ngpus", plan, "--grad_accumulation_steps", *others, *TARGETED)
         run(2, call, str(folder), *flags, init=False)
     return folder
 
@@ -69,17 +71,20 @@ def _export(folder: Path, outputs: Path, monkeypatch: pytest.MonkeyPatch, name: 
     return load_file(output / "adapter_model.safetensors")
 
 
-def plainly(folder: Path) -> dict[str, Tensor]:
+def plainly(folder: Path, targets: tuple[str, ...] | None = TARGETS) -> dict[str, Tensor]:
     """The same by peft and a plain loop; it begins with the same values. Writes adapters as peft does."""
-    lora = AdapterConfig(lora_rank=4, lora_target_modules=TARGETS).lora("model")
+    config = AutoConfig.from_pretrained(folder / "model")
+    own, lora = (AdapterConfig(lora_rank=4, lora_target_modules=targets).lora("model") for _ in range(2))
     assert lora is not None
-    on_meta = build_on_meta(lambda: CausalLM(tiny.config(), adapters=lora))[0]
+    on_meta = build_on_meta(lambda: CausalLM(config, adapters=own))[0]
     adapters = [name for name, parameter in on_meta.named_parameters() if parameter.requires_grad]
     first = dict(initial_parameters(on_meta, 0, torch.device("cpu"), adapters))
     assert first.keys() == set(adapters)
     assert all((".lora_B." in name) == (not value.any()) for name, value in first.items())
-    model = get_peft_model(LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32), lora)
-    model.load_state_dict({name.removeprefix(WEIGHT_PREFIX): value for name, value in first.items()}, strict=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32), lora)
+    values = {name.removeprefix(WEIGHT_PREFIX): value for name, value in first.items()}
+    assert values.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.load_state_dict(values, strict=False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adam = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
     tokens = torch.from_numpy(tiny.write_dataset(folder / "again", rows=ROWS)).long()
@@ -118,7 +123,17 @@ def test_a_run_goes_on_with_its_adapters(folder, export):
     """From the step before the last, under the other plan: as if it had never stopped."""
     wanted = export("plan2")
     before = folder / "checkpoints" / "plan2" / "step_00000002"
-    flags = ("--plan_ngpus", "1", "--grad_accumulation_steps", "4", "--name", "later", "--resume_path", str(before))
+    flags = (
+        "--plan_ngpus",
+        "1",
+        "--grad_accumulation_steps",
+        "4",
+        "--name",
+        "later",
+        "--resume_path",
+        str(before),
+        *TARGETED,
+    )
     run(2, call, str(folder), *flags, init=False)
     found = export("later")
     for name, tensor in wanted.items():
@@ -141,11 +156,14 @@ def test_what_does_not_go_with_adapters_is_said():
     with pytest.raises(UserError, match=r"lora_rank is 0; it must be at least 1"):
         AdapterConfig(lora_rank=0)
     lora = AdapterConfig(lora_rank=2, lora_target_modules=("no_proj",)).lora("model")
-    with pytest.raises(
-        UserError, match=r"lora_target_modules is no_proj, .*LlamaForCausalLM; .* are q_proj, k_proj"
-    ) as said:
+    with pytest.raises(UserError, match=r"lora_target_modules is no_proj, .*LlamaForCausalLM \(Target modules") as said:
         build_on_meta(lambda: CausalLM(tiny.config(), adapters=lora))
     assert str(said.value).endswith("are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head")
+    lora = AdapterConfig(lora_rank=2).lora("model")
+    with pytest.raises(
+        UserError, match=r"Mamba2ForCausalLM \(.*'out_proj' is incompatible.*; its linear .* in_proj, out"
+    ):
+        build_on_meta(lambda: CausalLM(config_of("mamba2"), adapters=lora))
 
 
 def test_adapters_as_peft_has_them():
