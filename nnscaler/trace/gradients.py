@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from nnscaler.graph import Block, Call, Graph, Node
@@ -57,33 +57,31 @@ def _trained(graph: Graph) -> set[str]:
 
 def _reached(graph: Graph) -> set[str]:
     """The parameters that the outputs' gradients reach. All others are as good as frozen, as in PyTorch."""
-    reached: dict[str, set[str]] = {block.name: set() for block in graph.all_blocks()}
     paths: set[str] = set()
-    _follow_back(graph.root, set(graph.root.outputs), graph, reached)
-    for name, path in graph.root.parameters.items():
-        if name in reached[graph.root.name]:
-            paths.add(path)
-    for node in graph.root.nodes:
-        if isinstance(node, Call):
-            paths.update(path for name, path in node.parameters.items() if name in reached[node.block])
-    return paths
+
+    def read(node: Node, found: set[str]) -> list[str]:
+        if not isinstance(node, Call):
+            return node.inputs
+        called = graph.blocks[node.block]
+        outputs = {inner for inner, outer in zip(called.outputs, node.outputs) if outer in found}
+        inside = _follow_back(called, outputs, lambda node, found: node.inputs)
+        paths.update(path for name, path in node.parameters.items() if name in inside)
+        return [outer for inner, outer in zip(called.inputs, node.inputs) if inner in inside]
+
+    found = _follow_back(graph.root, set(graph.root.outputs), read)
+    return paths.union(path for name, path in graph.root.parameters.items() if name in found)
 
 
-def _follow_back(block: Block, begin: set[str], graph: Graph, reached: dict[str, set[str]]) -> None:
-    found = reached[block.name]
-    found.update(name for name in begin if block.tensors[name].requires_grad)
+def _follow_back(block: Block, begin: set[str], read: Callable[[Node, set[str]], list[str]]) -> set[str]:
+    """The tensors of a block that gradients of some of them reach.
+
+    read  the inputs of a node that those of its results do which are among the given tensors
+    """
+    found = {name for name in begin if block.tensors[name].requires_grad}
     for node in reversed(block.nodes):
-        if not found.intersection(node.outputs):
-            continue
-        if isinstance(node, Call):
-            called = graph.blocks[node.block]
-            outputs = {inner for inner, outer in zip(called.outputs, node.outputs) if outer in found}
-            if not outputs <= reached[called.name]:
-                _follow_back(called, outputs, graph, reached)
-            names = [outer for inner, outer in zip(called.inputs, node.inputs) if inner in reached[called.name]]
-        else:
-            names = node.inputs
-        found.update(name for name in names if block.tensors[name].requires_grad)
+        if found.intersection(node.outputs):
+            found.update(name for name in read(node, found) if block.tensors[name].requires_grad)
+    return found
 
 
 def _inside(block: Block, trained: Mapping[str, bool], inputs: Sequence[bool]) -> dict[str, bool]:
