@@ -54,6 +54,10 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
             find_resumable(model)
         save_file({"w": torch.ones(2)}, model / name) if name != "config.json" else (model / name).write_text("{}")
     assert find_resumable(model) == [model], "a model's own weights"
+    (model / "config.json").unlink()
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
+        find_resumable(model)
+    (model / "config.json").write_text("{}")
     saved = publish_one(model / "run", 1, 1.0)
     assert find_resumable(model) == [saved], "what was trained comes before what it began from"
 
