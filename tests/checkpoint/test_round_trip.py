@@ -29,7 +29,7 @@ def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     work = tmp_path / ".step_00000001.writing"
     boxes = [Box((0, 0), (6, 3)), Box((0, 3), (2, 7)), Box((2, 3), (4, 7))]
     parts = [Part("model.x", (6, 10), box, FULL[box.slices].clone()) for box in boxes]
-    parts += [whole("model.count", torch.tensor([7, 8, 9])), whole("model.open", torch.tensor(True))]
+    parts += [whole("model.count", torch.tensor([7, 8, 2**30 + 1])), whole("model.open", torch.tensor(True))]
 
     def complete(pieces: list[Piece]) -> None:
         others = [work / "trainer.json", work / ".metadata"]
@@ -49,7 +49,7 @@ def test_other_boxes_are_filled_from_all_that_they_overlap(saved: Path) -> None:
     load_parts(saved, [*parts, *others])
     for one in parts:
         assert torch.equal(one.tensor, FULL[one.box.slices]), one.box
-    assert others[0].tensor.tolist() == [7, 8, 9]
+    assert others[0].tensor.tolist() == [7, 8, 2**30 + 1]
     assert others[1].tensor.item() is True
 
 
@@ -69,7 +69,8 @@ def test_from_outside_tensors_are_whole(saved: Path) -> None:
     assert checkpoint.shapes() == {"model.count": (3,), "model.open": (), "model.x": (6, 10)}
     assert len(checkpoint.entries["model.x"].chunks) > 15, "in pieces"
     assert torch.equal(checkpoint.read("model.x", (6, 10)), FULL)
-    assert checkpoint.read("model.count", (3,)).tolist() == [7, 8, 9]
+    assert checkpoint.read("model.count", (3,)).dtype == torch.int64
+    assert checkpoint.read("model.count", (3,)).tolist() == [7, 8, 2**30 + 1]
     assert checkpoint.stored_dtype("model.open") == torch.bool
 
 
