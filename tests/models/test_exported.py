@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
+import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
+from nnscaler.errors import UserError
 from nnscaler.models import files
-from nnscaler.models.exported import write_config
-from nnscaler.models.files import AssetWriter
+from nnscaler.models.exported import write_config, write_older_tokenizer
+from nnscaler.models.files import AssetWriter, find_weights
 from tests import tiny
 from tests.models.architectures import ARCHITECTURES, config_of
 
@@ -131,3 +136,86 @@ def test_without_the_directory_of_the_model(tmp_path, caplog):
     assert "no tokenizer in no/such" in caplog.text
     assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == 5
     assert AutoConfig.from_pretrained(tmp_path).architectures == ["LlamaForCausalLM"]
+
+
+def test_a_configuration_says_nothing_of_the_computer_that_it_was_on(tmp_path):
+    """And is the same each time, in the order of names."""
+    config = tiny.config()
+    config._name_or_path = "/home/me/llama"
+    fields = written(config, tmp_path)
+    assert not any(name.startswith("_") for name in fields)
+    assert list(fields) == sorted(fields)
+
+
+def test_signs_of_other_languages_stay_readable_in_a_tokenizer_s_file(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "\\u00e9"}', encoding="utf-8")
+    (tmp_path / "chat_template.jinja").write_text("汉 {{ messages }}", encoding="utf-8")
+    write_older_tokenizer(tmp_path)
+    text = (tmp_path / "tokenizer_config.json").read_text(encoding="utf-8")
+    assert '"é"' in text
+    assert '"汉 {{ messages }}"' in text
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.model", "vocab.json", "nothing"])
+def test_a_model_without_a_tokenizer_gets_that_of_the_dataset(file, tmp_path, monkeypatch):
+    """Where the model's own cannot be had, it is the one that the dataset was made with."""
+    asked: list[str] = []
+
+    def load(name: str) -> Any:
+        asked.append(name)
+        if name == "the dataset's":
+            return SimpleNamespace(save_pretrained=lambda folder: (folder / "saved").write_text(""))
+        raise UserError("there is none")
+
+    monkeypatch.setattr(files.hub, "load_tokenizer", load)
+    for name in ("model", "data", "out"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "model" / file).write_text("{}")
+    (tmp_path / "data" / "packing.json").write_text('{"tokenizer": "the dataset\'s"}')
+    AssetWriter(tiny.config(), "float32", str(tmp_path / "model"), tmp_path / "data")(tmp_path / "out")
+    assert asked == ([] if file != "nothing" else [str(tmp_path / "model"), "the dataset's"])
+    assert (tmp_path / "out" / "saved").exists() == (file == "nothing")
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_what_is_taken_from_the_hub(online, tmp_path, monkeypatch):
+    """Beside weights only small files of the model itself, not of folders below it; and of weights safetensors alone."""
+    asked: list[tuple[str, dict[str, Any]]] = []
+    for name in ("there", "out"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "there" / "LICENSE").write_text("free")
+
+    def download(name: str, **options: Any) -> str:
+        asked.append((name, options))
+        return str(tmp_path / "there")
+
+    def no_tokenizer(name: str) -> None:
+        raise UserError("there is none")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(files.hub, "reachable", lambda: online)
+    monkeypatch.setattr(files.hub, "load_tokenizer", no_tokenizer)
+    AssetWriter(tiny.config(), "float32", "org/model", None)(tmp_path / "out")
+    assert (tmp_path / "out" / "LICENSE").read_text() == "free"
+    ((name, options),) = asked
+    assert (name, options.pop("local_files_only")) == ("org/model", not online)
+    ignored = options.pop("ignore_patterns")
+    assert {"*.safetensors", "*.safetensors.index.json", "*.bin", "*.gguf", "*/*"} <= set(ignored)
+    assert options == {}
+    asked.clear()
+    with pytest.raises(UserError, match=r"^org/model has no safetensors; convert its weights with transformers"):
+        find_weights("org/model")
+    save_file({"x": torch.zeros(1)}, tmp_path / "there" / "model.safetensors")
+    assert find_weights("org/model") == tmp_path / "there"
+    wanted = {"allow_patterns": ["*.safetensors", "*.safetensors.index.json"], "local_files_only": not online}
+    assert asked == [("org/model", wanted)] * 2
+
+
+def test_adapters_are_written_for_those_who_read_them(tmp_path):
+    from peft import LoraConfig
+
+    adapters = LoraConfig(r=2, target_modules=["q_proj"])
+    AssetWriter(tiny.config(), "float32", "no/such", None, adapters=adapters)(tmp_path)
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (fields["r"], fields["target_modules"], fields["inference_mode"]) == (2, ["q_proj"], True)
+    assert not adapters.inference_mode, "what is trained is not changed"

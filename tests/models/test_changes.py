@@ -1,0 +1,56 @@
+"""Values of a configuration as a user types them."""
+
+from __future__ import annotations
+
+import pytest
+
+from nnscaler.errors import UserError
+from nnscaler.models.changes import _value, changed_config
+from tests import tiny
+
+
+@pytest.mark.parametrize(
+    ("text", "current", "value"),
+    [
+        ("5", 3, 5), ("5", 3.0, 5.0), ("5.5", None, 5.5), ("5", "3", "5"), ("gelu", None, "gelu"),
+        ("true", False, True),
+        ("True", False, True), ("False", True, False), ("None", 3, None), ("null", 3, None), ("None", None, None),
+        ("-0.25", -0.5, -0.25), ("0", -0.5, 0.0), ("-3", 5, -3), ("[1, 2]", [3], [1, 2]), ('{"a": 1}', {}, {"a": 1}),
+        ("0", 0.5, 0.0),
+    ],
+)  # fmt: skip
+def test_a_value_has_the_type_of_the_one_before(text, current, value):
+    found = _value("field", text, current)
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("text", "current", "said"),
+    [
+        ("5.5", 3, "field takes a value of type int, such as 3, not '5.5'"),
+        ("true", 3, "field takes a value of type int, such as 3, not 'true'"),
+        ("1", True, "field takes a value of type bool, such as True, not '1'"),
+        ("x", 0.5, "field takes a value of type float, such as 0.5, not 'x'"),
+        ("-0.5", 0.0, "field is -0.5; it must be a finite number, at least 0"),
+        ("-0.5", None, "field is -0.5; it must be a finite number, at least 0"),
+        ("Infinity", 0.5, "field is inf; it must be a finite number, at least 0"),
+        ("NaN", -0.5, "field is nan; it must be a finite number, at least 0"),
+    ],
+)
+def test_a_value_that_cannot_be_is_one_line(text, current, said):
+    with pytest.raises(UserError) as refused:
+        _value("field", text, current)
+    assert str(refused.value) == said
+
+
+def test_what_is_not_changed_stays():
+    """Also lists that have an entry for something else than layers; and the configuration itself is a copy."""
+    config = tiny.config(num_hidden_layers=4, bos_token_id=1, eos_token_id=[1, 2, 3])
+    config.architectures = ["LlamaForCausalLM"]
+    changed = changed_config(config, {"num_hidden_layers": "2", "bos_token_id": "None", "rope_theta": "5000"})
+    assert (changed.num_hidden_layers, changed.eos_token_id, changed.bos_token_id) == (2, [1, 2, 3], None)
+    assert changed.architectures == ["LlamaForCausalLM"]
+    assert changed.rope_parameters["rope_theta"] == 5000.0
+    assert (config.num_hidden_layers, config.rope_parameters["rope_theta"]) == (4, 10000.0)
+    differ = [name for name, value in changed.to_dict().items() if value != config.to_dict()[name]]
+    assert sorted(differ) == ["bos_token_id", "num_hidden_layers", "rope_parameters"]
