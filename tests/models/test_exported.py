@@ -179,7 +179,7 @@ def test_a_model_without_a_tokenizer_gets_that_of_the_dataset(file, tmp_path, mo
 
 @pytest.mark.parametrize("online", [True, False])
 def test_what_is_taken_from_the_hub(online, tmp_path, monkeypatch):
-    """Beside weights only small files of the model itself, not of folders below it; and of weights safetensors alone."""
+    """Beside weights only small files of the model itself, not of folders below it; of weights safetensors alone."""
     asked: list[tuple[str, dict[str, Any]]] = []
     for name in ("there", "out"):
         (tmp_path / name).mkdir()
