@@ -108,6 +108,8 @@ def test_how_many_samples_a_step_has_and_what_is_left_to_the_planner():
     assert (said.step_samples, said.batch) == (105, None)
     every = ("plan_ngpus", "micro_batch_size", "micro_batches")
     fixed = {"plan_ngpus": 2, "micro_batch_size": 7, "micro_batches": 5}
+    open_ = replace(said, left_open=every, micro_batch_size=1)
+    assert open_.step_samples == 105, "whatever stands where the planner chooses"
     for left in (every, *((name,) for name in every)):
         open_ = replace(said, left_open=left)
         assert open_.batch == Batch(105, 6, **{name: value for name, value in fixed.items() if name not in left})
@@ -142,6 +144,7 @@ def test_what_goes_together_at_the_limits():
         precision="fp8", fp8_keep_bf16=("last", "first"), lr_scheduler=LRSchedulerConfig(warmup_steps=5),
         evaluation=EvaluationConfig(dataset(12)), log=LogConfig(profile=Path("p")),
     )  # fmt: skip
+    assert TrainerArgs(**ARGS, num_train_epochs=2.5).num_train_epochs == 2.5
     apart = DatasetConfig(sequence_length=12, document_mask=True)
     TrainerArgs(**ARGS | {"dataset": apart}, evaluation=EvaluationConfig(dataset(asks=True)))
     with pytest.raises(UserError, match="does not say"):
