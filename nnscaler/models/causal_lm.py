@@ -21,6 +21,7 @@ from nnscaler.models.attention import set_attention
 from nnscaler.models.balance import balancing_loss, report_routers, routers_met
 from nnscaler.models.documents import Documents, check_documents, rows_hold
 from nnscaler.models.experts import divide_gates, set_experts
+from nnscaler.models.frequencies import follow_rows
 from nnscaler.models.positions import check_positions
 from nnscaler.models.scans import make_scans_operators
 from nnscaler.trace import build_on_meta
@@ -54,6 +55,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.model = build(config)
         make_scans_operators(self.model)
+        follow_rows(self.model)
         self.balanced = bool(getattr(config, "output_router_logits", False))
         if self.balanced:
             report_routers(self.model)
