@@ -21,6 +21,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from nnscaler.models.adapters import PREFIX, name_in_model
 from nnscaler.models.unread import Unread
 
 
@@ -33,10 +34,13 @@ def to_model(tensors: Mapping[str, Unread], model: PreTrainedModel) -> dict[str,
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    own = {name_in_model(name, PREFIX) for name in model.state_dict()}
     found: dict[str, Unread] = {}
     merged: dict[str, WeightConverter] = {}
     for name in sorted(tensors, key=dot_natural_key):  # experts in order
         renamed, pattern = rename_source_key(name, renamings, converters)
+        if renamed not in own and name in own:  # a name of the model's own, which a pattern for others has met
+            renamed, pattern = name, None
         if pattern is None:
             found[renamed] = tensors[name]
         else:

@@ -61,6 +61,17 @@ def test_files_to_a_model_and_back(family, tmp_path):
     assert all(torch.equal(written[name].whole(), saved[name]) for name in saved)
 
 
+def test_a_name_of_the_model_s_own_is_not_taken_for_an_older_one(tmp_path):
+    """In files, `norm` in a layer is what the model calls `kv_norm`; the model's last norm is `norm` in both."""
+    model = AutoModelForCausalLM.from_config(config_of("deepseek_v4"), dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert {"model.norm.weight", "model.layers.0.attn.norm.weight"} <= saved.keys()
+    found = to_model(unread(saved), model)
+    assert found.keys() == model.state_dict().keys()
+    assert torch.equal(found["model.norm.weight"].whole(), model.model.norm.weight)
+
+
 def test_gate_and_rest_are_two_dimensions_in_one():
     whole = torch.arange(3 * 8 * 5).view(3, 8, 5)
     (tensor,) = unread({"x": whole}).values()
