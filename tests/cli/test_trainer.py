@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager
+import re
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,6 +51,11 @@ def test_a_checkpoint_is_judged_in_place_of_weights(monkeypatch, tmp_path):
     )
     assert judged == [(tmp_path / "merged.ckpt", model, name, "model.") for name in ("Identity", "org/Llama")]
 
+    monkeypatch.setattr(trainer, "is_checkpoint", lambda path: path == tmp_path / "step")
+    judged.clear()
+    Trainer(ARGS)._check_weights([tmp_path / "step", tmp_path / "merged.ckpt"], model)
+    assert [given[0] for given in judged] == [tmp_path / "step"], "the best"
+
     def damaged(*given: object) -> None:
         raise trainer.CorruptCheckpoint("damaged")
 
@@ -64,7 +70,7 @@ def test_what_is_compiled(monkeypatch):
     assert (source.dtype, source.seed, source.tokens, source.length) == (torch.float32, 5, 24, 8)
     assert (source.name, source.command, source.document_length) == ("org/Llama", "train.py --a 1", 4)
     assert {tuple(one.shape)[:2] for one in source.inputs.values()} == {(3, 8)}
-    assert all(one.is_meta for one in source.inputs.values())
+    assert all(one.is_meta and one.dtype == torch.int64 for one in source.inputs.values())
     plain = Trainer(ARGS)._source()
     assert set(source.inputs) > set(plain.inputs) == {"input_ids", "labels"}
     executed = replace(ARGS, compute=ComputeConfig(trace_strategy="cpu"))
@@ -75,6 +81,62 @@ def test_what_is_compiled(monkeypatch):
     assert Trainer(ARGS).gen_folder == Path(".nnscaler/llama")
     with pytest.raises(UserError, match="training needs a dataset_path"):
         Trainer(ARGS)._dataset()
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "fp8"),
+    [("fp32", torch.float32, False), ("bf16", torch.bfloat16, False), ("fp8", torch.bfloat16, True)],
+)
+def test_how_weights_are_held_and_products_computed(precision, dtype, fp8):
+    keep = ("last",) if fp8 else ()
+    less = {"--less": nn.Identity}
+    args = replace(ARGS, precision=precision, fp8_keep_bf16=keep, model=replace(ARGS.model, instead=less))
+    source = Trainer(args)._source()
+    assert (source.dtype, source.fp8, source.fp8_keep_bf16, source.instead) == (dtype, fp8, keep, less)
+
+
+@pytest.mark.parametrize(
+    ("rows", "fields", "said"),
+    [
+        (12, {}, []),
+        (11, {}, ["a step takes 12 samples (2 copies, 2 micro-batches of 3), and the dataset has 11: it is not full"]),
+        (11, {"max_train_steps": 5}, [
+            "a step takes 12 samples (2 copies, 2 micro-batches of 3), and the dataset has 11: it takes some of them "
+            "several times"
+        ]),
+        (11, {"global_batch_size": 12, "left_open": ("plan_ngpus", "micro_batch_size", "micro_batches")},
+         ["a step takes 12 samples, and the dataset has 11: it is not full"]),
+    ],
+)  # fmt: skip
+def test_a_step_that_takes_more_samples_than_there_are_is_said(rows, fields, said, monkeypatch, caplog):
+    """All parts of a mixture are judged."""
+    judged = []
+    monkeypatch.setattr(Trainer, "_judge_ids", lambda self, part: judged.append(part))
+
+    class Mixture(list):
+        parts = ("first", "second")
+
+    args = replace(ARGS, compute=ComputeConfig(2, 4, micro_batches=2), micro_batch_size=3, **fields)
+    Trainer(args)._judge(Mixture(range(rows)))  # type: ignore[arg-type]
+    assert caplog.messages == said
+    assert judged == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("smallest", "largest", "known"), [(0, 6, True), (0, 7, False), (-1, 3, False), (5, 900, False)]
+)
+def test_ids_that_the_model_does_not_know_are_refused(smallest, largest, known):
+    rows = SimpleNamespace(
+        token_ids=lambda: (smallest, largest), place_outside=lambda vocabulary: f"beyond {vocabulary}", path="rows",
+        marks=dict,
+    )  # fmt: skip
+    Trainer(replace(ARGS, model=replace(ARGS.model, vocabulary=None)))._judge_ids(rows)  # type: ignore[arg-type]
+    said = (
+        f"dataset 'rows' holds token ids from {smallest} to {largest}, and the model knows those from 0 to 6 "
+        "(beyond 7); prepare it with the model's own tokenizer"
+    )
+    with nullcontext() if known else pytest.raises(UserError, match=f"^{re.escape(said)}$"):
+        Trainer(ARGS)._judge_ids(rows)  # type: ignore[arg-type]
 
 
 @pytest.fixture
