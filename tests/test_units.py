@@ -77,6 +77,10 @@ def test_views_belong_to_what_they_look_at():
     first, second = divide(given)
     assert set(needed_by(second, given)) == {"b", "w"}
     assert set(needed_by(first, given)) == {"x", "w"}
+    computed = block(("linear", "a", "x w"), ("t", "b", "a"), ("silu", "c", "b"), outputs=("c",))
+    assert [(kind, names) for kind, names, *_ in units_of(computed)] == [("product", ["a"]), ("cheap", ["b", "c"])], (
+        "with what is computed of it, a view is part of a cluster"
+    )
     of_two = block(("t", "a", "x"), ("linear", "b", "a w"), outputs=("b",))
     assert [names for _, names, *_ in units_of(of_two)] == [["a"], ["b"]], "a view of an input has no such unit"
 
