@@ -224,13 +224,14 @@ def test_first_values_are_given_to_what_is_named_and_masters_are_made_of_them(mo
         load_one=lambda name, value: taken.__setitem__(name, value.tolist()),
     )  # fmt: skip
     model = loaded.LoadedModel.__new__(loaded.LoadedModel)
-    model.module, model.model = module, "model"
+    model.module, model.model, model._first = module, "model", "first"  # type: ignore[assignment]
     model.optimizer = SimpleNamespace(load_masters=lambda: asked.append(sorted(taken)))
     model.initialise(7)
     model.initialise(8, ["too", "here"])
     assert taken == {"here": [[3.0, 4.0]], "too": [2.0, 3.0]}
     assert asked == [
-        ("model", 7, "cpu", None), ["here", "too"], ("model", 8, "cpu", ["too", "here"]), ["here", "too"],
+        ("model", 7, "cpu", None, "first"), ["here", "too"],
+        ("model", 8, "cpu", ["too", "here"], "first"), ["here", "too"],
     ]  # fmt: skip
     assert "weights are initialised from seed 7" in caplog.text
     assert "2 new tensors are initialised from seed 8" in caplog.text
