@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
@@ -15,10 +16,12 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
 from nnscaler.compiler import ComputeConfig, Source, compile_model
 from nnscaler.errors import UserError
 from nnscaler.first_values import initial_parameters
+from nnscaler.models import weights
 from nnscaler.models.causal_lm import WEIGHT_PREFIX, CausalLM, prepare_config
 from nnscaler.models.files import find_weights
-from nnscaler.models.weights import check_weights, load_weights
+from nnscaler.models.weights import WeightFiles, check_weights, fixed_tensors, load_weights, persistent_buffers
 from nnscaler.runtime.module import ParallelModule
+from nnscaler.shards import Box
 from nnscaler.trace import build_on_meta
 from tests import tiny
 from tests.models.architectures import config_of
@@ -278,3 +281,50 @@ def test_persistent_buffers_are_loaded(tmp_path, caplog):
     save_file({**whole, "scale": torch.ones(5)}, tmp_path / "model" / "model.safetensors")
     with pytest.raises(UserError, match=r"has scale of shape \[5\], the model's is \[4\]"):
         check_weights(tmp_path / "model", made.build()[0], "")
+
+
+def test_one_file_counts_before_an_index_and_is_opened_once_for_all_that_is_read(tmp_path, monkeypatch):
+    """Also numbers, which have no dimension."""
+    opened = []
+    monkeypatch.setattr(weights, "safe_open", lambda *given: opened.append(given) or safe_open(*given))
+    save_file({"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(5.0)}, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"c": "elsewhere"}}')
+    (tmp_path / "other.safetensors").write_text("")
+    files = WeightFiles.find(tmp_path)
+    assert files is not None
+    assert sorted(files.tensors) == ["a", "b"]
+    assert files.tensors["a"].read(Box((1, 1), (1, 2))).tolist() == [[4.0, 5.0]]
+    assert files.tensors["b"].whole().item() == 5.0
+    assert files.tensors["a"].whole().sum() == 15
+    assert len(opened) == 2, "to see what is there, and to read"
+
+
+def test_what_training_leaves_beside_weights_is_no_model(tmp_path):
+    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "README.md"):
+        (tmp_path / name).write_text("")
+        assert WeightFiles.find(tmp_path) is None
+    (tmp_path / "pytorch_model.bin").write_text("")
+    with pytest.raises(UserError, match=r"has weights as pytorch_model.bin, not as safetensors; convert its weights"):
+        WeightFiles.find(tmp_path)
+
+
+def test_what_a_model_s_files_hold_beside_what_is_trained():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
+            self.second.weight = self.first.weight  # tied
+            self.frozen = nn.Parameter(torch.zeros(3), requires_grad=False)
+            self.nothing = nn.Parameter(torch.zeros(0), requires_grad=False)
+            self.register_buffer("kept", torch.ones(1))
+            self.register_buffer("passing", torch.ones(1), persistent=False)
+            self.inner = nn.BatchNorm1d(2)
+
+    model = Model()
+    assert list(persistent_buffers(model)) == [
+        "kept", "inner.running_mean", "inner.running_var", "inner.num_batches_tracked"
+    ]  # fmt: skip
+    fixed = fixed_tensors(model, ["first.weight", "first.bias", "inner.weight", "inner.bias"])
+    assert sorted(fixed) == [
+        "frozen", "inner.num_batches_tracked", "inner.running_mean", "inner.running_var", "kept", "second.bias"
+    ]  # fmt: skip
