@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import masking_utils
 from transformers.activations import ACT2FN
 
-from nnscaler import UserError
+from nnscaler import UserError, hub, models
 from nnscaler.kernels import gate_named
 from nnscaler.models import load_config, marks_of
 from nnscaler.models.balance import balancing_loss, report_routers, routers_met
+from nnscaler.models.documents import Documents, in_rows, rows_hold
 from nnscaler.models.experts import _activation, _constant, _mixture, divide_gates
 from nnscaler.models.exported import write_older_tokenizer
 from nnscaler.models.unread import Unread
@@ -39,6 +41,44 @@ def test_a_directory_without_a_configuration_is_no_model(tmp_path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=f"cannot load the configuration of {tmp_path}"):
         load_config(str(tmp_path))
+
+
+def test_the_hub_is_asked_for_names_alone_and_bundled_ones_stand_in(tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(hub, "reachable", lambda: pytest.fail("a directory is here"))
+    assert load_config(str(tiny.write_model(tmp_path / "model"))).hidden_size == tiny.config().hidden_size
+    asked: list[tuple[str, bool]] = []
+
+    def gated(name: str, online: bool) -> None:
+        asked.append((name, online))
+        raise UserError("it is gated")
+
+    monkeypatch.setattr(models, "_load", gated)
+    for online, why in ((True, "the hub does not give it to us"), (False, "the hub cannot be reached")):
+        monkeypatch.setattr(hub, "reachable", lambda online=online: online)
+        assert load_config("meta-llama/Meta-Llama-3-8B").hidden_size == 4096
+        assert caplog.messages.pop().endswith(f"using the bundled configuration, because {why}")
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    with pytest.raises(UserError, match=r"^it is gated; the configurations that come with this package are meta-"):
+        load_config("org/x")
+    assert asked == [("meta-llama/Meta-Llama-3-8B", True), ("meta-llama/Meta-Llama-3-8B", False), ("org/x", True)]
+
+
+@pytest.mark.parametrize("held", [None, Documents(torch.zeros(1, 4), None)])
+def test_models_are_told_of_documents_only_inside(held: Documents | None) -> None:
+    """Also where one raises. transformers looks for none by itself there."""
+    before, positions = masking_utils.find_packed_sequence_indices, torch.tensor([[0, 1, 0, 1]])
+
+    def within() -> None:
+        with rows_hold(held):
+            assert in_rows.get() is held
+            assert masking_utils.find_packed_sequence_indices(positions) is None
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        within()
+    assert in_rows.get() is None
+    assert masking_utils.find_packed_sequence_indices is before
+    assert before(positions) is not None
 
 
 def test_an_older_tokenizer_keeps_what_it_says_itself(tmp_path) -> None:
