@@ -269,7 +269,7 @@ def set_attention(config: PretrainedConfig, implementation: str, model_class: ty
 
 
 # Where a model gives attention by other names than these something else than a mask, such as numbers of keys.
-_BY_NAME = re.compile(r"_attn_implementation in [(\[]")
+_BY_NAME = re.compile(r"""_attn_implementation in [(\[]["']eager""")
 
 
 def _has_place(model_class: type[PreTrainedModel]) -> bool:
