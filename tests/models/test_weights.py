@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from nnscaler.first_values import initial_parameters
 from nnscaler.models import weights
 from nnscaler.models.causal_lm import WEIGHT_PREFIX, CausalLM, prepare_config
 from nnscaler.models.files import find_weights
+from nnscaler.models.unread import Unread
 from nnscaler.models.weights import WeightFiles, check_weights, fixed_tensors, load_weights, persistent_buffers
 from nnscaler.runtime.module import ParallelModule
 from nnscaler.shards import Box
@@ -327,4 +329,27 @@ def test_what_a_model_s_files_hold_beside_what_is_trained():
     fixed = fixed_tensors(model, ["first.weight", "first.bias", "inner.weight", "inner.bias"])
     assert sorted(fixed) == [
         "frozen", "inner.num_batches_tracked", "inner.running_mean", "inner.running_var", "kept", "second.bias"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "said"),
+    [
+        *((kind, torch.bfloat16, None) for kind in ("F64", "F32", "F16", "BF16")),
+        ("F8_E4M3", torch.bfloat16, "has x as F8_E4M3, which only quantised models have; training needs one of BF16, F"),
+        ("I8", torch.float32, "has x as I8, which only quantised models have"),
+        ("F32", torch.int64, "has x as F32, the model's is torch.int64"), ("I64", torch.int64, None),
+    ],
+)  # fmt: skip
+def test_types_that_weights_may_have(stored, wanted, said):
+    tensor = Unread((2, 3), stored, lambda box: torch.zeros(box.sizes))
+    with nullcontext() if said is None else pytest.raises(UserError, match=f"^'model' {said}"):
+        weights._check_tensor(Path("model"), "x", tensor, torch.zeros(2, 3, dtype=wanted))
+    with pytest.raises(UserError, match=r"has x of shape \[2, 3\], the model's is \[3, 2\]"):
+        weights._check_tensor(Path("model"), "x", tensor, torch.zeros(3, 2, dtype=wanted))
+
+
+def test_three_names_are_told_and_how_many_more_there_are():
+    assert [weights._some(list("abcde")[:count]) for count in (1, 3, 4, 5)] == [
+        "a", "a, b, c", "a, b, c and 1 more", "a, b, c and 2 more"
     ]  # fmt: skip
