@@ -19,6 +19,7 @@ from nnscaler import UserError, hub, models
 from nnscaler.kernels import gate_named
 from nnscaler.models import load_config, marks_of
 from nnscaler.models.balance import balancing_loss, report_routers, routers_met
+from nnscaler.models.causal_lm import prepare_config
 from nnscaler.models.documents import Documents, in_rows, rows_hold
 from nnscaler.models.experts import _activation, _constant, _mixture, divide_gates
 from nnscaler.models.exported import write_older_tokenizer
@@ -79,6 +80,17 @@ def test_models_are_told_of_documents_only_inside(held: Documents | None) -> Non
     assert in_rows.get() is None
     assert masking_utils.find_packed_sequence_indices is before
     assert before(positions) is not None
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "attention"), [("auto", "nnscaler_auto"), ("sdpa", "nnscaler_sdpa"), ("eager", "eager")]
+)
+def test_what_a_configuration_is_prepared_with(asked_for: str, attention: str) -> None:
+    config = tiny.config(use_cache=True)
+    prepare_config(config, tiny.LENGTH, asked_for)
+    assert (config.use_cache, config._attn_implementation, config._experts_implementation) == (
+        False, attention, "nnscaler"
+    )  # fmt: skip
 
 
 def test_an_older_tokenizer_keeps_what_it_says_itself(tmp_path) -> None:

@@ -336,7 +336,7 @@ def test_what_a_model_s_files_hold_beside_what_is_trained():
     ("stored", "wanted", "said"),
     [
         *((kind, torch.bfloat16, None) for kind in ("F64", "F32", "F16", "BF16")),
-        ("F8_E4M3", torch.bfloat16, "has x as F8_E4M3, which only quantised models have; training needs one of BF16, F"),
+        ("F8_E4M3", torch.bfloat16, "has x as F8_E4M3, which only quantised models have; training needs one of BF16"),
         ("I8", torch.float32, "has x as I8, which only quantised models have"),
         ("F32", torch.int64, "has x as F32, the model's is torch.int64"), ("I64", torch.int64, None),
     ],
