@@ -15,6 +15,7 @@ from pathlib import Path
 
 from nnscaler.cli.flags import parse
 from nnscaler.command import run
+from nnscaler.counting import counted
 from nnscaler.directory import check_new, check_writable
 from nnscaler.errors import UserError
 from nnscaler.options import REQUIRED, check, path, switch
@@ -82,7 +83,7 @@ def verify_checkpoint(folder: Path) -> None:
     damages = list(Checksums.read(folder).damages(shards=True))
     if damages:
         print("\n".join(damages))
-        raise CorruptCheckpoint(f"checkpoint '{folder}' has {len(damages)} damaged pieces")
+        raise CorruptCheckpoint(f"checkpoint '{folder}' has {counted(len(damages), 'damaged piece')}")
     print(f"{folder}: every file is as it was written")
 
 

@@ -68,10 +68,15 @@ def _spelling(flag: str) -> str:
     return "--" + flag[2:].replace("-", "_") if flag.startswith("--") else flag
 
 
+def _bare(flag: str) -> str:
+    return flag.lstrip("-").replace("-", "_")  # hyphens that all have would make all alike
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """A message about an unknown name, with the nearest of the known ones. `what`: what it is the name of"""
-    near = difflib.get_close_matches(_spelling(name), list(known), n=1, cutoff=0.6)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    bare = {_bare(one): one for one in known}
+    near = difflib.get_close_matches(_bare(name), bare, n=1, cutoff=0.6)
+    hint = f"; did you mean {bare[near[0]]}?" if near else ""
     return f"there is no {what} {name}{hint}"
 
 

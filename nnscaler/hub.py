@@ -63,5 +63,6 @@ def load_tokenizer(path_or_name: str) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an exception's message; and the second, where the first only announces it."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])

@@ -17,6 +17,7 @@ from nnscaler.batch import Batch, Division
 from nnscaler.checkpoint.sharded import fixed_state
 from nnscaler.compiler import Source, compile_model, differences, identity
 from nnscaler.config import ComputeConfig, OptimizerConfig
+from nnscaler.counting import counted
 from nnscaler.directory import alone_in
 from nnscaler.division_search import in_division
 from nnscaler.first_values import initial_parameters
@@ -117,7 +118,8 @@ class LoadedModel:
     def initialise(self, seed: int, names: Collection[str] | None = None) -> None:
         """Gives parameters their first values, which depend on the seed and not on the plan: those that are named, or
         all."""
-        what = "weights are" if names is None else f"{len(names)} new tensors are"
+        new = counted(len(names), "new tensor") if names is not None else ""
+        what = "weights are" if names is None else f"{new} {'is' if len(names) == 1 else 'are'}"
         logger.info("%s initialised from seed %d", what, seed)
         wanted = self.module.parameters_to_load()
         for name, value in initial_parameters(self.model, seed, self.module.axes.device, names, self._first):

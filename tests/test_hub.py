@@ -131,3 +131,5 @@ def test_where_a_tokenizer_is_looked_for_and_why_there_is_none(name, reaches, lo
 def test_the_first_line_of_an_error_is_what_it_says_or_is() -> None:
     assert hub.first_line(ValueError(" \n one\ntwo")) == "one"
     assert hub.first_line(KeyError()) == "KeyError"
+    assert hub.first_line(ValueError("not valid:\n    too large\nthree")) == "not valid: too large"
+    assert hub.first_line(ValueError("nothing follows:")) == "nothing follows:"

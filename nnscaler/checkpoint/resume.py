@@ -17,6 +17,7 @@ from nnscaler.checkpoint.merge import MergedFile
 from nnscaler.checkpoint.randomness import new_random_states, set_random_states
 from nnscaler.checkpoint.sharded import Part, load_parts, owned_state, whole
 from nnscaler.checkpoint.stored import Checkpoint
+from nnscaler.counting import counted
 from nnscaler.errors import UserError
 from nnscaler.models.weights import WeightFiles
 from nnscaler.runtime.optimizer import ShardedOptimizer
@@ -37,7 +38,8 @@ def where_to_begin(directory: Path, resume_path: Path | None, jobs: Collection[s
     if own is not None:
         folder, since = own
         checkpoints = saved_since(folder, since)
-        logger.info("restarted by torchrun: %d checkpoints of this run in %s", len(checkpoints), folder)
+        saved = counted(len(checkpoints), "checkpoint")
+        logger.info("restarted by torchrun: %s of this run in %s", saved, folder)
         if checkpoints:
             return without_damaged(checkpoints), folder
     return find_resumable(resume_path) if resume_path is not None else [], own and own[0]

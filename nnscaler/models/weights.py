@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from nnscaler.counting import counted
 from nnscaler.errors import UserError
 from nnscaler.models.adapters import is_adapter, name_in_model
 from nnscaler.models.conversion import to_model
@@ -165,11 +166,14 @@ def check_weights(directory: Path, model: nn.Module, prefix: str) -> None:
     unexpected = sorted(set(files.tensors) - known)
     if unexpected:
         logger.warning(
-            "%s has %d tensors that the model has no place for: %s", directory, len(unexpected), _some(unexpected)
+            "%s has %s that the model has no place for: %s",
+            directory,
+            counted(len(unexpected), "tensor"),
+            _some(unexpected),
         )
     if missing:
         as_new = [name_in_model(name, prefix) for name in missing]
-        logger.warning("%s lacks %d buffers, which are as new: %s", directory, len(missing), _some(as_new))
+        logger.warning("%s lacks %s, as new here: %s", directory, counted(len(missing), "buffer"), _some(as_new))
 
 
 def load_weights(directory: Path, module: TrainedModule, model: nn.Module, prefix: str) -> None:

@@ -132,6 +132,8 @@ class Converter:
         if op in _DROPPED:
             return None
         source = _source(node)
+        if op == "with_effects":
+            raise UserError(f"operator {node.args[1]} at {source} does more than give its result: not supported")
         if op in _VALUE_READS:
             raise UserError(f"the model reads a tensor's value while it is traced ({op} at {source}); remove the read")
         args = fx.map_arg(node.args, lambda item: env[item])

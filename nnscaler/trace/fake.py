@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from nnscaler.errors import UserError
+
 
 def fake_mode() -> FakeTensorMode:
     """Inside, operators give fake tensors. Real tensors that they meet are constants."""
@@ -28,6 +30,9 @@ def fake_weights(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
 
     Whatever its forward does to attributes of modules is undone afterwards.
     """
+    scripted = next((name for name, part in model.named_modules() if isinstance(part, torch.jit.ScriptModule)), None)
+    if scripted is not None:
+        raise UserError(f"'{scripted}' is a module of torch.jit, which is not traced; give the one that it was made of")
     before = Attributes(model)
     known: dict[int, Tensor] = {}
 

@@ -59,7 +59,7 @@ def trace(
         with functions_are_operators():
             execution = execute(model, find_repeated(model), example_inputs, buffers, device, chosen.offload, seed)
     mode = fake_mode()
-    with fake_weights(model, mode), _values_are_not_read(), functions_are_operators():
+    with fake_weights(model, mode), _as_written(), functions_are_operators():
         inputs = {name: fake(mode, tensor) for name, tensor in example_inputs.items()}
         exporter = _Exporter(mode, execution or observe(model, find_repeated(model), inputs, mode))
         with recording(exporter.observation, chosen.reuse) as session:
@@ -79,7 +79,7 @@ def trace(
 def observed(model: nn.Module, example_inputs: Mapping[str, Tensor]) -> str:
     """The `record` that a graph of the model would have, under strategies that do not execute it."""
     mode = fake_mode()
-    with fake_weights(model, mode), _values_are_not_read(), functions_are_operators():
+    with fake_weights(model, mode), _as_written(), functions_are_operators():
         inputs = {name: fake(mode, tensor) for name, tensor in example_inputs.items()}
         return observe(model, find_repeated(model), inputs, mode).key
 
@@ -154,10 +154,12 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 @contextmanager
-def _values_are_not_read() -> Iterator[None]:
-    """Inside, a read that fake tensors cannot answer is a UserError that says where the read is."""
+def _as_written() -> Iterator[None]:
+    """Inside, compiled functions run as they are written, and a read that fake tensors cannot answer is a UserError
+    that says where the read is."""
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     except (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException) as error:
         own = [frame for frame in traceback.extract_tb(error.__traceback__) if is_own_code(frame.filename)]
         where = f" (at {line_of(own[-1].filename, own[-1].lineno or 0)})" if own else ""

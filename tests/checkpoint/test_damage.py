@@ -242,7 +242,7 @@ def test_verifying(saved, copy, merger, tmp_path, monkeypatch):
     flip(copy / "__1_0.distcp", 5000, 0)
     out, error = merger("--ckpt_dir", copy, "--verify")
     assert "file '__1_0.distcp', tensor '" in out
-    assert "has 1 damaged pieces" in error
+    assert "has 1 damaged piece" in error
     out, error = merger("--ckpt_dir", copy, "--output_fname", tmp_path / "x.ckpt")
     assert "file '__1_0.distcp', tensor '" in error
     outputs = ("--output_fname", tmp_path / "x.ckpt", "--output_dir", tmp_path / "model")

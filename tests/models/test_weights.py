@@ -267,14 +267,14 @@ def test_persistent_buffers_are_loaded(tmp_path, caplog):
     (tmp_path / "model").mkdir()
     save_file({**model.state_dict(), "made": torch.zeros(4)}, tmp_path / "model" / "model.safetensors")
     check_weights(tmp_path / "model", made.build()[0], "")
-    assert "1 tensors that the model has no place for: made" in caplog.text
+    assert "1 tensor that the model has no place for: made" in caplog.text
     load_weights(tmp_path / "model", module, made.build()[0], "")
     assert module(**inputs).item() == pytest.approx(model(**inputs).item(), rel=1e-5)
     shutil.rmtree(tmp_path / "model")
     (tmp_path / "model").mkdir()
     save_file({"l.weight": model.l.weight.data, "l.bias": model.l.bias.data}, tmp_path / "model" / "model.safetensors")
     check_weights(tmp_path / "model", made.build()[0], "")
-    assert "lacks 1 buffers, which are as new: scale" in caplog.text
+    assert "lacks 1 buffer, as new here: scale" in caplog.text
     caplog.clear()
     whole = dict(model.state_dict())
     save_file(whole, tmp_path / "model" / "model.safetensors")

@@ -82,6 +82,12 @@ def unregistered():
     return model()
 
 
+def scripted():
+    model = stack(Layer.scale)()
+    model.layers[0].linear = torch.jit.script(nn.Linear(WIDTH, WIDTH))
+    return model
+
+
 def loops(layer):
     total = layer.linear.weight[0]
     for _ in range(3000):
@@ -130,6 +136,15 @@ REFUSED = {
     "autocast": (
         stack(lambda layer: in_bfloat16(layer).sum()),
         r"autocast inside .* \(it is on at layers.py:\d+\)",
+    ),
+    "torchscript": (scripted, r"'layers\.0\.linear' is a module of torch\.jit, which is not traced; give the one that"),
+    "a branch": (
+        stack(lambda layer: torch.cond(layer.linear.weight.sum() > 0, torch.sin, torch.cos, (layer.linear.weight[0],))),
+        r"CondAutogradOp, whose result is used at layers.py:\d+, has a backward of its own",
+    ),
+    "a check": (
+        stack(lambda layer: torch.linalg.inv(layer.linear.weight).sum()),
+        r"_linalg_check_errors\.default at layers.py:\d+ does more than give its result: not supported",
     ),
     "a read": (
         stack(lambda layer: layer.linear.weight.sum().item()),

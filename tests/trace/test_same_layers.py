@@ -255,9 +255,25 @@ def twice():
     return Model(Layer(index, Layer.scale) for index in range(2))
 
 
+def compiled():
+    """Parts that are compiled, functions and modules, are traced as they are written."""
+
+    class Part(nn.Module):
+        def __init__(self, by):
+            super().__init__()
+            self.linear = nn.Linear(WIDTH, WIDTH)
+            self.scaled = torch.compile(lambda x: x.tanh() * by)
+            self.compile()
+
+        def forward(self, x):
+            return x + self.scaled(self.linear(x))
+
+    return Stack(Part(1.0 + index % 2) for index in range(4))
+
+
 RIGHT = (
     patched, hooked, subclasses, parametrized, tied, borrowing, stashing, writing, without_gradient, counting_depth,
-    handing_on, twice,
+    handing_on, twice, compiled,
 )  # fmt: skip
 
 
