@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -201,6 +202,11 @@ def detect_hardware() -> Hardware:
             f"no figures of {device} are bundled: planning with the rates of {hardware.name} and this device's memory; "
             "--hardware FILE.json gives other rates, nnscaler.profiler.benchmark_comm measures communication"
         )
+    elif _OTHER_BOARD.search(device):
+        remark = (
+            f"the bundled figures of {hardware.name} are those of its SXM board, and {device} may be slower, also from "
+            "device to device: nnscaler.profiler.benchmark_comm measures communication"
+        )
     devices = torch.cuda.device_count()
     host = None if hardware.host is None else replace(hardware.host, memory=host_memory() / devices)
     here = replace(
@@ -213,6 +219,10 @@ def detect_hardware() -> Hardware:
         remark=remark,
     )
     return _with_measured(here, measured_on(device))
+
+
+# A board of the same chip with other links and rates; or a part of one.
+_OTHER_BOARD = re.compile(r"\b(PCIe|NVL|MIG)\b", re.IGNORECASE)
 
 
 def _flops_in_fp32(cpu: Hardware) -> dict[str, float]:

@@ -236,6 +236,18 @@ def test_a_device_that_is_not_bundled_says_whose_rates_it_takes(monkeypatch, nam
     assert hardware.peak(torch.bfloat16) is None, "no share of a peak that is another device's"
 
 
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [("NVIDIA H100 PCIe", "H100"), ("NVIDIA A100-PCIE-40GB", "A100"), ("NVIDIA H200 NVL", "H200"),
+     ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", "A100")],
+)  # fmt: skip
+def test_another_board_than_the_bundled_one_is_said(monkeypatch, name, rates):
+    gpus(monkeypatch, name)
+    hardware = detect_hardware()
+    assert hardware.name == rates
+    assert hardware.remark.startswith(f"the bundled figures of {rates} are those of its SXM board, and {name} may be ")
+
+
 def test_planning_for_a_cpu_for_want_of_a_gpu_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "planning for this computer's CPU" in detect_hardware().remark
