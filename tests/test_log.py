@@ -118,3 +118,10 @@ def test_the_line_of_a_run_has_what_was_last_known(tmp_path):
         assert log._bar.postfix == f"loss not finite, validation 1.5000, {speed}"
         log.advance()
         assert (log._bar.n, log._bar.total) == (5, 9)
+
+
+def test_what_is_written_can_be_read_while_the_run_goes_on(tmp_path):
+    with RunLog(tmp_path, "me", 2, 0) as log:
+        log.write(1, {"loss": 2.0})
+        assert [json.loads(line) for line in (tmp_path / METRICS).open()] == [{"step": 1, "loss": 2.0}]
+        assert json.loads((tmp_path / "run.json").read_text()) == {"run": "me"}

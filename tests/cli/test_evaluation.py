@@ -50,6 +50,11 @@ def test_it_ends_where_the_run_is_told_to():
     assert evaluation(20, None, batches=2).run() == {}
 
 
+def test_no_more_steps_are_evaluated_than_there_are_samples_for():
+    """Four steps of six hold twenty samples: nobody is asked whether to go on with a fifth."""
+    assert evaluation(20, 9, batches=4).run()["eval_loss"] == pytest.approx(10.5)
+
+
 def test_it_is_due_every_interval_and_at_the_end():
     assert [step for step in range(1, 13) if evaluation(1, None).is_due(step, step == 12)] == [5, 10, 12]
 

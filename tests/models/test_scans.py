@@ -14,9 +14,10 @@ import torch
 
 from nnscaler import verify_op
 from nnscaler.graph import Node
+from nnscaler.models import scans
 from nnscaler.models.causal_lm import CausalLM, prepare_config
 from nnscaler.models.scans import SCANS
-from nnscaler.operators.registry import all_registered
+from nnscaler.operators.registry import all_registered, leaf_tracer
 from nnscaler.operators.scans import scan
 from nnscaler.trace import build_on_meta, trace
 from tests.models.architectures import batch, compare, config_of
@@ -82,3 +83,34 @@ def test_arithmetic_of_a_state():
     (operator,) = (one for one in all_registered() if one.name == "scan")
     node = Node("y", "scan", (), {}, ("y",))
     assert operator.flops({"b": 2, "l": 3, "d": 5, "n": 7}, node) == 3 * 2 * 210
+
+
+def test_a_call_is_an_operator_where_operators_are_traced_and_nothing_else_is_asked_for(monkeypatch):
+    """Neither a last state, nor what a tensor without an annotation makes of it."""
+    given = []
+    monkeypatch.setattr(scans, "_kernel", lambda function: "selective_scan_fn")
+    monkeypatch.setattr(scans, "scan", lambda *arguments: given.append(arguments) or "operator")
+
+    def plain(hidden_states, dt, z=None, state=None, softplus=False, return_last_state=False, **kwargs):
+        return "function"
+
+    def with_state(hidden_states, dt, output_final_state=False):
+        return "function"
+
+    x, dt = torch.zeros(1, 2, 3), torch.ones(1, 2, 3)
+    call = scans._as_operator("module:plain", plain)
+    assert call(x, dt) == "function"
+    token = leaf_tracer.set(lambda *given: None)
+    try:
+        assert call(x, dt=dt, softplus=True, return_last_state=False) == "operator"
+        assert call(x, dt, return_last_state=True) == "function"
+        assert call(x, dt, state=x) == "function"
+        assert scans._as_operator("module:with_state", with_state)(x, dt) == ("operator", None)
+        assert scans._as_operator("module:with_state", with_state)(x, dt, True) == "function"
+    finally:
+        leaf_tracer.reset(token)
+    tensors = {"hidden_states": x, "dt": dt}
+    assert given == [
+        ("module:plain", "b d l^, b d l^ -> b d l^", tensors, {"softplus": True}),
+        ("module:with_state", "b d l^, b d l^ -> b d l^", tensors, {}),
+    ]
