@@ -13,7 +13,7 @@ from nnscaler.mesh import Mesh
 from nnscaler.placement import SHARED, Shard
 from nnscaler.runtime import buckets as module
 from nnscaler.runtime.axis import Axis
-from nnscaler.runtime.buckets import Bucket, Slot, make_buckets, needed_last, norms
+from nnscaler.runtime.buckets import Bucket, GradientReducer, Slot, make_buckets, needed_last, norms
 from nnscaler.shards import Box, ParameterSpec
 
 COPIES, DEVICES = 11, 2
@@ -75,7 +75,7 @@ def test_what_lies_in_which_bucket():
         "m": ParameterSpec((5, 40), torch.float32, (SHARED,), True),
         "n": ParameterSpec((5, 40), torch.bfloat16, (SHARED,), True),
         "once": ParameterSpec((3, 3), torch.float32, (SHARED,), True, exchanged_once=True),
-        "alone": ParameterSpec((2, 2), torch.float32, (SHARED,), True),
+        "alone": ParameterSpec((2, 2), torch.bfloat16, (SHARED,), True),
         "master": ParameterSpec((3, 50), torch.bfloat16, (SHARED,), True, master_only=True),
         "sharded": ParameterSpec((4, 4), torch.float32, (Shard(1),), True),
     }
@@ -95,7 +95,7 @@ def test_what_lies_in_which_bucket():
     fp32, bf16 = torch.float32, torch.bfloat16
     assert found[True] == [
         ([("m", 0), ("master", 256)], 320, fp32, fp32), ([("master", -64), ("b", 128)], 256, fp32, fp32),
-        ([("n", 0)], 256, bf16, fp32), ([("once", 0)], 64, fp32, fp32), ([("alone", 0)], 64, fp32, fp32),
+        ([("n", 0)], 256, bf16, fp32), ([("once", 0)], 64, fp32, fp32), ([("alone", 0)], 64, bf16, fp32),
         ([("sharded", 0)], 192, fp32, fp32),
     ]  # fmt: skip
     assert [kinds[3] for kinds in found[False]] == [fp32, fp32, bf16, fp32, fp32, fp32]
@@ -209,3 +209,41 @@ def test_norms_are_of_every_bucket_in_order_wherever_it_lies():
     made[1].on_host = SimpleNamespace(norm=torch.tensor(5.0))  # type: ignore[assignment]
     assert norms(made).tolist() == [4, 5, 8]
     assert norms(made[1:2]).tolist() == [5]
+
+
+def reducer_of(names: str) -> tuple[GradientReducer, dict[str, torch.nn.Parameter]]:
+    """Of one micro-batch, and of parameters with a bucket each, which two ranks own."""
+    specs = {name: ParameterSpec((128,), torch.float32, (SHARED,), True) for name in names}
+    axis = Axis(2, 0, ALL_GROUP)  # type: ignore[arg-type]
+    axes = SimpleNamespace(owners=lambda layout: axis, mesh=Mesh((1,), 2), place=(0,), device=torch.device("cpu"))
+    made, parameters = make_buckets(specs, axes, dict.fromkeys(specs, False), 128)  # type: ignore[arg-type]
+    assert len(made) == len(names)
+    return GradientReducer(made, parameters, 1), parameters
+
+
+def test_no_more_exchanges_go_on_at_once_than_are_meant_to(monkeypatch):
+    seen = []
+    work = SimpleNamespace(wait=lambda: seen.append("end"))
+    monkeypatch.setattr(module, "MOST_IN_FLIGHT", 2)
+    monkeypatch.setattr(module, "start_gradient_sum", lambda *given: seen.append("begin") or work)
+    reducer, parameters = reducer_of("abcd")
+    for parameter in parameters.values():
+        parameter.grad = torch.ones(128)
+    reducer.take_gradients()
+    assert seen == ["begin", "begin", "end", "begin", "end", "begin"]
+    reducer.end_micro_batch()
+    reducer.finish()
+    assert seen[6:] == ["end", "end"]
+
+
+def test_no_more_gradients_are_waited_for_later_than_are_meant_to(monkeypatch):
+    waited = []
+    monkeypatch.setattr(module, "MOST_DEFERRED", 2)
+    monkeypatch.setattr(module, "start_gradient_sum", lambda *given: None)
+    reducer, parameters = reducer_of("abcd")
+    for name, wanted in {"a": "", "b": "", "c": "a", "d": "ab"}.items():
+        work = SimpleNamespace(wait=lambda name=name: waited.append(name))
+        reducer.defer(parameters[name], work, torch.ones(128))  # type: ignore[arg-type]
+        assert "".join(waited) == wanted
+    reducer.end_micro_batch()
+    assert "".join(waited) == "abcd"

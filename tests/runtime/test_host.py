@@ -41,6 +41,12 @@ def beginning_together(x: Tensor, weight: Tensor, table: Tensor) -> Tensor:
     return x + product.sin() + torch.cat([half, half])
 
 
+def in_halves(x: Tensor, weight: Tensor, table: Tensor) -> Tensor:
+    """Keeps both halves of a product, as two tensors of one size in one tensor's memory."""
+    first, second = (x @ weight * table).chunk(2)
+    return x + torch.cat([first.cos(), second.sin()])
+
+
 class Model:
     def __init__(self, call: Callable[..., Tensor]) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -72,7 +78,7 @@ class Model:
         return list(gradients)
 
 
-@pytest.mark.parametrize("call", [block, recomputed, with_holes, beginning_together])
+@pytest.mark.parametrize("call", [block, recomputed, with_holes, beginning_together, in_halves])
 def test_gradients_are_equal_to_the_last_bit_and_buffers_are_used_again(call: Callable[..., Tensor]) -> None:
     model = Model(call)
     host = HostMemory(torch.device("cpu"), model.is_weight)
@@ -82,9 +88,12 @@ def test_gradients_are_equal_to_the_last_bit_and_buffers_are_used_again(call: Ca
         assert all(map(torch.equal, model.gradients(host), wanted))
         taken.append(host.pool.bytes)
     # Of `block` its input and tanh's result are kept; recomputed, its input alone; with holes, what is between them;
-    # and of what begins together, both.
+    # of what begins together, both; and in halves, these.
     half = SIZE // 2
-    each = {block: SIZE * 2, recomputed: SIZE, with_holes: SIZE + half, beginning_together: 2 * SIZE + half}[call]
+    each = {
+        block: SIZE * 2, recomputed: SIZE, with_holes: SIZE + half, beginning_together: 2 * SIZE + half,
+        in_halves: SIZE + 2 * half,
+    }[call]  # fmt: skip
     assert taken == [each * CALLS] * 3
 
 

@@ -96,6 +96,15 @@ def test_a_single_gradient_is_of_its_weights_type(tmp_path):
     assert loaded(tmp_path, micro_batches=1).buckets[0].gradient_dtype == torch.bfloat16
 
 
+def test_a_weight_that_is_stored_wider_begins_as_its_own_type_has_it(tmp_path):
+    """2**-12 is less than half of a step of bf16 at 1."""
+    w = {"layout": "R", "trained": True, "exchanged_once": False, "master_only": True, "dtype": "bfloat16"}
+    module = loaded(tmp_path, parameters={"w": w | {"shape": [2]}}, tied={})
+    module.load_one("w", torch.tensor([1 + 2.0**-12, 1 + 2.0**-7]))
+    assert module._weights["w"].dtype == torch.float32
+    assert module._weights["w"].tolist() == [1, 1 + 2.0**-7]
+
+
 def test_gathered_weights_are_weights(tmp_path, monkeypatch):
     module, other = loaded(tmp_path), torch.ones(3)
     monkeypatch.setattr(module.gathers, "holds", lambda tensor: tensor is other)

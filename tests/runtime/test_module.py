@@ -118,6 +118,15 @@ def test_a_pipeline_sums_its_micro_batches_in_fp64():
     assert finished == [0]
 
 
+def test_an_evaluation_of_a_pipeline_runs_as_many_micro_batches_at_once_as_its_schedule_has():
+    module, ran = pipeline.PipelineModule.__new__(pipeline.PipelineModule), []
+    module.axes = SimpleNamespace(device=torch.device("cpu"), mesh=SimpleNamespace(replicas=1), replica=0)
+    module.schedule = Schedule("1f1b", 2, 2, 3)
+    module._forward = SimpleNamespace(run=lambda some: ran.append(len(some)) or [one["x"] for one in some])
+    assert module.evaluate({"x": torch.tensor(2.0**place)} for place in range(8)).item() == 255
+    assert ran == [3, 3, 2]
+
+
 def test_what_a_module_cannot_take_or_train_is_one_line():
     module = module_that_gives(lambda x: x)
     for given, said in (({}, r"\[\]"), ({"x": 1, "y": 1}, r"\['x', 'y'\]"), ({"y": 1}, r"\['y'\]")):

@@ -302,6 +302,8 @@ def test_as_much_state_goes_to_the_host_as_is_asked_for(dtype, each):
     size = each * optimizer.buckets[last].owned.numel()
     assert buckets_of(optimizer.buckets, size) == [last]
     assert len(buckets_of(optimizer.buckets, size + 1)) == 2
+    staged = optimizer_of(CONFIG, dtype, [last])[0]._staged[last]
+    assert sum(tensor.nbytes for tensor in staged.there) == size
 
 
 def test_buckets_are_updated_in_the_order_in_which_forward_needs_them():
