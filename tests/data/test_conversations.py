@@ -180,6 +180,13 @@ def test_texts_get_the_marks_that_they_lack(prompt, completion, bos, text):
     assert [text[begin:end] for begin, end in rendered.spans] == ["b<|im_end|>"]
 
 
+def test_where_all_is_learned_prompts_are_too():
+    columns = Columns(None, "p", "c")
+    for row in ({"p": "ab", "c": "cd"}, {"p": [turn("user", "ab")], "c": [turn("assistant", "cd")]}):
+        rendered = Speech(make_tokenizer(), columns, None, True).render((row, "row 1"))
+        assert rendered.spans == [(0, len(rendered.text))]
+
+
 def test_an_answer_may_come_first_or_without_a_prompt():
     """And a template may write the tokenizer's own marks."""
     tokenizer = make_tokenizer(bos_token="<|im_start|>")
