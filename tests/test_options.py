@@ -96,6 +96,7 @@ def test_what_is_allowed(given):
         ({"people": ("a", 5)}, "people is 'a,5'; it must be texts that are not empty"),
         ({"fast": 1}, "fast is 1; it must be true or false"),
         ({"home": "x"}, "home is 'x'; it must be a path"),
+        ({"home": Path("a\0")}, "home is 'a\0'; it must be a path"),
         ({"judged": "there"}, "judged is not here"),
         ({"own": "a=1"}, "own is 'a=1'; it must be FIELD=VALUE"),
         ({"to": 3 * ["x" * 30]}, f"to is {str(3 * ['x' * 30])[:60]}...; it must be a text that is not empty"),
