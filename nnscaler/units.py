@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from nnscaler.graph import Block, Call, Node
 from nnscaler.operators import operator_of
-from nnscaler.operators.registry import no_flops
+from nnscaler.operators.registry import bind, no_flops
 
 
 @dataclass
@@ -75,6 +75,17 @@ def divide(block: Block) -> list[Unit]:
 def pure(unit: Unit) -> bool:
     """Whether a unit is computation alone, so that it can be compiled together with others."""
     return unit.kind in ("product", "cheap")
+
+
+def is_elementwise(unit: Unit, block: Block) -> bool:
+    """Whether each element that a unit makes depends on no others of a tensor than the one at its own place."""
+    for node in unit.nodes:
+        bound = bind(node, block)
+        taken, made = ({name for tensor in side for dim in tensor or () for name in dim.names}
+                       for side in (bound.inputs, bound.outputs))  # fmt: skip
+        if taken - made or taken & bound.frozen:
+            return False
+    return True
 
 
 def saved_by(node: Node, block: Block) -> list[str]:

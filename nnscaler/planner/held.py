@@ -107,20 +107,33 @@ class Held:
 
     def _fused(self, index: int, option: Option, over: bool, part: Part) -> float:
         """Bytes that a fused cluster holds beside what is kept."""
-        given = made = forward = rewritten = 0.0
+        given = made = in_place = rounded = forward = rewritten = 0.0
         for _, flow in self.flows:
             for use in flow.consumers:
                 if use[0] == index and not flow.is_parameter:
                     size = part(flow) * self._bytes(flow, option.inputs[use[1]])
                     forward += 0.0 if flow.needed else size
                     made += size if flow.meta.requires_grad else 0.0
+                    by_fp8 = self.region(flow.producer[0]) == self.region(index) and self.rounds(flow.producer[0])
+                    in_place += size if flow.meta.requires_grad and not by_fp8 else 0.0
             if flow.producer[0] == index:
                 size = part(flow) * self._bytes(flow, option.outputs[flow.producer[1]])
                 forward += size
                 beside = self._beside(index, flow)
                 given += size * max(len(beside), 1) if flow.meta.requires_grad else 0.0
                 rewritten += size if flow.meta.requires_grad and len(beside) == len(flow.consumers) else 0.0
-        return max(forward, given + made - (min(rewritten, made) if over else 0.0))
+                rounded += size / flow.meta.dtype.itemsize if any(map(self.rounds, beside)) else 0.0
+        over = over and self.units[index].elementwise
+        return max(forward, given + made + rounded - (min(rewritten, in_place) if over else 0.0))
+
+    def rounds(self, index: int) -> bool:
+        """Whether a unit is a product in fp8: its backward takes what it reads, and its gradient, rounded."""
+        return any(option.rounded for option in self.problem.decisions[index].options)
+
+    def makes_for_fp8(self, index: int) -> bool:
+        """Whether backward of a unit makes once more, rounded, what products in fp8 read of it."""
+        made = [flow for _, flow in self.flows if flow.producer[0] == index]
+        return any(self.rounds(use) for flow in made for use in self._beside(index, flow))
 
     def _beside(self, index: int, flow: Flow) -> set[int]:
         """The units that use a flow in the region of the unit that makes it."""
@@ -160,11 +173,16 @@ class Held:
             for use in self._beside(index, flow) & self.weighted
         }
         return self.made(
-            flow
-            for _, flow in self.flows
-            if flow.producer[0] in readers
-            and all(use in self.units and self.units[use].region == decision.region and self.units[use].reads
-                    for use, _ in flow.consumers)
+            (
+                flow
+                for _, flow in self.flows
+                if flow.producer[0] in readers
+                and (self.rounds(flow.producer[0]) or all(
+                    use in self.units and self.units[use].region == decision.region and self.units[use].reads
+                    for use, _ in flow.consumers
+                ))
+            ),
+            lambda flow: 1 / flow.meta.dtype.itemsize if self.rounds(flow.producer[0]) else 1.0,
         )  # fmt: skip
 
     def freed(self, first: float, last: float, own: frozenset[int] = frozenset()) -> list[tuple[int, Flow]]:

@@ -23,7 +23,7 @@ from nnscaler.planner.options import CannotBePinned, Option, is_alias, layouts_o
 from nnscaler.recompute import IN_GROUPS, KEEPS_ALL, ON_DEVICE, RECOMPUTES_ALL, SAME_ON_HOST, Level, recomputes
 from nnscaler.sizes import PREFETCH_BYTES
 from nnscaler.sums import IN_FP32
-from nnscaler.units import Unit, divide, needed_by, pure
+from nnscaler.units import Unit, divide, is_elementwise, needed_by, pure
 
 Port = tuple[int, int]  # (index of a decision, which of its inputs or outputs)
 
@@ -40,10 +40,11 @@ class Decision:
 
     Of units only:
 
-    place   its place among the units of its block, in the order in which they run
-    region  a number that it shares with the units that are compiled together with it; None: it is none of these
-    fused   whether it is a cluster of cheap operators that runs as one kernel
-    reads   whether its backward reads any tensor
+    place        its place among the units of its block, in the order in which they run
+    region       a number that it shares with the units that are compiled together with it; None: it is none of these
+    fused        whether it is a cluster of cheap operators that runs as one kernel
+    elementwise  of a fused one: whether it combines no elements of a tensor, such as those of a row
+    reads        whether its backward reads any tensor
     """
 
     kind: str  # unit, parameter, input, output
@@ -56,6 +57,7 @@ class Decision:
     place: int = -1
     region: int | None = None
     fused: bool = False
+    elementwise: bool = False
     reads: bool = True
 
 
@@ -459,21 +461,18 @@ class _Body:
             for level, kept in self.kept_at.items()
             if not runs_again[level] and (kept.keeps_inner or fused or unit.kind == "registered")
         )
+        cheap = fused and unit.kind == "cheap"
         decision = self.builder.decide(
             Decision(
-                "unit",
-                self.block.name,
-                unit.name,
-                options,
-                0 if is_alias(unit) else self.count,
-                runs_again,
+                "unit", self.block.name, unit.name, options, 0 if is_alias(unit) else self.count, runs_again,
                 inner_kept_at,
                 place=index,
                 region=sum(not pure(other) for other in self.units[:index]) if pure(unit) else None,
-                fused=fused and unit.kind == "cheap",
+                fused=cheap,
+                elementwise=cheap and is_elementwise(unit, self.block),
                 reads=bool(needed_by(unit, self.block)),
             )
-        )
+        )  # fmt: skip
         self.decisions[index] = decision
         for position, tensor in enumerate(unit.inputs):
             flow, use = self.flows[tensor], (decision, position)

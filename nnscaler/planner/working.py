@@ -8,11 +8,14 @@ from the host is there when what others kept is not. (In forward they come first
 Sets      i a unit of block b, in the region that is compiled with its neighbours; after(l) the levels of the calls
           that come after those of level l, and so run backward before them: those that keep more on the device
 Data      w_i   bytes held while i runs. Of a fused cluster: the gradients of its outputs, one for each unit beside it
-                that makes one, since what adds them up is fused; and of its inputs. Where all that is computed again
-                is fused too, these are other memory (w'_i); else one is written over the other.
+                that makes one, since what adds them up is fused; and of its inputs. In a cluster that combines no
+                elements, one is written over the other, but where all that is computed again is fused too (w'_i).
+                What is made for products in fp8 is other memory: the gradients of their results, rounded in two
+                orders, and what they read, once more.
           t_i   gradients that wait while i runs: of tensors from before i that are used after it too; and of the
                 region's results after i, which whoever called the region's backward holds
-          h_i   gradients of what the products after i make of i's output: they wait for it to be computed again
+          h_i   gradients of what the products after i make of i's output: they wait for it to be computed again, or
+                rounded again for products in fp8 (these wait rounded too)
           f_i   what is made by i and after it, and kept on the device, and which no backward reads from i on; f what
                 is made after the last call of any block
           K_l   what the calls after(l) keep
@@ -26,7 +29,7 @@ Variables V_b >= 0  what one call of b computes again as a whole, beyond what ca
 
 subject to    V_b >= sum of b_fs of what backward needs and l does not keep + D_bl + W_bl - K_l, if u_bl = 1    (whole)
                    for levels l that compute a call again as a whole
-              U + sum_b V_b >= V_b + w_i + t_i - f_i - f + E_i                                                  (kept)
+              U + sum_b V_b >= V_b + w_i + t_i - f_i - f + E_i, and + h_i where products in fp8 read i's output (kept)
               A_l >= w'_i + t_i + h_i - f_i - f + b_fs of what is needed, made in i's region, and not kept at l,
                    for levels l that compute each region again by itself, w_i + t_i - f_i - f for those that compute
                    nothing again; of groups, for the level inside                                               (again)
@@ -198,7 +201,8 @@ class _Body:
     def _kept(self, index: int, decision: Decision) -> None:
         """The row (kept) of one unit."""
         freed = self._freed(self.held.freed(decision.place, decision.place))
-        held, _ = self._unless_in_pieces(index, [self.held.alone(index), *self.beside[index]])
+        waiting = [self.held.waiting_for(index)] if self.held.makes_for_fp8(index) else []
+        held, _ = self._unless_in_pieces(index, [self.held.alone(index), *waiting, *self.beside[index]])
         deferred = self.deferred.during(self.deferred.is_first(decision.place))
         self.working.hold([*held, *freed, *deferred, *self.working.freed_first], self.block)
 

@@ -24,6 +24,7 @@ from nnscaler.planner.held import Held, Sum
 from nnscaler.planner.price import Price, price
 from nnscaler.planner.problem import Decision, Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution
+from nnscaler.planning import traced
 from nnscaler.recompute import (
     IN_GROUPS,
     KEEPS_ALL,
@@ -127,6 +128,31 @@ def test_what_needs_no_gradient_is_held_in_forward_by_hand(tmp_path):
     assert held_by(Added, "-", tmp_path) == 3 * W + W + 2 * N
 
 
+class Normed(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        return x + self.down(h * h.pow(2).mean(-1, True).rsqrt())
+
+
+# A cluster is given the gradient of its result, and makes that of its input. Silu's is written over the given one; a
+# norm's needs all of a row. In fp8 there are, beside the given gradient, two orders of the one that is made, and what
+# the product after the cluster reads once more: half a byte of each for a byte in bf16.
+@pytest.mark.parametrize(
+    ("layer", "in_fp8", "held"),
+    [(Plain, False, W), (Normed, False, 2 * W), (Plain, True, W + W + W / 2), (Normed, True, W + W + W / 2)],
+)
+def test_where_a_gradient_is_not_written_over_another(layer, in_fp8, held, tmp_path):
+    inputs = {"x": torch.empty((2, ROWS // 2, NARROW), dtype=torch.bfloat16, device="meta")}
+    graph = traced(Source(lambda: Two(layer), inputs, fp8=in_fp8), "reuse_cache")
+    flops = {"float32": 1e9, "bfloat16": 1e9, "float8_e4m3fn": 1e12}
+    costs = CostModel(load_hardware(tiny.write_hardware(tmp_path, flops=flops)), Mesh((1,)), fused=True)
+    program = Program(build_problem(graph, costs, Recomputing(), 1))
+    (block,) = graph.blocks
+    units = Held(program.choices, program.flows, block)
+    cluster = next(index for index, unit in units.units.items() if unit.fused)
+    assert units.alone(cluster) == ([(program.choices.x[cluster][0], held)], held)
+
+
 class Rich(Added):
     def forward(self, x: Tensor) -> Tensor:
         h = self.up(x)
@@ -180,6 +206,7 @@ class Run:
     state      64ths of the optimizer's state that lie on the host;  gradients: likewise
     pieces     of which stretches of a layer: "mlp", "before attention", "attention" -> how many
     alone      which weights of a layer are stored as their fp32 master weight alone
+    fp8        whether products of layers are in fp8
     """
 
     layers: int
@@ -191,6 +218,7 @@ class Run:
     pieces: Mapping[str, int] = field(default_factory=dict)
     devices: int = 1
     alone: Collection[str] = ()
+    fp8: bool = False
 
 
 STRETCHES = {(None, True): "mlp", (None, False): "before attention", ("transpose_2", False): "attention"}
@@ -201,8 +229,7 @@ def of_llama(run: Run) -> Price:
     config.num_hidden_layers = run.layers
     prepare_config(config, run.length, "auto")
     inputs = {name: torch.empty((1, run.length), dtype=torch.int64, device="meta") for name in ("input_ids", "labels")}
-    model, buffers = Source(lambda: CausalLM(config, in_chunks), inputs).build()
-    graph = trace(model, inputs, buffers)
+    graph = traced(Source(lambda: CausalLM(config, in_chunks), inputs, fp8=run.fp8), "reuse_cache")
     costs = CostModel(load_hardware("h100"), Mesh((run.devices,)), fused=True)
     problem = build_problem(graph, costs, Recomputing(), run.micro_batches, host=112 * GIB)
     (block,) = graph.blocks
@@ -256,6 +283,13 @@ HEADS = {"mlp": 16, "before attention": 4, "attention": 4}
         (21.95, Run(6, 8_192, 4, {KEEPS_ALL: 1, KEEPS_PRODUCTS: 4, RECOMPUTES_ALL_BUT_ATTENTION: 1}, 61)),
         (22.68, Run(4, 294_912, 1, {SAME_ON_HOST[RECOMPUTES_ALL]: 4}, 64, 55, HEADS)),
         (31.10, Run(2, 425_984, 1, {TWOS[RECOMPUTES_ALL]: 2}, 64, pieces=HEADS)),
+        (19.60, Run(2, 237_568, 1, {RECOMPUTES_ALL: 2}, 64, 29, HEADS)),
+        (59.65, Run(2, 950_272, 1, {RECOMPUTES_ALL: 2}, 64, 39, HEADS)),
+        (21.42, Run(4, 131_072, 1, {
+            RECOMPUTES_ALL_BUT_ATTENTION: 1, RECOMPUTES_ALL: 1, SAME_ON_HOST[RECOMPUTES_ALL]: 2
+        }, 64, 15, {"mlp": 4})),
+        (50.52, Run(4, 65_536, 2, {KEEPS_ALL: 1, RECOMPUTES_ALL_BUT_ATTENTION: 3}, fp8=True)),
+        (76.46, Run(8, 131_072, 4, {KEEPS_ALL: 3, RECOMPUTES_ALL_BUT_ATTENTION: 5}, 64, 54, fp8=True)),
         # 71.44 with what the last layer on the host keeps, which stayed until backward then.
         (71.44 - 2.25, Run(32, 131_072, 4, {
             KEEPS_ALL: 1, KEEPS_PRODUCTS: 6, RECOMPUTES_ALL_BUT_ATTENTION: 3, AWAY: 22
