@@ -53,6 +53,7 @@ def peer(one: dict[str, Any]) -> float | None:
     peers = read("peers.json")
     found = {row["sequence_length"]: float(row["tokens_per_second_per_gpu"]) for row in peers["torchtitan"]}
     same = whole(one) and one["device"] == peers["device"] and "device_memory_gib" not in one
+    same = same and not one["name"].endswith("-fp8")  # torchtitan's was in bf16
     return found.get(one["sequence_length"]) if same else None
 
 
@@ -193,6 +194,8 @@ def performance() -> str:
             attentions(),
             title("Documents"),
             documents(),
+            title("Windows"),
+            windows(),
             title("Mixtures of experts"),
             experts(),
             title("Text into tokens"),
@@ -205,6 +208,15 @@ def performance() -> str:
             title("Numerics"),
             numerics(),
             ".. image:: results/numerics.png\n   :alt: loss by step of plain PyTorch and of four plans",
+            numerics_of_fp8(),
+            rst_table(
+                ["gradient of", "error in bf16", "in fp8"],
+                [
+                    [row["gradient"], f"{row['bf16']:.2%}", f"{row['fp8']:.1%}"]
+                    for row in read("fp8_numerics.json")["gradients"]
+                ],
+            ),
+            ".. image:: results/fp8_numerics.png\n   :alt: loss by step in bf16 and in fp8",
         ]
     )
 
@@ -278,6 +290,25 @@ def experts() -> str:
     return f"{textwrap.fill(text, 120)}\n\n{rst_table(head, rows)}"
 
 
+def windows() -> str:
+    """How near to its work's time a model with sliding windows trains."""
+    rows = []
+    for name in ("mistral", "gemma"):
+        one = read(f"windows/{name}.json")
+        step = compared(one["predicted_seconds_per_step"], one["seconds_per_step"], "s", 3)
+        memory = compared(one["predicted_memory_gib"], one["peak_memory_gib"], "GiB", 1)
+        reached = f"{one['floor_seconds'] / one['seconds_per_step']:.0%}"
+        rows.append([one["name"], f"{one['tokens_per_second_per_gpu']:,.0f}", step, memory, reached])
+    text = (
+        f"{one['sequences_per_step']} sequences of {one['sequence_length']:,} tokens a step on "
+        f"{one['device'].replace('NVIDIA ', '')}, with the plan that the planner found. The last column divides the "
+        "time that the work allows by the step's: its products at 712 TFLOP/s, which they reach in training, and the "
+        "pairs of tokens that see each other at the rate of plain causal attention with the same heads."
+    )
+    head = ["work", "tokens/s/GPU", "step, predicted / measured", "memory, predicted / measured", "of the speed"]
+    return f"{textwrap.fill(text, 120)}\n\n{rst_table(head, rows)}"
+
+
 def tokenising() -> str:
     """How fast bookcorpus.py is beside the tokenizer alone."""
     result = read("tokenize.json")
@@ -317,6 +348,21 @@ def numerics() -> str:
         f"{result['device']} and by plain PyTorch on one GPU (``benchmarks/numerics.py``). Over the second half of the "
         f"steps, the loss of plain PyTorch with other micro-batches differs by {plain[0]:.3f} on average from that of "
         f"plain PyTorch; the losses of the four plans differ from it by {min(plans):.3f} to {max(plans):.3f}.",
+        120,
+    )
+
+
+def numerics_of_fp8() -> str:
+    """How far losses in fp8 are from those in bf16, and those in bf16 from one another."""
+    result = read("fp8_numerics.json")
+    rows = {row["run"]: row for row in result["rows"]}
+    apart = {name: row["mean_absolute_difference"] for name, row in rows.items()}
+    noise, narrow = apart["bf16, two micro-batches"], apart["fp8"]
+    return textwrap.fill(
+        f"In fp8, a Llama of 300M parameters was trained on real text for {result['steps']} steps, and twice in bf16, "
+        f"the second time with other micro-batches (``benchmarks/fp8_numerics.py``). Over the last 200 steps, the loss "
+        f"in fp8 is {narrow:.4f} from that in bf16 on average, and the second in bf16 {noise:.4f}: "
+        f"{narrow / noise:.2f} times as far. The table has relative errors of gradients of one layer against fp64.",
         120,
     )
 
