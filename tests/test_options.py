@@ -79,6 +79,8 @@ def test_what_is_allowed(given):
         ({"steps": 1}, "steps is 1; it must be at least 2 and at most 20"),
         ({"steps": 21}, "steps is 21; it must be at least 2 and at most 20"),
         ({"steps": 2.0}, "steps is 2.0; it must be a whole number, at least 2 and at most 20"),
+        ({"steps": True}, "steps is True; it must be a whole number, at least 2 and at most 20"),
+        ({"speed": "fast"}, "speed is 'fast'; it must be a number, more than 0 and at most 3"),
         ({"steps": None}, "steps is None; it must be a whole number, at least 2 and at most 20"),
         ({"speed": 0}, "speed is 0; it must be more than 0 and at most 3"),
         ({"speed": 3.5}, "speed is 3.5; it must be more than 0 and at most 3"),
@@ -161,3 +163,8 @@ def test_values_of_files_are_spelled_as_on_a_command_line():
     assert [spelled(value) for value in (True, 5, 1e-3, "a b", [1, "b", False], {"a": [1]}, Path("x/y"))] == [
         "true", "5", "0.001", "a b", "1,b,false", '{"a": [1]}', "x/y"
     ]  # fmt: skip
+
+
+def test_a_function_stands_only_where_one_may():
+    with pytest.raises(UserError, match=r"^to is <function only_here at .*; it must be a text that is not empty$"):
+        Walk(only_here)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,3 +103,54 @@ def test_a_plan_needs_no_weights_and_says_how_it_is_made(made):
         assert f" {flag} " in f"{args.command} "
     for flag in ("--name", "--seed", "--checkpoint_interval", "--dataset_path"):
         assert flag not in args.command, "the plan does not depend on it"
+
+
+def test_a_command_is_without_this_computer_s_folders(made, tmp_path):
+    """Datasets and places of a model or of a hardware's figures are other ones elsewhere; a batch is not."""
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    tiny.write_hardware(tmp_path / "far")
+    Path("model").rename("far/away/llama")
+    args, _ = made(
+        "--model_id", "far/away/llama", "--run_mode", "compile", "--dataset_path", "data", "--eval_dataset_path",
+        "validation", "--hardware", "far/hardware.json", "--global_batch_size", "8", "--runtime_ngpus", "2",
+    )  # fmt: skip
+    assert args.command == (
+        "train.py --run_mode compile --model_id llama --sequence_length 32 --runtime_ngpus 2 --hardware hardware.json "
+        "--global_batch_size 8 --precision bf16"
+    )
+
+
+def test_the_longest_document_of_all_datasets_counts(made):
+    _, asked = made("--dataset_path", "validation", "--eval_dataset_path", "data", "--document_mask")
+    assert asked.prepared[0] == 28
+    _, asked = made("--dataset_path", "validation", "--eval_dataset_path", "data")
+    assert asked.prepared == (tiny.LENGTH, "auto", False), "where they are not kept apart, a row's"
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"), [("run", "profile is '/dev/null/trace', which cannot be written"), ("compile", "")]
+)
+def test_what_a_run_alone_writes_is_judged_for_a_run_alone(made, mode, said):
+    flags = ("--dataset_path", "data", "--run_mode", mode, "--hardware", "h100", "--profile", "/dev/null/trace")
+    with pytest.raises(UserError, match=said) if said else nullcontext():
+        made(*flags)
+
+
+@pytest.mark.parametrize(("explain", "rank", "printed"), [(True, 0, True), (True, 1, False), (False, 0, False)])
+def test_what_is_explained_is_printed_once(made, monkeypatch, capsys, explain, rank, printed):
+    class Trainer:
+        def __init__(self, args: object) -> None:
+            self.args, self.rank, self.gen_folder = SimpleNamespace(explain=explain), rank, Path("code/llama")
+            assert args == ("flags", "inputs", "args")
+
+        def run(self) -> None:
+            sys.stdout.write("ran\n")
+
+    monkeypatch.setattr("nnscaler.cli.trainer.Trainer", Trainer)
+    monkeypatch.setattr(train, "read_flags", lambda: ("flags", "inputs", "args"))
+    monkeypatch.setattr(train, "complete", lambda *given: given)
+    monkeypatch.setattr("nnscaler.report.read_plan", lambda folder: folder)
+    monkeypatch.setattr("nnscaler.report.explain", lambda plan: f"the plan of {plan}")
+    train.main()
+    told = "the plan of code/llama\nmore in    code/llama/plan.html\n" if printed else ""
+    assert capsys.readouterr().out == f"ran\n{told}"
