@@ -89,6 +89,8 @@ def _attention_by(kernel: str) -> Callable[..., tuple[Tensor, None]]:
         seen = Seen() if attention_mask is None else attention_mask
         if attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
             seen = CAUSAL
+        if isinstance(attention_mask, Seen) and key.shape[2] != query.shape[2]:
+            raise UserError(f"{where} gives attention keys that its mask does not know; {_OWN_ATTENTION}")
         others = _others(options)
         if others or not isinstance(seen, Seen):
             what = _spelled(others[0]) if others else "a mask of its own"
@@ -268,8 +270,9 @@ def set_attention(config: PretrainedConfig, implementation: str, model_class: ty
     config._attn_implementation = implementation if implementation == "eager" else f"{ATTENTION}_{implementation}"
 
 
-# Where a model gives attention by other names than these something else than a mask, such as numbers of keys.
-_BY_NAME = re.compile(r"""_attn_implementation in [(\[]["']eager""")
+# Where a model gives attention by another name something else than a mask, such as numbers of keys; or makes something
+# of a mask only if it is a tensor.
+_TELLS_APART = re.compile(r"""_attn_implementation in [(\[]["']eager|isinstance\(attention_mask, torch\.Tensor\)""")
 
 
 def _has_place(model_class: type[PreTrainedModel]) -> bool:
@@ -280,7 +283,7 @@ def _has_place(model_class: type[PreTrainedModel]) -> bool:
     if any(isinstance(kind, type) for table in tables for kind in table.values()):
         return False
     has_place = model_class._supports_attention_backend or hasattr(module, "ALL_ATTENTION_FUNCTIONS")
-    return has_place and not _BY_NAME.search(_source(module))
+    return has_place and not _TELLS_APART.search(_source(module))
 
 
 def _source(module: ModuleType) -> str:

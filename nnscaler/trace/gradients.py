@@ -9,7 +9,8 @@ from dataclasses import replace
 from nnscaler.graph import Block, Call, Graph, Node
 
 # Their results have no gradient, whatever their inputs have.
-_STOP = {f"aten.{name}.default" for name in ("detach", "zeros_like", "ones_like", "empty_like", "full_like")}
+_MADE = ("zeros", "ones", "empty", "full")
+_STOP = {f"aten.{name}.default" for name in ("detach", *(f"{x}_like" for x in _MADE), *(f"new_{x}" for x in _MADE))}
 
 
 def mark_gradients(graph: Graph) -> None:

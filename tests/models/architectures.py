@@ -111,7 +111,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         name: {}
         for name in (
             "afmoe apertus aria_text bailing_hybrid beam bigbird_pegasus biogpt bitnet blenderbot blenderbot-small "
-            "cohere2_moe cpmant ctrl cwm deepseek_v4 diffllama doge dots1 ernie4_5_moe exaone_moe falcon_h1 "
+            "cohere2_moe cpmant ctrl cwm diffllama doge dots1 ernie4_5_moe exaone_moe falcon_h1 "
             "falcon_mamba flex_olmo flint gemma4_unified_text glm4_moe gpt-sw3 gpt_bigcode gpt_neox_japanese "
             "granite_swa granitemoe granitemoe_swa granitemoeshared hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 "
             "hy_v4 hyperclovax inkling2_text inkling_text internlm3 iquestcoder jais2 jamba jetmoe kimi_linear "
@@ -132,6 +132,10 @@ OTHERS: dict[str, dict[str, Any]] = {
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},  # not so without the last two
         "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v4": {
+        "layer_types": ["compressed_sparse_attention", "heavily_compressed_attention"],
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 8},
     },
     "dots3_note_text": {"num_key_value_heads": 4},
     "gemma3n_text": {

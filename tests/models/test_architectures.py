@@ -26,7 +26,7 @@ from tests.models.architectures import ARCHITECTURES, LENGTH, batch, compare, co
 
 SAME_BUT_CHUNKED = {"granite": "div", "cohere": "mul", "cohere2": "mul", "gemma2": "div"}
 REFUSED = {"t5": "not a causal language model"}
-OWN_ATTENTION = {"gptj", "gpt_neo", "bloom", "falcon", "mpt", "rwkv", "mamba", "git", "deepseek_v32"}
+OWN_ATTENTION = {"gptj", "gpt_neo", "bloom", "falcon", "mpt", "rwkv", "mamba", "git", "deepseek_v32", "deepseek_v4"}
 WITHOUT_ATTENTION = {"rwkv", "mamba"}
 
 
@@ -193,6 +193,18 @@ def test_only_what_a_model_s_own_attention_names_is_left_to_it():
         _attention_by("auto")(module, q, k, k, mask, **given, indices=torch.zeros(1))
     with pytest.raises(UserError, match="LlamaAttention asks attention for a mask of its own"):
         _attention_by("sdpa")(module, q, k, k, mask, **given)
+
+
+def test_keys_beside_those_of_the_mask_are_refused():
+    q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8)
+    attend = _attention_by("auto")
+    with pytest.raises(UserError, match="Linear gives attention keys that its mask does not know; --attn_impl"):
+        attend(torch.nn.Linear(1, 1), q, k, k, Seen(right=0))
+    attend(torch.nn.Linear(1, 1), q, k, k, None, is_causal=False)
+
+
+def test_keys_that_a_model_makes_of_several_are_seen_as_it_says():
+    assert compare_uncompiled("deepseek_v4", False).startswith("SAME")
 
 
 def test_sparse_attention_sees_the_keys_that_a_model_chooses():

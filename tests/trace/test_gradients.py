@@ -45,7 +45,10 @@ def test_what_follows_from_what_is_trained_has_a_gradient() -> None:
     assert needed(graph_of([Y, Z], ["z"], a=False, b=False)) == set()
 
 
-@pytest.mark.parametrize("op", ["detach", "zeros_like", "ones_like", "empty_like", "full_like"])
+MADE = ("zeros", "ones", "empty", "full")
+
+
+@pytest.mark.parametrize("op", ["detach", *(f"{x}_like" for x in MADE), *(f"new_{x}" for x in MADE)])
 def test_behind_some_operators_there_is_none(op: str) -> None:
     nodes = [
         Y,
