@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from nnscaler.codegen.body import Body, _tag
+from nnscaler.codegen.divided import Divided
 from nnscaler.codegen.segments import Region, Segment
 from nnscaler.codegen.stage import _header
 from nnscaler.graph import Block, Node, Ref, TensorMeta
 from nnscaler.mesh import Mesh
 from nnscaler.operators import operator_of
+from nnscaler.pieces import Stretch
 from nnscaler.placement import REPLICATE, SHARED, Shard
 from nnscaler.plan import NodePlan
 from nnscaler.units import Unit
@@ -97,6 +99,16 @@ def test_names_get_the_first_free_number():
 def test_layouts_of_a_tensor_are_told_apart():
     layouts = [(Shard(1),), WHOLE, (SHARED,), (Shard(0), REPLICATE), (Shard(12), Shard(0))]
     assert list(map(_tag, layouts)) == ["s1", "whole", "whole", "s0_whole", "s12_s0"]
+
+
+@pytest.mark.parametrize(("blocks", "split", "whole"), [(None, 1, 1), (2, 1, (1, 2)), (4, (1, 2), (1, 4))])
+def test_a_piece_has_a_part_of_each_block_that_a_device_has(blocks, split, whole):
+    """Of eight columns in two pieces, whose halves lie on two devices, or all on both."""
+    block = Block("layer", "Layer", {"x": F32, "y": F32})
+    plan = SimpleNamespace(mesh=Mesh((2,)), pieces={("layer", "y"): 2 if blocks else 4})
+    given = Divided(plan, block, Stretch("y", (0,), ("x",), ("y",), {"y": 1}, True), blocks)
+    assert (given.along("y", (Shard(1),)), given.along("y", WHOLE)) == (split, whole)
+    assert given.along("x", WHOLE) is None
 
 
 def test_what_no_later_segment_uses_is_let_go():

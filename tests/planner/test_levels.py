@@ -22,7 +22,7 @@ from nnscaler.recompute import (
     rank,
     recomputes,
 )
-from nnscaler.recompute.keeping import Keeping, keep_all, keep_cut, keep_from, part_again
+from nnscaler.recompute.keeping import Keeping, keep_all, keep_cut, keep_from, keep_group, part_again
 from nnscaler.trace import trace
 from nnscaler.units import divide, needed_by
 from tests.test_units import block
@@ -108,6 +108,33 @@ def test_what_a_group_runs_again_comes_on_top_of_what_its_calls_do():
     assert Keeping(reshards_again=True).reshards_so_often == 1.0
     assert Keeping(with_group={0: 0.5}).reshards_so_often == 0.5
     assert Keeping().reshards_so_often == 0.0
+
+
+def test_of_the_last_call_of_a_group_only_what_leads_to_what_is_kept_runs_again():
+    given = block(("linear", "h", "x w"), ("silu", "s", "h"), ("linear", "y", "s w"), outputs=("y",), inputs=("x",))
+    units = divide(given)
+    assert len(units) == 3
+    for inner, parts in (
+        (keep_all(units, given), {0: 1, 1: 1, 2: 3 / 4}),
+        (keep_from(units, given, ()), {0: 3 / 4, 1: 3 / 4, 2: 3 / 4}),
+    ):
+        found = keep_group(units, given, 4, inner)
+        assert (found.as_made, found.with_group) == ({"x"}, parts)
+        assert (found.recomputed, found.reshards_again) == (inner.recomputed, inner.reshards_again)
+
+
+def test_only_what_is_cut_is_kept():
+    """Of t = p + r and a product of t: the sum, and neither p nor r, of which it is made, nor what is made of it."""
+    given = block(
+        ("linear", "p", "x w"),
+        ("add", "t", "p r"),
+        ("linear", "y", "t w"),
+        outputs=("y",),
+        inputs=("x", "r"),
+    )
+    found = keep_cut(divide(given), given, ("registered",))
+    assert found.as_made == {"x", "t"}
+    assert found.recomputed == set()
 
 
 def test_a_product_alone_keeps_what_it_reads_as_it_reads_it():

@@ -107,3 +107,15 @@ def test_who_owns_which_rows_is_worked_out_once(monkeypatch):
     for _ in range(2):
         assert [rows.owners(*given) for given in different] == [(1,), (2,), (3,), (4,), (5,)]
     assert asked == [given[:2] for given in different]
+
+
+def test_rows_are_cut_into_more_pieces_up_to_the_most(monkeypatch):
+    """Where no number of pieces is even enough, and as long as these are equally long."""
+    tried = []
+    monkeypatch.setattr(dealing, "EVEN", 0)
+    monkeypatch.setattr(dealing, "MOST_PIECES", 4)
+    monkeypatch.setattr(dealing, "deal", lambda work, devices: tried.append(len(work)) or deal(work, devices))
+    for rows, wanted in ((16, [6, 12]), (10, [6]), (3, [])):
+        tried.clear()
+        dealing.Rows.of(np.zeros(3 * rows, np.int64)).owners(3, rows, (None, 0))
+        assert tried == wanted

@@ -105,6 +105,14 @@ def test_a_weight_that_is_stored_wider_begins_as_its_own_type_has_it(tmp_path):
     assert module._weights["w"].tolist() == [1, 1 + 2.0**-7]
 
 
+def test_a_stage_has_parameters_that_others_use_too_in_buckets_of_their_own(tmp_path):
+    whole = loaded(tmp_path)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    for shared, wanted in (((), [{"w", "v"}]), (("v",), [{"w"}, {"v"}])):
+        stage = ParallelModule.of_stage(tmp_path, plan, 0, whole.axes, shared)
+        assert [{slot.name for slot in bucket.slots} for bucket in stage.buckets] == wanted
+
+
 def test_gathered_weights_are_weights(tmp_path, monkeypatch):
     module, other = loaded(tmp_path), torch.ones(3)
     monkeypatch.setattr(module.gathers, "holds", lambda tensor: tensor is other)
