@@ -264,10 +264,17 @@ def set_attention(config: PretrainedConfig, implementation: str, model_class: ty
             "--attn_implementation eager"
         )
     if implementation == "auto" and not has_place:
-        if hasattr(config, "num_attention_heads"):  # else it has no attention
+        if _has_attention(config):
             logger.warning("%s has attention of its own, which computes all scores at once", model_class.__name__)
         implementation = "eager"
     config._attn_implementation = implementation if implementation == "eager" else f"{ATTENTION}_{implementation}"
+
+
+def _has_attention(config: PretrainedConfig) -> bool:
+    try:
+        return hasattr(config, "num_attention_heads")
+    except Exception:  # what transformers raises where each layer has its own number
+        return True
 
 
 # Where a model gives attention by another name something else than a mask, such as numbers of keys; or makes something

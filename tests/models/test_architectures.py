@@ -26,7 +26,10 @@ from tests.models.architectures import ARCHITECTURES, LENGTH, batch, compare, co
 
 SAME_BUT_CHUNKED = {"granite": "div", "cohere": "mul", "cohere2": "mul", "gemma2": "div"}
 REFUSED = {"t5": "not a causal language model"}
-OWN_ATTENTION = {"gptj", "gpt_neo", "bloom", "falcon", "mpt", "rwkv", "mamba", "git", "deepseek_v32", "deepseek_v4"}
+OWN_ATTENTION = {
+    "gptj", "gpt_neo", "bloom", "falcon", "mpt", "rwkv", "mamba", "git", "deepseek_v32", "deepseek_v4",
+    "dots3_note_text",
+}  # fmt: skip
 WITHOUT_ATTENTION = {"rwkv", "mamba"}
 
 
