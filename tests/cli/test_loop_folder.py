@@ -115,3 +115,14 @@ def test_a_validation_goes_on_until_it_is_told_to_stop_and_the_watch_sees_that(m
     termination.told = True
     assert not go_on()
     assert told == [4, 4]
+
+
+@pytest.mark.parametrize(("rank", "profile", "writes"), [(0, Path("trace"), True), (1, None, False)])
+def test_one_rank_writes_logs_and_profiles(fakes, rank, profile, writes):  # noqa: F811
+    run = Run(replace(ARGS, log=LogConfig(interval=2, profile=Path("trace"))))
+    run.rank = rank
+    run.train()
+    (profiles,) = [one for one in fakes if isinstance(one, tuple) and one[0] == "profiles"]
+    assert profiles[1] == profile
+    (log,) = [one for one in fakes if isinstance(one, tuple) and len(one) == 5]
+    assert (log[0] is not None) == writes

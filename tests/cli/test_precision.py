@@ -42,6 +42,27 @@ def test_one_line_says_what_is_taken_and_why(monkeypatch, caplog, asked, slow, h
     assert [record.message for record in caplog.records] == [f"{said} (--precision chooses)"] * bool(said)
 
 
+@pytest.mark.parametrize(("fast", "taken"), [(True, "bf16"), (False, "fp32")])
+def test_a_run_takes_what_its_own_device_does_well(monkeypatch, caplog, fast, taken):
+    """Whatever it is planned for; and of a GPU, what it does itself rather than by other arithmetic."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **given: asked.append(given) or fast)
+    caplog.set_level("INFO", "nnscaler")
+    args = TrainerArgs(
+        name="x", model=ModelConfig(torch.nn.Identity), compute=ComputeConfig(hardware="h100"),
+        dataset=DatasetConfig(None, 32),
+    )  # fmt: skip
+    assert precision.with_precision(args).precision == taken
+    why = "Tesla is fast in bf16" if fast else "Tesla has no fast arithmetic in bf16"
+    assert caplog.messages == [f"precision {taken}: {why} (--precision chooses)"]
+    monkeypatch.setenv("RANK", "1")
+    assert precision.with_precision(args).precision == taken
+    assert len(caplog.messages) == 1, "one rank tells"
+    assert asked == [{"including_emulation": False}] * 2
+
+
 def in_fp8(hardware: str, folder: Path, **changes: object) -> TrainerArgs:
     config = tiny.config()
     prepare_config(config, tiny.LENGTH, "auto")
