@@ -110,8 +110,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     **{
         name: {}
         for name in (
-            "afmoe apertus aria_text bailing_hybrid bart beam bigbird_pegasus biogpt bitnet blenderbot blenderbot-small "
-            "cohere2_moe cpmant ctrl cwm diffllama doge dots1 ernie4_5_moe exaone_moe falcon_h1 "
+            "afmoe apertus aria_text bailing_hybrid bart beam bigbird_pegasus biogpt bitnet blenderbot "
+            "blenderbot-small cohere2_moe cpmant ctrl cwm diffllama doge dots1 ernie4_5_moe exaone_moe falcon_h1 "
             "falcon_mamba flex_olmo flint gemma4_unified_text glm4_moe gpt-sw3 gpt_bigcode gpt_neox_japanese "
             "granite_swa granitemoe granitemoe_swa granitemoeshared hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 "
             "hy_v4 hyperclovax inkling2_text inkling_text internlm3 iquestcoder jais2 jamba jetmoe kimi_linear "
