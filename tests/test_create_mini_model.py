@@ -135,6 +135,14 @@ def test_the_configuration_has_the_ids_of_another_tokenizer(command: Any, tokeni
     assert config.eos_token_id == 5
 
 
+def test_the_largest_seed_that_torch_takes_makes_other_weights(command: Any) -> None:
+    weights = []
+    for seed in (0, 2**63 - 1):
+        with safe_open(command(f"--seed={seed}", out=f"seed{seed}") / "model.safetensors", "pt") as file:
+            weights.append(file.get_tensor("model.layers.0.self_attn.q_proj.weight"))
+    assert not torch.equal(*weights)
+
+
 def test_lists_with_an_entry_a_layer_follow_the_number_of_layers() -> None:
     config = changed_config(AutoConfig.for_model("qwen3", num_hidden_layers=8), {"num_hidden_layers": "3"})
     assert config.layer_types == ["full_attention"] * 3

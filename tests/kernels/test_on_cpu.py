@@ -59,6 +59,13 @@ def test_gradients_are_added_and_scaled(dtype, size, kernels):
         assert torch.equal(mine, (one.float() * torch.tensor(factor)).to(dtype))
 
 
+def test_without_a_gpu_too_a_factor_is_not_rounded_to_the_gradients_type():
+    """In bf16, 1 + 1/256 would be 1."""
+    gradient = torch.tensor([255 / 128], dtype=torch.bfloat16)
+    scale_gradient(gradient, torch.tensor(1 + 1 / 256))
+    assert gradient.item() == 2.0
+
+
 def test_a_gradient_in_strides_is_added_too(kernels):
     total = draw(3).as_subclass(OnGpu)
     wanted = total + draw(6)[::2]

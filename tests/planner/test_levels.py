@@ -181,6 +181,21 @@ def test_what_collectives_bring_to_what_is_computed_again_is_kept():
     assert found.as_resharded == {(1, "o"), (1, "r"), (2, "t"), (2, "w")}
 
 
+def test_of_a_cluster_of_which_a_part_runs_again_only_what_that_reads_is_kept():
+    """The same with u = t + z beside it, in one cluster: nobody's backward reads u, so that z is not needed."""
+    given = block(
+        ("attention", "o", "q k v"),
+        ("add", "t", "o r"),
+        ("add", "u", "t z"),
+        ("linear", "y", "t w"),
+        outputs=("y", "u"),
+        inputs=("q", "k", "v", "r", "z"),
+    )
+    found = keep_from(divide(given), given, ("registered",))
+    assert found.as_made == {"o", "r"}
+    assert found.as_resharded == {(1, "o"), (1, "r"), (2, "t"), (2, "w")}
+
+
 def test_what_is_kept_anyway_costs_nothing_more():
     """Of n = q + k and a product of n: it is made again from what attention keeps, and not kept beside it."""
     given = block(

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnscaler.recompute import KEEPS_ALL, KEEPS_PRODUCTS, RECOMPUTES_ALL_BUT_ATTENTION
@@ -22,6 +23,13 @@ def test_more_regions_than_torch_compiles_one_function_anew(monkeypatch):
         exec(f"def add(x):\n    return x + {count}", space)  # as in generated code: each has lines of its own
         region = regions.region(space["add"])
         assert torch.equal(region(RECOMPUTES_ALL_BUT_ATTENTION.name, x), x + count)
+
+
+def test_one_tensor_on_a_gpu_among_other_arguments_is_enough_for_a_region_to_be_compiled():
+    with FakeTensorMode():
+        here, there = torch.empty(1), torch.empty(1, device="cuda")
+        assert regions._on_accelerator((2, here, there))
+        assert not regions._on_accelerator((2, here))
 
 
 def test_a_region_runs_again_in_backward_where_its_level_says_so():
