@@ -7,10 +7,12 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from nnscaler.models.adapters import adapted
 from nnscaler.models.conversion import to_files, to_model
 from nnscaler.models.unread import Unread
 from nnscaler.models.weights import WeightFiles
@@ -70,6 +72,14 @@ def test_a_name_of_the_model_s_own_is_not_taken_for_an_older_one(tmp_path):
     found = to_model(unread(saved), model)
     assert found.keys() == model.state_dict().keys()
     assert torch.equal(found["model.norm.weight"].whole(), model.model.norm.weight)
+
+
+def test_nor_is_that_of_a_layer_with_adapters():
+    """In older files of Laguna, an expert that all tokens have was called otherwise."""
+    model = AutoModelForCausalLM.from_config(config_of("laguna"), dtype=torch.float32)
+    own = model.state_dict()
+    inner = adapted(model, LoraConfig(target_modules="all-linear")).get_base_model()
+    assert to_model(unread(own), inner).keys() == own.keys()
 
 
 def test_gate_and_rest_are_two_dimensions_in_one():
