@@ -162,7 +162,10 @@ class Held:
         )  # fmt: skip
 
     def waiting_for(self, index: int) -> Sum:
-        """h_i: of units that make the gradient of a weight from this unit's output, the gradients of their outputs."""
+        """h_i: of units that make the gradient of a weight from this unit's output, the gradients of their outputs.
+
+        A product in fp8 has its own, rounded; another's count where they are no gradients of anything else.
+        """
         decision = self.units[index]
         if not decision.fused:
             return [], 0.0
