@@ -14,11 +14,11 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from nnscaler.errors import UserError
 from nnscaler.graph import Block, Call, Node, Ref, TensorMeta, map_refs
+from nnscaler.trace.decompose import WITHOUT_EFFECT
 from nnscaler.trace.digest import digest
 from nnscaler.trace.leaf import Session
-from nnscaler.trace.own_code import is_own_code, line_of
+from nnscaler.trace.own_code import source_of
 
-_DROPPED = {"aten._assert_tensor_metadata.default", "aten._assert_scalar.default"}
 _VALUE_READS = {"aten.item.default", "aten._local_scalar_dense.default", "aten.nonzero.default"}
 
 
@@ -129,11 +129,9 @@ class Converter:
             }
             return self._nodes(body, inside, block, no_grad if enabled is None else not enabled)
         op = str(target).replace("aten.detach_.", "aten.detach.")  # of a constant that `torch.tensor` made
-        if op in _DROPPED:
+        if op in WITHOUT_EFFECT:
             return None
-        source = _source(node)
-        if op == "with_effects":
-            raise UserError(f"operator {node.args[1]} at {source} does more than give its result: not supported")
+        source = source_of(node.meta)
         if op in _VALUE_READS:
             raise UserError(f"the model reads a tensor's value while it is traced ({op} at {source}); remove the read")
         args = fx.map_arg(node.args, lambda item: env[item])
@@ -170,8 +168,8 @@ class Converter:
         args, kwargs = leaf.arguments.put(tensors)
         if not leaf.result.is_flat:
             raise UserError(
-                f"registered operator '{leaf.operator.name}' at {_source(node)} returns {leaf.result.described}; "
-                "it must return a tensor, or a tuple or list of tensors"
+                f"registered operator '{leaf.operator.name}' at {source_of(node.meta)} returns "
+                f"{leaf.result.described}; it must return a tensor, or a tuple or list of tensors"
             )
         name = _identifier(leaf.operator.name)
         return Node(name, leaf.operator.name, tuple(args), kwargs, ()), not leaf.result.is_tensor
@@ -190,7 +188,7 @@ class Converter:
             _, _, enabled, _, body, *arguments = node.args
             inside = getattr(module, str(body.target))  # type: ignore[union-attr]
             if enabled:
-                line = next(filter(None, map(_source, inside.graph.nodes)), "an unknown line")
+                line = next(filter(None, (source_of(item.meta) for item in inside.graph.nodes)), "an unknown line")
                 raise UserError(
                     f"torch.autocast inside the model is not supported (it is on at {line}); cast explicitly"
                 )
@@ -235,13 +233,6 @@ _NEUTRAL = {"aten.add.Tensor": 0, "aten.mul.Tensor": 1, "aten.div.Tensor": 1}
 def _identifier(text: str) -> str:
     text = re.sub(r"\W", "_", text)
     return text if re.match(r"[A-Za-z]", text) else f"t_{text}"
-
-
-def _source(node: fx.Node) -> str:
-    """`file.py:line` of the innermost frame of the model's own code. What torch.fx has generated is no file."""
-    frames = re.findall(r'File "((?!<eval_with_key>)[^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    own = [frame for frame in frames if is_own_code(frame[0])] or frames
-    return line_of(*own[-1]) if own else ""
 
 
 def _module_stack(node: fx.Node, prefix: str) -> tuple[str, tuple[str, ...]]:

@@ -13,11 +13,16 @@ from torch import fx
 from torch._export.utils import _get_decomp_for_cia
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
+from torch.fx.traceback import get_current_meta
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from nnscaler.errors import UserError
 from nnscaler.kernels import written_out  # noqa: F401  which defines nnscaler::attention_that_drops
 from nnscaler.operators.arguments import by_name
 from nnscaler.operators.registry import find
+from nnscaler.trace.own_code import source_of
 
+WITHOUT_EFFECT = {"aten._assert_tensor_metadata.default", "aten._assert_scalar.default"}
 _ROUNDS = 4  # an operator may be composed of others that are composed in turn
 
 
@@ -26,16 +31,20 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
     place.
 
     An operator that is not composed of others stays. It is refused later, by its name.
+
+    Raises UserError for one that is composed of others and a check of values, which torch 2.11 would leave out.
     """
+    checks = _Checks()
     for module in _graphs(program.graph_module):
         _keep_dropout(module)
     for _ in range(_ROUNDS):
         targets = {node.target for module in _graphs(program.graph_module) for node in module.graph.nodes}
-        composed = _compositions([target for target in targets if isinstance(target, OpOverload)])
+        composed = _compositions([target for target in targets if isinstance(target, OpOverload)], checks)
         if not composed and not any(_is_mutable(target) for target in targets):
             break
         _detach_results_without_gradient(program.graph_module)
         program = program.run_decompositions(composed)
+        checks.refuse()
     return program
 
 
@@ -99,14 +108,38 @@ def _is_mutable(target: Any) -> bool:
     return getattr(getattr(target, "_schema", None), "is_mutable", False) and str(target) != "aten.detach_.default"
 
 
-def _compositions(operators: list[OpOverload]) -> dict[OpOverload, Callable[..., Any]]:
+class _Checks(TorchDispatchMode):
+    """Notes operators without a result inside of compositions, such as the check of an inverse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func._schema.returns and str(func) not in WITHOUT_EFFECT:
+            self._found.append(f"{func} at {source_of(get_current_meta())}")
+        return func(*args, **(kwargs or {}))
+
+    def inside(self, composition: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return composition(*args, **kwargs)
+
+        return watched
+
+    def refuse(self) -> None:
+        if self._found:
+            raise UserError(f"operator {self._found[0]} does more than give its result: not supported")
+
+
+def _compositions(operators: list[OpOverload], checks: _Checks) -> dict[OpOverload, Callable[..., Any]]:
     """For each operator without an entry that torch computes by calling others: the function that does so.
 
     An operator with a derivative of its own is left out: what torch would compose it of has another derivative at some
     points. So are random numbers, which are refused by their own name.
     """
     return {
-        operator: _get_decomp_for_cia(operator)
+        operator: checks.inside(_get_decomp_for_cia(operator))
         for operator in operators
         if operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
         and find(str(operator)) is None

@@ -17,10 +17,10 @@ from nnscaler.trace.convert import (
     _module_stack,
     _name_after_modules,
     _role,
-    _source,
     unused,
 )
 from nnscaler.trace.gradients import _name
+from nnscaler.trace.own_code import source_of
 
 X, Y = Ref("x"), Ref("y")
 F32, BF16 = torch.empty(2, 3, device="meta"), torch.empty(2, 3, dtype=torch.bfloat16, device="meta")
@@ -76,7 +76,7 @@ def test_a_node_is_told_its_module_below_the_one_that_is_traced() -> None:
 def test_a_line_is_the_innermost_one_of_the_model() -> None:
     def source(*frames: tuple[str, int]) -> str:
         text = "".join(f'  File "{file}", line {line}, in forward\n    x = y\n' for file, line in frames)
-        return _source(SimpleNamespace(meta={"stack_trace": text}))  # type: ignore[arg-type]
+        return source_of({"stack_trace": text})
 
     own = [("/me/model.py", 3), ("/me/layer.py", 14)]
     assert source(*own, ("/lib/torch/nn/functional.py", 99)) == "layer.py:14"
