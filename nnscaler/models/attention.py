@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,24 @@ class Seen(NamedTuple):
     right: int | None = None
     documents: Tensor | None = None
     document_length: int | None = None
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if not name.startswith("_") and hasattr(Tensor, name):
+            _refuse_arithmetic(name)
+        raise AttributeError(name)
+
+    def __getitem__(self, place: Any) -> Any:
+        if not isinstance(place, (int, slice)):  # as no tuple is indexed
+            _refuse_arithmetic("its elements")
+        return tuple.__getitem__(self, place)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *_: Any) -> NoReturn:
+        _refuse_arithmetic(getattr(function, "__name__", str(function)))
+
+
+def _refuse_arithmetic(what: str) -> NoReturn:
+    raise UserError(f"the model computes with attention's mask ({what}), of which there is no tensor; {_OWN_ATTENTION}")
 
 
 CAUSAL = Seen(right=0)
@@ -278,8 +296,10 @@ def _has_attention(config: PretrainedConfig) -> bool:
 
 
 # Where a model gives attention by another name something else than a mask, such as numbers of keys; or makes something
-# of a mask only if it is a tensor.
-_TELLS_APART = re.compile(r"""_attn_implementation in [(\[]["']eager|isinstance\(attention_mask, torch\.Tensor\)""")
+# of a mask by its type.
+_TELLS_APART = re.compile(
+    r"""_attn_implementation in [(\[]["']eager|isinstance\(attention_mask, (torch\.Tensor|BlockMask)\)"""
+)
 
 
 def _has_place(model_class: type[PreTrainedModel]) -> bool:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from nnscaler.compiler import ComputeConfig, Source, compile_model
@@ -155,6 +157,16 @@ OTHERS: dict[str, dict[str, Any]] = {
     "plbart": {"d_model": 48},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
+
+
+def installed(names: Sequence[str]) -> list[Any]:
+    """Parameters of a test, by which it is skipped for an architecture that this version of transformers lacks."""
+    lacks = {
+        name: pytest.mark.skip(f"transformers {transformers.__version__} has no {name}")
+        for name in names
+        if name not in CONFIG_MAPPING
+    }
+    return [pytest.param(name, marks=lacks.get(name, ())) for name in names]
 
 
 def config_of(name: str, drops: bool = False, **changes: Any) -> PretrainedConfig:

@@ -22,13 +22,13 @@ from nnscaler.models.attention import (
 )
 from nnscaler.models.causal_lm import CausalLM, prepare_config
 from nnscaler.trace import build_on_meta, trace
-from tests.models.architectures import ARCHITECTURES, LENGTH, batch, compare, compare_uncompiled, config_of
+from tests.models.architectures import ARCHITECTURES, LENGTH, batch, compare, compare_uncompiled, config_of, installed
 
 SAME_BUT_CHUNKED = {"granite": "div", "cohere": "mul", "cohere2": "mul", "gemma2": "div"}
 REFUSED = {"t5": "not a causal language model"}
 OWN_ATTENTION = {
     "gptj", "gpt_neo", "bloom", "falcon", "mpt", "rwkv", "mamba", "git", "deepseek_v32", "deepseek_v4",
-    "dots3_note_text",
+    "doge", "dots3_note_text",
 }  # fmt: skip
 WITHOUT_ATTENTION = {"rwkv", "mamba"}
 
@@ -52,7 +52,7 @@ def test_attention_as_the_model_writes_it(name):
     assert compare_uncompiled(name, False, "eager").startswith("SAME")
 
 
-@pytest.mark.parametrize("name", sorted(OWN_ATTENTION))
+@pytest.mark.parametrize("name", installed(sorted(OWN_ATTENTION)))
 def test_a_model_that_has_no_place_for_our_attention_keeps_its_own(name, caplog):
     config = config_of(name)
     prepare_config(config, LENGTH, "auto")
@@ -169,7 +169,6 @@ def test_options_nobody_has_heard_of_are_refused():
 
 
 WRITTEN = {
-    "doge": "a mask of its own",  # chosen by scores, added to a causal one
     "biogpt": "a mask of its own",  # of ones
     "inkling_text": "a bias of attention's scores by position: option position_bias",  # and windows
 }
@@ -206,8 +205,29 @@ def test_keys_beside_those_of_the_mask_are_refused():
     attend(torch.nn.Linear(1, 1), q, k, k, None, is_causal=False)
 
 
-def test_keys_that_a_model_makes_of_several_are_seen_as_it_says():
-    assert compare_uncompiled("deepseek_v4", False).startswith("SAME")
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda mask: mask.dtype,
+        lambda mask: mask[:, :, :, :4],
+        lambda mask: torch.ones(4, 4).masked_fill(mask, 0.0),
+        lambda mask: torch.ones(4, 4) + mask,
+    ],
+)
+def test_arithmetic_with_a_mask_that_is_no_tensor_is_refused(compute):
+    with pytest.raises(UserError, match=r"the model computes with attention's mask \(.*\), .*; --attn_impl"):
+        compute(Seen(right=0))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deepseek_v4",  # makes keys of several
+        "doge",  # chooses keys by scores
+    ],
+)
+def test_keys_that_a_model_makes_or_chooses_are_seen_as_it_says(name):
+    assert compare_uncompiled(name, False).startswith("SAME")
 
 
 def test_sparse_attention_sees_the_keys_that_a_model_chooses():
