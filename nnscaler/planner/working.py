@@ -34,7 +34,7 @@ subject to    V_b >= sum of b_fs of what backward needs and l does not keep + D_
                    for levels l that compute each region again by itself, w_i + t_i - f_i - f for those that compute
                    nothing again; of groups, for the level inside                                               (again)
               U + sum_b V_b >= A_l + D_bl + W_bl + E_il - K_l, if u_bl = 1, for the same levels               (in call)
-              U + sum_b V_b >= V_b + H_r + t_r - f_r - f + E_r, for each stretch r that may be in pieces, with H_r as
+              U + sum_b V_b >= V_b + H_r + t_r - f_r - f + E'_r, for each stretch r that may be in pieces, with H_r as
                    in `nnscaler.planner.piecewise`, and f_r what is likewise free then; A_l likewise           (pieces)
               U >= w_i for what is in no call; after the last one, with the gradients of its weights on their way
 and U + sum_b V_b is charged. Weights that are gathered to be computed with again count as what is computed again.
@@ -47,7 +47,7 @@ from functools import partial
 
 from nnscaler.plan import Key
 from nnscaler.planner.choices import Choices
-from nnscaler.planner.deferred import Deferred
+from nnscaler.planner.deferred import Deferred, When
 from nnscaler.planner.flows import Flows, storage
 from nnscaler.planner.groups import InGroups
 from nnscaler.planner.held import Held, Sum, total
@@ -156,8 +156,8 @@ class _Body:
         self.working, self.held, self.deferred = working, held, deferred
         self.block, self.units, self.levels = held.block, held.units, working.problem.levels[held.block]
         self.problem, self.pieces, self.statement = working.problem, working.pieces, working.statement
-        # (level, whether gradients from after the last call may wait) -> the variable A, and its largest value
-        self.in_call: dict[tuple[Level, bool], tuple[int, float]] = {}
+        # (level, when it is that units run) -> the variable A, and its largest value
+        self.in_call: dict[tuple[Level, When], tuple[int, float]] = {}
         self.of_stretch: dict[InStretch, list[Piece]] = {}
         if self.problem.has_calls(self.block):
             return
@@ -203,12 +203,12 @@ class _Body:
         freed = self._freed(self.held.freed(decision.place, decision.place))
         waiting = [self.held.waiting_for(index)] if self.held.makes_for_fp8(index) else []
         held, _ = self._unless_in_pieces(index, [self.held.alone(index), *waiting, *self.beside[index]])
-        deferred = self.deferred.during(self.deferred.is_first(decision.place))
+        deferred = self.deferred.during(self.deferred.when(decision.place))
         self.working.hold([*held, *freed, *deferred, *self.working.freed_first], self.block)
 
     def _kept_in_pieces(self, stretch: InStretch, pieces: list[Piece]) -> None:
         """The rows (pieces) of one stretch."""
-        deferred = self.deferred.during(self.deferred.is_first(self._place(stretch)))
+        deferred = self.deferred.during(self._when(stretch))
         for piece in pieces:
             (waiting, _), free = waiting_and_freed(piece.of, self.held)
             held = [(piece.variable, 1.0), *waiting, *self._freed(free)]
@@ -217,15 +217,15 @@ class _Body:
     def _in_call(self, level: Level) -> None:
         """The rows (in call) of one level."""
         there = self.working.there(self.block, level)
-        for (alike, first), (variable, most) in self.in_call.items():
+        for (alike, when), (variable, most) in self.in_call.items():
             if alike is _alike(level):
                 used, number = self.working.if_used(self.block, level, most)
-                deferred = self.deferred.during(first, level)
+                deferred = self.deferred.during(when, level)
                 self.working.hold([(variable, 1.0), *there, *deferred, *used], number=number)
 
-    def _above(self, level: Level, place: float, terms: Terms, most: float) -> None:
-        """States A >= terms for what runs at a place of a call. `most`: the largest value of terms."""
-        part = level, self.deferred.is_first(place)
+    def _above(self, level: Level, when: When, terms: Terms, most: float) -> None:
+        """States A >= terms for what runs in a call. `most`: the largest value of terms."""
+        part = level, when
         variable, before = self.in_call.get(part) or (self.statement.least(Quantity.BYTES), 0.0)
         self.in_call[part] = variable, max(before, most)
         self.statement.above(variable, [*terms, *self.working.freed_first])
@@ -241,7 +241,7 @@ class _Body:
             held += [] if level.everything else [self.held.waiting_for(index)]
             terms, most = self._unless_in_pieces(index, [*held, made_again[region]])
             freed = [one for one in self.held.freed(place, place) if self._is_freed(level, region, one[1])]
-            self._above(level, place, [*terms, *self._freed(freed)], most)
+            self._above(level, self.deferred.when(place), [*terms, *self._freed(freed)], most)
 
     def _again_in_pieces(self, stretch: InStretch, pieces: list[Piece], level: Level) -> None:
         """The rows (pieces) of one stretch and level."""
@@ -250,10 +250,10 @@ class _Body:
             (waiting, most), free = waiting_and_freed(piece.of, self.held)
             freed = self._freed([one for one in free if self._is_freed(level, region, one[1])])
             held = [(piece.variable, 1.0), *waiting, *freed]
-            self._above(level, self._place(stretch), held, piece.most + most)
+            self._above(level, self._when(stretch), held, piece.most + most)
 
-    def _place(self, stretch: InStretch) -> float:
-        return self.held.place(stretch.stretch.decisions[0])
+    def _when(self, stretch: InStretch) -> When:
+        return self.deferred.when(max(map(self.held.place, stretch.stretch.decisions)), in_pieces=True)
 
     def _unless_in_pieces(self, index: int, parts: list[Sum]) -> Sum:
         """The sum of `parts`, less its largest value where a unit is computed in pieces."""
