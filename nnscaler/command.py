@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import hashlib
 import logging
 import os
@@ -80,13 +81,22 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
     return f"there is no {what} {name}{hint}"
 
 
+_OF_A_PATH = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}  # what only the user's choice of a path may cause
+
+
 def run(main: Callable[[], None]) -> None:
-    """Runs a command: logs to stderr, and turns a UserError into one line on stderr and exit status 2."""
+    """Runs a command: logs to stderr, and turns a UserError, or a path that cannot be looked up, into one line on
+    stderr and exit status 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         main()
     except UserError as error:
         _tell(" ".join(f"error: {error}".splitlines()))
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _OF_A_PATH or error.filename is None:
+            raise
+        _tell(f"error: {error.filename}: {error.strerror}")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 
 import pytest
@@ -83,6 +84,16 @@ def test_a_command_ends_with_one_line_or_as_it_was_told_to(capsys, monkeypatch):
     assert capsys.readouterr().err == "error: first second\n"
     with pytest.raises(ZeroDivisionError):
         ends(ZeroDivisionError())
+
+
+def test_a_path_that_cannot_be_looked_up_is_one_line(capsys, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    for error in (PermissionError(errno.EACCES, "Permission denied", "/x"), OSError(errno.ENAMETOOLONG, "Long", "/x")):
+        assert ends(error) == 2
+        assert capsys.readouterr().err == f"error: /x: {error.strerror}\n"
+    for error in (PermissionError(errno.EACCES, "Permission denied"), OSError(errno.EIO, "Broken", "/x")):
+        with pytest.raises(OSError, match=error.strerror):
+            ends(error)
 
 
 def test_of_processes_side_by_side_the_first_tells_what_all_have_found(capsys, monkeypatch, tmp_path):

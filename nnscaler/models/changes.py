@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
 
 from nnscaler.errors import UserError
 
@@ -59,6 +60,8 @@ def changed_config(config: PretrainedConfig, changes: dict[str, str]) -> Pretrai
 def _value(name: str, text: str, current: Any) -> Any:
     """The value of a text, in the type of the current value; in any type, if that is None."""
     if isinstance(current, str):
+        if "act" in name and current in ACT2FN and text not in ACT2FN:
+            raise UserError(f"{name} is {text!r}; allowed are {', '.join(ACT2FN)}")
         return text
     try:
         value = json.loads(text)
@@ -68,6 +71,10 @@ def _value(name: str, text: str, current: Any) -> Any:
         value = float(value)
     if isinstance(value, float) and not (math.isfinite(value) and (value >= 0 or (current or 0) < 0)):
         raise UserError(f"{name} is {value}; it must be a finite number, at least 0")
+    if name == "rope_theta" and value == 0:
+        raise UserError("rope_theta is 0; it must be more than 0")
+    if isinstance(value, float) and ("dropout" in name or "pdrop" in name) and value > 1:
+        raise UserError(f"{name} is {value}; it must be from 0 to 1")
     if current is not None and value is not None and type(value) is not type(current):
         raise UserError(f"{name} takes a value of type {type(current).__name__}, such as {current}, not {text!r}")
     return value
