@@ -95,6 +95,6 @@ def axis_text(size: int, name: str) -> str:
 
 def meshes(plan_ngpus: int, replicas: int, devices_per_node: int) -> list[Mesh]:
     """The meshes to try: one axis; and two axes, of which the second stays inside a node."""
-    inner = [size for size in range(2, min(plan_ngpus, devices_per_node + 1)) if plan_ngpus % size == 0]
+    inner = [size for size in range(2, plan_ngpus) if plan_ngpus % size == 0]
     fitting = [size for size in inner if plan_ngpus <= devices_per_node or devices_per_node % size == 0]
     return [Mesh((plan_ngpus,), replicas), *(Mesh((plan_ngpus // size, size), replicas) for size in fitting)]

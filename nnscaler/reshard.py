@@ -86,9 +86,10 @@ def only_gathers(changes: Sequence[Reshard] | None, with_gradient: bool) -> bool
 
     A weight that is stored in shards is brought to its user in this way, and so beside computation.
     """
-    backward = {"reduce_scatter"} if with_gradient else {"reduce_scatter", "slice"}
-    found = [one.collectives for one in changes or ()]
-    return bool(found) and all(one == "all_gather" and other in backward for one, other in found)
+    if not changes:
+        return False
+    gathers = [("all_gather", "reduce_scatter"), *([] if with_gradient else [("all_gather", "slice")])]
+    return all(one.collectives in gathers for one in changes)
 
 
 def without_gradient(placements: Placements) -> Placements:

@@ -24,20 +24,18 @@ class ScheduleKind:
     torch_name       its class in `torch.distributed.pipelining`
     stages_per_rank  how many stages a rank may have
     v_shaped         rank r of p has stages r and 2 p - 1 - r, rather than r, p + r, 2 p + r, ...
-    splits           backward is done in two parts: the gradient of a stage's input, and those of its weights
     """
 
     torch_name: str
     stages_per_rank: tuple[int, ...]
     v_shaped: bool = False
-    splits: bool = False
 
 
 KINDS = {
     "1f1b": ScheduleKind("Schedule1F1B", (1,)),
     "interleaved": ScheduleKind("ScheduleInterleaved1F1B", (2, 4)),
-    "zb-v": ScheduleKind("ScheduleZBVZeroBubble", (2,), v_shaped=True, splits=True),
-    "dualpipe-v": ScheduleKind("ScheduleDualPipeV", (2,), v_shaped=True, splits=True),
+    "zb-v": ScheduleKind("ScheduleZBVZeroBubble", (2,), v_shaped=True),
+    "dualpipe-v": ScheduleKind("ScheduleDualPipeV", (2,), v_shaped=True),
 }
 
 
@@ -63,7 +61,7 @@ class Schedule:
             raise UserError(
                 f"pipeline schedule {self.kind} on {self.ranks} ranks takes {counts} stages; there are {self.stages}"
             )
-        least = self.stages if self.kind in ("1f1b", "dualpipe-v") else self.ranks
+        least = self.stages if self.kind == "dualpipe-v" else self.ranks
         if self.micro_batches < least:
             raise UserError(
                 f"grad_accumulation_steps is {self.micro_batches}; pipeline schedule {self.kind} with {self.stages} "
@@ -82,7 +80,7 @@ class Schedule:
     def rank_of(self, stage: int) -> int:
         """The pipeline rank that has a stage."""
         turn, place = divmod(stage, self.ranks)
-        return self.ranks - 1 - place if KINDS[self.kind].v_shaped and turn % 2 else place
+        return self.ranks - 1 - place if KINDS[self.kind].v_shaped and turn else place
 
     def stages_of(self, rank: int) -> list[int]:
         """The stages of a pipeline rank, rising."""
@@ -215,7 +213,7 @@ def _one_forward_one_backward(schedule: Schedule, rank: int) -> Iterator[Action]
         yield Post(together)
         yield Wait(together)
 
-    warmup = min(count, schedule.stages - rank)
+    warmup = schedule.stages - rank
     sending: tuple[Transfer, ...] = ()
     for micro_batch in range(warmup):
         yield from exchange(transfer("F", rank - 1, micro_batch))

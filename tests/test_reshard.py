@@ -52,6 +52,7 @@ def test_what_runs_beside_computation_is_gathers_whose_gradients_are_scattered()
     assert gathers((ROWS,), (SHARED,))
     assert not gathers((ROWS,), (REPLICATE,)), "whose gradient is sliced"
     assert gathers((ROWS,), (REPLICATE,), with_gradient=False)
+    assert gathers((ROWS, ROWS), (SHARED, REPLICATE), with_gradient=False)
     assert gathers((ROWS, COLUMNS), (SHARED, SHARED))
     assert not gathers((ROWS, COLUMNS), (SHARED, ROWS))
     assert not gathers((ROWS,), (ROWS,)), "nothing is gathered"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 from torch.distributed.pipelining import schedules
@@ -32,9 +32,34 @@ def test_every_micro_batch_goes_forward_and_backward_once_in_every_stage(schedul
         waited = {transfer for step in program if isinstance(step, Wait) for transfer in step.transfers}
         assert len(set(posted)) == len(posted)
         assert waited == set(posted), "what is posted is waited for"
+        for step, after in pairwise(program if schedule.kind != "1f1b" else ()):
+            if isinstance(step, Wait):
+                (moved,) = step.transfers
+                assert (after.stage, after.micro_batch) == (moved.target, moved.micro_batch), "just before use"
+                assert after.kind in ("F" if moved.kind == "F" else "BI")
     ends = {transfer for program in found for step in program if isinstance(step, Post) for transfer in step.transfers}
     crossing = sum(schedule.rank_of(s) != schedule.rank_of(s + 1) for s in range(schedule.stages - 1))
     assert len(ends) == 2 * crossing * schedule.micro_batches
+
+
+def test_1f1b_starts_a_send_with_the_receive_that_follows_and_waits_for_both():
+    """The second of three ranks in torch's Schedule1F1B, by hand. `+` begins and `-` waits for transfers: F0.1 are the
+    activations of stage 0 for micro-batch 1, and B2.1 their gradient of stage 2."""
+
+    def told(step) -> str:
+        if isinstance(step, Compute):
+            return f"{step.kind}{step.micro_batch}"
+        moved = ",".join(f"{one.kind}{one.stage}.{one.micro_batch}" for one in step.transfers)
+        return moved and f"{'+' if isinstance(step, Post) else '-'}{moved}"
+
+    program = """
+        +F0.0 -F0.0 F0  +F1.0  +F0.1 -F0.1 F1  -F1.0
+        +F1.1,B2.0 -F1.1,B2.0 B0  +B1.0,F0.2 -B1.0,F0.2 F2
+        +F1.2,B2.1 -F1.2,B2.1 B1  +B1.1,F0.3 -B1.1,F0.3 F3
+        +F1.3,B2.2 -F1.3,B2.2 B2  +B1.2
+        +B2.3 -B2.3 B3  -B1.2 +B1.3 -B1.3
+    """
+    assert " ".join(filter(None, map(told, actions(Schedule("1f1b", 3, 3, 4))[1]))).split() == program.split()
 
 
 def seconds(schedule: Schedule, transfer: float = 0.0) -> float:
@@ -44,7 +69,7 @@ def seconds(schedule: Schedule, transfer: float = 0.0) -> float:
     return simulate(schedule, actions(schedule), stages, [transfer] * (schedule.stages - 1)).seconds
 
 
-@pytest.mark.parametrize(("ranks", "micro_batches"), product((2, 4, 8), (8, 16, 64)))
+@pytest.mark.parametrize(("ranks", "micro_batches"), product((2, 4, 8), (8, 16, 32)))
 def test_bubbles_are_those_of_the_papers(ranks, micro_batches):
     """Narayanan et al. 2021: (p - 1) (F + B) for 1F1B, that by the stages of a rank where they are interleaved; and
     Qi et al. 2023: zero-bubble V hides all but the first stages' way down and up."""
@@ -101,6 +126,9 @@ def test_activations_in_flight():
     ]
     assert in_flight(split, 1) == 2, "the gradients of weights, which come last, read them too"
     assert in_flight(split, 0) == 0
+    for program in ("F0 F1 B0 F2 F3", "F0 F1 I0 W0 F2 F3"):
+        own = [Compute(kind, 1, int(micro_batch)) for kind, micro_batch in program.split()]
+        assert in_flight(own, 1) == 3, "with each backward one is let go of"
 
 
 @pytest.mark.parametrize(
@@ -109,6 +137,7 @@ def test_activations_in_flight():
         (("gpipe", 2, 2, 4), "pipeline_schedule is 'gpipe'; allowed are 1f1b, interleaved, zb-v, dualpipe-v"),
         (("1f1b", 2, 3, 4), "schedule 1f1b on 2 ranks takes 2 stages; there are 3"),
         (("zb-v", 2, 8, 8), "schedule zb-v on 2 ranks takes 4 stages; there are 8"),
+        (("interleaved", 2, 6, 8), "schedule interleaved on 2 ranks takes 4, 8 stages; there are 6"),
         (("1f1b", 4, 4, 3), "grad_accumulation_steps is 3; .* needs at least 4 micro-batches"),
         (
             ("dualpipe-v", 2, 4, 3),
