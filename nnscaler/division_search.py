@@ -65,6 +65,11 @@ class Tried:
         """Predicted seconds of a step; inf where there is no plan."""
         return inf if self.plan is None else self.plan.step_seconds
 
+    @property
+    def at_least(self) -> float:
+        """Seconds that a step takes, or where there is no plan, takes at least; inf where nothing is known."""
+        return self.step_seconds if self.plan else self.bound or inf
+
 
 @dataclass(frozen=True)
 class Divided:
@@ -115,10 +120,7 @@ def divide(
         one, alone = in_division(source, config, best.division)
         best.plan = plan_or_advise(one, search.graph(best.division), alone, hardware, times)
     chosen = best.division
-    tried = sorted(
-        search.tried,
-        key=lambda one: (one is not best, one.plan is None, min(one.step_seconds, one.bound or inf), one.division),
-    )
+    tried = sorted(search.tried, key=lambda one: (one is not best, one.plan is None, one.at_least, one.division))
     source, config = in_division(source, config, chosen)
     assert best.plan is not None
     logger.info("chosen: %s, %.4g s a step%s", best.name, best.step_seconds, _next_to(best, tried))

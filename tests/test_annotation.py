@@ -43,6 +43,12 @@ def test_a_star_stands_for_any_number_of_dimensions():
     assert set(ways("* k+, n k+ -> * n", [(2, 4, 8), (6, 8)], [(2, 4, 6)])) == {None, "*0", "*1", "k", "n"}
     assert set(ways("* k+, n k+ -> * n", [(8,), (6, 8)], [(6,)])) == {None, "k", "n"}
     assert set(ways("*^ a -> *^ a", [(4, 2)], [(4, 2)])) == {None, "a"}
+    assert set(ways("*^ a -> a", [(2, 6, 4)], [(4,)])) == {None, "a"}
+    assert set(ways("n k+, * k+ -> * n", [(6, 8), (2, 4, 8)], [(2, 4, 6)])) == {None, "*0", "*1", "k", "n"}
+    between = ways("a * b -> b * a", [(2, 4, 6, 8)], [(8, 4, 6, 2)])
+    places = {name: (way.inputs, way.outputs) for name, way in between.items() if name}
+    shards = {"a": (0, 3), "*0": (1, 1), "*1": (2, 2), "b": (3, 0)}
+    assert places == {name: ((Shard(place),), (Shard(to),)) for name, (place, to) in shards.items()}
 
 
 def test_whole_tensors_and_scalars():
@@ -50,6 +56,23 @@ def test_whole_tensors_and_scalars():
     assert found["a"].inputs == (Shard(0), SHARED)
     assert set(ways("a+ -> ()", [(4,)], [()])) == {None, "a"}
     assert set(ways(" -> n^", [], [(4,)])) == {None}
+    assert set(ways("a b -> ?", [(4, 4)], [(3,)])) == {None}, "what has no names is not known to be divided"
+
+
+def test_what_is_said_of_an_argument_that_is_left_out_is_left_out():
+    found = ways("* k, * a^, k -> * k", [None, None, (4,)], [(2, 6, 4)])
+    assert set(found) == {None, "*0", "*1", "k"}
+    assert (found["k"].inputs[2], found["k"].outputs) == (Shard(0), (Shard(2),))
+    assert (found["*1"].inputs[2], found["*1"].outputs) == (SHARED, (Shard(1),))
+
+
+def test_the_outermost_name_takes_all_that_nothing_tells_apart():
+    def sizes(text: str, *shapes: tuple[int, ...]) -> dict[str, int]:
+        return Annotation.parse(text).bind(shapes[:-1], shapes[-1:]).sizes
+
+    assert sizes("(a b) -> (a b)", (6,), (6,)) == {"a": 6, "b": 1}
+    assert sizes("(a b c), a -> (a b c)", (6,), (2,), (6,)) == {"a": 2, "b": 3, "c": 1}
+    assert sizes("(a b), b -> (a b)", (6,), (3,), (6,)) == {"a": 2, "b": 3}
 
 
 def test_only_sizes_that_divide_are_offered():
@@ -66,7 +89,7 @@ def test_a_name_that_only_outputs_have_is_not_split():
         ("a b", "expected '->' between inputs and outputs at position 3"),
         ("a & b -> a b", "unexpected '&' at position 2"),
         ("a (b c -> a b c", "expected a name or '\\)', found '->' at position 7"),
-        ("a ( ) b -> a b", "expected a name inside"),
+        ("a ( ) b -> a b", "expected a name inside '\\(' at position 3"),
         ("a, , b -> a", "expected a tensor .* at position 3"),
         ("a -> a -> a", "expected the end, found '->' at position 7"),
         ("a * b * -> a", "a second '\\*' in one tensor at position 6"),
@@ -77,6 +100,8 @@ def test_a_name_that_only_outputs_have_is_not_split():
         ("a -> a | a", "expected two names or more after '\\|' at position 10"),
         ("a -> a | a c", "'c' stands after '\\|', but in no input"),
         ("a b -> a b | a b", "a and b stand after '\\|', and in one tensor"),
+        ("a b^ -> a | a b", "a and b stand after '\\|', and in one tensor"),
+        ("a^, b^ -> a b | a b", "a and b stand after '\\|', and in one tensor"),
     ],
 )
 def test_errors_say_what_and_where(text, message):
@@ -92,6 +117,14 @@ def test_errors_say_what_and_where(text, message):
         ("a 4 -> a 4", [(2, 3)], [(2, 3)], "dimension 1 of input 0 is 3, annotated is 4"),
         ("(a b) -> a b", [(7,)], [(2, 3)], "'\\(a b\\)' is|is 7, but"),
         ("a -> a", [(2,), (2,)], [(2,)], "describes 1 inputs and 1 outputs; the operator has 2 and 1"),
+        ("a -> a", [(2,)], [(2,), (2,)], "describes 1 inputs and 1 outputs; the operator has 1 and 2"),
+        (
+            "a 4 (b c) -> a 4 (b c)",
+            [(2, 4)],
+            [(2, 4, 6)],
+            "input 0 has 2 dimensions .*, annotated are 3: 'a 4 \\(b c\\)'",
+        ),
+        ("b, (a b) -> a b", [(0,), (0,)], [(3, 0)], "dimension 0 of input 1 is 0, but '\\(a b\\)' is 0 elsewhere"),
         ("a b * -> a b *", [(2,)], [(2,)], "input 0 has 1 dimensions \\[2\\], annotated are at least 2"),
     ],
 )
@@ -110,8 +143,8 @@ def test_names_that_are_split_together():
     assert found["t n"].names == ["t", "n"]
     assert set(ways(text, shapes, [(8, 4)], 4)) == {None, "t"}, "6 do not divide by 4"
     assert "t n" not in ways(text, [(8, 4), (8, 2), (1, 4)], [(8, 4)], 1), "of one expert there are no parts"
-    inside = ways("t d^, (m^ n^) d^ -> t d^ | t n", [(8, 4), (12, 4)], [(8, 4)], 2)
-    assert "t n" in ways("t d^, (n^ m^) d^ -> t d^ | t n", [(8, 4), (12, 4)], [(8, 4)], 2)
+    assert "t n" in ways("t d^, (n^ m^) d^, n^ -> t d^ | t n", [(8, 4), (12, 4), (4,)], [(8, 4)], 2)
+    inside = ways("t d^, (m^ n^) d^, n^ -> t d^ | t n", [(8, 4), (12, 4), (4,)], [(8, 4)], 2)
     assert set(inside) == {None, "t"}, "where one lies within another it is not cut"
     others = ways("t^ d^, n^ d^ -> t d^, n | t n", [(8, 4), (6, 4)], [(8, 4), (6,)], 2)
     assert others["t n"].outputs == (Shard(0), Shard(0))
