@@ -55,7 +55,6 @@ def cut(graph: Graph, begins: Sequence[int]) -> list[StageGraph]:
     root = graph.root
     assert all(a < b for a, b in pairwise([0, *begins, len(root.nodes)])), begins
     copied = _copied(graph)
-    free = {*root.inputs, *root.parameters, *(name for node in copied for name in node.outputs)}
     bounds = [0, *begins, len(root.nodes)]
     segments = [[node for node in root.nodes[first:last] if node not in copied] for first, last in pairwise(bounds)]
     stages: list[StageGraph] = []
@@ -64,7 +63,7 @@ def cut(graph: Graph, begins: Sequence[int]) -> list[StageGraph]:
         later = {name for segment in segments[index + 1 :] for node in segment for name in node.inputs}
         made = [*received, *(name for node in nodes for name in node.outputs)]
         if index + 1 < len(segments):
-            sent = tuple(name for name in made if name in later.union(root.outputs) and name not in free)
+            sent = tuple(name for name in made if name in later.union(root.outputs))
             outputs = sent
         else:
             sent, outputs = (), tuple(root.outputs)

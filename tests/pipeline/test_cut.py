@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import cache
+
 import pytest
 import torch
 
@@ -14,6 +17,12 @@ from tests import tiny
 
 
 def llama(layers: int = 4, tied: bool = False, length: int = tiny.LENGTH) -> Graph:
+    """A graph of the test's own, which is traced once for all."""
+    return deepcopy(_llama(layers, tied, length))
+
+
+@cache
+def _llama(layers: int, tied: bool, length: int) -> Graph:
     config = tiny.config(num_hidden_layers=layers, tie_word_embeddings=tied)
     prepare_config(config, length, "auto")
     model, buffers = build_on_meta(lambda: CausalLM(config))
@@ -125,6 +134,21 @@ def masked() -> Graph:
     graph.stored = {"first": (0,), "b.w": (1,)}
     graph.tied = {"one": "first", "other": "b.w"}
     return graph
+
+
+def test_a_call_and_what_has_a_result_with_a_gradient_are_computed_once():
+    """Though they follow from inputs and buffers alone: the mask is a call, and of what b gives one has a gradient."""
+    graph = masked()
+    root = graph.root
+    mask, start, hard, a, b, last = root.nodes
+    two = Node("two", "aten.max.dim", (Ref("table"), 0), {}, ("first_of_two", "second_of_two"))
+    root.tensors |= {name: root.tensors[kind] for name, kind in (("first_of_two", "a"), ("second_of_two", "mask"))}
+    call = Call("mask", "call", (Ref("x"),), {}, ("mask",), block="layer", parameters={"w": "table"})
+    end = Node("sum", last.op, (*last.args, Ref("first_of_two")), {}, ("sum",))
+    root.nodes = [call, start, hard, two, a, b, end]
+    first, second = cut(graph, [5])
+    assert [node.name for node in second.graph.root.nodes] == ["b", "sum"]
+    assert first.sent == ("mask", "hard", "first_of_two", "a")
 
 
 def test_what_follows_from_inputs_and_buffers_is_computed_where_it_is_used():

@@ -14,7 +14,7 @@ from nnscaler.mesh import Mesh
 from nnscaler.pipeline import stages
 from nnscaler.pipeline.cut import cut, pivots
 from nnscaler.pipeline.plan import PipelinePlan, forward_seconds, update_seconds
-from nnscaler.pipeline.simulate import Timeline
+from nnscaler.pipeline.simulate import StageSeconds, Timeline, simulate
 from nnscaler.pipeline.stages import Candidate, Estimate, StagePlanner, _likeness, _renamed
 from nnscaler.placement import REPLICATE, SHARED, Shard
 from nnscaler.plan import GIB, Key, Plan
@@ -23,7 +23,7 @@ from nnscaler.planner.costs import CostModel
 from nnscaler.planner.problem import Recomputing
 from nnscaler.planner.solve import Needs
 from nnscaler.recompute import KEEPS_ALL, LEVELS
-from nnscaler.schedules import Schedule
+from nnscaler.schedules import Schedule, actions
 from tests import tiny
 from tests.pipeline.test_cut import llama
 
@@ -41,8 +41,10 @@ SECONDS = {
     Key("copies", "", "backward"): 512.0,
     Key("update", "layer", "w"): 1024.0,
     Key("copies", "", "update"): 2048.0,
+    Key("cast", "layer", "w"): 4096.0,
+    Key("backward", "layer", "forward"): 8192.0,  # a node's name
 }
-FORWARD, BACKWARD, AGAIN, UPDATE = 15.0, 1008.0, 192.0, 3072.0
+FORWARD, BACKWARD, AGAIN, UPDATE = 15.0 + 4096, 1008.0 + 8192, 192.0, 3072.0
 
 
 def stage(seconds: float = 1.0, memory: float = 1.0, host: float = 0.0) -> Plan:
@@ -309,6 +311,18 @@ def test_backward_is_split_where_both_parts_compute_again_what_they_need():
     assert (first.forward, first.inputs, first.weights) == (FORWARD, 0.0, BACKWARD + AGAIN)
     whole = planner(fused=True)._seconds(plan)
     assert (whole.forward, whole.backward, whole.inputs, whole.weights) == (FORWARD, BACKWARD, BACKWARD, 0.0)
+
+
+def test_the_first_stage_does_all_of_a_split_backward_at_the_end(monkeypatch):
+    """Its input needs no gradient: so of zb-v's first stage, the second part is as long as both."""
+    schedule = Schedule("zb-v", 2, 4, 4)
+    monkeypatch.setattr(StagePlanner, "_transfers", lambda self, candidate: [0.5] * 3)
+    own = [StageSeconds(1.0, 3.0, 3.0, 0.0)] * 4
+    first = StageSeconds(1.0, 3.0, 0.0, 3.0)
+    wanted, other = (
+        simulate(schedule, actions(schedule), given, [0.5] * 3).seconds for given in ([first, *own[1:]], own)
+    )
+    assert planner()._simulate(Candidate(schedule, (1,) * 4, (REPLICATE,)), own) == wanted != other
 
 
 def test_what_cannot_be_split():

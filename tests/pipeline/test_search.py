@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import random
+import time
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +25,7 @@ from nnscaler.pipeline.search import Wanted, balanced, candidates, estimated, ev
 from nnscaler.pipeline.stages import Candidate, Estimate, StagePlanner
 from nnscaler.placement import REPLICATE, Shard
 from nnscaler.plan import Key, Plan
-from nnscaler.planner import NothingFits, find_plan
+from nnscaler.planner import NotFaster, NothingFits, find_plan
 from nnscaler.planner.solve import Needs
 from nnscaler.recompute import KEEPS_ALL
 from nnscaler.schedules import Schedule
@@ -142,15 +144,17 @@ def test_estimates_are_no_higher_than_plans(tmp_path):
 
 @pytest.mark.parametrize(("kind", "stages"), [("1f1b", 2), ("interleaved", 4), ("zb-v", 4)])
 def test_what_crosses_by_hand(kind, stages, tmp_path):
-    """Two ranks of two devices, four micro-batches; from stage to stage goes [1, 32, 32] in fp32, whole. On nodes of
+    """Two ranks of two devices a copy, four micro-batches; from stage to stage goes [1, 32, 32] in fp32, whole. On nodes of
     three devices, one of the two pairs lies on one node; they wait for the other."""
     links = {"intra": {"bandwidth": 1e6, "latency": 1e-3}, "inter": {"bandwidth": 1e5, "latency": 1e-2}}
     graph, schedule = llama(), Schedule(kind, 2, stages, 4)
     shape = graph.root.tensors[graph.calls("llama_decoder_layer")[0].outputs[0]].shape
     size = 4 * prod(shape)
-    for per_node, (bandwidth, latency) in {4: (1e6, 1e-3), **dict.fromkeys((3, 2, 1), (1e5, 1e-2))}.items():
+    near, far = (1e6, 1e-3), (1e5, 1e-2)
+    cases = [(8, 2, near), (4, 2, far), (4, 1, near), *((per_node, 1, far) for per_node in (3, 2, 1))]
+    for per_node, copies, (bandwidth, latency) in cases:
         machine = hardware(tmp_path, devices_per_node=per_node, **links)
-        planner = StagePlanner(graph, Mesh((2,)), machine, 1e12, None, False, None, pivots(graph))
+        planner = StagePlanner(graph, Mesh((2,), copies), machine, 1e12, None, False, None, pivots(graph))
         candidate = Candidate(schedule, even(4, stages), (REPLICATE,))
         way = latency + size / bandwidth
         ranks = [schedule.rank_of(stage) for stage in range(stages)]
@@ -224,6 +228,19 @@ def test_cut_points_move_towards_equal_times():
     assert balanced((3, 3, 3), (3, 6, 9)) == (4, 3, 2)
     # Of two stages the last has 4 s besides.
     assert balanced((4, 4), (4, 8)) == (6, 2)
+    draw = random.Random(0)
+    for _ in range(100):
+        counts = [draw.randint(1, 4) for _ in range(draw.randint(2, 4))]
+        seconds = [draw.choice((0.01, 1, 10)) * draw.randint(1, 9) for _ in counts]
+        inner = slice(1, -1) if len(counts) > 2 else slice(None)
+        rate = min(total / count for total, count in list(zip(seconds, counts))[inner])
+
+        def slowest(found, was=counts, took=seconds, rate=rate):
+            return max(max(t + rate * (n - m), rate * n) for t, m, n in zip(took, was, found))
+
+        places = sum(counts)
+        ways = [way for way in product(range(1, places), repeat=len(counts)) if sum(way) == places]
+        assert slowest(balanced(counts, seconds)) <= min(map(slowest, ways)) * (1 + 1e-9)
 
 
 class Planner(SimpleNamespace):
@@ -252,6 +269,9 @@ def test_the_cut_points_of_an_estimate_move_while_that_makes_it_faster():
     assert (found.candidate.counts, found.step_seconds) == ((4, 4, 3, 1), 5.0)
     found = estimated(Planner(refuses=(4, 4, 3, 1)), FOUR)
     assert (found.candidate.counts, found.step_seconds) == ((3, 3, 3, 3), 7.0)
+    slower = Planner()
+    slower.estimate = lambda candidate: replace(Planner().estimate(candidate), step_seconds=sum(candidate.counts[:2]))
+    assert estimated(slower, FOUR).candidate.counts == (3, 3, 3, 3), "what is even is not always faster"
 
 
 def planned_stages(step_seconds: float, *seconds: float) -> SimpleNamespace:
@@ -323,12 +343,74 @@ def test_what_promises_most_is_tried_first_and_the_fastest_is_taken(monkeypatch)
     assert search._Search(None, "").may_gain(schedules[0], "of two")
 
 
+def test_what_is_refused_when_it_is_estimated_or_planned_keeps_no_other_from_being_tried(monkeypatch):
+    schedules = [Schedule("1f1b", ranks, ranks, 8) for ranks in (2, 4, 8)]
+
+    def estimate(planner, schedule):
+        if schedule.ranks == 8:
+            raise NothingFits("it is too large")
+        return SimpleNamespace(step_seconds=1.0 * schedule.ranks, candidate=SimpleNamespace(schedule=schedule))
+
+    def plan(planner, estimate, below):
+        if estimate.candidate.schedule.ranks == 2:
+            raise NothingFits("it is larger")
+        return SimpleNamespace(step_seconds=6.0)
+
+    monkeypatch.setattr(search, "estimated", estimate)
+    monkeypatch.setattr(search, "planned", plan)
+    one = search._Search(None, "")
+    one.among(schedules[2:], {8: "of eight"})
+    assert one.refused == f"{schedules[2]}: it is too large"
+    one.among(schedules, dict.fromkeys((2, 4, 8)))
+    assert (one.best.step_seconds, one.refused) == (6.0, f"{schedules[0]}: it is larger")
+    over = search._Search(None, "", until=-1.0, below=9.0)
+    over.among(schedules, {})
+    assert over.best is None
+    assert not over.may_gain(schedules[0], "time is out")
+
+
+def test_what_is_needed_without_a_pipeline_is_known_where_none_fits():
+    alone = NothingFits("it needs 7 B")
+    alone.needed = 7.0
+    found = search._nothing_fits(alone, "the last: no")
+    assert found.needed == 7.0
+    assert str(found) == "it needs 7 B; no pipeline fits; the last that was tried, the last: no"
+    assert search._nothing_fits(UserError("not so"), "").needed is None
+    assert str(search._nothing_fits(None, "this: no")) == "no pipeline fits; the last that was tried, this: no"
+
+
+def test_where_nothing_takes_less_than_is_asked_for_that_is_said(monkeypatch, tmp_path):
+    """Only what could take a 200th less is tried."""
+    graph, machine, tried = llama(), hardware(tmp_path), []
+
+    def without(*given, **named):
+        raise NotFaster(9.0)
+
+    def estimate(planner, schedule):
+        seconds = 6.96 if schedule.kind == "zb-v" else 6.97
+        return SimpleNamespace(step_seconds=seconds, candidate=SimpleNamespace(schedule=schedule))
+
+    monkeypatch.setattr(search, "find_plan", without)
+    monkeypatch.setattr(search, "estimated", estimate)
+    monkeypatch.setattr(search, "planned", lambda planner, estimate, below: tried.append((estimate, below)))
+    with pytest.raises(NotFaster) as refusal:
+        find_pipeline(graph, [Mesh((2,))], machine, Wanted(), micro_batches=4, below=7.0)
+    assert refusal.value.bound == 7.0
+    assert {(estimate.candidate.schedule.kind, below) for estimate, below in tried} == {("zb-v", 7.0)}
+    found = SimpleNamespace(step_seconds=6.0)
+    monkeypatch.setattr(search, "planned", lambda *given: found)
+    assert find_pipeline(graph, [Mesh((2,))], machine, Wanted(), micro_batches=4, below=7.0) is found
+    with pytest.raises(UserError, match="pipeline_pivots has 'Nothing'"):
+        find_pipeline(graph, [Mesh((2,))], machine, Wanted(("Nothing",)), micro_batches=4)
+
+
 def test_each_search_gets_all_that_it_may_use(monkeypatch, tmp_path):
     """Without a pipeline, with one, and with one that saves memory at a price."""
-    graph, machine, times = llama(), hardware(tmp_path), object()
+    graph, machine, times = llama(8), hardware(tmp_path), object()
     alone, tried = [], []
 
     def without(graph, meshes, hardware, **given):
+        assert not logging.getLogger("nnscaler.planner").isEnabledFor(logging.INFO)
         alone.append((graph, meshes, hardware, given))
         return SimpleNamespace(step_seconds=10.0)
 
@@ -353,6 +435,7 @@ def test_each_search_gets_all_that_it_may_use(monkeypatch, tmp_path):
         assert planner.mesh == Mesh((4 // ranks,), 3)
         assert (planner.graph, planner.hardware, planner.times) == (graph, machine, times)
         assert (planner.recompute_modules, planner.fused) == (("LlamaMLP",), True)
+        assert 0 < planner.until - 1e6 < time.process_time()
         assert planner.begins == pivots(graph)
     assert {ranks for ranks, _ in tried} == {2, 4}
     assert {ranks for ranks, planner in tried if planner.sparing} == {4}, "two could save less than a 200th"
