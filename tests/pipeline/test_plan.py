@@ -24,6 +24,7 @@ from nnscaler.planner.problem import Recomputing
 from nnscaler.planner.solve import Needs
 from nnscaler.recompute import KEEPS_ALL, LEVELS
 from nnscaler.schedules import Schedule, actions
+from nnscaler.sums import GradientSum
 from tests import tiny
 from tests.pipeline.test_cut import llama
 
@@ -225,14 +226,16 @@ def test_a_stage_is_stated_with_all_that_may_be_used(monkeypatch):
     asked = []
     monkeypatch.setattr(stages, "build_problem", lambda *given, **named: asked.append((given, named)))
     machine, times, graph = SimpleNamespace(), SimpleNamespace(), SimpleNamespace()
+    sums = GradientSum("all_to_all", "bfloat16")
     one = StagePlanner(
-        SimpleNamespace(), Mesh((2,), 3), machine, 1.0, None, True, times, [], host=9.0, sparing=True, groups=True
-    )
+        SimpleNamespace(), Mesh((2,), 3), machine, 1.0, None, True, times, [], host=9.0, sparing=True, groups=True,
+        sums=sums,
+    )  # fmt: skip
     this = stages._Stage(SimpleNamespace(graph=graph), "like", 4, 3, 10, {"x": (REPLICATE,)})
     one._problem(this)
     one._problem(replace(this, held=2))
     ((given, named),) = asked
-    assert given == (graph, CostModel(machine, Mesh((2,), 3), True, times), Recomputing(), 4, this.layouts)
+    assert given == (graph, CostModel(machine, Mesh((2,), 3), True, times, sums), Recomputing(), 4, this.layouts)
     assert named == {"host": 9.0, "sparing": True, "groups": True}
 
 

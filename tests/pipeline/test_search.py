@@ -144,8 +144,8 @@ def test_estimates_are_no_higher_than_plans(tmp_path):
 
 @pytest.mark.parametrize(("kind", "stages"), [("1f1b", 2), ("interleaved", 4), ("zb-v", 4)])
 def test_what_crosses_by_hand(kind, stages, tmp_path):
-    """Two ranks of two devices a copy, four micro-batches; from stage to stage goes [1, 32, 32] in fp32, whole. On nodes of
-    three devices, one of the two pairs lies on one node; they wait for the other."""
+    """Two ranks of two devices a copy, four micro-batches; from stage to stage goes [1, 32, 32] in fp32, whole. On
+    nodes of three devices, one of the two pairs lies on one node; they wait for the other."""
     links = {"intra": {"bandwidth": 1e6, "latency": 1e-3}, "inter": {"bandwidth": 1e5, "latency": 1e-2}}
     graph, schedule = llama(), Schedule(kind, 2, stages, 4)
     shape = graph.root.tensors[graph.calls("llama_decoder_layer")[0].outputs[0]].shape
@@ -162,6 +162,7 @@ def test_what_crosses_by_hand(kind, stages, tmp_path):
         assert planner._transfers(candidate) == pytest.approx(expected)
     plan = planner.plan(planner.estimate(candidate))
     assert plan is not None
+    assert [list(names) for names in plan.crossing] == [[f"layers_{4 * i // stages - 1}"] for i in range(1, stages)]
     for index, stage in enumerate(plan.stages):
         neighbours = (index > 0) + (index < stages - 1)
         received = stage.memory[Key("buffers", "", "received")]
