@@ -63,7 +63,7 @@ def divide(block: Block) -> list[Unit]:
     cluster = _clusters(block, made_by, depths)
     units = []
     for nodes in cluster:
-        unit = Unit(node_kind(nodes[0]), nodes, max(depths[node.name] for node in nodes))
+        unit = Unit(node_kind(nodes[0]), nodes, depths[nodes[0].name])
         inside = {name for node in nodes for name in node.outputs}
         unit.inputs = list(dict.fromkeys(name for node in nodes for name in node.inputs if name not in inside))
         outside = {name for node in block.nodes if node not in nodes for name in node.inputs}.union(block.outputs)
@@ -162,7 +162,6 @@ def _clusters(block: Block, made_by: dict[str, Node], depths: dict[str, int]) ->
             (host,) = producers
             if node_kind(groups[host][0]) in ("product", "registered"):
                 groups[host].extend(groups.pop(key))
-                leader[key] = host
     return list(groups.values())
 
 

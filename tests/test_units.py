@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import torch
 
-from nnscaler.graph import Block, Node, Ref, TensorMeta
-from nnscaler.units import divide, needed_by, pure, saved_by
+from nnscaler.graph import Block, Call, Node, Ref, TensorMeta
+from nnscaler.units import Unit, divide, is_elementwise, needed_by, pure, saved_by
 
 SIZES = {"linear": "aten.linear.default", "silu": "aten.silu.default", "mul": "aten.mul.Tensor", "t": "aten.t.default",
-         "add": "aten.add.Tensor", "attention": "attention"}  # fmt: skip
+         "add": "aten.add.Tensor", "attention": "attention", "sum": "aten.sum.default", "cumsum": "aten.cumsum.default",
+         "as": "aten.type_as.default"}  # fmt: skip
 
 
 def block(*nodes: tuple[str, str, str], outputs: tuple[str, ...], inputs: tuple[str, ...] = ("x",)) -> Block:
@@ -53,6 +54,7 @@ def test_a_gated_mlp_has_three_products_and_a_cluster():
     assert set(needed_by(divide(inside)[2], inside)) == {"gate", "up"}, "what is inside is made again from these"
     (product,) = (unit for unit in divide(given) if unit.name == "down")
     assert set(needed_by(product, given)) == {"inner", "w"}
+    assert pure(product)
 
 
 def test_a_product_does_not_lie_between_parts_of_a_cluster():
@@ -69,6 +71,40 @@ def test_what_is_used_twice_is_looked_at_once():
     assert needed_by(divide(given)[0], given) == ["x"]
 
 
+def test_what_is_made_inside_is_made_again_from_what_comes_from_outside():
+    given = block(("add", "a", "x y"), ("mul", "b", "a z"), outputs=("b",), inputs=("x", "y", "z"))
+    assert needed_by(divide(given)[0], given) == ["z", "x", "y"]
+
+
+def test_calls_and_what_looks_at_their_results_are_units_of_their_own():
+    given = block(
+        ("linear", "a", "x w"), ("silu", "b", "x"), ("t", "c", "b"), ("linear", "d", "c w"), outputs=("a", "d")
+    )
+    first, second = (
+        Call(name, "call", (Ref(taken),), {}, (name,), block="layer", parameters={})
+        for name, taken in (("a", "x"), ("b", "a"))
+    )
+    given.nodes = [first, second, *given.nodes[2:]]
+    assert [(kind, names, depth) for kind, names, _, _, depth in units_of(given)] == [
+        ("call", ["a"], 1), ("call", ["b"], 2), ("cheap", ["c"], 2), ("product", ["d"], 3)
+    ]  # fmt: skip
+    assert saved_by(first, given) == []
+    assert not pure(divide(given)[0])
+
+
+def test_what_looks_at_no_neighbours_is_elementwise():
+    """One is written in another type; sums look at all elements, cumulative ones at those before."""
+    given = block(
+        ("silu", "a", "x"), ("mul", "b", "a x"), ("as", "c", "b x"), ("t", "d", "c"), ("linear", "e", "x w"),
+        ("sum", "f", "x"), outputs=(),
+    )  # fmt: skip
+    given.nodes.append(Node("g", SIZES["cumsum"], (Ref("x"), 0), {}, ("g",)))
+    given.tensors["g"], given.tensors["f"] = given.tensors["x"], TensorMeta((), torch.float32, True)
+    nodes = {node.name: node for node in given.nodes}
+    for names, wanted in (("a", True), ("abcd", True), ("e", False), ("f", False), ("g", False), ("abg", False)):
+        assert is_elementwise(Unit("cheap", [nodes[name] for name in names]), given) == wanted, names
+
+
 def test_views_belong_to_what_they_look_at():
     given = block(("linear", "a", "x w"), ("t", "b", "a"), ("linear", "c", "b w"), outputs=("c",))
     assert [(kind, names, made) for kind, names, _, made, _ in units_of(given)] == [
@@ -77,6 +113,8 @@ def test_views_belong_to_what_they_look_at():
     first, second = divide(given)
     assert set(needed_by(second, given)) == {"b", "w"}
     assert set(needed_by(first, given)) == {"x", "w"}
+    twice = block(("linear", "a", "x w"), ("t", "b", "a"), ("t", "c", "b"), ("linear", "d", "c w"), outputs=("d",))
+    assert [names for _, names, *_ in units_of(twice)] == [["a", "b", "c"], ["d"]]
     computed = block(("linear", "a", "x w"), ("t", "b", "a"), ("silu", "c", "b"), outputs=("c",))
     assert [(kind, names) for kind, names, *_ in units_of(computed)] == [("product", ["a"]), ("cheap", ["b", "c"])], (
         "with what is computed of it, a view is part of a cluster"
@@ -100,6 +138,9 @@ def test_what_no_gradient_goes_through_saves_nothing():
     assert sorted(saved_by(node, given)) == ["w", "x"]
     given.tensors["x"] = replace(given.tensors["x"], requires_grad=False)
     assert saved_by(node, given) == ["x"], "for the weight's gradient"
+    largest = Node("m", "aten.max.dim", (Ref("a"), 0), {}, ("m", "at"))
+    given.tensors |= {"m": given.tensors["a"], "at": TensorMeta((8,), torch.int64)}
+    assert saved_by(largest, given) == ["at"], "one of two results has a gradient"
     given.tensors["a"] = replace(given.tensors["a"], requires_grad=False)
     assert saved_by(node, given) == []
 

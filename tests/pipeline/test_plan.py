@@ -291,16 +291,28 @@ def test_a_plan_for_another_stage_has_the_names_of_this_one(tmp_path):
     root = third.root
     other, own = dict(zip(second.root.outputs, root.outputs)), root.outputs[0]
     (was,) = other
+    others = {(root.name, was): 1.0, ("layer", was): 2.0, (root.name, "another"): 3.0}
     kept = replace(
-        given, gathered_again={(root.name, was), ("layer", was)}, recomputed={root.name: {was}, "layer": {was}},
-        nodes={}, seconds={Key("forward", root.name, was): 1.0, Key("forward", "layer", was): 2.0},
+        given, gathered_again={(root.name, was), (root.name, "another"), ("layer", was)},
+        recomputed={root.name: {was}, "layer": {was}}, nodes={},
+        seconds={Key("forward", *at): seconds for at, seconds in others.items()},
         master_only={next(iter(second.parameters))},
     )  # fmt: skip
     found = _renamed(kept, third)
-    assert found.gathered_again == {(root.name, own), ("layer", was)}
+    assert found.gathered_again == {(root.name, own), (root.name, "another"), ("layer", was)}
     assert found.recomputed == {root.name: {own}, "layer": {was}}
-    assert found.seconds == {Key("forward", root.name, own): 1.0, Key("forward", "layer", was): 2.0}
+    others[root.name, own] = others.pop((root.name, was))
+    assert found.seconds == {Key("forward", *at): seconds for at, seconds in others.items()}
     assert found.master_only == {next(iter(third.parameters))}
+
+
+def test_what_a_layout_does_not_divide_crosses_whole():
+    one = StagePlanner(SimpleNamespace(), Mesh((2, 3)), SimpleNamespace(), 1.0, None, False, None, [])
+    for shape, layout, fits in (
+        ((4, 6), (Shard(0), Shard(1)), True), ((5, 6), (Shard(0), Shard(1)), False), ((6, 5), (Shard(0),) * 2, True),
+        ((4, 6), (Shard(2), Shard(1)), False), ((4, 6), (Shard(1), REPLICATE), True), ((), (REPLICATE,) * 2, True),
+    ):  # fmt: skip
+        assert one._fitting(shape, layout) == (layout if fits else (REPLICATE,) * 2), (shape, layout)
 
 
 def test_backward_is_split_where_both_parts_compute_again_what_they_need():
