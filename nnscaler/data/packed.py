@@ -273,7 +273,10 @@ def _length(rows: Any, column: str, flag: str, path: Path) -> int:
         raise _wrong(
             flag, path, f"whose rows have from {min(lengths)} to {max(lengths)} tokens, and must have one length"
         )
-    return int(lengths.pop())
+    length = int(lengths.pop())
+    if not length:
+        raise _wrong(flag, path, f"whose rows have no tokens in '{column}'")
+    return length
 
 
 def _says_nothing(rows: Any, column: str, length: int) -> bool:

@@ -130,7 +130,7 @@ def _json_rows(file: IO[bytes], path: Path, encoding: str | None) -> Iterator[Ro
     between = re.compile(r"[\s,\[\]]*")
     pending, at = "", 0  # text read, and where in it the next row begins
     line, depth, more = 1, 0, True
-    while more or at < len(pending):
+    while more:
         gap = between.match(pending, at).group()  # type: ignore[union-attr]
         at, line, depth = at + len(gap), line + gap.count("\n"), depth + gap.count("[") - gap.count("]")
         try:

@@ -100,6 +100,8 @@ class StreamedDataset:
             with reading(Path(found[0][0])), opened(system, found[0][0]) as file:
                 first = next(pq.ParquetFile(file).iter_batches(1, columns=[COLUMN])).column(0)
             length = int(pc.list_value_length(first)[0].as_py() or 0)
+            if not length:
+                raise UserError(f"{flag} is '{path}', where the first row of '{found[0][0]}' has no tokens")
         except UserError:
             raise
         except (OSError, ValueError, ImportError, TypeError, pa.ArrowException) as error:

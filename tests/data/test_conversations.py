@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 import bookcorpus
 from nnscaler.command import run
 from nnscaler.data import readers
+from nnscaler.data.chat import Rendered
 from nnscaler.data.conversations import Columns, Fitting, Speech, pack_conversations
 from nnscaler.data.fit import best_fit
 from nnscaler.data.pack import Packing
@@ -185,6 +186,17 @@ def test_where_all_is_learned_prompts_are_too():
     for row in ({"p": "ab", "c": "cd"}, {"p": [turn("user", "ab")], "c": [turn("assistant", "cd")]}):
         rendered = Speech(make_tokenizer(), columns, None, True).render((row, "row 1"))
         assert rendered.spans == [(0, len(rendered.text))]
+
+
+def test_signs_without_a_token_are_passed_over():
+    """What is learned begins and ends at the next token, or at the last."""
+    backend = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2, "<e>": 3}, unk_token="a"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    speech = Speech(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>"), MESSAGES, None, False)
+    spans = {(1, 9): [-100, 1, 2], (1, 5): [-100, 1, -100], (6, 9): [-100, -100, 2], (7, 10): [-100] * 3}
+    found = speech.encode([Rendered("a   b c   ", [span]) for span in spans])
+    assert [one.labels.tolist() for one in found] == list(spans.values())
+    assert [one.ids.tolist() for one in found] == [[0, 1, 2]] * 4
 
 
 def test_an_answer_may_come_first_or_without_a_prompt():

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import datasets
@@ -15,12 +16,13 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from nnscaler.data import cut
 from nnscaler.data import pack as packing
 from nnscaler.data.sources import Corpus
+from nnscaler.errors import UserError
 
 PROSE = (
     "It was a dark night, and the wind's 1,234 voices said: don't! We'll see... (maybe)\n\n\tWie schön. 汉字，测试。"
@@ -157,6 +159,22 @@ def test_a_document_in_pieces_begins_once_and_ends_once() -> None:
     inner = [i for text in texts for i in backend.encode(text, add_special_tokens=False).ids]
     tokens = packing._MarkedTokenizer(tokenizer).encode_pieces(pieces)
     assert (tokens.ids.tolist(), tokens.starts.tolist()) == ([0, *inner, 1], [0])
+
+
+def test_a_place_to_cut_is_looked_for_without_marks() -> None:
+    """Whatever the tokenizer would put around a text by itself, or cut it to."""
+    backend = Tokenizer.from_str(TOKENIZERS["llama3"].to_str())
+    backend.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    text = "voices said <s>"
+    assert packing._MarkedTokenizer(tokenizer).encode(text) == [
+        i for part in ("voices said <", "s>") for i in TOKENIZERS["llama3"].encode(part).ids
+    ]
+
+
+def test_a_tokenizer_in_python_alone_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^the tokenizer a/b has no fast version \(a tokenizer.json\)$"):
+        packing.backend_of(SimpleNamespace(name_or_path="a/b"))
 
 
 def test_ids_may_be_as_large_as_vocabularies_are() -> None:

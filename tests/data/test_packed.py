@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tqdm
 
 from nnscaler.data import packed
 from nnscaler.data.mixture import Mixture, open_dataset
@@ -38,6 +40,7 @@ IDS = [[1, 2, 3]] * 5
     ("columns", "said"),
     [
         ({"input_ids": [*IDS[:4], [1, 2]]}, "whose rows have from 2 to 3 tokens, and must have one length"),
+        ({"input_ids": pa.array([[]] * 5, pa.list_(pa.int32()))}, "whose rows have no tokens in 'input_ids'; make one"),
         ({"input_ids": [*IDS[:4], [1, None, 3]]}, "whose column 'input_ids' has empty places"),
         ({"input_ids": [*IDS[:4], None]}, "whose column 'input_ids' has empty places"),
         ({"input_ids": IDS, "labels": [*IDS[:4], [1, 2]]}, "whose rows have from 2 to 3 tokens"),
@@ -58,11 +61,13 @@ def test_what_is_wrong_in_the_last_part_is_seen(tmp_path, monkeypatch, columns, 
 
 
 @pytest.mark.parametrize("kind", [pa.list_(pa.int64()), pa.large_list(pa.int16()), pa.list_(pa.uint32(), 3)])
-def test_lists_of_every_kind_are_rows(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(packed, "SCANNED", 6)
+@pytest.mark.parametrize("scanned", [6, 2])  # two rows at a time; and one, where it is less than a row
+def test_lists_of_every_kind_are_rows(tmp_path, monkeypatch, kind, scanned):
+    monkeypatch.setattr(packed, "SCANNED", scanned)
     ids = [[7, 1, 2], [3, 4, 5], [0, 9, 1], [1, 1, 1], [6, 2, 2]]
     positions = [[0, 1, 2], [0, 0, 1], [0, 1, 0], [0, 0, 0], [0, 1, 2]]
-    dataset = saved(tmp_path, input_ids=pa.array(ids, kind), position_ids=pa.array(positions, kind))
+    columns = {"input_ids": pa.array(ids, kind), "position_ids": pa.array(positions, kind)}
+    dataset = saved(tmp_path, **columns, attention_mask=[[1, 1, 1]] * 5)
     assert (len(dataset), dataset.sequence_length, dataset.documents) == (5, 3, "position_ids")
     assert dataset.token_ids() == (0, 9)
     assert [dataset.row(number)["input_ids"].tolist() for number in range(5)] == ids
@@ -86,6 +91,30 @@ def test_where_ids_are_that_the_model_does_not_know(tmp_path, monkeypatch):
         "the first other one is in row 2", "the first other one is in row 4", "the first other one is in row 4",
         "the first other one is among its labels",
     ]  # fmt: skip
+
+
+def test_how_far_ids_are_looked_at_is_shown_in_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(packed, "SCANNED", 6)
+    shown = []
+
+    class Bar(nullcontext):
+        def __init__(self, total, unit, **_):
+            super().__init__(self)
+            shown.append((total, unit))
+
+        def update(self, rows):
+            shown.append(rows)
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    assert saved(tmp_path, input_ids=IDS).token_ids() == (1, 3)
+    assert shown == [(5, "row"), 2, 2, 1]
+
+
+def test_a_dataset_without_rows(tmp_path):
+    rows = datasets.Dataset(pa.table({"input_ids": pa.array([[1]], pa.list_(pa.int32()))}))
+    rows.filter(lambda row: False).save_to_disk(str(tmp_path))
+    with pytest.raises(UserError, match="which is empty"):
+        PackedDataset.open(tmp_path)
 
 
 def test_labels_alone_may_have_the_smallest_id(tmp_path):

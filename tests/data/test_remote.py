@@ -143,6 +143,16 @@ def test_the_files_behind_a_url_are_a_corpus():
             find_corpus(url)
 
 
+def test_a_server_need_not_tell_how_large_a_file_is(monkeypatch):
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/untold/a.txt", b"text")
+    found = {"/untold/a.txt": {"size": None}, "/untold/b.txt": {"size": 7}}
+    monkeypatch.setattr(type(memory), "find", lambda self, root, detail: found)
+    corpus = find_corpus("memory://untold")
+    assert (corpus.size, corpus.files) == (7, [Path(name) for name in found])
+    assert "".join(next(corpus.documents())) == "text"
+
+
 def test_it_is_read_in_large_parts_and_from_any_place(monkeypatch):
     """A request takes as long for a byte as for many."""
     asked: list[tuple[int, int]] = []  # where, and how much

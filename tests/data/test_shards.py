@@ -7,6 +7,7 @@ import sys
 import tempfile
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -20,8 +21,8 @@ from transformers import PreTrainedTokenizerFast
 
 import bookcorpus
 from nnscaler.command import run
+from nnscaler.data import conversations, shards
 from nnscaler.data import pack as packing
-from nnscaler.data import shards
 from nnscaler.data.conversations import Speech, pack_conversations
 from nnscaler.data.files import PROVENANCE, UNFINISHED
 from nnscaler.data.shards import ShardWriter
@@ -156,6 +157,15 @@ def test_shards_are_numbered_and_end_as_soon_as_they_are_full(shard, batches, si
     }
 
 
+def test_a_full_shard_is_closed_since_some_file_systems_keep_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD", 4)
+    with writer_to(f"file://{tmp_path}") as writer:
+        for closed in (False, True, False):
+            put(writer, 1)
+            assert writer._file.closed is closed
+    assert writer._file.closed
+
+
 def test_a_note_is_made_after_enough_tokens_and_the_newest_whole_one_counts(monkeypatch):
     monkeypatch.setattr(shards, "NOTED", 4)
     url = new_url()
@@ -223,6 +233,29 @@ def test_conversations_are_packed_file_by_file(sizes, after):
     for name, rows in rows_of(whole).items():
         assert rows == [row for url in alone for row in rows_of(url)[name]]
     assert fitting.documents == sum(map(len, files))
+
+
+def test_what_was_found_in_each_file_and_how_long_it_took_is_known_afterwards(monkeypatch):
+    """Of three files, one with two bytes that are no text, and one without a row."""
+    url, tokenizer = new_url(), make_tokenizer()
+    root = url.removeprefix("memory:/")
+    for name, content in {"a": b"caf\xe9 \xe9", "b": b"", "c": b"x"}.items():
+        row = (
+            b'{"text": "%s", "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "%s"}]}\n'
+        )
+        MEMORY.pipe(f"{root}/{name}.jsonl", content and row % (content, content))
+    speech = Speech(tokenizer, MESSAGES, None, False)
+    for module, pack in (
+        (packing, lambda corpus: packing.pack(corpus, tokenizer, new_url(), 2, 1, {})),
+        (conversations, lambda corpus: pack_conversations(corpus, speech, tokenizer, new_url(), 64, 1, False, {})),
+    ):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=iter([10.0, 14.5]).__next__))
+        corpus = find_corpus(url)
+        found = pack(corpus)
+        assert found.seconds == 4.5
+        assert ({path.name for path in corpus.replaced}, {path.name for path in corpus.silent}) == (
+            {"a.jsonl"}, {"b.jsonl"},
+        )  # fmt: skip
 
 
 def test_what_is_not_finished_is_not_trained_on_and_others_places_are_left_alone(monkeypatch):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import fsspec
 import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -76,13 +78,15 @@ def test_a_dataset_in_the_cache_is_read_without_a_network(stored: Any, monkeypat
 
 
 def test_one_of_several_configs(stored: Any) -> None:
-    stored("en/train/0000.parquet", "de/train/0000.parquet", "de/test/0000.parquet")
-    with pytest.raises(UserError, match=r"owner/name:CONFIG; there are de, en"):
+    """They are told in the order of their names."""
+    names = [chr(letter) * 2 for letter in range(ord("z"), ord("d"), -1)]
+    stored("de/train/0000.parquet", "de/test/0000.parquet", *(f"{name}/train/0000.parquet" for name in names))
+    with pytest.raises(UserError, match=rf"owner/name:CONFIG; there are {', '.join(['de', *reversed(names)])}$"):
         texts("owner/name")
-    with pytest.raises(UserError, match=r"there are de, en"):
+    with pytest.raises(UserError, match=r"there are de, ee"):
         texts("owner/name:fr")
-    assert texts("owner/name:en") == ["en/train/0000.parquet"]
-    with pytest.raises(UserError, match=r"no split 'validation'; there are test, train"):
+    assert texts("owner/name:ff") == ["ff/train/0000.parquet"]
+    with pytest.raises(UserError, match=r"no split 'validation'; there are test, train$"):
         texts("owner/name:de", "validation")
     stored("default/train/0000.parquet")
     assert texts("owner/name") == ["default/train/0000.parquet"]
@@ -259,6 +263,56 @@ def test_which_files_are_of_a_split(tmp_path: Path, split: str, files: list[str]
     assert found == [name if name != "train" else "train/y.txt" for name in files]
     with pytest.raises(UserError, match="has no split 'tes': no subfolder of that name and no file tes-"):
         find_corpus(str(tmp_path), split="tes")
+
+
+def test_files_without_a_row_or_a_byte_are_told_of(tmp_path: Path) -> None:
+    """Not those whose documents are empty: these are counted."""
+    for name, content in {"a.json": "[]", "b.txt": "", "c.csv": "text\n", "d.jsonl": '{"text": ""}'}.items():
+        (tmp_path / name).write_text(content)
+    corpus = find_corpus(str(tmp_path))
+    for _ in range(2):
+        assert ["".join(document) for document in corpus.documents()] == ["", ""]
+        assert [path.name for path in corpus.silent] == ["a.json", "b.txt", "c.csv"]
+
+
+def test_only_a_line_feed_ends_a_row_of_json(tmp_path: Path) -> None:
+    """Other ends of lines may stand between its words, or within a text."""
+    (tmp_path / "a.jsonl").write_bytes('{"text":\r"one\u2028\x85"}\r\n\n{"text": "two"}\n{'.encode())
+    rows = find_corpus(str(tmp_path / "a.jsonl")).rows()
+    assert [(row["text"], place.rpartition(", ")[2]) for row, place in (next(rows), next(rows))] == [
+        ("one\u2028\x85", "line 1"), ("two", "line 3"),
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"a.jsonl, line 4: not JSON: Expecting property name"):
+        next(rows)
+
+
+def test_a_sign_between_fields_is_told_unless_it_is_a_comma(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    for name, sign in (("a.csv", ","), ("b.csv", "|"), ("c.tsv", "\t")):
+        (tmp_path / name).write_text(f"text{sign}other\none{sign}1\n")
+        assert texts(str(tmp_path / name)) == ["one"]
+    assert caplog.messages == [f"{tmp_path}/b.csv: fields are separated by '|'"]
+
+
+def test_a_column_of_a_parquet_file_is_read_a_little_at_a_time(tmp_path: Path) -> None:
+    """Of 2 MB in one group of rows."""
+    system, sizes = fsspec.filesystem("memory"), []
+    table = pa.table({"text": [f"{number:020000d}" for number in range(100)]})
+    with system.open("/wide/a.parquet", "wb") as file:
+        pq.write_table(table, file, compression="none", use_dictionary=False, write_batch_size=1, data_page_size=1000)
+
+    class File(io.BufferedReader):
+        def readinto(self, buffer: Any) -> int:
+            sizes.append(len(buffer))
+            return super().readinto(buffer)
+
+        def read(self, count: int | None = -1) -> bytes:
+            sizes.append(count or 0)
+            return super().read(count)
+
+    found = readers.read_documents(Path("a.parquet"), File(system.open("/wide/a.parquet")), "text", None)
+    assert list(found) == table["text"].to_pylist()
+    assert readers.BLOCK <= max(sizes) < 2 * readers.BLOCK
 
 
 def test_a_home_is_where_its_owner_s_files_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

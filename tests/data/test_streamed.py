@@ -100,7 +100,8 @@ def test_lengths_of_documents_are_estimated_from_some_rows(tmp_path, monkeypatch
     monkeypatch.setattr(streamed, "LOOKED_ROWS", 2)
     ids, no = [[5, 6, 7, 0, 0, 0]], -100
     for number, starts in enumerate([[0, 2], [1], [3], [0, 3]]):
-        rows = {"input_ids": ids * 3, "labels": [[no, 6, 7, no, no, no]] * 3, "document_starts": [starts] * 3}
+        columns = {"labels": [[no, 6, 7, no, no, no]] * 3, "document_starts": [starts, starts, [0]]}
+        rows = {"input_ids": ids * 3, **columns}
         pq.write_table(pa.table(rows), tmp_path / f"{number}.parquet")
     dataset = StreamedDataset.open(str(tmp_path))
     found = dataset.document_lengths
@@ -217,7 +218,7 @@ def test_replicas_read_lanes_of_their_own(tmp_path, monkeypatch):
         read.append(set(streaming._lanes))
     assert [len(lanes) for lanes in read] == [streamed.LANES // 4] * 4
     assert set.union(*read) == set(range(streamed.LANES))
-    assert (streamed.LANES, streamed.MOST_ROWS) == (32, 1024), "as README says; others would be another order"
+    assert (streamed.LANES, streamed.MOST_ROWS, streamed.BUFFER) == (32, 1024, 2**24), "others are another order"
 
 
 def test_a_url_is_read_like_a_folder_and_again_where_reading_fails(tmp_path, monkeypatch, caplog):
@@ -285,6 +286,8 @@ IDS = pa.array([[1, 2], [3, 4]], pa.list_(pa.int32()))
         ([{"input_ids": IDS, "labels": [[-100, -100]] * 2}], "all of them are -100: nothing would be learned"),
         ([{"input_ids": IDS, "attention_mask": [[1, 1], [1, 0]]}], "column 'attention_mask' training does not read"),
         ([{"input_ids": pa.array([[1, 2], None], pa.list_(pa.int32()))}], "0.parquet' has a row with empty places"),
+        ([{"input_ids": pa.array([None, [1, 2]], pa.list_(pa.int32()))}], "first row of '.*0.parquet' has no tokens"),
+        ([{"input_ids": pa.array([[], [1, 2]], pa.list_(pa.int32()))}], "first row of '.*0.parquet' has no tokens"),
         ([{"input_ids": pa.array([[1, 2], [3, None]])}], "a row with empty places in 'input_ids'"),
     ],
 )

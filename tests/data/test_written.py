@@ -29,12 +29,12 @@ def written(folder: Path, *parts: tuple[list[int], list[int], list[int] | None],
 def test_what_is_written_in_parts_is_one_dataset(tmp_path):
     """A row that begins within a document has no start at 0; ids of all parts count."""
     first = ([5, 6, 7, 8, 9, 4], [0, 2, 5], [5, -100, 7, 8, -100, 4])
-    second = ([3, 99, 5], [], [3, 99, 5])
-    writer = written(tmp_path / "out", first, second, ([2, 6, 6], [0], [-100] * 3))
+    second = ([2, 99, 5], [], [2, 99, 5])
+    writer = written(tmp_path / "out", first, second, ([3, 6, 6], [0], [-100] * 3))
     dataset = datasets.load_from_disk(str(tmp_path / "out"))
     assert dataset.to_dict() == {
-        "input_ids": [[5, 6, 7], [8, 9, 4], [3, 99, 5], [2, 6, 6]],
-        "labels": [[5, -100, 7], [8, -100, 4], [3, 99, 5], [-100] * 3],
+        "input_ids": [[5, 6, 7], [8, 9, 4], [2, 99, 5], [3, 6, 6]],
+        "labels": [[5, -100, 7], [8, -100, 4], [2, 99, 5], [-100] * 3],
         "document_starts": [[0, 2], [2], [], [0]],
     }
     assert (writer.rows, writer.continued, writer.smallest_id, writer.largest_id) == (4, 2, 2, 99)
