@@ -55,7 +55,7 @@ def to_model(tensors: Mapping[str, Unread], model: PreTrainedModel) -> dict[str,
 
 def to_files(tensors: Mapping[str, Unread], model: PreTrainedModel) -> dict[str, Unread]:
     """Tensors of a model as its published files have them, with their names: what `save_pretrained` writes."""
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    own = dict(model.named_parameters())
     shaped: dict[str, Any] = {
         name: tensor.shaped(own[name].shape) if name in own else tensor for name, tensor in tensors.items()
     }

@@ -11,7 +11,9 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import WeightRenaming
 
+from nnscaler.models import conversion
 from nnscaler.models.adapters import adapted
 from nnscaler.models.conversion import to_files, to_model
 from nnscaler.models.unread import Unread
@@ -58,9 +60,32 @@ def test_files_to_a_model_and_back(family, tmp_path):
             assert torch.equal(found[name].read(box), tensor[box.slices]), (name, box)
     assert to_model(unread(wanted), model).keys() == wanted.keys(), "the model's own names are taken as they are"
     saved = {name: tensor for file in tmp_path.glob("*.safetensors") for name, tensor in load_file(file).items()}
-    written = to_files(unread(wanted), model)
-    assert written.keys() == saved.keys()
-    assert all(torch.equal(written[name].whole(), saved[name]) for name in saved)
+    for shaped in (wanted, {name: tensor.flatten() for name, tensor in wanted.items()}):  # as we may hold them
+        written = to_files(unread(shaped), model)
+        assert written.keys() == saved.keys()
+        assert all(torch.equal(written[name].whole(), saved[name]) for name in saved)
+
+
+def test_experts_are_merged_by_their_numbers_in_whatever_order_files_have_them():
+    model = AutoModelForCausalLM.from_config(config_of("mixtral", num_local_experts=12), dtype=torch.float32)
+    own = model.state_dict()
+    files = to_files(unread(own), model)
+    assert sum(".10." in name for name in files) == 2 * 3, "of both layers"
+    for names in (reversed(files), sorted(files)):
+        found = to_model({name: files[name] for name in names}, model)
+        assert all(torch.equal(found[name].whole(), tensor) for name, tensor in own.items())
+
+
+def test_older_names_become_the_model_s_also_where_it_has_nothing_of_that_name(monkeypatch):
+    """Or something else of the older name."""
+    model = AutoModelForCausalLM.from_config(config_of("mixtral"), dtype=torch.float32)
+    tensor = unread({"x": torch.zeros(1)})["x"]
+    older = "model.layers.9.block_sparse_moe.gate.weight"
+    assert list(to_model({older: tensor}, model)) == ["model.layers.9.mlp.gate.weight"]
+    renaming = WeightRenaming("q_proj", "o_proj")
+    monkeypatch.setattr(conversion, "get_model_conversion_mapping", lambda model: [renaming])
+    layer = "model.layers.0.self_attn"
+    assert list(to_model({f"{layer}.q_proj.weight": tensor}, model)) == [f"{layer}.o_proj.weight"]
 
 
 def test_a_name_of_the_model_s_own_is_not_taken_for_an_older_one(tmp_path):

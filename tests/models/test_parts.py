@@ -21,7 +21,7 @@ from nnscaler.models import load_config, marks_of
 from nnscaler.models.balance import balancing_loss, report_routers, routers_met
 from nnscaler.models.causal_lm import prepare_config
 from nnscaler.models.documents import Documents, in_rows, rows_hold
-from nnscaler.models.experts import _activation, _constant, _mixture, divide_gates
+from nnscaler.models.experts import _activation, _constant, _gate, _mixture, divide_gates
 from nnscaler.models.exported import write_older_tokenizer
 from nnscaler.models.unread import Unread
 from nnscaler.shards import Box
@@ -178,6 +178,25 @@ class Capped(nn.Module):
         return self.inner(x).clamp(max=self.cap)
 
 
+def test_an_activation_is_known_by_its_class_and_one_of_a_function_is_not_found_again() -> None:
+    known = ACT2FN["silu"]
+
+    class Inner(nn.Module):
+        pass
+
+    assert _activation(type(type(known).__name__, (nn.Module,), {"__repr__": lambda self: repr(known)})()) is None
+    module = Experts()
+    module.act_fn = Inner()
+    with pytest.raises(UserError, match="Experts computes with a Inner, which is neither a number nor an activation"):
+        _constant(module, "act_fn")
+
+
+def test_experts_without_a_gate_have_an_activation() -> None:
+    module = Experts()
+    module.has_gate = False
+    assert _gate(module) == ("nnscaler.models.experts:activate", {"act_fn": "silu"})
+
+
 def test_a_gate_may_read_a_module_without_weights() -> None:
     module, x = Experts(), torch.randn(4, 3) * 3
     module.act_fn = Capped(Capped(ACT2FN["silu"], 1.5), 0.5)
@@ -233,8 +252,27 @@ def test_each_layer_with_one_router_reports_its_logits() -> None:
             assert model(torch.tensor([0.0])).tolist() == [4]
         assert [logits.tolist() for logits in met] == [[0], [30]]
     assert [type(layer).__name__ for layer in model.layers] == ["Layer"] * 4
+    assert not any(module._forward_hooks for module in model.modules()), "none is left"
+    with routers_met() as outer:
+        with routers_met():
+            model(torch.tensor([0.0]))
+        assert outer == []
+        model.layers[0](torch.tensor([5.0]))
+    assert [each.tolist() for each in outer] == [[50]]
     logits = [torch.tensor([0.5, 1.5]), torch.tensor([2.5])]
     assert balancing_loss(model, logits, torch.tensor(6)).item() == 0.5 * 6 * 3 * 2  # type: ignore[arg-type]
+
+
+def test_choices_are_counted_as_either_version_does_and_otherwise_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the four experts the last is chosen by nobody; counts become averages, which are no whole numbers."""
+    chosen = torch.tensor([0, 2, 2, 1, 2])
+    for count in (lambda x: torch.bincount(x, minlength=4), lambda x: torch.histc(x.float(), bins=4, min=0, max=4)):
+        monkeypatch.setattr(sys.modules[__name__], "load_balancing_loss_func", lambda *_, count=count: count(chosen))
+        found = balancing_loss(Balanced(), [], torch.tensor(6))  # type: ignore[arg-type]
+        assert (found.tolist(), found.dtype) == ([3, 3, 9, 0], torch.float32)
+    monkeypatch.setattr(sys.modules[__name__], "load_balancing_loss_func", lambda *_: torch.ones(4))
+    with pytest.raises(UserError, match="counts the choices of experts in another way: update transformers"):
+        balancing_loss(Balanced(), [], torch.tensor(6))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -283,6 +321,7 @@ CALLS: dict[str, Callable[[Any, Any], Any]] = {
     "one dimension as two": lambda a, b: a.shaped((4, 2, 3, 5)),
     "the last as two": lambda a, b: a.shaped((4, 6, 5, 1)),
     "two dimensions as one": lambda a, b: b.shaped((4, 5)),
+    "all dimensions otherwise": lambda a, b: b.shaped((2, 2, 5, 1)),
     "the same shape": lambda a, b: a.shaped((4, 6, 5)),
     "one after the other": lambda a, b: torch.stack([one.transpose(0, 1) for one in torch.cat([a, b], 1).chunk(7, 1)]),
 }  # fmt: skip
@@ -317,4 +356,6 @@ def test_of_a_box_no_more_is_read_than_what_it_is_made_of(name: str) -> None:
             box = Box(tuple(draw.randint(0, all_ - size) for all_, size in zip(right.shape, sizes)), sizes)
             read[0] = 0
             assert torch.equal(one.read(box), right[box.slices]), box
-            assert name == "two dimensions as one" or read[0] == right[box.slices].numel(), box
+            assert (
+                name in ("two dimensions as one", "all dimensions otherwise") or read[0] == right[box.slices].numel()
+            ), box
