@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from transformers import GPT2Config, MambaConfig
 
 from nnscaler.errors import UserError
 from nnscaler.models.changes import _value, changed_config
@@ -54,3 +55,13 @@ def test_what_is_not_changed_stays():
     assert (config.num_hidden_layers, config.rope_parameters["rope_theta"]) == (4, 10000.0)
     differ = [name for name, value in changed.to_dict().items() if value != config.to_dict()[name]]
     assert sorted(differ) == ["bos_token_id", "num_hidden_layers", "rope_parameters"]
+
+
+def test_models_without_heads_or_positions_that_turn():
+    """Of heads nothing follows where there are none."""
+    changed = changed_config(MambaConfig(hidden_size=64, num_hidden_layers=2), {"hidden_size": "36"})
+    assert (changed.hidden_size, changed.num_hidden_layers) == (36, 2)
+    with pytest.raises(UserError, match=r"^a gpt2 configuration has no field 'n_heads'; did you mean n_head"):
+        changed_config(GPT2Config(), {"n_heads": "2"})
+    with pytest.raises(UserError, match=r"^a gpt2 configuration has no field 'rope_theta'; "):
+        changed_config(GPT2Config(), {"rope_theta": "2"})
