@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ def load_tokenizer(path_or_name: str) -> Any:
     except Exception as error:  # the loaders raise whatever a damaged file makes them raise
         if not local and not online:
             reason = "no such directory, not in the local cache, and the Hugging Face hub cannot be reached"
+        elif local and not os.access(path_or_name, os.R_OK):
+            reason = "it may not be read"
         elif local and not any(Path(path_or_name).glob("*token*")):
             reason = "it holds no tokenizer.json"
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from collections.abc import Iterator
@@ -100,6 +101,7 @@ def test_it_is_asked_once_and_not_at_all_offline(monkeypatch: pytest.MonkeyPatch
     ("name", "reaches", "local_only", "said"),
     [
         ("here", None, True, "it holds no tokenizer.json"),
+        ("closed", None, True, "it may not be read"),
         ("damaged", None, True, "it is damaged"),
         ("org/x", False, True, "no such directory, not in the local cache, and the Hugging Face hub cannot be reached"),
         ("org/x", True, False, "it is damaged"),
@@ -108,9 +110,10 @@ def test_it_is_asked_once_and_not_at_all_offline(monkeypatch: pytest.MonkeyPatch
 def test_where_a_tokenizer_is_looked_for_and_why_there_is_none(name, reaches, local_only, said, tmp_path, monkeypatch):
     """What is here needs no hub."""
     monkeypatch.chdir(tmp_path)
-    for folder, file in (("here", "config.json"), ("damaged", "tokenizer_config.json")):
+    for folder, file in (("here", "config.json"), ("closed", "tokenizer.json"), ("damaged", "tokenizer_config.json")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / file).write_text("{}")
+    monkeypatch.setattr(os, "access", lambda path, how: path != "closed")  # root may read all
     monkeypatch.setattr(hub, "reachable", lambda: reaches if reaches is not None else pytest.fail("nobody is to ask"))
     asked_for: list[tuple[str, bool]] = []
 
