@@ -2,11 +2,12 @@
 
     python benchmarks/fp8_numerics.py --model_id meta-llama/Meta-Llama-3-8B --dataset_path first_run/plays_512
 
-All runs start with the same weights, and have the same samples in each step. In bf16 the model is trained twice, with
-the step's sequences in one micro-batch and in two: what differs between the two is rounding, the noise that fp8 is held
-against. Every product of a layer that may be in fp8 is. Gradients of one layer are compared with those in fp64, by what
-they are of. Writes fp8_numerics.json and fp8_numerics.png; runs of earlier calls stay there, so that one call may do
-some of them.
+All runs start with the same weights, and have the same samples in each step. In bf16 the model is trained three times,
+with the step's sequences in one micro-batch, in two and in four: what differs between these is rounding, the noise that
+fp8 is held against. How far a run is from bf16 is the mean over the runs in bf16 but itself: two runs alone are as far
+apart as chance will have it. Every product of a layer that may be in fp8 is. Gradients of one layer are compared with
+those in fp64, by what they are of. Writes fp8_numerics.json and fp8_numerics.png; runs of earlier calls stay there, so
+that one call may do some of them.
 """
 
 from __future__ import annotations
@@ -31,11 +32,17 @@ from nnscaler.command import run
 from nnscaler.kernels import fp8
 
 LAST = 200  # steps over which differences are averaged
+ONE, TWO, FOUR = (f"--micro_batch_size {8 // count} --grad_accumulation_steps {count}" for count in (1, 2, 4))
+BF16 = {
+    "bf16": f"--precision bf16 {ONE}",
+    "bf16, two micro-batches": f"--precision bf16 {TWO}",
+    "bf16, four micro-batches": f"--precision bf16 {FOUR}",
+}
 RUNS = {
-    "bf16": "--precision bf16 --micro_batch_size 8 --grad_accumulation_steps 1",
-    "bf16, two micro-batches": "--precision bf16 --micro_batch_size 4 --grad_accumulation_steps 2",
-    "fp8": "--precision fp8 --micro_batch_size 8 --grad_accumulation_steps 1",
-    "fp8, ends in bf16": "--precision fp8 --fp8_keep_bf16 first,last --micro_batch_size 8 --grad_accumulation_steps 1",
+    **BF16,
+    "fp8": f"--precision fp8 {ONE}",
+    "fp8, two micro-batches": f"--precision fp8 {TWO}",
+    "fp8, ends in bf16": f"--precision fp8 --fp8_keep_bf16 first,last {ONE}",
 }
 
 
@@ -105,9 +112,11 @@ def errors_of_gradients(model_path: Path) -> list[dict[str, Any]]:
 
 
 def compared(curves: dict[str, list[float]]) -> list[list[Any]]:
+    """Of each run: its first loss and its last ones, and its mean difference, and absolute one, from runs in bf16."""
     rows = []
     for name, losses in curves.items():
-        differences = [a - b for a, b in zip(losses, curves["bf16"])][-LAST:]
+        others = [curves[other] for other in BF16 if other in curves and other != name]
+        differences = [a - b for other in others for a, b in zip(losses[-LAST:], other[-LAST:], strict=True)]
         absolute = statistics.mean(map(abs, differences))
         rows.append([name, losses[0], statistics.mean(losses[-20:]), statistics.mean(differences), absolute])
     return rows
@@ -150,7 +159,7 @@ def main() -> None:
     curves = {name: curves[name] for name in RUNS if name in curves}
     print(table(list(gradients[0]), [list(row.values()) for row in gradients]))
     result = {"steps": options.steps, "gradients": gradients, "curves": curves}
-    if "bf16" in curves:
+    if sum(name in BF16 for name in curves) > 1:
         head = ["run", "first_loss", "last_loss", "mean_difference", "mean_absolute_difference"]
         rows = compared(curves)
         print(table(head, rows))
