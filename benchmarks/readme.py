@@ -361,8 +361,8 @@ def numerics_of_fp8() -> str:
     noise, narrow = (statistics.mean(apart[run] for run in apart if run.startswith(kind)) for kind in ("bf16", "fp8"))
     return textwrap.fill(
         f"A Llama of 300M parameters was trained on real text for {result['steps']} steps, with a step's sequences in "
-        f"one, two and four micro-batches in bf16, and in one and two in fp8 (``benchmarks/fp8_numerics.py``). Over the "
-        f"last 200 steps, losses of two runs in bf16 are {noise:.4f} from one another on average, and those in fp8 "
+        f"one, two and four micro-batches in bf16, and in one and two in fp8 (``benchmarks/fp8_numerics.py``). Over "
+        f"the last 200 steps, losses of two runs in bf16 are {noise:.4f} from one another on average, and those in fp8 "
         f"{narrow:.4f} from those in bf16: {narrow / noise:.2f} times as far. With the first and last layer in bf16 "
         f"they are {ends:.4f} away, and lower. So a run alone says little. The table has relative errors of gradients "
         "of one layer against fp64.",
