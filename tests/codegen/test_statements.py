@@ -50,8 +50,9 @@ OWN = Node("a", "attention", tuple(map(Ref, "qkv")), {"scale": 2.0}, ("a",))
 ])  # fmt: skip
 def test_an_operator_that_communicates_is_given_the_devices_along_which_it_is_split(sizes, split, call):
     """Not those of an axis of one device."""
-    body = body_of(mesh=Mesh(sizes))
-    assert body._registered(operator_of(OWN), split, OWN, list(map(Ref, "xyz"))) == f"ops.{call}x, y, z, scale=2.0)"
+    for copies in (1, 3):
+        body = body_of(mesh=Mesh(sizes, copies))
+        assert body._registered(operator_of(OWN), split, OWN, list(map(Ref, "xyz"))) == f"ops.{call}x, y, z, scale=2.0)"
 
 
 def test_a_way_of_two_names_and_copies_have_functions_of_their_own():

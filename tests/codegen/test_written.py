@@ -1,0 +1,216 @@
+"""Whole functions of small blocks, as they are to be written: what is a region, what it is given, what the head has."""
+
+from __future__ import annotations
+
+from textwrap import dedent
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nnscaler.codegen.body import Body
+from nnscaler.graph import Block, Node, Ref, TensorMeta
+from nnscaler.mesh import Mesh
+from nnscaler.placement import PARTIAL, REPLICATE, SHARED, Placements, Shard
+from nnscaler.plan import NodePlan
+
+WHOLE = (REPLICATE,)
+
+
+def node(name: str, op: str, *args: object, **given: object) -> Node:
+    """Where an argument is a text, it is a tensor's name."""
+    refs = tuple(Ref(arg) if isinstance(arg, str) else arg for arg in args)
+    return Node(name, op if "." in op or op == "attention" else f"aten.{op}.default", refs, {}, (name,), **given)
+
+
+SIN = node("y", "sin", "x", module="mlp", source="model.py:3")
+MUL = node("z", "aten.mul.Tensor", "y", "x", module="mlp", source="model.py:4")
+ADD = node("z", "aten.add.Tensor", "y", "c", module="norm", source="model.py:9")
+FULL = Node("c", "aten.full.default", ([4, 8], 1.0), {"device": torch.device("cpu")}, ("c",))
+LINEAR = node("y", "linear", "x", "w")
+
+
+def written(
+    *nodes: Node, inputs: str = "x", outputs: str = "z", again: tuple[str, ...] = (), fp8: tuple[str, ...] = (),
+    parameters: dict[str, Placements] | None = None, layouts: dict[tuple[str, str], Placements] | None = None,
+    results: Placements = WHOLE,
+) -> str:  # fmt: skip
+    """The functions of a block, one after the other.
+
+    parameters  name -> where it lies; other tensors are inputs, or made
+    layouts     (a node, one of its tensors) -> where that lies for it, if not whole
+    results     where the block's results lie
+    """
+    stored, layouts = parameters or {}, layouts or {}
+    names = {*inputs, *stored, *(output for one in nodes for output in one.outputs)}
+    tensors = dict.fromkeys(names, TensorMeta((4, 8), torch.float32, True))
+    block = Block(
+        "layer", "Layer", tensors, inputs=list(inputs), outputs=list(outputs), nodes=list(nodes),
+        parameters={name: name for name in stored},
+    )  # fmt: skip
+    other = Block("other", "Layer", tensors, parameters={"w": "w"})
+
+    def lie(one: Node, tensors: list[str] | tuple[str, ...]) -> tuple[Placements, ...]:
+        return tuple(layouts.get((one.name, tensor), WHOLE) for tensor in tensors)
+
+    ways = {
+        ("layer", one.name): NodePlan("-", lie(one, one.inputs), lie(one, one.outputs), in_fp8=one.name in fp8)
+        for one in nodes
+    }
+    uses = [(other, "w", "other.w"), *((block, name, f"layers.0.{name}") for name in stored)]
+    plan = SimpleNamespace(
+        mesh=Mesh((2,)), nodes=ways, inputs={"layer": [WHOLE] * len(inputs)},
+        outputs={"layer": [results] * len(outputs)}, pieces={},
+        recomputed={"layer": set(again)}, graph=SimpleNamespace(parameter_uses=lambda: uses),
+        parameters={"other.w": (Shard(0),)} | {f"layers.0.{name}": layout for name, layout in stored.items()},
+        master_only=set(), gathered_again=set(),
+    )  # fmt: skip
+    return "\n".join("\n".join(lines) for lines in Body(plan, block).write()) + "\n"
+
+
+CASES = {
+    "one operator stands in its place": (
+        written(SIN, outputs="y"),
+        """\
+        def layer(w, axes, keep, x):
+            # x: f32[4, 8]
+            y = x.sin()
+            return y
+        """,
+    ),
+    "also with views of it": (
+        written(SIN, node("v", "view", "y", [8, 4]), outputs="v"),
+        """\
+        def layer(w, axes, keep, x):
+            # x: f32[4, 8]
+            y = x.sin()
+            v = y.reshape(4, 8)
+            return v
+        """,
+    ),
+    "but not where the user wants it computed again": (
+        written(SIN, outputs="y", again=("y",)),
+        """\
+        @region
+        def layer_again_0(x):
+            # mlp  model.py:3
+            y = x.sin()
+            return y
+        def layer(w, axes, keep, x):
+            # x: f32[4, 8]
+            y = layer_again_0("recomputes all but attention", x)
+            return y
+        """,
+    ),
+    "or where it is rounded before": (
+        written(LINEAR, inputs="xw", outputs="y", fp8=("y",)),
+        """\
+        @region
+        def layer_region_0(x, w):
+            # Layer
+            x_fp8 = fp8.rounded(x)
+            y = fp8.linear(x_fp8, w)
+            return y
+        def layer(w, axes, keep, x, w):
+            # x: f32[4, 8]
+            # w: f32[4, 8]
+            y = layer_region_0(keep, x, w)
+            return y
+        """,
+    ),
+    "or where it is several kernels": (
+        written(node("y", "nnscaler.dropout.default", "x", 0.5, "d", 0, [4, 8]), inputs="xd", outputs="y"),
+        """\
+        @region
+        def layer_region_0(x, d):
+            # Layer
+            y = torch.ops.nnscaler.dropout(x, 0.5, d, 0, [4, 8])
+            return y
+        def layer(w, axes, keep, x, d):
+            # x: f32[4, 8]
+            # d: f32[4, 8]
+            y = layer_region_0(keep, x, d)
+            return y
+        """,
+    ),
+    "several are one region, with a comment for each module": (
+        written(SIN, MUL),
+        """\
+        @region
+        def layer_region_0(x):
+            # mlp  model.py:3
+            y = x.sin()
+            z = y * x
+            return z
+        def layer(w, axes, keep, x):
+            # x: f32[4, 8]
+            z = layer_region_0(keep, x)
+            return z
+        """,
+    ),
+    "what makes a tensor is told the device": (
+        written(FULL, outputs="c"),
+        """\
+        def layer(w, axes, keep, x):
+            # x: f32[4, 8]
+            device = axes.device
+            c = torch.full([4, 8], 1.0, device=device)
+            return c
+        """,
+    ),
+    "also in a region": (
+        written(SIN, FULL, ADD),
+        """\
+        @region
+        def layer_region_0(x, device):
+            # mlp  model.py:3
+            y = x.sin()
+            # Layer
+            c = torch.full([4, 8], 1.0, device=device)
+            # norm  model.py:9
+            z = y + c
+            return z
+        def layer(w, axes, keep, x):
+            # x: f32[4, 8]
+            device = axes.device
+            z = layer_region_0(keep, x, device)
+            return z
+        """,
+    ),
+    "a registered operator stands between regions": (
+        written(SIN, node("a", "attention", "y", "x", "x", module="attn"), node("z", "cos", "a")),
+        """\
+        def layer(w, axes, keep, x):
+            # x: f32[4, 8]
+            y = x.sin()
+            # attn
+            a = ops.attention(y, x, x)
+            del y
+            z = a.cos()
+            return z
+        """,
+    ),
+    "weights are gathered before, and found by their own place; results are brought to where they are to lie": (
+        written(
+            LINEAR, node("z", "tanh", "y"), parameters={"v": WHOLE, "w": (Shard(0),)}, results=(SHARED,),
+            layouts={("y", "w"): (SHARED,), ("y", "y"): (PARTIAL,), ("z", "y"): (REPLICATE,)},
+        ),
+        """\
+        def layer(w, axes, keep, x):
+            # x: f32[4, 8]
+            w_whole = axes.gathers.weight(w["w"], (axes.devices, 0))
+            y = F.linear(x, w_whole)
+            del w_whole
+            y_whole = collectives.all_reduce(y, axes.devices, backward="identity")
+            z = y_whole.tanh()
+            z_whole = collectives.share(z, axes.devices)
+            return z_whole
+        """,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_block_is_written_as_by_hand(name):
+    found, wanted = CASES[name]
+    assert found == dedent(wanted)
