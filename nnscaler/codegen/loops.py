@@ -72,8 +72,7 @@ def _prefixes(calls: Sequence[Call]) -> str:
 
 def _numbered(calls: Sequence[Call]) -> tuple[str, int] | None:
     """(what the paths of the calls' modules begin with, the first number), if these are counted."""
-    stems = [call.module.rsplit(".", 1) for call in calls]
-    numbers = [int(stem[-1]) if stem[-1].isdigit() else -1 for stem in stems]
-    if len({stem[0] for stem in stems}) > 1 or numbers != list(range(numbers[0], numbers[0] + len(calls))):
-        return None
-    return stems[0][0], numbers[0]
+    stem, _, first = calls[0].module.rpartition(".")
+    start = int(first) if first.isdecimal() else 0
+    counted = [f"{stem}.{start + index}" for index in range(len(calls))]
+    return (stem, start) if [call.module for call in calls] == counted else None

@@ -15,6 +15,9 @@ MODULES = {
     "backwards": ["layers.3", "layers.2", "layers.1", "layers.0"],
     "with a gap": ["layers.0", "layers.1", "layers.3", "layers.4"],
     "of two lists": ["first.0", "first.1", "second.2", "second.3"],
+    "with a name first": ["layers.x", "layers.0", "layers.1", "layers.2"],
+    "with a name between": ["layers.0", "layers.x", "layers.2", "layers.3"],
+    "with zeros in front": ["layers.01", "layers.02", "layers.03", "layers.04"],
     "by names": ["encoder", "decoder", "middle", "last"],
     "one": ["layers.5"],
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from nnscaler.codegen.body import Body, _tag
-from nnscaler.codegen.divided import Divided
+from nnscaler.codegen.divided import Divided, divided
 from nnscaler.codegen.segments import Region, Segment
 from nnscaler.codegen.stage import _header
 from nnscaler.graph import Block, Node, Ref, TensorMeta
@@ -110,6 +111,33 @@ def test_a_piece_has_a_part_of_each_block_that_a_device_has(blocks, split, whole
     given = Divided(plan, block, Stretch("y", (0,), ("x",), ("y",), {"y": 1}, True), blocks)
     assert (given.along("y", (Shard(1),)), given.along("y", WHOLE)) == (split, whole)
     assert given.along("x", WHOLE) is None
+
+
+@pytest.mark.parametrize(("blocks", "layout", "count", "fits"), [
+    (None, (Shard(1),), 4, True), (None, (Shard(1),), 3, False), (None, (Shard(1),), 8, False), (None, WHOLE, 8, True),
+    (4, (Shard(1),), 2, True), (4, (Shard(1),), 4, False), (3, (Shard(1),), 1, False), (1, WHOLE, 8, True),
+])  # fmt: skip
+def test_eight_columns_are_divided_only_evenly(blocks, layout, count, fits):
+    """Each device's part, or each of so many blocks, of which every device has some whole."""
+    block = Block("layer", "Layer", {"y": F32})
+    plan = SimpleNamespace(mesh=Mesh((2,)), pieces={("layer", "y"): count})
+    given = Divided(plan, block, Stretch("y", (0,), (), ("y",), {"y": 1}, True), blocks)
+    said = f"y cannot be divided into the {count} pieces of y"
+    with nullcontext() if fits else pytest.raises(AssertionError, match=said):
+        given.along("y", layout)
+
+
+@pytest.mark.parametrize("name", ["x", "y"])
+def test_all_that_a_stretch_reads_and_makes_is_judged(name):
+    node = Node("y", "aten.sin.default", (Ref("x"),), {}, ("y",))
+    for count in (2, 3):
+        body = body_of("x", "y", nodes=(node,))
+        body.plan.pieces = {("layer", "y"): count}
+        stretch = Stretch("y", (0,), ("x",), ("y",), {name: 1}, True)
+        unit = Unit("cheap", [node], inputs=["x"], outputs=["y"])
+        said = pytest.raises(AssertionError, match=f"{name} cannot be divided into the 3 pieces of y")
+        with nullcontext() if count == 2 else said:
+            assert divided(body.plan, body.block, stretch, [unit]).blocks is None
 
 
 def test_what_no_later_segment_uses_is_let_go():

@@ -15,7 +15,7 @@ from nnscaler.placement import REPLICATE, SHARED, Shard
 from nnscaler.plan import GIB, Key
 from nnscaler.planner.costs import CostModel
 from nnscaler.recompute import KEEPS_ALL
-from nnscaler.report.about import code_facts, facts, work_of
+from nnscaler.report.about import UNITS, code_facts, facts, headed, work_of
 from nnscaler.report.categories import category_of
 from nnscaler.report.charts import bar, headline, legend
 from nnscaler.report.collectives import _gradients, _steps, _weights
@@ -280,6 +280,12 @@ def test_what_a_plan_is_for_is_said_at_the_head_of_everything():
     }  # fmt: skip
     work = "4 micro-batches of 2 sequences of 8,192 tokens in documents of 1,000, in bf16"
     assert work_of(values) == work
+    assert work_of({"micro_batches": 1, "about": {"sequence_length": 8, "sequences_per_micro_batch": 1}}) == (
+        "1 micro-batch of 1 sequence of 8 tokens"
+    )
+    assert list(headed({"model": "Llama"}, values["about"]).items()) == [
+        ("schema", 2), ("units", UNITS), ("about", values["about"]), ("model", "Llama"),
+    ]  # fmt: skip
     said = dict(code_facts(values))
     assert said == {
         "model": "org/Model as Llama", "step": f"{work}, a copy", "mesh": "2 copies x 2 devices of H100",
