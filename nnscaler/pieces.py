@@ -65,7 +65,7 @@ def stretches(block: Block) -> list[Stretch]:
     units = divide(block)
     places = _places(units)
     found = []
-    for place in sorted({place for unit, place in zip(units, places) if pure(unit)}):
+    for place in sorted(set(places)):
         members = [index for index, unit in enumerate(units) if pure(unit) and places[index] == place]
         stretch = _stretch(block, units, members)
         if stretch is not None:
@@ -99,8 +99,8 @@ def _around(block: Block, units: list[Unit], before: Stretch, index: int) -> Str
         return None
     dims = max(ways, key=lambda way: gcd(*(block.tensors[name].shape[dim] for name, dim in way.items())))
     inputs = dict.fromkeys([*before.inputs, *others])
-    ends_block = set(unit.outputs) <= set(block.outputs) and index == len(units) - 1
-    return Stretch(unit.name, (*before.units, index), tuple(inputs), tuple(unit.outputs), dims, ends_block, before)
+    every, ends_block = (*before.units, index), index == len(units) - 1
+    return Stretch(unit.name, every, tuple(inputs), tuple(unit.outputs), dims, ends_block, before)
 
 
 def _ways_along(block: Block, unit: Unit, before: list[Node]) -> Iterator[dict[str, int]]:
@@ -143,8 +143,8 @@ def _stretch(block: Block, units: list[Unit], members: list[int]) -> Stretch | N
     elsewhere = {name for index, unit in enumerate(units) if index not in members for name in unit.inputs}
     inputs = dict.fromkeys(name for index in members for name in units[index].inputs if name not in inside)
     outputs = [name for index in members for name in units[index].outputs if name in elsewhere or name in block.outputs]
-    others = {name for index, unit in enumerate(units) if pure(unit) and index not in members for name in unit.outputs}
-    if others & inputs.keys() or not all(block.tensors[name].requires_grad for name in outputs):
+    pure_ones = {name for unit in units if pure(unit) for name in unit.outputs}
+    if pure_ones & inputs.keys() or not all(block.tensors[name].requires_grad for name in outputs):
         return None
     nodes = sorted((node for index in members for node in units[index].nodes), key=block.nodes.index)
     ways = [way for way in _ways(block, nodes) if outputs and all(name in way for name in outputs)]

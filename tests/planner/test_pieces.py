@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from nnscaler import register_op
 from nnscaler.compiler import Source
+from nnscaler.graph import Call, Ref, TensorMeta
 from nnscaler.hardware import load_hardware
 from nnscaler.mesh import Mesh
 from nnscaler.operators.attention import attention
@@ -25,6 +27,7 @@ from nnscaler.planner.program import Program, Solution
 from nnscaler.recompute import IN_GROUPS, KEEPS_ALL, ON_DEVICE, RECOMPUTES_ALL, RECOMPUTES_ALL_BUT_ATTENTION, Level
 from nnscaler.trace import trace
 from tests import tiny
+from tests.test_units import block
 
 
 class Gated(nn.Module):
@@ -137,6 +140,80 @@ def test_what_is_not_for_the_operator_alone_is_not_divided_with_it(make):
     model, buffers = Source(make, inputs, torch.float32).build()
     block = trace(model, inputs, buffers).root
     assert not with_registered(block, stretches(block))
+
+
+@register_op("* -> *", name="test_among_copies", among_copies=mixes_rows)
+def among_copies(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+def test_what_is_around_a_registered_operator_in_blocks_by_hand():
+    """Each line: operators, the block's results, and for each operator whose stretch there is, whether it ends it."""
+    silu, attention = ("silu", "q", "x"), ("attention", "a", "q k v")
+    cases: list[tuple[list[tuple[str, str, str]], str, dict[str, bool]]] = [
+        ([silu, attention], "a", {"a": True}),
+        ([silu, attention, ("silu", "o", "a")], "o", {"a": False}),
+        ([silu, attention], "a q", {}),  # which others use
+        ([silu, ("attention", "k", "y y y"), attention], "a", {"a": True}),
+        ([silu, attention, ("attention", "b", "y y y")], "a b", {"a": False}),
+        ([silu, ("attention", "h", "y y y"), ("silu", "k", "h"), attention], "a", {}),
+        ([silu, ("among copies", "a", "q")], "a", {}),
+        ([silu, ("call", "a", "q")], "a", {}),
+    ]
+    for nodes, outputs, wanted in cases:
+        made = {name for _, name, _ in nodes}
+        inputs = tuple(name for name in "xykv" if name not in made)
+        known = [("silu" if op in ("call", "among copies") else op, *rest) for op, *rest in nodes]
+        given = block(*known, outputs=tuple(outputs.split()), inputs=inputs)
+        given.tensors = dict.fromkeys(given.tensors, TensorMeta((2, 8, 8, 8), torch.float32, True))
+        for index, (op, name, taken) in enumerate(nodes):
+            if op == "among copies":
+                given.nodes[index] = replace(given.nodes[index], op="test_among_copies")
+            elif op == "call":
+                given.nodes[index] = Call(name, "call", (Ref(taken),), {}, (name,), block="b", parameters={})
+        found = with_registered(given, stretches(given))
+        assert {stretch.name: stretch.ends_block for stretch in found} == wanted, nodes
+
+
+def test_what_is_around_attention_is_divided_as_it_is():
+    """By groups of heads; by sequences, where what makes the query runs along the heads."""
+    for silu, dims in ((("silu", "q", "x"), (1, 1, 2)), (("cumsum", "q", "x"), (0, 0, 0))):
+        given = block(silu, ("attention", "a", "q k v"), outputs=("a",), inputs=("x", "k", "v"))
+        given.tensors = dict.fromkeys(given.tensors, TensorMeta((2, 8, 8, 8), torch.float32, True))
+        if silu[0] == "cumsum":
+            given.nodes[0] = replace(given.nodes[0], args=(Ref("x"), 1))
+        (found,) = with_registered(given, stretches(given))
+        assert (found.inputs, found.outputs) == (("x", "k", "v"), ("a",))
+        assert tuple(found.dims[name] for name in ("x", "k", "a")) == dims
+
+
+def test_stretches_of_blocks_by_hand():
+    """Each line: operators, the block's results, and for each stretch, whether it ends the block."""
+    silu, attention = ("silu", "a", "x"), ("attention", "h", "a a a")
+    cases: list[tuple[list[tuple[str, str, str]], str, dict[str, bool]]] = [
+        ([silu, ("attention", "b", "y y y")], "a b", {"a": False}),
+        ([silu, attention, ("add", "o", "a h")], "o", {"a": False}),  # the second needs what the first makes
+        ([silu, attention, ("silu", "c", "y")], "h c", {"c": False}),  # of both that are no attention
+        ([silu, attention, ("silu", "c", "h")], "c", {"a": False, "c": True}),
+        ([silu, ("t", "b", "a"), ("add", "c", "a b")], "c", {}),  # rows cannot be columns
+        ([silu, ("linear", "b", "a w"), ("add", "c", "a b")], "c", {"c": True}),
+    ]
+    for nodes, outputs, wanted in cases:
+        given = block(*nodes, outputs=tuple(outputs.split()), inputs=("x", "y"))
+        assert {stretch.name: stretch.ends_block for stretch in stretches(given)} == wanted, nodes
+    given = block(silu, outputs=("a",))
+    assert len(stretches(given)) == 1
+    given.tensors["a"] = replace(given.tensors["a"], requires_grad=False)
+    assert stretches(given) == [], "it has no backward"
+
+
+def test_gradients_of_activations_that_each_piece_uses_whole_are_added_up():
+    given = block(("silu", "a", "x"), outputs=("a",), inputs=("x", "divided", "number"))
+    given.tensors["number"] = replace(given.tensors["number"], requires_grad=False)
+    inside = Stretch("b", (0,), ("x",), ("b",), {}, False)
+    around = Stretch("a", (0, 1), ("x", "w", "divided", "number"), ("a",), {"divided": 0}, True, inside)
+    assert {name for name in given.tensors if around.adds_up(name, given)} == {"x"}
+    assert not inside.adds_up("x", given)
 
 
 ROWS, NARROW, WIDE = 2 * 64, 16, 48
