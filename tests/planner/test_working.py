@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ from nnscaler.plan import GIB, Key
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.held import Held, Sum
 from nnscaler.planner.price import Price, price
-from nnscaler.planner.problem import Decision, Recomputing, build_problem
+from nnscaler.planner.problem import Decision, Flow, Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution
 from nnscaler.planning import traced
 from nnscaler.recompute import (
@@ -196,6 +196,24 @@ def test_what_units_hold_by_hand(tmp_path):
         waiting = held.waiting(unit.place, unit.place)
         found[names[index]] = (size(held.alone(index)), size(waiting), size(held.held_by_caller(unit)), freed)
     assert found == UNITS
+    units = {name: index for index, name in names.items()}
+    parts = {"up": 1 / 2, "other": 1 / 8, "add": 1 / 16}
+
+    def part(flow: Flow) -> float:
+        return 1.0 if flow.is_parameter else parts.get(tensors.get(flow.tensor, ""), 1 / 4)
+
+    assert {name: size(held.alone(index, part=part)) for name, index in units.items()} == {
+        "up": N / 4 + W / 2 + WEIGHT, "other": N / 4 + W / 8 + WEIGHT, "silu": W / 2 + W / 4,
+        "mixed": W / 4 + W / 8 + W / 4, "down": W / 4 + N / 4 + WEIGHT, "add": N / 4 + N / 4 + N / 16,
+    }  # fmt: skip
+    assert held.inner(units["add"]) == ([], 0.0)
+    of_add = held.units[units["add"]]
+    held.units[units["add"]] = replace(of_add, options=[replace(of_add.options[0], inner_bytes=160.0)])
+    assert [size(held.inner(units["add"])), size(held.inner(units["add"], part))] == [160, 10], "as the least"
+    product = held.units[units["up"]].options[0]
+    more = replace(product, transient=product.transient + 1600)
+    assert held._transient(units["up"], more, part) == N / 4 + W / 2 + WEIGHT + 400, "what else it needs, as the least"
+    assert [held.waiting_for(units[name]) for name in ("up", "silu", "add")] == [([], 0.0)] * 3
 
 
 @dataclass(frozen=True)
