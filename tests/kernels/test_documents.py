@@ -33,6 +33,14 @@ def test_borders_by_hand(numbers):
     assert (rows.tolist(), keys.tolist(), longest) == ([0, 1, 3], [0, 1, 3], 2)
 
 
+def test_in_inference_too_documents_are_known():
+    """Where torch does not count what is written."""
+    with torch.inference_mode():
+        numbers = torch.tensor(NUMBERS)
+        assert Documents(numbers).borders(0, 9)[2] == 6
+        assert not Documents(numbers).are_rows
+
+
 def test_rows_that_are_one_document(numbers, monkeypatch):
     assert not Documents(numbers).are_rows
     assert Documents(numbers).part(slice(None), slice(5, 6)).are_rows
@@ -74,8 +82,7 @@ def test_layers_what_is_computed_again_and_backward_share_it(numbers, monkeypatc
 def test_the_device_is_not_asked_where_the_host_has_told(numbers, monkeypatch):
     monkeypatch.setattr(Tensor, "is_cpu", False)  # as if it were elsewhere
     asked = []
-    original = Tensor.cpu
-    monkeypatch.setattr(Tensor, "cpu", lambda self: asked.append(self) or original(self))
+    monkeypatch.setattr(Tensor, "cpu", lambda self: asked.append(self) or self.clone())
     there = numbers.clone()
     Documents(there).note(numbers)
     assert Documents(there).part(slice(1, 2), slice(2, 5)).on_host.tolist() == [[1, 1, 1]]
@@ -94,6 +101,7 @@ def test_nothing_is_left_of_a_micro_batch(monkeypatch):
     known = Documents(torch.tensor(NUMBERS))
     assert not known.are_rows
     known.borders(0, 9)
+    known.note(known.numbers)
     rows_of(known)
     x = torch.zeros(2, 9, 1, 4)
     for _ in range(2):
