@@ -58,7 +58,8 @@ print(len(reached) > 20, {dtype for _, dtype in reached})
 
 def test_a_step_in_bf16_multiplies_in_fp32(tmp_path):
     command = [sys.executable, "-c", STEP, str(tmp_path)]
-    env = {**os.environ, **PLAIN_CPU, "PYTHONPATH": "."}
+    path = os.pathsep.join([".", *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, **PLAIN_CPU, "PYTHONPATH": path}
     run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], env=env)
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines() == ["fp32 bf16", "True {torch.float32}"]

@@ -88,7 +88,7 @@ class Deferred:
         are done."""
         decisions = self.problem.decisions
         after = [flow for flow, _ in self.own if any(decisions[use].place > last for use, _ in flow.consumers)]
-        if len(after) >= MOST_DEFERRED:
+        if not self.exchanged or len(after) >= MOST_DEFERRED:
             return When.LATER
         return When.ARRIVED if in_pieces else When.FIRST
 
