@@ -76,12 +76,7 @@ def part_again(parts: Iterable[int], units: list[Unit], base: Keeping) -> Keepin
 
 def _needed(units: list[Unit], block: Block) -> list[tuple[int, str, bool]]:
     """(index of a unit, tensor, whether it is the unit's input) of every tensor that some unit's backward reads."""
-    return [
-        (index, name, name in unit.inputs)
-        for index, unit in enumerate(units)
-        if unit.kind != "call"
-        for name in needed_by(unit, block)
-    ]
+    return [(index, name, name in unit.inputs) for index, unit in enumerate(units) for name in needed_by(unit, block)]
 
 
 def keep_all(units: list[Unit], block: Block) -> Keeping:
@@ -145,7 +140,8 @@ def keep_cut(units: list[Unit], block: Block, as_used: Collection[str]) -> Keepi
 
 
 def _computed_again(wanted: set[str], kept: set[str], units: list[Unit]) -> tuple[set[int], set[Use]]:
-    """Units of which some node runs again, to give `wanted` from `kept`; and what these use from outside themselves."""
+    """Units of which some node runs again, to give `wanted` from `kept` and what no unit makes; and what these use from
+    outside themselves."""
     made_by = {name: (index, node) for index, unit in enumerate(units) for node in unit.nodes for name in node.outputs}
     recomputed: set[int] = set()
     uses: set[Use] = set()
@@ -169,15 +165,15 @@ def keep_from(units: list[Unit], block: Block, as_used: Collection[str]) -> Keep
     Where there are such units, what collectives bring to a unit is kept too. Otherwise backward communicates again.
     """
     needed = _needed(units, block)
-    inputs, parameters = set(block.inputs), set(block.parameters)
+    inputs = set(block.inputs)
     if not as_used:
-        recomputed, _ = _computed_again({name for _, name, _ in needed}, inputs | parameters, units)
+        recomputed, _ = _computed_again({name for _, name, _ in needed}, set(), units)
         return Keeping(as_made=frozenset(inputs), recomputed=frozenset(recomputed), reshards_again=True)
     made = {name for unit in units if unit.kind in as_used for name in unit.outputs}
     used = {(index, name) for index, name, is_input in needed if is_input and units[index].kind in as_used}
     kept = inputs | made
     wanted = {name for index, name, _ in needed if (index, name) not in used}
-    recomputed, uses = _computed_again(wanted, kept | parameters, units)
+    recomputed, uses = _computed_again(wanted, kept, units)
     resharded = {(index, name) for index, name, is_input in needed if is_input} | uses
     kept &= wanted | {name for _, name in uses}
     return Keeping(frozenset(kept), frozenset(used), frozenset(resharded - used), frozenset(recomputed))
@@ -193,7 +189,7 @@ def keep_group(units: list[Unit], block: Block, size: int, inner: Keeping) -> Ke
     those of the first call: of what is handed on from call to call, a call keeps a part of 1 / size.
     """
     wanted = set(inner.as_made).union(name for _, name in inner.as_used)
-    last, _ = _computed_again(wanted, {*block.inputs, *block.parameters}, units)
+    last, _ = _computed_again(wanted, set(), units)
     parts = {index: (size - 1 + (index in last)) / size for index, unit in enumerate(units) if unit.kind != "call"}
     return Keeping(
         as_made=frozenset(block.inputs),

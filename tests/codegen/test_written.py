@@ -70,7 +70,7 @@ def written(
 
 CASES = {
     "one operator stands in its place": (
-        written(SIN, outputs="y"),
+        lambda: written(SIN, outputs="y"),
         """\
         def layer(w, axes, keep, x):
             # x: f32[4, 8]
@@ -79,7 +79,7 @@ CASES = {
         """,
     ),
     "also with views of it": (
-        written(SIN, node("v", "view", "y", [8, 4]), outputs="v"),
+        lambda: written(SIN, node("v", "view", "y", [8, 4]), outputs="v"),
         """\
         def layer(w, axes, keep, x):
             # x: f32[4, 8]
@@ -89,7 +89,7 @@ CASES = {
         """,
     ),
     "but not where the user wants it computed again": (
-        written(SIN, outputs="y", again=("y",)),
+        lambda: written(SIN, outputs="y", again=("y",)),
         """\
         @region
         def layer_again_0(x):
@@ -103,7 +103,7 @@ CASES = {
         """,
     ),
     "or where it is rounded before": (
-        written(LINEAR, inputs="xw", outputs="y", fp8=("y",)),
+        lambda: written(LINEAR, inputs="xw", outputs="y", fp8=("y",)),
         """\
         @region
         def layer_region_0(x, w):
@@ -119,7 +119,7 @@ CASES = {
         """,
     ),
     "or where it is several kernels": (
-        written(node("y", "nnscaler.dropout.default", "x", 0.5, "d", 0, [4, 8]), inputs="xd", outputs="y"),
+        lambda: written(node("y", "nnscaler.dropout.default", "x", 0.5, "d", 0, [4, 8]), inputs="xd", outputs="y"),
         """\
         @region
         def layer_region_0(x, d):
@@ -134,7 +134,7 @@ CASES = {
         """,
     ),
     "several are one region, with a comment for each module": (
-        written(SIN, MUL),
+        lambda: written(SIN, MUL),
         """\
         @region
         def layer_region_0(x):
@@ -149,7 +149,7 @@ CASES = {
         """,
     ),
     "what makes a tensor is told the device": (
-        written(FULL, outputs="c"),
+        lambda: written(FULL, outputs="c"),
         """\
         def layer(w, axes, keep, x):
             # x: f32[4, 8]
@@ -159,7 +159,7 @@ CASES = {
         """,
     ),
     "also in a region": (
-        written(SIN, FULL, ADD),
+        lambda: written(SIN, FULL, ADD),
         """\
         @region
         def layer_region_0(x, device):
@@ -178,7 +178,7 @@ CASES = {
         """,
     ),
     "a registered operator stands between regions": (
-        written(SIN, node("a", "attention", "y", "x", "x", module="attn"), node("z", "cos", "a")),
+        lambda: written(SIN, node("a", "attention", "y", "x", "x", module="attn"), node("z", "cos", "a")),
         """\
         def layer(w, axes, keep, x):
             # x: f32[4, 8]
@@ -191,7 +191,7 @@ CASES = {
         """,
     ),
     "weights are gathered before, and found by their own place; results are brought to where they are to lie": (
-        written(
+        lambda: written(
             LINEAR, node("z", "tanh", "y"), parameters={"v": WHOLE, "w": (Shard(0),)}, results=(SHARED,),
             layouts={("y", "w"): (SHARED,), ("y", "y"): (PARTIAL,), ("z", "y"): (REPLICATE,)},
         ),
@@ -213,4 +213,4 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_block_is_written_as_by_hand(name):
     found, wanted = CASES[name]
-    assert found == dedent(wanted)
+    assert found() == dedent(wanted)

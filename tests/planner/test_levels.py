@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nnscaler.compiler import Source
 from nnscaler.errors import UserError
+from nnscaler.graph import Call, Ref
 from nnscaler.recompute import (
     KEEPS_ALL,
     KEEPS_PRODUCTS,
@@ -91,6 +92,8 @@ def test_what_is_computed_again_is_not_kept_but_its_inputs_are():
     cut = keep_cut(units, block, ("registered",))
     again = {index for index, _ in cut.as_resharded}
     assert len(again) > 1
+    assert any(len(units[index].nodes) > 1 for index in cut.recomputed), "a cluster of several operators"
+    assert all(name in units[index].inputs for index, name in cut.as_resharded), "not what it makes, or has inside"
     for index in again:
         left = {use for use in cut.as_resharded if use[0] != index}
         assert part_again([index], units, cut).as_resharded == left < cut.as_resharded
@@ -121,6 +124,23 @@ def test_of_the_last_call_of_a_group_only_what_leads_to_what_is_kept_runs_again(
         found = keep_group(units, given, 4, inner)
         assert (found.as_made, found.with_group) == ({"x"}, parts)
         assert (found.recomputed, found.reshards_again) == (inner.recomputed, inner.reshards_again)
+
+
+def test_weights_are_there_anyway_and_calls_keep_by_themselves():
+    """Of a = x * v and b = x + u, both read by products: they are made again from x. A call keeps itself."""
+    given = block(
+        ("mul", "a", "x v"), ("add", "b", "x u"), ("linear", "y", "a w"), ("linear", "z", "b w"), outputs=("y", "c"),
+    )  # fmt: skip
+    given.nodes.append(Call("c", "call", (Ref("z"),), {}, ("c",), block="other"))
+    given.tensors.update(dict.fromkeys("cuv", given.tensors["z"]))
+    given.parameters |= {"u": "u", "v": "v"}
+    units = divide(given)
+    called = next(index for index, unit in enumerate(units) if unit.kind == "call")
+    found = keep_cut(units, given, ("registered",))
+    assert found.as_made == {"x"}
+    for keeping in (found, keep_all(units, given), keep_from(units, given, ())):
+        assert called not in keeping.recomputed | {index for index, _ in keeping.as_used | keeping.as_resharded}
+        assert keep_group(units, given, 2, keeping).with_group.keys() == set(range(len(units))) - {called}
 
 
 def test_only_what_is_cut_is_kept():
