@@ -462,6 +462,7 @@ def test_each_search_gets_all_that_it_may_use(monkeypatch, tmp_path):
 
 def test_candidates():
     assert candidates(Wanted(stages=1), 4, 8, 8) == [None]
+    assert None not in candidates(Wanted(alone=False), 4, 8, 8)
     assert candidates(Wanted(schedule="1f1b"), 4, 8, 8) == [Schedule("1f1b", 2, 2, 8), Schedule("1f1b", 4, 4, 8)]
     assert candidates(Wanted(stages=4), 4, 4, 8)[0] == Schedule("interleaved", 2, 4, 8)
     assert candidates(Wanted(), 6, 4, 8) == [
