@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ PLAIN_CPU = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 STEP = """
 import sys, torch
 from pathlib import Path
+from types import SimpleNamespace
 from torch.utils._python_dispatch import TorchDispatchMode
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from nnscaler.cli.config import CheckpointConfig, DatasetConfig, LogConfig, LRSchedulerConfig, ModelConfig, TrainerArgs
@@ -94,3 +96,24 @@ def test_the_planner_knows_what_this_cpu_is_slow_in(monkeypatch):
     slow = detect_hardware().flops
     assert slow["bfloat16"] == 0.8 * slow["float32"] < fast["bfloat16"]
     assert slow["float16"] == fast["float16"]
+
+
+@pytest.mark.parametrize(
+    ("known", "slow"),
+    [
+        ("bf16 fp16", set()),
+        ("bf16", {torch.float16}),
+        ("fp16", {torch.bfloat16}),
+        ("", {torch.bfloat16, torch.float16}),
+    ],
+)
+def test_slow_is_what_onednn_cannot_multiply_on_a_cpu(known, slow, monkeypatch):
+    """Without a word of oneDNN both are."""
+    says = {f"_is_mkldnn_{name}_supported": lambda: True for name in known.split()}
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**says))
+    found = products._slow_types.__wrapped__()
+    assert found == slow
+    monkeypatch.setattr(products, "_slow_types", lambda: found)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert products.are_slow(torch.device("cpu"), dtype) == (dtype in slow)
+        assert not products.are_slow(torch.device("cuda"), dtype)

@@ -31,13 +31,16 @@ PADDING = -7
 
 
 @pytest.fixture
-def kernels(monkeypatch):
+def kernels(monkeypatch) -> list[int]:
+    """How often those of gradients were asked for."""
+    asked: list[int] = []
     with monkeypatch.context() as there:  # no longer than that: others ask whether Triton is here, and remember it
         for name, module in on_cpu.MODULES.items():
             there.setitem(sys.modules, name, module)
         made = gradient._kernels.__wrapped__(), loss._kernel.__wrapped__()
-    monkeypatch.setattr(gradient, "_kernels", lambda: made[0])
+    monkeypatch.setattr(gradient, "_kernels", lambda: asked.append(1) or made[0])
     monkeypatch.setattr(loss, "_kernel", lambda: made[1])
+    return asked
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -57,6 +60,7 @@ def test_gradients_are_added_and_scaled(dtype, size, kernels):
         mine = one.clone().as_subclass(OnGpu)
         scale_gradient(mine, torch.tensor(factor))
         assert torch.equal(mine, (one.float() * torch.tensor(factor)).to(dtype))
+    assert len(kernels) == 5
 
 
 def test_without_a_gpu_too_a_factor_is_not_rounded_to_the_gradients_type():
@@ -71,6 +75,7 @@ def test_a_gradient_in_strides_is_added_too(kernels):
     wanted = total + draw(6)[::2]
     add_gradient(total, draw(6)[::2], first=False)
     assert torch.equal(total, wanted)
+    assert not kernels, "which know no strides"
 
 
 @pytest.mark.parametrize("size", [1, 64, 65, 128, 1001])
