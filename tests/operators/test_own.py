@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nnscaler import ComputeConfig, Source, UserError, compile_model, register_op, verify_op
 from nnscaler.operators.own_backward import annotation_of
+from nnscaler.operators.registry import Operator
 from tests import plainly, tiny
 from tests.operators import own
 
@@ -223,3 +224,13 @@ def test_a_function_may_be_registered_again_and_another_of_its_name_may_not():
         make("thrice")
     with pytest.raises(UserError, match=r"an operator named 'aten\.silu\.default' is already registered"):
         register_op("* -> *", name="aten.silu.default")(lambda x: x)
+
+
+def test_all_that_is_said_of_an_operator_is_known_of_it():
+    names = "flops unmasked backward saves keeps workspace among_copies examples draws counted".split()
+    said = {name: lambda *given, name=name: name for name in names}
+    said |= {"along": {"row": X.add}, "exchanges": {"row": X.mul}}
+    operator = register_op("row -> row", name="own_all", **said)(lambda x: x).operator
+    assert {name: getattr(operator, name) for name in said} == said
+    plain = register_op("row -> row", name="own_plain")(lambda x: x).operator
+    assert plain == Operator("own_plain", plain.annotate, function=plain.function)

@@ -7,7 +7,8 @@ import torch
 
 from nnscaler import UserError
 from nnscaler.graph import Block, Node, Ref, TensorMeta
-from nnscaler.operators import bind, spell
+from nnscaler.operators import bind, operator_of, registered, spell
+from nnscaler.operators.attention import attention
 from nnscaler.operators.verify import gradients
 from tests.operators.calls import forms, in_types, node_of, run, run_text
 from tests.operators.samples import known, samples
@@ -88,3 +89,40 @@ def test_random_numbers_are_refused(op, args, argument):
 def test_a_call_that_does_not_fit_the_schema_is_refused():
     with pytest.raises(UserError, match=r"aten.relu.default is aten::relu\(Tensor self\).*\['inplace'\]"):
         spell(Node("out", "aten.relu.default", (Ref("x"),), {"inplace": True}, ("out",)), [Ref("x")], [])
+
+
+def test_what_is_not_known_is_told_with_its_line():
+    x = (Ref("x"),)
+    with pytest.raises(UserError, match=r"^torch .* has no operator aten\.nothing\.default$"):
+        operator_of(Node("out", "aten.nothing.default", x, {}, ("out",)))
+    for source, line in (("", "an unknown line"), ("model.py:7", r"model\.py:7")):
+        with pytest.raises(
+            UserError, match=rf"^operator aten\.linalg_qr\.default has no annotation \(called at {line}\)"
+        ):
+            operator_of(Node("out", "aten.linalg_qr.default", x, {}, ("out",), source=source))
+        elu = Node("out", "aten.elu.default", (*x, 1.0, 2.0), {}, ("out",), source=source)
+        with pytest.raises(
+            UserError, match=rf"aten\.elu\.default at {line}: the compiler does not support scale=2\.0$"
+        ):
+            spell(elu, [Ref("x")], [])
+        drawn = Node("out", "aten.bernoulli.default", x, {}, ("out",), source=source)
+        with pytest.raises(UserError, match=rf"aten\.bernoulli\.default at {line} draws random numbers"):
+            operator_of(drawn)
+    for name in ("nothing", "aten.mm.default"):
+        with pytest.raises(UserError, match=f"calls the registered operator '{name}', which this process has not reg"):
+            registered(name)
+    assert registered("attention") is attention.operator
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "called"),
+    [
+        ((), {}, r"0 arguments and \[\]"),
+        (("x",) * 4, {}, r"4 arguments and \[\]"),
+        (("x",), {"alpha": 2}, r"1 .*'alpha'"),
+    ],
+)
+def test_too_few_and_too_many_arguments_are_refused(args, kwargs, called):
+    node = Node("out", "aten.add.Tensor", tuple(map(Ref, args)), kwargs, ("out",))
+    with pytest.raises(UserError, match=rf"^operator aten\.add\.Tensor is aten::add\.Tensor\(.*called with {called}"):
+        spell(node, [Ref("x")] * len(args), [])
