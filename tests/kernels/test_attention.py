@@ -17,7 +17,8 @@ from torch import Tensor
 
 from nnscaler import UserError
 from nnscaler.graph import Node, Ref, TensorMeta
-from nnscaler.kernels import KERNELS, Asked, Documents, attend
+from nnscaler.kernels import KERNELS, Asked, Documents, attend, random
+from nnscaler.kernels import written_out as dropping
 from nnscaler.kernels.attention import choice, libraries, probe, rows
 from nnscaler.kernels.random import draws_of, numbers_of, place_of
 from nnscaler.operators.attention import attention, dropped_weights
@@ -305,3 +306,23 @@ def test_the_fastest_of_those_that_are_right(monkeypatch, caplog):
     kernels = {str(number): load for number, load in enumerate([*broken, missing])}
     assert probe.fastest(kind, kernels) is None
     assert probe.fastest(kind, kernels | {"right": lambda: rows.attend_by_rows}) == "right"
+
+
+@pytest.mark.parametrize("shared", [4, 2])
+@pytest.mark.parametrize(
+    ("mask", "is_causal", "scale"),
+    [(None, False, None), (None, True, 0.3), ("hides", False, 2.0), ("adds", False, None)],
+)
+def test_torchs_attention_written_out_is_torchs(shared, mask, is_causal, scale, monkeypatch):
+    """Five rows of seven keys, whose causal mask ends with the fifth. What may be dropped is weights."""
+    query, key, value, *_ = inputs(4, shared, 5, 7)
+    masks = {"hides": torch.arange(35).view(5, 7) % 3 > 0, "adds": torch.randn(5, 7, dtype=query.dtype)}
+    given = (query, key, value, masks.get(mask))
+    options = {"is_causal": is_causal, "scale": scale, "enable_gqa": shared < 4}
+    wanted = torch.nn.functional.scaled_dot_product_attention(*given, **options)
+    torch.testing.assert_close(dropping.written_out(*given, is_causal, scale, shared < 4, lambda x: 2 * x), 2 * wanted)
+    dropped = []
+    monkeypatch.setattr(random, "drop", lambda weights, p, by_feature: dropped.append((p, by_feature)) or weights)
+    found = dropping._traced(*given, 0.3, is_causal, scale, shared < 4)
+    torch.testing.assert_close(found, wanted)
+    assert dropped == [(0.3, False)]
