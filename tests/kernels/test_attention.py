@@ -321,6 +321,9 @@ def test_torchs_attention_written_out_is_torchs(shared, mask, is_causal, scale, 
     options = {"is_causal": is_causal, "scale": scale, "enable_gqa": shared < 4}
     wanted = torch.nn.functional.scaled_dot_product_attention(*given, **options)
     torch.testing.assert_close(dropping.written_out(*given, is_causal, scale, shared < 4, lambda x: 2 * x), 2 * wanted)
+    one = (x[0] for x in given[:3])
+    found = dropping.written_out(*one, given[3], is_causal, scale, shared < 4, lambda x: x)
+    torch.testing.assert_close(found, wanted[0])
     dropped = []
     monkeypatch.setattr(random, "drop", lambda weights, p, by_feature: dropped.append((p, by_feature)) or weights)
     found = dropping._traced(*given, 0.3, is_causal, scale, shared < 4)
