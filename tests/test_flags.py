@@ -299,7 +299,7 @@ class Walk:
     to: Path = path(REQUIRED, "where to")
     steps: int = whole(10, "steps to walk", least=1)
     through: tuple[str, ...] | None = names(None, "places")
-    by: tuple[str, ...] = words((), "ways", flag="by-way")
+    by: tuple[str, ...] = words((), "ways, for 100 % of them", flag="by-way")
     set: Mapping[str, str] = assignments("whatever else")
     fast: bool = switch("run, rather than walk")
 
@@ -336,10 +336,19 @@ def test_help_says_what_each_flag_takes_and_its_default(monkeypatch, capsys):
     for said in (
         "--config PATH YAML or JSON file of flags by name, without the hyphens in front; the command line takes "
         "precedence", "the walk:", "--steps N steps to walk (default: 20) --through NAME,... places --by-way",
-        "--by-way NAME,... [NAME,... ...] ways --set", "--set FIELD=VALUE whatever else",
+        "--by-way NAME,... [NAME,... ...] ways, for 100 % of them --set", "--set FIELD=VALUE whatever else",
         "--fast [true|false] run, rather than walk", "--to PATH where to. Required",
     ):  # fmt: skip
         assert f"{said} " in text, said
+    assert "] Walks. options:" in text
+    assert text.count("(default: ") == 1, "where there is something to say"
+
+
+def test_a_file_of_flags_that_is_no_text(monkeypatch, tmp_path):
+    (tmp_path / "run.yaml").write_bytes(b"steps: \xff")
+    monkeypatch.setattr(sys, "argv", ["walk", "--config", f"{tmp_path}/run.yaml"])
+    with pytest.raises(UserError, match="which cannot be read: 'utf-8' codec can't decode byte 0xff"):
+        parse("Walks.", {"the walk": Walk})
 
 
 def test_flags_that_are_given_several_times_or_with_several_words(monkeypatch):

@@ -121,7 +121,27 @@ def test_the_line_of_a_run_has_what_was_last_known(tmp_path):
 
 
 def test_what_is_written_can_be_read_while_the_run_goes_on(tmp_path):
-    with RunLog(tmp_path, "me", 2, 0) as log:
+    folder = tmp_path / "runs" / "llama"
+    with RunLog(folder, "me", 2, 0) as log:
         log.write(1, {"loss": 2.0})
-        assert [json.loads(line) for line in (tmp_path / METRICS).open()] == [{"step": 1, "loss": 2.0}]
-        assert json.loads((tmp_path / "run.json").read_text()) == {"run": "me"}
+        assert [json.loads(line) for line in (folder / METRICS).open()] == [{"step": 1, "loss": 2.0}]
+        assert json.loads((folder / "run.json").read_text()) == {"run": "me"}
+    assert log._file.closed
+
+
+def test_only_lines_about_earlier_steps_are_gone_on_with(tmp_path):
+    lines = [
+        '{"step": 2}',
+        "{",
+        "[]",
+        '{"loss": 1.0}',
+        '{"step": "2"}',
+        "3",
+        '{"step": 3}',
+        '{"step": 4}',
+        '{"step": 1}',
+    ]
+    (tmp_path / METRICS).write_text("\n".join(lines) + "\n")
+    with RunLog(tmp_path, "me", 9, 3):
+        assert (tmp_path / METRICS).read_text() == '{"step": 2}\n{"step": 3}\n{"step": 1}\n'
+    assert {path.name for path in tmp_path.iterdir() if "tfevents" not in path.name} == {METRICS, "run.json"}

@@ -44,8 +44,9 @@ class FiniteSteps:
     def look(self, leave: int = 0) -> None:
         """Looks at all norms but the last ones, so that `skipped` and `in_a_row` count those steps too."""
         while len(self._pending) > leave:
-            self._last, norm = self._pending.popleft()
-            if all(map(math.isfinite, norm.numbers())):
+            self._last, reading = self._pending.popleft()
+            (norm,) = reading.numbers()
+            if math.isfinite(norm):
                 self.in_a_row = 0
                 continue
             self.skipped += 1

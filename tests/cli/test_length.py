@@ -89,6 +89,7 @@ def test_steps_and_epochs_exclude_each_other():
     over = RunLength.of(of_length(num_train_epochs=1.0), 10, 4, 6, 20)
     assert over.steps == 6, "two epochs are behind it already: no step is left"
     assert RunLength(3, None, 4).describe(8).endswith("; 0 samples of this epoch left")
+    assert (RunLength(3, None, 4).after(8, 3), RunLength(3, 10, 4).after(8, 3)) == (11, 10)
     assert RunLength(3, 5, 5).describe(4) == "4 samples seen, which is 0.80 epochs of 5 samples each; 1 sample left"
     with pytest.raises(UserError, match="a step takes 8 samples, and there are 5 to train on; --incomplete_step train"):
         RunLength.of(of_length(incomplete_step="drop"), 5, 8, 0, 0)

@@ -13,14 +13,7 @@ import torch
 
 from nnscaler.checkpoint.due import Due
 from nnscaler.cli import loop
-from nnscaler.cli.config import (
-    CheckpointConfig,
-    DatasetConfig,
-    LogConfig,
-    LRSchedulerConfig,
-    ModelConfig,
-    TrainerArgs,
-)
+from nnscaler.cli.config import CheckpointConfig, DatasetConfig, LogConfig, LRSchedulerConfig, ModelConfig, TrainerArgs
 from nnscaler.cli.finite import FiniteSteps
 from nnscaler.cli.length import RunLength
 from nnscaler.cli.loop import TrainingRun
@@ -281,13 +274,14 @@ def test_a_run_without_checkpoints_saves_nothing_and_no_state_twice(fakes, caplo
     assert run.saves == []
     assert "trained to step 5; no checkpoints" in caplog.text
     run = Run()
-    run.step = run.saved = 5
-    run._save()
-    assert run.saves == []
+    run.step = 5
+    for _ in range(2):
+        run._save()
+    assert len(run.saves) == 1
     with caplog.at_level(logging.INFO, "nnscaler"):
         run.train()
     assert "nothing to do: the run ends at step 5, and step 5 is reached" in caplog.text
-    assert run.trained == []
+    assert (run.trained, len(run.saves)) == ([], 1)
 
 
 def test_the_state_of_a_run():
@@ -345,7 +339,7 @@ def test_a_run_goes_on_at_its_step(fakes):
 
 
 def test_what_a_run_is_for_goes_to_weights_and_biases(fakes):
-    run = Run(replace(ARGS, log=LogConfig(interval=2)))
+    run = Run(replace(ARGS, log=LogConfig(interval=3)))
     object.__setattr__(run.args.log, "report_to", "wandb")
     run.train()
     (about,) = [one[-1] for one in fakes if isinstance(one, tuple) and one[1:2] == ("own",)]
@@ -353,6 +347,7 @@ def test_what_a_run_is_for_goes_to_weights_and_biases(fakes):
         "name": "llama", "seed": 9, "devices": 2, "lr": 0.5, "schedule": "linear", "warmup_steps": 1, "minimum": 0.0,
         "steps": 5,
     }  # fmt: skip
+    assert [step for step, _ in wrote(fakes)] == [3, 5], "every third, and the last"
 
 
 def test_a_validation_is_told_how_rows_are_read(monkeypatch):
@@ -482,7 +477,7 @@ def test_its_rank_is_that_among_all_nodes(begun, monkeypatch):
     assert begin().rank == 5
 
 
-def test_a_run_is_begun_where_another_was(begun, tmp_path):
+def test_a_run_is_begun_where_another_was(begun, tmp_path, caplog):
     state = Run()._state()
     begun.state = replace(state, step=7, consumed=21, seed=11, loss=1.5, updates=5, samples=40)
     run = begin(resume_from=[tmp_path, Path("older")])
@@ -491,6 +486,7 @@ def test_a_run_is_begun_where_another_was(begun, tmp_path):
     assert (run.step, run.consumed, run.seed, run.reports.loss, run.saved) == (7, 21, 11, 1.5, 7)
     assert run.finite.skipped == 2
     assert begun.made["claim"][1] == tmp_path
+    assert caplog.messages[-1].startswith("the learning rate no longer follows the checkpoint's schedule: ")
     begun.state = replace(begun.state, updates=None)
     assert begin(resume_from=[tmp_path / "merged.ckpt"]).finite.skipped == 0, "older ones do not say"
     assert begun.made["claim"][1] is None, "a file is no run's"

@@ -34,9 +34,10 @@ def test_the_weights_that_will_be_loaded_are_judged(monkeypatch, resumed):
     monkeypatch.setattr(trainer, "check_weights", lambda *given: judged.append(given))
     args, model = replace(ARGS, checkpoint=CheckpointConfig(resume=resumed)), nn.Identity()
     Trainer(args)._check_weights([], model)
-    assert judged == [(resumed or Path("own"), model, "model.")]
+    Trainer(args)._check_weights([Path("of another model's weights")], model)
+    assert judged == [(resumed or Path("own"), model, "model.")] * 2
     Trainer(replace(args, checkpoint=CheckpointConfig(resume=Path("empty"))))._check_weights([], model)
-    assert len(judged) == 1
+    assert len(judged) == 2
 
 
 def test_a_checkpoint_is_judged_in_place_of_weights(monkeypatch, tmp_path):

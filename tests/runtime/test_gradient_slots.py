@@ -23,6 +23,7 @@ def slots(monkeypatch: pytest.MonkeyPatch) -> Slots:
         own = getattr(HostPool, kind)
 
         def copy(pool, buffer, tensor, *given, kind=kind, own=own, **named):
+            assert named == ({"now": False} if kind == "read" else {}), "computation goes on meanwhile"
             copied.append(f"{kind} {next(name for name, one in every.items() if one.buffer is buffer)}")
             own(pool, buffer, tensor, *given, **named)
 
@@ -124,3 +125,10 @@ def test_what_is_still_here_goes_back_at_the_end_of_a_micro_batch(slots):
     assert (every["b"].there.tolist(), every["c"].there.tolist()) == ([2.0], [1.0] * 4)
     made.end_micro_batch(last=False)
     assert said(copied) == "", "none was taken since"
+
+
+def test_there_are_no_more_slots_than_gradients(monkeypatch):
+    monkeypatch.setattr(gradients, "GRADIENT_SLOTS", 3)
+    for count, slots in ((1, 1), (3, 3), (5, 3)):
+        made = GradientSlots(16, count, torch.device("cpu"))
+        assert [len(slot.bytes) for slot in made._free] == [16] * slots

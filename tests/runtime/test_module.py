@@ -9,12 +9,15 @@ import torch
 
 from nnscaler.errors import UserError
 from nnscaler.kernels.random import DRAWS, draws_of, no_draws
+from nnscaler.mesh import Mesh
+from nnscaler.placement import REPLICATE
 from nnscaler.runtime import pipeline
 from nnscaler.runtime.draws import with_draws, without_draws
 from nnscaler.runtime.generated import operators, scope
 from nnscaler.runtime.module import ParallelModule, Weights, loss_of
 from nnscaler.runtime.pipeline import _examples
 from nnscaler.schedules import Schedule
+from nnscaler.shards import ParameterSpec
 
 
 def test_reading_a_weight_waits_for_all_of_it():
@@ -135,6 +138,24 @@ def test_what_a_module_cannot_take_or_train_is_one_line():
     for given, said in ((torch.zeros(2, 3), r"\[2, 3\]"), ((1, 2), "2 results")):
         with pytest.raises(UserError, match=rf"forward gives {said}; what is trained must give one number, the loss"):
             module.accumulate([{"x": given}])
+
+
+def test_tensors_that_forward_does_not_use_are_held_whole_on_the_cpu():
+    """Those without a value wait for one, and are no buffers."""
+    module = module_that_gives(None)
+    module.specs, module.buffer_names, module.axes.mesh = {}, set(), Mesh((2, 3))
+    known = torch.ones(2)
+    module.hold_unused({"known": known, "waits": torch.empty(3, 1, dtype=torch.bfloat16, device="meta")})
+    whole = (REPLICATE, REPLICATE)
+    assert module.specs == {
+        "known": ParameterSpec((2,), torch.float32, whole, trained=False),
+        "waits": ParameterSpec((3, 1), torch.bfloat16, whole, trained=False),
+    }
+    assert (module.buffer_names, list(module.parameters_to_load())) == ({"known"}, ["waits"])
+    assert module.tensors_called("known")[0] is known
+    (waits,) = module.tensors_called("waits")
+    assert (waits.tolist(), waits.dtype, waits.device.type) == ([[0]] * 3, torch.bfloat16, "cpu")
+    assert module.tensors_called("other") == []
 
 
 def test_generated_code_finds_operators_and_parameters():
