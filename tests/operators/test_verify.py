@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from nnscaler import UserError, register_op, verify_op
+from nnscaler.operators import verify
 from nnscaler.operators.attention import attention
+from nnscaler.placement import PARTIAL, REPLICATE, SHARED, Shard
 
 X, SQUARE = torch.randn(4, 6), torch.randn(6, 6)
 
@@ -99,3 +101,25 @@ def test_ways_with_communication_are_not_tried():
 def test_only_what_is_registered_can_be_tried():
     with pytest.raises(UserError, match="relu is no registered operator"):
         verify_op(torch.relu, (X,))
+
+
+def test_parts_are_compared_with_the_whole_by_hand():
+    x, number = torch.tensor([4.0, 2.0]), torch.tensor([3, 5], dtype=torch.int32)
+    distance = verify._distance
+    assert distance([x[:1], x[1:] + 1], Shard(0), x) == 0.25, "of the largest element"
+    assert distance([x / 4, x / 4], PARTIAL, x) == distance([x / 4, x / 4], SHARED, x) == 0.5
+    assert distance([x, x + 2], REPLICATE, x) == 0.5, "the farthest"
+    assert distance([number - 1, number * 0 + 1], PARTIAL, number) == 0, "sums stay in their type"
+    assert distance([x.double()], REPLICATE, x) == distance([x[:1]], REPLICATE, x) == float("inf")
+    small, nan = torch.tensor([1e-3, float("nan")]), float("nan")
+    assert distance([torch.tensor([2e-3, nan])], REPLICATE, small) == pytest.approx(1), "what is no number is not large"
+    assert distance([torch.tensor([nan, nan])], REPLICATE, small) == float("inf")
+    assert distance([x * 0 + 1], REPLICATE, x * 0) == 1, "of zeros, the difference itself"
+
+    def said(parts: list[Tensor | None], whole: Tensor | None) -> list[str]:
+        return list(verify._compared("it", parts, REPLICATE, whole))
+
+    assert said([x, None], x) == said([None, None], x) == ["it is missing on a device"]
+    assert said([x, x], None) == said([x, None], None) == ["it is missing for the whole"]
+    assert said([None, None], None) == said([x, x + 1e-4], x) == []
+    assert said([x, x + 1], x) == ["it differs from that of the whole by 0.25 of its largest element"]
