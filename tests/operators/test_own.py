@@ -68,6 +68,12 @@ class BySize(torch.autograd.Function):
         return gradient
 
 
+class ByType(BySize):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x * 2 if x.dtype == torch.float64 else x * len(x)
+
+
 class Dropped(BySize):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -122,6 +128,9 @@ class Both(Shifted):
         (own.Centred, (X,), "4 6 -> 4 6"),
         (own.Scaled, (X, VECTOR), "4 6, 6 -> 4 6"),  # the weight's gradient is a sum
         (BySize, (X,), "4 6 -> 4 6"),
+        (ByType, (X.double(),), "d0 d1 -> d0 d1"),
+        (ByType, (X,), "4 6 -> 4 6"),
+        (Shifted, (X[:2], VECTOR), "d0 d1, d1 -> d0 d1"),
     ],
 )
 def test_a_backward_of_its_own_is_split_where_all_is_elementwise(function, args, annotation):
