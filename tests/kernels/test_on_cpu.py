@@ -202,6 +202,8 @@ def asked_of(shape: int = 5, **options: object) -> tuple[list[Tensor], Asked]:
     ((), {"flash_attention_4", "flash_attention_3", "flash_attention_2", "cudnn", "sdpa", "flex_attention"}),
     (("sinks",), {"flash_attention_4", "flex_attention"}),
     (("ALiBi", "windows"), {"flash_attention_2", "flex_attention"}),
+    (("soft caps", "windows", "documents"),
+     {"flash_attention_4", "flash_attention_3", "flash_attention_2", "flex_attention"}),
     (("documents with later keys",), {"flex_attention"}),
     (("dropout",), set()),
 ])  # fmt: skip
