@@ -254,6 +254,35 @@ def test_kernels_are_tried_with_what_the_call_is():
     assert probe.kind_of(query, key.expand(2, 6, 2, 6).repeat(1, 2000, 1, 1), value, asked).length == 8192
 
 
+def test_a_kernel_may_be_as_wrong_as_twice_plain_attention(monkeypatch):
+    """Of a call without options: torch's own knows none. It is compared on 1024 tokens, and timed on all."""
+    query, key, value, *_ = (x.transpose(1, 2) for x in inputs(4, 2, 6, 6)[:3])
+    asked = Asked(0.4, 0, 5000, 7, 0.7, torch.zeros(4), torch.ones(4), Documents(torch.zeros(2, 6)))
+    kind = replace(probe.kind_of(query, key, value, asked), length=8192)
+    compared, timed = [], []
+
+    def error(run: Any, kind: probe.Kind) -> float:
+        compared.append(kind)
+        return run if isinstance(run, float) else 0.05
+
+    monkeypatch.setattr(probe, "_error", error)
+    monkeypatch.setattr(probe, "_time", lambda run, kind: timed.append(kind) or run)
+    assert probe.fastest(kind, {"worse": lambda: 0.1015, "better": lambda: 0.1005}) == "better"
+    short = replace(kind, length=1024, left=256)
+    plain = replace(short, left=None, right=0, softcap=None, sinks=False, slopes=False, documents=False)
+    assert compared == [plain, short, short]
+    assert timed == [kind.timed()]
+
+
+@pytest.mark.parametrize(("scores", "steps"), [(200, [3, 3, 1]), (55, [1] * 7), (2**22, [7])])
+def test_so_many_scores_are_in_memory_at_once(scores, steps, monkeypatch):
+    """Two sequences of four heads have 56 in a row of seven keys."""
+    monkeypatch.setattr(rows, "_SCORES", scores)
+    query, key, value = (x.transpose(1, 2) for x in inputs(4, 2, 7, 7)[:3])
+    found = [part.stop - part.start for part, _ in rows._Call(query, key, value, Asked(0.4)).chunks()]
+    assert found == steps
+
+
 def test_a_call_is_timed_with_documents_of_their_usual_length():
     node = Node("", "attention", tuple(map(Ref, "qkv")), {"documents": Ref("d"), "document_length": 2}, ())
     metas = [TensorMeta((2, 1, 5, 4), torch.float32)] * 3 + [TensorMeta((2, 5), torch.int64)]
