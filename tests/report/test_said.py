@@ -18,6 +18,7 @@ from nnscaler.placement import REPLICATE, SHARED, Shard
 from nnscaler.plan import GIB, Key
 from nnscaler.planner.costs import CostModel, in_fp32
 from nnscaler.report.about import plan_title
+from nnscaler.report.block_section import _exchanged
 from nnscaler.report.comparison import compare
 from nnscaler.report.limits import limits_of
 from nnscaler.report.markup import table, tag
@@ -139,6 +140,7 @@ def test_headings_classes_and_the_way_that_gradients_go():
     style = (Path(report.__file__).parent / "style.css").read_text()
     assert {name for _, name in classes} <= set(re.findall(r"\.([a-z]+)", style))
     rows = rows_of(page)
+    assert ["operator", "split", "layouts in → out", "forward", "backward", "again", "of the step", "kept"] in rows
     for way, direction in (("forward", "S(0) → R"), ("backward", "R → S(0)"), ("again", "S(0) → R")):
         assert any(row[1:4] == ["layer.x", way, direction] for row in rows)
     (behind,) = (
@@ -153,6 +155,23 @@ def test_headings_classes_and_the_way_that_gradients_go():
     assert "<span>work of this stage, in a step of 250 s</span>" in plan_page(stage)
     assert {"S(d)", "R", "R*", "P"} == LEGEND.keys()
     assert all(f"<li><code>{name}</code> {meaning}</li>" in text for name, meaning in LEGEND.items())
+
+
+@pytest.mark.parametrize(("trained", "owners", "once", "resharded", "said"), [
+    (False, 2, True, True, ""), (True, 2, True, False, "once a step"), (True, 2, False, True, "each micro-batch"),
+    (True, 1, False, True, "each micro-batch, above"), (True, 1, True, False, "never: one rank uses it"),
+])  # fmt: skip
+def test_when_a_gradient_is_exchanged(trained, owners, once, resharded, said):
+    parameter = {"trained": trained, "owners": owners, "exchanged_once": once}
+    assert _exchanged(parameter, resharded) == said
+
+
+def test_a_weight_that_forward_alone_gathers_has_a_gradient_of_its_own_rank():
+    values = page_values()
+    values["collectives"][-1] |= {"what": "w", "collective": "all_gather", "phase": "forward"}
+    page = ElementTree.fromstring(plan_page(values).removeprefix("<!DOCTYPE html>"))
+    (row,) = (row for row in rows_of(page) if row[0] == "w")
+    assert row[3:5] == ["1", "never: one rank uses it"]
 
 
 def test_figures_of_parameters_that_owners_exchange(tmp_path):
