@@ -13,6 +13,7 @@ import torch
 from nnscaler import report
 from nnscaler.errors import UserError
 from nnscaler.graph import TensorMeta
+from nnscaler.hardware import load_hardware
 from nnscaler.mesh import Mesh
 from nnscaler.placement import REPLICATE, SHARED, Shard
 from nnscaler.plan import GIB, Key
@@ -55,14 +56,18 @@ def test_what_plans_lay_out_differently_is_named_or_that_nothing_is():
     b["mesh"] = {"sizes": [4], "names": ["devices"], "replicas": 1}
     b["hardware"], b["predicted"]["memory_limit_bytes"] = "H200", 60 * GIB
     up, _, y = b["costs"]["layer"]["units"]
-    b["costs"]["layer"]["units"] = [{**up, "outputs": {"u": "R", "x": "S(0)"}}, y, {**y, "name": "new"}]
+    b["costs"]["layer"]["units"] = [{**up, "outputs": {"u": "R", "x": "S(0)"}}, {**y, "name": "new"}]
     weight, *others = b["costs"]["layer"]["parameters"]
     b["costs"]["layer"]["parameters"] = [{**weight, "layout": "R*", "master_only": False}, *others]
-    assert compare(a, b).splitlines()[-7:] == [
+    del b["predicted"]["seconds_by_category"]["optimizer"]
+    lines = compare(a, b).splitlines()
+    assert ["optimizer", "5.00", "s", "0.00", "µs", "0.000"] in [line.split() for line in lines]
+    assert lines[-8:] == [
         "setting mesh: 2 copies x 2 devices  |  1 copy x 4 devices", "setting hardware: H100  |  H200",
         "setting memory limit: 40.0 GiB  |  60.0 GiB", "recompute: no difference",
         "placement layer.up: R, S(0) -> S(1), S(0)  |  R, S(0) -> R, S(0)",
-        "placement layer.new: none  |  S(1) -> S(1)", "parameter layer.w: S(0), fp32  |  R*",
+        "placement layer.y: S(1) -> S(1)  |  none", "placement layer.new: none  |  S(1) -> S(1)",
+        "parameter layer.w: S(0), fp32  |  R*",
     ]  # fmt: skip
     for pair in (({"pipeline": {}}, {}), ({}, {"pipeline": {}})):
         with pytest.raises(UserError, match=r"cannot be compared; nnscaler.report explains each by itself$"):
@@ -143,10 +148,11 @@ def test_headings_classes_and_the_way_that_gradients_go():
     assert ["operator", "split", "layouts in → out", "forward", "backward", "again", "of the step", "kept"] in rows
     for way, direction in (("forward", "S(0) → R"), ("backward", "R → S(0)"), ("again", "S(0) → R")):
         assert any(row[1:4] == ["layer.x", way, direction] for row in rows)
-    (behind,) = (
-        bar for bar in page.iter("div") if bar.get("class") == "bar" and "communication hidden" in bar[0].get("title")
-    )
-    assert behind[0].get("style").startswith("width:100.000%"), "longer than the step"
+    for hidden, width in ((200.0, "width:100.000%"), (25.0, "width:25.000%")):
+        values["predicted"]["hidden_seconds"] = {"communication hidden": hidden}
+        again = ElementTree.fromstring(plan_page(values).removeprefix("<!DOCTYPE html>"))
+        (part,) = (each for each in again.iter("span") if "communication hidden" in each.get("title", ""))
+        assert part.get("style").startswith(width), "of the step, or of itself where it is longer"
     names = [
         "".join(card[1].itertext()) for card in next(each for each in page.iter("div") if each.get("class") == "cards")
     ]
@@ -177,14 +183,16 @@ def test_a_weight_that_forward_alone_gathers_has_a_gradient_of_its_own_rank():
 def test_figures_of_parameters_that_owners_exchange(tmp_path):
     """Of three copies of two devices: two weights whose master alone is stored, and another whose gradient travels in
     each micro-batch. An update is what is left of its time without the exchange of weights."""
-    costs = CostModel(tiny.hardware("h100"), Mesh((2,), 3))
-    tensors = {name: TensorMeta((8, 4), torch.bfloat16, True) for name in ("w", "v")}
+    link = {"bandwidth": 1e3, "latency": 0.0}
+    costs = CostModel(load_hardware(tiny.write_hardware(tmp_path, intra=link, inter=link)), Mesh((2,), 3))
+    tensors = {name: TensorMeta((8, 4), torch.bfloat16, name != "u") for name in ("w", "v", "u")}
     block = SimpleNamespace(name="layer", tensors=tensors)
-    layouts = {"a.w": (Shard(0),), "b.w": (Shard(0),), "a.v": (SHARED,)}
+    layouts = {"a.w": (Shard(0),), "b.w": (Shard(0),), "a.v": (SHARED,), "a.u": (REPLICATE,)}
     memory = {
         Key("parameter", "layer", "w", "parameters"): 2 * 16 * 4.0,
         Key("parameter", "layer", "v", "parameters"): 32 * 2.0,
-        Key("saved", "layer", "v", "parameters"): 1e9, Key("parameter", "layer", "v", "gradients"): 1e9,
+        Key("parameter", "layer", "u", "parameters"): 32 * 2.0, Key("saved", "layer", "v", "parameters"): 1e9,
+        Key("parameter", "layer", "v", "gradients"): 1e9,
     }  # fmt: skip
     plan = SimpleNamespace(
         graph=SimpleNamespace(
@@ -194,7 +202,7 @@ def test_figures_of_parameters_that_owners_exchange(tmp_path):
         seconds={Key("update", "layer", "w"): 0.25, Key("update", "layer", "v"): 0.5},
         exchanged_once={"a.w", "b.w"}, master_only={"a.w", "b.w"}, micro_batches=4,
     )  # fmt: skip
-    weight, other = parameter_groups(plan, costs)
+    weight, other, frozen = parameter_groups(plan, costs)
     assert (weight.count, weight.owners, weight.master_only, weight.exchanged_once, weight.elements) == (
         2,
         3,
@@ -215,8 +223,9 @@ def test_figures_of_parameters_that_owners_exchange(tmp_path):
     }
     for found, layout in ((weight, (Shard(0),)), (other, (SHARED,))):
         exchange = found.count * costs.weight_exchange(tensors["w"], layout)
-        assert exchange > 0
+        assert exchange > 0.01
         assert found.update_seconds == pytest.approx({"w": 1.0, "v": 2.0}[found.tensor] - exchange)
+    assert (frozen.count, frozen.owners, frozen.trained, frozen.update_seconds) == (1, 6, False, 0.0)
 
 
 def test_lines_of_what_is_exposed_limits_and_levels():
