@@ -298,6 +298,7 @@ def test_what_a_function_computes_tells_it_apart():
         lambda x=1: x, lambda x=2: x, lambda *, x=1: x, lambda *, x=2: x, lambda: [y + 1 for y in ()],
         lambda: [y + 2 for y in ()], closing_over(1), closing_over(2), closing_over(closing_over(1)),
         functools.partial(max, 1), functools.partial(max, 2), functools.partial(min, 1), functools.partial(max, key=1),
+        functools.partial(max, key=2),
     ]  # fmt: skip
     values = [*functions, 1, True, "1", None, (1, 2), (2, 1), {"a": 1}, {"b": 1}, {"a": 2}, Batch(8, 1), Batch(8, 2)]
     texts = [_content(value) for value in values]

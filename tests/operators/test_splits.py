@@ -55,7 +55,7 @@ SPLITS = {
     "flip.default": "d1|d0 d1", "roll.default": "d0 d2|d1|.", "tril.default": "d0|.", "triu.default": "d0|d0",
     # Images, and attention.
     "conv1d.default": "n o|n c|n c|o|n|n o", "conv2d.default": "n o", "avg_pool1d.default": "n0 n1|n0",
-    "max_pool2d.default": "n0 n1|n0", "adaptive_avg_pool2d.default": "n0 n1|n0 n1",
+    "max_pool2d.default": "n0 n1|n0", "adaptive_avg_pool2d.default": "n0 n1|n0 n1|n0 n1",
     "pixel_shuffle.default": "n0 h w c|h w c",
     "upsample_nearest2d.vec": "n0 n1|n0 n1",
     "scaled_dot_product_attention.default": "b0 k|b0 k l|b0 k|b0 k l|b0 k l|b0 k l|b0 k|k l",

@@ -61,6 +61,7 @@ def test_values_are_those_of_the_line_and_of_how_often_it_has_read() -> None:
     with reads.record("second"):
         several(2 * X)
     assert len(reads) == 8
+    assert reads.first == f"test_reads.py:{several.__code__.co_firstlineno + 1}", "not of the last read"
     for scope, wanted in (("second", [5.0, 8.0, 5.0, -2.0]), ("first", [2.5, 4.0, 2.5, -1.0])):
         for _ in range(2):  # each time from the beginning
             with reads.replay(scope):
