@@ -133,6 +133,34 @@ CASES = {
             return y
         """,
     ),
+    "each region rounds for itself": (
+        lambda: written(
+            LINEAR, node("a", "attention", "y", "x", "x"), node("z", "linear", "x", "a"), inputs="xw", fp8=("y", "z")
+        ),
+        """\
+        @region
+        def layer_region_0(x, w):
+            # Layer
+            x_fp8 = fp8.rounded(x)
+            y = fp8.linear(x_fp8, w)
+            return y
+        @region
+        def layer_region_1(x, a):
+            # Layer
+            x_fp8_2 = fp8.rounded(x)
+            z = fp8.linear(x_fp8_2, a)
+            return z
+        def layer(w, axes, keep, x, w):
+            # x: f32[4, 8]
+            # w: f32[4, 8]
+            y = layer_region_0(keep, x, w)
+            # Layer
+            a = ops.attention(y, x, x)
+            del y
+            z = layer_region_1(keep, x, a)
+            return z
+        """,
+    ),
     "several are one region, with a comment for each module": (
         lambda: written(SIN, MUL),
         """\

@@ -132,6 +132,7 @@ def test_the_page_leaves_out_what_there_is_not():
     text = " ".join("".join(page.itertext()).split())
     assert "A tensor has one placement for each axis of the mesh: outer, inner." in text
     assert "There is none." in text
+    assert ["what would not help", "why"] not in rows_of(page)
     for absent in ("Below the bar", "Memory of the host", "fp32: only", "gradient exchanged", "Compile with --explain"):
         assert absent not in text, absent
     assert ["+20 GiB a device", "1.1 x"] in rows_of(page)
