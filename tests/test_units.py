@@ -99,9 +99,19 @@ def test_what_looks_at_no_neighbours_is_elementwise():
         ("sum", "f", "x"), outputs=(),
     )  # fmt: skip
     given.nodes.append(Node("g", SIZES["cumsum"], (Ref("x"), 0), {}, ("g",)))
-    given.tensors["g"], given.tensors["f"] = given.tensors["x"], TensorMeta((), torch.float32, True)
+    given.nodes.append(Node("h", "aten.flip.default", (Ref("x"), [0]), {}, ("h",)))
+    given.tensors["h"] = given.tensors["g"] = given.tensors["x"]
+    given.tensors["f"] = TensorMeta((), torch.float32, True)
     nodes = {node.name: node for node in given.nodes}
-    for names, wanted in (("a", True), ("abcd", True), ("e", False), ("f", False), ("g", False), ("abg", False)):
+    for names, wanted in (
+        ("a", True),
+        ("abcd", True),
+        ("e", False),
+        ("f", False),
+        ("g", False),
+        ("abg", False),
+        ("h", False),
+    ):
         assert is_elementwise(Unit("cheap", [nodes[name] for name in names]), given) == wanted, names
 
 
