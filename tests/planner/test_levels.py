@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -165,6 +166,9 @@ def test_a_product_alone_keeps_what_it_reads_as_it_reads_it():
     found = keep_cut([unit], block, ("product",))
     assert found.as_used == {(0, name) for name in needed_by(unit, block)} != set()
     assert found.as_made == found.as_resharded == found.recomputed == set()
+    rounding = keep_cut([replace(unit, rounds=True)], block, ("product",))
+    assert rounding.as_used == found.as_used
+    assert rounding.as_made == {"input"}, "of which the copy in fp8 is made again"
 
 
 def test_inputs_that_no_backward_reads_are_not_kept():
