@@ -134,10 +134,12 @@ def test_a_plan_stays_within_its_limit(hardware, layers):
     refused = 0
     for devices in (1, 2, 4):
         mesh = [Mesh((devices,))]
-        free = find_plan(model, mesh, tiny.hardware(hardware), fused=True).memory_bytes
+        # Whatever the time, what is found fits: that it is the best, others say.
+        free = find_plan(model, mesh, tiny.hardware(hardware), fused=True, seconds=1.0).memory_bytes
         for fraction in (0.97, 0.9, 0.8):
             try:
-                plan = find_plan(model, mesh, tiny.hardware(hardware), memory=fraction * free, fused=True)
+                memory = fraction * free
+                plan = find_plan(model, mesh, tiny.hardware(hardware), memory=memory, fused=True, seconds=1.0)
             except UserError:
                 refused += 1
                 continue
