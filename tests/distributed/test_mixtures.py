@@ -24,15 +24,15 @@ TOLERANCE = 1e-5
 # Links on which it pays to let weights travel, and tokens.
 FAST, SLOW = ({"bandwidth": bandwidth, "latency": 0.0} for bandwidth in (1e12, 1e8))
 
-FAMILIES: dict[str, dict[str, Any]] = {
+FAMILIES: dict[str, dict[str, Any]] = {  # of two layers
     "mixtral": {},
     "qwen2_moe": {"shared_expert_intermediate_size": 24, "sliding_window": None, "use_sliding_window": False},
     "qwen3_moe": {"norm_topk_prob": True},
     "olmoe": {},
     "granitemoe": {},
-    "glm4_moe": {"first_k_dense_replace": 0, "n_group": 2, "topk_group": 1, "n_routed_experts": 8},
-    "deepseek_v3": {"first_k_dense_replace": 0, "n_group": 2, "topk_group": 1, "n_routed_experts": 8},
-    "gpt_oss": {"layer_types": ["full_attention"]},
+    "glm4_moe": {"first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "n_routed_experts": 8},
+    "deepseek_v3": {"first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "n_routed_experts": 8},
+    "gpt_oss": {"layer_types": ["full_attention"] * 2},
 }
 OWN_ATTENTION = ("gpt_oss", "qwen2_moe")
 
@@ -47,17 +47,18 @@ class Case:
     split: str
     link: dict[str, float]
     changes: dict[str, Any] = field(default_factory=dict)
-    layers: int = 2  # with one, a plan on two axes is found many times sooner
+    one_layer: bool = False  # of experts: a plan on two axes is found many times sooner
 
     @property
     def name(self) -> str:
         return f"{self.family}-{self.plan}x{self.runtime}-{self.split.replace(' ', '')}"
 
     def config(self) -> Any:
-        changes = {**FAMILIES[self.family], "num_hidden_layers": self.layers, **self.changes}
-        if "layer_types" in changes:
-            changes["layer_types"] = changes["layer_types"] * self.layers
-        return config_of(self.family, **changes)
+        fields = dict(FAMILIES[self.family])
+        if self.one_layer:
+            fewer = {"layer_types": ["full_attention"], "first_k_dense_replace": 0}
+            fields |= {"num_hidden_layers": 1, **{name: fewer[name] for name in fewer.keys() & fields.keys()}}
+        return config_of(self.family, **{**fields, **self.changes})
 
 
 def compiled(case: Case, folder: Path) -> Path:
@@ -143,8 +144,8 @@ def test_each_way_to_split_on_two_devices(tmp_path):
 
 def test_two_axes_and_copies_on_four_devices(tmp_path):
     cases = [
-        Case("mixtral", 4, 4, "t,t n", {**SLOW, "bandwidth": 1e9}, {"num_local_experts": 16}, layers=1),
-        Case("mixtral", 4, 4, "f,f", SLOW, {"num_local_experts": 5}, layers=1),
+        Case("mixtral", 4, 4, "t,t n", {**SLOW, "bandwidth": 1e9}, {"num_local_experts": 16}, one_layer=True),
+        Case("mixtral", 4, 4, "f,f", SLOW, {"num_local_experts": 5}, one_layer=True),
         Case("qwen3_moe", 2, 4, "t", SLOW),
         Case("gpt_oss", 2, 4, "f", SLOW, {"num_local_experts": 5}),  # biases that are added once
     ]
@@ -170,8 +171,8 @@ def test_the_loss_that_keeps_loads_even_counts_over_all_devices_and_copies(tmp_p
     ],
 )  # fmt: skip
 def test_each_family_on_four_devices(family, split, tmp_path):
-    check([Case(family, 4, 4, split, SLOW, layers=1)], tmp_path)
+    check([Case(family, 4, 4, split, SLOW, one_layer=True)], tmp_path)
 
 
 def test_experts_that_do_not_divide_on_four_devices(tmp_path):
-    check([Case("glm4_moe", 4, 4, "f,t n", SLOW, {"n_routed_experts": 6}, layers=1)], tmp_path)
+    check([Case("glm4_moe", 4, 4, "f,t n", SLOW, {"n_routed_experts": 6}, one_layer=True)], tmp_path)
