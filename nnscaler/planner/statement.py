@@ -25,6 +25,8 @@ from operator import itemgetter
 
 from nnscaler.plan import Key
 
+SLACK = 1e-5  # by which a solver may miss a row, as a part of the row's terms
+
 Term = tuple[int, float]  # (variable, factor)
 Terms = list[Term]  # the sum of variable * factor
 
@@ -175,9 +177,10 @@ class Statement:
                 values[variable] = 0.0
         for row in self.rows:
             amount = total(row.terms)
-            slack = 1e-6 * max(1.0, abs(amount))
-            if not row.lower - slack <= amount <= row.upper + slack:
-                return None
+            if not row.lower <= amount <= row.upper:
+                slack = SLACK * sum(abs(values[variable] * factor) for variable, factor in row.terms)
+                if not row.lower - slack <= amount <= row.upper + slack:
+                    return None
         return values
 
     def prices(self, values: list[float], shares: Mapping[Account, float]) -> dict[Key, float]:

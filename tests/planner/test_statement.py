@@ -35,6 +35,19 @@ def test_values_and_prices_follow_from_choices():
     assert len(statement.terms(Account.TIME)) == 3, "what costs nothing is no charge"
 
 
+@pytest.mark.parametrize(("size", "allowed"), [(6e4, True), (2e6, False)])
+@pytest.mark.parametrize(("sign", "upper"), [(1.0, 1.2e10), (-1.0, 0.0)])
+def test_a_row_may_be_missed_by_what_a_solver_cannot_tell_from_its_terms(size, allowed, sign, upper):
+    """Of 12 GB in 64 parts, 60 kB are nothing, whether a sum is as large, or two large terms leave nothing."""
+    statement = Statement()
+    parts, small, large = statement.choice(64), statement.choice(), statement.choice()
+    statement.row([(parts, 1.2e10 / 64), (small, size), (large, min(sign, 0.0) * 1.2e10)], upper=upper)
+    chosen = {parts: 64.0, small: 1.0, large: 1.0}
+    assert (statement.values(chosen) is not None) == allowed
+    assert statement.values({**chosen, small: 0.0}) is not None
+    assert statement.values({**chosen, parts: 63.0}) is not None
+
+
 def test_what_runs_beside_makes_longer_what_it_is_not_hidden_by():
     """Of 6 s beside 10 s, which lose a tenth of what runs beside them; then of 12 s, and with 3 s hidden before."""
     for beside, before, lost, longer in (
