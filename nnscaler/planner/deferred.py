@@ -46,6 +46,8 @@ class Deferred:
     """Adds the variables and rows above, of one block, to a program.
 
     kept_after  level -> the sum K_l; None: of the first call of all, where K is 0
+    always      the sum E_b
+    waits       (when, level) -> the sum E_bl, or E'_bl where they have arrived
     """
 
     def __init__(self, flows: Flows, block: str, kept_after: Mapping[Level | None, Terms]) -> None:

@@ -225,9 +225,8 @@ class _Body:
 
     def _above(self, level: Level, when: When, terms: Terms, most: float) -> None:
         """States A >= terms for what runs in a call. `most`: the largest value of terms."""
-        part = level, when
-        variable, before = self.in_call.get(part) or (self.statement.least(Quantity.BYTES), 0.0)
-        self.in_call[part] = variable, max(before, most)
+        variable, before = self.in_call.get((level, when)) or (self.statement.least(Quantity.BYTES), 0.0)
+        self.in_call[level, when] = variable, max(before, most)
         self.statement.above(variable, [*terms, *self.working.freed_first])
 
     def _again(self, level: Level) -> None:
