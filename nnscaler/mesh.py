@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -14,6 +18,7 @@ class Mesh:
     sizes     devices along each axis over which a copy of the model is split; called `axis` below is an index into this
     replicas  copies of the model; each trains on its own samples
     pipeline  pipeline ranks; each has the devices above
+    first     the global rank of the first device, where the others are those of one pipeline rank
 
     Global ranks count the last axis fastest, then the axes before it, then copies, then pipeline ranks. So neighbours
     on the last axis, which exchange most, are in the same node; and pipeline ranks, which exchange least, are far
@@ -25,6 +30,7 @@ class Mesh:
     sizes: tuple[int, ...]
     replicas: int = 1
     pipeline: int = 1
+    first: int = 0
 
     @property
     def plan_ngpus(self) -> int:
@@ -66,17 +72,31 @@ class Mesh:
         """The pipeline rank of a global rank."""
         return rank // (self.replicas * prod(self.sizes))
 
-    def stride(self, axis: int) -> int:
-        """The distance, in global ranks, between neighbours on an axis."""
-        return prod(self.sizes[axis + 1 :])
-
     def devices(self, *axes: int) -> int:
         """How many devices a group along some axes has."""
         return prod(self.sizes[axis] for axis in axes)
 
-    def spans_nodes(self, devices_per_node: int, *axes: int) -> bool:
-        """Whether a group along neighbouring axes has devices of more than one node."""
-        return self.stride(axes[-1]) * self.devices(*axes) > devices_per_node
+    def on_a_node(self, devices_per_node: int, axes: tuple[int, ...], copies: bool = False) -> int:
+        """The fewest devices of a group along some axes that lie together on a node: all of it, where every such group
+        lies within a node.
+
+        copies  whether a group goes over all copies of the model too
+        """
+        return _on_a_node(self, devices_per_node, axes, copies)
+
+    def groups(self, axes: tuple[int, ...], copies: bool = False) -> Iterator[list[int]]:
+        """The global ranks of each group along some axes, of one pipeline rank. `copies`: as above"""
+        sizes = (self.replicas, *self.sizes)
+        along = {axis + 1 for axis in axes} | ({0} if copies else set())
+        strides = [prod(sizes[dim + 1 :]) for dim in range(len(sizes))]
+
+        def places(dims: list[int]) -> Iterator[int]:
+            for place in product(*(range(sizes[dim]) for dim in dims)):
+                yield sum(at * strides[dim] for dim, at in zip(dims, place))
+
+        inside = list(places([dim for dim in range(len(sizes)) if dim in along]))
+        for begin in places([dim for dim in range(len(sizes)) if dim not in along]):
+            yield [self.first + begin + at for at in inside]
 
     def to_json(self) -> dict[str, Any]:
         """As plan.json has it: sizes and names of the axes, and the number of copies."""
@@ -86,6 +106,11 @@ class Mesh:
         copies = f"{self.replicas} {'copy' if self.replicas == 1 else 'copies'}"
         pipeline = [f"{self.pipeline} pipeline ranks"] if self.pipeline > 1 else []
         return " x ".join([copies, *pipeline, *map(axis_text, self.sizes, self.names)])
+
+
+@lru_cache(4096)
+def _on_a_node(mesh: Mesh, devices_per_node: int, axes: tuple[int, ...], copies: bool) -> int:
+    return min(min(Counter(rank // devices_per_node for rank in ranks).values()) for ranks in mesh.groups(axes, copies))
 
 
 def axis_text(size: int, name: str) -> str:

@@ -14,16 +14,41 @@ def test_ranks_count_the_last_axis_first_then_copies_then_pipeline_ranks():
     assert [mesh.coordinates(rank) for rank in (1, 6, 8, 20)] == [(0, (0, 1)), (0, (1, 2)), (1, (0, 0)), (0, (1, 0))]
     assert mesh.coordinates(13 + 2 * 16) == (1, (1, 1))
     assert [mesh.pipeline_rank(rank) for rank in (0, 15, 16, 47)] == [0, 0, 1, 2]
-    assert [mesh.stride(axis) for axis in mesh.axes] == [4, 1]
     assert (mesh.names, Mesh((8,)).names, Mesh((2, 2, 2)).names) == (
         ("outer", "inner"), ("devices",), ("axis0", "axis1", "axis2")
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("per_node", "spans"), [(8, (False, False)), (7, (True, False)), (4, (True, False)),
-                                                 (3, (True, True))])  # fmt: skip
-def test_a_group_spans_nodes_where_its_ends_are_farther_apart_than_a_node(per_node, spans):
-    assert tuple(Mesh((2, 4)).spans_nodes(per_node, axis) for axis in (0, 1)) == spans
+def test_groups_along_axes_and_over_copies():
+    mesh = Mesh((2, 3), replicas=2, first=100)
+    assert list(mesh.groups((0,))) == [[100, 103], [101, 104], [102, 105], [106, 109], [107, 110], [108, 111]]
+    assert list(mesh.groups((1,))) == [[100, 101, 102], [103, 104, 105], [106, 107, 108], [109, 110, 111]]
+    assert list(mesh.groups((0, 1)))[1] == [106, 107, 108, 109, 110, 111]
+    assert list(mesh.groups((), copies=True))[5] == [105, 111]
+    assert list(mesh.groups((1,), copies=True)) == [[100, 101, 102, 106, 107, 108], [103, 104, 105, 109, 110, 111]]
+
+
+@pytest.mark.parametrize(
+    ("per_node", "mesh", "axes", "copies", "fewest"),
+    [
+        (8, Mesh((2, 4)), (0,), False, 2),
+        (8, Mesh((2, 4)), (1,), False, 4),
+        (4, Mesh((2, 4)), (0,), False, 1),
+        (4, Mesh((2, 4)), (1,), False, 4),
+        (2, Mesh((2, 4)), (1,), False, 2),
+        (7, Mesh((2, 4)), (1,), False, 1),  # three of 4..7 on the first node
+        (4, Mesh((2, 4)), (0, 1), False, 4),
+        (8, Mesh((8,), 4), (), True, 1),  # where each device has a shard of its own, copies are a node apart
+        (8, Mesh((8,), 4), (0,), True, 8),
+        (4, Mesh((2, 4), 2), (0,), True, 1),
+        (8, Mesh((12,)), (0,), False, 4),
+        (3, Mesh((2,), first=0), (0,), False, 2),
+        (3, Mesh((2,), first=2), (0,), False, 1),
+        (3, Mesh((2,), first=4), (0,), False, 2),
+    ],
+)
+def test_the_fewest_devices_of_a_group_on_a_node(per_node, mesh, axes, copies, fewest):
+    assert mesh.on_a_node(per_node, axes, copies) == fewest
 
 
 def test_gradients_are_summed_over_micro_batches_and_devices_but_not_over_stages():

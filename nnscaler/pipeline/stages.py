@@ -67,6 +67,7 @@ class Estimate:
 class _Stage:
     """A stage to be planned.
 
+    mesh            the devices of its rank; their place among the nodes, which repeats, is all that `first` says
     like            equal for stages whose plans differ only in names
     count           micro-batches of a step
     held            micro-batches whose activations it holds at a time
@@ -75,6 +76,7 @@ class _Stage:
     """
 
     cut: StageGraph
+    mesh: Mesh
     like: object
     count: int
     held: int
@@ -86,7 +88,7 @@ class _Stage:
 class StagePlanner:
     """Plans stages on the devices of one pipeline rank, and remembers what it has planned.
 
-    mesh       of a pipeline rank
+    mesh       of a pipeline rank, wherever its first device is
     begins     indices of the root block's nodes at which stages may begin
     memory     bytes a device that the stages of a rank may use together
     until      when the search is to end, by `time.process_time`
@@ -186,10 +188,17 @@ class StagePlanner:
             # All stages that have a parameter store it alike, so that their gradients can be added as they lie.
             layouts |= {name: (SHARED,) * len(self.mesh.sizes) for name in shared if name in stage.graph.parameters}
             size = sum(self._local_bytes(stage, name, candidate.layout) for name in _crossing(stage))
-            held = in_flight(actions(schedule)[schedule.rank_of(index)], index)
-            like = (_likeness(stage.graph), tuple(layouts.values()), schedule.micro_batches)
-            found.append(_Stage(stage, like, schedule.micro_batches, held, schedule.micro_batches * size, layouts))
+            rank, count = schedule.rank_of(index), schedule.micro_batches
+            held, mesh = in_flight(actions(schedule)[rank], index), self._mesh_of(rank)
+            like = (_likeness(stage.graph), tuple(layouts.values()), count, mesh)
+            found.append(_Stage(stage, mesh, like, count, held, count * size, layouts))
         return found
+
+    def _mesh_of(self, rank: int) -> Mesh:
+        """The devices of a pipeline rank. Ranks whose groups lie on nodes alike have equal ones."""
+        devices, per_node = self.mesh.runtime_ngpus, self.hardware.devices_per_node
+        first = rank * devices % per_node
+        return replace(self.mesh, first=first if first + devices > per_node else 0)
 
     def _estimate(self, stages: Sequence[_Stage]) -> list[Needs]:
         """What each of a rank's stages needs."""
@@ -212,7 +221,7 @@ class StagePlanner:
     def _problem(self, stage: _Stage) -> Problem:
         if stage.like not in self.problems:
             graph = stage.cut.graph
-            costs = CostModel(self.hardware, self.mesh, self.fused, self.times, self.sums)
+            costs = CostModel(self.hardware, stage.mesh, self.fused, self.times, self.sums)
             again = recomputing(graph, self._recomputed(graph))
             self.problems[stage.like] = build_problem(
                 graph,
@@ -237,7 +246,7 @@ class StagePlanner:
                 return plan
         graph = stage.cut.graph
         plan = find_plan(
-            graph, [self.mesh], self.hardware, memory=limit - stage.receive_buffers,
+            graph, [stage.mesh], self.hardware, memory=limit - stage.receive_buffers,
             recompute_modules=self._recomputed(graph), micro_batches=stage.count, fused=self.fused, times=self.times,
             sums=self.sums, layouts=stage.layouts, in_flight=stage.held, host=host, sparing=self.sparing,
             groups=self.groups, seconds=max(self.until - time.process_time(), LEAST_SECONDS),

@@ -309,9 +309,8 @@ class CostModel:
         if name in LOCAL:
             seconds = self.hardware.launch + 2 * size / devices / self.hardware.memory_bandwidth
             return Timing(seconds, "roofline")
-        spans = self.mesh.spans_nodes(self.hardware.devices_per_node, *axes)
-        per_node = max(1, self.hardware.devices_per_node // self.mesh.stride(axes[-1])) if spans else devices
-        return self.hardware.collective_seconds(name, size, devices, spans, per_node)
+        per_node = self.mesh.on_a_node(self.hardware.devices_per_node, axes)
+        return self.hardware.collective_seconds(name, size, devices, per_node < devices, per_node)
 
     def owners(self, placements: Placements) -> int:
         """How many ranks hold the same shard of a parameter. They exchange its gradient, and share its optimizer
@@ -373,10 +372,10 @@ class CostModel:
         owners = self.owners(placements)
         if owners == 1:
             return Timing(0.0, "roofline")
-        spans = self.mesh.runtime_ngpus > self.hardware.devices_per_node
         bucket = BUCKET_ELEMENTS * GRADIENT_BYTES
-        per_node = min(owners, self.hardware.devices_per_node)
-        timing = self.hardware.collective_seconds(name, bucket, owners, spans, per_node)
+        axes = tuple(axis for axis, place in enumerate(placements) if not isinstance(place, Shard))
+        per_node = self.mesh.on_a_node(self.hardware.devices_per_node, axes, copies=True)
+        timing = self.hardware.collective_seconds(name, bucket, owners, per_node < owners, per_node)
         return timing._replace(seconds=timing.seconds * size / bucket)
 
     def exchange_buffer(self, meta: TensorMeta, placements: Placements) -> float:

@@ -47,8 +47,8 @@ SPLITS = [  # of attention: along heads, the sequence (where one key-value head 
     Case(2, 2, key_value_heads=1),
     Case(2, 2, key_value_heads=1, chunk_loss=True, recompute=("LlamaDecoderLayer",), micro_batch=2),
     Case(4, 4, key_value_heads=1),
-    Case(4, 4, hardware="slow_nodes.json"),
-    Case(4, 4, key_value_heads=2, hardware="nodes.json"),
+    Case(4, 4, key_value_heads=2, hardware="slow_nodes.json"),
+    Case(4, 4, key_value_heads=1, hardware="nodes.json"),
 ]
 OTHERS = [
     Case(2, 2, layers=4, levels=EACH),

@@ -163,10 +163,10 @@ def test_a_plan_for_more_memory_is_taken_where_it_fits(monkeypatch):
         sums="sums",
     )
     graph, layouts = SimpleNamespace(), {"x": (REPLICATE,)}
-    this = stages._Stage(SimpleNamespace(graph=graph), "like", 4, 3, 10, layouts)
+    this = stages._Stage(SimpleNamespace(graph=graph), Mesh((2,), first=3), "like", 4, 3, 10, layouts)
     plan = one._plan(this, 100.0, 8.0)
     ((found, meshes, hardware, given),) = asked
-    assert (found, meshes, hardware) == (graph, [Mesh((2,))], machine)
+    assert (found, meshes, hardware) == (graph, [Mesh((2,), first=3)], machine)
     assert given.pop("seconds") == math.inf
     assert given == {
         "memory": 90.0, "recompute_modules": None, "micro_batches": 4, "fused": True, "times": times,
@@ -205,7 +205,8 @@ def test_stages_of_a_rank_are_estimated_together(monkeypatch):
     one = planner()
     one.memory = 100.0
     own = [
-        stages._Stage(SimpleNamespace(), like, 4, held, size, {}) for like, held, size in (("a", 3, 10), ("b", 2, 20))
+        stages._Stage(SimpleNamespace(), Mesh((2,)), like, 4, held, size, {})
+        for like, held, size in (("a", 3, 10), ("b", 2, 20))
     ]
     one.problems = {"a": Stated(), "b": Stated()}
     monkeypatch.setattr(stages, "relaxed", relaxed)
@@ -231,11 +232,11 @@ def test_a_stage_is_stated_with_all_that_may_be_used(monkeypatch):
         SimpleNamespace(), Mesh((2,), 3), machine, 1.0, None, True, times, [], host=9.0, sparing=True, groups=True,
         sums=sums,
     )  # fmt: skip
-    this = stages._Stage(SimpleNamespace(graph=graph), "like", 4, 3, 10, {"x": (REPLICATE,)})
+    this = stages._Stage(SimpleNamespace(graph=graph), Mesh((2,), 3, first=4), "like", 4, 3, 10, {"x": (REPLICATE,)})
     one._problem(this)
     one._problem(replace(this, held=2))
     ((given, named),) = asked
-    assert given == (graph, CostModel(machine, Mesh((2,), 3), True, times, sums), Recomputing(), 4, this.layouts)
+    assert given == (graph, CostModel(machine, this.mesh, True, times, sums), Recomputing(), 4, this.layouts)
     assert named == {"host": 9.0, "sparing": True, "groups": True}
 
 
@@ -243,7 +244,8 @@ def test_stages_know_what_crosses_and_what_they_share():
     """[1, 32, 32] in fp32 goes from stage to stage; in halves, where the layout says so. The embedding is the head."""
     graph = llama(tied=True)
     begins = pivots(graph)
-    one = StagePlanner(graph, Mesh((2,)), SimpleNamespace(), 1.0, None, False, None, begins)
+    machine = SimpleNamespace(devices_per_node=8)
+    one = StagePlanner(graph, Mesh((2,)), machine, 1.0, None, False, None, begins)
     schedule, tied = Schedule("1f1b", 4, 4, 8), "model.model.embed_tokens.weight"
     found = one._stages(Candidate(schedule, (1, 1, 1, 1), (Shard(1),)))
     assert [stage.held for stage in found] == [4, 3, 2, 1]
@@ -270,6 +272,21 @@ def test_stages_know_what_crosses_and_what_they_share():
     one.recompute_modules = ["Linear", "Embedding"]
     assert one._recomputed(found[1].cut.graph) == ["Linear"], "the embedding is in the first stage"
     assert one._recomputed(found[0].cut.graph) == ["Linear", "Embedding"]
+
+
+@pytest.mark.parametrize(
+    ("per_node", "mesh", "firsts"),
+    [
+        (8, Mesh((2,), 2), [0, 0, 0, 0]),
+        (2, Mesh((2,), 2), [0, 0, 0, 0]),
+        (3, Mesh((2,)), [0, 2, 0, 0]),  # 0 and 1, then 2 and 3 on two nodes, 4 and 5, 6 and 7
+        (8, Mesh((2, 3)), [0, 6, 4, 0]),  # to 5, 11, 17, and 23
+    ],
+)
+def test_ranks_whose_devices_lie_on_nodes_alike_are_planned_alike(per_node, mesh, firsts):
+    machine = SimpleNamespace(devices_per_node=per_node)
+    one = StagePlanner(SimpleNamespace(), mesh, machine, 1.0, None, False, None, [])
+    assert [one._mesh_of(rank) for rank in range(4)] == [replace(mesh, first=first) for first in firsts]
 
 
 def test_a_plan_for_another_stage_has_the_names_of_this_one(tmp_path):

@@ -217,6 +217,7 @@ def test_groups_of_collectives_by_axis_and_node(machine, monkeypatch):
     assert groups(4, Mesh((2, 4))) == [(2, True, 1), (4, False, 4)]
     assert groups(2, Mesh((2, 4))) == [(2, True, 1), (4, True, 2)]
     assert groups(8, Mesh((4, 4))) == [(4, True, 2), (4, False, 4)]
+    assert groups(4, Mesh((2, 2), first=2)) == [(2, True, 1), (2, False, 2)], "2 and 3 on a node, 4 and 5 on the next"
     assert over_all(8, Mesh((2, 4))) == (8, False, 8)
     assert over_all(4, Mesh((2, 4))) == (8, True, 4)
     asked.clear()
@@ -227,6 +228,10 @@ def test_groups_of_collectives_by_axis_and_node(machine, monkeypatch):
     model = CostModel(replace(machine, devices_per_node=16), Mesh((2, 4), 2))
     model.among_owners("all_gather", 500.0, (REPLICATE, Shard(0)))
     assert asked == [(4000, 4, False, 4)]
+    asked.clear()
+    model = CostModel(replace(machine, devices_per_node=4), Mesh((2, 4), 2))
+    model.among_owners("all_gather", 500.0, (REPLICATE, Shard(0)))
+    assert asked == [(4000, 4, True, 1)], "those with the same quarter are on four nodes"
     assert CostModel(machine, Mesh((2, 4))).among_owners("all_gather", 500.0, (Shard(0), Shard(1))).seconds == 0.0
 
 
