@@ -63,13 +63,16 @@ class OperatorTimes:
         if not torch.cuda.is_available():
             return None
         times = OperatorTimes(operators_path(torch.cuda.get_device_name()), _versions())
-        try:
-            kept = json.loads(times.path.read_text())
-            if kept.get("versions") == times.versions:
-                times.known = kept["seconds"]
-        except (OSError, ValueError, KeyError, AttributeError):
-            pass  # nothing was measured yet, or the file is of no use: it is written anew
+        times.known = times.kept()
         return times
+
+    def kept(self) -> dict[str, list[float] | None]:
+        """What the cache has."""
+        try:
+            kept = json.loads(self.path.read_text())
+            return dict(kept["seconds"]) if kept["versions"] == self.versions else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}  # nothing was measured yet, or the file is of no use: it is written anew
 
     def seconds(self, node: Node, inputs: Sequence[TensorMeta], part: Part | None = None) -> tuple[float, float] | None:
         """(seconds of forward, seconds of backward) of a node on inputs of these local shapes. None where it cannot be
@@ -94,9 +97,13 @@ class OperatorTimes:
         return None if found is None else (found[0], found[1])
 
     def save(self) -> None:
-        """Writes what was measured, if anything was. Raises UserError where that is not possible."""
+        """Writes what was measured, if anything was. Raises UserError where that is not possible.
+
+        What another run has added to the cache meanwhile stays there.
+        """
         if self.measured:
-            text = json.dumps({"versions": self.versions, "seconds": dict(sorted(self.known.items()))}, indent=0)
+            known = self.kept() | self.known
+            text = json.dumps({"versions": self.versions, "seconds": dict(sorted(known.items()))}, indent=0)
             write_text(self.path, text)
             self.measured = 0
 

@@ -77,6 +77,17 @@ def test_a_call_is_timed_once_and_what_cannot_be_run_is_not_tried_again(monkeypa
     assert not times.path.exists(), "all is kept already"
 
 
+def test_two_runs_at_a_time_keep_the_times_of_both(monkeypatch, tmp_path):
+    path, rows = tmp_path / "gpu.json", (8, 9, 10)
+    monkeypatch.setattr(operators, "_measure", lambda node, inputs: [float(inputs[0].shape[0]), 0.0])
+    one, other, older = (operators.OperatorTimes(path, versions) for versions in ("torch 1", "torch 1", "torch 0"))
+    for times, row in zip((older, one, other), rows):
+        times.seconds(LINEAR, [replace(OPERANDS[0], shape=(row, 4)), OPERANDS[1]])
+        times.save()
+    kept = json.loads(path.read_text())["seconds"]
+    assert sorted(kept.values()) == [[9.0, 0.0], [10.0, 0.0]], "and none that hold for other versions"
+
+
 def test_what_takes_very_long_is_timed_by_a_part_of_it(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(operators, "_measure", lambda node, inputs: asked.append(inputs) or [1.0, 2.0])
