@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections import defaultdict
@@ -19,10 +20,12 @@ WARM_UP = 3  # steps before the profile: the first ones compile
 STEPS = 2
 LEAST = WARM_UP + STEPS  # that a run takes
 
-COMMUNICATION = "communication"
+COMMUNICATION, COPIES = "communication", "copies to the host"
+EXPOSED, HIDDEN, IDLE, WHOLE = "exposed", "hidden", "idle", "whole"
 # Category of a GPU kernel by its name; the first that matches counts.
 _KERNELS = (
     (COMMUNICATION, r"nccl"),
+    (COPIES, r"memcpy (htod|dtoh)"),
     ("attention", r"flash|fmha|attention|sdpa"),
     ("matmul", r"gemm|nvjet|xmma|cutlass|cublas|splitk"),
     ("optimizer", r"adam|multi_tensor|foreach|add_gradient"),
@@ -43,7 +46,8 @@ class StepProfiler:
 
     A context in which the steps run: leaving it before the last of those steps gives the profile up, and says so.
 
-    folder     where trace.json (for Perfetto) and profile.txt are written; None: nothing is profiled
+    folder     where trace.json (for Perfetto), profile.txt, and profile.json with the same times are written; None:
+               nothing is profiled
     predicted  category -> seconds of a step, by the plan
     """
 
@@ -72,6 +76,8 @@ class StepProfiler:
         if self._done == WARM_UP:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
             self._profile = profile(activities=activities)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # else what is left of the step before, and the wait after it, count too
             self._profile.start()
         elif self._done == LEAST and self._profile is not None:
             if torch.cuda.is_available():
@@ -81,8 +87,25 @@ class StepProfiler:
             self._profile.export_chrome_trace(str(self._folder / "trace.json"))
             text = step_table(self._profile, STEPS, self._predicted)
             (self._folder / "profile.txt").write_text(text)
+            if times := step_times(self._profile, STEPS):
+                (self._folder / "profile.json").write_text(json.dumps({"milliseconds": times}, indent=1) + "\n")
             logger.info("profile of %d steps in %s\n%s", STEPS, self._folder, text)
             self._profile = None
+
+
+def kernel_runs(profiled: profile) -> list[KernelRun]:
+    """What ran on the GPU."""
+    return [
+        KernelRun(event.name, event.time_range.start / 1e3, event.time_range.end / 1e3)
+        for event in profiled.events() or ()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+    ]
+
+
+def step_times(profiled: profile, steps: int) -> dict[str, float]:
+    """Category -> milliseconds of a step on this device; nothing where no kernel ran on a GPU."""
+    kernels = kernel_runs(profiled)
+    return {name: value / steps for name, value in milliseconds_by_category(kernels).items()} if kernels else {}
 
 
 def step_table(profiled: profile, steps: int, predicted: Mapping[str, float], longest: int = 25) -> str:
@@ -90,22 +113,18 @@ def step_table(profiled: profile, steps: int, predicted: Mapping[str, float], lo
 
     predicted  category -> seconds of a step (`predicted.seconds_by_category` of plan.json)
 
-    All figures are milliseconds of a step on this device. Communication is exposed while no other kernel runs beside
-    it; time in which no kernel runs is idle. Where no kernel ran on a GPU, the text says that alone.
+    All figures are milliseconds of a step on this device. Communication is exposed while nothing is computed beside it,
+    and copies to and from the host are while there is no communication either; time in which no kernel runs is idle.
+    Where no kernel ran on a GPU, the text says that alone.
     """
-    kernels = [
-        KernelRun(event.name, event.time_range.start / 1e3, event.time_range.end / 1e3)
-        for event in profiled.events() or ()
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
-    ]
+    kernels, measured = kernel_runs(profiled), step_times(profiled, steps)
     if not kernels:
         return "no kernel ran on a GPU, and only GPUs have such a table; trace.json has what the processor did\n"
-    measured = {name: value / steps for name, value in milliseconds_by_category(kernels).items()}
     planned = _planned(predicted)
-    lines = [f"{'ms a step':22} {'measured':>10} {'plan':>10}"]
+    lines = [f"{'ms a step':26} {'measured':>10} {'plan':>10}"]
     for name in dict.fromkeys((*measured, *planned)):
         cells = ("" if name not in values else f"{values[name]:.2f}" for values in (measured, planned))
-        lines.append(f"{name:22} {' '.join(f'{cell:>10}' for cell in cells)}")
+        lines.append(f"{name:26} {' '.join(f'{cell:>10}' for cell in cells)}")
     lines += ["", f"{'ms a step':>10} {'times':>6}  kernel"]
     by_name: dict[str, list[float]] = defaultdict(list)
     for kernel in kernels:
@@ -120,17 +139,19 @@ def milliseconds_by_category(kernels: Sequence[KernelRun]) -> dict[str, float]:
     totals = {name: 0.0 for name, _ in _KERNELS}
     for kernel in kernels:
         totals[kernel_category(kernel.name)] += kernel.end - kernel.start
-    communication = totals.pop(COMMUNICATION)
-    others = covered([kernel for kernel in kernels if kernel_category(kernel.name) != COMMUNICATION])
-    busy = covered(kernels)
+    communication, copies = totals.pop(COMMUNICATION), totals.pop(COPIES)
+    on_device = [kernel for kernel in kernels if kernel_category(kernel.name) != COPIES]
+    computed = covered([kernel for kernel in on_device if kernel_category(kernel.name) != COMMUNICATION])
+    without_copies, busy = covered(on_device), covered(kernels)
     whole = max(kernel.end for kernel in kernels) - min(kernel.start for kernel in kernels) if kernels else 0.0
-    exposed = busy - others
     return {
         **totals,
-        "communication exposed": exposed,
-        "idle": whole - busy,
-        "whole": whole,
-        "communication hidden": communication - exposed,
+        f"{COMMUNICATION} {EXPOSED}": without_copies - computed,
+        f"{COPIES} {EXPOSED}": busy - without_copies,
+        IDLE: whole - busy,
+        WHOLE: whole,
+        f"{COMMUNICATION} {HIDDEN}": communication - (without_copies - computed),
+        f"{COPIES} {HIDDEN}": copies - (busy - without_copies),
     }
 
 
@@ -146,12 +167,12 @@ def covered(kernels: Sequence[KernelRun]) -> float:
 def _planned(predicted: Mapping[str, float]) -> dict[str, float]:
     """The plan's milliseconds, in the categories of kernels. Registered operators, such as the loss, count as
     matmul."""
-    own = {name for name, _ in _KERNELS} | {"recompute", "communication exposed"}
+    own = {name for name, _ in _KERNELS} | {"recompute", f"{COMMUNICATION} {EXPOSED}", f"{COPIES} {EXPOSED}"}
     kinds = {name: name for name in own} | {"casts of master weights": "memory-bound"}
     values: dict[str, float] = defaultdict(float)
     for name, seconds in predicted.items():
         values[kinds.get(name, "matmul")] += seconds * 1e3
-    return {**values, "whole": sum(values.values())}
+    return {**values, WHOLE: sum(values.values())}
 
 
 def kernel_category(name: str) -> str:

@@ -28,6 +28,7 @@ from tests import tiny
 from tests.parity import Case, arguments
 
 GEMM, ATTENTION, NCCL, COPY = "nvjet_sm90_tst_128x256", "flash_fwd_kernel", "ncclDevKernel_AllGather", "copy_kernel"
+FROM_HOST, TO_HOST = "Memcpy HtoD (Pinned -> Device)", "Memcpy DtoH (Device -> Pinned)"
 
 
 def test_communication_is_hidden_where_another_kernel_runs():
@@ -43,9 +44,33 @@ def test_communication_is_hidden_where_another_kernel_runs():
         "memory-bound": 1.0,
         "optimizer": 0.0,
         "communication exposed": 2.0,
+        "copies to the host exposed": 0.0,
         "idle": 3.0,
         "whole": 14.0,
         "communication hidden": 2.0,
+        "copies to the host hidden": 0.0,
+    }
+
+
+def test_copies_to_the_host_are_hidden_where_anything_else_runs_and_no_work_of_the_device():
+    """Of 9 ms of copies, 2 run beside the product and 1 beside communication alone, which is exposed nevertheless."""
+    kernels = [
+        KernelRun(GEMM, 0.0, 4.0),
+        KernelRun(FROM_HOST, 2.0, 6.0),
+        KernelRun(NCCL, 5.0, 7.0),
+        KernelRun(TO_HOST, 8.0, 13.0),
+    ]
+    assert milliseconds_by_category(kernels) == {
+        "matmul": 4.0,
+        "attention": 0.0,
+        "memory-bound": 0.0,
+        "optimizer": 0.0,
+        "communication exposed": 2.0,
+        "copies to the host exposed": 6.0,
+        "idle": 1.0,
+        "whole": 13.0,
+        "communication hidden": 0.0,
+        "copies to the host hidden": 3.0,
     }
 
 
@@ -74,15 +99,17 @@ def test_the_table_has_what_was_planned_beside_what_ran_a_step():
         for name, start, end in ((GEMM, 0.0, 6.0), (ATTENTION, 6.0, 10.0), (GEMM, 20.0, 24.0))
     ]  # fmt: skip
     predicted = {"matmul": 0.004, "attention": 0.002, "linear_loss": 0.001, "convolution": 0.0005, "recompute": 0.003,
-                 "memory-bound": 0.001, "casts of master weights": 0.0005}  # fmt: skip
+                 "memory-bound": 0.001, "casts of master weights": 0.0005,
+                 "copies to the host exposed": 0.00025}  # fmt: skip
     text = step_table(SimpleNamespace(events=lambda: events), 2, predicted)
-    rows = {line[:22].strip(): line[22:].split() for line in text.partition("\n\n")[0].splitlines()[1:]}
+    rows = {line[:26].strip(): line[26:].split() for line in text.partition("\n\n")[0].splitlines()[1:]}
     assert rows["matmul"] == ["5.00", "5.50"]
     assert rows["attention"] == ["2.00", "2.00"]
     assert rows["recompute"] == ["3.00"], "which no kernel says of itself"
     assert rows["idle"] == ["5.00"]
     assert rows["memory-bound"] == ["0.00", "1.50"]
-    assert rows["whole"] == ["12.00", "12.00"]
+    assert rows["copies to the host exposed"] == ["0.00", "0.25"]
+    assert rows["whole"] == ["12.00", "12.25"]
     assert [line.split() for line in text.splitlines()[-2:]] == [["5.00", "1", GEMM], ["2.00", "0", ATTENTION]]
 
 
@@ -112,7 +139,9 @@ def test_the_kernels_that_take_longest_come_first_and_only_a_gpu_s_count():
     ("matmul", ["ampere_bf16_s16816gemm_128x128", "nvjet_tst_128x256", "sm80_xmma_fprop", "cutlass::Kernel2",
                 "cublasLt_mainloop", "splitKreduce_kernel"]),
     ("optimizer", ["fused_adam_kernel", "multi_tensor_apply_kernel", "_foreach_norm_kernel", "add_gradient_kernel"]),
-    ("memory-bound", ["triton_poi_fused_mul_silu_0", "vectorized_elementwise_kernel", "Memcpy DtoH"]),
+    ("memory-bound", ["triton_poi_fused_mul_silu_0", "vectorized_elementwise_kernel",
+                      "Memcpy DtoD (Device -> Device)"]),
+    ("copies to the host", [FROM_HOST, TO_HOST]),
 ])  # fmt: skip
 def test_kernels_are_told_apart_by_their_names(category, names):
     assert {name: kernel_category(name) for name in names} == dict.fromkeys(names, category)
