@@ -7,36 +7,20 @@ python benchmarks/readme.py --check    # fails where a file differs
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import sys
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import accuracy, divisions
 from benchmarks.measure import RESULTS, ROOT
+from benchmarks.tables import compared, read, rst_table, title
 
 README, TABLES = ROOT / "README.rst", ROOT / "benchmarks" / "README.rst"
 DOCUMENT = "The document reports 1,594 tokens/s/GPU, 40.96 % MFU, for 8B at 131,072 tokens on 8 H100"
-
-
-def rst_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A simple table of reStructuredText."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    line = "  ".join("=" * width for width in widths)
-
-    def cells(row: Sequence[str]) -> str:
-        return "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
-
-    return "\n".join([line, cells(head), line, *map(cells, rows), line])
-
-
-def read(name: str) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads((RESULTS / name).read_text())
-    return result
 
 
 def trainings() -> list[dict[str, Any]]:
@@ -88,14 +72,13 @@ def headline() -> str:
         f"was lost, and no incomplete one was ever loaded. {rivals['kills']} more kills hit two jobs that share one "
         "folder: neither ever continued the other's work."
     )
+    points = [*accuracy.in_short(), *divisions.in_short(), compiling, killing]
     head = ["work", "tokens/s/GPU", "MFU causal / document", "torchtitan, tokens/s/GPU"]
     return "\n\n".join(
         [
             textwrap.fill(mfu, 120),
             rst_table(head, rows),
-            "\n".join(
-                textwrap.fill(text, 120, initial_indent="* ", subsequent_indent="  ") for text in (compiling, killing)
-            ),
+            "\n".join(textwrap.fill(text, 120, initial_indent="* ", subsequent_indent="  ") for text in points),
         ]
     )
 
@@ -184,6 +167,8 @@ def performance() -> str:
             "These are whole training steps by ``benchmarks/train_llama.py``, with the plan that the planner found:",
             rst_table(head, rows),
             beside_others(),
+            *accuracy.section(),
+            *divisions.section(),
             title("Predictions"),
             "These rows are predicted from the bundled figures of the devices, for 4 micro-batches a step\n"
             "(``benchmarks/predictions.py``). They were not measured:",
@@ -335,10 +320,6 @@ def tokenising() -> str:
     )
 
 
-def title(text: str) -> str:
-    return f"{text}\n{'=' * len(text)}"
-
-
 def numerics() -> str:
     """How far the losses of plans are from plain PyTorch's, and how far those are from one another."""
     result = read("numerics.json")
@@ -441,10 +422,6 @@ def beside_others() -> str:
         f"planner's plan in generated code takes {own:.3f} s with all of these.",
         120,
     )
-
-
-def compared(predicted: float, measured: float, unit: str, digits: int) -> str:
-    return f"{predicted:.{digits}f} / {measured:.{digits}f} {unit} = {predicted / measured:.2f}"
 
 
 def filled(text: str, name: str, content: str) -> str:

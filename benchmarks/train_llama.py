@@ -64,11 +64,15 @@ def parse() -> argparse.Namespace:
     add("--offload", default="auto", choices=("auto", "off"), help="as in train.py")
     add("--host_mem_constraint", type=float, help="GiB of the host's memory that the plan may use for a device")
     add("--recompute_modules", default="", help="as in train.py")
+    add("--search_seconds", type=float, default=ComputeConfig.search_seconds, help="as in train.py")
+    add("--explore_pipeline", action="store_true", help="as in train.py")
+    add("--pipeline_schedule", help="as in train.py")
+    add("--pipeline_nstages", type=int, help="as in train.py")
     add("--attn_implementation", default="auto", help="as in train.py")
     add("--precision", choices=("bf16", "fp8"), default="bf16", help="as in train.py")
     add("--documents", help="keep documents apart: tokens of each, or zipf (default: a row is one sequence)")
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help="as in train.py")
-    add("--profile", type=Path, help="folder for a profile of two steps")
+    add("--profile", type=Path, help="folder for a profile of two steps; of what it says, the result has a summary")
     add("--no_chunk_loss", action="store_true", help="loss by PyTorch, on all logits")
     add("--label", help="what the result is called (default: from the setting)")
     add("--output", type=Path, default=RESULTS / "train", help="folder for the result's JSON")
@@ -134,7 +138,10 @@ def main() -> None:
             host_mem_constraint=options.host_mem_constraint,
             recompute_modules=tuple(filter(None, options.recompute_modules.split(","))) or None,
             micro_batches=fixed["micro_batches"],
-            explore_pipeline=batch is not None,
+            search_seconds=options.search_seconds,
+            explore_pipeline=options.explore_pipeline or batch is not None,
+            pipeline_schedule=options.pipeline_schedule,
+            pipeline_nstages=options.pipeline_nstages,
         )
         copies = world // fixed["plan_ngpus"]
         sequences = batch or copies * fixed["micro_batch_size"] * fixed["micro_batches"]
@@ -200,6 +207,8 @@ def report(
         "sequences_per_step": sequences,
         "document_length": plan["about"].get("document_length"),
         "devices": world,
+        "precision": options.precision,
+        "memory_limit_gib": options.gpu_mem_constraint,
         "seconds_per_step": seconds,
         "predicted_seconds_per_step": predicted["step_seconds"],
         "tokens_per_second_per_gpu": tokens / seconds,
@@ -218,6 +227,9 @@ def report(
         "steps": [entry["seconds_per_step"] for entry in metrics],
         "loss": [entry["loss"] for entry in metrics],
     }
+    profiled = options.profile / "profile.json" if options.profile else None  # which only runs on GPUs write
+    if profiled is not None and profiled.exists():
+        result["profile"] = json.loads(profiled.read_text())
     write(options.output / f"{name}.json", result)
     rows = [
         ["seconds a step", seconds, predicted["step_seconds"], predicted["step_seconds"] / seconds],
@@ -226,6 +238,13 @@ def report(
     mfu = f"causal MFU {result['mfu_causal']:.1%}, the document's {result['mfu']:.1%}"
     print(f"{name}: {tokens / seconds:.0f} tokens/s/GPU, {mfu}")
     print(table(["", "measured", "predicted", "ratio"], rows))
+    if "profile" in result:
+        print(table(["of a step on the first device", "ms", "%"], shares(result["profile"]["milliseconds"])))
+
+
+def shares(milliseconds: dict[str, float]) -> list[list[Any]]:
+    """Rows of a profile's times: what, its milliseconds, and its part of the whole in percent."""
+    return [[what, value, 100 * value / milliseconds["whole"]] for what, value in milliseconds.items()]
 
 
 if __name__ == "__main__":
