@@ -166,6 +166,7 @@ def performance() -> str:
             f"{DOCUMENT}. That is the document's own figure; it was not measured here.",
             "These are whole training steps by ``benchmarks/train_llama.py``, with the plan that the planner found:",
             rst_table(head, rows),
+            *profiles(),
             beside_others(),
             *accuracy.section(),
             *divisions.section(),
@@ -205,6 +206,25 @@ def performance() -> str:
             ".. image:: results/fp8_numerics.png\n   :alt: loss by step in bf16 and in fp8",
         ]
     )
+
+
+def profiles() -> list[str]:
+    """How much of a step a device waits, where that was measured."""
+    texts = []
+    for one in trainings():
+        if "profile" not in one:
+            continue
+        times = one["profile"]["milliseconds"]
+        exchanging, copying, idle = (
+            f"{times[name] / times['whole']:.1%}"
+            for name in ("communication exposed", "copies to the host exposed", "idle")
+        )
+        texts.append(
+            f"{describe(one)}, {one['sequences_per_step']} sequences a step: in two steps that ``--profile`` looked "
+            f"at, the first device waited for communication for {exchanging} of the time and for copies to and from "
+            f"the host for {copying}, and was idle for {idle}."
+        )
+    return [textwrap.fill(text, 120) for text in texts]
 
 
 def attentions() -> str:
