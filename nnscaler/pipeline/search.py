@@ -2,11 +2,12 @@
 
 Every schedule that the devices allow is estimated first (see `nnscaler.pipeline.stages`). At first, all stages have the
 same number of pivots; then cut points move towards stages of equal time, as long as that makes the step faster. The
-layout of what crosses is chosen once for each number of pipeline ranks. Finally, those schedules are planned whose
+layout of what crosses is chosen once for each mesh of a pipeline rank. Finally, those schedules are planned whose
 estimate is faster than the best plan so far, the most promising first.
 
 All this is done with the device's memory alone, and then again with what saves memory at a price, such as the host and
-pieces, for those schedules that more memory would make faster.
+pieces, for those schedules that more memory would make faster. At first, the devices of a rank are one mesh axis. They
+are two where that could be faster still, and time is left.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 from nnscaler.errors import UserError
 from nnscaler.graph import Graph
 from nnscaler.hardware import Hardware
-from nnscaler.mesh import Mesh
+from nnscaler.mesh import Mesh, axis_text
+from nnscaler.mesh import meshes as meshes_of
 from nnscaler.pipeline.cut import pivots
 from nnscaler.pipeline.plan import PipelinePlan
 from nnscaler.pipeline.stages import Candidate, Estimate, StagePlanner
@@ -74,7 +76,7 @@ def find_pipeline(
 ) -> Plan | PipelinePlan:
     """The plan of least predicted step time, with or without a pipeline.
 
-    meshes  those that are tried without a pipeline; with one, the devices of a pipeline rank are one mesh axis
+    meshes  those that are tried without a pipeline
     wanted  what the user has decided
     host    bytes a device of the host's memory, which the stages of a device may use together
     below   seconds of a step; only a plan that takes less is wanted
@@ -104,30 +106,49 @@ def find_pipeline(
             refused, unpiped = f"without a pipeline: {error}", error
             logger.info("%s", refused)
 
-    def planners(until: float, **saving: Any) -> dict[int, StagePlanner]:
+    def planners(on: Sequence[_On], **saving: Any) -> dict[Mesh, StagePlanner]:
         return {
-            ranks: StagePlanner(
-                graph, Mesh((meshes[0].plan_ngpus // ranks,), meshes[0].replicas),
-                hardware, memory, recompute_modules, fused, times, begins, until, sums=sums, **saving,
+            mesh: StagePlanner(
+                graph, mesh, hardware, memory, recompute_modules, fused, times, begins, until, sums=sums, **saving
             )
-            for ranks in {schedule.ranks for schedule in schedules if schedule is not None}
-        }  # fmt: skip
+            for _, mesh in on
+        }
 
-    pipelines = [schedule for schedule in schedules if schedule is not None]
-    alone = planners(until)
     search = _Search(best, refused, until, below)
-    free = {ranks: replace(planner, memory=inf, estimated={}) for ranks, planner in alone.items()}
-    if below < inf:
-        pipelines = [schedule for schedule in pipelines if search.may_gain(schedule, free[schedule.ranks])]
-    search.among(pipelines, alone)
-    gaining = [schedule for schedule in pipelines if search.may_gain(schedule, free[schedule.ranks])]
-    if search.best is None or time.process_time() < until:
-        search.among(gaining, planners(until, host=host, sparing=True, groups=True))
+    for axes in (1, 2):
+        on = [
+            _On(schedule, mesh)
+            for schedule in schedules
+            if schedule is not None
+            for mesh in _meshes_of_a_rank(schedule, meshes[0], hardware)
+            if len(mesh.sizes) == axes
+        ]
+        search.hurries = below < inf or (axes > 1 and search.best is not None)
+        alone = planners(on)
+        free = {mesh: replace(planner, memory=inf, estimated={}) for mesh, planner in alone.items()}
+        if search.hurries:
+            on = search.gaining(on, free)
+        search.among(on, alone)
+        on = search.gaining(on, free)
+        if search.best is None or time.process_time() < until:
+            search.among(on, planners(on, host=host, sparing=True, groups=True))
     if search.best is None and below < inf:
         raise NotFaster(below)
     if search.best is None:
         raise _nothing_fits(unpiped, search.refused)
     return search.best
+
+
+class _On(NamedTuple):
+    """A schedule that may be planned on a mesh for each of its ranks."""
+
+    schedule: Schedule
+    mesh: Mesh
+
+
+def _meshes_of_a_rank(schedule: Schedule, whole: Mesh, hardware: Hardware) -> list[Mesh]:
+    """The meshes to try for each pipeline rank. `whole`: a mesh of all devices of a copy"""
+    return meshes_of(whole.plan_ngpus // schedule.ranks, whole.replicas, hardware.devices_per_node)
 
 
 def _nothing_fits(unpiped: UserError | None, last: str) -> NothingFits:
@@ -143,58 +164,70 @@ def _nothing_fits(unpiped: UserError | None, last: str) -> NothingFits:
 class _Search:
     """The search over schedules: the best so far, and why the last that could not be was refused.
 
-    until  by `time.process_time`, when the search ends, if there are only plans to be found that take less than `below`
-    below  seconds of a step
+    until    by `time.process_time`, when the search ends, if it `hurries`
+    below    seconds of a step; only plans that take less are wanted
+    hurries  whether there is a plan already: the best so far, or one of other devices or micro-batches
     """
 
     best: Plan | PipelinePlan | None
     refused: str
     until: float = inf
     below: float = inf
+    hurries: bool = False
 
     def is_over(self) -> bool:
-        """Whether time is out, where there is a plan already, of other devices or micro-batches."""
-        return self.below < inf and time.process_time() >= self.until
+        """Whether time is out, where there is a plan already."""
+        return self.hurries and time.process_time() >= self.until
 
     def _to_beat(self) -> float:
         return min(self.below, inf if self.best is None else self.best.step_seconds)
 
-    def among(self, schedules: Sequence[Schedule], planners: Mapping[int, StagePlanner]) -> None:
-        """Tries schedules, whose numbers of ranks each have a planner, those first that promise most."""
+    def among(self, on: Sequence[_On], planners: Mapping[Mesh, StagePlanner]) -> None:
+        """Tries schedules on meshes, each of which has a planner, those first that promise most."""
         estimates = []
-        for schedule in schedules:
+        for schedule, mesh in on:
             if self.is_over():
                 return
             try:
-                estimates.append(estimated(planners[schedule.ranks], schedule))
+                estimates.append((estimated(planners[mesh], schedule), mesh))
             except UserError as error:
-                self._refuse(schedule, error)
-        for estimate in sorted(estimates, key=lambda one: one.step_seconds):
+                self._refuse(schedule, mesh, error)
+        for estimate, mesh in sorted(estimates, key=lambda one: one[0].step_seconds):
             schedule = estimate.candidate.schedule
             below = self._to_beat()
             try:
                 with quiet("planner"):
-                    found = planned(planners[schedule.ranks], estimate, below)
+                    found = planned(planners[mesh], estimate, below)
             except UserError as error:
-                self._refuse(schedule, error)
+                self._refuse(schedule, mesh, error)
                 continue
             if found is None:
-                logger.info("%s: not faster; estimated at %.4g s a step", schedule, estimate.step_seconds)
+                logger.info("%s: not faster; estimated at %.4g s a step", _name(schedule, mesh), estimate.step_seconds)
                 continue
-            logger.info("%s: %.4g s a step", schedule, found.step_seconds)
+            logger.info("%s: %.4g s a step", _name(schedule, mesh), found.step_seconds)
             self.best = found
 
-    def may_gain(self, schedule: Schedule, free: StagePlanner) -> bool:
-        """Whether what spares memory at a price could make a schedule worth it. `free`: has all memory it wants."""
+    def gaining(self, on: Sequence[_On], free: Mapping[Mesh, StagePlanner]) -> list[_On]:
+        """Those which could be worth what spares memory at a price, or a second axis. `free`: have all memory they
+        want"""
+        return [one for one in on if self._may_gain(one.schedule, free[one.mesh])]
+
+    def _may_gain(self, schedule: Schedule, free: StagePlanner) -> bool:
         if self._to_beat() == inf:
             return True
         if self.is_over():
             return False
         return estimated(free, schedule).step_seconds < self._to_beat() * (1 - SPARING)
 
-    def _refuse(self, schedule: Schedule, error: UserError) -> None:
-        self.refused = f"{schedule}: {error}"
+    def _refuse(self, schedule: Schedule, mesh: Mesh, error: UserError) -> None:
+        self.refused = f"{_name(schedule, mesh)}: {error}"
         logger.info("%s", self.refused)
+
+
+def _name(schedule: Schedule, mesh: Mesh) -> str:
+    """What is tried, for people."""
+    axes = "" if len(mesh.sizes) == 1 else f", each {' x '.join(map(axis_text, mesh.sizes, mesh.names))}"
+    return f"{schedule}{axes}"
 
 
 def candidates(wanted: Wanted, devices: int, places: int, micro_batches: int) -> list[Schedule | None]:
@@ -250,7 +283,8 @@ def estimated(planner: StagePlanner, schedule: Schedule) -> Estimate:
 
 
 def _best_layout(planner: StagePlanner, schedule: Schedule, counts: tuple[int, ...]) -> Placements:
-    """The layout of what crosses between stages with which the estimated step is fastest."""
+    """The layout of what crosses between stages with which the estimated step is fastest, of those for which there is
+    time."""
     whole = (REPLICATE,) * len(planner.mesh.sizes)
     if planner.mesh.plan_ngpus == 1:
         return whole
@@ -259,6 +293,8 @@ def _best_layout(planner: StagePlanner, schedule: Schedule, counts: tuple[int, .
     seconds: dict[Placements, float] = {}
     failure: UserError | None = None
     for layout in layouts:
+        if seconds and time.process_time() >= planner.until:
+            break
         try:
             seconds[layout] = planner.estimate(Candidate(schedule, counts, layout)).step_seconds
         except UserError as error:

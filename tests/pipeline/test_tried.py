@@ -1,0 +1,222 @@
+"""Which schedules are tried on which meshes, in which order, with what, and how long; by figures, without plans."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from nnscaler import UserError
+from nnscaler.mesh import Mesh
+from nnscaler.pipeline import search
+from nnscaler.pipeline.cut import pivots
+from nnscaler.pipeline.search import Wanted, find_pipeline
+from nnscaler.pipeline.stages import StagePlanner
+from nnscaler.planner import NotFaster, NothingFits
+from nnscaler.schedules import Schedule
+from tests.pipeline.test_cut import llama
+from tests.pipeline.test_search import hardware
+
+
+def test_what_promises_most_is_tried_first_and_the_fastest_is_taken(monkeypatch):
+    on = [search._On(Schedule("1f1b", ranks, ranks, 8), Mesh((16 // ranks,))) for ranks in (2, 4, 8)]
+    planners = {one.mesh: f"of {one.schedule.ranks}" for one in on}
+    promised, takes, asked = {2: 3.0, 4: 1.0, 8: 2.0}, {2: 6.0, 4: 9.0, 8: None}, []
+
+    def estimate(planner, schedule):
+        assert planner == f"of {schedule.ranks}"
+        return SimpleNamespace(step_seconds=promised[schedule.ranks], candidate=SimpleNamespace(schedule=schedule))
+
+    def plan(planner, estimate, below):
+        ranks = estimate.candidate.schedule.ranks
+        asked.append((ranks, below))
+        return None if takes[ranks] is None else SimpleNamespace(step_seconds=takes[ranks])
+
+    monkeypatch.setattr(search, "estimated", estimate)
+    monkeypatch.setattr(search, "planned", plan)
+    one = search._Search(SimpleNamespace(step_seconds=10.0), "")
+    one.among(on, planners)
+    assert asked == [(4, 10.0), (8, 9.0), (2, 9.0)]
+    assert one.best.step_seconds == 6.0
+    promised[2] = 6.0 * 0.9951  # at least a 200th has to be saved
+    assert one.gaining(on[:1], planners) == []
+    promised[2] = 6.0 * 0.9949
+    assert one.gaining(on[:1], planners) == on[:1]
+    assert search._Search(None, "").gaining(on, planners) == on
+
+
+def test_what_is_refused_when_it_is_estimated_or_planned_keeps_no_other_from_being_tried(monkeypatch):
+    on = [search._On(Schedule("1f1b", ranks, ranks, 8), Mesh((4, 16 // ranks))) for ranks in (2, 4, 8)]
+    planners = dict.fromkeys(one.mesh for one in on)
+
+    def estimate(planner, schedule):
+        if schedule.ranks == 8:
+            raise NothingFits("it is too large")
+        return SimpleNamespace(step_seconds=1.0 * schedule.ranks, candidate=SimpleNamespace(schedule=schedule))
+
+    def plan(planner, estimate, below):
+        if estimate.candidate.schedule.ranks == 2:
+            raise NothingFits("it is larger")
+        return SimpleNamespace(step_seconds=6.0)
+
+    monkeypatch.setattr(search, "estimated", estimate)
+    monkeypatch.setattr(search, "planned", plan)
+    one = search._Search(None, "")
+    one.among(on[2:], planners)
+    assert one.refused == f"{on[2].schedule}, each 4 outer x 2 inner: it is too large"
+    one.among(on, planners)
+    assert (one.best.step_seconds, one.refused) == (6.0, f"{on[0].schedule}, each 4 outer x 8 inner: it is larger")
+    over = search._Search(None, "", until=-1.0, below=9.0, hurries=True)
+    over.among(on, planners)
+    assert over.best is None
+    assert over.gaining(on, planners) == []
+
+
+def test_what_is_needed_without_a_pipeline_is_known_where_none_fits():
+    alone = NothingFits("it needs 7 B")
+    alone.needed = 7.0
+    found = search._nothing_fits(alone, "the last: no")
+    assert found.needed == 7.0
+    assert str(found) == "it needs 7 B; no pipeline fits; the last that was tried, the last: no"
+    assert search._nothing_fits(UserError("not so"), "").needed is None
+    assert str(search._nothing_fits(None, "this: no")) == "no pipeline fits; the last that was tried, this: no"
+
+
+def test_where_nothing_takes_less_than_is_asked_for_that_is_said(monkeypatch, tmp_path):
+    """Only what could take a 200th less is tried."""
+    graph, machine, tried = llama(), hardware(tmp_path), []
+
+    def without(*given, **named):
+        raise NotFaster(9.0)
+
+    def estimate(planner, schedule):
+        seconds = 6.96 if schedule.kind == "zb-v" else 6.97
+        return SimpleNamespace(step_seconds=seconds, candidate=SimpleNamespace(schedule=schedule))
+
+    monkeypatch.setattr(search, "find_plan", without)
+    monkeypatch.setattr(search, "estimated", estimate)
+    monkeypatch.setattr(search, "planned", lambda planner, estimate, below: tried.append((estimate, below)))
+    with pytest.raises(NotFaster) as refusal:
+        find_pipeline(graph, [Mesh((2,))], machine, Wanted(), micro_batches=4, below=7.0)
+    assert refusal.value.bound == 7.0
+    assert {(estimate.candidate.schedule.kind, below) for estimate, below in tried} == {("zb-v", 7.0)}
+    found = SimpleNamespace(step_seconds=6.0)
+    monkeypatch.setattr(search, "planned", lambda *given: found)
+    assert find_pipeline(graph, [Mesh((2,))], machine, Wanted(), micro_batches=4, below=7.0) is found
+    with pytest.raises(UserError, match="pipeline_pivots has 'Nothing'"):
+        find_pipeline(graph, [Mesh((2,))], machine, Wanted(("Nothing",)), micro_batches=4)
+
+
+def test_each_search_gets_all_that_it_may_use(monkeypatch, tmp_path):
+    """Without a pipeline, with one, and with one that saves memory at a price."""
+    graph, machine, times = llama(8), hardware(tmp_path), object()
+    alone, tried = [], []
+
+    def without(graph, meshes, hardware, **given):
+        assert not logging.getLogger("nnscaler.planner").isEnabledFor(logging.INFO)
+        alone.append((graph, meshes, hardware, given))
+        return SimpleNamespace(step_seconds=10.0)
+
+    def estimate(planner, schedule):
+        if len(planner.mesh.sizes) > 1:
+            return SimpleNamespace(step_seconds=9.96)
+        tried.append((schedule.ranks, planner))
+        if not planner.sparing and planner.memory < math.inf:
+            raise UserError("it is too large")
+        seconds = {2: 9.96, 4: 9.94}[schedule.ranks]
+        return SimpleNamespace(step_seconds=seconds, candidate=SimpleNamespace(schedule=schedule))
+
+    monkeypatch.setattr(search, "find_plan", without)
+    monkeypatch.setattr(search, "estimated", estimate)
+    monkeypatch.setattr(search, "planned", lambda *given: None)
+    given = {"recompute_modules": ("LlamaMLP",), "micro_batches": 4, "fused": True, "times": times, "sums": "sums"}
+    meshes = [Mesh((4,), 3)]
+    find_pipeline(graph, meshes, machine, Wanted(), **given, memory=7.0, seconds=1e6, host=5.0)
+    assert {planner.sums for _, planner in tried} == {"sums"}
+    assert alone == [(graph, meshes, machine, {**given, "memory": 7.0, "seconds": 5e5, "host": 5.0, "below": math.inf})]
+    kinds = {(planner.memory, planner.host, planner.sparing, planner.groups) for _, planner in tried}
+    assert kinds == {(7.0, 0.0, False, False), (math.inf, 0.0, False, False), (7.0, 5.0, True, True)}
+    for ranks, planner in tried:
+        assert planner.mesh == Mesh((4 // ranks,), 3)
+        assert (planner.graph, planner.hardware, planner.times) == (graph, machine, times)
+        assert (planner.recompute_modules, planner.fused) == (("LlamaMLP",), True)
+        assert 0 < planner.until - 1e6 < time.process_time()
+        assert planner.begins == pivots(graph)
+    assert {ranks for ranks, _ in tried} == {2, 4}
+    assert {ranks for ranks, planner in tried if planner.sparing} == {4}, "two could save less than a 200th"
+    by_memory = {memory: {id(one.estimated) for _, one in tried if one.memory == memory} for memory in (7.0, math.inf)}
+    assert not by_memory[7.0] & by_memory[math.inf], "what was found for less memory is another estimate"
+    tried.clear()
+    find_pipeline(graph, meshes, machine, Wanted(), micro_batches=4)
+    assert {planner.memory for _, planner in tried} <= {0.9 * machine.memory, math.inf}
+    tried.clear()
+    find_pipeline(graph, meshes, machine, Wanted(), micro_batches=4, seconds=0.0)
+    assert tried
+    assert not any(planner.sparing for _, planner in tried), "time is out"
+    alone.clear()
+    monkeypatch.setattr(
+        search, "estimated", lambda planner, schedule: estimate(replace(planner, sparing=False), schedule)
+    )
+    with pytest.raises(NothingFits, match=r"no pipeline fits; the last that was tried, 1f1b, 4 stages .*: it is too l"):
+        find_pipeline(graph, meshes, machine, Wanted(schedule="1f1b"), micro_batches=4, seconds=0.0)
+    assert alone == [], "a schedule that is asked for is a pipeline"
+    with pytest.raises(UserError, match="recompute_modules names 'Nothing'"):
+        find_pipeline(graph, meshes, machine, Wanted(schedule="1f1b"), recompute_modules=("Nothing",), micro_batches=4)
+
+
+def test_devices_of_a_stage_are_two_axes_where_that_could_be_faster_and_time_is_left(monkeypatch, tmp_path):
+    """Of eight devices, two ranks have four each. Two axes may take 9.9 s of a step, where one axis takes 10."""
+    machine, wanted, tried = hardware(tmp_path), Wanted(schedule="1f1b", stages=2), []
+    one, two = Mesh((4,)), Mesh((2, 2))
+    takes = {one: 10.0, two: 9.9}
+
+    def estimate(planner, schedule):
+        assert schedule == Schedule("1f1b", 2, 2, 4)
+        tried.append((planner.mesh, planner.memory == math.inf, planner.sparing))
+        if planner.mesh == one and takes[one] == math.inf:
+            raise NothingFits("it is too large")
+        return SimpleNamespace(
+            step_seconds=takes[planner.mesh], candidate=SimpleNamespace(schedule=schedule), mesh=planner.mesh
+        )
+
+    monkeypatch.setattr(search, "estimated", estimate)
+    monkeypatch.setattr(
+        search, "planned",
+        lambda planner, estimate, below: estimate if takes[planner.mesh] < below else None,
+    )  # fmt: skip
+
+    def found(seconds: float = 1e6) -> Mesh:
+        tried.clear()
+        return find_pipeline(llama(), [Mesh((8,))], machine, wanted, micro_batches=4, seconds=seconds).mesh
+
+    assert found() == two
+    alone = [(one, False, False), (one, True, False)]
+    assert tried == [*alone, (two, True, False), (two, False, False), (two, True, False)]
+    takes[two] = 9.96
+    assert found() == one
+    assert tried == [*alone, (two, True, False)], "less than a 200th is not worth it"
+    takes[two] = 9.9
+    assert found(seconds=0.0) == one
+    assert tried == alone, "time is out"
+    takes[one] = math.inf
+    assert found(seconds=0.0) == two, "nothing fits on one axis"
+
+
+def test_layouts_of_what_crosses_are_compared_as_long_as_there_is_time():
+    graph = llama()
+    planner = StagePlanner(graph, Mesh((2, 2)), None, 1.0, None, False, None, pivots(graph), until=0.0)
+    asked = []
+
+    def estimate(candidate):
+        asked.append(candidate.layout)
+        if len(asked) == 1:
+            raise NothingFits("it is too large")
+        return SimpleNamespace(step_seconds=1.0)
+
+    planner.estimate = estimate
+    assert search._best_layout(planner, Schedule("1f1b", 2, 2, 4), (2, 2)) == asked[1]
+    assert len(asked) == 2, "until there is one"
