@@ -29,12 +29,10 @@ def _settings() -> list[Setting]:
     found = []
     for name, devices, what, flags in (
         # 8,192 tokens
-        ("8k-copies", 2, "two copies", "--plan_ngpus 1 --layers 8 --micro_batch_size 2"),
         ("8k-zero3", 2, GATHERED, "--layers 8 --micro_batch_size 4 --offload off --gpu_mem_constraint 30"),
         ("8k-pipeline", 2, "pipeline", "--layers 8 --micro_batch_size 1 --grad_accumulation_steps 16 "
          "--explore_pipeline --pipeline_schedule 1f1b"),
         # 32,768 tokens
-        ("32k-split", 2, "split", "--layers 6"),
         ("32k-split-host", 2, f"split, {HOST}", "--layers 6 --gpu_mem_constraint 24"),
         ("32k-pipeline", 2, "pipeline", "--layers 4 --grad_accumulation_steps 8 "
          "--explore_pipeline --pipeline_schedule interleaved"),
@@ -42,12 +40,14 @@ def _settings() -> list[Setting]:
         ("128k-split", 2, "split", "--layers 4 --grad_accumulation_steps 1"),
         # one GPU
         ("8k-kept", 1, "all kept", "--layers 6 --micro_batch_size 1 --grad_accumulation_steps 8"),
+        ("8k-large", 1, "all kept, large micro-batches", "--layers 4 --micro_batch_size 4"),
         ("8k-again", 1, AGAIN, "--layers 6 --micro_batch_size 4 --offload off --gpu_mem_constraint 50"),
         ("8k-host", 1, HOST, "--layers 8 --micro_batch_size 4 --gpu_mem_constraint 40"),
         ("32k-kept", 1, "all kept", "--layers 4 --grad_accumulation_steps 2"),
         ("32k-again", 1, AGAIN, "--layers 6 --grad_accumulation_steps 2 --offload off --gpu_mem_constraint 46"),
         ("32k-host", 1, HOST, "--layers 8 --grad_accumulation_steps 2 --gpu_mem_constraint 40"),
-        ("128k-again", 1, AGAIN, "--layers 2 --grad_accumulation_steps 1 --offload off --gpu_mem_constraint 48"),
+        ("128k-kept", 1, "all kept", "--layers 2 --grad_accumulation_steps 1"),
+        ("128k-again", 1, AGAIN, "--layers 2 --grad_accumulation_steps 1 --offload off --gpu_mem_constraint 40"),
         ("128k-host", 1, HOST, "--layers 2 --grad_accumulation_steps 1 --gpu_mem_constraint 30"),
     ):  # fmt: skip
         length = {"8k": 8192, "32k": 32768, "128k": 131072}[name.partition("-")[0]]
@@ -72,6 +72,7 @@ def row(setting: Setting, result: dict[str, Any]) -> dict[str, Any]:
         "measured_gib": result["peak_memory_gib"],
         "host_gib": result["predicted_host_gib"],
         "recompute": result["recompute"],
+        "pipeline": result["pipeline"],
         "flags": setting.flags,
         "steps": result["steps"],
     }
@@ -110,6 +111,7 @@ def section() -> list[str]:
             compared(row["predicted_seconds"], row["measured_seconds"], "s", 3),
             f"{error(row):.1%}",
             compared(row["predicted_gib"], row["measured_gib"], "GiB", 1),
+            f"{row['host_gib']:.0f} GiB" if row["host_gib"] else "",
         ]
         for row in found["rows"]
     ]
@@ -128,6 +130,7 @@ def section() -> list[str]:
         "step, predicted / measured",
         "error",
         "memory, predicted / measured",
+        "of the host, a device",
     ]
     return [title("Exactness"), paragraph(text), rst_table(head, rows)]
 

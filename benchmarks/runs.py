@@ -82,7 +82,7 @@ def add_flags(parser: argparse.ArgumentParser, file: Path) -> None:
     add("--json", type=Path, default=file, help="file of the results; the runs that it has are not repeated")
     add("--limit", type=float, default=300.0, help="seconds after which a run is given up (default: 300)")
     add("--seconds", type=float, help="end after so many: what is not measured then is left to another call")
-    add("--least", type=float, default=60.0, help="with --seconds: no run begins in the last of them (default: 60)")
+    add("--least", type=float, default=80.0, help="with --seconds: no run begins in the last of them (default: 80)")
     add("--host_mem_constraint", type=float, default=100.0, help="GiB of the host for each GPU (default: 100)")
     add("--logs", type=Path, help="folder that keeps what runs write and say (default: only failures are shown)")
     add("--only", nargs="+", default=[""], metavar="TEXT", help="only runs in whose names one of these occurs")

@@ -227,6 +227,7 @@ def report(
         "host_limit_gib": predicted.get("host_limit_bytes", 0.0) / 2**30,
         "recompute": {name: block["recompute"] for name, block in blocks.items() if block["recompute"]},
         "mesh": plan["mesh"]["sizes"],
+        "pipeline": plan.get("pipeline", {}).get("schedule"),
         "divisions": plan.get("divisions"),
         "plan_sha256": hashlib.sha256((work / "code" / "benchmark" / "plan.json").read_bytes()).hexdigest()[:16],
         "seconds_by_category": predicted.get("seconds_by_category", {}),
