@@ -252,11 +252,16 @@ class _Search:
 
     def _as_pipeline(self, division: Division) -> float:
         """About how many seconds a step would take as a pipeline: those of the division whose copies are as large as a
-        stage, and the time in which a rank has no micro-batch yet, or none any more."""
-        bounds = {(one.division.plan_ngpus, one.division.micro_batch_size): one.bound or inf for one in self.tried}
+        stage, and the time in which a rank has no micro-batch yet, or none any more. Where copies as large are not
+        allowed, or do not fit, the next larger ones stand for them."""
+        bounds = {
+            one.division.plan_ngpus: one.bound
+            for one in self.tried
+            if 0 < one.bound < inf and one.division.micro_batch_size == division.micro_batch_size
+        }
         ranks = [ranks for ranks in divisors(division.plan_ngpus) if ranks > 1]
         return min(
-            bounds.get((division.plan_ngpus // each, division.micro_batch_size), inf)
+            next((bounds[size] for size in sorted(bounds) if size >= division.plan_ngpus // each), inf)
             * (1 + (each - 1) / division.micro_batches)
             for each in ranks
         )

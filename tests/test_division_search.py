@@ -85,9 +85,9 @@ class World:
         self.hardware = SimpleNamespace(devices_per_node=8, name="Test")
         self.times = None
 
-    def divide(self, **changes):
+    def divide(self, batch=None, **changes):
         config = ComputeConfig(1, 4, **changes)
-        return divide(Batch(8, 4), source(), config, self.hardware, self.times)
+        return divide(batch or Batch(8, 4), source(), config, self.hardware, self.times)
 
 
 BOUNDS = {
@@ -191,6 +191,35 @@ def test_two_axes_and_pipelines_may_be_faster(monkeypatch):
     found = world.divide(explore_pipeline=True, pipeline_schedule="1f1b")
     assert {kind for kind, *_ in world.asked} == {"pipeline"}, "the user wants one"
     assert found.plan.step_seconds == 9.5
+
+
+def test_pipelines_that_promise_most_come_first_where_no_copy_is_as_small_as_a_stage(monkeypatch):
+    """Of copies of four devices alone: 20 s and an eighth of it idle, 13 and a quarter, 7.99 and half."""
+    given = {key: bound for key, bound in BOUNDS.items() if key[0] == 4}
+    world = World(monkeypatch, given, pipes={(4, 1): 9.5})
+    world.divide(Batch(8, 4, plan_ngpus=4), explore_pipeline=True, pipeline_schedule="1f1b")
+    assert [asked[1:3] for asked in world.asked] == [(4, 4), (4, 2), (4, 1)]
+    full = NothingFits()
+    unfit = {key: full if key[0] < 4 else bound for key, bound in BOUNDS.items()}
+    world = World(monkeypatch, unfit, pipes={(4, 1): 9.5})
+    world.divide(explore_pipeline=True, pipeline_schedule="1f1b")
+    # With two devices a copy: 20 s and a fourth of it idle, and 13 and half of it, which is 19.5.
+    assert [asked[1:3] for asked in world.asked] == [(4, 4), (4, 2), (2, 2), (4, 1), (2, 1)]
+
+
+@pytest.mark.parametrize(("launch", "best"), [(0.0, Division(2, 1, 4)), (1e-3, Division(2, 2, 2))])
+def test_sizes_of_micro_batches_are_compared_as_pipelines(tmp_path, launch, best):
+    """Two stages take five times as long as one of four small micro-batches, or three times one of two larger ones.
+    Where arithmetic takes all the time, that is 5 to 6; where starting operators does, 5 to 3."""
+    link = {"bandwidth": 1e12, "latency": 0.0}
+    config = ComputeConfig(
+        1, 2, hardware=tiny.write_hardware(tmp_path, launch=launch, intra=link), explore_pipeline=True,
+        pipeline_schedule="1f1b",
+    )  # fmt: skip
+    found = divide(Batch(4, 2, plan_ngpus=2), source(), config, config.find_hardware(), None)
+    first, *others = found.tried
+    assert (first.division, first.pipeline) == (best, True)
+    assert {one.division.micro_batch_size for one in others if one.pipeline} == {1, 2} - {best.micro_batch_size}
 
 
 def test_what_does_not_fit_is_told_and_more_sequences_are_not_tried(monkeypatch):
