@@ -69,6 +69,7 @@ class Plan:
     recomputed      block -> names of the nodes that the user wants recomputed
     pieces          (block, name of a stretch) -> in how many pieces it is computed; see `nnscaler.pieces`
     gathered_again  (block, tensor): weights that backward gathers again rather than keep
+    splits          whether it is a stage of a pipeline whose backward runs in two parts; see `nnscaler.runtime.later`
     micro_batches   how many a step has
     sums            how devices add up their gradients
 
@@ -80,7 +81,6 @@ class Plan:
     costs           the planner's cost model that gave them; None: no planner made this plan
     memory_limit    bytes a device that the plan was to fit into
     bound           seconds of a step; no plan on the meshes that were tried takes less
-    weight_seconds  the seconds, among `seconds`, in which backward makes gradients of weights
     host            bytes of the host's memory, for each device; `host_limit`: how many it was to use at most
     copies          seconds of copies to the host and back, beside computation
     """
@@ -98,6 +98,7 @@ class Plan:
     recomputed: dict[str, set[str]] = field(default_factory=dict)
     pieces: dict[tuple[str, str], int] = field(default_factory=dict)
     gathered_again: set[tuple[str, str]] = field(default_factory=set)
+    splits: bool = False
     micro_batches: int = 1
     sums: GradientSum = IN_FP32
     seconds: dict[Key, float] = field(default_factory=dict)
@@ -106,7 +107,6 @@ class Plan:
     costs: object = None
     memory_limit: float = inf
     bound: float = 0.0
-    weight_seconds: float = 0.0
     host: dict[Key, float] = field(default_factory=dict)
     copies: dict[Key, float] = field(default_factory=dict)
     host_limit: float = 0.0
@@ -148,6 +148,7 @@ class Plan:
             "mesh": self.mesh.to_json(),
             "hardware": self.hardware,
             "micro_batches": self.micro_batches,
+            "splits": self.splits,
             "inputs": list(self.graph.root.inputs),
             "parameters": {name: self._parameter_json(name) for name in self.graph.parameters},
             "tied": self.graph.tied,

@@ -24,18 +24,20 @@ class ScheduleKind:
     torch_name       its class in `torch.distributed.pipelining`
     stages_per_rank  how many stages a rank may have
     v_shaped         rank r of p has stages r and 2 p - 1 - r, rather than r, p + r, 2 p + r, ...
+    splits           whether it runs backward of some micro-batches in two parts
     """
 
     torch_name: str
     stages_per_rank: tuple[int, ...]
     v_shaped: bool = False
+    splits: bool = False
 
 
 KINDS = {
     "1f1b": ScheduleKind("Schedule1F1B", (1,)),
     "interleaved": ScheduleKind("ScheduleInterleaved1F1B", (2, 4)),
-    "zb-v": ScheduleKind("ScheduleZBVZeroBubble", (2,), v_shaped=True),
-    "dualpipe-v": ScheduleKind("ScheduleDualPipeV", (2,), v_shaped=True),
+    "zb-v": ScheduleKind("ScheduleZBVZeroBubble", (2,), v_shaped=True, splits=True),
+    "dualpipe-v": ScheduleKind("ScheduleDualPipeV", (2,), v_shaped=True, splits=True),
 }
 
 
@@ -163,16 +165,37 @@ def actions(schedule: Schedule) -> list[list[Action]]:
 
 
 def in_flight(own: Sequence[Action], stage: int) -> int:
-    """The most micro-batches of a stage whose activations a rank holds at a time.
+    """The most micro-batches of a stage for which a rank holds what it kept for backward at a time.
 
-    They are held from the forward of a micro-batch to the end of its backward. `own`: the actions of the stage's rank
+    That is held from the forward of a micro-batch to the end of its backward, or of the part for the stage's input.
+    `own`: the actions of the stage's rank
     """
-    most = now = 0
+    return max((held for held, _ in _holding(own, stage)), default=0)
+
+
+def waiting(own: Sequence[Action], stage: int) -> list[tuple[int, int]]:
+    """(for how many micro-batches of a stage a rank holds what it kept for backward; and for how many, what the second
+    part of backward needs), at moments when it holds most: at no other one it holds more of both.
+
+    The latter is held from the begin of a backward's first part to the end of its second. Empty where no backward of
+    the stage has two parts. `own`: the actions of the stage's rank
+    """
+    moments = set(_holding(own, stage))
+    if not any(later for _, later in moments):
+        return []
+    return sorted(a for a in moments if not any(b != a and b[0] >= a[0] and b[1] >= a[1] for b in moments))
+
+
+def _holding(own: Sequence[Action], stage: int) -> Iterator[tuple[int, int]]:
+    """The two numbers of `waiting`, while each action of a stage runs."""
+    kept = later = 0
     for action in own:
         if isinstance(action, Compute) and action.stage == stage:
-            now += {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind]
-            most = max(most, now)
-    return most
+            kept += action.kind == "F"
+            later += action.kind == "I"
+            yield kept, later
+            kept -= action.kind in "BI"
+            later -= action.kind == "W"
 
 
 def _as_run(schedule: Schedule, rank: int, order: Sequence[Any]) -> list[Action]:

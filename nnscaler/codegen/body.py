@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 
+from nnscaler import later
 from nnscaler.codegen.divided import divided
 from nnscaler.codegen.segments import Region, Segment, makes, segments, uses
 from nnscaler.graph import Block, Node, Ref, TensorMeta, format_arguments, map_refs, short_dtype
@@ -47,7 +48,7 @@ class Body:
     def write(self) -> list[list[str]]:
         """The lines of each function, with the block's own function last."""
         block = self.block
-        self.taken = {*block.tensors, "w", "axes", "keep", "ops", "device", "torch", "F", "collectives", "fp8"}
+        self.taken = {*block.tensors, "w", "axes", "keep", "ops", "device", "torch", "F", "collectives", "fp8", "later"}
         for tensor, layout in zip(block.inputs, self.plan.inputs[block.name]):
             self._define(tensor, layout, tensor)
         for tensor, path in block.parameters.items():
@@ -154,8 +155,19 @@ class Body:
             for tensor in unit.inputs:
                 if tensor not in inside:
                     layout = uses(self.plan, self.block, unit, tensor)
-                    given.setdefault(self._in_layout(tensor, layout, lines), (tensor, layout))
+                    expression = self._in_layout(tensor, layout, lines)
+                    given.setdefault(self._weight(unit.main, tensor, expression), (tensor, layout))
         return given
+
+    def _weight(self, node: Node, tensor: str, expression: str) -> str:
+        """The expression of a tensor that a node uses; of a weight whose gradient is computed later, as such."""
+        if expression.isidentifier() or not later.is_later(self.plan, self.block, node):
+            return expression
+        x, weight = later.factors(node, self.block) or ("", "")
+        way = self.plan.nodes[self.block.name, node.name]
+        layouts = {**dict(zip(node.inputs, way.inputs)), node.name: way.outputs[0]}
+        shapes = (str(list(self._local_meta(name, layouts[name]).shape)) for name in (x, node.name))
+        return f"axes.later.weight({expression}, {', '.join(shapes)})" if tensor == weight else expression
 
     def _results(self, made: dict[str, Unit], call: str) -> list[str]:
         """The line of a call that gives some results of units."""
@@ -257,7 +269,10 @@ class Body:
             outputs = [self._local_meta(name, layout) for name, layout in zip(node.outputs, plan.outputs)]
             if plan.in_fp8:
                 inputs[0] = Ref(self._rounded(inputs[0].name, before))
-            expression = spell(node, inputs, outputs, self._parts(plan.split), plan.in_fp8)
+            waits = later.is_later(self.plan, self.block, node)
+            if waits:
+                inputs = [Ref(self._weight(node, name, one.name)) for name, one in zip(node.inputs, inputs)]
+            expression = spell(node, inputs, outputs, self._parts(plan.split), plan.in_fp8, waits)
         for name, layout in zip(node.outputs, plan.outputs):
             self._define(name, layout, name)
         target = ", ".join(node.outputs) + ("," if node.returns_tuple and len(node.outputs) == 1 else "")

@@ -27,6 +27,11 @@ def linear_in_fp8(call: WrittenCall) -> str:
     return call.fill("fp8.linear({input}, {weight})" + bias)
 
 
+def linear_later(call: WrittenCall) -> str:
+    _divide_bias(call)
+    return call.fill("later.linear(*)")
+
+
 def _divide_bias(call: WrittenCall) -> None:
     """Where `k` is split, each device computes a term of a sum, and adds as large a part of the bias."""
     terms = call.parts.get("k", 1)
@@ -115,8 +120,8 @@ def einsum(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str
 
 
 family(
-    "linear.default", linear, linear_text, fp8_text=linear_in_fp8, flops=contraction_flops,
-    factors=("input", "weight"), saves=backward_reads(input="weight", weight="input"),
+    "linear.default", linear, linear_text, fp8_text=linear_in_fp8, later_text=linear_later,
+    flops=contraction_flops, factors=("input", "weight"), saves=backward_reads(input="weight", weight="input"),
 )  # fmt: skip
 family("mm.default", mm, flops=contraction_flops, saves=backward_reads(self="mat2", mat2="self"))
 family("bmm.default", bmm, flops=contraction_flops, saves=backward_reads(self="mat2", mat2="self"))

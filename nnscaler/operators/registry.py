@@ -124,6 +124,8 @@ class Operator:
     text        the Python text of an ATen operator, see `nnscaler.operators.spelling`
     fp8_text    the same of a product in fp8 of two matrices, of which the first argument is written in its rounded
                 form (see `nnscaler.kernels.fp8`); None: it has none
+    later_text  the same of a product of which backward computes the gradient of the second of `factors`, a weight,
+                later (see `nnscaler.kernels.later`)
     flops       forward floating-point operations from the local size of each annotated name
     unmasked    the same if no mask hid anything; None: there is none
     backward    backward operations as a multiple of forward's, or a function (node, inputs) of them; None: once for
@@ -152,6 +154,7 @@ class Operator:
     annotate: Annotate
     text: Text = METHOD
     fp8_text: Text | None = None
+    later_text: Text | None = None
     flops: Flops = no_flops
     unmasked: Flops | None = None
     backward: float | BackwardRatio | None = None
@@ -250,6 +253,7 @@ def spell(
     outputs: Sequence[TensorMeta],
     parts: Mapping[str, int] | None = None,
     in_fp8: bool = False,
+    later: bool = False,
 ) -> str:
     """The Python expression of an ATen call.
 
@@ -257,13 +261,14 @@ def spell(
     outputs  shapes and types of the results on this device
     parts    annotated name -> over how many devices it is split; None: nothing is split
     in_fp8   whether it is a product in fp8
+    later    whether it is a product of which backward computes the gradient of the weight later
 
     Raises UserError for an argument that the operator's text does not say.
     """
     names = iter(inputs)
     args, kwargs = map_refs((node.args, node.kwargs), lambda ref: next(names))
     operator = operator_of(node)
-    text = operator.fp8_text if in_fp8 else operator.text
+    text = operator.fp8_text if in_fp8 else operator.later_text if later else operator.text
     assert text is not None, node.op
     return write(text, WrittenCall(node, args, kwargs, outputs, parts or {}))
 

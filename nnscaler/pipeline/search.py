@@ -185,11 +185,11 @@ class _Search:
     def among(self, on: Sequence[_On], planners: Mapping[Mesh, StagePlanner]) -> None:
         """Tries schedules on meshes, each of which has a planner, those first that promise most."""
         estimates = []
-        for schedule, mesh in on:
+        for schedule, mesh, splits in [(*one, splits) for one in on for splits in _ways(one[0])]:
             if self.is_over():
                 return
             try:
-                estimates.append((estimated(planners[mesh], schedule), mesh))
+                estimates.append((estimated(planners[mesh], schedule, splits), mesh))
             except UserError as error:
                 self._refuse(schedule, mesh, error)
         for estimate, mesh in sorted(estimates, key=lambda one: one[0].step_seconds):
@@ -217,7 +217,7 @@ class _Search:
             return True
         if self.is_over():
             return False
-        return estimated(free, schedule).step_seconds < self._to_beat() * (1 - SPARING)
+        return estimated(free, schedule, max(_ways(schedule))).step_seconds < self._to_beat() * (1 - SPARING)
 
     def _refuse(self, schedule: Schedule, mesh: Mesh, error: UserError) -> None:
         self.refused = f"{_name(schedule, mesh)}: {error}"
@@ -228,6 +228,11 @@ def _name(schedule: Schedule, mesh: Mesh) -> str:
     """What is tried, for people."""
     axes = "" if len(mesh.sizes) == 1 else f", each {' x '.join(map(axis_text, mesh.sizes, mesh.names))}"
     return f"{schedule}{axes}"
+
+
+def _ways(schedule: Schedule) -> tuple[bool, ...]:
+    """Whether stages are to run backward in two parts: without is tried too, since it takes less memory."""
+    return (True, False) if KINDS[schedule.kind].splits else (False,)
 
 
 def candidates(wanted: Wanted, devices: int, places: int, micro_batches: int) -> list[Schedule | None]:
@@ -264,12 +269,13 @@ def candidates(wanted: Wanted, devices: int, places: int, micro_batches: int) ->
     )
 
 
-def estimated(planner: StagePlanner, schedule: Schedule) -> Estimate:
-    """The estimate of a schedule with its best cut points. Raises UserError where it does not fit."""
+def estimated(planner: StagePlanner, schedule: Schedule, splits: bool = False) -> Estimate:
+    """The estimate of a schedule with its best cut points; `splits` as in `Candidate`. Raises UserError where it does
+    not fit."""
     counts = even(len(planner.begins), schedule.stages)
     if planner.layout is None:
         planner.layout = _best_layout(planner, schedule, counts)
-    best = planner.estimate(Candidate(schedule, counts, planner.layout))
+    best = planner.estimate(Candidate(schedule, counts, planner.layout, splits))
     for _ in range(_BALANCING_ROUNDS):
         counts = balanced(best.candidate.counts, [each.seconds for each in best.needs])
         try:

@@ -8,7 +8,7 @@ for a transfer goes on when that is done.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from nnscaler.schedules import Action, Compute, Post, Schedule, Transfer
 
@@ -27,11 +27,6 @@ class StageSeconds:
     backward: float
     inputs: float
     weights: float
-
-    def of_first(self) -> StageSeconds:
-        """The same for the first stage. Its input needs no gradient, so torch leaves all of a split backward to the
-        second part."""
-        return replace(self, inputs=0.0, weights=self.inputs + self.weights)
 
     def of(self, kind: str) -> float:
         """Seconds of a `Compute` of this kind."""

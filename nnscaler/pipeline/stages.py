@@ -18,6 +18,7 @@ from math import inf, prod
 
 from nnscaler.graph import Call, Graph, Node, Ref, format_arguments, map_refs
 from nnscaler.hardware import Hardware
+from nnscaler.later import weight_seconds
 from nnscaler.mesh import Mesh
 from nnscaler.pipeline.cut import StageGraph, cut, shared_parameters
 from nnscaler.pipeline.plan import PipelinePlan, forward_seconds, update_seconds
@@ -31,7 +32,7 @@ from nnscaler.planner.problem import Problem, build_problem
 from nnscaler.planner.search import recomputing
 from nnscaler.planner.solve import Needs, relaxed
 from nnscaler.profiler.operators import OperatorTimes
-from nnscaler.schedules import Schedule, actions, in_flight
+from nnscaler.schedules import Schedule, actions, in_flight, waiting
 from nnscaler.sums import IN_FP32, GradientSum
 
 LEAST_SECONDS = 1.0  # for each stage, though time is out
@@ -43,11 +44,13 @@ class Candidate:
 
     counts  how many pivots each stage has
     layout  of what crosses between stages, where its shape allows this layout; else it crosses whole
+    splits  whether stages run backward in two parts, where they can, and where the schedule has two
     """
 
     schedule: Schedule
     counts: tuple[int, ...]
     layout: Placements
+    splits: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,10 @@ class _Stage:
     """A stage to be planned.
 
     mesh            the devices of its rank; their place among the nodes, which repeats, is all that `first` says
-    like            equal for stages whose plans differ only in names
+    like            equal for stages that are stated alike but for names
     count           micro-batches of a step
     held            micro-batches whose activations it holds at a time
+    waiting         where it is to run backward in two parts: see `nnscaler.schedules.waiting`
     receive_buffers bytes into which torch receives from other stages: it has a buffer for each micro-batch
     layouts         name -> layout, of what crosses and of parameters that other stages use too
     """
@@ -82,6 +86,12 @@ class _Stage:
     held: int
     receive_buffers: int
     layouts: Mapping[str, Placements]
+    waiting: Sequence[tuple[int, int]] = ()
+
+    @property
+    def key(self) -> object:
+        """Equal for stages whose plans differ only in names."""
+        return self.like, self.held, self.waiting
 
 
 @dataclass
@@ -99,8 +109,8 @@ class StagePlanner:
     cuts       counts of pivots -> the stages' graphs
     stages     candidate -> its stages
     problems   `_Stage.like` -> the planning problem
-    estimated  (`like`, `held`) of each stage of a rank -> what each needs
-    planned    (`like`, `held`) of a stage -> [(bytes of device and of host that a plan was to fit into, the plan)]
+    estimated  `_Stage.key` of each stage of a rank -> what each needs
+    planned    `_Stage.key` -> [(bytes of device and of host that a plan was to fit into, the plan)]
     """
 
     graph: Graph
@@ -137,7 +147,7 @@ class StagePlanner:
             mine = schedule.stages_of(rank)
             found.update(zip(mine, self._estimate([stages[stage] for stage in mine])))
         needs = tuple(found[index] for index in range(schedule.stages))
-        return Estimate(candidate, needs, self._simulate(candidate, [self._guess(each.seconds) for each in needs]))
+        return Estimate(candidate, needs, self._simulate(candidate, self._guess(candidate, needs)))
 
     def plan(self, estimate: Estimate, below: float = float("inf")) -> PipelinePlan | None:
         """The plan of an estimated candidate. None where its step takes `below` seconds or more.
@@ -146,7 +156,7 @@ class StagePlanner:
         """
         candidate, schedule, needs = estimate.candidate, estimate.candidate.schedule, estimate.needs
         stages = self._stages(candidate)
-        seconds = [self._guess(each.seconds) for each in needs]
+        seconds = self._guess(candidate, needs)
         mine = [[needs[stage] for stage in schedule.stages_of(rank)] for rank in range(schedule.ranks)]
         free = [self.memory - sum(each.device for each in those) for those in mine]
         free_host = [max(0.0, self.host - sum(each.host for each in those)) for those in mine]
@@ -164,13 +174,12 @@ class StagePlanner:
     def _assemble(self, candidate: Candidate, stages: Sequence[_Stage], plans: Sequence[Plan]) -> PipelinePlan:
         schedule = candidate.schedule
         timeline = simulate(
-            schedule, actions(schedule), _with_first([self._seconds(plan) for plan in plans]),
-            self._transfers(candidate),
-        )  # fmt: skip
+            schedule, actions(schedule), [self._seconds(plan) for plan in plans], self._transfers(candidate)
+        )
         crossing = [{name: stage.cut.graph.root.tensors[name] for name in stage.cut.sent} for stage in stages[:-1]]
         shared = shared_parameters([stage.cut.graph for stage in stages])
         own = [_renamed(plan, stage.cut.graph) for plan, stage in zip(plans, stages)]
-        splits, held = [self._splits(plan) for plan in plans], [stage.held for stage in stages]
+        splits, held = [plan.splits for plan in plans], [stage.held for stage in stages]
         return PipelinePlan(own, schedule, crossing, shared, splits, held, timeline, self.memory)
 
     def _stages(self, candidate: Candidate) -> list[_Stage]:
@@ -188,10 +197,11 @@ class StagePlanner:
             # All stages that have a parameter store it alike, so that their gradients can be added as they lie.
             layouts |= {name: (SHARED,) * len(self.mesh.sizes) for name in shared if name in stage.graph.parameters}
             size = sum(self._local_bytes(stage, name, candidate.layout) for name in _crossing(stage))
-            rank, count = schedule.rank_of(index), schedule.micro_batches
-            held, mesh = in_flight(actions(schedule)[rank], index), self._mesh_of(rank)
+            own, mesh = actions(schedule)[rank := schedule.rank_of(index)], self._mesh_of(rank)
+            held, later = in_flight(own, index), tuple(waiting(own, index)) if candidate.splits else ()
+            count = schedule.micro_batches
             like = (_likeness(stage.graph), tuple(layouts.values()), count, mesh)
-            found.append(_Stage(stage, mesh, like, count, held, count * size, layouts))
+            found.append(_Stage(stage, mesh, like, count, held, count * size, layouts, later))
         return found
 
     def _mesh_of(self, rank: int) -> Mesh:
@@ -202,9 +212,9 @@ class StagePlanner:
 
     def _estimate(self, stages: Sequence[_Stage]) -> list[Needs]:
         """What each of a rank's stages needs."""
-        key = tuple((stage.like, stage.held) for stage in stages)
+        key = tuple(stage.key for stage in stages)
         if key not in self.estimated:
-            problems = [replace(self._problem(stage), in_flight=stage.held) for stage in stages]
+            problems = [replace(self._problem(one), in_flight=one.held, waiting=one.waiting) for one in stages]
             buffers = [stage.receive_buffers for stage in stages]
             found = relaxed(problems, self.memory - sum(buffers))
             self.estimated[key] = found and [
@@ -240,7 +250,7 @@ class StagePlanner:
 
         A plan that was found for more memory is taken, if it fits.
         """
-        known = self.planned.setdefault((stage.like, stage.held), [])
+        known = self.planned.setdefault(stage.key, [])
         for allowed, allowed_host, plan in known:
             if allowed >= limit >= plan.memory_bytes and allowed_host >= host >= plan.host_bytes:
                 return plan
@@ -248,9 +258,10 @@ class StagePlanner:
         plan = find_plan(
             graph, [stage.mesh], self.hardware, memory=limit - stage.receive_buffers,
             recompute_modules=self._recomputed(graph), micro_batches=stage.count, fused=self.fused, times=self.times,
-            sums=self.sums, layouts=stage.layouts, in_flight=stage.held, host=host, sparing=self.sparing,
-            groups=self.groups, seconds=max(self.until - time.process_time(), LEAST_SECONDS),
+            sums=self.sums, layouts=stage.layouts, in_flight=stage.held, waiting=stage.waiting, host=host,
+            sparing=self.sparing, groups=self.groups, seconds=max(self.until - time.process_time(), LEAST_SECONDS),
         )  # fmt: skip
+        plan.splits = bool(stage.waiting) and _can_split(plan)
         plan.memory[Key("buffers", "", "received")] = stage.receive_buffers
         plan.memory_limit = limit
         known.append((limit, host, plan))
@@ -277,35 +288,26 @@ class StagePlanner:
         """A stage's seconds in the schedule.
 
         update  whether the optimizer's update counts as a part of backward; else it comes after the schedule
-        Where backward is split, each of its parts computes again what it needs and was not kept.
+        Where backward is split, its second part computes gradients of weights, and nothing again.
         """
-        again = sum(seconds for key, seconds in plan.seconds.items() if key.category in ("again", "reshard again"))
         forward = forward_seconds(plan)
         backward = sum(plan.seconds.values()) - forward - (0.0 if update else update_seconds(plan))
-        if not self._splits(plan):
-            return StageSeconds(forward, backward, backward, 0.0)
-        weights = plan.weight_seconds
-        return StageSeconds(forward, backward, backward - weights, weights + again)
+        weights = weight_seconds(plan)
+        return StageSeconds(forward, backward, backward - weights, weights)
 
-    def _guess(self, seconds: float) -> StageSeconds:
-        """A stage's seconds in the schedule, where only their sum is known: backward takes twice as long as forward."""
-        third = seconds / 3
-        return StageSeconds(third, 2 * third, *((2 * third, 0.0) if self.fused else (third, third)))
-
-    def _splits(self, plan: Plan) -> bool:
-        """Whether a stage can run backward in two parts.
-
-        Compiled regions make both kinds of gradient at once. So do weights that are gathered, regions in pieces, and
-        calls that keep on the host what backward needs: it comes back once.
-        """
-        gathers = Key("buffers", "", "gathered early") in plan.memory
-        fetches = any(level.on_host for counts in plan.levels.values() for level in counts)
-        return not (self.fused or gathers or fetches or plan.pieces)
+    def _guess(self, candidate: Candidate, needs: Sequence[Needs]) -> list[StageSeconds]:
+        """The stages' seconds in the schedule, where only their sums are known: backward takes twice as long as
+        forward."""
+        thirds = [each.seconds / 3 for each in needs]
+        return [
+            StageSeconds(third, 2 * third, *((third, third) if candidate.splits else (2 * third, 0.0)))
+            for third in thirds
+        ]
 
     def _simulate(self, candidate: Candidate, stages: Sequence[StageSeconds]) -> float:
         """Seconds of a step."""
         schedule = candidate.schedule
-        return simulate(schedule, actions(schedule), _with_first(stages), self._transfers(candidate)).seconds
+        return simulate(schedule, actions(schedule), stages, self._transfers(candidate)).seconds
 
     def _transfers(self, candidate: Candidate) -> list[float]:
         """Seconds of a transfer from each stage to the next, where each device sends to the one in its place."""
@@ -320,8 +322,15 @@ class StagePlanner:
         return seconds
 
 
-def _with_first(stages: Sequence[StageSeconds]) -> list[StageSeconds]:
-    return [stages[0].of_first(), *stages[1:]]
+def _can_split(plan: Plan) -> bool:
+    """Whether a stage can run backward in two parts.
+
+    Weights that are gathered get their gradients at once; so do regions in pieces. What calls keep on the host comes
+    back for one backward.
+    """
+    gathers = Key("buffers", "", "gathered early") in plan.memory
+    fetches = any(level.on_host for counts in plan.levels.values() for level in counts)
+    return not (gathers or fetches or plan.pieces)
 
 
 def _crossing(stage: StageGraph) -> tuple[str, ...]:

@@ -18,7 +18,6 @@ class Price:
     memory   bytes of a device
     beside   seconds of what is exchanged beside computation: weights that are gathered, and gradients. An exchange that
              happens once a step counts with its part of a micro-batch.
-    weights  the seconds, among `seconds`, in which backward makes gradients of weights
     host     bytes of the host's memory, for each device
     copies   seconds of copies to the host and back, beside computation
     """
@@ -26,7 +25,6 @@ class Price:
     seconds: dict[Key, float]
     memory: dict[Key, float]
     beside: dict[Key, float]
-    weights: float
     host: dict[Key, float] = field(default_factory=dict)
     copies: dict[Key, float] = field(default_factory=dict)
 
@@ -50,7 +48,6 @@ def price(program: Program, solution: Solution) -> Price | None:
         prices(values, {Account.TIME: 1.0}),
         prices(values, {Account.DEVICE: 1.0}),
         prices(values, {Account.FORWARD: 1.0, Account.BACKWARD: 1.0, Account.LAST: last}),
-        sum(prices(values, {Account.WEIGHTS: 1.0}).values()),
         prices(values, {Account.HOST: 1.0}),
         prices(values, {Account.SENT: 1.0, Account.FETCHED: 1.0}),
     )

@@ -15,6 +15,7 @@ from math import gcd
 
 from nnscaler.chains import chains, handed_on
 from nnscaler.graph import Block, Call, Graph, TensorMeta
+from nnscaler.later import factors
 from nnscaler.mesh import Mesh
 from nnscaler.pieces import Stretch, stretches, with_registered
 from nnscaler.placement import REPLICATE, SHARED, Placements, Shard, shards
@@ -45,6 +46,7 @@ class Decision:
     fused        whether it is a cluster of cheap operators that runs as one kernel
     elementwise  of a fused one: whether it combines no elements of a tensor, such as those of a row
     reads        whether its backward reads any tensor
+    later        of a product that `nnscaler.later.factors` knows: the place of what it multiplies among its inputs
     """
 
     kind: str  # unit, parameter, input, output
@@ -59,6 +61,7 @@ class Decision:
     fused: bool = False
     elementwise: bool = False
     reads: bool = True
+    later: int | None = None
 
 
 @dataclass
@@ -152,6 +155,7 @@ class Problem:
                       a step in fp32, as they lie
     gathered_early    bytes of weights that are gathered before they are needed, if any are gathered
     in_flight         micro-batches whose activations are held at a time: 1, or more in a stage of a pipeline
+    waiting           of a stage whose backward runs in two parts: see `nnscaler.schedules.waiting`
     host              bytes of the host's memory that the plan may use for each device; 0: none
     optimizer_state   bytes a device of master weights and moments
     staging           where some of these lie on the host: bytes on the device for those that are being updated
@@ -173,6 +177,7 @@ class Problem:
     exchange_buffers: float = 0.0
     gathered_early: float = 0.0
     in_flight: int = 1
+    waiting: Sequence[tuple[int, int]] = ()
     host: float = 0.0
     optimizer_state: float = 0.0
     staging: float = 0.0
@@ -462,18 +467,13 @@ class _Body:
             if not runs_again[level] and (kept.keeps_inner or fused or unit.kind == "registered")
         )
         cheap = fused and unit.kind == "cheap"
-        decision = self.builder.decide(
-            Decision(
-                "unit", self.block.name, unit.name, options, 0 if is_alias(unit) else self.count, runs_again,
-                inner_kept_at,
-                place=index,
-                region=sum(not pure(other) for other in self.units[:index]) if pure(unit) else None,
-                fused=cheap,
-                elementwise=cheap and is_elementwise(unit, self.block),
-                reads=bool(needed_by(unit, self.block)),
-            )
-        )  # fmt: skip
-        self.decisions[index] = decision
+        found = factors(unit.main, self.block)
+        decision = self.decisions[index] = self.builder.decide(Decision(
+            "unit", self.block.name, unit.name, options, 0 if is_alias(unit) else self.count, runs_again, inner_kept_at,
+            place=index, region=sum(not pure(other) for other in self.units[:index]) if pure(unit) else None,
+            fused=cheap, elementwise=cheap and is_elementwise(unit, self.block),
+            reads=bool(needed_by(unit, self.block)), later=unit.inputs.index(found[0]) if found else None,
+        ))  # fmt: skip
         for position, tensor in enumerate(unit.inputs):
             flow, use = self.flows[tensor], (decision, position)
             flow.consumers.append(use)

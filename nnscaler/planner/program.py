@@ -63,13 +63,12 @@ The rows from (choice) to (some) are stated in `nnscaler.planner.choices`; those
 `nnscaler.planner.flows`; weights without a copy beside their masters, in `nnscaler.planner.masters`; what is computed
 in pieces, in `nnscaler.planner.pieces`; groups of calls, in `nnscaler.planner.groups`; what lies on the host, in
 `nnscaler.planner.on_host`; what is held while operators run, in `nnscaler.planner.working`, while pieces do, in
-`nnscaler.planner.piecewise`, and while gradients wait for their exchange, in `nnscaler.planner.deferred`; and all
-others here.
+`nnscaler.planner.piecewise`, while gradients wait for their exchange, in `nnscaler.planner.deferred`, and until they
+are computed, in `nnscaler.planner.later`; and all others here.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -79,10 +78,11 @@ from nnscaler.plan import Key
 from nnscaler.planner.choices import Choices
 from nnscaler.planner.flows import Flows
 from nnscaler.planner.groups import InGroups
+from nnscaler.planner.later import Later
 from nnscaler.planner.masters import Masters
 from nnscaler.planner.on_host import OnHost
 from nnscaler.planner.pieces import InPieces
-from nnscaler.planner.problem import Flow, Problem
+from nnscaler.planner.problem import Problem
 from nnscaler.planner.statement import Account, Quantity, Terms
 from nnscaler.planner.working import Working
 from nnscaler.recompute import Level
@@ -122,12 +122,13 @@ class Program:
         self.statement, self.x, self.n = self.choices.statement, self.choices.x, self.choices.n
         self.flows = Flows(self.choices)
         Masters(self.choices, self.flows)
-        self._weigh()
         self._hide()
         self.pieces = InPieces(self.choices, self.flows)
         groups = InGroups(self.choices, self.flows)
         self.on_host = OnHost(self.choices, self.flows) if problem.host else None
         Working(self.choices, self.flows, self.pieces, groups, self.on_host)
+        if problem.waiting:
+            Later(self.choices)
         workspaces = self.statement.least(Quantity.BYTES)
         self.statement.above(workspaces, [], problem.costs.hardware.workspaces)
         self._charge(Account.DEVICE, Key("working", "", "workspaces"), workspaces, 1.0)
@@ -168,20 +169,6 @@ class Program:
 
     def _charge(self, account: Account, key: Key, variable: int, amount: float) -> None:
         self.statement.charge(account, key, variable, amount)
-
-    def _weigh(self) -> None:
-        """Charges the part of backward's time that is for weights: each input that needs a gradient takes an equal
-        part."""
-        needing: dict[int, list[Flow]] = defaultdict(list)
-        for flow in self.problem.flows:
-            for index, _ in flow.consumers if flow.meta.requires_grad else ():
-                needing[index].append(flow)
-        for index, flows in needing.items():
-            decision = self.problem.decisions[index]
-            share = sum(flow.is_parameter for flow in flows) / len(flows)
-            for option, x in zip(decision.options, self.x[index]) if decision.kind == "unit" else ():
-                seconds = share * decision.count * option.seconds.backward
-                self._charge(Account.WEIGHTS, Key("backward", decision.block, decision.name), x, seconds)
 
     def _hide(self) -> None:
         """The rows (hiding)."""

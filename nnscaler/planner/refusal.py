@@ -93,7 +93,7 @@ def _describe(key: Key, peak: str) -> str:
     of = f"{key.block}{f'.{key.name}' if key.name else ''}"
     return {
         "parameter": f"{key.detail} of {of}",
-        "saved": f"activation {of}",
+        "saved": f"activation {of}" if of else f"activations {key.detail}",
         "inside": f"activations inside {of}",
         "working": f"working memory of {of or peak}",
         "buffers": "buffers of communication",

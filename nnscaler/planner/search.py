@@ -50,6 +50,7 @@ def find_plan(
     sums: GradientSum = IN_FP32,
     layouts: Mapping[str, Placements] | None = None,
     in_flight: int = 1,
+    waiting: Sequence[tuple[int, int]] = (),
     seconds: float = SEARCH_SECONDS,
     host: float = 0.0,
     sparing: bool = True,
@@ -67,6 +68,7 @@ def find_plan(
     sums               how devices add up their gradients
     layouts            name of a parameter, or of an input or output of the graph -> its layout, where that is given
     in_flight          micro-batches whose activations are held at a time
+    waiting            of a stage that may run backward in two parts: see `nnscaler.schedules.waiting`
     seconds            of processor time, after which the best plan so far is taken
     host               bytes of the host's memory that the plan may use for each device
     sparing            whether what else saves memory at a price is tried: see `build_problem`
@@ -85,7 +87,9 @@ def find_plan(
     costs = [CostModel(hardware, mesh, fused, times, sums) for mesh in meshes]
 
     def problem(model: CostModel, *saving: Any) -> Problem:
-        return build_problem(graph, model, again, micro_batches, layouts, in_flight, *saving)
+        found = build_problem(graph, model, again, micro_batches, layouts, in_flight, *saving)
+        found.waiting = waiting
+        return found
 
     programs, refused = [], None
     for model in costs:
@@ -315,7 +319,6 @@ def _to_plan(
     plan.seconds, plan.beside, plan.memory = priced.seconds, priced.beside, priced.memory
     plan.levels, plan.pieces = solution.levels, dict(solution.pieces)
     plan.host, plan.copies = priced.host, priced.copies
-    plan.weight_seconds = priced.weights
     for decision, index in zip(problem.decisions, solution.chosen):
         option = decision.options[index]
         if decision.kind == "unit":

@@ -46,7 +46,6 @@ class Account(Enum):
     FORWARD   seconds of exchange that runs beside forward
     BACKWARD  seconds of exchange that runs beside backward
     LAST      seconds of exchange that runs beside the backward of a step's last micro-batch only
-    WEIGHTS   the seconds, among those of TIME, in which backward makes gradients of weights
     SENT      seconds of copies that run beside forward: to the host; of the optimizer's state, there and back at once;
               of gradients for the update
     FETCHED   seconds of copies that run beside backward: back from the host; of gradients, there and back at once
@@ -58,7 +57,6 @@ class Account(Enum):
     FORWARD = "beside forward"
     BACKWARD = "beside backward"
     LAST = "beside the last backward"
-    WEIGHTS = "gradients of weights"
     SENT = "sent to the host"
     FETCHED = "fetched from the host"
     DEVICE = "device memory"

@@ -16,6 +16,7 @@ from nnscaler.placement import Placements, Shard
 from nnscaler.runtime.axis import Axis
 from nnscaler.runtime.gathering import Gathers
 from nnscaler.runtime.host import HostMemory
+from nnscaler.runtime.later import Later
 
 
 class Axes:
@@ -26,6 +27,7 @@ class Axes:
     pipeline       the group of pipeline ranks
     copies         the group of devices that do the same part of the work for other copies of the model
     gathers        gathers weights that are stored in shards, for generated code
+    later          computes gradients of weights later, for generated code
     host           keeps what backward needs in the host's memory, for generated code
     replica        which copy of the model this rank is of
     place          this rank's place on each mesh axis
@@ -35,6 +37,7 @@ class Axes:
 
     gathers: Gathers
     host: HostMemory
+    later: Later
     devices: Axis
     inner: Axis
     outer: Axis

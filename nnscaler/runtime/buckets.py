@@ -260,9 +260,11 @@ class GradientReducer:
     """Sums gradients over owners and micro-batches, while backward goes on.
 
     A bucket is exchanged once its last gradient has arrived: in each micro-batch, or, where it is `summed`, in the last
-    one of a step. How many gradients a summed bucket gets is learned in the first micro-batch.
+    one of a step. How many gradients a summed bucket gets is learned in the first micro-batch; where the next one's
+    backward may begin before that of a micro-batch ends, in the first step.
 
-    sums  how owners add up their gradients
+    sums      how owners add up their gradients
+    overlaps  whether backward of a micro-batch may begin before that of another one ends
     """
 
     def __init__(
@@ -271,12 +273,15 @@ class GradientReducer:
         parameters: Mapping[str, nn.Parameter],
         micro_batches: int,
         sums: GradientSum = IN_FP32,
+        overlaps: bool = False,
     ) -> None:
+        self._overlaps = overlaps
         self._buckets = list(buckets)
         self._micro_batches, self._sums = micro_batches, sums
         self._left = micro_batches  # of this step
-        self._arrived: dict[int, list[str]] = defaultdict(list)  # bucket -> gradients in it, in this micro-batch
-        self._expected: dict[int, int] = {}  # summed bucket -> how many a micro-batch has
+        self._arrived: dict[int, set[str]] = defaultdict(set)  # bucket to be sent -> parameters with a gradient in it
+        self._counts: dict[int, int] = defaultdict(int)  # summed bucket -> gradients that it got in this step
+        self._expected: dict[int, int] = {}  # summed bucket -> how many it gets in a step
         self._begun: dict[int, set[str]] = defaultdict(set)  # bucket -> parameters that had a gradient, in this step
         self._buffers: dict[int, Tensor] = {}
         self._in_flight: deque[tuple[Waited | None, int, Tensor, Tensor, bool]] = deque()
@@ -288,19 +293,13 @@ class GradientReducer:
                 pieces[slot.name].append((index, slot))
         self._pieces = {id(parameter): pieces[name] for name, parameter in parameters.items()}
         self._deferred: deque[tuple[Tensor, Waited | None, Tensor]] = deque()
-        self._parameters = list(parameters.values())
-        for parameter in self._parameters:
+        for parameter in parameters.values():
             parameter.register_post_accumulate_grad_hook(self._take_own)
-
-    def take_gradients(self) -> None:
-        """Takes the gradients that were set without a hook being called, as in torch's split backward."""
-        for parameter in self._parameters:
-            self._take_own(parameter)
 
     def _take_own(self, parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
         if gradient is not None:  # else it was deferred
-            self._take(parameter, gradient)
+            self.take(parameter, gradient)
 
     def defer(self, parameter: Tensor, work: Waited | None, gradient: Tensor) -> None:
         """Takes a gradient that is complete once `work` is."""
@@ -312,9 +311,9 @@ class GradientReducer:
         parameter, work, gradient = self._deferred.popleft()
         if work is not None:
             work.wait()
-        self._take(parameter, gradient)
+        self.take(parameter, gradient)
 
-    def _take(self, parameter: Tensor, gradient: Tensor) -> None:
+    def take(self, parameter: Tensor, gradient: Tensor) -> None:
         """Adds a gradient that has arrived to its buckets.
 
         That of a tied weight comes in two parts: from where the weight is gathered, and from where it is used as it is
@@ -330,24 +329,24 @@ class GradientReducer:
                 summed = bucket.gradient_here(fresh=not self._begun[index])
                 add_gradient(summed[there], gradient[here], first=slot.name not in self._begun[index])
                 self._begun[index].add(slot.name)
-                self._arrived[index].append(slot.name)
-                if len(self._arrived[index]) == self._expected.get(index):
-                    if self._left == 1:
-                        self._send_summed(index)
-                    else:
-                        self._end_stay(bucket, summed)
+                self._counts[index] += 1
+                expected = self._expected.get(index, 0)
+                if self._counts[index] == expected:
+                    self._send_summed(index)
+                elif expected and self._counts[index] % (expected // self._micro_batches) == 0:
+                    self._end_stay(bucket, summed)
             else:
                 if index not in self._buffers:
                     dtype = self._sums.dtype(torch.float32)
                     self._buffers[index] = torch.empty(bucket.flat.shape, dtype=dtype, device=bucket.device)
                 add_gradient(self._buffers[index][there], gradient[here], first=slot.name not in self._arrived[index])
-                self._arrived[index].append(slot.name)
-                if len(set(self._arrived[index])) == len(bucket.slots):
+                self._arrived[index].add(slot.name)
+                if len(self._arrived[index]) == len(bucket.slots):
                     self._send(index)
 
     def _send(self, index: int) -> None:
         bucket, buffer = self._buckets[index], self._buffers.pop(index)
-        for unused in bucket.without(set(self._arrived.pop(index))):
+        for unused in bucket.without(self._arrived.pop(index)):
             buffer[unused].zero_()
         while len(self._in_flight) >= MOST_IN_FLIGHT:  # bounds the buffers alive
             self._receive()
@@ -399,14 +398,20 @@ class GradientReducer:
             self._take_deferred()
         for index in sorted(self._buffers):
             self._send(index)
-        self._expected = self._expected or {index: len(names) for index, names in self._arrived.items()}
-        self._arrived.clear()
+        if not self._overlaps:
+            self._learn(self._micro_batches)
         self._left -= 1
         if self._slots is not None:
             self._slots.end_micro_batch(last=self._left == 0)
 
+    def _learn(self, times: int) -> None:
+        """How many gradients a summed bucket gets in a step: so many times as many as it has got."""
+        self._expected = self._expected or {index: count * times for index, count in self._counts.items()}
+
     def finish(self) -> None:
         """Ends a step: waits until every `Bucket.gradient` is complete."""
+        self._learn(1)
+        self._counts.clear()
         while self._in_flight:
             self._receive()
         for index, bucket in enumerate(self._buckets):

@@ -26,6 +26,7 @@ from nnscaler.runtime.buckets import Bucket, GradientReducer, make_buckets
 from nnscaler.runtime.draws import with_draws, without_draws
 from nnscaler.runtime.gathering import Gathers
 from nnscaler.runtime.host import HostMemory
+from nnscaler.runtime.later import Later
 from nnscaler.runtime.optimizer import buckets_of, decays
 from nnscaler.shards import Box, ParameterSpec
 from nnscaler.sums import GradientSum
@@ -112,12 +113,12 @@ class ParallelModule(nn.Module):
         self.buckets, parameters = make_buckets(
             self.specs, self.axes, decayed, alone=shared, summed=summed, gradients_on_host=plan["gradients_on_host"]
         )
-        self.trained = list(parameters.values())
         sums = GradientSum(**plan["gradient_sum"])
-        self.reducer = GradientReducer(self.buckets, parameters, micro_batches, sums)
+        self.reducer = GradientReducer(self.buckets, parameters, micro_batches, sums, overlaps=plan["splits"])
         self._weights = Weights(self.buckets, parameters)
         self.gathers = self.axes.gathers = Gathers(self.reducer.defer, self._weights.wait, sums)
         self.axes.host = HostMemory(self.axes.device, self._is_weight, self.gathers.pack, self.gathers.unpack)
+        self.axes.later = Later(self.reducer.take)
         self.state_on_host = buckets_of(self.buckets, plan["state_on_host"])
         self._gathers_again = any(block["gathered_again"] for block in plan["blocks"].values())
         self._load_fixed(directory)

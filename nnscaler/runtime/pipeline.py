@@ -170,7 +170,8 @@ class PeerStage(PipelineStage):
 class _Stage(PeerStage):
     """A torch stage that hands its gradients to the stage's reducer.
 
-    Where it does not split its backward, the part for the inputs does everything, and the part for the weights nothing.
+    Where a schedule runs backward in two parts, the second computes what the first left for later. Where the stage does
+    not split its backward, the first does everything.
     """
 
     def __init__(
@@ -184,15 +185,14 @@ class _Stage(PeerStage):
         axes: Axes,
         splits: bool,
     ) -> None:
-        at_once = not splits or axes.device.type != "cpu"  # elsewhere regions are compiled
         super().__init__(
             _StageModule(module, received_names), index, stages, axes.device,
             input_args=received, output_args=sent, group=axes.pipeline.group,
-            dw_builder=(lambda: _nothing) if at_once else None,
+            dw_builder=module.axes.later.rest,
         )  # fmt: skip
         self._reducer: GradientReducer = module.reducer
-        self._host = module.axes.host
-        self._at_once = at_once
+        self._host, self._later = module.axes.host, module.axes.later
+        self._splits = splits
 
     def _validate_fwd_outputs(self, outputs: tuple[Tensor, ...]) -> None:
         """Nothing: shapes are the plan's; and torch 2.11 takes what the last stage gives for one number, which may be
@@ -201,20 +201,16 @@ class _Stage(PeerStage):
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
+        self._later.waits = self._splits and not full_backward
         super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
         self._host.clear()
-        if full_backward or self._at_once:
+        if full_backward or not self._splits:
             self._reducer.end_micro_batch()
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
-        if not self._at_once:
-            self._reducer.take_gradients()
+        if self._splits:
             self._reducer.end_micro_batch()
-
-
-def _nothing() -> None:
-    pass
 
 
 class _StageModule(nn.Module):
@@ -225,7 +221,6 @@ class _StageModule(nn.Module):
         self._run = module.forward
         self._received = received
         self._own = [name for name in module.input_names if name not in received]
-        self.weights = nn.ParameterList(module.trained)
 
     def forward(self, *received: Tensor, **inputs: Tensor) -> Any:
         return self._run(**dict(zip(self._received, received, strict=True)), **{n: inputs[n][0] for n in self._own})

@@ -134,7 +134,7 @@ def test_a_bias_is_divided_by_the_devices_of_all_axes_along_which_its_product_is
     for split, second, part in (("k,k", Shard(1), 6), ("k,-", REPLICATE, 2)):
         layouts = [(Shard(1), second), (Shard(1), second), (REPLICATE, REPLICATE)]
         way = NodePlan(split, tuple(layouts), ((PARTIAL, PARTIAL if part == 6 else REPLICATE),))
-        plan = SimpleNamespace(mesh=Mesh((2, 3)), nodes={("model", "y"): way})
+        plan = SimpleNamespace(mesh=Mesh((2, 3)), splits=False, nodes={("model", "y"): way})
         body = Body(plan, given, {(name, layout): name for name, layout in zip("xwb", layouts)})
         assert body._node(node, []) == [f"y = F.linear(x, w, b / {part})"]
 

@@ -34,7 +34,7 @@ def body_of(*names: str, mesh: Mesh | None = None, nodes: tuple[Node, ...] = (),
         for node in nodes
     }
     block = Block("layer", "Layer", dict.fromkeys(names, F32), list(names), nodes=list(nodes))
-    body = Body(SimpleNamespace(mesh=mesh, nodes=plans), block, taken=set(names))
+    body = Body(SimpleNamespace(mesh=mesh, splits=False, nodes=plans), block, taken=set(names))
     for name in names:
         body._define(name, layout, name)
     return body
@@ -162,10 +162,19 @@ def test_what_no_later_segment_uses_is_let_go():
     ({"pieces": {("layer", "y"): 2}}, "import imported, in_pieces, operators", ("axes.inner",)),
     ({"pieces": {("layer", "y"): 2}}, "in_pieces(function, n, divided, joined, keep, ...) runs a function n", ()),
     ({"nodes": {("layer", "y"): NodePlan("-", (), (), in_fp8=True)}}, "from nnscaler.kernels import fp8\n", ()),
+    ({"splits": True}, "from nnscaler.kernels import later\n", ("fp8",)),
+    ({"splits": True}, "later.linear: as F.linear, but", ()),
+    ({}, "", ("later",)),
 ])  # fmt: skip
 def test_the_head_of_a_module_says_and_imports_what_it_needs(change, said, others):
     block = Block("layer", "Layer", nodes=[OWN, Node("y", "aten.sin.default", (Ref("x"),), {}, ("y",))])
-    given = {"mesh": Mesh((2,)), "pieces": {}, "nodes": {}, "graph": SimpleNamespace(all_blocks=lambda: [block])}
+    given = {
+        "mesh": Mesh((2,)),
+        "splits": False,
+        "pieces": {},
+        "nodes": {},
+        "graph": SimpleNamespace(all_blocks=lambda: [block]),
+    }
     text = _header(
         SimpleNamespace(**{**given, **change}), [("what", "a text")], ["imported"] if "pieces" in change else []
     )

@@ -33,13 +33,14 @@ LINEAR = node("y", "linear", "x", "w")
 def written(
     *nodes: Node, inputs: str = "x", outputs: str = "z", again: tuple[str, ...] = (), fp8: tuple[str, ...] = (),
     parameters: dict[str, Placements] | None = None, layouts: dict[tuple[str, str], Placements] | None = None,
-    results: Placements = WHOLE,
+    results: Placements = WHOLE, splits: bool = False,
 ) -> str:  # fmt: skip
     """The functions of a block, one after the other.
 
     parameters  name -> where it lies; other tensors are inputs, or made
     layouts     (a node, one of its tensors) -> where that lies for it, if not whole
     results     where the block's results lie
+    splits      whether backward runs in two parts
     """
     stored, layouts = parameters or {}, layouts or {}
     names = {*inputs, *stored, *(output for one in nodes for output in one.outputs)}
@@ -59,7 +60,7 @@ def written(
     }
     uses = [(other, "w", "other.w"), *((block, name, f"layers.0.{name}") for name in stored)]
     plan = SimpleNamespace(
-        mesh=Mesh((2,)), nodes=ways, inputs={"layer": [WHOLE] * len(inputs)},
+        mesh=Mesh((2,)), splits=splits, nodes=ways, inputs={"layer": [WHOLE] * len(inputs)},
         outputs={"layer": [results] * len(outputs)}, pieces={},
         recomputed={"layer": set(again)}, graph=SimpleNamespace(parameter_uses=lambda: uses),
         parameters={"other.w": (Shard(0),)} | {f"layers.0.{name}": layout for name, layout in stored.items()},
@@ -159,6 +160,69 @@ CASES = {
             del y
             z = layer_region_1(keep, x, a)
             return z
+        """,
+    ),
+    "where backward runs in two parts, the gradient of a product's weight comes later": (
+        lambda: written(
+            LINEAR, node("z", "sin", "y"), parameters={"w": WHOLE}, splits=True, results=(Shard(0),),
+            layouts={(one, tensor): (Shard(0),) for one, tensor in ("yx", "yy", "zy", "zz")},
+        ),
+        """\
+        @region
+        def layer_region_0(x_s0, w):
+            # Layer
+            y = later.linear(x_s0, w)
+            z = y.sin()
+            return z
+        def layer(w, axes, keep, x):
+            # x: f32[4, 8]
+            x_s0 = collectives.slice_(x, axes.devices, dim=0, backward="all_gather")
+            z = layer_region_0(keep, x_s0, axes.later.weight(w["w"], [2, 8], [2, 8]))
+            return z
+        """,
+    ),
+    "also where the product stands in its place; but not in fp8, nor where there is no weight": (
+        lambda: written(
+            LINEAR, node("a", "attention", "y", "x", "x"), node("z", "linear", "a", "b"), node("v", "linear", "z", "u"),
+            inputs="xu", outputs="v", parameters={"w": WHOLE, "b": WHOLE}, fp8=("z",), splits=True,
+        ),
+        """\
+        @region
+        def layer_region_1(a, b, u):
+            # Layer
+            a_fp8 = fp8.rounded(a)
+            z = fp8.linear(a_fp8, b)
+            v = F.linear(z, u)
+            return v
+        def layer(w, axes, keep, x, u):
+            # x: f32[4, 8]
+            # u: f32[4, 8]
+            y = later.linear(x, axes.later.weight(w["w"], [4, 8], [4, 8]))
+            # Layer
+            a = ops.attention(y, x, x)
+            del y
+            v = layer_region_1(keep, a, w["b"], u)
+            return v
+        """,
+    ),
+    "nor of a weight that is used twice, or as it is not stored": (
+        lambda: written(
+            LINEAR, node("z", "linear", "y", "w"), node("v", "linear", "z", "u"), outputs="v", splits=True,
+            parameters={"w": WHOLE, "u": (Shard(0),)},
+        ),
+        """\
+        @region
+        def layer_region_0(x, w, u_whole):
+            # Layer
+            y = F.linear(x, w)
+            z = F.linear(y, w)
+            v = F.linear(z, u_whole)
+            return v
+        def layer(w, axes, keep, x):
+            # x: f32[4, 8]
+            u_whole = collectives.all_gather(w["u"], axes.devices, dim=0, backward="slice")
+            v = layer_region_0(keep, x, w["w"], u_whole)
+            return v
         """,
     ),
     "several are one region, with a comment for each module": (

@@ -14,7 +14,7 @@ from nnscaler.mesh import Mesh
 from nnscaler.pipeline import stages
 from nnscaler.pipeline.cut import cut, pivots
 from nnscaler.pipeline.plan import PipelinePlan, forward_seconds, update_seconds
-from nnscaler.pipeline.simulate import StageSeconds, Timeline, simulate
+from nnscaler.pipeline.simulate import Timeline
 from nnscaler.pipeline.stages import Candidate, Estimate, StagePlanner, _likeness, _renamed
 from nnscaler.placement import REPLICATE, SHARED, Shard
 from nnscaler.plan import GIB, Key, Plan
@@ -23,7 +23,7 @@ from nnscaler.planner.costs import CostModel
 from nnscaler.planner.problem import Recomputing
 from nnscaler.planner.solve import Needs
 from nnscaler.recompute import KEEPS_ALL, LEVELS
-from nnscaler.schedules import Schedule, actions
+from nnscaler.schedules import Schedule
 from nnscaler.sums import GradientSum
 from tests import tiny
 from tests.pipeline.test_cut import llama
@@ -127,9 +127,9 @@ def test_a_stage_is_planned_in_what_its_rank_has_left():
     assert found.asked == [
         (3, 40.0 + 50, 8.0), (1, 20.0 + 50, 3.0 + 7), (0, 10.0 + 90 - 40, 4.0 + 8 - 5), (2, 30.0 + 70 - 20, 10.0 - 3),
     ]  # fmt: skip
-    guess = found._guess(6.0)
-    assert found.simulated[0] == [found._guess(9.0), found._guess(12.0), guess, 15.0]
-    assert found.simulated[2] == [9.0, 12.0, guess, 15.0]
+    first, second, third, _ = found._guess(candidate, needs)
+    assert found.simulated[0] == [first, second, third, 15.0]
+    assert found.simulated[2] == [9.0, 12.0, third, 15.0]
     found, made = plan(27.0)
     assert made is None
     assert [index for index, *_ in found.asked] == [3, 1], "with these two the step takes that long already"
@@ -170,23 +170,26 @@ def test_a_plan_for_more_memory_is_taken_where_it_fits(monkeypatch):
     assert given.pop("seconds") == math.inf
     assert given == {
         "memory": 90.0, "recompute_modules": None, "micro_batches": 4, "fused": True, "times": times,
-        "layouts": layouts, "in_flight": 3, "host": 8.0, "sparing": True, "groups": True, "sums": "sums",
+        "layouts": layouts, "in_flight": 3, "waiting": (), "host": 8.0, "sparing": True, "groups": True, "sums": "sums",
     }  # fmt: skip
     assert plan.memory_bytes == 60.0, "with what is received"
     assert plan.memory_limit == 100.0
     for limit, host, again in ((80.0, 8.0, False), (60.0, 4.0, False), (101.0, 8.0, True), (59.0, 8.0, True)):
         asked.clear()
-        one.planned["like", 3] = [(100.0, 8.0, plan)]
+        one.planned["like", 3, ()] = [(100.0, 8.0, plan)]
         assert (one._plan(this, limit, host) is not plan) == bool(asked) == again, limit
     for limit, host in ((80.0, 8.5), (80.0, 3.5)):
         asked.clear()
-        one.planned["like", 3] = [(100.0, 8.0, plan)]
+        one.planned["like", 3, ()] = [(100.0, 8.0, plan)]
         assert one._plan(this, limit, host) is not plan, host
     asked.clear()
     one._plan(replace(this, held=2), 80.0, 8.0)
     one.until = -1e9
     one._plan(replace(this, like="another"), 80.0, 8.0)
-    assert [given["in_flight"] for *_, given in asked] == [2, 3]
+    later = one._plan(replace(this, waiting=((3, 1),)), 80.0, 8.0)
+    assert [given["in_flight"] for *_, given in asked] == [2, 3, 3]
+    assert [given["waiting"] for *_, given in asked] == [(), (), ((3, 1),)]
+    assert (plan.splits, later.splits) == (False, True)
     assert asked[-1][-1]["seconds"] == stages.LEAST_SECONDS, "though time is out"
 
 
@@ -195,12 +198,13 @@ def test_stages_of_a_rank_are_estimated_together(monkeypatch):
     asked = []
 
     def relaxed(problems, memory):
-        asked.append(([problem.in_flight for problem in problems], memory))
+        asked.append(([(problem.in_flight, *problem.waiting) for problem in problems], memory))
         return [Needs(1.0, 5.0, 6.0), Needs(2.0, 7.0, 8.0)]
 
     @dataclass
     class Stated:
         in_flight: int = 1
+        waiting: tuple[object, ...] = ()
 
     one = planner()
     one.memory = 100.0
@@ -211,11 +215,12 @@ def test_stages_of_a_rank_are_estimated_together(monkeypatch):
     one.problems = {"a": Stated(), "b": Stated()}
     monkeypatch.setattr(stages, "relaxed", relaxed)
     assert one._estimate(own) == [Needs(1.0, 15.0, 6.0), Needs(2.0, 27.0, 8.0)]
-    assert asked == [([3, 2], 70.0)]
+    assert asked == [([(3,), (2,)], 70.0)]
     one._estimate(own)
     assert len(asked) == 1, "what is known is not asked again"
     one._estimate([own[0], replace(own[1], held=1)])
-    assert asked[1:] == [([3, 1], 70.0)]
+    one._estimate([own[0], replace(own[1], waiting=((2, 1),))])
+    assert asked[1:] == [([(3,), (1,)], 70.0), ([(3,), (2, (2, 1))], 70.0)]
     monkeypatch.setattr(stages, "relaxed", lambda problems, memory: None)
     one.estimated.clear()
     one.memory = 3 * GIB
@@ -332,49 +337,37 @@ def test_what_a_layout_does_not_divide_crosses_whole():
         assert one._fitting(shape, layout) == (layout if fits else (REPLICATE,) * 2), (shape, layout)
 
 
-def test_backward_is_split_where_both_parts_compute_again_what_they_need():
+def test_the_second_part_of_backward_computes_gradients_of_weights_alone(monkeypatch):
+    """Also in the first stage: where its input has no gradient, its first part is as long as any."""
+    monkeypatch.setattr(stages, "weight_seconds", lambda plan: 6.0 * plan.splits)
     plan = stage()
-    plan.weight_seconds = 6.0
+    plan.splits = True
     found = planner()._seconds(plan)
     assert (found.forward, found.backward) == (FORWARD, BACKWARD)
-    assert (found.inputs, found.weights) == (BACKWARD - 6.0, 6.0 + AGAIN)
+    assert (found.inputs, found.weights) == (BACKWARD - 6.0, 6.0)
     assert planner()._seconds(plan, update=True).backward == BACKWARD + UPDATE
-    first = found.of_first()
-    assert (first.forward, first.inputs, first.weights) == (FORWARD, 0.0, BACKWARD + AGAIN)
-    whole = planner(fused=True)._seconds(plan)
+    plan.splits = False
+    whole = planner()._seconds(plan)
     assert (whole.forward, whole.backward, whole.inputs, whole.weights) == (FORWARD, BACKWARD, BACKWARD, 0.0)
 
 
-def test_the_first_stage_does_all_of_a_split_backward_at_the_end(monkeypatch):
-    """Its input needs no gradient: so of zb-v's first stage, the second part is as long as both."""
-    schedule = Schedule("zb-v", 2, 4, 4)
-    monkeypatch.setattr(StagePlanner, "_transfers", lambda self, candidate: [0.5] * 3)
-    own = [StageSeconds(1.0, 3.0, 3.0, 0.0)] * 4
-    first = StageSeconds(1.0, 3.0, 0.0, 3.0)
-    wanted, other = (
-        simulate(schedule, actions(schedule), given, [0.5] * 3).seconds for given in ([first, *own[1:]], own)
-    )
-    assert planner()._simulate(Candidate(schedule, (1,) * 4, (REPLICATE,)), own) == wanted != other
-
-
 def test_what_cannot_be_split():
-    """Compiled regions, weights that are gathered early, what lies on the host, and what is computed in pieces."""
+    """Weights that are gathered early, what lies on the host, and what is computed in pieces."""
     plain = stage()
     plain.levels = {"layer": {KEEPS_ALL: 3}}
-    assert planner()._splits(plain)
-    assert not planner(fused=True)._splits(plain)
+    assert stages._can_split(plain)
     gathers, hosts, cuts = stage(), stage(), stage()
     gathers.memory[Key("buffers", "", "gathered early")] = 1.0
     hosts.levels = {"other": {KEEPS_ALL: 1}, "layer": {KEEPS_ALL: 3, HOST: 1}}
     cuts.pieces = {("layer", "y"): 4}
-    assert not any(planner()._splits(plan) for plan in (gathers, hosts, cuts))
+    assert not any(stages._can_split(plan) for plan in (gathers, hosts, cuts))
 
 
 def test_where_only_the_sum_is_known_backward_is_twice_forward():
-    guess = planner()._guess(9.0)
-    assert (guess.forward, guess.backward, guess.inputs, guess.weights) == (3.0, 6.0, 3.0, 3.0)
-    guess = planner(fused=True)._guess(9.0)
-    assert (guess.forward, guess.backward, guess.inputs, guess.weights) == (3.0, 6.0, 6.0, 0.0)
+    split = Candidate(Schedule("zb-v", 2, 4, 4), (1,) * 4, (REPLICATE,), splits=True)
+    for candidate, parts in ((split, (3.0, 3.0)), (replace(split, splits=False), (6.0, 0.0))):
+        (guess,) = planner()._guess(candidate, [Needs(9.0, 1.0, 0.0)])
+        assert (guess.forward, guess.backward, guess.inputs, guess.weights) == (3.0, 6.0, *parts)
 
 
 def test_a_plan_is_taken_for_another_stage_only_where_that_does_the_same():

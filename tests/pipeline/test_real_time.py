@@ -39,18 +39,17 @@ class SleepingStage(nn.Module):
         self.weight = nn.Parameter(torch.ones(()))
 
     def forward(self, x):
-        seconds = self.seconds
-        if not x.requires_grad:  # the first stage's: its operators have weights, and so a backward
-            x = x + 0 * self.weight
-        return Sleep.apply(x, seconds.forward, seconds.inputs) + Sleep.apply(self.weight, 0.0, seconds.weights)
+        return Sleep.apply(x + 0 * self.weight, self.seconds.forward, self.seconds.inputs)
+
+    def rest(self):
+        return lambda: time.sleep(self.seconds.weights)
 
 
 def stage_seconds(schedule: Schedule) -> list[StageSeconds]:
     """Unequal stages: some wait for others whatever the schedule."""
     part = 3 * schedule.ranks / schedule.stages  # so long that what processes take to wake up is little
     each = [(0.04 * part, (0.03 + 0.02 * (stage % 2)) * part, 0.03 * part) for stage in range(schedule.stages)]
-    first, *others = (StageSeconds(forward, inputs + weights, inputs, weights) for forward, inputs, weights in each)
-    return [first.of_first(), *others]
+    return [StageSeconds(forward, inputs + weights, inputs, weights) for forward, inputs, weights in each]
 
 
 def measure(schedules: list[Schedule]) -> list[float]:
@@ -64,7 +63,15 @@ def measure(schedules: list[Schedule]) -> list[float]:
             module = SleepingStage(stage_seconds(schedule)[index])
             sent = torch.empty(4, 8, device="meta", requires_grad=True)
             stages.append(
-                PeerStage(module, index, schedule.stages, torch.device("cpu"), input_args=received, output_args=sent)
+                PeerStage(
+                    module,
+                    index,
+                    schedule.stages,
+                    torch.device("cpu"),
+                    input_args=received,
+                    output_args=sent,
+                    dw_builder=module.rest,
+                )
             )
         step = torch_schedule(schedule, stages, lambda output, target: output.sum())
         rows = torch.ones(4 * schedule.micro_batches, 8)

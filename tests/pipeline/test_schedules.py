@@ -9,7 +9,18 @@ from torch.distributed.pipelining import schedules
 
 from nnscaler import UserError
 from nnscaler.pipeline.simulate import StageSeconds, simulate
-from nnscaler.schedules import KINDS, Compute, Post, Schedule, Transfer, Wait, actions, in_flight, torch_schedule
+from nnscaler.schedules import (
+    KINDS,
+    Compute,
+    Post,
+    Schedule,
+    Transfer,
+    Wait,
+    actions,
+    in_flight,
+    torch_schedule,
+    waiting,
+)
 
 ALL = [
     Schedule(kind, ranks, ranks * per_rank, micro_batches)
@@ -124,11 +135,27 @@ def test_activations_in_flight():
     split = [
         Compute(kind, 1, int(micro_batch)) for kind, micro_batch in ("F0", "I0", "F1", "I1", "W0", "F2", "I2", "W1")
     ]
-    assert in_flight(split, 1) == 2, "the gradients of weights, which come last, read them too"
+    assert in_flight(split, 1) == 1, "the gradients of weights, which come last, do not read them"
     assert in_flight(split, 0) == 0
-    for program in ("F0 F1 B0 F2 F3", "F0 F1 I0 W0 F2 F3"):
+    for program in ("F0 F1 B0 F2 F3", "F0 F1 I0 W0 F2 F3", "F0 F1 I0 F2 F3 W0"):
         own = [Compute(kind, 1, int(micro_batch)) for kind, micro_batch in program.split()]
         assert in_flight(own, 1) == 3, "with each backward one is let go of"
+
+
+@pytest.mark.parametrize(
+    ("program", "moments"),
+    [
+        ("F0 F1 B0 F2 B1 B2", []),
+        ("F0 I0 W0", [(1, 1)]),
+        ("F0 F1 F2 I0 W0 I1 I2 W1 W2", [(1, 2), (3, 1)]),  # three wait for I0, which runs; then I2 runs beside W1
+        ("F0 F1 I0 I1 F2 F3 F4 W0 W1 B2 I3 W3 I4 W4", [(3, 2)]),
+        ("F0 F1 I0 F2 F3 I1 W0 W1 I2 I3 W2 W3", [(3, 2)]),
+    ],
+)
+def test_what_waits_for_the_second_part_of_backward(program, moments):
+    own = [Compute(kind, 1, int(micro_batch)) for kind, micro_batch in program.split()]
+    assert waiting(own, 1) == moments
+    assert waiting(own, 0) == []
 
 
 @pytest.mark.parametrize(

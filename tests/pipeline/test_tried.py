@@ -27,7 +27,7 @@ def test_what_promises_most_is_tried_first_and_the_fastest_is_taken(monkeypatch)
     planners = {one.mesh: f"of {one.schedule.ranks}" for one in on}
     promised, takes, asked = {2: 3.0, 4: 1.0, 8: 2.0}, {2: 6.0, 4: 9.0, 8: None}, []
 
-    def estimate(planner, schedule):
+    def estimate(planner, schedule, splits):
         assert planner == f"of {schedule.ranks}"
         return SimpleNamespace(step_seconds=promised[schedule.ranks], candidate=SimpleNamespace(schedule=schedule))
 
@@ -53,7 +53,7 @@ def test_what_is_refused_when_it_is_estimated_or_planned_keeps_no_other_from_bei
     on = [search._On(Schedule("1f1b", ranks, ranks, 8), Mesh((4, 16 // ranks))) for ranks in (2, 4, 8)]
     planners = dict.fromkeys(one.mesh for one in on)
 
-    def estimate(planner, schedule):
+    def estimate(planner, schedule, splits):
         if schedule.ranks == 8:
             raise NothingFits("it is too large")
         return SimpleNamespace(step_seconds=1.0 * schedule.ranks, candidate=SimpleNamespace(schedule=schedule))
@@ -93,7 +93,7 @@ def test_where_nothing_takes_less_than_is_asked_for_that_is_said(monkeypatch, tm
     def without(*given, **named):
         raise NotFaster(9.0)
 
-    def estimate(planner, schedule):
+    def estimate(planner, schedule, splits):
         seconds = 6.96 if schedule.kind == "zb-v" else 6.97
         return SimpleNamespace(step_seconds=seconds, candidate=SimpleNamespace(schedule=schedule))
 
@@ -121,7 +121,7 @@ def test_each_search_gets_all_that_it_may_use(monkeypatch, tmp_path):
         alone.append((graph, meshes, hardware, given))
         return SimpleNamespace(step_seconds=10.0)
 
-    def estimate(planner, schedule):
+    def estimate(planner, schedule, splits):
         if len(planner.mesh.sizes) > 1:
             return SimpleNamespace(step_seconds=9.96)
         tried.append((schedule.ranks, planner))
@@ -158,9 +158,7 @@ def test_each_search_gets_all_that_it_may_use(monkeypatch, tmp_path):
     assert tried
     assert not any(planner.sparing for _, planner in tried), "time is out"
     alone.clear()
-    monkeypatch.setattr(
-        search, "estimated", lambda planner, schedule: estimate(replace(planner, sparing=False), schedule)
-    )
+    monkeypatch.setattr(search, "estimated", lambda planner, *given: estimate(replace(planner, sparing=False), *given))
     with pytest.raises(NothingFits, match=r"no pipeline fits; the last that was tried, 1f1b, 4 stages .*: it is too l"):
         find_pipeline(graph, meshes, machine, Wanted(schedule="1f1b"), micro_batches=4, seconds=0.0)
     assert alone == [], "a schedule that is asked for is a pipeline"
@@ -174,7 +172,7 @@ def test_devices_of_a_stage_are_two_axes_where_that_could_be_faster_and_time_is_
     one, two = Mesh((4,)), Mesh((2, 2))
     takes = {one: 10.0, two: 9.9}
 
-    def estimate(planner, schedule):
+    def estimate(planner, schedule, splits):
         assert schedule == Schedule("1f1b", 2, 2, 4)
         tried.append((planner.mesh, planner.memory == math.inf, planner.sparing))
         if planner.mesh == one and takes[one] == math.inf:

@@ -22,7 +22,7 @@ from nnscaler.placement import REPLICATE, SHARED, Placement, Shard
 from nnscaler.plan import Key
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.price import Price, price
-from nnscaler.planner.problem import Recomputing, build_problem
+from nnscaler.planner.problem import Decision, Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution
 from nnscaler.recompute import (
     IN_GROUPS,
@@ -98,7 +98,10 @@ def priced_if_possible(
     graph: Graph, machine: Hardware, levels: dict[Level, int], mesh: Mesh, micro_batches: int, once: bool,
     stored: Placement, gathers_again: bool, alone: bool, state: int, result: Placement | None, **given: object,
 ) -> Price | None:  # fmt: skip
+    waiting, in_fp8 = given.pop("waiting", ()), given.pop("in_fp8", ())
     problem = build_problem(graph, CostModel(machine, mesh), Recomputing(), micro_batches, **{"groups": False, **given})
+    problem.waiting = waiting
+    problem.decisions = [_in_fp8(one) if one.name in in_fp8 else one for one in problem.decisions]
     rows = (Shard(0) if mesh.plan_ngpus > 1 else REPLICATE,)
     chosen = []
     for decision in problem.decisions:
@@ -117,6 +120,11 @@ def priced_if_possible(
     (block,) = graph.blocks
     again = frozenset(i for i, flow in enumerate(problem.flows) if flow.is_parameter and gathers_again)
     return price(Program(problem), Solution(chosen, {graph.root.name: {KEEPS_ALL: 1}, block: levels}, again, state))
+
+
+def _in_fp8(decision: Decision) -> Decision:
+    ways = [tuple((name, replace(way, in_fp8=True)) for name, way in option.ways) for option in decision.options]
+    return replace(decision, options=tuple(replace(option, ways=own) for option, own in zip(decision.options, ways)))
 
 
 # Level -> bytes that a layer keeps beside p, seconds of what it does again.
@@ -140,7 +148,6 @@ def test_each_level_by_hand(graph, machine, level):
     # Products: for both factors. What others move in forward, and a gradient that they write.
     backward = 3 * (4 * PRODUCT + (3 + 3 + 4) * H / MEMORY) + (X + 2) / MEMORY
     assert total(found.seconds, "backward") == pytest.approx(backward, rel=1e-3)
-    assert found.weights == pytest.approx(3 * 2 * PRODUCT, rel=1e-3), "one of the two, of each product"
     in_flight = priced(graph, machine, {level: 3}, in_flight=4)
     assert total(in_flight.memory, "saved") == pytest.approx(4 * (3 * kept + H))
     inside = 1 if level is KEEPS_ALL else 0  # what exp gives, which it reads itself, is no flow

@@ -179,9 +179,3 @@ def test_the_least_memory_takes_no_more_of_the_host_than_it_may(graph, machine, 
     found = price(program, solution)
     assert found is not None
     assert least <= sum(found.host.values()) / TENSOR <= most * (1 + 1e-5)
-
-
-def test_half_of_a_products_backward_is_for_its_weight(graph, machine):
-    host = Host(1e12, 1e30, 1e30, 1e30, LOST)
-    found = with_two_on_host(graph, machine, host, KEEPS_ALL, state=0)
-    assert found.weights == pytest.approx(CALLS * PRODUCT, rel=0.01)

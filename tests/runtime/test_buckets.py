@@ -228,8 +228,7 @@ def test_no_more_exchanges_go_on_at_once_than_are_meant_to(monkeypatch):
     monkeypatch.setattr(module, "start_gradient_sum", lambda *given: seen.append("begin") or work)
     reducer, parameters = reducer_of("abcd")
     for parameter in parameters.values():
-        parameter.grad = torch.ones(128)
-    reducer.take_gradients()
+        reducer.take(parameter, torch.ones(128))
     assert seen == ["begin", "begin", "end", "begin", "end", "begin"]
     reducer.end_micro_batch()
     reducer.finish()

@@ -34,6 +34,7 @@ def loaded(folder: Path, **changed) -> ParallelModule:
         "tied": {"same": "w"},
         "predicted": {"seconds_by_category": {"compute": 1.5}},
         "micro_batches": 2,
+        "splits": False,
         "gradients_on_host": 0,
         "gradient_sum": {},
         "state_on_host": 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -164,8 +165,8 @@ def test_three_owners_update_as_one_would_and_skip_a_step_together(dtype, monkey
 
 
 @pytest.mark.parametrize("once", [False, True])
-def test_gradients_that_come_without_a_hook_or_later_are_taken(once):
-    """As in a split backward, where torch sets them itself; and those of gathered weights, once their exchange ends."""
+def test_gradients_that_are_given_now_or_later_are_taken(once):
+    """As those of products, where backward runs in two parts; and of gathered weights, once their exchange ends."""
     specs = {name: ParameterSpec((40,), torch.float32, (SHARED,), True, once) for name in "abc"}
 
     def train(axis: Axis) -> list[torch.Tensor]:
@@ -175,14 +176,12 @@ def test_gradients_that_come_without_a_hook_or_later_are_taken(once):
         made, parameters = make_buckets(specs, axes, dict.fromkeys(specs, True), 10**6)
         reducer = GradientReducer(made, parameters, 2)
         for micro_batch in range(2):
-            parameters["a"].grad = torch.full((40,), 1.0 + axis.rank)
+            reducer.take(parameters["a"], torch.full((40,), 1.0 + axis.rank))
             late = torch.zeros(40)
             work = SimpleNamespace(wait=lambda late=late: late.fill_(10.0))
             reducer.defer(parameters["b"], work, late)
             if micro_batch or once:  # what is exchanged once gets as many gradients in each micro-batch
-                parameters["c"].grad = torch.full((40,), 100.0)
-            reducer.take_gradients()
-            assert all(parameter.grad is None for parameter in parameters.values())
+                reducer.take(parameters["c"], torch.full((40,), 100.0))
             reducer.end_micro_batch()
         reducer.finish()
         (bucket,) = made
@@ -192,3 +191,43 @@ def test_gradients_that_come_without_a_hook_or_later_are_taken(once):
     every = Ranks(3).run(train)
     for place, wanted in enumerate((2 * 6.0, 2 * 30.0, 600.0 if once else 300.0)):
         assert {value for one in every for value in one[place]} == {wanted}
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_a_backward_may_begin_before_another_one_ends(once, monkeypatch):
+    """Of each of three micro-batches, `a` gets its gradient in the first part of backward, `b` in the second, and `c`
+    in both. In the first step it is learned how many a bucket gets; from then on, the last one sends it."""
+    specs = {name: ParameterSpec((40,), torch.float32, (SHARED,), True, once) for name in "abc"}
+    events: dict[Any, list[str]] = defaultdict(list)
+    start = buckets.start_gradient_sum
+
+    def send(target: Any, terms: Any, group: Any, sums: Any) -> Any:
+        events[group.rank].append("sent")
+        return start(target, terms, group, sums)
+
+    monkeypatch.setattr(buckets, "start_gradient_sum", send)
+
+    def train(axis: Axis) -> dict[str, list[float]]:
+        axes: Any = SimpleNamespace(
+            owners=lambda layout: axis, mesh=Mesh((1,), 3), place=(0,), device=torch.device("cpu")
+        )
+        made, parameters = make_buckets(specs, axes, dict.fromkeys(specs, True), 10**6)
+        reducer = GradientReducer(made, parameters, 3, overlaps=True)
+        for part in 2 * ["I0", "I1", "W0", "I2", "W1", "W2", "end"]:
+            if part == "end":
+                reducer.finish()
+            else:
+                for name in "ac" if part[0] == "I" else "bc":
+                    reducer.take(parameters[name], torch.full((40,), (1.0 + axis.rank) * 10 ** int(part[1])))
+            if part[0] == "W":
+                reducer.end_micro_batch()
+            events[axis.rank].append(part)
+        (bucket,) = made
+        return {part.name: bucket.gradient[part.start : part.stop].unique().tolist() for part in bucket.owned_parts()}
+
+    found = Ranks(3).run(train)
+    for name, wanted in {"a": 6 * 111.0, "b": 6 * 111.0, "c": 2 * 6 * 111.0}.items():
+        assert [value for one in found for value in one.get(name, [])] in ([wanted], [wanted] * 2)
+    if once:
+        learned = ["I0", "I1", "W0", "I2", "W1", "W2", "sent", "end"]
+        assert events[0] == [*learned, "I0", "I1", "W0", "I2", "W1", "sent", "W2", "end"]

@@ -175,9 +175,7 @@ def test_what_is_compiled_says_whether_it_is_a_pipeline(tmp_path, monkeypatch):
 def test_a_stage_takes_what_came_by_place_and_the_rest_by_name():
     """torch gives the model's inputs in rows of one."""
     asked: dict[str, Any] = {}
-    module = SimpleNamespace(
-        forward=lambda **given: asked.update(given) or "made", input_names=["x", "h", "mask", "g"], trained=[]
-    )
+    module = SimpleNamespace(forward=lambda **given: asked.update(given) or "made", input_names=["x", "h", "mask", "g"])
     stage = pipeline._StageModule(module, ["g", "h"])  # type: ignore[arg-type]
     given = {"x": torch.arange(6).view(1, 2, 3), "mask": torch.ones(1, 2), "unused": torch.zeros(1)}
     assert stage("first", "second", **given) == "made"
@@ -189,23 +187,30 @@ def test_a_stage_takes_what_came_by_place_and_the_rest_by_name():
 
 @pytest.mark.parametrize("splits", [True, False])
 def test_a_micro_batch_ends_when_the_gradients_of_its_weights_are_there(splits, monkeypatch):
-    """After backward; or, of one that is split, after its second part, in which torch sets them."""
+    """After backward; or, of one that is split, after its second part, for which the first leaves them."""
     done: list[Any] = []
-    for name in ("backward_one_chunk", "backward_weight_one_chunk"):
-        monkeypatch.setattr(PipelineStage, name, lambda self, *given, name=name: done.append((name, *given)))
+    later = SimpleNamespace(waits=None)
+
+    def backward(self: Any, *given: Any) -> None:
+        done.append(("backward_one_chunk", *given, "for later" if later.waits else "at once"))
+
+    def rest(self: Any, *given: Any) -> None:
+        done.append(("backward_weight_one_chunk", *given))
+
+    monkeypatch.setattr(PipelineStage, "backward_one_chunk", backward)
+    monkeypatch.setattr(PipelineStage, "backward_weight_one_chunk", rest)
     stage = pipeline._Stage.__new__(pipeline._Stage)
     stage._host = SimpleNamespace(clear=lambda: done.append("clear"))
-    stage._reducer = SimpleNamespace(
-        take_gradients=lambda: done.append("take"), end_micro_batch=lambda: done.append("end")
-    )  # type: ignore[assignment]
-    stage._at_once = not splits
+    stage._reducer = SimpleNamespace(end_micro_batch=lambda: done.append("end"))
+    stage._later, stage._splits = later, splits
     stage.backward_one_chunk(3, "loss", False, True)
     stage.backward_weight_one_chunk(3, True)
-    first, second = ("backward_one_chunk", 3, "loss", False, True), ("backward_weight_one_chunk", 3, True)
-    assert done == ([first, "clear", second, "take", "end"] if splits else [first, "clear", "end", second])
+    first = ("backward_one_chunk", 3, "loss", False, True, "for later" if splits else "at once")
+    second = ("backward_weight_one_chunk", 3, True)
+    assert done == ([first, "clear", second, "end"] if splits else [first, "clear", "end", second])
     done.clear()
     stage.backward_one_chunk(4)
-    assert done == [("backward_one_chunk", 4, None, True, False), "clear", "end"]
+    assert done == [("backward_one_chunk", 4, None, True, False, "at once"), "clear", "end"]
 
 
 def test_a_stage_is_only_connected_to_other_ranks(monkeypatch):

@@ -1,0 +1,59 @@
+"""What products hold for gradients of weights that are computed later, by hand; the layers are those of
+`test_layers_by_hand`."""
+
+from __future__ import annotations
+
+import pytest
+
+from nnscaler.later import factors, weight_seconds
+from nnscaler.planner import find_plan
+from nnscaler.planner.later import WAITING
+from nnscaler.recompute import KEEPS_ALL, RECOMPUTES_ALL
+from tests.planner.test_by_hand import machine, total
+from tests.planner.test_layers_by_hand import LAYERS, LEVELS, ONE, PRODUCT, TWO, H, X, graph, priced
+
+__all__ = ["graph", "machine"]
+
+HELD = LAYERS * (X + H + H + X)  # of each layer x, m, and the gradients of h and of y
+
+
+@pytest.mark.parametrize(
+    ("level", "inside"),
+    [(KEEPS_ALL, H), (RECOMPUTES_ALL, 0)],  # inside of each layer: what exp gives
+    ids=str,
+)
+def test_what_waits_takes_the_place_of_what_was_kept(graph, machine, level, inside):
+    """Of four micro-batches for which something is kept, fewer do at moments when more products wait."""
+    kept = LAYERS * (LEVELS[level][0] + inside) + H  # p, once
+    for moments, wanted in (
+        ((), 0.0),
+        (((4, 1),), HELD),
+        (((3, 2),), 2 * HELD - kept),
+        (((1, 4), (3, 2)), max(4 * HELD - 3 * kept, 2 * HELD - kept)),
+        (((0, 1),), max(HELD - 4 * kept, 0.0)),
+    ):
+        found = priced(graph, machine, {level: LAYERS}, in_flight=4, waiting=moments)
+        assert found.memory.get(WAITING, 0.0) == pytest.approx(wanted), moments
+        assert total(found.memory, "saved") + total(found.memory, "inside") == pytest.approx(4 * kept + wanted)
+
+
+def test_each_device_holds_its_part(graph, machine):
+    found = priced(graph, machine, {KEEPS_ALL: LAYERS}, TWO, in_flight=4, waiting=[(4, 1)])
+    assert found.memory[WAITING] == pytest.approx(HELD / 2)
+
+
+def test_products_in_fp8_hold_nothing(graph, machine):
+    """Their weights' gradients are computed at once."""
+    layer = graph.blocks["layer"]
+    first, last = (node.name for node in layer.nodes if factors(node, layer))
+    for in_fp8, wanted in (((first,), H + X), ((last,), X + H), ((first, last), 0.0)):
+        found = priced(graph, machine, {KEEPS_ALL: LAYERS}, in_flight=4, waiting=[(4, 1)], in_fp8=in_fp8)
+        assert found.memory.get(WAITING, 0.0) == pytest.approx(LAYERS * wanted)
+
+
+def test_half_of_a_products_backward_is_for_its_weight(graph, machine):
+    """All of it where what it multiplies has no gradient, as in the first layer."""
+    plan = find_plan(graph, [ONE], machine, memory=1e12)
+    assert weight_seconds(plan) == 0.0, "nothing waits"
+    plan.splits = True
+    assert weight_seconds(plan) == pytest.approx(2 * LAYERS * PRODUCT, rel=0.01)
