@@ -20,8 +20,10 @@ from nnscaler.config import ComputeConfig, OptimizerConfig
 from nnscaler.counting import counted
 from nnscaler.directory import alone_in
 from nnscaler.division_search import in_division
+from nnscaler.errors import UserError
 from nnscaler.first_values import initial_parameters
 from nnscaler.models.weights import fixed_tensors
+from nnscaler.plan import GIB
 from nnscaler.processes import from_rank_0, share_folder
 from nnscaler.runtime.optimizer import ShardedOptimizer
 from nnscaler.runtime.pipeline import load_module
@@ -87,6 +89,18 @@ def division_in(folder: Path) -> Division | None:
 def predicted_step_seconds(folder: Path) -> float:
     """Predicted seconds of a step, of what is compiled in a folder."""
     return float(json.loads((folder / "plan.json").read_text())["predicted"]["step_seconds"])
+
+
+def out_of_memory(error: torch.OutOfMemoryError, folder: Path, device: torch.device) -> UserError:
+    """What to tell of a device that ran out of memory with what is compiled in a folder."""
+    needed = float(json.loads((folder / "plan.json").read_text())["predicted"]["memory_bytes"]) / GIB
+    free, size = (one / GIB for one in torch.cuda.mem_get_info(device))
+    held = torch.cuda.memory_allocated(device) / GIB
+    return UserError(
+        f"{device} is out of memory: the plan takes {needed:.1f} of its {size:.1f} GiB; the run holds {held:.1f}, and "
+        f"{free:.1f} are free. Do other programs hold memory there? If not, --gpu_mem_constraint {needed - 2:.1f} "
+        f"plans for less ({str(error).partition(' GPU ')[0].rstrip('.')})"
+    )
 
 
 class LoadedModel:

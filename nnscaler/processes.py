@@ -57,6 +57,20 @@ def join_processes(device: torch.device, timeout: timedelta = TIMEOUT) -> Watch:
     return Watch(store, rank, world, timeout / 2)
 
 
+def leave_processes(failed: bool) -> None:
+    """Ends this process's part in all groups, if it has joined any.
+
+    failed  whether it ends where the others do not, perhaps. They may be in an exchange then that it will not join, for
+            which NCCL would wait for ever if it were to end in peace
+    """
+    if not dist.is_initialized():
+        return
+    if failed and dist.get_backend() == "nccl":
+        distributed_c10d._abort_process_group()
+    else:
+        dist.destroy_process_group()
+
+
 def own_device() -> torch.device:
     """The GPU of this process, which becomes its current one; or the CPU, where there is no GPU.
 

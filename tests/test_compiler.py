@@ -268,3 +268,17 @@ def test_a_loaded_model_holds_what_is_trained_and_what_is_not(monkeypatch, tmp_p
     assert (found.fixed[0], sorted(found.fixed[1])) == (module, ["frozen", "table", "unused"])
     assert found.names == ["weight", "table", "bias"], "but not what no file holds"
     assert (found.mesh, type(found.model)) == (Mesh((2,), 3), Model)
+
+
+def test_a_device_out_of_memory_is_told_with_what_the_plan_takes(tmp_path, monkeypatch):
+    (tmp_path / "plan.json").write_text(json.dumps({"predicted": {"memory_bytes": 71.6 * 2**30}}))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**29, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 70 * 2**30)
+    error = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has a total capacity of 80 GiB"
+    )
+    assert str(loaded.out_of_memory(error, tmp_path, torch.device("cuda", 1))) == (
+        "cuda:1 is out of memory: the plan takes 71.6 of its 80.0 GiB; the run holds 70.0, and 0.5 are free. Do other "
+        "programs hold memory there? If not, --gpu_mem_constraint 69.6 plans for less (CUDA out of memory. Tried to "
+        "allocate 2.00 GiB)"
+    )

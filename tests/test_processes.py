@@ -38,6 +38,21 @@ def test_processes_wait_as_long_as_a_step_asks_for(tmp_path, seconds, patience):
     assert timeouts == [2 * patience, 2 * patience]
 
 
+@pytest.mark.parametrize(("joined", "backend", "failed", "way"), [
+    (True, "nccl", False, ["in peace"]), (True, "nccl", True, ["at once"]), (True, "gloo", True, ["in peace"]),
+    (False, "nccl", True, []),
+])  # fmt: skip
+def test_nccl_is_not_waited_for_by_a_process_that_failed(monkeypatch, joined, backend, failed, way):
+    """The others may be in an exchange that it will not join."""
+    ways: list[str] = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: joined)
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: ways.append("in peace"))
+    monkeypatch.setattr(processes.distributed_c10d, "_abort_process_group", lambda: ways.append("at once"))
+    processes.leave_processes(failed)
+    assert ways == way
+
+
 def wrong() -> NoReturn:
     raise UserError(f"rank {dist.get_rank()} found the dataset empty")
 

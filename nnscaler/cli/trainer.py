@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from nnscaler.checkpoint.checksums import CorruptCheckpoint
@@ -23,7 +22,15 @@ from nnscaler.data.mixture import Dataset, Part
 from nnscaler.data.training import with_labels
 from nnscaler.errors import UserError
 from nnscaler.models.weights import WeightFiles, check_weights
-from nnscaler.processes import check_world, from_all, from_rank_0, join_processes, own_device, wait_for_steps_of
+from nnscaler.processes import (
+    check_world,
+    from_all,
+    from_rank_0,
+    join_processes,
+    leave_processes,
+    own_device,
+    wait_for_steps_of,
+)
 from nnscaler.trace import STRATEGIES
 from nnscaler.watch import Watch
 
@@ -57,7 +64,7 @@ class Trainer:
         from nnscaler.checkpoint.owner import job
         from nnscaler.checkpoint.resume import where_to_begin
         from nnscaler.cli.loop import TrainingRun
-        from nnscaler.loaded import compiled, division_in, predicted_step_seconds
+        from nnscaler.loaded import compiled, division_in, out_of_memory, predicted_step_seconds
 
         check_world(self.args.compute.runtime_ngpus)
         device = own_device()
@@ -65,6 +72,7 @@ class Trainer:
         source = self._source()
         if self.world > 1:
             self.watch = join_processes(device)
+        ended = False
         try:
             from_rank_0(lambda: self._judge(dataset), device)
             validation = self.args.evaluation.dataset
@@ -82,7 +90,11 @@ class Trainer:
                 run = TrainingRun(self.args, self.gen_folder, device, source, dataset, *begin, jobs, self.watch)
             if self.watch is not None:
                 wait_for_steps_of(predicted_step_seconds(self.gen_folder), self.watch)
-            run.train()
+            try:
+                run.train()
+            except torch.OutOfMemoryError as error:
+                raise out_of_memory(error, self.gen_folder, device) from error
+            ended = True
         except UserError as error:  # of this rank alone, perhaps: of the rows that it reads
             if self.watch is not None:
                 self.watch.failed(error)
@@ -96,8 +108,7 @@ class Trainer:
         finally:
             if self.watch is not None:
                 self.watch.close()
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            leave_processes(failed=not ended)
 
     @property
     def gen_folder(self) -> Path:

@@ -226,7 +226,7 @@ def test_a_plan_is_compiled_by_one_process(running, monkeypatch):
         logging.getLogger("nnscaler").setLevel(level)
 
 
-@pytest.mark.parametrize("ends", [None, "my rows", "others", "hangs"])
+@pytest.mark.parametrize("ends", [None, "my rows", "others", "hangs", "memory"])
 def test_ranks_are_told_what_one_of_them_ends_with(ends, running, monkeypatch):
     """And what another has ended with is what this one ends with, in whatever it waited for it."""
     failed = [UserError("the rows of rank 1 are wrong")] if ends == "others" else []
@@ -238,11 +238,16 @@ def test_ranks_are_told_what_one_of_them_ends_with(ends, running, monkeypatch):
     monkeypatch.setattr(trainer, "join_processes", lambda device: running.append(("joined", device)) or watch)
     monkeypatch.setattr(trainer, "wait_for_steps_of", lambda *given: running.append(("waits", *given)))
     monkeypatch.setattr("nnscaler.loaded.predicted_step_seconds", lambda folder: 2.5)
-    monkeypatch.setattr(trainer.dist, "destroy_process_group", lambda: running.append("destroyed"))
-    monkeypatch.setattr(trainer.dist, "is_initialized", lambda: ("joined", torch.device("cpu")) in running)
+    monkeypatch.setattr(trainer, "leave_processes", lambda failed: running.append("failed" if failed else "left"))
     monkeypatch.setattr(trainer, "from_rank_0", lambda work, device: work())
     monkeypatch.setattr(trainer, "from_all", lambda value: [value, None, "another", value])
-    raised = {"my rows": UserError("no such row"), "others": RuntimeError("closed"), "hangs": RuntimeError("timeout")}
+    raised = {
+        "my rows": UserError("no such row"), "others": RuntimeError("closed"), "hangs": RuntimeError("timeout"),
+        "memory": torch.OutOfMemoryError("2 GiB"),
+    }  # fmt: skip
+    if ends == "memory":
+        failed = [UserError("the plan takes 71 GiB")]
+        monkeypatch.setattr("nnscaler.loaded.out_of_memory", lambda *given: running.append(given) or failed[0])
 
     def train(self: object) -> None:
         running.append("trained")
@@ -261,5 +266,7 @@ def test_ranks_are_told_what_one_of_them_ends_with(ends, running, monkeypatch):
     (run,) = (one for one in running if one[0] == "run")
     assert run[-2:] == (["another", "job"], watch)
     assert ("waits", 2.5, watch) in running
-    told_to_others = {"my rows": [("failed", "no such row")], "hangs": ["explained"]}.get(ends, [])
-    assert running[-2 - len(told_to_others) :] == [*told_to_others, "closed", "destroyed"]
+    told_to_others = {
+        "my rows": [("failed", "no such row")], "hangs": ["explained"], "memory": [("failed", "the plan takes 71 GiB")],
+    }.get(ends, [])  # fmt: skip
+    assert running[-2 - len(told_to_others) :] == [*told_to_others, "closed", "left" if ends is None else "failed"]
