@@ -72,6 +72,11 @@ def attention_backward(node: Node, inputs: Sequence[TensorMeta]) -> float:
     return (3 * size + 2 * value_size) / (size + value_size)
 
 
+def attention_keeps(sizes: dict[str, int], node: Node, inputs: Sequence[TensorMeta]) -> float:
+    """The sum of each row's exponentials, for each head, in fp32."""
+    return 4.0 * sizes["b"] * sizes["k"] * sizes["g"] * sizes["l"]
+
+
 def attention_workspace(sizes: dict[str, int], node: Node, inputs: Sequence[TensorMeta]) -> float:
     """Backward sums gradients of queries in fp32; and those of keys and values, where several heads share them."""
     query, key, value = (meta.numel for meta in inputs[:3])
@@ -110,6 +115,7 @@ def count_weights(node: Node, inputs: Sequence[Shape], counters: Counters) -> No
     unmasked=unmasked_flops,
     backward=attention_backward,
     saves=save_both,
+    keeps=attention_keeps,
     workspace=attention_workspace,
     along={"l": "nnscaler.runtime.attention.attention_along_l"},
     examples=document_examples,

@@ -82,7 +82,8 @@ class Choices:
                 self.statement.charge(Account.TIME, Key("again", *place, level.name), calls, each * again * forward)
                 if level in decision.inner_kept_at:
                     held = each * self.problem.in_flight * settings.inner_bytes
-                    self.statement.charge(Account.DEVICE, Key("inside", *place, level.name), calls, held)
+                    where = Account.HOST if level.on_host else Account.DEVICE
+                    self.statement.charge(where, Key("inside", *place, level.name), calls, held)
 
     def _parameter(self, decision: Decision, xs: list[int]) -> None:
         """Charges for a parameter: its update, its memory, and the seconds of its exchange, which `_hide` uses."""

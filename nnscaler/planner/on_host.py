@@ -3,6 +3,7 @@
 Sets      l a level that keeps on the host; f a flow that is kept there at l; s a layout of it
 Data      w, r, wr       bytes/s to the host, back from it, and each way when both go at once
           c              seconds that computation loses for each second of copies beside it
+          i_do           bytes of inner tensors that option o of d keeps, at levels that keep them
           W              bytes of the host's memory
           S              bytes of the optimizer's state, in P equal parts;  T bytes on the device for those being
                          updated;  S_do, of S, the master weight that option o stores as the parameter itself
@@ -21,20 +22,21 @@ Variables k_fsl          calls at level l that keep f in layout s, as there
 minimise      sum_bl (O_bl + I_bl) + X / m + Z / m + (1 - 1/m) Z', beside the rest
 subject to    h <= P v;  h S / P + sum_d S_do x_do <= S                                                          (state)
               h' <= P v';  h' G / P <= sum_d n_d G_do x_do                                                   (gradients)
-              D_bl >= 2 sum_f b_fs j_fsl, if u_bl = 1: what two calls keep                                  (on its way)
-              O_bl >= c C, O_bl >= C - (1 - c) F, where C = sum_f b_fs k_fsl / w n_f / N_b, and F = the time of forward
-                   of these calls: a call's copies run beside the next one; I_bl with r and backward           (hiding)
+              D_bl >= 2 (sum_f b_fs j_fsl + sum_d i_do x_do), if u_bl = 1: what two calls keep              (on its way)
+              O_bl >= c C, O_bl >= C - (1 - c) F, where C = (sum_f b_fs k_fsl n_f / N_b + sum_d i_do z_dol) / w, and F =
+                   the time of forward of these calls: a call's copies run beside the next one; I_bl with r and
+                   backward                                                                                    (hiding)
               X >= c Y, X >= Y - (1 - c) sum_d n_d t_do x_do, where Y = (h S + h' G) / P / wr: the update of a bucket,
                    and the copies for it, run beside the next forward until that needs its weights
               Z >= c Y, Z >= Y - (1 - c) B, where Y = h' G / P / wr, and B = the time of all of backward; Z' likewise,
                    with Y + sum_bl (what b_fs k_fsl come back in - I_bl): what else comes back has the way first
               T v + T' v', and -(h S + h' G) / P on the device; D_bl is added in `nnscaler.planner.working`;
-              sum_f A b_fs n_f / N_b k_fsl + (h S + h' G) / P <= W                                              (memory)
+              A (sum_f b_fs n_f / N_b k_fsl + sum_d i_do z_dol) + (h S + h' G) / P <= W                        (memory)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from nnscaler.plan import Key
 from nnscaler.planner.choices import Choices
@@ -81,16 +83,11 @@ class OnHost:
     def _copy(self) -> Terms:
         """The rows (hiding), for what calls keep. Returns the seconds of copies back that backward hides, as a sum."""
         sent: dict[tuple[str, Level], tuple[Terms, Terms]] = {use: ([], []) for use in self.used}
-        for (index, form, level), k in self.flows.kept.items():
-            flow = self.problem.flows[index]
-            if self.flows.keeps_on_host(flow, level):
-                share = flow.count / self.problem.calls[flow.block]
-                size = share * self.flows.bytes_of(flow, form)
-                key = Key("copies", flow.block, flow.tensor, level.name)
-                ways = ((Account.SENT, self.host.to_host), (Account.FETCHED, self.host.to_device))
-                for terms, (account, rate) in zip(sent[flow.block, level], ways):
-                    self.statement.charge(account, key, k, size / rate)
-                    terms.append((k, size / rate))
+        ways = ((Account.SENT, self.host.to_host), (Account.FETCHED, self.host.to_device))
+        for block, name, level, calls, size in self._kept():
+            for terms, (account, rate) in zip(sent[block, level], ways):
+                self.statement.charge(account, Key("copies", block, name, level.name), calls, size / rate)
+                terms.append((calls, size / rate))
         computed: dict[tuple[str, Level], tuple[Terms, Terms]] = {use: ([], []) for use in self.used}
         for (index, level), zs in self.choices.z.items():
             decision = self.problem.decisions[index]
@@ -106,6 +103,19 @@ class OnHost:
                 hidden += [*copies, (longer, -1.0)] if side == "backward" else []
         return hidden
 
+    def _kept(self) -> Iterator[tuple[str, str, Level, int, float]]:
+        """(block, name, level, how many calls, bytes of each) of what is kept on the host: flows, and inner tensors."""
+        for (index, form, level), k in self.flows.kept.items():
+            flow = self.problem.flows[index]
+            if self.flows.keeps_on_host(flow, level):
+                share = flow.count / self.problem.calls[flow.block]
+                yield flow.block, flow.tensor, level, k, share * self.flows.bytes_of(flow, form)
+        for (index, level), zs in self.choices.z.items():
+            decision = self.problem.decisions[index]
+            for z, option in zip(zs, decision.options):
+                if level.on_host and level in decision.inner_kept_at and option.inner_bytes:
+                    yield decision.block, decision.name, level, z, option.inner_bytes
+
     def _on_its_way(self, block: str, level: Level) -> int:
         """The variable D_bl."""
         on_its_way = self.statement.least(Quantity.BYTES)
@@ -115,6 +125,10 @@ class OnHost:
             if at is level and flow.block == block:
                 of_each = flow.count / self.problem.calls[block] * self.flows.bytes_of(flow, form)
                 terms.append((j, 2 * of_each))
+        for decision, xs in zip(self.problem.decisions, self.choices.x):
+            if decision.block == block and level in decision.inner_kept_at:
+                inner = zip(xs, decision.options)
+                terms += [(x, 2 * option.inner_bytes) for x, option in inner if option.inner_bytes]
         most = sum(size for _, size in terms)
         self.statement.above(on_its_way, [*terms, (self.used[block, level], most)], -most)
         return on_its_way

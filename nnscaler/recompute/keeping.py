@@ -134,7 +134,9 @@ def keep_cut(units: list[Unit], block: Block, as_used: Collection[str]) -> Keepi
     _, (reached, _) = networkx.minimum_cut(network, "exists", "needed")
     cut = {name for name in block.tensors if (name, "in") in reached and (name, "out") not in reached}
     recomputed, uses = _computed_again(wanted, cut, units)
-    kept = cut - set(block.parameters) - kept_anyway
+    # What reads its own result keeps it as it is made, also where another unit keeps it resharded.
+    own = {name for index, name, is_input in needed if not is_input and units[index].kind in as_used}
+    kept = (cut - set(block.parameters) - kept_anyway) | own
     resharded = {(index, name) for index, name, is_input in needed if is_input} | uses
     return Keeping(frozenset(kept), frozenset(used), frozenset(resharded - used), frozenset(recomputed))
 

@@ -309,7 +309,7 @@ def test_a_time_that_was_measured_is_scaled_to_what_a_device_does(machine):
     part = sum(range(1, 129)) / 2 / sum(range(65, 129))
     sent = 2 * share / 2 / LINK
     assert (seconds.forward, seconds.backward) == pytest.approx((3 * part + sent, 4 * part + sent))
-    assert inner == share, "the result before it goes back"
+    assert inner == share + 4 * 2 * 8 * 64, "the result before it goes back, and a sum for each row and head"
     in_fp32 = 4 * (2 * 8 * 64 * 16 + 2 * 2 * 4 * 128 * 16)  # gradients that backward adds up
     assert transient == 6 * share + in_fp32
     assert costs.node_origin(block.nodes[0], metas) == "measured"

@@ -240,12 +240,14 @@ def test_what_lies_on_the_host_by_hand(graph, machine):
     level = SAME_ON_HOST[KEEPS_ALL]
     kept, _ = LEVELS[KEEPS_ALL]
     found = priced(graph, replace(machine, host=host), {level: 2, KEEPS_ALL: 1}, host=1e12)
-    assert total(found.host, "saved") == 2 * kept
+    assert (total(found.host, "saved"), total(found.host, "inside")) == (2 * kept, 2 * H)
     assert total(found.memory, "saved") == pytest.approx(kept + H)
+    assert total(found.memory, "inside") == H
     working = Key("working", "", "")
     alone = priced(graph, machine, {KEEPS_ALL: 3}).memory[working]
-    # What two calls keep is on its way; what the third kept is free, with what a region keeps, which is never sent.
-    assert found.memory[working] == alone + 2 * kept - (kept + H)
+    kept += H  # with what a region keeps inside
+    # What two calls keep is on its way; what the third kept is free.
+    assert found.memory[working] == alone + 2 * kept - kept
     assert sum(found.copies.values()) == pytest.approx(2 * kept * (1 / 1e8 + 1 / 5e7))
     # Beside what these two calls compute: the first forward and the second backward hide what they can.
     forward, backward = 2 * (2 * PRODUCT + BETWEEN), 2 * (4 * PRODUCT + 10 * H / MEMORY)

@@ -190,6 +190,14 @@ def test_inputs_that_no_backward_reads_are_not_kept():
     assert whole.reshards_again
 
 
+def test_a_result_that_its_own_backward_reads_is_kept_as_it_is_made_and_as_a_product_uses_it():
+    """Of o = attention(q, k, v) and a product of o: heads may be divided in the one, tokens in the other."""
+    given = block(("attention", "o", "q k v"), ("linear", "y", "o w"), outputs=("y",), inputs=("q", "k", "v"))
+    found = keep_cut(divide(given), given, ("registered", "product"))
+    assert found.as_made == {"o"}
+    assert found.as_used == {(0, "q"), (0, "k"), (0, "v"), (1, "o"), (1, "w")}
+
+
 def test_what_collectives_bring_to_what_is_computed_again_is_kept():
     """Of t = o + r and a product of t: the sum's backward reads neither o nor r, but t is made again from them."""
     given = block(
