@@ -190,7 +190,8 @@ class Body:
         layouts = {tensor: makes(self.plan, self.block, unit, tensor) for tensor, unit in made.items()}
         joined = tuple(parts.along(tensor, layout) for tensor, layout in layouts.items())
         how = str((None, *split)).replace("'", '"')
-        arguments = ", ".join([name, str(count), how, str(joined), f'"{KEEPS_ALL}"', *given])
+        settle = "None" if self.stretches else "axes.gathers.settle"  # pieces around these have called it
+        arguments = ", ".join([name, str(count), how, str(joined), settle, f'"{KEEPS_ALL}"', *given])
         return f"in_pieces({arguments})"
 
     def _keep(self) -> str:

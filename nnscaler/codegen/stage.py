@@ -65,10 +65,10 @@ def _header(plan: Plan, facts: Iterable[tuple[str, str]], constants: Iterable[st
 
 
 _PIECES = (
-    "in_pieces(function, n, divided, joined, keep, ...) runs a function n times, each time on a part of its arguments:",
-    "along which dimension each argument is divided, and each result joined; (d, b): a part of each of b blocks of it.",
-    "Where that is None or 'sum', the whole argument is used each time, and gradients are added up: in fp32, or in",
-    "their own type.",
+    "in_pieces(function, n, divided, joined, settle, keep, ...) runs a function n times, each time on a part of its",
+    "arguments: along which dimension each is divided, and each result joined; (d, b): a part of each of b blocks of",
+    "it. Where that is None or 'sum', the whole argument is used each time, and gradients are added up: in fp32, or in",
+    "their own type. Before backward does so, settle() lets go of the gradients of weights that wait.",
 )
 _LATER = (
     "later.linear: as F.linear, but where backward runs in two parts, the second computes the gradient of the weight.",

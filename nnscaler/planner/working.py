@@ -34,7 +34,7 @@ subject to    V_b >= sum of b_fs of what backward needs and l does not keep + D_
                    for levels l that compute each region again by itself, w_i + t_i - f_i - f for those that compute
                    nothing again; of groups, for the level inside                                               (again)
               U + sum_b V_b >= A_l + D_bl + W_bl + E_il - K_l, if u_bl = 1, for the same levels               (in call)
-              U + sum_b V_b >= V_b + H_r + t_r - f_r - f + E'_r, for each stretch r that may be in pieces, with H_r as
+              U + sum_b V_b >= V_b + H_r + t_r - f_r - f, for each stretch r that may be in pieces, with H_r as
                    in `nnscaler.planner.piecewise`, and f_r what is likewise free then; A_l likewise           (pieces)
               U >= w_i for what is in no call; after the last one, with the gradients of its weights on their way
 and U + sum_b V_b is charged. Weights that are gathered to be computed with again count as what is computed again.
@@ -188,8 +188,8 @@ class _Body:
                 self._in_call(level)
         for index, decision in self.units.items():
             self._kept(index, decision)
-        for stretch, pieces in self.of_stretch.items():
-            self._kept_in_pieces(stretch, pieces)
+        for pieces in self.of_stretch.values():
+            self._kept_in_pieces(pieces)
 
     def _whole(self, level: Level) -> None:
         """The row (whole) of one level."""
@@ -206,13 +206,12 @@ class _Body:
         deferred = self.deferred.during(self.deferred.when(decision.place))
         self.working.hold([*held, *freed, *deferred, *self.working.freed_first], self.block)
 
-    def _kept_in_pieces(self, stretch: InStretch, pieces: list[Piece]) -> None:
+    def _kept_in_pieces(self, pieces: list[Piece]) -> None:
         """The rows (pieces) of one stretch."""
-        deferred = self.deferred.during(self._when(stretch))
         for piece in pieces:
             (waiting, _), free = waiting_and_freed(piece.of, self.held)
             held = [(piece.variable, 1.0), *waiting, *self._freed(free)]
-            self.working.hold([*held, *deferred, *self.working.freed_first], self.block)
+            self.working.hold([*held, *self.working.freed_first], self.block)
 
     def _in_call(self, level: Level) -> None:
         """The rows (in call) of one level."""
@@ -249,10 +248,7 @@ class _Body:
             (waiting, most), free = waiting_and_freed(piece.of, self.held)
             freed = self._freed([one for one in free if self._is_freed(level, region, one[1])])
             held = [(piece.variable, 1.0), *waiting, *freed]
-            self._above(level, self._when(stretch), held, piece.most + most)
-
-    def _when(self, stretch: InStretch) -> When:
-        return self.deferred.when(max(map(self.held.place, stretch.stretch.decisions)), in_pieces=True)
+            self._above(level, When.IN_PIECES, held, piece.most + most)
 
     def _unless_in_pieces(self, index: int, parts: list[Sum]) -> Sum:
         """The sum of `parts`, less its largest value where a unit is computed in pieces."""

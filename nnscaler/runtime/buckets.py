@@ -307,6 +307,11 @@ class GradientReducer:
         if len(self._deferred) > MOST_DEFERRED:
             self._take_deferred()
 
+    def settle(self) -> None:
+        """Takes all gradients that were deferred."""
+        while self._deferred:
+            self._take_deferred()
+
     def _take_deferred(self) -> None:
         parameter, work, gradient = self._deferred.popleft()
         if work is not None:
@@ -394,8 +399,7 @@ class GradientReducer:
 
     def end_micro_batch(self) -> None:
         """Exchanges the buckets that got no gradient for some parameter in this micro-batch."""
-        while self._deferred:
-            self._take_deferred()
+        self.settle()
         for index in sorted(self._buffers):
             self._send(index)
         if not self._overlaps:

@@ -80,13 +80,20 @@ class _Gather:
 class Gathers:
     """The gathers of one model, in the order in which a micro-batch needs them.
 
-    defer  takes the gradient of a shard, whose exchange may still be under way
-    wait   makes what is computed next come after the update of a shard
-    sums   how gradients are added up
+    defer   takes the gradient of a shard, whose exchange may still be under way
+    wait    makes what is computed next come after the update of a shard
+    sums    how gradients are added up
+    settle  makes what is computed next come after all exchanges under way, and lets go of what these hold
     """
 
-    def __init__(self, defer: Defer, wait: AwaitUpdate = lambda parameter: None, sums: GradientSum = IN_FP32) -> None:
-        self.defer, self.wait, self.sums = defer, wait, sums
+    def __init__(
+        self,
+        defer: Defer,
+        wait: AwaitUpdate = lambda parameter: None,
+        sums: GradientSum = IN_FP32,
+        settle: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.defer, self.wait, self.sums, self.settle = defer, wait, sums, settle
         self._order: list[_Sharded] = []  # what was gathered in the last micro-batch
         self._next = 0  # place in the order of the next one that is needed
         self._early: deque[_Gather] = deque()  # those started from there on

@@ -116,7 +116,7 @@ class ParallelModule(nn.Module):
         sums = GradientSum(**plan["gradient_sum"])
         self.reducer = GradientReducer(self.buckets, parameters, micro_batches, sums, overlaps=plan["splits"])
         self._weights = Weights(self.buckets, parameters)
-        self.gathers = self.axes.gathers = Gathers(self.reducer.defer, self._weights.wait, sums)
+        self.gathers = self.axes.gathers = Gathers(self.reducer.defer, self._weights.wait, sums, self.reducer.settle)
         self.axes.host = HostMemory(self.axes.device, self._is_weight, self.gathers.pack, self.gathers.unpack)
         self.axes.later = Later(self.reducer.take)
         self.state_on_host = buckets_of(self.buckets, plan["state_on_host"])

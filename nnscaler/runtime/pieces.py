@@ -22,6 +22,7 @@ def in_pieces(
     count: int,
     split: Sequence[Split],
     joined: Sequence[Along],
+    settle: Callable[[], None] | None,
     *args: Any,
 ) -> Any:
     """`function(*args)`, computed in `count` pieces, one after the other.
@@ -30,11 +31,13 @@ def in_pieces(
             has so many equal blocks, and each piece gets its part of each of them. None: each piece gets the whole, and
             gradients of pieces are added up in fp32; "sum": likewise, and added up in their own type
     joined  for each result, the dimension along which the pieces' results are joined, or that and a number of blocks
+    settle  called when backward begins, before its first piece, so that what waits takes no memory beside them
 
-    Example: `in_pieces(torch.mm, 4, (0, None), (0,), x, w)` is `torch.mm(x, w)`, a quarter of the rows at a time.
+    Example: `in_pieces(torch.mm, 4, (0, None), (0,), None, x, w)` is `torch.mm(x, w)`, a quarter of the rows at a time.
     """
     kept: list[Any] = []
-    results = _Pieces.apply(function, count, tuple(split), tuple(joined), kept, *_KeptArguments.apply(kept, *args))
+    arguments = _KeptArguments.apply(kept, *args)
+    results = _Pieces.apply(function, count, tuple(split), tuple(joined), settle, kept, *arguments)
     return results if len(joined) > 1 else results[0]
 
 
@@ -66,10 +69,12 @@ class _Pieces(torch.autograd.Function):
         count: int,
         split: tuple[Split, ...],
         joined: tuple[Along, ...],
+        settle: Callable[[], None] | None,
         kept: list[Any],
         *args: Any,
     ) -> tuple[Tensor, ...]:
         ctx.function, ctx.count, ctx.split, ctx.joined, ctx.kept = function, count, split, joined, kept
+        ctx.settle = settle
         results: list[Tensor] = []
         for piece in range(count):
             made = _tuple(function(*_parts(args, split, count, piece)))
@@ -81,16 +86,18 @@ class _Pieces(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        if ctx.settle is not None:
+            ctx.settle()
         (kept,) = ctx.kept
         args = [other if saved is None else saved for saved, other in zip(kept.saved_tensors, kept.others, strict=True)]
-        wanted = [index for index, needed in enumerate(ctx.needs_input_grad[5:]) if needed]
+        wanted = [index for index, needed in enumerate(ctx.needs_input_grad[6:]) if needed]
         sums: list[Tensor | None] = [None] * len(args)
         for piece in range(ctx.count):
             given = [_part(gradient, dim, ctx.count, piece) for gradient, dim in zip(gradients, ctx.joined)]
             found = _gradients(ctx.function, _parts(args, ctx.split, ctx.count, piece), wanted, given)
             for index in reversed(wanted):
                 sums[index] = _add(sums[index], found.pop(), ctx.split[index], ctx.count, piece)
-        return (None, None, None, None, None, *sums)
+        return (None, None, None, None, None, None, *sums)
 
 
 def _gradients(function: Any, inputs: list[Any], wanted: list[int], given: list[Tensor]) -> list[Tensor]:

@@ -67,7 +67,7 @@ def test_heads_at_a_time_are_those_of_the_plain_model(before, heads, after, plan
     code: dict[str, object] = {}
     exec(generate(plan), code)
     trained = {name: weight.detach().clone().requires_grad_() for name, weight in model.named_parameters()}
-    axes = SimpleNamespace(device=torch.device("cpu"))
+    axes = SimpleNamespace(device=torch.device("cpu"), gathers=SimpleNamespace(settle=lambda: None))
     loss = code["forward"]({**plan.graph.buffers, **trained}, axes, sample["input_ids"], sample["labels"])
     loss.backward()
     plain = model(**sample)

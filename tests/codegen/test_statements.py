@@ -160,7 +160,7 @@ def test_what_no_later_segment_uses_is_let_go():
     ({}, "axes.devices the group of all devices that one copy", ("axes.inner", "in_pieces", "import fp8", "imported")),
     ({"mesh": Mesh((2, 3))}, "axes.inner the group of neighbouring devices, axes.outer that of", ("in_pieces",)),
     ({"pieces": {("layer", "y"): 2}}, "import imported, in_pieces, operators", ("axes.inner",)),
-    ({"pieces": {("layer", "y"): 2}}, "in_pieces(function, n, divided, joined, keep, ...) runs a function n", ()),
+    ({"pieces": {("layer", "y"): 2}}, "in_pieces(function, n, divided, joined, settle, keep, ...) runs a", ()),
     ({"nodes": {("layer", "y"): NodePlan("-", (), (), in_fp8=True)}}, "from nnscaler.kernels import fp8\n", ()),
     ({"splits": True}, "from nnscaler.kernels import later\n", ("fp8",)),
     ({"splits": True}, "later.linear: as F.linear, but", ()),

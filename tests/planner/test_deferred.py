@@ -105,6 +105,7 @@ def test_those_of_two_weights_wait_and_in_the_first_call_the_last_one_s(stated):
     assert found(deferred.during(When.LATER)) == found(deferred.during(When.LATER, RECOMPUTES_ALL)) == 2 * EACH
     assert found(deferred.during(When.FIRST)) == 4 * EACH
     assert found(deferred.during(When.FIRST, RECOMPUTES_ALL)) == 4 * EACH - CALLS * WEIGHT / 2
+    assert deferred.during(When.IN_PIECES) == deferred.during(When.IN_PIECES, RECOMPUTES_ALL) == []
     units = {(one.block, one.name): (index, one) for index, one in enumerate(problem.decisions) if one.kind == "unit"}
     products = sorted(
         one.place
@@ -112,22 +113,21 @@ def test_those_of_two_weights_wait_and_in_the_first_call_the_last_one_s(stated):
         if block == "layer" and one.options[0].ways[0][0].startswith("products")
     )
     assert [deferred.when(place) for place in products] == [When.LATER, When.FIRST, When.FIRST]
-    assert [deferred.when(place, in_pieces=True) for place in products] == [When.LATER, When.ARRIVED, When.ARRIVED]
     of_units = {name: found(after.of_last(index)) for (block, name), (index, _) in units.items() if block == "model"}
     assert {name: size for name, size in of_units.items() if size} == {"last": 4 * EACH}
 
 
-@pytest.mark.parametrize(("frozen", "of_layers", "of_first", "arrived", "of_last"), [
-    ("layers", 0, 4 * EACH, 4 * WEIGHT / 2, 4 * EACH), ("last", 2 * EACH, 2 * EACH, 2 * EACH, 0),
+@pytest.mark.parametrize(("frozen", "of_layers", "of_first", "of_last"), [
+    ("layers", 0, 4 * EACH, 4 * EACH), ("last", 2 * EACH, 2 * EACH, 0),
 ])  # fmt: skip
-def test_weights_that_are_not_trained_have_none(frozen, of_layers, of_first, arrived, of_last):
-    """They are gathered all the same. Of what has arrived there is this device's half."""
+def test_weights_that_are_not_trained_have_none(frozen, of_layers, of_first, of_last):
+    """They are gathered all the same."""
     program, solution = state(frozen)
     deferred = Deferred(program.flows, "layer", {None: []})
     after = Deferred(program.flows, "model", {None: []})
-    terms = [deferred.during(when) for when in (When.LATER, When.FIRST, When.ARRIVED)]
+    terms = [deferred.during(when) for when in (When.LATER, When.FIRST)]
     terms.append([term for index in range(len(program.problem.decisions)) for term in after.of_last(index)])
-    assert [value_of(each, program, solution) for each in terms] == [of_layers, of_first, arrived, of_last]
+    assert [value_of(each, program, solution) for each in terms] == [of_layers, of_first, of_last]
 
 
 class Between(Model):

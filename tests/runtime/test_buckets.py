@@ -235,6 +235,19 @@ def test_no_more_exchanges_go_on_at_once_than_are_meant_to(monkeypatch):
     assert seen[6:] == ["end", "end"]
 
 
+def test_settled_gradients_are_waited_for_at_once(monkeypatch):
+    waited = []
+    monkeypatch.setattr(module, "start_gradient_sum", lambda *given: None)
+    reducer, parameters = reducer_of("ab")
+    for name in "ab":
+        work = SimpleNamespace(wait=lambda name=name: waited.append(name))
+        reducer.defer(parameters[name], work, torch.ones(128))  # type: ignore[arg-type]
+    assert waited == []
+    reducer.settle()
+    assert waited == ["a", "b"]
+    assert not reducer._deferred
+
+
 def test_no_more_gradients_are_waited_for_later_than_are_meant_to(monkeypatch):
     waited = []
     monkeypatch.setattr(module, "MOST_DEFERRED", 2)

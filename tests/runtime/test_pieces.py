@@ -38,7 +38,7 @@ def test_results_and_gradients_are_those_of_the_whole() -> None:
     trained = [inputs[0], inputs[1], inputs[3]]
     wanted = mlp(*inputs)
     for count in (1, 2, 3, 8):
-        found = in_pieces(mlp, count, (1, None, None, None), (1, 1), *inputs)
+        found = in_pieces(mlp, count, (1, None, None, None), (1, 1), None, *inputs)
         for ours, right in zip([*found, *gradients(found, trained)], [*wanted, *gradients(wanted, trained)]):
             assert (ours - right).norm() <= 1e-6 * right.norm()
         wanted = mlp(*inputs)
@@ -52,7 +52,7 @@ def test_arguments_that_are_no_tensors_and_results_in_another_order_of_dimension
         assert (bias, how) == (None, "transposed")
         return (scale * x @ w).t(), x.exp()
 
-    found = in_pieces(scaled, 3, (None, 0, None, None, None), (1, 0), 2.5, x, None, w, "transposed")
+    found = in_pieces(scaled, 3, (None, 0, None, None, None), (1, 0), None, 2.5, x, None, w, "transposed")
     wanted = scaled(2.5, x, None, w, "transposed")
     for mine, right in zip(found, wanted):
         torch.testing.assert_close(mine, right)
@@ -64,7 +64,7 @@ def test_arguments_that_are_no_tensors_and_results_in_another_order_of_dimension
 
 def test_a_second_backward_gives_the_same_gradients() -> None:
     inputs = tensors(torch.float32)
-    first, second = in_pieces(mlp, 3, (1, None, None, None), (1, 1), *inputs)
+    first, second = in_pieces(mlp, 3, (1, None, None, None), (1, 1), None, *inputs)
     loss = first.square().mean() + second.square().sum()
     once = torch.autograd.grad(loss, inputs, retain_graph=True)
     again = torch.autograd.grad(loss, inputs)
@@ -84,7 +84,7 @@ def heads_by_tokens(x: Tensor, *weights: Tensor) -> Tensor:
     def products(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         return tuple(F.linear(x, weight).unflatten(2, (-1, WIDTH)).transpose(1, 2) for weight in weights)
 
-    parts = in_pieces(products, 3, (1, None, None, None), (2, 2, 2), x, *weights)
+    parts = in_pieces(products, 3, (1, None, None, None), (2, 2, 2), None, x, *weights)
     return F.scaled_dot_product_attention(*parts, is_causal=True).transpose(1, 2)
 
 
@@ -97,7 +97,7 @@ def test_heads_at_a_time_and_of_these_some_tokens() -> None:
     right = torch.autograd.grad(wanted, inputs, upstream)
     for function in (heads, heads_by_tokens):
         for count in (2, HEADS):
-            found = in_pieces(function, count, ("sum", 0, 0, 0), (2,), *inputs)
+            found = in_pieces(function, count, ("sum", 0, 0, 0), (2,), None, *inputs)
             for ours, theirs in zip([found, *torch.autograd.grad(found, inputs, upstream)], [wanted, *right]):
                 assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
 
@@ -116,7 +116,7 @@ def test_a_piece_has_a_part_of_each_block(count) -> None:
     wanted = product(numbers, *inputs)
     right = torch.autograd.grad(wanted, inputs, upstream)
     seen.clear()
-    found = in_pieces(product, count, ((0, 4), "sum", (0, 4), (0, 4)), ((0, 4),), numbers, *inputs)
+    found = in_pieces(product, count, ((0, 4), "sum", (0, 4), (0, 4)), ((0, 4),), None, numbers, *inputs)
     size = 6 // count
     assert seen == [[6 * block + place for block in range(4) for place in range(size * piece, size * (piece + 1))]
                     for piece in range(count)]  # fmt: skip
@@ -125,11 +125,24 @@ def test_a_piece_has_a_part_of_each_block(count) -> None:
         assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
 
 
+def test_what_waits_is_settled_before_the_first_piece_of_backward() -> None:
+    order: list[str] = []
+    x = torch.randn(4, 2, requires_grad=True)
+
+    def function(x: Tensor) -> Tensor:
+        order.append("piece")
+        return x * 2
+
+    found = in_pieces(function, 2, (0,), (0,), lambda: order.append("settle"), x)
+    found.sum().backward()
+    assert order == ["piece", "piece", "settle", "piece", "piece"]
+
+
 def test_a_sum_in_its_own_type_changes_no_gradient_that_is_given() -> None:
     x = torch.randn(3, 4, requires_grad=True)
     given = torch.randn(3, 8)
     kept = given.clone()
-    in_pieces(lambda x: x.view(3, 4), 2, ("sum",), (1,), x).backward(given)
+    in_pieces(lambda x: x.view(3, 4), 2, ("sum",), (1,), None, x).backward(given)
     assert torch.equal(given, kept)
     assert x.grad is not None
     assert torch.equal(x.grad, kept[:, :4] + kept[:, 4:])
@@ -140,7 +153,7 @@ def test_gradients_of_weights_are_added_up_in_fp32() -> None:
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     right = gradients(mlp(*exact), exact)
     plain = gradients(mlp(*inputs), inputs)
-    ours = gradients(in_pieces(mlp, ROWS, (1, None, None, None), (1, 1), *inputs), inputs)
+    ours = gradients(in_pieces(mlp, ROWS, (1, None, None, None), (1, 1), None, *inputs), inputs)
     for index in (1, 2, 3):
         error, allowed = ((found[index] - right[index]).norm() for found in (ours, plain))
         assert error < 1.5 * allowed
@@ -158,7 +171,7 @@ def test_inner_tensors_are_as_large_as_a_piece() -> None:
 
     inputs = tensors(torch.float32)
     with Largest() as largest:
-        gradients(in_pieces(mlp, 4, (1, None, None, None), (1, 1), *inputs), inputs)
+        gradients(in_pieces(mlp, 4, (1, None, None, None), (1, 1), None, *inputs), inputs)
     assert largest.size == 2 * ROWS * INNER // 4
 
 
@@ -171,7 +184,7 @@ def test_a_checkpoint_around_it_computes_no_piece_in_vain() -> None:
         return mlp(*inputs)
 
     def layer(x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
-        return in_pieces(counted, 4, (1, None, None, None), (1, 1), torch.tanh(x), *weights)
+        return in_pieces(counted, 4, (1, None, None, None), (1, 1), None, torch.tanh(x), *weights)
 
     inputs = tensors(torch.float32)
     wanted = gradients(mlp(torch.tanh(inputs[0]), *inputs[1:]), inputs)
@@ -201,7 +214,7 @@ def test_what_needs_no_gradient_gets_none_and_what_backward_does_not_read_is_fre
         return made
 
     x, cosine = torch.ones(8, 2, requires_grad=True), torch.ones(8, 2)
-    recompute(lambda *inputs: in_pieces(rotated, 2, (0, 0), (0,), *inputs), x, cosine).sum().backward()
+    recompute(lambda *inputs: in_pieces(rotated, 2, (0, 0), (0,), None, *inputs), x, cosine).sum().backward()
     assert len(needed) == 4
     assert not any(needed)
 
@@ -210,6 +223,6 @@ def test_more_terms_than_bf16_counts_are_added_up() -> None:
     rows = 1000  # a sum in bf16 stays at 256, to which 1 adds nothing
     x = torch.ones(rows, 1, dtype=torch.bfloat16)
     weight = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
-    in_pieces(F.linear, rows, (0, None), (0,), x, weight).sum().backward()
+    in_pieces(F.linear, rows, (0, None), (0,), None, x, weight).sum().backward()
     assert weight.grad is not None
     assert weight.grad.item() == rows
