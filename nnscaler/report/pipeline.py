@@ -14,6 +14,7 @@ from dataclasses import asdict
 from typing import Any
 
 from nnscaler.graph import TensorMeta
+from nnscaler.later import weight_seconds
 from nnscaler.pipeline.plan import PipelinePlan, forward_seconds, update_seconds
 from nnscaler.placement import local_shape
 from nnscaler.report.about import facts
@@ -57,6 +58,7 @@ def pipeline_report(plan: PipelinePlan, work: Work | None = None, replan: Replan
                     "blocks": {block.name: stage.graph.count(block) for block in stage.graph.blocks.values()},
                     "forward_seconds": forward_seconds(stage),
                     "backward_seconds": sum(stage.seconds.values()) - forward_seconds(stage) - update_seconds(stage),
+                    "later_seconds": weight_seconds(stage),
                     "in_flight": plan.in_flight[index],
                     "memory_bytes": stage.memory_bytes,
                     "host_bytes": stage.host_bytes,
@@ -101,7 +103,8 @@ def pipeline_sections(values: Values, name: str) -> Iterator[Markup]:
         [
             tag("a", f"stage {index}", href=stage_page(index)), stage["rank"],
             ", ".join(f"{count} {name}" for name, count in stage["blocks"].items()),
-            seconds(stage["forward_seconds"]), seconds(stage["backward_seconds"]), stage["in_flight"],
+            seconds(stage["forward_seconds"]), seconds(stage["backward_seconds"]),
+            seconds(stage["later_seconds"]) if stage["later_seconds"] else "", stage["in_flight"],
             gib(stage["memory_bytes"]), gib(stage["host_bytes"]) if stage["host_bytes"] else "",
             "; ".join(recompute(report)),
             ", ".join(f"{one['name']} {one['shape']}" for one in sent),
@@ -110,8 +113,12 @@ def pipeline_sections(values: Values, name: str) -> Iterator[Markup]:
             zip(pipeline["stages"], values["stages"], [*pipeline["crossing"], []], strict=True)
         )
     ]  # fmt: skip
-    head = ["stage", ">rank", "blocks", ">forward", ">backward", ">in flight", ">memory", ">host", "recompute", "sends"]
-    note = "Seconds are those of a micro-batch; what is sent is a device's part. Each stage has a page of its own."
+    head = ["stage", ">rank", "blocks", ">forward", ">backward", ">later", ">in flight", ">memory", ">host",
+            "recompute", "sends"]  # fmt: skip
+    note = (
+        "Seconds are those of a micro-batch; later: those of backward's second part, for weights, where it has two. "
+        "What is sent is a device's part. Each stage has a page of its own."
+    )
     yield from division_section(values)
     yield tag("section", tag("h2", "Stages"), table(head, rows), tag("p", note, class_="faint"))
     if values["advice"]:

@@ -76,10 +76,11 @@ def _stage_lines(values: Mapping[str, Any]) -> Iterator[str]:
     for stage, report in zip(values["pipeline"]["stages"], values["stages"], strict=True):
         blocks = ", ".join(f"{count} {name}" for name, count in stage["blocks"].items())
         again = "; ".join(["", *recompute(report)])
+        later = f", {seconds(stage['later_seconds'])} of it later" if stage["later_seconds"] else ""
         away = f" and {gib(stage['host_bytes'])} of the host" if stage["host_bytes"] else ""
         yield (
             f"rank {stage['rank']}: {blocks}; forward {seconds(stage['forward_seconds'])}, "
-            f"backward {seconds(stage['backward_seconds'])}; {gib(stage['memory_bytes'])}{away}, "
+            f"backward {seconds(stage['backward_seconds'])}{later}; {gib(stage['memory_bytes'])}{away}, "
             f"{stage['in_flight']} in flight{again}"
         )
 

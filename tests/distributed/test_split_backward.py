@@ -24,6 +24,7 @@ from tests.parity import compiled_regions
 
 WIDTH, WORDS, LAYERS = 16, 24, 8
 DW = ("dW", 0, 0)
+CPU = torch.device("cpu")
 
 
 class Layer(nn.Module):
@@ -98,23 +99,26 @@ def events_noted() -> Iterator[list[tuple[str, int, int]]]:
         yield noted
 
 
-def gradients(jobs: list[tuple[Path, bool]]) -> list[Any]:
+def gradients(jobs: list[tuple[Path, bool]], device: torch.device = CPU) -> list[Any]:
     """For each directory, and whether regions are compiled: the losses of two steps; the parts of the second one's
     gradients that this rank owns; and what was noted of that step."""
     found = []
     for directory, compiled in jobs:
         plan = json.loads((directory / "plan.json").read_text())
         with compiled_regions() if compiled else nullcontext(), events_noted() as events:
-            module = PipelineModule(directory, plan, torch.device("cpu"))
+            module = PipelineModule(directory, plan, device)
             weights = dict(with_weights().named_parameters())
             module.load(lambda name, box, weights=weights: weights[name].detach()[box.slices])
             losses = []
             for step in range(2):
                 events.clear()
-                losses.append(module.accumulate(inputs(module.schedule, step, module.axes.replica)).item())
+                batches = inputs(module.schedule, step, module.axes.replica)
+                on_device = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+                losses.append(module.accumulate(on_device).item())
         parts = [
-            (part.name, part.box.slices, bucket.gradient[part.start : part.stop].view(part.box.sizes).numpy().copy())
+            (part.name, part.box.slices, gradient[part.start : part.stop].view(part.box.sizes).numpy())
             for bucket in module.buckets
+            for gradient in [bucket.gradient.cpu().clone()]
             for part in bucket.owned_parts()
         ]
         found.append((module.axes.replica, module.axes.pipeline.rank, losses, parts, events))
@@ -149,7 +153,7 @@ class Job:
         )  # fmt: skip
         return compile_model(source, config, folder / "code")
 
-    def check(self, results: list[Any]) -> None:
+    def check(self, results: list[Any], tolerance: float = 1e-6) -> None:
         """Losses and gradients are the plain model's. Gradients of weights that wait are computed in the second part of
         a micro-batch's backward, where it has two, and all of them there."""
         schedule, copies = self.schedule, len(results) // self.plan
@@ -157,10 +161,10 @@ class Job:
         seen = set()
         for replica, rank, found, parts, events in results:
             if schedule.stages - 1 in schedule.stages_of(rank):
-                assert found == pytest.approx(losses[replica], rel=1e-6)
+                assert found == pytest.approx(losses[replica], rel=tolerance)
             for name, slices, value in parts:
                 seen.add(name)
-                assert tiny.close(torch.from_numpy(value), wanted[name][slices]) < 1e-6, (self, name)
+                assert tiny.close(torch.from_numpy(value), wanted[name][slices]) < tolerance, (self, name)
             done: list[tuple[str, int, int]] = []
             for one in actions(schedule)[rank]:
                 if isinstance(one, Compute) and one.kind != "F":

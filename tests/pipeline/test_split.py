@@ -3,6 +3,8 @@ not."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from nnscaler.mesh import Mesh
@@ -10,6 +12,8 @@ from nnscaler.pipeline import search
 from nnscaler.pipeline.plan import PipelinePlan
 from nnscaler.pipeline.search import Wanted, find_pipeline
 from nnscaler.planner.later import WAITING
+from nnscaler.report.pipeline import pipeline_report, pipeline_sections
+from nnscaler.report.spelling import seconds
 from tests.pipeline.test_cut import llama
 from tests.pipeline.test_search import hardware
 
@@ -28,6 +32,16 @@ def test_zero_bubble_is_taken_in_compiled_regions_because_it_splits(tmp_path, mo
     assert parts
     assert all(span.end > span.start for span in parts)
     assert all(stage.memory[WAITING] > 0 for stage in plan.stages)
+    values = {**pipeline_report(plan), "about": {}}
+    page = "".join(map(str, pipeline_sections(values, "a model")))
+    begin = page.rindex("<tr", 0, page.index(">stage<")) + 1
+    head, *rows = (re.findall("<t[hd][^>]*>(.*?)</t[hd]>", row) for row in page[begin:].split("<tr"))
+    for index, stage in enumerate(values["pipeline"]["stages"]):
+        (later,) = {round(span.end - span.start, 9) for span in parts if span.work.stage == index}
+        assert stage["later_seconds"] == pytest.approx(later, rel=1e-4)
+        assert 0 < later < stage["backward_seconds"] / 2
+        assert dict(zip(head, rows[index]))["later"] == seconds(later)
+    assert {span.work.stage for span in parts} == set(range(4))
     monkeypatch.setattr(search, "_ways", lambda schedule: (False,))
     before, same = (found(tmp_path, wanted) for wanted in (Wanted(alone=False), Wanted(schedule="zb-v")))
     assert before.schedule.kind != "zb-v"

@@ -258,8 +258,8 @@ def pipeline_values() -> dict:
     second = {**values_of(), "costs": {}, "blocks": {}}
     stages = [
         {"rank": rank, "blocks": {"layer": 8, "norm": 1}, "forward_seconds": 1.0, "backward_seconds": 2.0,
-         "in_flight": 3, "memory_bytes": 5 * GIB, "host_bytes": host}
-        for rank, host in ((0, 0.0), (1, 2 * GIB), (1, 0.0), (0, 0.0))
+         "later_seconds": later, "in_flight": 3, "memory_bytes": 5 * GIB, "host_bytes": host}
+        for rank, host, later in ((0, 0.0, 0.0), (1, 2 * GIB, 0.0), (1, 0.0, 0.5), (0, 0.0, 0.0))
     ]  # fmt: skip
     return {
         "model": "Llama", "hardware": "H100", "mesh": {"sizes": [2], "names": ["devices"], "replicas": 1},
@@ -289,7 +289,8 @@ def test_a_pipeline_is_explained_stage_by_stage():
         "memory     30.0 GiB of 40.0 GiB that the plan may use, on the rank that needs most",
         f"stage 0    {head.format(0)}, 3 in flight{levels}",
         f"stage 1    {head.format(1)} and 2.00 GiB of the host, 3 in flight",
-        f"stage 2    {head.format(1)}, 3 in flight", f"stage 3    {head.format(0)}, 3 in flight",
+        f"stage 2    {head.format(1).replace('2.00 s', '2.00 s, 500 ms of it later')}, 3 in flight",
+        f"stage 3    {head.format(0)}, 3 in flight",
         "would help a: b", "would not  c: d",
     ]  # fmt: skip
     stage = of_stage(values, 1)
