@@ -20,7 +20,7 @@ class PipelinePlan:
     stages        the plan of each stage, all on meshes of equal sizes
     crossing      for each stage but the last, the tensors that it sends to the next: name -> shape and type
     shared        trained parameters that several stages use -> the indices of those stages
-    splits        for each stage, whether it can run backward in two parts; if not, the first part does everything
+    splits        for each stage, whether it runs backward in two parts; if not, the first part does everything
     in_flight     for each stage, the most micro-batches whose activations it holds at a time
     timeline      a simulated step, without the optimizer's update
     memory_limit  bytes a device that the stages of a rank may use together

@@ -4,11 +4,16 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from nnscaler import ComputeConfig, Source, compile_model, planning
 from nnscaler.later import factors, weight_seconds
+from nnscaler.models.causal_lm import CausalLM, prepare_config
 from nnscaler.planner import find_plan
 from nnscaler.planner.later import WAITING
 from nnscaler.recompute import KEEPS_ALL, RECOMPUTES_ALL
+from nnscaler.runtime.module import ParallelModule
+from tests import tiny
 from tests.planner.test_by_hand import machine, total
 from tests.planner.test_layers_by_hand import LAYERS, LEVELS, ONE, PRODUCT, TWO, H, X, graph, priced
 
@@ -57,3 +62,34 @@ def test_half_of_a_products_backward_is_for_its_weight(graph, machine):
     assert weight_seconds(plan) == 0.0, "nothing waits"
     plan.splits = True
     assert weight_seconds(plan) == pytest.approx(2 * LAYERS * PRODUCT, rel=0.01)
+
+
+@pytest.mark.parametrize("level", [KEEPS_ALL, RECOMPUTES_ALL], ids=str)
+def test_a_stage_holds_what_is_planned(level, tmp_path, monkeypatch):
+    """Of a Llama, in fp32: what several products multiply is held once."""
+
+    def find(*given, **named):
+        plan = find_plan(*given, **named, waiting=[(1, 1)])
+        plan.splits = True
+        plan.levels["llama_decoder_layer"] = {level: 2}
+        planned.append(plan.memory[WAITING])
+        return plan
+
+    planned: list[float] = []
+    monkeypatch.setattr(planning, "find_plan", find)
+    config = tiny.config()
+    prepare_config(config, tiny.LENGTH, "auto")
+    inputs = dict.fromkeys(("input_ids", "labels"), torch.zeros(1, tiny.LENGTH, dtype=torch.long))
+    compile_model(
+        Source(lambda: CausalLM(config), inputs, torch.float32),
+        ComputeConfig(hardware=tiny.write_hardware(tmp_path)),
+        tmp_path / "code",
+    )
+    module = ParallelModule(tmp_path / "code", torch.device("cpu"))
+    module.load(lambda name, box: torch.full(box.sizes, 0.01))
+    later = module.axes.later
+    later.waits = True
+    module(**inputs).backward()
+    held = {one.data_ptr(): one.nbytes() for _, *both in later._left for one in (t.untyped_storage() for t in both)}
+    assert len(later._left) == 2 * 7 + 1
+    assert [sum(held.values())] == planned
