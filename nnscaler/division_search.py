@@ -3,7 +3,8 @@
 1. Of each division, a lower bound of its step is found: that of its program on one mesh axis, within memory, where
    choices may be made in parts. It takes about a second, and most bounds are within 2 % of the plan.
 2. Divisions are planned on one axis, those with the lowest bounds first, as long as a bound is near the fastest plan.
-3. They are planned on two axes, and then as pipelines, where that could be faster still and time is left.
+3. They are planned on two axes, and then as pipelines, where that could be faster still and time is left: at first with
+   ranks that have devices in equal numbers, on one axis each, and then with others.
 
 The model is traced once for each size of micro-batch: sizes are constants of a graph.
 """
@@ -243,12 +244,17 @@ class _Search:
     def _plan_pipelines(self) -> None:
         """Those first whose stages would be on as many devices as do well with micro-batches of their size."""
         possible = [one for one in self.tried if one.division.plan_ngpus > 1 and one.division.micro_batches > 1]
+        pipelines: list[Tried] = []
         for one in sorted(possible, key=lambda one: (self._as_pipeline(one.division), one.division)):
             if self._is_over(0.0):
                 return
-            pipeline = Tried(one.division, pipeline=True)
-            self.tried.append(pipeline)
-            self._plan(pipeline, self._meshes(one), self._fastest() * (1 - WORTH))
+            pipelines.append(Tried(one.division, pipeline=True))
+            self.tried.append(pipelines[-1])
+            self._plan(pipelines[-1], self._meshes(one), self._fastest() * (1 - WORTH))
+        for one in pipelines:
+            if self._is_over(0.0):
+                return
+            self._plan(one, self._meshes(one), self._fastest() * (1 - WORTH), plain=False)
 
     def _as_pipeline(self, division: Division) -> float:
         """About how many seconds a step would take as a pipeline: those of the division whose copies are as large as a
@@ -274,8 +280,11 @@ class _Search:
         """Whether there is a plan, and no more time than what is reserved for others."""
         return self._fastest() < inf and self.left() <= reserved
 
-    def _plan(self, one: Tried, meshes: Sequence[Mesh], below: float = inf) -> None:
-        """Looks for the plan of a division that takes less than `below` seconds."""
+    def _plan(self, one: Tried, meshes: Sequence[Mesh], below: float = inf, plain: bool = True) -> None:
+        """Looks for the plan of a division that takes less than `below` seconds.
+
+        plain  of pipelines, whether those whose ranks have devices in equal numbers, on one axis each, or others
+        """
         _, config = in_division(self.source, self.config, one.division)
         seconds = min(config.search_seconds, max(self.left(), LEAST_SECONDS))
         if not one.pipeline:
@@ -285,7 +294,7 @@ class _Search:
         config = replace(config, search_seconds=seconds)
         graph = self.graph(one.division)
         try:
-            one.plan = plan_for(graph, config, self.hardware, self.times, meshes, not one.pipeline, below)
+            one.plan = plan_for(graph, config, self.hardware, self.times, meshes, not one.pipeline, below, plain)
         except NotFaster as slower:
             one.bound = min(one.bound, slower.bound)
             logger.debug("%s on %s: not below %.4g s a step", one.name, meshes[0], below)
@@ -293,8 +302,9 @@ class _Search:
         except NothingFits as refusal:
             one.needed = refusal.needed
         except UserError as refusal:
-            one.refusal = str(refusal)
+            one.refusal = one.refusal or str(refusal)
         else:
+            one.refusal, one.needed = "", None
             logger.info("%s: %.4g s a step", one.name, one.step_seconds)
             return
         one.bound = 0.0 if one.pipeline else inf

@@ -116,7 +116,7 @@ class LoadedModel:
 
     def __init__(self, folder: Path, source: Source, config: OptimizerConfig, device: torch.device) -> None:
         self.module = load_module(folder, device)
-        self.mesh = self.module.axes.mesh
+        self.mesh = self.module.mesh
         self.optimizer = ShardedOptimizer(
             self.module.buckets, config, self.mesh.plan_ngpus, self.module.state_on_host
         )  # fmt: skip

@@ -1,9 +1,10 @@
-"""The device mesh: pipeline ranks, copies of the model, and the axes over which a plan splits the work of one copy."""
+"""The device mesh: copies of the model, and the axes over which a plan splits the work of one copy. A pipeline has one
+for each pipeline rank."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -13,39 +14,41 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Mesh:
-    """The devices of a plan, arranged in a grid.
+    """The devices of a plan, or of one rank of a pipeline, arranged in a grid.
 
     sizes     devices along each axis over which a copy of the model is split; called `axis` below is an index into this
     replicas  copies of the model; each trains on its own samples
-    pipeline  pipeline ranks; each has the devices above
-    first     the global rank of the first device, where the others are those of one pipeline rank
+    first     the global rank of the first device
 
-    Global ranks count the last axis fastest, then the axes before it, then copies, then pipeline ranks. So neighbours
-    on the last axis, which exchange most, are in the same node; and pipeline ranks, which exchange least, are far
-    apart.
+    Global ranks count the last axis fastest, then the axes before it, then copies. So neighbours on the last axis,
+    which exchange most, are in the same node.
 
     Example: `Mesh((2, 4), replicas=2)` has 16 devices. Rank 13 is of copy 1, at place (1, 1).
     """
 
     sizes: tuple[int, ...]
     replicas: int = 1
-    pipeline: int = 1
     first: int = 0
 
     @property
     def plan_ngpus(self) -> int:
-        """Devices of one copy of the model, on all its pipeline ranks."""
-        return self.pipeline * prod(self.sizes)
+        """Devices of one copy of the model."""
+        return prod(self.sizes)
 
     @property
     def runtime_ngpus(self) -> int:
         """All devices."""
         return self.replicas * self.plan_ngpus
 
+    @property
+    def ngpus_with_loss(self) -> int:
+        """Devices of a copy that compute its loss: all."""
+        return self.plan_ngpus
+
     def sums_gradients(self, micro_batches: int) -> bool:
         """Whether a step has several gradients of a parameter, of its micro-batches or of several devices, which are
         summed in fp32. Otherwise the only one stays as it is."""
-        return micro_batches > 1 or self.runtime_ngpus > self.pipeline
+        return micro_batches > 1 or self.runtime_ngpus > 1
 
     @property
     def axes(self) -> range:
@@ -61,16 +64,12 @@ class Mesh:
 
     def coordinates(self, rank: int) -> tuple[int, tuple[int, ...]]:
         """(copy, place on each axis) of a global rank."""
-        rank %= self.replicas * prod(self.sizes)
+        rank -= self.first
         place = []
         for size in reversed(self.sizes):
             rank, at = divmod(rank, size)
             place.append(at)
         return rank, tuple(reversed(place))
-
-    def pipeline_rank(self, rank: int) -> int:
-        """The pipeline rank of a global rank."""
-        return rank // (self.replicas * prod(self.sizes))
 
     def devices(self, *axes: int) -> int:
         """How many devices a group along some axes has."""
@@ -84,8 +83,12 @@ class Mesh:
         """
         return _on_a_node(self, devices_per_node, axes, copies)
 
+    def of_copy(self, copy: int) -> list[int]:
+        """The global ranks of the devices of a copy of the model, in the order of their places."""
+        return list(self.groups(tuple(self.axes)))[copy]
+
     def groups(self, axes: tuple[int, ...], copies: bool = False) -> Iterator[list[int]]:
-        """The global ranks of each group along some axes, of one pipeline rank. `copies`: as above"""
+        """The global ranks of each group along some axes. `copies`: as above"""
         sizes = (self.replicas, *self.sizes)
         along = {axis + 1 for axis in axes} | ({0} if copies else set())
         strides = [prod(sizes[dim + 1 :]) for dim in range(len(sizes))]
@@ -103,9 +106,69 @@ class Mesh:
         return {"sizes": list(self.sizes), "names": list(self.names), "replicas": self.replicas}
 
     def __str__(self) -> str:
-        copies = f"{self.replicas} {'copy' if self.replicas == 1 else 'copies'}"
-        pipeline = [f"{self.pipeline} pipeline ranks"] if self.pipeline > 1 else []
-        return " x ".join([copies, *pipeline, *map(axis_text, self.sizes, self.names)])
+        return " x ".join([_copies(self.replicas), *map(axis_text, self.sizes, self.names)])
+
+
+@dataclass(frozen=True)
+class PipelineMesh:
+    """The devices of a pipeline: a mesh for each pipeline rank.
+
+    Their global ranks follow one another. So pipeline ranks, which exchange least, are far apart.
+    """
+
+    ranks: tuple[Mesh, ...]
+
+    @staticmethod
+    def of(sizes: Iterable[tuple[int, ...]], replicas: int) -> PipelineMesh:
+        """The mesh whose ranks have axes of these sizes."""
+        ranks: list[Mesh] = []
+        for each in sizes:
+            ranks.append(Mesh(each, replicas, ranks[-1].first + ranks[-1].runtime_ngpus if ranks else 0))
+        return PipelineMesh(tuple(ranks))
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the model."""
+        return self.ranks[0].replicas
+
+    @property
+    def plan_ngpus(self) -> int:
+        """Devices of one copy of the model."""
+        return sum(mesh.plan_ngpus for mesh in self.ranks)
+
+    @property
+    def runtime_ngpus(self) -> int:
+        """All devices."""
+        return sum(mesh.runtime_ngpus for mesh in self.ranks)
+
+    @property
+    def ngpus_with_loss(self) -> int:
+        """Devices of a copy that compute its loss. Where the last stage is not on the last rank, ranks are even."""
+        return self.ranks[-1].plan_ngpus
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all ranks are arranged alike."""
+        return len({mesh.sizes for mesh in self.ranks}) == 1
+
+    def rank_of(self, rank: int) -> int:
+        """The pipeline rank of a global rank."""
+        return max(index for index, mesh in enumerate(self.ranks) if mesh.first <= rank)
+
+    def __str__(self) -> str:
+        ranks = f"{len(self.ranks)} pipeline ranks"
+        return " x ".join([_copies(self.replicas), ranks, devices_text([mesh.sizes for mesh in self.ranks])])
+
+
+def devices_text(ranks: Sequence[Sequence[int]]) -> str:
+    """The devices of a pipeline rank, for people; or of each, where they are not alike, such as `2 + 1 devices`.
+    `ranks`: sizes of the axes of each"""
+    alike = [" x ".join(map(axis_text, sizes, Mesh(tuple(sizes)).names)) for sizes in ranks]
+    return alike[0] if len(set(alike)) == 1 else f"{' + '.join(str(prod(sizes)) for sizes in ranks)} devices"
+
+
+def _copies(replicas: int) -> str:
+    return f"{replicas} {'copy' if replicas == 1 else 'copies'}"
 
 
 @lru_cache(4096)

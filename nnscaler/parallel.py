@@ -219,8 +219,8 @@ class ParallelizedModel:
                 none of them, without dimensions
         """
         mesh = self._loaded.mesh
-        totals = totals.expand(1 + len(self._names)) * mesh.pipeline
-        sums = torch.cat([totals, totals.new_full((1,), divisor)]) / mesh.plan_ngpus
+        totals = totals.expand(1 + len(self._names)) / mesh.ngpus_with_loss
+        sums = torch.cat([totals, totals.new_full((1,), divisor / mesh.plan_ngpus)])
         if dist.is_initialized():
             dist.all_reduce(sums)
         loss, *others = (sums[:-1] / sums[-1].clamp(min=1)).unbind()

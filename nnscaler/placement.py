@@ -61,6 +61,11 @@ def parse_placement(text: str) -> Placement:
     return Shard(int(match[1])) if match else plain[text]
 
 
+def parse_placements(text: str) -> Placements:
+    """The layout of a text that `format_placements` wrote. Raises ValueError for any other."""
+    return tuple(parse_placement(one) for one in text.split(","))
+
+
 def format_placements(placements: Placements) -> str:
     """A layout as text, such as `S(1),R`."""
     return ",".join(str(placement) for placement in placements)

@@ -42,12 +42,14 @@ def plan_for(
     meshes: Sequence[Mesh] | None = None,
     alone: bool = True,
     below: float = inf,
+    plain: bool | None = None,
 ) -> AnyPlan:
     """The best plan, with or without a pipeline, as the policy has it.
 
     meshes  that are tried; default: all of the configuration
     alone   where pipelines are explored, whether a plan without one will do too
     below   seconds of a step; only a plan that takes less is wanted
+    plain   of pipelines, which: see `nnscaler.pipeline.search.Wanted`
 
     Raises UserError where there is none, and NotFaster where none takes less than `below`.
     """
@@ -56,7 +58,7 @@ def plan_for(
     given = {**_given(config, hardware, times), "seconds": config.search_seconds, "below": below}
     if not config.explore_pipeline:
         return find_plan(graph, meshes, hardware, **given)
-    wanted = Wanted(config.pipeline_pivots, config.pipeline_schedule, config.pipeline_nstages, alone)
+    wanted = Wanted(config.pipeline_pivots, config.pipeline_schedule, config.pipeline_nstages, alone, plain)
     return find_pipeline(graph, meshes, hardware, wanted, **given)
 
 

@@ -41,6 +41,9 @@ KINDS = {
 }
 
 
+UNEVEN = ("1f1b",)  # those whose ranks may have devices in unequal numbers: what crosses goes from rank to rank in turn
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The schedule of a step with `micro_batches`, for `stages` stages on `ranks` pipeline ranks.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nnscaler.mesh import Mesh
-from nnscaler.placement import Placements, Shard, local_shape, parse_placement
+from nnscaler.placement import Placements, Shard, local_shape, parse_placements
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,13 @@ class Box:
     def shifted(self, offsets: tuple[int, ...]) -> Box:
         """The same box, further on by so many places in each dimension."""
         return Box(tuple(a + b for a, b in zip(self.offsets, offsets)), self.sizes)
+
+    def common(self, other: Box) -> Box | None:
+        """What both boxes have; None: nothing."""
+        begins = tuple(map(max, self.offsets, other.offsets))
+        ends = (min(a + b, c + d) for a, b, c, d in zip(self.offsets, self.sizes, other.offsets, other.sizes))
+        sizes = tuple(end - begin for begin, end in zip(begins, ends))
+        return Box(begins, sizes) if all(size > 0 for size in sizes) else None
 
 
 @dataclass(frozen=True)
@@ -57,20 +64,58 @@ class ParameterSpec:
     @staticmethod
     def from_json(fields: Mapping[str, Any]) -> ParameterSpec:
         """From the entry of a parameter in plan.json."""
-        layout = tuple(parse_placement(text) for text in fields["layout"].split(","))
+        layout = parse_placements(fields["layout"])
         ways = {way: fields[way] for way in ("trained", "exchanged_once", "master_only")}
         return ParameterSpec(tuple(fields["shape"]), getattr(torch, fields["dtype"]), layout, **ways)
 
     def box(self, mesh: Mesh, place: tuple[int, ...]) -> Box:
         """The part that the device at this place on the mesh axes holds."""
-        sizes = local_shape(self.shape, self.layout, mesh.sizes)
-        offsets = [0] * len(self.shape)
-        left = list(self.shape)
-        for placement, devices, at in zip(self.layout, mesh.sizes, place, strict=True):
-            if isinstance(placement, Shard):
-                left[placement.dim] //= devices
-                offsets[placement.dim] += at * left[placement.dim]
-        return Box(tuple(offsets), sizes)
+        return box_of(self.shape, self.layout, mesh, place)
+
+
+def box_of(shape: tuple[int, ...], layout: Placements, mesh: Mesh, place: tuple[int, ...]) -> Box:
+    """The part of a tensor that the device at this place on the mesh axes holds."""
+    offsets = [0] * len(shape)
+    left = list(shape)
+    for placement, devices, at in zip(layout, mesh.sizes, place, strict=True):
+        if isinstance(placement, Shard):
+            left[placement.dim] //= devices
+            offsets[placement.dim] += at * left[placement.dim]
+    return Box(tuple(offsets), local_shape(shape, layout, mesh.sizes))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a tensor that a device sends to another. Both have it.
+
+    sender, receiver  global ranks
+    box               of the whole tensor
+    """
+
+    sender: int
+    receiver: int
+    box: Box
+
+
+def parts(before: Mapping[int, Box], after: Mapping[int, Box]) -> list[Part]:
+    """What is sent so that devices have other boxes of a tensor: global ranks -> their boxes before, and after.
+
+    Where several devices have a part, they take turns.
+    """
+    holders: dict[Box, list[int]] = {}
+    for rank, box in before.items():
+        holders.setdefault(box, []).append(rank)
+    return [
+        Part(ranks[place % len(ranks)], receiver, common)
+        for place, (receiver, wanted) in enumerate(after.items())
+        for box, ranks in holders.items()
+        if (common := box.common(wanted)) is not None
+    ]
+
+
+def boxes_of_copy(shape: tuple[int, ...], layout: Placements, mesh: Mesh, copy: int) -> dict[int, Box]:
+    """Global rank -> the part of a tensor that it holds, of the devices of a copy of the model."""
+    return {rank: box_of(shape, layout, mesh, mesh.coordinates(rank)[1]) for rank in mesh.of_copy(copy)}
 
 
 def flat_range_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int, Box]]:

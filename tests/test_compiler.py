@@ -253,7 +253,7 @@ def test_a_loaded_model_holds_what_is_trained_and_what_is_not(monkeypatch, tmp_p
         name: SimpleNamespace(trained=name in ("weight", "bias")) for name in ("passing", "weight", "table", "bias")
     }
     module = SimpleNamespace(
-        axes=SimpleNamespace(mesh=Mesh((2,), 3)), buckets="buckets", state_on_host="host", specs=specs,
+        mesh=Mesh((2,), 3), buckets="buckets", state_on_host="host", specs=specs,
         hold_unused=held.update,
     )  # fmt: skip
     monkeypatch.setattr(loaded, "load_module", lambda *given: module if given == (tmp_path, "device") else None)

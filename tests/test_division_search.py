@@ -42,13 +42,14 @@ class World:
     one     of a step, on one mesh axis
     more    likewise, on two
     pipes   likewise, as a pipeline
+    others  likewise, whose ranks have several axes, or devices in unequal numbers
     """
 
-    def __init__(self, monkeypatch, bounds, one=None, more=None, pipes=None):
+    def __init__(self, monkeypatch, bounds, one=None, more=None, pipes=None, others=None):
         self.asked: list[tuple] = []
         self.seconds: list[float] = []  # given to each search
         self.now = 0.0
-        answers = {"one": one or {}, "more": more or {}, "pipeline": pipes or {}}
+        answers = {"one": one or {}, "more": more or {}, "pipeline": pipes or {}, "others": others or {}}
 
         def bound_for(graph, config, hardware, times):
             self.now += 1.0
@@ -58,11 +59,12 @@ class World:
                 raise answer
             return answer
 
-        def plan_for(graph, config, hardware, times, meshes, alone, below):
+        def plan_for(graph, config, hardware, times, meshes, alone, below, plain):
             self.now += 10.0
-            kind = "pipeline" if not alone else "one" if len(meshes[0].sizes) == 1 else "more"
+            assert plain or not alone
+            kind = ("pipeline" if plain else "others") if not alone else "one" if len(meshes[0].sizes) == 1 else "more"
             assert config.explore_pipeline == (not alone)
-            assert kind == "pipeline" or len({len(mesh.sizes) for mesh in meshes}) == 1
+            assert not alone or len({len(mesh.sizes) for mesh in meshes}) == 1
             assert kind != "one" or len(meshes) == 1
             rooms = [logging.getLogger(f"nnscaler.{room}") for room in ("planner", "pipeline", "planning")]
             assert not any(room.isEnabledFor(logging.INFO) for room in rooms), "they are quiet meanwhile"
@@ -171,7 +173,7 @@ def test_two_axes_and_pipelines_may_be_faster(monkeypatch):
     found = World(monkeypatch, BOUNDS, one, more={(4, 2): 7.0}).divide()
     assert (found.plan.step_seconds, found.config.plan_ngpus, found.config.micro_batches) == (7.0, 4, 4)
     world = World(monkeypatch, BOUNDS, one, pipes={(2, 2): 7.5})
-    found = world.divide(explore_pipeline=True)
+    found = world.divide(explore_pipeline=True, search_seconds=100.0)
     assert (found.plan.step_seconds, found.tried[0].pipeline, found.tried[0].division) == (7.5, True, Division(2, 2, 2))
     pipelines = [asked[1:3] for asked in world.asked if asked[0] == "pipeline"]
     # Stages of two devices: 8 s with two sequences, and a fourth of it idle, are 10 s. Likewise 11.85, 12.5, and twice
@@ -179,17 +181,26 @@ def test_two_axes_and_pipelines_may_be_faster(monkeypatch):
     assert pipelines == [(4, 2), (4, 4), (2, 1), (2, 2), (4, 1)]
     below = [asked[-1] for asked in world.asked if asked[0] == "pipeline"]
     assert below == [8.05 * 0.995] * 4 + [7.5 * 0.995]
+    others = [asked[1:] for asked in world.asked if asked[0] == "others"]
+    assert others == [(*which, 7.5 * 0.995) for which in pipelines], "after all that are even, in the same order"
+    found = World(monkeypatch, BOUNDS, one, pipes={(2, 2): 7.5}, others={(2, 2): 7.4, (4, 1): 7.2}).divide(
+        explore_pipeline=True, search_seconds=100.0
+    )
+    assert (found.plan.step_seconds, found.tried[0].pipeline, found.tried[0].division) == (7.2, True, Division(4, 1, 8))
+    beyond = {"pipes": {(4, 1): UserError("not so")}, "others": {(4, 1): 7.4}}
+    found = World(monkeypatch, BOUNDS, one, **beyond).divide(explore_pipeline=True, search_seconds=100.0)
+    assert (found.plan.step_seconds, found.tried[0].refusal) == (7.4, "")
     assert [one.bound for one in found.tried if one.pipeline and not one.plan] == [0.0] * 4, (
         "that there is none, is not known"
     )
     world = World(monkeypatch, BOUNDS, pipes={(4, 2): NothingFits(), (4, 1): 9.5})
-    found = world.divide(explore_pipeline=True)
-    assert {kind for kind, *_ in world.asked} == {"one", "pipeline"}, "two axes only where one is possible"
+    found = world.divide(explore_pipeline=True, search_seconds=100.0)
+    assert {kind for kind, *_ in world.asked} == {"one", "pipeline", "others"}, "two axes only where one is possible"
     assert found.plan.step_seconds == 9.5
     assert {one.bound for one in found.tried if one.pipeline and not one.plan} == {0.0}
     world = World(monkeypatch, BOUNDS, pipes={(4, 1): 9.5})
     found = world.divide(explore_pipeline=True, pipeline_schedule="1f1b")
-    assert {kind for kind, *_ in world.asked} == {"pipeline"}, "the user wants one"
+    assert {kind for kind, *_ in world.asked} == {"pipeline", "others"}, "the user wants one"
     assert found.plan.step_seconds == 9.5
 
 
@@ -198,13 +209,14 @@ def test_pipelines_that_promise_most_come_first_where_no_copy_is_as_small_as_a_s
     given = {key: bound for key, bound in BOUNDS.items() if key[0] == 4}
     world = World(monkeypatch, given, pipes={(4, 1): 9.5})
     world.divide(Batch(8, 4, plan_ngpus=4), explore_pipeline=True, pipeline_schedule="1f1b")
-    assert [asked[1:3] for asked in world.asked] == [(4, 4), (4, 2), (4, 1)]
+    assert [asked[1:3] for asked in world.asked if asked[0] == "pipeline"] == [(4, 4), (4, 2), (4, 1)]
     full = NothingFits()
     unfit = {key: full if key[0] < 4 else bound for key, bound in BOUNDS.items()}
     world = World(monkeypatch, unfit, pipes={(4, 1): 9.5})
     world.divide(explore_pipeline=True, pipeline_schedule="1f1b")
     # With two devices a copy: 20 s and a fourth of it idle, and 13 and half of it, which is 19.5.
-    assert [asked[1:3] for asked in world.asked] == [(4, 4), (4, 2), (2, 2), (4, 1), (2, 1)]
+    order = [asked[1:3] for asked in world.asked if asked[0] == "pipeline"]
+    assert order == [(4, 4), (4, 2), (2, 2), (4, 1), (2, 1)]
 
 
 @pytest.mark.parametrize(("launch", "best"), [(0.0, Division(2, 1, 4)), (1e-3, Division(2, 2, 2))])
@@ -274,12 +286,12 @@ def test_each_search_has_its_time_and_pipelines_have_half_of_what_is_left(monkey
 
 @pytest.mark.parametrize(
     ("wanted", "kinds"),
-    [({"pipeline_nstages": 1}, {"one", "more"}), ({"pipeline_nstages": 2}, {"pipeline"}),
-     ({"pipeline_pivots": ("Layer",)}, {"one", "more", "pipeline"})],
+    [({"pipeline_nstages": 1}, {"one", "more"}), ({"pipeline_nstages": 2}, {"pipeline", "others"}),
+     ({"pipeline_pivots": ("Layer",)}, {"one", "more", "pipeline", "others"})],
 )  # fmt: skip
 def test_only_what_the_user_allows_is_planned(wanted, kinds, monkeypatch):
     world = World(monkeypatch, BOUNDS, {(2, 4): 8.1}, pipes={(4, 1): 9.5})
-    world.divide(explore_pipeline=True, **wanted)
+    world.divide(explore_pipeline=True, search_seconds=100.0, **wanted)
     assert {kind for kind, *_ in world.asked} == kinds
 
 

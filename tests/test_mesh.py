@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import pytest
 
-from nnscaler.mesh import Mesh, meshes
+from nnscaler.mesh import Mesh, PipelineMesh, meshes
 
 
 def test_ranks_count_the_last_axis_first_then_copies_then_pipeline_ranks():
-    mesh = Mesh((2, 4), replicas=2, pipeline=3)
-    assert (mesh.plan_ngpus, mesh.runtime_ngpus) == (24, 48)
+    mesh = Mesh((2, 4), replicas=2)
+    assert (mesh.plan_ngpus, mesh.runtime_ngpus, mesh.ngpus_with_loss) == (8, 16, 8)
     assert mesh.coordinates(13) == (1, (1, 1))
-    assert [mesh.coordinates(rank) for rank in (1, 6, 8, 20)] == [(0, (0, 1)), (0, (1, 2)), (1, (0, 0)), (0, (1, 0))]
-    assert mesh.coordinates(13 + 2 * 16) == (1, (1, 1))
-    assert [mesh.pipeline_rank(rank) for rank in (0, 15, 16, 47)] == [0, 0, 1, 2]
-    assert (mesh.names, Mesh((8,)).names, Mesh((2, 2, 2)).names) == (
+    assert [mesh.coordinates(rank) for rank in (1, 6, 8)] == [(0, (0, 1)), (0, (1, 2)), (1, (0, 0))]
+    assert mesh.of_copy(1) == list(range(8, 16))
+    whole = PipelineMesh.of([(2, 4)] * 3, 2)
+    assert (whole.plan_ngpus, whole.runtime_ngpus, whole.replicas, whole.ngpus_with_loss) == (24, 48, 2, 8)
+    assert [one.first for one in whole.ranks] == [0, 16, 32]
+    assert whole.ranks[2].coordinates(13 + 2 * 16) == (1, (1, 1))
+    assert [whole.rank_of(rank) for rank in (0, 15, 16, 47)] == [0, 0, 1, 2]
+
+
+def test_ranks_of_a_pipeline_may_have_devices_in_unequal_numbers():
+    whole = PipelineMesh.of([(4,), (1,), (2,)], 2)
+    assert [one.first for one in whole.ranks] == [0, 8, 10]
+    assert (whole.plan_ngpus, whole.runtime_ngpus, whole.ngpus_with_loss) == (7, 14, 2)
+    assert [whole.rank_of(rank) for rank in range(14)] == [0] * 8 + [1] * 2 + [2] * 4
+    assert whole.ranks[2].of_copy(1) == [12, 13]
+    assert not whole.is_even
+    assert PipelineMesh.of([(4,)] * 2, 2).is_even
+    assert not PipelineMesh.of([(4,), (2, 2)], 2).is_even
+    assert (Mesh((2, 4)).names, Mesh((8,)).names, Mesh((2, 2, 2)).names) == (
         ("outer", "inner"), ("devices",), ("axis0", "axis1", "axis2")
     )  # fmt: skip
 
@@ -51,12 +66,11 @@ def test_the_fewest_devices_of_a_group_on_a_node(per_node, mesh, axes, copies, f
     assert mesh.on_a_node(per_node, axes, copies) == fewest
 
 
-def test_gradients_are_summed_over_micro_batches_and_devices_but_not_over_stages():
+def test_gradients_are_summed_over_micro_batches_and_devices():
     assert not Mesh((1,)).sums_gradients(1)
     assert Mesh((1,)).sums_gradients(2)
     assert Mesh((2,)).sums_gradients(1)
     assert Mesh((1,), 2).sums_gradients(1)
-    assert not Mesh((1,), 1, 4).sums_gradients(1)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +91,7 @@ def test_of_two_axes_the_second_stays_inside_a_node(devices, per_node, sizes):
 
 def test_a_mesh_in_words():
     assert str(Mesh((1,))) == "1 copy x 1 device"
-    assert str(Mesh((2,), 1, 2)) == "1 copy x 2 pipeline ranks x 2 devices"
-    assert str(Mesh((2, 4), 2, 3)) == "2 copies x 3 pipeline ranks x 2 outer x 4 inner"
+    assert str(PipelineMesh.of([(2,)] * 2, 1)) == "1 copy x 2 pipeline ranks x 2 devices"
+    assert str(PipelineMesh.of([(2, 4)] * 3, 2)) == "2 copies x 3 pipeline ranks x 2 outer x 4 inner"
+    assert str(PipelineMesh.of([(2,), (1,)], 2)) == "2 copies x 2 pipeline ranks x 2 + 1 devices"
     assert Mesh((2, 4), 2).to_json() == {"sizes": [2, 4], "names": ["outer", "inner"], "replicas": 2}

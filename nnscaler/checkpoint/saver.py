@@ -55,7 +55,7 @@ class Saver:
         save_assets: Callable[[Path], None] | None, check: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self.run, self._device, self._save_assets, self._check = run, device, save_assets, check
-        self._optimizer, self._owned, self._fixed = optimizer, owned_state(optimizer), fixed
+        self._optimizer, self._owned, self._fixed = optimizer, owned_state(optimizer, copies=False), fixed
         self._distributed = dist.is_initialized()
         self._rank = dist.get_rank() if self._distributed else 0
         self._group = dist.new_group(backend="gloo") if self._distributed else None

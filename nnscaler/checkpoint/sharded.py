@@ -70,10 +70,15 @@ def whole(name: str, tensor: Tensor) -> Part:
     return Part(name, shape, Box((0,) * len(shape), shape), tensor)
 
 
-def owned_state(optimizer: ShardedOptimizer) -> list[Part]:
-    """The fp32 master weights (`model.<name>`) and moments (`exp_avg.<name>`, ...) that this rank owns."""
+def owned_state(optimizer: ShardedOptimizer, copies: bool = True) -> list[Part]:
+    """The fp32 master weights (`model.<name>`) and moments (`exp_avg.<name>`, ...) that this rank owns.
+
+    copies  whether those too that another stage of a pipeline has, whose owners may own other boxes
+    """
     parts = []
     for bucket, master, state in zip(optimizer.buckets, optimizer.masters, optimizer.state):
+        if bucket.is_copy and not copies:
+            continue
         for kind, flat in (("model", master), *state.items()):
             for part in bucket.owned_parts():
                 tensor = flat[part.start : part.stop].view(part.box.sizes)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nnscaler.cli.reports import Read
 from nnscaler.data.training import Counts
-from nnscaler.mesh import Mesh
+from nnscaler.mesh import Mesh, PipelineMesh
 from nnscaler.runtime.reading import Moment, Reading
 
 
@@ -28,7 +28,7 @@ class StepSize:
 
     samples: int
     tokens: int
-    mesh: Mesh
+    mesh: Mesh | PipelineMesh
     flops: tuple[float, float]
     peak: float | None
 
@@ -73,7 +73,7 @@ class Progress:
             losses, labels, padding = total.numbers()
             seconds = since.until(now) - sum(began.until(ended) for began, ended in pauses)
             # Every device of a copy that has the loss has counted its labels.
-            alike = self._size.mesh.plan_ngpus / self._size.mesh.pipeline
+            alike = self._size.mesh.ngpus_with_loss
             speed = self._speed(steps, seconds, labels / alike, padding / alike)
             return {"loss": losses / labels if labels else None, **speed, **memory}
 

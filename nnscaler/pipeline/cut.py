@@ -72,12 +72,12 @@ def cut(graph: Graph, begins: Sequence[int]) -> list[StageGraph]:
     return stages
 
 
-def shared_parameters(stages: Sequence[Graph]) -> dict[str, list[int]]:
-    """Trained parameters that several stages use -> the indices of those stages."""
+def shared_parameters(stages: Sequence[Graph], trained: bool = True) -> dict[str, list[int]]:
+    """Parameters that several stages use -> the indices of those stages. `trained`: those that are trained alone"""
     found: dict[str, list[int]] = {}
     for index, graph in enumerate(stages):
         for name, meta in graph.parameters.items():
-            if meta.requires_grad:
+            if meta.requires_grad or (not trained and name not in graph.buffers):
                 found.setdefault(name, []).append(index)
     return {name: users for name, users in found.items() if len(users) > 1}
 

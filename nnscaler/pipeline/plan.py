@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from nnscaler.graph import TensorMeta
-from nnscaler.mesh import Mesh
+from nnscaler.mesh import PipelineMesh
 from nnscaler.pipeline.simulate import Timeline
 from nnscaler.plan import Plan
 from nnscaler.schedules import Schedule
@@ -17,7 +17,7 @@ BESIDE = ("exchange", "copies")  # categories of seconds that say by name what t
 class PipelinePlan:
     """The plans of all stages, and their schedule.
 
-    stages        the plan of each stage, all on meshes of equal sizes
+    stages        the plan of each stage, on the devices of its rank
     crossing      for each stage but the last, the tensors that it sends to the next: name -> shape and type
     shared        trained parameters that several stages use -> the indices of those stages
     splits        for each stage, whether it runs backward in two parts; if not, the first part does everything
@@ -46,9 +46,10 @@ class PipelinePlan:
         return self.timeline.seconds + self.update_seconds
 
     @property
-    def mesh(self) -> Mesh:
-        """The mesh of all devices: that of a stage, on each pipeline rank."""
-        return replace(self.stages[0].mesh, pipeline=self.schedule.ranks)
+    def mesh(self) -> PipelineMesh:
+        """The mesh of all devices."""
+        of_ranks = [self.stages[self.schedule.stages_of(rank)[0]].mesh for rank in range(self.schedule.ranks)]
+        return PipelineMesh.of([mesh.sizes for mesh in of_ranks], of_ranks[0].replicas)
 
     @property
     def micro_batches(self) -> int:

@@ -7,14 +7,15 @@ estimate is faster than the best plan so far, the most promising first.
 
 All this is done with the device's memory alone, and then again with what saves memory at a price, such as the host and
 pieces, for those schedules that more memory would make faster. At first, the devices of a rank are one mesh axis. They
-are two where that could be faster still, and time is left.
+are two where that could be faster still, and time is left. Last, where each rank has one stage, ranks may have devices
+in unequal numbers: devices move from rank to rank as long as that makes the step faster.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import inf
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 from nnscaler.errors import UserError
 from nnscaler.graph import Graph
 from nnscaler.hardware import Hardware
-from nnscaler.mesh import Mesh, axis_text
+from nnscaler.mesh import Mesh, PipelineMesh, devices_text
 from nnscaler.mesh import meshes as meshes_of
 from nnscaler.pipeline.cut import pivots
 from nnscaler.pipeline.plan import PipelinePlan
@@ -34,12 +35,13 @@ from nnscaler.planner import SEARCH_SECONDS, NotFaster, NothingFits, find_plan
 from nnscaler.planner.options import layouts_of
 from nnscaler.planner.search import SPARING, nodes_to_recompute
 from nnscaler.profiler.operators import OperatorTimes
-from nnscaler.schedules import KINDS, Schedule
+from nnscaler.schedules import KINDS, UNEVEN, Schedule
 from nnscaler.sums import IN_FP32, GradientSum
 
 logger = logging.getLogger(__name__)
 
 _BALANCING_ROUNDS = 3
+_MOST_MOVES = 6  # of a device from one rank to another that are tried before one is made
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,14 @@ class Wanted:
     schedule  the kind of schedule; None: any
     stages    the number of stages; None: any
     alone     whether a plan without a pipeline will do too, unless `schedule` or `stages` says otherwise
+    plain     True: only ranks whose devices are one axis, in equal numbers; False: only others; None: both
     """
 
     pivots: tuple[str, ...] = ()
     schedule: str | None = None
     stages: int | None = None
     alone: bool = True
+    plain: bool | None = None
 
 
 def find_pipeline(
@@ -106,32 +110,24 @@ def find_pipeline(
             refused, unpiped = f"without a pipeline: {error}", error
             logger.info("%s", refused)
 
-    def planners(on: Sequence[_On], **saving: Any) -> dict[Mesh, StagePlanner]:
-        return {
-            mesh: StagePlanner(
-                graph, mesh, hardware, memory, recompute_modules, fused, times, begins, until, sums=sums, **saving
-            )
-            for _, mesh in on
-        }
+    def planner(**saving: Any) -> StagePlanner:
+        return StagePlanner(
+            graph, hardware, memory, recompute_modules, fused, times, begins, until, sums=sums, **saving
+        )
 
-    search = _Search(best, refused, until, below)
-    for axes in (1, 2):
-        on = [
-            _On(schedule, mesh)
-            for schedule in schedules
-            if schedule is not None
-            for mesh in _meshes_of_a_rank(schedule, meshes[0], hardware)
-            if len(mesh.sizes) == axes
-        ]
-        search.hurries = below < inf or (axes > 1 and search.best is not None)
-        alone = planners(on)
-        free = {mesh: replace(planner, memory=inf, estimated={}) for mesh, planner in alone.items()}
+    alone, search = planner(), _Search(best, refused, until, below)
+    free = replace(alone, memory=inf, estimated={}, layouts={})
+    sparing = planner(host=host, sparing=True, groups=True)
+    for optional, on in _rounds([one for one in schedules if one is not None], meshes[0], hardware):
+        if wanted.plain is optional:
+            continue
+        search.hurries = below < inf or optional
         if search.hurries:
             on = search.gaining(on, free)
         search.among(on, alone)
         on = search.gaining(on, free)
         if search.best is None or time.process_time() < until:
-            search.among(on, planners(on, host=host, sparing=True, groups=True))
+            search.among(on, sparing)
     if search.best is None and below < inf:
         raise NotFaster(below)
     if search.best is None:
@@ -140,21 +136,47 @@ def find_pipeline(
 
 
 class _On(NamedTuple):
-    """A schedule that may be planned on a mesh for each of its ranks."""
+    """A schedule that may be planned on a mesh.
+
+    moves  whether devices may move from one rank to another
+    """
 
     schedule: Schedule
-    mesh: Mesh
+    mesh: PipelineMesh
+    moves: bool = False
+
+    def __str__(self) -> str:
+        sizes = [mesh.sizes for mesh in self.mesh.ranks]
+        plain = self.mesh.is_even and len(sizes[0]) == 1
+        return str(self.schedule) if plain else f"{self.schedule}, {devices_text(sizes)}"
 
 
-def _meshes_of_a_rank(schedule: Schedule, whole: Mesh, hardware: Hardware) -> list[Mesh]:
-    """The meshes to try for each pipeline rank. `whole`: a mesh of all devices of a copy"""
-    return meshes_of(whole.plan_ngpus // schedule.ranks, whole.replicas, hardware.devices_per_node)
+def _rounds(schedules: Sequence[Schedule], whole: Mesh, hardware: Hardware) -> Iterator[tuple[bool, list[_On]]]:
+    """(whether it is left out where time is, what is tried): all devices of a rank as one axis; as two; and with
+    devices in unequal numbers. `whole`: a mesh of all devices of a copy"""
+    devices, replicas = whole.plan_ngpus, whole.replicas
+    even_on: list[_On] = []
+    for schedule in schedules:
+        each, rest = divmod(devices, schedule.ranks)
+        of_rank = meshes_of(each, replicas, hardware.devices_per_node) if not rest else []
+        even_on += [_On(schedule, PipelineMesh.of([mesh.sizes] * schedule.ranks, replicas)) for mesh in of_rank]
+    for axes in (1, 2):
+        yield axes > 1, [on for on in even_on if len(on.mesh.ranks[0].sizes) == axes]
+    one_stage = [schedule for schedule in schedules if schedule.kind in UNEVEN and schedule.ranks < devices]
+    yield (
+        True,
+        [
+            _On(one, PipelineMesh.of([(size,) for size in halved(devices, one.ranks)], replicas), True)
+            for one in one_stage
+        ],
+    )
 
 
 def _nothing_fits(unpiped: UserError | None, last: str) -> NothingFits:
     """unpiped: why no plan without a pipeline does, if that was tried; last: which pipeline was tried last, and its
     refusal"""
-    refusal = NothingFits(f"{f'{unpiped}; ' if unpiped else ''}no pipeline fits; the last that was tried, {last}")
+    tried = f"; the last that was tried, {last}" if last else ""
+    refusal = NothingFits(f"{f'{unpiped}; ' if unpiped else ''}no pipeline fits{tried}")
     if isinstance(unpiped, NothingFits):
         refusal.needed = unpiped.needed
     return refusal
@@ -166,7 +188,8 @@ class _Search:
 
     until    by `time.process_time`, when the search ends, if it `hurries`
     below    seconds of a step; only plans that take less are wanted
-    hurries  whether there is a plan already: the best so far, or one of other devices or micro-batches
+    hurries  whether that is so, as there is a plan already, or most has been tried; where there is no plan, one thing
+             more is tried all the same
     """
 
     best: Plan | PipelinePlan | None
@@ -176,58 +199,57 @@ class _Search:
     hurries: bool = False
 
     def is_over(self) -> bool:
-        """Whether time is out, where there is a plan already."""
+        """Whether time is out, where it counts."""
         return self.hurries and time.process_time() >= self.until
 
     def _to_beat(self) -> float:
         return min(self.below, inf if self.best is None else self.best.step_seconds)
 
-    def among(self, on: Sequence[_On], planners: Mapping[Mesh, StagePlanner]) -> None:
-        """Tries schedules on meshes, each of which has a planner, those first that promise most."""
+    def among(self, on: Sequence[_On], planner: StagePlanner) -> None:
+        """Tries schedules on meshes, those first that promise most."""
         estimates = []
-        for schedule, mesh, splits in [(*one, splits) for one in on for splits in _ways(one[0])]:
-            if self.is_over():
+        for one, splits in [(each, splits) for each in on for splits in _ways(each.schedule)]:
+            if self.is_over() and self._to_beat() < inf:
                 return
+            if self.is_over() and one is not on[0]:
+                break
             try:
-                estimates.append((estimated(planners[mesh], schedule, splits), mesh))
+                found = _estimated(planner, one, splits)
             except UserError as error:
-                self._refuse(schedule, mesh, error)
-        for estimate, mesh in sorted(estimates, key=lambda one: one[0].step_seconds):
-            schedule = estimate.candidate.schedule
-            below = self._to_beat()
+                self._refuse(one, error)
+            else:
+                if found is not None:
+                    estimates.append(found)
+        for estimate in sorted(estimates, key=lambda one: one.step_seconds):
+            one, below = _On(estimate.candidate.schedule, estimate.candidate.mesh), self._to_beat()
             try:
                 with quiet("planner"):
-                    found = planned(planners[mesh], estimate, below)
+                    plan = planned(planner, estimate, below)
             except UserError as error:
-                self._refuse(schedule, mesh, error)
+                self._refuse(one, error)
                 continue
-            if found is None:
-                logger.info("%s: not faster; estimated at %.4g s a step", _name(schedule, mesh), estimate.step_seconds)
+            if plan is None:
+                logger.info("%s: not faster; estimated at %.4g s a step", one, estimate.step_seconds)
                 continue
-            logger.info("%s: %.4g s a step", _name(schedule, mesh), found.step_seconds)
-            self.best = found
+            logger.info("%s: %.4g s a step", one, plan.step_seconds)
+            self.best = plan
 
-    def gaining(self, on: Sequence[_On], free: Mapping[Mesh, StagePlanner]) -> list[_On]:
-        """Those which could be worth what spares memory at a price, or a second axis. `free`: have all memory they
-        want"""
-        return [one for one in on if self._may_gain(one.schedule, free[one.mesh])]
+    def gaining(self, on: Sequence[_On], free: StagePlanner) -> list[_On]:
+        """Those which could be worth what spares memory at a price, or what is tried only where time is left. `free`:
+        has all memory it wants"""
+        return [one for one in on if self._may_gain(one, free)]
 
-    def _may_gain(self, schedule: Schedule, free: StagePlanner) -> bool:
+    def _may_gain(self, on: _On, free: StagePlanner) -> bool:
         if self._to_beat() == inf:
             return True
         if self.is_over():
             return False
-        return estimated(free, schedule, max(_ways(schedule))).step_seconds < self._to_beat() * (1 - SPARING)
+        found = _estimated(free, on, max(_ways(on.schedule)))
+        return found is not None and found.step_seconds < self._to_beat() * (1 - SPARING)
 
-    def _refuse(self, schedule: Schedule, mesh: Mesh, error: UserError) -> None:
-        self.refused = f"{_name(schedule, mesh)}: {error}"
+    def _refuse(self, on: _On, error: UserError) -> None:
+        self.refused = f"{on}: {error}"
         logger.info("%s", self.refused)
-
-
-def _name(schedule: Schedule, mesh: Mesh) -> str:
-    """What is tried, for people."""
-    axes = "" if len(mesh.sizes) == 1 else f", each {' x '.join(map(axis_text, mesh.sizes, mesh.names))}"
-    return f"{schedule}{axes}"
 
 
 def _ways(schedule: Schedule) -> tuple[bool, ...]:
@@ -246,10 +268,10 @@ def candidates(wanted: Wanted, devices: int, places: int, micro_batches: int) ->
     found: list[Schedule | None] = [None] if without else []
     refused: list[str] = []
     possible = {1} if wanted.schedule is None else set()
-    for ranks in (ranks for ranks in range(2, devices + 1) if devices % ranks == 0):
+    for ranks in range(2, devices + 1):
         for kind, per_rank in ((name, count) for name in kinds for count in KINDS[name].stages_per_rank):
             stages = ranks * per_rank
-            if stages > places:
+            if stages > places or (devices % ranks and kind not in UNEVEN):
                 continue
             possible.add(stages)
             if wanted.stages in (None, stages):
@@ -269,13 +291,22 @@ def candidates(wanted: Wanted, devices: int, places: int, micro_batches: int) ->
     )
 
 
-def estimated(planner: StagePlanner, schedule: Schedule, splits: bool = False) -> Estimate:
+def _estimated(planner: StagePlanner, on: _On, splits: bool) -> Estimate | None:
+    """The estimate of what is to be tried; None where devices do not move, though they may. Raises UserError where it
+    does not fit."""
+    if not on.moves:
+        return estimated(planner, on.schedule, on.mesh, splits)
+    found = with_devices_moved(planner, on.schedule, on.mesh)
+    return None if found.candidate.mesh.is_even else found
+
+
+def estimated(planner: StagePlanner, schedule: Schedule, mesh: PipelineMesh, splits: bool = False) -> Estimate:
     """The estimate of a schedule with its best cut points; `splits` as in `Candidate`. Raises UserError where it does
     not fit."""
     counts = even(len(planner.begins), schedule.stages)
-    if planner.layout is None:
-        planner.layout = _best_layout(planner, schedule, counts)
-    best = planner.estimate(Candidate(schedule, counts, planner.layout, splits))
+    if mesh not in planner.layouts:
+        planner.layouts[mesh] = _best_layout(planner, schedule, counts, mesh)
+    best = planner.estimate(Candidate(schedule, counts, planner.layouts[mesh], mesh, splits))
     for _ in range(_BALANCING_ROUNDS):
         counts = balanced(best.candidate.counts, [each.seconds for each in best.needs])
         try:
@@ -288,21 +319,64 @@ def estimated(planner: StagePlanner, schedule: Schedule, splits: bool = False) -
     return best
 
 
-def _best_layout(planner: StagePlanner, schedule: Schedule, counts: tuple[int, ...]) -> Placements:
+def with_devices_moved(planner: StagePlanner, schedule: Schedule, mesh: PipelineMesh) -> Estimate:
+    """The estimate of a schedule of one stage a rank, on as many devices as `mesh` has in all, of which each rank gets
+    as many as is fastest: they move one by one, as long as that makes the step faster and there is time.
+
+    Raises UserError where nothing fits that was tried.
+    """
+    best, failure = None, None
+    tried: set[PipelineMesh] = set()
+    trying = [mesh]
+    while trying:
+        mesh, *trying = trying
+        tried.add(mesh)
+        try:
+            found = estimated(planner, schedule, mesh)
+        except UserError as error:
+            failure = error
+            if best is None and not trying:
+                trying = [one for one in moves(mesh, [0.0] * schedule.ranks) if one not in tried]
+        else:
+            if best is None or found.step_seconds < best.step_seconds:
+                best = found
+                trying = [one for one in moves(mesh, [each.seconds for each in best.needs]) if one not in tried]
+        if time.process_time() >= planner.until and (best is not None or len(tried) > _MOST_MOVES):
+            break
+    if best is None:
+        assert failure is not None
+        raise failure
+    return best
+
+
+def moves(mesh: PipelineMesh, seconds: Sequence[float]) -> list[PipelineMesh]:
+    """The meshes on which one rank has given a device to another, or has exchanged its devices for fewer; a few, those
+    first where the slowest takes from the fastest. `seconds`: of each rank's stage"""
+    sizes = [each.plan_ngpus for each in mesh.ranks]
+    ranks = range(len(sizes))
+    pairs = [(taker, giver) for taker in ranks for giver in ranks if giver != taker and sizes[giver] > 1]
+    found: dict[tuple[int, ...], None] = {}
+    for taker, giver in sorted(pairs, key=lambda pair: seconds[pair[1]] - seconds[pair[0]]):
+        for count in sorted({1, max(1, sizes[giver] - sizes[taker])}):
+            found[tuple(size + count * ((rank == taker) - (rank == giver)) for rank, size in enumerate(sizes))] = None
+    return [PipelineMesh.of([(size,) for size in after], mesh.replicas) for after in list(found)[:_MOST_MOVES]]
+
+
+def _best_layout(planner: StagePlanner, schedule: Schedule, counts: tuple[int, ...], mesh: PipelineMesh) -> Placements:
     """The layout of what crosses between stages with which the estimated step is fastest, of those for which there is
-    time."""
-    whole = (REPLICATE,) * len(planner.mesh.sizes)
-    if planner.mesh.plan_ngpus == 1:
-        return whole
+    time. It is one that the devices of some rank allow."""
     first = planner.cut(counts)[0]
-    layouts = layouts_of(first.graph.root.tensors[first.sent[0]].shape, planner.mesh, REPLICATE)
+    shape = first.graph.root.tensors[first.sent[0]].shape
+    layouts = dict.fromkeys(layout for each in mesh.ranks for layout in layouts_of(shape, each, REPLICATE))
+    if len(layouts) == 1:
+        return next(iter(layouts))
     seconds: dict[Placements, float] = {}
     failure: UserError | None = None
     for layout in layouts:
         if seconds and time.process_time() >= planner.until:
             break
         try:
-            seconds[layout] = planner.estimate(Candidate(schedule, counts, layout)).step_seconds
+            seconds[layout] = planner.estimate(Candidate(schedule, counts, layout, mesh)).step_seconds
         except UserError as error:
             failure = error
     if not seconds:
@@ -336,6 +410,15 @@ def even(places: int, stages: int) -> tuple[int, ...]:
     """How many of `places` each stage gets: numbers that differ by one at most. The last stages get fewer, as they
     have the loss."""
     return tuple(places // stages + (stage < places % stages) for stage in range(stages))
+
+
+def halved(devices: int, ranks: int) -> tuple[int, ...]:
+    """How many devices each rank gets at first: the most are halved until there are as many numbers as ranks."""
+    found = [devices]
+    while len(found) < ranks:
+        at = found.index(max(found))
+        found[at : at + 1] = [found[at] - found[at] // 2, found[at] // 2]
+    return tuple(found)
 
 
 def balanced(counts: Sequence[int], seconds: Sequence[float]) -> tuple[int, ...]:

@@ -12,14 +12,15 @@ estimate gave it. This ends early when the simulated step takes longer than the 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf, prod
 
-from nnscaler.graph import Call, Graph, Node, Ref, format_arguments, map_refs
+from nnscaler.graph import Call, Graph, Node, Ref, TensorMeta, format_arguments, map_refs
 from nnscaler.hardware import Hardware
 from nnscaler.later import weight_seconds
-from nnscaler.mesh import Mesh
+from nnscaler.mesh import Mesh, PipelineMesh
 from nnscaler.pipeline.cut import StageGraph, cut, shared_parameters
 from nnscaler.pipeline.plan import PipelinePlan, forward_seconds, update_seconds
 from nnscaler.pipeline.simulate import StageSeconds, simulate
@@ -33,6 +34,7 @@ from nnscaler.planner.search import recomputing
 from nnscaler.planner.solve import Needs, relaxed
 from nnscaler.profiler.operators import OperatorTimes
 from nnscaler.schedules import Schedule, actions, in_flight, waiting
+from nnscaler.shards import boxes_of_copy, parts
 from nnscaler.sums import IN_FP32, GradientSum
 
 LEAST_SECONDS = 1.0  # for each stage, though time is out
@@ -43,13 +45,15 @@ class Candidate:
     """A pipeline that may be planned.
 
     counts  how many pivots each stage has
-    layout  of what crosses between stages, where its shape allows this layout; else it crosses whole
+    layout  of what crosses between stages, on the devices of each, where its shape allows this layout; else it is whole
+    mesh    of the pipeline ranks
     splits  whether stages run backward in two parts, where they can, and where the schedule has two
     """
 
     schedule: Schedule
     counts: tuple[int, ...]
     layout: Placements
+    mesh: PipelineMesh
     splits: bool = False
 
 
@@ -96,16 +100,15 @@ class _Stage:
 
 @dataclass
 class StagePlanner:
-    """Plans stages on the devices of one pipeline rank, and remembers what it has planned.
+    """Plans stages, and remembers what it has planned.
 
-    mesh       of a pipeline rank, wherever its first device is
     begins     indices of the root block's nodes at which stages may begin
     memory     bytes a device that the stages of a rank may use together
     until      when the search is to end, by `time.process_time`
     host       bytes a device of the host's memory that the stages of a rank may use together
     sparing    whether what else saves memory at a price is tried; see `build_problem`
     groups     whether they may compute groups of layers again together
-    layout     of what crosses, once it has been chosen
+    layouts    mesh -> the layout of what crosses, once it has been chosen
     cuts       counts of pivots -> the stages' graphs
     stages     candidate -> its stages
     problems   `_Stage.like` -> the planning problem
@@ -114,7 +117,6 @@ class StagePlanner:
     """
 
     graph: Graph
-    mesh: Mesh
     hardware: Hardware
     memory: float
     recompute_modules: Sequence[str] | None
@@ -126,7 +128,7 @@ class StagePlanner:
     sparing: bool = False
     groups: bool = False
     sums: GradientSum = IN_FP32
-    layout: Placements | None = None
+    layouts: dict[PipelineMesh, Placements] = field(default_factory=dict)
     cuts: dict[tuple[int, ...], list[StageGraph]] = field(default_factory=dict)
     stages: dict[Candidate, list[_Stage]] = field(default_factory=dict)
     problems: dict[object, Problem] = field(default_factory=dict)
@@ -189,26 +191,29 @@ class StagePlanner:
 
     def _find_stages(self, candidate: Candidate) -> list[_Stage]:
         schedule, stages = candidate.schedule, self.cut(candidate.counts)
-        shared = shared_parameters([stage.graph for stage in stages])
+        shared = shared_parameters([stage.graph for stage in stages], trained=False)
         found = []
         for index, stage in enumerate(stages):
-            tensors = stage.graph.root.tensors
-            layouts = {name: self._fitting(tensors[name].shape, candidate.layout) for name in _crossing(stage)}
-            # All stages that have a parameter store it alike, so that their gradients can be added as they lie.
-            layouts |= {name: (SHARED,) * len(self.mesh.sizes) for name in shared if name in stage.graph.parameters}
-            size = sum(self._local_bytes(stage, name, candidate.layout) for name in _crossing(stage))
-            own, mesh = actions(schedule)[rank := schedule.rank_of(index)], self._mesh_of(rank)
+            rank, count, tensors = schedule.rank_of(index), schedule.micro_batches, stage.graph.root.tensors
+            own, mesh = actions(schedule)[rank], self._as_planned(candidate.mesh.ranks[rank])
             held, later = in_flight(own, index), tuple(waiting(own, index)) if candidate.splits else ()
-            count = schedule.micro_batches
+            layouts = {name: _fitting(tensors[name].shape, candidate.layout, mesh) for name in _crossing(stage)}
+            size = sum(_local_bytes(tensors[name], layouts[name], mesh) for name in _crossing(stage))
+            # All stages that have a parameter store it alike, so that their gradients can be added as they lie, and it
+            # is saved once.
+            for name in shared:
+                if name in stage.graph.parameters:
+                    trained = stage.graph.parameters[name].requires_grad
+                    layouts[name] = ((SHARED if trained else REPLICATE),) * len(mesh.sizes)
             like = (_likeness(stage.graph), tuple(layouts.values()), count, mesh)
             found.append(_Stage(stage, mesh, like, count, held, count * size, layouts, later))
         return found
 
-    def _mesh_of(self, rank: int) -> Mesh:
-        """The devices of a pipeline rank. Ranks whose groups lie on nodes alike have equal ones."""
-        devices, per_node = self.mesh.runtime_ngpus, self.hardware.devices_per_node
-        first = rank * devices % per_node
-        return replace(self.mesh, first=first if first + devices > per_node else 0)
+    def _as_planned(self, mesh: Mesh) -> Mesh:
+        """The devices of a pipeline rank. Those whose groups lie on nodes alike become equal."""
+        per_node = self.hardware.devices_per_node
+        first = mesh.first % per_node
+        return replace(mesh, first=first if first + mesh.runtime_ngpus > per_node else 0)
 
     def _estimate(self, stages: Sequence[_Stage]) -> list[Needs]:
         """What each of a rank's stages needs."""
@@ -274,16 +279,6 @@ class StagePlanner:
         there = {kind for block in stage.all_blocks() for node in block.nodes for kind in node.module_types}
         return [name for name in self.recompute_modules if name in there]
 
-    def _fitting(self, shape: tuple[int, ...], layout: Placements) -> Placements:
-        whole = (REPLICATE,) * len(self.mesh.sizes)
-        deepest = max((getattr(place, "dim", 0) for place in layout), default=0)
-        return layout if deepest < len(shape) and divides(shape, layout, self.mesh) else whole
-
-    def _local_bytes(self, stage: StageGraph, name: str, layout: Placements) -> int:
-        """Bytes of a device's part of a tensor that crosses."""
-        meta = stage.graph.root.tensors[name]
-        return meta.dtype.itemsize * prod(local_shape(meta.shape, self._fitting(meta.shape, layout), self.mesh.sizes))
-
     def _seconds(self, plan: Plan, update: bool = False) -> StageSeconds:
         """A stage's seconds in the schedule.
 
@@ -310,16 +305,47 @@ class StagePlanner:
         return simulate(schedule, actions(schedule), stages, self._transfers(candidate)).seconds
 
     def _transfers(self, candidate: Candidate) -> list[float]:
-        """Seconds of a transfer from each stage to the next, where each device sends to the one in its place."""
-        schedule, each = candidate.schedule, self.mesh.runtime_ngpus
-        seconds = []
+        """Seconds of a transfer from each stage to the next, or of its gradient back, where that takes longer."""
+        schedule, seconds = candidate.schedule, []
         for index, stage in enumerate(self.cut(candidate.counts)[:-1]):
             ranks = schedule.rank_of(index), schedule.rank_of(index + 1)
-            nodes = [{(r * each + device) // self.hardware.devices_per_node for r in ranks} for device in range(each)]
-            link = self.hardware.inter if any(len(node) > 1 for node in nodes) else self.hardware.intra
-            size = sum(self._local_bytes(stage, name, candidate.layout) for name in stage.sent)
-            seconds.append(0.0 if ranks[0] == ranks[1] else link.latency + size / link.bandwidth)
+            if ranks[0] == ranks[1]:
+                seconds.append(0.0)
+                continue
+            meshes, tensors = [candidate.mesh.ranks[rank] for rank in ranks], stage.graph.root.tensors
+            moved: tuple[Counter[int], Counter[int]] = Counter(), Counter()  # there and back, by device
+            far = False
+            for name in stage.sent:
+                shape, size = tensors[name].shape, tensors[name].dtype.itemsize
+                for copy in range(meshes[0].replicas):
+                    before, after = (
+                        boxes_of_copy(shape, _fitting(shape, candidate.layout, mesh), mesh, copy) for mesh in meshes
+                    )
+                    for way, some in zip(moved, (parts(before, after), parts(after, before))):
+                        for part in some:
+                            way[part.sender] += size * prod(part.box.sizes)
+                            way[part.receiver] += size * prod(part.box.sizes)
+                            far |= self._node(part.sender) != self._node(part.receiver)
+            link = self.hardware.inter if far else self.hardware.intra
+            seconds.append(link.latency + max(max(way.values()) for way in moved) / link.bandwidth)
         return seconds
+
+    def _node(self, rank: int) -> int:
+        return rank // self.hardware.devices_per_node
+
+
+def _fitting(shape: tuple[int, ...], layout: Placements, mesh: Mesh) -> Placements:
+    """The layout on a mesh, if a shape allows it; else whole on each device."""
+    whole = (REPLICATE,) * len(mesh.sizes)
+    deepest = max((getattr(place, "dim", 0) for place in layout), default=0)
+    if deepest >= len(shape) or not divides(shape, layout, mesh):
+        return whole
+    return tuple(REPLICATE if size == 1 else place for place, size in zip(layout, mesh.sizes, strict=True))
+
+
+def _local_bytes(meta: TensorMeta, layout: Placements, mesh: Mesh) -> int:
+    """Bytes of a device's part of a tensor."""
+    return meta.dtype.itemsize * prod(local_shape(meta.shape, layout, mesh.sizes))
 
 
 def _can_split(plan: Plan) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nnscaler.graph import TensorMeta
-from nnscaler.placement import Placements, parse_placement
+from nnscaler.placement import Placements, parse_placements
 from nnscaler.plan import Key, Plan
 from nnscaler.planner.costs import LOCAL, CostModel
 from nnscaler.report.parameters import ParameterGroup
@@ -162,4 +162,4 @@ def _meta(plan: Plan, block: str, tensor: str) -> TensorMeta:
 
 
 def _placements(text: str) -> Placements:
-    return tuple(parse_placement(one) for one in text.split(","))
+    return parse_placements(text)

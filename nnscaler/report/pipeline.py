@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 from nnscaler.graph import TensorMeta
 from nnscaler.later import weight_seconds
 from nnscaler.pipeline.plan import PipelinePlan, forward_seconds, update_seconds
-from nnscaler.placement import local_shape
+from nnscaler.placement import format_placements
+from nnscaler.plan import Plan
 from nnscaler.report.about import facts
 from nnscaler.report.charts import headline
 from nnscaler.report.divisions import division_section
@@ -34,7 +36,7 @@ Values = Mapping[str, Any]
 def pipeline_report(plan: PipelinePlan, work: Work | None = None, replan: Replan | None = None) -> dict[str, Any]:
     """The plan and its costs as plain values, floats with six digits. `work` and `replan`: see `plan_report`"""
     first, schedule, step = plan.stages[0], plan.schedule, plan.step_seconds
-    devices = schedule.ranks * first.mesh.plan_ngpus
+    devices = plan.mesh.plan_ngpus
     values: dict[str, Any] = {
         "model": first.graph.root.module_type,
         "mesh": first.mesh.to_json(),
@@ -49,7 +51,10 @@ def pipeline_report(plan: PipelinePlan, work: Work | None = None, replan: Replan
         },
         "pipeline": {
             "schedule": asdict(schedule),
-            "crossing": [_crossing(plan, index, tensors) for index, tensors in enumerate(plan.crossing)],
+            "crossing": [
+                _crossing(sender, receiver, sent)
+                for (sender, receiver), sent in zip(pairwise(plan.stages), plan.crossing, strict=True)
+            ],
             "shared": plan.shared,
             "splits": plan.splits,
             "stages": [
@@ -76,17 +81,19 @@ def pipeline_report(plan: PipelinePlan, work: Work | None = None, replan: Replan
     return {**rounded(values), "stages": [plan_report(stage) for stage in plan.stages]}
 
 
-def _crossing(plan: PipelinePlan, index: int, tensors: Mapping[str, TensorMeta]) -> list[dict[str, Any]]:
-    """The tensors that a stage sends to the next, as a device has them."""
-    stage = plan.stages[index]
-    root = stage.graph.root
-    layouts = dict(zip(root.outputs, stage.outputs[root.name]))
+def _crossing(sender: Plan, receiver: Plan, tensors: Mapping[str, TensorMeta]) -> list[dict[str, Any]]:
+    """The tensors that a stage sends to the next: whole, and how the devices of both have them."""
+    sent, received = sender.graph.root, receiver.graph.root
+    before = dict(zip(sent.outputs, sender.outputs[sent.name]))
+    after = dict(zip(received.inputs, receiver.inputs[received.name]))
     return [
         {
             "name": name,
-            "shape": list(local_shape(meta.shape, layouts[name], stage.mesh.sizes)),
+            "whole": list(meta.shape),
             "dtype": str(meta.dtype).removeprefix("torch."),
             "gradient": meta.requires_grad,
+            "sent": format_placements(before[name]),
+            "received": format_placements(after[name]),
         }
         for name, meta in tensors.items()
     ]
@@ -107,7 +114,7 @@ def pipeline_sections(values: Values, name: str) -> Iterator[Markup]:
             seconds(stage["later_seconds"]) if stage["later_seconds"] else "", stage["in_flight"],
             gib(stage["memory_bytes"]), gib(stage["host_bytes"]) if stage["host_bytes"] else "",
             "; ".join(recompute(report)),
-            ", ".join(f"{one['name']} {one['shape']}" for one in sent),
+            ", ".join(f"{one['name']} {one['whole']}, {one['sent']}" for one in sent),
         ]
         for index, (stage, report, sent) in enumerate(
             zip(pipeline["stages"], values["stages"], [*pipeline["crossing"], []], strict=True)
@@ -117,7 +124,7 @@ def pipeline_sections(values: Values, name: str) -> Iterator[Markup]:
             "recompute", "sends"]  # fmt: skip
     note = (
         "Seconds are those of a micro-batch; later: those of backward's second part, for weights, where it has two. "
-        "What is sent is a device's part. Each stage has a page of its own."
+        "What is sent has its layout there. Each stage has a page of its own."
     )
     yield from division_section(values)
     yield tag("section", tag("h2", "Stages"), table(head, rows), tag("p", note, class_="faint"))

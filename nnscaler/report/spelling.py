@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nnscaler.mesh import axis_text
+from nnscaler.mesh import devices_text
 from nnscaler.plan import GIB
 
 LEGEND = {
@@ -54,11 +54,13 @@ def devices(values: Mapping[str, Any]) -> str:
     devices`."""
     copies = values["mesh"]["replicas"]
     parts = ["1 copy" if copies == 1 else f"{copies} copies"]
+    ranks = [values["mesh"]["sizes"]]
     if "pipeline" in values:
-        parts.append(f"{values['pipeline']['schedule']['ranks']} pipeline ranks")
-    mesh = values["mesh"]
-    parts += [axis_text(size, name) for size, name in zip(mesh["sizes"], mesh["names"], strict=True)]
-    return " x ".join(parts) + ("" if len(mesh["names"]) == 1 else " devices")
+        of_ranks = {stage["rank"]: own["mesh"] for stage, own in zip(values["pipeline"]["stages"], values["stages"])}
+        parts.append(f"{len(of_ranks)} pipeline ranks")
+        ranks = [mesh["sizes"] for _, mesh in sorted(of_ranks.items())]
+    several_axes = all(len(sizes) > 1 for sizes in ranks)
+    return " x ".join([*parts, devices_text(ranks)]) + " devices" * several_axes
 
 
 CAUSAL_MFU = "MFU, attention halved by causality"

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import chain, combinations
-from math import prod
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nnscaler.errors import UserError
-from nnscaler.mesh import Mesh
+from nnscaler.mesh import Mesh, PipelineMesh
 from nnscaler.placement import Placements, Shard
 from nnscaler.runtime.axis import Axis
 from nnscaler.runtime.gathering import Gathers
@@ -20,11 +18,14 @@ from nnscaler.runtime.later import Later
 
 
 class Axes:
-    """The groups of `mesh` that this process belongs to. Every rank builds them, in the same order.
+    """The groups of a mesh that this process belongs to. Every rank builds them, in the same order.
 
-    devices        the group of all devices of a copy
+    mesh           of all devices, or of those of this process's pipeline rank
+    whole          of all devices
+    devices        the group of all devices of a copy; of a pipeline, of those on this rank
     inner, outer   of a mesh of two axes, the groups along each; see `Mesh.names`
-    pipeline       the group of pipeline ranks
+    pipeline       the pipeline ranks; its group has one device of each
+    crossing       the group of those among which what crosses between stages is sent; None: there is no pipeline
     copies         the group of devices that do the same part of the work for other copies of the model
     gathers        gathers weights that are stored in shards, for generated code
     later          computes gradients of weights later, for generated code
@@ -42,34 +43,35 @@ class Axes:
     inner: Axis
     outer: Axis
 
-    def __init__(self, mesh: Mesh, device: torch.device) -> None:
+    def __init__(self, mesh: Mesh | PipelineMesh, device: torch.device) -> None:
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world != mesh.runtime_ngpus:
             raise UserError(f"the plan is for runtime_ngpus={mesh.runtime_ngpus} processes; started are {world}")
-        self.mesh = mesh
+        self.whole = mesh
         self.device = device
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.replica, self.place = mesh.coordinates(self.rank)
-        axes = mesh.names
-        self._names: tuple[str, ...] = ("replica", *axes)
-        self._sizes: tuple[int, ...] = (mesh.replicas, *mesh.sizes)
-        if mesh.pipeline > 1:
-            self._names, self._sizes = ("pipeline", *self._names), (mesh.pipeline, *self._sizes)
-        self._device_mesh: DeviceMesh | None = None
-        if world > 1:
-            self._device_mesh = init_device_mesh(device.type, self._sizes, mesh_dim_names=self._names)
-        self._groups: dict[tuple[str, ...], Axis] = {}
-        self._groups_of_owners: dict[tuple[str, ...], Axis] = {}
-        self._axes = [self._axis([name]) for name in axes]
-        self.devices = self._axis(list(axes))
-        for name, axis in zip(axes, self._axes):
+        ranks = mesh.ranks if isinstance(mesh, PipelineMesh) else (mesh,)
+        rank = mesh.rank_of(self.rank) if isinstance(mesh, PipelineMesh) else 0
+        self.mesh = ranks[rank]
+        self.replica, self.place = self.mesh.coordinates(self.rank)
+        self._groups: dict[tuple[Mesh, tuple[int, ...], bool, bool], Axis] = {}
+        self._axes: list[Axis] = []
+        for one in ranks:
+            axes = [self._group(one, (axis,)) for axis in one.axes]
+            devices, copies = self._group(one, tuple(one.axes)), self._group(one, (), True)
+            if one is self.mesh:
+                self._axes, self.devices, self.copies = axes, devices, copies
+        for name, axis in zip(self.mesh.names, self._axes):
             setattr(self, name, axis)
-        self.pipeline = self._axis(["pipeline"]) if mesh.pipeline > 1 else Axis(1, 0, None)
-        self.copies = self._axis(["replica"])
-        if mesh.pipeline > 1:
+        if len(ranks) > 1:
             # Other stages may need other groups of owners, but a group is made by all ranks together.
-            for names in chain.from_iterable(combinations(axes, count) for count in range(len(axes) + 1)):
-                self._owners(["replica", *names])
+            for one in ranks:
+                for some in chain.from_iterable(combinations(one.axes, count) for count in range(len(one.axes) + 1)):
+                    self._group(one, some, True, owners=True)
+        self.pipeline = Axis(len(ranks), rank, None)
+        self.crossing: dist.ProcessGroup | None = None
+        if isinstance(mesh, PipelineMesh) and len(ranks) > 1:
+            self._connect(mesh)
 
     def __getitem__(self, axis: int) -> Axis:
         return self._axes[axis]
@@ -84,33 +86,39 @@ class Axes:
         it was started. So the next forward would wait, in its first exchange, until all weights are updated and
         published; and backward for gradients that are on their way.
         """
-        replicated = [self.mesh.names[axis] for axis, place in enumerate(layout) if not isinstance(place, Shard)]
-        return self._owners(["replica", *replicated])
+        replicated = tuple(axis for axis, place in enumerate(layout) if not isinstance(place, Shard))
+        return self._group(self.mesh, replicated, True, owners=True)
 
-    def _owners(self, names: list[str]) -> Axis:
-        """A group over several mesh dimensions, for owners alone."""
-        key = self._longer(names)
-        if key and key not in self._groups_of_owners:
-            dims = [self._names.index(name) for name in key]
-            ranks = torch.arange(prod(self._sizes)).view(self._sizes).movedim(dims, tuple(range(len(dims))))
-            groups = ranks.reshape(prod(self._sizes[dim] for dim in dims), -1).t().tolist()
-            mine = next(group for group in groups if self.rank in group)
-            group, _ = dist.new_subgroups_by_enumeration(groups)
-            self._groups_of_owners[key] = Axis(len(mine), mine.index(self.rank), group)
-        return self._groups_of_owners[key] if key else Axis(1, 0, None)
+    def _group(self, mesh: Mesh, axes: tuple[int, ...], copies: bool = False, owners: bool = False) -> Axis:
+        """This process's group along some axes taken as one, where the last axis's ranks are neighbours.
 
-    def _axis(self, names: list[str]) -> Axis:
-        """The group over several mesh dimensions taken as one, where the last dimension's ranks are neighbours."""
-        key = self._longer(names)
-        if not key:
+        copies  whether it goes over all copies too
+        owners  whether it is for owners alone
+        """
+        axes = tuple(axis for axis in axes if mesh.sizes[axis] > 1)
+        copies = copies and mesh.replicas > 1
+        if not axes and not copies:
             return Axis(1, 0, None)
+        key = (mesh, axes, copies, owners)
         if key not in self._groups:
-            assert self._device_mesh is not None
-            part = self._device_mesh[key if len(key) > 1 else key[0]]
-            part = part._flatten("_".join(key)) if len(key) > 1 else part
-            self._groups[key] = Axis(part.size(), part.get_local_rank(), part.get_group())
+            groups = list(mesh.groups(axes, copies))
+            group, _ = dist.new_subgroups_by_enumeration(groups)
+            mine = next((ranks for ranks in groups if self.rank in ranks), [self.rank])
+            self._groups[key] = Axis(len(mine), mine.index(self.rank), group)
         return self._groups[key]
 
-    def _longer(self, names: list[str]) -> tuple[str, ...]:
-        """Those of some mesh dimensions that have more than one rank."""
-        return tuple(name for name in names if self._sizes[self._names.index(name)] > 1)
+    def _connect(self, mesh: PipelineMesh) -> None:
+        """Makes the groups across pipeline ranks. A lane has a device of each rank: that of the same place, or the last
+        where a rank has fewer."""
+        of_ranks = [list(one.groups(tuple(one.axes))) for one in mesh.ranks]  # of each rank, the devices of each copy
+        for copies in zip(*of_ranks):
+            for place in range(max(map(len, copies))):
+                lane = [devices[min(place, len(devices) - 1)] for devices in copies]
+                group = dist.new_group(lane)
+                if self.rank in lane and copies[self.pipeline.rank].index(self.rank) == place:
+                    self.pipeline = Axis(len(lane), self.pipeline.rank, group)
+            if not mesh.is_even:
+                every = [rank for devices in copies for rank in devices]
+                group = dist.new_group(every)
+                self.crossing = group if self.rank in every else self.crossing
+        self.crossing = self.crossing or self.pipeline.group

@@ -8,31 +8,39 @@ evaluation.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from nnscaler.runtime.axes import Axes
+from nnscaler.runtime.border import Received, Way
 from nnscaler.runtime.module import ParallelModule
 from nnscaler.schedules import Compute, Post, Schedule, Transfer, Wait, actions
 
-_Started: TypeAlias = tuple[list[dist.Work], list[dist.P2POp]]  # what is to be waited for, and what it works on
+# What is to be waited for, what it works on, and what is then to be put together.
+_Started: TypeAlias = tuple[list[dist.Work], list[dist.P2POp], list[Received]]
 
 
 class ForwardOnly:
     """This rank's part of a pipeline's forward.
 
     stages    this rank's stages, by index
-    crossing  for each stage, the tensors that it sends to the next: name, shape, dtype
+    received  for each of them but the first, what it receives: names, and tensors alike without values
+    ways      for each stage that sends to this rank's, or is one, how what it sends crosses
     """
 
     def __init__(
-        self, schedule: Schedule, stages: Mapping[int, ParallelModule], crossing: list[list[dict[str, Any]]], axes: Axes
+        self,
+        schedule: Schedule,
+        stages: Mapping[int, ParallelModule],
+        received: Mapping[int, Mapping[str, Tensor]],
+        ways: Mapping[int, Way],
+        axes: Axes,
     ) -> None:
-        self._schedule, self._stages, self._crossing, self._axes = schedule, stages, crossing, axes
+        self._schedule, self._stages, self._axes = schedule, stages, axes
+        self._received, self._ways = received, ways
 
     @torch.no_grad()
     def run(self, micro_batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
@@ -58,31 +66,31 @@ class ForwardOnly:
             if isinstance(action, Post):
                 pending.update(dict.fromkeys(moved, self._start(moved, here)))
             elif isinstance(action, Wait):
-                for work in chain.from_iterable(pending.pop(transfer)[0] for transfer in moved):
-                    work.wait()
+                for works, _, coming in [pending.pop(transfer) for transfer in moved]:
+                    for work in works:
+                        work.wait()
+                    for one in coming:
+                        one.put()
         return losses
 
     def _compute(self, stage: int, received: list[Tensor], inputs: Mapping[str, Tensor]) -> list[Tensor]:
         module = self._stages[stage]
-        names = [tensor["name"] for tensor in self._crossing[stage - 1]] if stage else []
-        given = dict(zip(names, received, strict=True))
+        given = dict(zip(self._received.get(stage, ()), received, strict=True))
         made = module(**given, **{name: inputs[name] for name in module.input_names if name not in given})
         return [made] if isinstance(made, Tensor) else list(made)
 
     def _start(self, transfers: list[Transfer], here: dict[tuple[int, int], list[Tensor]]) -> _Started:
         """Starts transfers at once. What is sent leaves `here`; what is received is there after a wait."""
-        group, operations = self._axes.pipeline.group, []
+        operations: list[dist.P2POp] = []
+        coming: list[Received] = []
         for transfer in transfers:
-            key = transfer.stage, transfer.micro_batch
-            sends = transfer.stage in self._stages
-            if not sends:
-                here[key] = [self._empty(tensor) for tensor in self._crossing[transfer.stage]]
-            peer = self._schedule.rank_of(transfer.target if sends else transfer.stage)
-            operations += [
-                dist.P2POp(dist.isend if sends else dist.irecv, tensor.contiguous(), group=group, group_peer=peer)
-                for tensor in (here.pop(key) if sends else here[key])
-            ]
-        return dist.batch_isend_irecv(operations) if operations else [], operations
-
-    def _empty(self, tensor: dict[str, Any]) -> Tensor:
-        return torch.empty(tensor["shape"], dtype=getattr(torch, tensor["dtype"]), device=self._axes.device)
+            key, way = (transfer.stage, transfer.micro_batch), self._ways[transfer.stage]
+            if transfer.stage in self._stages:
+                operations += way.send(here.pop(key))
+            else:
+                here[key] = [
+                    torch.empty_like(one, device=self._axes.device) for one in self._received[transfer.target].values()
+                ]
+                coming.append(way.receive(here[key]))
+                operations += coming[-1].operations
+        return dist.batch_isend_irecv(operations) if operations else [], operations, coming

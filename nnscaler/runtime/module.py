@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nnscaler.errors import UserError
 from nnscaler.kernels import are_slow, widen_slow_products
 from nnscaler.kernels.random import DRAWS
-from nnscaler.mesh import Mesh
+from nnscaler.mesh import Mesh, PipelineMesh
 from nnscaler.placement import Replicate
 from nnscaler.runtime.axes import Axes
 from nnscaler.runtime.buckets import Bucket, GradientReducer, make_buckets
@@ -74,9 +74,14 @@ class ParallelModule(nn.Module):
     tied        another name of a parameter -> its name in `specs`
     buckets     what trained parameters and their gradients lie in
     gives_loss  whether this rank gets the loss
+    mesh        of all devices
     """
 
     gives_loss = True
+
+    @property
+    def mesh(self) -> Mesh | PipelineMesh:
+        return self.axes.whole
 
     def __init__(self, directory: Path, device: torch.device) -> None:
         plan = json.loads((directory / "plan.json").read_text())

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,12 +18,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
-from nnscaler.mesh import Mesh
+from nnscaler.mesh import Mesh, PipelineMesh
+from nnscaler.placement import local_shape, parse_placements
 from nnscaler.runtime.axes import Axes
+from nnscaler.runtime.border import Border, Crossing, Received, Way, border, greet
 from nnscaler.runtime.buckets import Bucket, GradientReducer
 from nnscaler.runtime.draws import with_draws, without_draws
 from nnscaler.runtime.forward import ForwardOnly
 from nnscaler.runtime.module import ParallelModule, ReadPart, loss_of
+from nnscaler.runtime.shared import SharedAlike, SharedUnevenly, group_across
 from nnscaler.schedules import Schedule, torch_schedule
 from nnscaler.shards import Box, ParameterSpec
 
@@ -39,9 +41,11 @@ class PipelineModule:
     """This rank's stages, and the schedule that runs them. It is used like a `ParallelModule`."""
 
     def __init__(self, directory: Path, plan: dict[str, Any], device: torch.device) -> None:
-        pipeline, mesh = plan["pipeline"], plan["stages"][0]["mesh"]
+        pipeline, meshes = plan["pipeline"], [part["mesh"] for part in plan["stages"]]
         self.schedule = Schedule(**pipeline["schedule"])
-        self.axes = Axes(Mesh(tuple(mesh["sizes"]), mesh["replicas"], self.schedule.ranks), device)
+        of_ranks = [meshes[self.schedule.stages_of(rank)[0]] for rank in range(self.schedule.ranks)]
+        self.mesh = PipelineMesh.of([tuple(mesh["sizes"]) for mesh in of_ranks], meshes[0]["replicas"])
+        self.axes = Axes(self.mesh, device)
         self.specs: dict[str, ParameterSpec] = {}
         self.tied: dict[str, str] = {}
         for part in plan["stages"]:
@@ -61,34 +65,66 @@ class PipelineModule:
             self.state_on_host = stage.state_on_host + [len(stage.buckets) + i for i in self.state_on_host]
         self._shared = list(self._share(shared))
         self.gives_loss = self.schedule.stages - 1 in self.stages
+        if not self.mesh.is_even:
+            greet(self.mesh, self.axes)
+        crossing: list[Crossing] = pipeline["crossing"]
+        borders = dict(self._borders(crossing))
+        received = {index: _examples(crossing[index - 1], "received", self.axes.mesh) for index in self.stages if index}
         self._schedule = torch_schedule(
             self.schedule,
-            [self._torch_stage(index, pipeline["crossing"], pipeline["splits"][index]) for index in self.stages],
+            [
+                self._torch_stage(index, received.get(index, {}), crossing[index:], borders, pipeline["splits"][index])
+                for index in self.stages
+            ],
             self._loss,
         )
         self._numbers: list[Tensor] = []  # what the last stage gave in a step
-        self._forward = ForwardOnly(self.schedule, self.stages, pipeline["crossing"], self.axes)
+        ways = {index: each.there for index, each in borders.items()}
+        self._forward = ForwardOnly(self.schedule, self.stages, received, ways, self.axes)
 
-    def _torch_stage(self, index: int, crossing: list[list[dict[str, Any]]], splits: bool) -> _Stage:
-        """Torch's object for one stage. `crossing`: for each stage, the tensors that it sends to the next"""
-        received = _examples(crossing[index - 1]) if index else ()
-        sent = _examples(crossing[index]) if index < self.schedule.stages - 1 else (torch.empty((), device="meta"),)
-        names = [tensor["name"] for tensor in crossing[index - 1]] if index else []
-        return _Stage(self.stages[index], names, index, self.schedule.stages, received, sent, self.axes, splits)
+    def _borders(self, crossing: list[Crossing]) -> Iterator[tuple[int, Border]]:
+        """Index of a stage -> the border to the next, where that is on another rank, and this rank is on one side."""
+        for index, tensors in enumerate(crossing):
+            ranks = self.schedule.rank_of(index), self.schedule.rank_of(index + 1)
+            if ranks[0] != ranks[1] and self.axes.pipeline.rank in ranks:
+                yield index, border(tensors, self.mesh.ranks[ranks[0]], self.mesh.ranks[ranks[1]], self.axes)
 
-    def _share(self, shared: Mapping[str, list[int]]) -> Iterator[_SharedParameter]:
+    def _torch_stage(
+        self,
+        index: int,
+        received: Mapping[str, Tensor],
+        later: Sequence[Crossing],
+        borders: Mapping[int, Border],
+        splits: bool,
+    ) -> _Stage:
+        """Torch's object for one stage.
+
+        received  what the stage receives: names, and tensors alike without values
+        later     what this stage sends to the next, and so on; nothing, if it is the last
+        borders   of each stage to the next
+        """
+        sent = tuple(_examples(later[0], "sent", self.axes.mesh).values()) if later else ()
+        return _Stage(
+            self.stages[index], list(received), index, self.schedule.stages, tuple(received.values()),
+            sent or (torch.empty((), device="meta"),), self.axes, splits, (borders.get(index - 1), borders.get(index)),
+        )  # fmt: skip
+
+    def _share(self, shared: Mapping[str, list[int]]) -> Iterator[SharedAlike | SharedUnevenly]:
         """The parameters of this rank that several stages use. Every rank makes all groups, in the same order."""
         groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
         for name, users in shared.items():
             ranks = tuple(sorted({self.schedule.rank_of(stage) for stage in users}))
-            if ranks not in groups:
-                groups[ranks] = _group_across(self.axes, ranks)
             mine = {stage: _buckets_of(self.stages[stage], name) for stage in users if stage in self.stages}
             for stage, buckets in mine.items():
                 for bucket in buckets:
                     bucket.is_copy = stage != users[0]
+            if not self.mesh.is_even:
+                yield SharedUnevenly(name, [bucket for buckets in mine.values() for bucket in buckets], self.axes)
+                continue
+            if ranks not in groups:
+                groups[ranks] = group_across(self.axes, self.mesh, ranks)
             for same in zip(*mine.values(), strict=True):
-                yield _SharedParameter(same, groups[ranks])
+                yield SharedAlike(same, groups[ranks])
 
     def accumulate(self, micro_batches: Iterable[Mapping[str, Tensor]], seed: int = 0, step: int = 0) -> Tensor:
         """Runs the schedule over a step's micro-batches, and fills `Bucket.gradient`. As `ParallelModule.accumulate`.
@@ -150,8 +186,9 @@ class PipelineModule:
                 stage.load_one(name, part)
 
     def box(self, name: str) -> Box:
-        """The part of a whole parameter that this rank computes with."""
-        return self.specs[name].box(self.axes.mesh, self.axes.place)
+        """The part of a whole parameter that this rank computes with, if any of its stages does."""
+        own = (stage.specs[name] for stage in self.stages.values() if name in stage.specs)
+        return next(own, self.specs[name]).box(self.axes.mesh, self.axes.place)
 
 
 TrainedModule: TypeAlias = ParallelModule | PipelineModule
@@ -161,17 +198,36 @@ class PeerStage(PipelineStage):
     """A torch stage that connects to other ranks only.
 
     Torch 2.11 also connects to the next stage where that is on the same rank, which gloo cannot do.
+
+    greeted  whether all are connected already, so that torch need not do it
     """
 
+    greeted = False
+
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        if self.greeted:
+            return []
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
+    def _warmup_forward_vote(self, has_backward: bool, received_acc: Tensor | None = None) -> Tensor:
+        """Of torch 2.13, which connects ranks by asking each whether it knows all shapes. They do."""
+        if self.greeted:
+            return torch.ones(1, dtype=torch.int32, device=self.device)
+        return super()._warmup_forward_vote(has_backward, received_acc)
+
+    def _warmup_backward_result(self, received_result: Tensor | None = None) -> Tensor:
+        if self.greeted:
+            return torch.ones(1, dtype=torch.int32, device=self.device)
+        return super()._warmup_backward_result(received_result)
 
 
 class _Stage(PeerStage):
-    """A torch stage that hands its gradients to the stage's reducer.
+    """A torch stage that hands its gradients to the stage's reducer, and exchanges with others by borders.
 
     Where a schedule runs backward in two parts, the second computes what the first left for later. Where the stage does
     not split its backward, the first does everything.
+
+    borders  to the stage before, and to the next; None: that is on the same rank, or there is none
     """
 
     def __init__(
@@ -184,6 +240,7 @@ class _Stage(PeerStage):
         sent: tuple[Tensor, ...],
         axes: Axes,
         splits: bool,
+        borders: tuple[Border | None, Border | None],
     ) -> None:
         super().__init__(
             _StageModule(module, received_names), index, stages, axes.device,
@@ -193,6 +250,45 @@ class _Stage(PeerStage):
         self._reducer: GradientReducer = module.reducer
         self._host, self._later = module.axes.host, module.axes.later
         self._splits = splits
+        self._before, self._after = borders
+        self._coming: dict[tuple[str, int], Received] = {}  # activations or gradients, of a micro-batch
+        self.greeted = isinstance(axes.whole, PipelineMesh) and not axes.whole.is_even
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._receive(
+            "F", fwd_chunk_id, None if self._before is None else self._before.there, self.args_recv_info
+        )
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._receive("B", bwd_chunk_id, None if self._after is None else self._after.back, self.grad_recv_info)
+
+    def _receive(self, kind: str, chunk: int, way: Way | None, info: Mapping[int, Any]) -> list[dist.P2POp]:
+        if way is None:
+            return []
+        received = self._coming[kind, chunk] = way.receive([one.buffer for one in info[chunk]])
+        return received.operations
+
+    def _put(self, kind: str, chunk: int) -> None:
+        """Puts together what has come, which torch has waited for."""
+        if (received := self._coming.pop((kind, chunk), None)) is not None:
+            received.put()
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return [] if self._after is None else self._after.there.send(self.fwd_cache[fwd_chunk_id][0])
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        if self._before is None:
+            return []
+        received: Any = self.args_recv_info[bwd_chunk_id]
+        gradients = zip(self.bwd_cache.pop(bwd_chunk_id), received)
+        # What backward does not reach has no gradient.
+        return self._before.back.send([torch.zeros_like(at.buffer) if one is None else one for one, at in gradients])
+
+    def forward_one_chunk(
+        self, fwd_chunk_id: int, args: tuple[Any, ...], kwargs: Any = None, save_forward_output: bool = True
+    ) -> Any:
+        self._put("F", fwd_chunk_id)
+        return super().forward_one_chunk(fwd_chunk_id, args, kwargs, save_forward_output)
 
     def _validate_fwd_outputs(self, outputs: tuple[Tensor, ...]) -> None:
         """Nothing: shapes are the plan's; and torch 2.11 takes what the last stage gives for one number, which may be
@@ -201,6 +297,7 @@ class _Stage(PeerStage):
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
+        self._put("B", bwd_chunk_id)
         self._later.waits = self._splits and not full_backward
         super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
         self._host.clear()
@@ -226,51 +323,17 @@ class _StageModule(nn.Module):
         return self._run(**dict(zip(self._received, received, strict=True)), **{n: inputs[n][0] for n in self._own})
 
 
-@dataclass(frozen=True)
-class _SharedParameter:
-    """A part of a parameter that several stages use.
-
-    buckets  it lies in, one for each of this rank's stages that use it
-    group    of all ranks whose stages use it; None: only this rank
-    """
-
-    buckets: tuple[Bucket, ...]
-    group: dist.ProcessGroup | None
-
-    def add_gradients(self) -> None:
-        """Gives every stage the sum of all stages' gradients, so that all make the same update."""
-        total = self.buckets[0].gradient
-        for bucket in self.buckets[1:]:
-            total += bucket.gradient
-        if self.group is not None:
-            dist.all_reduce(total, group=self.group)
-        for bucket in self.buckets[1:]:
-            bucket.gradient.copy_(total)
-
-
 def _buckets_of(stage: ParallelModule, name: str) -> list[Bucket]:
     return [bucket for bucket in stage.buckets if any(slot.name == name for slot in bucket.slots)]
 
 
-def _group_across(axes: Axes, pipeline_ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
-    """The group of those devices on these pipeline ranks that have this device's place on the other axes."""
-    if len(pipeline_ranks) == 1:
-        return None
-    each = axes.mesh.runtime_ngpus // axes.mesh.pipeline
-    found = None
-    for place in range(each):
-        ranks = [rank * each + place for rank in pipeline_ranks]
-        group = dist.new_group(ranks)
-        if axes.rank in ranks:
-            found = group
-    return found
-
-
-def _examples(tensors: list[dict[str, Any]]) -> tuple[Tensor, ...]:
-    """Tensors without values, of the shapes, types and need for gradients that plan.json says."""
-    return tuple(
-        torch.empty(tensor["shape"], dtype=getattr(torch, tensor["dtype"]), device="meta").requires_grad_(
-            tensor["gradient"]
-        )
+def _examples(tensors: Crossing, side: str, mesh: Mesh) -> dict[str, Tensor]:
+    """Names of tensors that cross, and tensors without values, of the types and the need for gradients that plan.json
+    says, and of the shapes that a device of the mesh has of them. `side`: "sent" or "received" """
+    return {
+        tensor["name"]: torch.empty(
+            local_shape(tuple(tensor["whole"]), parse_placements(tensor[side]), mesh.sizes),
+            dtype=getattr(torch, tensor["dtype"]), device="meta",
+        ).requires_grad_(tensor["gradient"])
         for tensor in tensors
-    )
+    }  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 
 from nnscaler.cli import progress
 from nnscaler.cli.progress import Progress, StepSize
-from nnscaler.mesh import Mesh
+from nnscaler.mesh import Mesh, PipelineMesh
 from nnscaler.runtime import reading
 
 CPU, ONE = torch.device("cpu"), torch.tensor(1.0)
@@ -82,7 +82,7 @@ def test_labels_of_a_pipeline_are_counted_where_the_loss_is(monkeypatch):
     """Of 2 stages of 2 devices each, in 3 copies, the last stage's count 24 labels: 12 in all, as both see the same."""
     monkeypatch.setattr(reading, "time", SimpleNamespace(perf_counter=lambda: now))
     now = 100.0
-    found = Progress(StepSize(6, 32, Mesh((2,), 3, pipeline=2), None, None), 0, True, CPU)
+    found = Progress(StepSize(6, 32, PipelineMesh.of([(2,)] * 2, 3), None, None), 0, True, CPU)
     found.add(torch.tensor(48.0, dtype=torch.float64), SimpleNamespace(labels=24, padding=48), ONE)
     now = 102.0
     report = found.report(1)()

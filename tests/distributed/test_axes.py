@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nnscaler.mesh import Mesh
+from nnscaler.mesh import Mesh, PipelineMesh
 from nnscaler.placement import REPLICATE, Shard
 from nnscaler.runtime.axes import Axes
 from tests.launch import run
@@ -40,7 +40,10 @@ def owners(mesh: Mesh, layouts: list[tuple]) -> list[tuple[int, int, list[int]]]
                 (SPLIT, SPLIT): lambda rank: (rank,),
             },
         ),
-        (Mesh((2,), 1, 2), {(WHOLE,): lambda rank: (rank // 2 * 2, rank // 2 * 2 + 1), (SPLIT,): lambda rank: (rank,)}),
+        (
+            PipelineMesh.of([(2,)] * 2, 1),
+            {(WHOLE,): lambda rank: (rank // 2 * 2, rank // 2 * 2 + 1), (SPLIT,): lambda rank: (rank,)},
+        ),
     ],
     ids=["copies", "two axes", "pipeline"],
 )

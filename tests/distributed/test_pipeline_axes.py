@@ -12,9 +12,10 @@ import pytest
 
 from nnscaler.checkpoint.folder import latest_checkpoint
 from nnscaler.checkpoint.stored import Checkpoint
-from nnscaler.mesh import Mesh
+from nnscaler.mesh import PipelineMesh
 from nnscaler.pipeline import search
 from nnscaler.placement import Shard
+from nnscaler.schedules import Schedule
 from tests import tiny
 from tests.distributed.test_pipeline import case, compare_weights, losses_of, resume_copy, train
 from tests.launch import run
@@ -25,8 +26,9 @@ CROSSES = (Shard(1), Shard(2))  # a sequence's halves, and halves of the feature
 
 
 def train_on_two_axes(case: Case, folder: Path, name: str, steps: int, resume: Path | None = None) -> None:
+    on = search._On(Schedule("1f1b", 2, 2, case.accumulation), PipelineMesh.of([(2, 2)] * 2, 1))
     with (
-        patch.object(search, "_meshes_of_a_rank", lambda *given: [Mesh((2, 2))]),
+        patch.object(search, "_rounds", lambda *given: [(False, [on])]),
         patch.object(search, "_best_layout", lambda *given: CROSSES),
     ):
         train(case, folder, name, steps, resume)
@@ -47,7 +49,7 @@ def test_stages_of_two_axes_agree_with_the_plain_loop_and_resume_elsewhere(tmp_p
     assert losses_of(tmp_path, "first") == pytest.approx(losses[:2], rel=TOLERANCE)
     plan = json.loads((code / "first" / "plan.json").read_text())
     assert [stage["mesh"]["sizes"] for stage in plan["stages"]] == [[2, 2]] * 2
-    assert [tensor["shape"] for tensor in plan["pipeline"]["crossing"][0]] == [[1, tiny.LENGTH // 2, 16]]
+    assert [(one["sent"], one["received"]) for one in plan["pipeline"]["crossing"][0]] == [("S(1),S(2)",) * 2]
     run(1, train, alone, tmp_path, "after-first", 4, resumed("first"), init=False)
     assert losses_of(tmp_path, "after-first") == pytest.approx(losses[2:4], rel=TOLERANCE)
     shutil.copytree(code / "first", code / "after-after-first")  # else it is searched for again

@@ -10,12 +10,12 @@ import pytest
 
 from nnscaler.graph import Call
 from nnscaler.hardware import load_hardware
-from nnscaler.mesh import Mesh
+from nnscaler.mesh import Mesh, PipelineMesh
 from nnscaler.pipeline import stages
 from nnscaler.pipeline.cut import cut, pivots
 from nnscaler.pipeline.plan import PipelinePlan, forward_seconds, update_seconds
 from nnscaler.pipeline.simulate import Timeline
-from nnscaler.pipeline.stages import Candidate, Estimate, StagePlanner, _likeness, _renamed
+from nnscaler.pipeline.stages import Candidate, Estimate, StagePlanner, _fitting, _likeness, _renamed
 from nnscaler.placement import REPLICATE, SHARED, Shard
 from nnscaler.plan import GIB, Key, Plan
 from nnscaler.planner import NothingFits, find_plan
@@ -28,6 +28,7 @@ from nnscaler.sums import GradientSum
 from tests import tiny
 from tests.pipeline.test_cut import llama
 
+TWO = PipelineMesh.of([(2,)] * 2, 1)
 HOST = next(level for level in LEVELS if level.on_host)
 SECONDS = {
     Key("forward", "layer", "a"): 1.0,
@@ -77,12 +78,12 @@ def test_stages_of_a_rank_count_together(kind, ranks_of):
     assert plan.host_bytes == most([5.0, 6.0, 0.0, 3.0])
     assert plan.update_seconds == most([4 * UPDATE * share for share in (1.0, 3.0, 5.0, 8.0)])
     assert plan.step_seconds == 7.0 + plan.update_seconds
-    assert plan.mesh == Mesh((2,), 3, pipeline=2)
+    assert plan.mesh == PipelineMesh.of([(2,)] * 2, 3)
     assert plan.micro_batches == 4
 
 
 def planner(fused: bool = False) -> StagePlanner:
-    return StagePlanner(SimpleNamespace(), Mesh((2,)), SimpleNamespace(), 1.0, None, fused, None, [])
+    return StagePlanner(SimpleNamespace(), SimpleNamespace(), 1.0, None, fused, None, [])
 
 
 class Figures(StagePlanner):
@@ -112,11 +113,11 @@ class Figures(StagePlanner):
 
 def test_a_stage_is_planned_in_what_its_rank_has_left():
     """Ranks 0 and 1 have stages 0 and 3, and 1 and 2. The longest comes first; what it leaves is the other's."""
-    candidate = Candidate(Schedule("zb-v", 2, 4, 4), (1, 1, 1, 1), (REPLICATE,))
+    candidate = Candidate(Schedule("zb-v", 2, 4, 4), (1, 1, 1, 1), (REPLICATE,), TWO)
     needs = (Needs(9.0, 10.0, 4.0), Needs(12.0, 20.0, 3.0), Needs(6.0, 30.0, 0.0), Needs(15.0, 40.0, 8.0))
 
     def plan(below: float) -> tuple[Figures, object]:
-        found = Figures(SimpleNamespace(), Mesh((2,)), SimpleNamespace(), 100.0, None, False, None, [], host=10.0)
+        found = Figures(SimpleNamespace(), SimpleNamespace(), 100.0, None, False, None, [], host=10.0)
         found.asked, found.simulated = [], []
         return found, found.plan(Estimate(candidate, needs, 1.0), below)
 
@@ -150,7 +151,6 @@ def test_a_plan_for_more_memory_is_taken_where_it_fits(monkeypatch):
     times, machine = object(), SimpleNamespace()
     one = StagePlanner(
         SimpleNamespace(),
-        Mesh((2,)),
         machine,
         1e3,
         None,
@@ -234,7 +234,7 @@ def test_a_stage_is_stated_with_all_that_may_be_used(monkeypatch):
     machine, times, graph = SimpleNamespace(), SimpleNamespace(), SimpleNamespace()
     sums = GradientSum("all_to_all", "bfloat16")
     one = StagePlanner(
-        SimpleNamespace(), Mesh((2,), 3), machine, 1.0, None, True, times, [], host=9.0, sparing=True, groups=True,
+        SimpleNamespace(), machine, 1.0, None, True, times, [], host=9.0, sparing=True, groups=True,
         sums=sums,
     )  # fmt: skip
     this = stages._Stage(SimpleNamespace(graph=graph), Mesh((2,), 3, first=4), "like", 4, 3, 10, {"x": (REPLICATE,)})
@@ -250,9 +250,9 @@ def test_stages_know_what_crosses_and_what_they_share():
     graph = llama(tied=True)
     begins = pivots(graph)
     machine = SimpleNamespace(devices_per_node=8)
-    one = StagePlanner(graph, Mesh((2,)), machine, 1.0, None, False, None, begins)
-    schedule, tied = Schedule("1f1b", 4, 4, 8), "model.model.embed_tokens.weight"
-    found = one._stages(Candidate(schedule, (1, 1, 1, 1), (Shard(1),)))
+    one = StagePlanner(graph, machine, 1.0, None, False, None, begins)
+    schedule, tied, mesh = Schedule("1f1b", 4, 4, 8), "model.model.embed_tokens.weight", PipelineMesh.of([(2,)] * 4, 1)
+    found = one._stages(Candidate(schedule, (1, 1, 1, 1), (Shard(1),), mesh))
     assert [stage.held for stage in found] == [4, 3, 2, 1]
     assert [stage.count for stage in found] == [8] * 4
     half = 4 * 32 * 32 // 2
@@ -265,13 +265,12 @@ def test_stages_know_what_crosses_and_what_they_share():
     ]  # fmt: skip
     assert found[1].like == found[2].like
     assert len({stage.like for stage in found}) == 3
-    others = one._stages(Candidate(schedule, (1, 1, 1, 1), (Shard(3),)))
+    others = one._stages(Candidate(schedule, (1, 1, 1, 1), (Shard(3),), mesh))
     assert dict(others[1].layouts) == {"layers_0": (REPLICATE,), "layers_1": (REPLICATE,)}, "of three dimensions"
     assert others[1].receive_buffers == 32 * half
     assert others[1].like != found[1].like
-    assert (
-        one._stages(Candidate(replace(schedule, micro_batches=4), (1, 1, 1, 1), (Shard(1),)))[1].like != found[1].like
-    )
+    shorter = one._stages(Candidate(replace(schedule, micro_batches=4), (1, 1, 1, 1), (Shard(1),), mesh))
+    assert shorter[1].like != found[1].like
     one.recompute_modules = ["LlamaMLP", "CausalLM", "LlamaModel"]
     assert one._recomputed(found[1].cut.graph) == ["LlamaMLP", "CausalLM", "LlamaModel"]
     one.recompute_modules = ["Linear", "Embedding"]
@@ -280,18 +279,20 @@ def test_stages_know_what_crosses_and_what_they_share():
 
 
 @pytest.mark.parametrize(
-    ("per_node", "mesh", "firsts"),
+    ("per_node", "sizes", "copies", "firsts"),
     [
-        (8, Mesh((2,), 2), [0, 0, 0, 0]),
-        (2, Mesh((2,), 2), [0, 0, 0, 0]),
-        (3, Mesh((2,)), [0, 2, 0, 0]),  # 0 and 1, then 2 and 3 on two nodes, 4 and 5, 6 and 7
-        (8, Mesh((2, 3)), [0, 6, 4, 0]),  # to 5, 11, 17, and 23
+        (8, [(2,)] * 4, 2, [0, 0, 0, 0]),
+        (2, [(2,)] * 4, 2, [0, 0, 0, 0]),
+        (3, [(2,)] * 4, 1, [0, 2, 0, 0]),  # 0 and 1, then 2 and 3 on two nodes, 4 and 5, 6 and 7
+        (8, [(2, 3)] * 4, 1, [0, 6, 4, 0]),  # to 5, 11, 17, and 23
+        (4, [(4,), (1,), (2,), (2,)], 1, [0, 0, 0, 3]),
     ],
 )
-def test_ranks_whose_devices_lie_on_nodes_alike_are_planned_alike(per_node, mesh, firsts):
+def test_ranks_whose_devices_lie_on_nodes_alike_are_planned_alike(per_node, sizes, copies, firsts):
     machine = SimpleNamespace(devices_per_node=per_node)
-    one = StagePlanner(SimpleNamespace(), mesh, machine, 1.0, None, False, None, [])
-    assert [one._mesh_of(rank) for rank in range(4)] == [replace(mesh, first=first) for first in firsts]
+    one = StagePlanner(SimpleNamespace(), machine, 1.0, None, False, None, [])
+    wanted = [Mesh(each, copies, first) for each, first in zip(sizes, firsts)]
+    assert [one._as_planned(mesh) for mesh in PipelineMesh.of(sizes, copies).ranks] == wanted
 
 
 def test_a_plan_for_another_stage_has_the_names_of_this_one(tmp_path):
@@ -329,12 +330,26 @@ def test_a_plan_for_another_stage_has_the_names_of_this_one(tmp_path):
 
 
 def test_what_a_layout_does_not_divide_crosses_whole():
-    one = StagePlanner(SimpleNamespace(), Mesh((2, 3)), SimpleNamespace(), 1.0, None, False, None, [])
+    mesh = Mesh((2, 3))
     for shape, layout, fits in (
         ((4, 6), (Shard(0), Shard(1)), True), ((5, 6), (Shard(0), Shard(1)), False), ((6, 5), (Shard(0),) * 2, True),
         ((4, 6), (Shard(2), Shard(1)), False), ((4, 6), (Shard(1), REPLICATE), True), ((), (REPLICATE,) * 2, True),
     ):  # fmt: skip
-        assert one._fitting(shape, layout) == (layout if fits else (REPLICATE,) * 2), (shape, layout)
+        assert _fitting(shape, layout, mesh) == (layout if fits else (REPLICATE,) * 2), (shape, layout)
+    assert _fitting((4, 6), (Shard(1),), Mesh((1,))) == (REPLICATE,), "one device has all"
+
+
+def test_stages_on_unequal_numbers_of_devices_hold_what_they_can_divide():
+    """[1, 32, 32] in fp32, by the sequence: in halves on two devices, whole on three and on one."""
+    graph = llama()
+    machine = SimpleNamespace(devices_per_node=8)
+    one = StagePlanner(graph, machine, 1.0, None, False, None, pivots(graph))
+    mesh = PipelineMesh.of([(2,), (3,), (1,)], 1)
+    found = one._stages(Candidate(Schedule("1f1b", 3, 3, 5), (2, 1, 1), (Shard(1),), mesh))
+    size = 5 * 4 * 32 * 32
+    assert [stage.mesh.sizes for stage in found] == [(2,), (3,), (1,)]
+    assert [list(stage.layouts.values()) for stage in found] == [[(Shard(1),)], [(REPLICATE,)] * 2, [(REPLICATE,)]]
+    assert [stage.receive_buffers for stage in found] == [size // 2, 2 * size, size]
 
 
 def test_the_second_part_of_backward_computes_gradients_of_weights_alone(monkeypatch):
@@ -364,7 +379,7 @@ def test_what_cannot_be_split():
 
 
 def test_where_only_the_sum_is_known_backward_is_twice_forward():
-    split = Candidate(Schedule("zb-v", 2, 4, 4), (1,) * 4, (REPLICATE,), splits=True)
+    split = Candidate(Schedule("zb-v", 2, 4, 4), (1,) * 4, (REPLICATE,), TWO, splits=True)
     for candidate, parts in ((split, (3.0, 3.0)), (replace(split, splits=False), (6.0, 0.0))):
         (guess,) = planner()._guess(candidate, [Needs(9.0, 1.0, 0.0)])
         assert (guess.forward, guess.backward, guess.inputs, guess.weights) == (3.0, 6.0, *parts)

@@ -15,7 +15,7 @@ import pytest
 
 from nnscaler import UserError
 from nnscaler.hardware import load_hardware
-from nnscaler.mesh import Mesh
+from nnscaler.mesh import Mesh, PipelineMesh
 from nnscaler.pipeline import search
 from nnscaler.pipeline.cut import pivots
 from nnscaler.pipeline.plan import PipelinePlan, forward_seconds, update_seconds
@@ -125,8 +125,8 @@ def test_estimates_are_no_higher_than_plans(tmp_path):
 
     def compare(memory: float) -> tuple[float, float]:
         """(seconds of the plan over those of the estimate, bytes of the plan)"""
-        planner = StagePlanner(graph, Mesh((1,)), machine, memory, None, False, None, pivots(graph))
-        estimate = estimated(planner, Schedule("1f1b", 2, 2, 4))
+        planner = StagePlanner(graph, machine, memory, None, False, None, pivots(graph))
+        estimate = estimated(planner, Schedule("1f1b", 2, 2, 4), PipelineMesh.of([(1,)] * 2, 1))
         plan = planner.plan(estimate)
         assert plan is not None
         seconds = [sum(stage.seconds.values()) for stage in plan.stages]
@@ -152,8 +152,9 @@ def test_what_crosses_by_hand(kind, stages, tmp_path):
     cases = [(8, 2, near), (4, 2, far), (4, 1, near), *((per_node, 1, far) for per_node in (3, 2, 1))]
     for per_node, copies, (bandwidth, latency) in cases:
         machine = hardware(tmp_path, devices_per_node=per_node, **links)
-        planner = StagePlanner(graph, Mesh((2,), copies), machine, 1e12, None, False, None, pivots(graph))
-        candidate = Candidate(schedule, even(4, stages), (REPLICATE,), splits=copies > 1)
+        planner = StagePlanner(graph, machine, 1e12, None, False, None, pivots(graph))
+        mesh = PipelineMesh.of([(2,)] * 2, copies)
+        candidate = Candidate(schedule, even(4, stages), (REPLICATE,), mesh, splits=copies > 1)
         way = latency + size / bandwidth
         ranks = [schedule.rank_of(stage) for stage in range(stages)]
         expected = [way if one != other else 0.0 for one, other in pairwise(ranks)]
@@ -241,11 +242,14 @@ def test_cut_points_move_towards_equal_times():
         assert slowest(balanced(counts, seconds)) <= min(map(slowest, ways)) * (1 + 1e-9)
 
 
+ON_FOUR = PipelineMesh.of([(1,)] * 4, 1)
+
+
 class Planner(SimpleNamespace):
     """Stands for a `StagePlanner` of twelve places, which take 1 s each; the last of four stages has 4 s besides."""
 
     def __init__(self, refuses: tuple[int, ...] = (), plans: tuple[object, ...] = ()) -> None:
-        super().__init__(begins=list(range(12)), mesh=Mesh((1,)), layout=None)
+        super().__init__(begins=list(range(12)), layouts={ON_FOUR: (REPLICATE,)})
         self.refuses, self.plans, self.asked = refuses, list(plans), []
 
     def estimate(self, candidate: Candidate) -> Estimate:
@@ -263,13 +267,13 @@ FOUR = Schedule("1f1b", 4, 4, 8)
 
 
 def test_the_cut_points_of_an_estimate_move_while_that_makes_it_faster():
-    found = estimated(Planner(), FOUR)
+    found = estimated(Planner(), FOUR, ON_FOUR)
     assert (found.candidate.counts, found.step_seconds) == ((4, 4, 3, 1), 5.0)
-    found = estimated(Planner(refuses=(4, 4, 3, 1)), FOUR)
+    found = estimated(Planner(refuses=(4, 4, 3, 1)), FOUR, ON_FOUR)
     assert (found.candidate.counts, found.step_seconds) == ((3, 3, 3, 3), 7.0)
     slower = Planner()
     slower.estimate = lambda candidate: replace(Planner().estimate(candidate), step_seconds=sum(candidate.counts[:2]))
-    assert estimated(slower, FOUR).candidate.counts == (3, 3, 3, 3), "what is even is not always faster"
+    assert estimated(slower, FOUR, ON_FOUR).candidate.counts == (3, 3, 3, 3), "what is even is not always faster"
 
 
 def planned_stages(step_seconds: float, *seconds: float) -> SimpleNamespace:
@@ -280,7 +284,7 @@ def planned_stages(step_seconds: float, *seconds: float) -> SimpleNamespace:
 
 def test_the_cut_points_of_a_plan_move_while_that_makes_it_faster():
     first, second, third = (planned_stages(*each) for each in ((9, 3, 3, 3, 7), (8, 4, 4, 3, 5), (7, 4, 4, 3, 5)))
-    estimate = Planner().estimate(Candidate(FOUR, (3, 3, 3, 3), (REPLICATE,)))
+    estimate = Planner().estimate(Candidate(FOUR, (3, 3, 3, 3), (REPLICATE,), ON_FOUR))
     assert planned(planner := Planner(), estimate, 7.0) is None
     assert planner.asked == [], "no plan is faster than its estimate"
     assert planned(planner := Planner(plans=(None,)), estimate, 7.5) is None
@@ -293,7 +297,7 @@ def test_the_cut_points_of_a_plan_move_while_that_makes_it_faster():
 
 def test_what_crosses_lies_as_is_fastest():
     graph, sequences = llama(), Shard(1)
-    planner = StagePlanner(graph, Mesh((2,)), None, 1.0, None, False, None, pivots(graph))
+    planner, mesh = StagePlanner(graph, None, 1.0, None, False, None, pivots(graph)), PipelineMesh.of([(2,)] * 4, 1)
     seconds, asked = {(REPLICATE,): 3.0, (sequences,): 1.0, (Shard(2),): 2.0}, []
 
     def estimate(candidate: Candidate) -> Estimate:
@@ -303,26 +307,27 @@ def test_what_crosses_lies_as_is_fastest():
         return Estimate(candidate, (), seconds[candidate.layout])
 
     planner.estimate = estimate
-    assert search._best_layout(planner, FOUR, (1, 1, 1, 1)) == (sequences,)
+    assert search._best_layout(planner, FOUR, (1, 1, 1, 1), mesh) == (sequences,)
     assert set(asked) == set(seconds), "of one sequence of 32 tokens, and 32 features"
     del seconds[sequences,]
-    assert search._best_layout(planner, FOUR, (1, 1, 1, 1)) == (Shard(2),)
+    assert search._best_layout(planner, FOUR, (1, 1, 1, 1), mesh) == (Shard(2),)
     seconds.clear()
     with pytest.raises(NothingFits, match="it is too large"):
-        search._best_layout(planner, FOUR, (1, 1, 1, 1))
-    planner.mesh = Mesh((1,), 2)
-    assert search._best_layout(planner, FOUR, (1, 1, 1, 1)) == (REPLICATE,)
+        search._best_layout(planner, FOUR, (1, 1, 1, 1), mesh)
+    mesh = PipelineMesh.of([(1,)] * 4, 2)
+    assert search._best_layout(planner, FOUR, (1, 1, 1, 1), mesh) == (REPLICATE,)
 
 
 def test_candidates():
     assert candidates(Wanted(stages=1), 4, 8, 8) == [None]
     assert None not in candidates(Wanted(alone=False), 4, 8, 8)
-    assert candidates(Wanted(schedule="1f1b"), 4, 8, 8) == [Schedule("1f1b", 2, 2, 8), Schedule("1f1b", 4, 4, 8)]
+    assert candidates(Wanted(schedule="1f1b"), 4, 8, 8) == [Schedule("1f1b", ranks, ranks, 8) for ranks in (2, 3, 4)]
+    assert candidates(Wanted(schedule="interleaved"), 3, 9, 6) == [Schedule("interleaved", 3, 6, 6)]
     assert candidates(Wanted(stages=4), 4, 4, 8)[0] == Schedule("interleaved", 2, 4, 8)
     assert candidates(Wanted(), 6, 4, 8) == [
         None, Schedule("1f1b", 2, 2, 8), Schedule("interleaved", 2, 4, 8), Schedule("zb-v", 2, 4, 8),
-        Schedule("dualpipe-v", 2, 4, 8), Schedule("1f1b", 3, 3, 8),
-    ]  # fmt: skip
+        Schedule("dualpipe-v", 2, 4, 8), Schedule("1f1b", 3, 3, 8), Schedule("1f1b", 4, 4, 8),
+    ], "on 1 or 2 devices each"  # fmt: skip
     assert candidates(Wanted(), 2, 2, 1) == [None], "one micro-batch is too few for any pipeline"
     with pytest.raises(UserError, match="1f1b with 2 stages on 2 ranks needs at least 2 micro-batches"):
         candidates(Wanted(schedule="1f1b"), 4, 8, 1)
@@ -330,7 +335,9 @@ def test_candidates():
         candidates(Wanted(schedule="zb-v"), 4, 3, 8)
     with pytest.raises(UserError, match=r"pipeline_nstages is 1, .* allow 2 stages with 1f1b"):
         candidates(Wanted(schedule="1f1b", stages=1), 2, 8, 8)
-    with pytest.raises(UserError, match=r"pipeline_nstages is 16, but plan_ngpus=4 and 8 places .* allow 1, 2, 4, 8"):
+    with pytest.raises(
+        UserError, match=r"pipeline_nstages is 16, but plan_ngpus=4 and 8 places .* allow 1, 2, 3, 4, 8"
+    ):
         candidates(Wanted(stages=16), 4, 8, 8)
     with pytest.raises(UserError, match=r"pipeline_nstages is 4, .* allow 2 stages with 1f1b"):
         candidates(Wanted(schedule="1f1b", stages=4), 2, 8, 8)

@@ -298,14 +298,19 @@ def test_a_pipeline_is_explained_stage_by_stage():
     assert (stage["about"], stage["costs"], stage["model"]) == ({"model": "org/Llama"}, {}, "Llama")
 
 
-def test_what_crosses_between_stages_is_as_a_device_has_it():
+def test_what_crosses_between_stages_is_as_the_devices_of_both_have_it():
     tensors = {"x": TensorMeta((8, 6), torch.bfloat16, True), "mask": TensorMeta((4,), torch.int64)}
-    root = SimpleNamespace(name="model", outputs=["mask", "other", "x"])
-    outputs = {"model": [(REPLICATE,), (REPLICATE,), (Shard(1),)]}
-    stages = [None, SimpleNamespace(graph=SimpleNamespace(root=root), outputs=outputs, mesh=Mesh((2,)))]
-    assert _crossing(SimpleNamespace(stages=stages), 1, tensors) == [  # type: ignore[arg-type]
-        {"name": "x", "shape": [8, 3], "dtype": "bfloat16", "gradient": True},
-        {"name": "mask", "shape": [4], "dtype": "int64", "gradient": False},
+    sender = SimpleNamespace(name="model", outputs=["mask", "other", "x"])
+    receiver = SimpleNamespace(name="model", inputs=["x", "mask", "ids"])
+    stages = [
+        SimpleNamespace(
+            graph=SimpleNamespace(root=sender), outputs={"model": [(REPLICATE,), (REPLICATE,), (Shard(1),)]}
+        ),
+        SimpleNamespace(graph=SimpleNamespace(root=receiver), inputs={"model": [(Shard(0),), (REPLICATE,), (SHARED,)]}),
+    ]
+    assert _crossing(*stages, tensors) == [  # type: ignore[arg-type]
+        {"name": "x", "whole": [8, 6], "dtype": "bfloat16", "gradient": True, "sent": "S(1)", "received": "S(0)"},
+        {"name": "mask", "whole": [4], "dtype": "int64", "gradient": False, "sent": "R", "received": "R"},
     ]
 
 

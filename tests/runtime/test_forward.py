@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnscaler.runtime import forward
+from nnscaler.mesh import PipelineMesh
+from nnscaler.runtime import border, forward
 from nnscaler.runtime.axis import Axis
 from nnscaler.runtime.forward import ForwardOnly
 from nnscaler.schedules import Schedule
@@ -34,9 +35,12 @@ class Stage:
         return row.sum() + count if self.last else (row.t().contiguous().t(), count)
 
 
-def crossing(stages: int) -> list[list[dict[str, Any]]]:
-    sent = [{"name": "row", "shape": [3, 2], "dtype": "float64"}, {"name": "count", "shape": [], "dtype": "int64"}]
-    return [*[sent] * (stages - 1), []]
+LAYOUT = {"sent": "R", "received": "R", "gradient": False}
+CROSSING = [{"name": "row", "whole": [3, 2], **LAYOUT}, {"name": "count", "whole": [], **LAYOUT}]
+RECEIVED = {
+    "row": torch.empty((3, 2), dtype=torch.float64, device="meta"),
+    "count": torch.empty((), dtype=torch.int64, device="meta"),
+}
 
 
 def plainly(stages: int, inputs: Mapping[str, Tensor]) -> float:
@@ -55,9 +59,12 @@ def plainly(stages: int, inputs: Mapping[str, Tensor]) -> float:
 def test_losses_are_those_of_one_stage_after_the_other(kind, stages, micro_batches, monkeypatch):
     """Of as many micro-batches as the schedule has, or less; only who has the last stage has them."""
     dist = SimpleNamespace(
-        P2POp=threads.P2POp, isend="isend", irecv="irecv", batch_isend_irecv=threads.batch_isend_irecv, Work=object
-    )
+        P2POp=lambda op, tensor, peer, group: threads.P2POp(op, tensor, group, peer), isend="isend", irecv="irecv",
+        batch_isend_irecv=threads.batch_isend_irecv, Work=object,
+    )  # fmt: skip
     monkeypatch.setattr(forward, "dist", dist)
+    monkeypatch.setattr(border, "dist", dist)
+    mesh = PipelineMesh.of([(1,)] * 3, 1)
     schedule = Schedule(kind, 3, stages, micro_batches)
     inputs = [
         {"x": torch.full((3, 2), 1.0 + number, dtype=torch.float64), "scale": torch.tensor(0.5 + number)}
@@ -67,9 +74,17 @@ def test_losses_are_those_of_one_stage_after_the_other(kind, stages, micro_batch
     counts = (micro_batches, 1, 4)
 
     def run(axis: Axis) -> list[list[float]]:
-        axes = SimpleNamespace(pipeline=axis, device=torch.device("cpu"))
+        axes = SimpleNamespace(
+            pipeline=axis, device=torch.device("cpu"), crossing=axis.group, rank=axis.rank, replica=0
+        )
         mine = {index: Stage(index, stages) for index in schedule.stages_of(axis.rank)}
-        part = ForwardOnly(schedule, mine, crossing(stages), axes)  # type: ignore[arg-type]
+        ways = {}
+        for index in range(stages - 1):
+            ranks = [schedule.rank_of(one) for one in (index, index + 1)]
+            if ranks[0] != ranks[1] and axis.rank in ranks:
+                ways[index] = border.border(CROSSING, *(mesh.ranks[rank] for rank in ranks), axes).there
+        received = {index: RECEIVED for index in mine if index}
+        part = ForwardOnly(schedule, mine, received, ways, axes)  # type: ignore[arg-type]
         return [[loss.item() for loss in part.run(inputs[:count])] for count in counts]
 
     for rank, found in enumerate(Ranks(3).run(run)):

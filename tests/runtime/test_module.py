@@ -9,13 +9,14 @@ import torch
 
 from nnscaler.errors import UserError
 from nnscaler.kernels.random import DRAWS, draws_of, no_draws
-from nnscaler.mesh import Mesh
+from nnscaler.mesh import Mesh, PipelineMesh
 from nnscaler.placement import REPLICATE
 from nnscaler.runtime import pipeline
 from nnscaler.runtime.draws import with_draws, without_draws
 from nnscaler.runtime.generated import operators, scope
 from nnscaler.runtime.module import ParallelModule, Weights, loss_of
 from nnscaler.runtime.pipeline import _examples
+from nnscaler.runtime.shared import SharedAlike
 from nnscaler.schedules import Schedule
 from nnscaler.shards import ParameterSpec
 
@@ -174,9 +175,10 @@ def bucket(*names: str, gradient: float = 0.0) -> SimpleNamespace:
 def test_parts_of_a_parameter_of_several_stages_are_added_up(monkeypatch):
     """Rank 0 has stages 0 and 3 of four. `w` lies in two buckets of each, and `v` is also on rank 1."""
     asked = []
-    monkeypatch.setattr(pipeline, "_group_across", lambda axes, ranks: asked.append(ranks) or f"group {ranks}")
+    monkeypatch.setattr(pipeline, "group_across", lambda axes, mesh, ranks: asked.append(ranks) or f"group {ranks}")
     module = pipeline.PipelineModule.__new__(pipeline.PipelineModule)
     module.schedule, module.axes = Schedule("zb-v", 2, 4, 4), None
+    module.mesh = PipelineMesh.of([(1,), (1,)], 1)
     first = [bucket("a"), bucket("w", gradient=1.0), bucket("w", "b", gradient=2.0)]
     last = [bucket("w", gradient=10.0), bucket("w", gradient=20.0), bucket("v", gradient=5.0)]
     module.stages = {0: SimpleNamespace(buckets=first), 3: SimpleNamespace(buckets=last)}
@@ -186,17 +188,19 @@ def test_parts_of_a_parameter_of_several_stages_are_added_up(monkeypatch):
     assert [one.is_copy for one in (*first, *last)] == [None, False, False, True, True, True]
     monkeypatch.setattr(pipeline.dist, "all_reduce", lambda total, group: total.add_(100.0))
     for one in shared:
-        one.add_gradients() if one.group == "group (0, 1)" else pipeline._SharedParameter(
-            one.buckets, None
-        ).add_gradients()
+        one.add_gradients() if one.group == "group (0, 1)" else SharedAlike(one.buckets, None).add_gradients()
     assert [one.gradient.tolist() for one in first[1:]] == [[11.0] * 2, [22.0] * 2]
     assert [one.gradient.tolist() for one in last] == [[11.0] * 2, [22.0] * 2, [105.0] * 2]
 
 
 def test_examples_of_what_crosses_have_its_shape_type_and_gradient():
-    made = _examples(
-        [{"shape": [2, 3], "dtype": "bfloat16", "gradient": True}, {"shape": [4], "dtype": "int64", "gradient": False}]
-    )
-    assert [(tuple(one.shape), one.dtype, one.requires_grad, one.is_meta) for one in made] == [
-        ((2, 3), torch.bfloat16, True, True), ((4,), torch.int64, False, True)
-    ]  # fmt: skip
+    crossing = [
+        {"name": "x", "whole": [2, 6], "dtype": "bfloat16", "gradient": True, "sent": "S(1)", "received": "R"},
+        {"name": "y", "whole": [4], "dtype": "int64", "gradient": False, "sent": "R", "received": "S(0)"},
+    ]
+    for side, shapes in (("sent", [(2, 3), (4,)]), ("received", [(2, 6), (2,)])):
+        made = _examples(crossing, side, Mesh((2,)))
+        assert list(made) == ["x", "y"]
+        assert [(tuple(one.shape), one.dtype, one.requires_grad, one.is_meta) for one in made.values()] == [
+            (shapes[0], torch.bfloat16, True, True), (shapes[1], torch.int64, False, True)
+        ]  # fmt: skip

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch.distributed.pipelining import PipelineStage
 
+from nnscaler.mesh import Mesh, PipelineMesh
 from nnscaler.placement import REPLICATE
-from nnscaler.runtime import pipeline
-from nnscaler.runtime.pipeline import PipelineModule, _group_across, load_module
+from nnscaler.runtime import pipeline, shared
+from nnscaler.runtime.pipeline import PipelineModule, load_module
+from nnscaler.runtime.shared import group_across
 from nnscaler.schedules import KINDS, Schedule
 from nnscaler.shards import Box, ParameterSpec
 
@@ -43,7 +45,7 @@ def parameter(size: int, trained: bool = True) -> dict[str, Any]:
 
 STAGES = [
     {
-        "mesh": {"sizes": [1], "replicas": 1}, "tied": {"again0": "p0"} if index == 0 else {},
+        "mesh": {"sizes": [1], "replicas": 3}, "tied": {"again0": "p0"} if index == 0 else {},
         "parameters": {f"p{index}": parameter(index + 1), "shared": parameter(7)},
     }
     for index in range(8)
@@ -86,8 +88,8 @@ def module(monkeypatch: pytest.MonkeyPatch) -> tuple[PipelineModule, dict[str, A
     """Rank 1 of two, which has stages 1, 3, 5 and 7 of eight; and what it asked for."""
     asked: dict[str, Any] = {"stages": [], "torch": []}
     axes = SimpleNamespace(
-        pipeline=SimpleNamespace(rank=1, group="group"), device=torch.device("cpu"), mesh=SimpleNamespace(sizes=(1,)),
-        place=(0,),
+        pipeline=SimpleNamespace(rank=1, group="group"), device=torch.device("cpu"), mesh=Mesh((1,), 3, 3), rank=4,
+        place=(0,), replica=1,
     )  # fmt: skip
 
     def of_stage(directory: Any, plan: Any, index: int, axes: Any, shared: Any) -> FakeStage:
@@ -99,12 +101,13 @@ def module(monkeypatch: pytest.MonkeyPatch) -> tuple[PipelineModule, dict[str, A
     monkeypatch.setattr(pipeline, "_Stage", lambda *given: asked["torch"].append(given) or f"stage {given[2]}")
     monkeypatch.setattr(pipeline, "torch_schedule", lambda *given: asked.update(schedule=given) or "schedule")
     monkeypatch.setattr(pipeline, "ForwardOnly", lambda *given: asked.update(forward=given) or "forward")
-    crossing = [[{"name": f"x{n}", "shape": [n + 1], "dtype": "float32", "gradient": True}] for n in range(7)]
+    tensor = {"dtype": "float32", "gradient": True, "sent": "R", "received": "R"}
+    crossing = [[{"name": f"x{n}", "whole": [n + 1], **tensor}] for n in range(7)]
     plan = {
         "stages": STAGES,
         "pipeline": {
             "schedule": {"kind": "interleaved", "ranks": 2, "stages": 8, "micro_batches": 4}, "shared": {},
-            "crossing": [*crossing, []], "splits": [index == 5 for index in range(8)],
+            "crossing": crossing, "splits": [index == 5 for index in range(8)],
         },
     }  # fmt: skip
     return PipelineModule("folder", plan, torch.device("cpu")), asked  # type: ignore[arg-type]
@@ -112,7 +115,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> tuple[PipelineModule, dict[str, A
 
 def test_a_rank_puts_its_stages_together(module):
     made, asked = module
-    assert (asked["mesh"].sizes, asked["mesh"].replicas, asked["mesh"].pipeline) == ((1,), 1, 2)
+    assert asked["mesh"] == PipelineMesh.of([(1,), (1,)], 3)
     assert asked["stages"] == [("folder", True, index, {}) for index in (1, 3, 5, 7)]
     assert [bucket.name for bucket in made.buckets] == [
         (i, n) for i, (count, _) in BUCKETS.items() for n in range(count)
@@ -122,14 +125,18 @@ def test_a_rank_puts_its_stages_together(module):
     assert list(made.specs) == ["p0", "shared", *(f"p{index}" for index in range(1, 8))], "of all stages"
     assert made.tied == {"again0": "p0"}
     assert made.gives_loss
-    for (stage, names, index, stages, received, sent, _, splits), wanted in zip(asked["torch"], (1, 3, 5, 7)):
+    for (stage, names, index, stages, received, sent, _, splits, between), wanted in zip(asked["torch"], (1, 3, 5, 7)):
         assert stage is made.stages[index]
         assert (names, index, stages, splits) == ([f"x{wanted - 1}"], wanted, 8, wanted == 5)
         assert [tuple(one.shape) for one in received] == [(wanted,)]
         assert [tuple(one.shape) for one in sent] == [(wanted + 1,) if wanted < 7 else ()]
+        assert [one is not None for one in between] == [True, wanted < 7]
     schedule, stages, loss = asked["schedule"]
     assert (schedule, stages, loss) == (made.schedule, [f"stage {index}" for index in (1, 3, 5, 7)], made._loss)
-    assert asked["forward"][:2] == (made.schedule, made.stages)
+    forward = asked["forward"]
+    assert forward[:2] == (made.schedule, made.stages)
+    assert {index: list(received) for index, received in forward[2].items()} == {n: [f"x{n - 1}"] for n in (1, 3, 5, 7)}
+    assert list(forward[3]) == list(range(7)), "each is between this rank and the other"
 
 
 def test_each_stage_that_has_a_parameter_gets_it(module):
@@ -153,11 +160,11 @@ def test_each_stage_that_has_a_parameter_gets_it(module):
 def test_devices_of_the_same_place_on_some_pipeline_ranks_are_a_group(rank, found, monkeypatch):
     """Four pipeline ranks of six devices each; every rank makes all groups."""
     made: list[list[int]] = []
-    monkeypatch.setattr(pipeline.dist, "new_group", lambda ranks: made.append(ranks) or ranks)
-    axes = SimpleNamespace(rank=rank, mesh=SimpleNamespace(runtime_ngpus=24, pipeline=4))
-    assert _group_across(axes, (1, 3)) == found
+    monkeypatch.setattr(shared.dist, "new_group", lambda ranks: made.append(ranks) or ranks)
+    axes, mesh = SimpleNamespace(rank=rank), PipelineMesh.of([(3,)] * 4, 2)
+    assert group_across(axes, mesh, (1, 3)) == found
     assert made == [[6 + place, 18 + place] for place in range(6)]
-    assert _group_across(axes, (2,)) is None
+    assert group_across(axes, mesh, (2,)) is None
     assert len(made) == 6
 
 
@@ -202,7 +209,7 @@ def test_a_micro_batch_ends_when_the_gradients_of_its_weights_are_there(splits, 
     stage = pipeline._Stage.__new__(pipeline._Stage)
     stage._host = SimpleNamespace(clear=lambda: done.append("clear"))
     stage._reducer = SimpleNamespace(end_micro_batch=lambda: done.append("end"))
-    stage._later, stage._splits = later, splits
+    stage._later, stage._splits, stage._coming = later, splits, {}
     stage.backward_one_chunk(3, "loss", False, True)
     stage.backward_weight_one_chunk(3, True)
     first = ("backward_one_chunk", 3, "loss", False, True, "for later" if splits else "at once")
@@ -219,3 +226,6 @@ def test_a_stage_is_only_connected_to_other_ranks(monkeypatch):
     stage = pipeline.PeerStage.__new__(pipeline.PeerStage)
     stage.group_rank = 2
     assert stage._get_init_p2p_neighbors_ops() == [every[0], every[2]]
+    stage.greeted, stage.device = True, torch.device("cpu")
+    assert stage._get_init_p2p_neighbors_ops() == []
+    assert stage._warmup_forward_vote(True).item() == stage._warmup_backward_result().item() == 1, "shapes are known"
