@@ -43,11 +43,10 @@ CASES = {
         Case(2, 2, layers=4, pieces=4, levels=(LEVELS[1],) * 4, compiled=True),
         Case(2, 2, schedule="1f1b", stages=2, layers=4, accumulation=4),
         Case(2, 2, schedule="interleaved", stages=4, layers=4, accumulation=4),
-        Case(2, 2, schedule="dualpipe-v", stages=4, layers=4, accumulation=4, tied=True),
     ],
     4: [
         Case(2, 4, accumulation=2),
-        Case(2, 4, schedule="zb-v", stages=4, layers=4, accumulation=4),
+        Case(2, 4, schedule="zb-v", stages=4, layers=4, accumulation=4, tied=True),
     ],
 }
 

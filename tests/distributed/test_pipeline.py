@@ -39,7 +39,6 @@ MATRIX = {
         case("1f1b", 2, 2, 8, tied=True, recompute=False),
         case("interleaved", 2, 4, 4, tied=False, recompute=True),
         case("zb-v", 2, 4, 4, tied=True, recompute=False),
-        case("zb-v", 2, 4, 8, tied=False, recompute=True),
         # Planned and run as on an accelerator, where regions are compiled.
         dataclasses.replace(
             case("dualpipe-v", 2, 4, 4, tied=True, recompute=True), hardware="compiled.json", compiled=True
@@ -49,9 +48,7 @@ MATRIX = {
         case("1f1b", 4, 2, 4, tied=False, recompute=True),
         case("interleaved", 4, 4, 4, tied=True, recompute=True),
         case("zb-v", 4, 4, 4, tied=False, recompute=False),
-        case("1f1b", 4, 4, 4, tied=True, recompute=False),
         case("interleaved", 4, 8, 8, tied=False, recompute=False),
-        case("zb-v", 4, 8, 4, tied=True, recompute=True),
         # Two replicas of a pipeline of two: gradients are reduced between replicas, stage by stage.
         dataclasses.replace(case("zb-v", 2, 4, 4, tied=True, recompute=False), runtime=4),
     ],

@@ -184,7 +184,6 @@ JOBS = {
         Job(Schedule("dualpipe-v", 2, 4, 5), 2, compiled=True),
     ],
     4: [
-        Job(Schedule("zb-v", 4, 8, 6), 4, compiled=True),
         Job(Schedule("dualpipe-v", 4, 8, 8), 4, compiled=False, recompute=("Layer",)),
         Job(Schedule("zb-v", 2, 4, 4), 2, compiled=True),  # two copies of the model
         Job(Schedule("zb-v", 2, 4, 4), 4, compiled=False, policy="tp"),
