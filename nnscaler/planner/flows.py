@@ -268,6 +268,19 @@ class Flows:
                 self.gathered[index, source, target] = g
         return terms
 
+    def kept_by_one_call(self, block: str, level: Level) -> Terms:
+        """Bytes that one call keeps of flows, where `in_call` has them, and of inner tensors: a sum."""
+        terms: Terms = []
+        for (index, form, at), j in self.in_call.items():
+            flow = self.problem.flows[index]
+            if at is level and flow.block == block:
+                terms.append((j, flow.count / self.problem.calls[block] * self.bytes_of(flow, form)))
+        for decision, xs in zip(self.problem.decisions, self.choices.x):
+            if decision.block == block and level in decision.inner_kept_at:
+                inner = zip(xs, decision.options)
+                terms += [(x, option.inner_bytes) for x, option in inner if option.inner_bytes]
+        return terms
+
     def _kept(self, index: int, form: Form, level: Level) -> int:
         """The variable k_fsl; it is made, with its charges, when it is first asked for."""
         if (index, form, level) not in self.kept:

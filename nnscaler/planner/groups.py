@@ -62,16 +62,7 @@ class InGroups:
         """What a group keeps inside: a sum of bytes, and its largest value."""
         inner = level.of_each
         calls = level.size if inner.by_region else level.size - 1
-        terms: Terms = []
-        for (index, form, at), j in self.flows.in_call.items():
-            flow = self.problem.flows[index]
-            if at is inner and flow.block == stack.block:
-                each = flow.count / self.problem.calls[stack.block] * self.flows.bytes_of(flow, form)
-                terms.append((j, calls * each))
-        for decision, xs in zip(self.problem.decisions, self.choices.x):
-            if decision.block == stack.block and inner in decision.inner_kept_at:
-                held = zip(xs, decision.options)
-                terms += [(x, calls * option.inner_bytes) for x, option in held if option.inner_bytes]
+        terms = [(variable, calls * size) for variable, size in self.flows.kept_by_one_call(stack.block, inner)]
         most = sum(size for _, size in terms)
         for flow in self.problem.flows if inner.by_region else ():
             if flow.producer == (stack.taken, 0) and flow.needed and inner in flow.as_made:

@@ -119,16 +119,7 @@ class OnHost:
     def _on_its_way(self, block: str, level: Level) -> int:
         """The variable D_bl."""
         on_its_way = self.statement.least(Quantity.BYTES)
-        terms: Terms = []
-        for (index, form, at), j in self.flows.in_call.items():
-            flow = self.problem.flows[index]
-            if at is level and flow.block == block:
-                of_each = flow.count / self.problem.calls[block] * self.flows.bytes_of(flow, form)
-                terms.append((j, 2 * of_each))
-        for decision, xs in zip(self.problem.decisions, self.choices.x):
-            if decision.block == block and level in decision.inner_kept_at:
-                inner = zip(xs, decision.options)
-                terms += [(x, 2 * option.inner_bytes) for x, option in inner if option.inner_bytes]
+        terms = [(variable, 2 * size) for variable, size in self.flows.kept_by_one_call(block, level)]
         most = sum(size for _, size in terms)
         self.statement.above(on_its_way, [*terms, (self.used[block, level], most)], -most)
         return on_its_way
