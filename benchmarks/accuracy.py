@@ -16,9 +16,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import RESULTS, print_rows
-from benchmarks.runs import Setting, add_flags, measured
+from benchmarks.runs import Setting, measured, parse
 from benchmarks.tables import compared, paragraph, read_if_there, rst_table, title
-from nnscaler.command import ArgumentParser, run
+from nnscaler.command import run
 
 FILE = RESULTS / "accuracy.json"
 AGAIN, HOST, GATHERED = "recomputing", "host", "ZeRO-3"
@@ -136,11 +136,7 @@ def section() -> list[str]:
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__)
-    add_flags(parser, FILE)
-    rows = measured(SETTINGS, parser.parse_args(), row)
-    if not rows:
-        sys.exit("nothing was measured")
+    rows = measured(SETTINGS, parse(__doc__, FILE), row)
     shown = ("name", "devices", "predicted_seconds", "measured_seconds", "predicted_gib", "measured_gib")
     print_rows([{**{key: row[key] for key in shown}, "error, %": 100 * error(row)} for row in rows])
     errors = [error(row) for row in rows]

@@ -16,9 +16,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import RESULTS, print_rows
-from benchmarks.runs import Setting, add_flags, measured
+from benchmarks.runs import Setting, measured, parse
 from benchmarks.tables import compared, paragraph, read_if_there, rst_table, title
-from nnscaler.command import ArgumentParser, run
+from nnscaler.command import run
 
 FILE = RESULTS / "divisions.json"
 DEVICES, SEQUENCES, TOKENS, LAYERS, GIB = 2, 32, 8192, 8, 50
@@ -90,11 +90,7 @@ def section() -> list[str]:
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__)
-    add_flags(parser, FILE)
-    rows = measured(SETTINGS, parser.parse_args(), row)
-    if not rows:
-        sys.exit("nothing was measured")
+    rows = measured(SETTINGS, parse(__doc__, FILE), row)
     rows = sorted(rows, key=lambda row: float(row["measured_seconds"]))
     predicted = sorted(row["predicted_seconds"] for row in rows)
     print_rows(

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import ROOT
+from nnscaler.command import ArgumentParser
 
 POLL = 0.5  # seconds between looks at what runs
 TAIL = 30  # lines of the log of a run that failed
@@ -75,8 +76,9 @@ def _with_descendants(pid: int) -> list[int]:
     return found
 
 
-def add_flags(parser: argparse.ArgumentParser, file: Path) -> None:
-    """The flags of scripts that measure so."""
+def parse(description: str | None, file: Path) -> argparse.Namespace:
+    """What is asked of a script that measures so. `file`: of its results, if no other is given"""
+    parser = ArgumentParser(description=description)
     add = parser.add_argument
     add("--gpus", default="0,1", help="numbers of the GPUs to use, with commas (default: 0,1)")
     add("--json", type=Path, default=file, help="file of the results; the runs that it has are not repeated")
@@ -91,6 +93,7 @@ def add_flags(parser: argparse.ArgumentParser, file: Path) -> None:
         default="",
         help="further flags of train_llama.py for each run, as --more='...'; they come last, and so count",
     )
+    return parser.parse_args()
 
 
 def measured(
@@ -98,7 +101,7 @@ def measured(
     options: argparse.Namespace,
     row_of: Callable[[Setting, dict[str, Any]], dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """The rows of all settings that were measured, now or before, in the settings' order.
+    """The rows of all settings that were measured, now or before, in the settings' order. Ends where there are none.
 
     row_of  a row, from what train_llama.py writes about a run
     """
@@ -116,6 +119,8 @@ def measured(
         options.json.write_text(json.dumps({**about, "settings": len(settings), "rows": ordered}, indent=1) + "\n")
         times = f"{result['predicted_seconds_per_step']:.3f} / {result['seconds_per_step']:.3f} s a step"
         print(f"{setting.name}: {times}, predicted / measured; the run took {seconds:.0f} s", flush=True)
+    if not rows:
+        sys.exit("nothing was measured")
     return [rows[one.name] for one in settings if one.name in rows]
 
 
