@@ -15,9 +15,9 @@ from pathlib import Path
 from queue import Empty
 from typing import Any
 
-# Workers are forked from a server that has these loaded already.
+# Workers are forked from a server that has this loaded already.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "transformers", "nnscaler.cli.loop"])
+_context.set_forkserver_preload(["tests.preloaded"])
 
 
 def run(world: int, function: Callable[..., Any], *args: Any, init: bool = True, timeout: float = 580) -> list[Any]:
