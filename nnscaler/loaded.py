@@ -22,6 +22,7 @@ from nnscaler.directory import alone_in
 from nnscaler.division_search import in_division
 from nnscaler.errors import UserError
 from nnscaler.first_values import initial_parameters
+from nnscaler.identity import DONE
 from nnscaler.models.weights import fixed_tensors
 from nnscaler.plan import GIB
 from nnscaler.processes import from_rank_0, share_folder
@@ -68,7 +69,9 @@ def _compile_if_needed(
     division = division_in(folder)
     possible = batch is not None and division in batch.divisions()  # not where fewer devices are left, say
     wanted = in_division(source, config, division) if possible and division is not None else (source, config)
-    changed = differences(folder, identity(wanted[0], built, wanted[1], batch=batch))
+    changed = None
+    if (folder / DONE).exists():  # or nothing is there that the model would have to be run for, to compare
+        changed = differences(folder, identity(wanted[0], built, wanted[1], batch=batch))
     if changed == []:
         logger.info("using the compiled plan in %s", folder)
         return

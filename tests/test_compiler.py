@@ -155,11 +155,18 @@ def test_what_is_compiled_already_is_used_where_it_is_for_the_same(monkeypatch, 
     monkeypatch.setattr(loaded, "identity", lambda *given, **named: asked.append((given, named)) or "wanted")
     monkeypatch.setattr(loaded, "differences", lambda folder, wanted: answers.pop())
     config, answers = ComputeConfig(1, 8), [[], ["dtype: compiled a, wanted b"], None]
+    (tmp_path / DONE).touch()
     for used in (False, False, True):
         loaded._compile_if_needed(SOURCE, config, tmp_path, judged.append, None)
         assert compiled == ([] if used else [(SOURCE, config, tmp_path, None)])
         compiled.clear()
-    assert len(judged) == 3
+    assert (len(judged), len(asked)) == (3, 3)
+    (tmp_path / DONE).unlink()
+    loaded._compile_if_needed(SOURCE, config, tmp_path, judged.append, None)
+    assert (len(judged), len(asked)) == (4, 3), "where nothing is, there is nothing to compare with"
+    assert compiled == [(SOURCE, config, tmp_path, None)]
+    compiled.clear()
+    (tmp_path / DONE).touch()
     assert all(isinstance(model, nn.Linear) for model in judged)
     assert "was compiled for something else (dtype: compiled a, wanted b): compiling" in caplog.text
     assert f"using the compiled plan in {tmp_path}" in caplog.text
