@@ -35,6 +35,7 @@ from nnscaler.runtime import regions
 from nnscaler.runtime.optimizer import OptimizerConfig
 from nnscaler.trace import build_on_meta
 from tests import tiny
+from tests.traced import traced_once
 
 STEPS = 7
 SEED = 3
@@ -157,7 +158,8 @@ def compiled_regions() -> Iterator[None]:
 @contextmanager
 def planned(case: Case) -> Iterator[None]:
     """Inside, plans get the case's recompute levels for their layers (each stage of a pipeline the first of them), its
-    pieces for the layers' regions, and weights without a copy beside their masters, if it has them."""
+    pieces for the layers' regions, and weights without a copy beside their masters, if it has them. What a case before
+    has traced is not traced anew."""
 
     def find_plan(*args: Any, **kwargs: Any) -> Plan:
         plan = planner.find_plan(*args, **kwargs)
@@ -176,7 +178,11 @@ def planned(case: Case) -> Iterator[None]:
             plan.master_only = gathered(plan)
         return plan
 
-    with patch.object(planning, "find_plan", find_plan), patch.object(stages, "find_plan", find_plan):
+    with (
+        patch.object(planning, "find_plan", find_plan),
+        patch.object(stages, "find_plan", find_plan),
+        patch.object(planning, "trace", traced_once),
+    ):
         yield
 
 

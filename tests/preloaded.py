@@ -14,27 +14,31 @@ import torch.distributed
 from tqdm import tqdm
 
 import nnscaler.cli.loop  # noqa: F401
-from nnscaler.models.causal_lm import CausalLM, prepare_config
-from nnscaler.trace import build_on_meta, trace
-from tests import parity, tiny  # noqa: F401
+from nnscaler.data.training import with_labels
+from nnscaler.models.causal_lm import IGNORED, CausalLM, prepare_config
+from nnscaler.source import Source
+from tests import parity, tiny
+from tests.traced import traced_once
 
 
-def trace_once() -> None:
-    config = tiny.config()
+def trace_one() -> None:
+    """The tiny Llama as most cases have it, so that those do not trace it."""
+    config = tiny.config(**parity.Case(1, 1).model)
     prepare_config(config, tiny.LENGTH, "auto")
-    model, buffers = build_on_meta(lambda: CausalLM(config))
-    tokens = torch.zeros(1, tiny.LENGTH, dtype=torch.int64)
-    trace(model, {"input_ids": tokens, "labels": tokens}, buffers)
+    tokens = torch.empty((1, tiny.LENGTH), dtype=torch.int64, device="meta")
+    source = Source(lambda: CausalLM(config), with_labels(tokens, IGNORED), torch.float32, parity.SEED)
+    model, buffers = source.build()
+    traced_once(model, source.inputs, buffers, "reuse_cache", source.seed)
 
 
-def compile_once() -> None:
+def compile_one() -> None:
     """Without a backward and tqdm's monitor, which are threads: a process that has any must not be forked."""
     with patch.object(tqdm, "monitor_interval", 0):
         torch.compile(lambda x: (x @ x).relu(), backend="aot_eager")(torch.ones(2, 2, requires_grad=True))
     torch.compiler.reset()
 
 
-trace_once()
-compile_once()
+trace_one()
+compile_one()
 gc.collect()
 gc.freeze()  # their own collections leave alone what is here
