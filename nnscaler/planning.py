@@ -153,6 +153,13 @@ def _changes(
 
     for name, make in source.instead.items():
         yield name, name, with_source(replace(source, make=make))
+    if hardware.host is not None and config.offload == "off":
+        yield "host", "--offload auto", with_config(offload="auto")
+    elif hardware.host is not None:
+        given, usual = config.host_bytes(hardware), replace(config, host_mem_constraint=None).host_bytes(hardware)
+        size, there = ceil((usual if given < usual else 2 * given) / GIB), hardware.host.memory / GIB
+        has = "" if size <= there else f", where the host of {hardware.name} has {there:.0f}"
+        yield "host", f"--host_mem_constraint {size}{has}", with_config(host_mem_constraint=float(size))
     devices, runtime = config.plan_ngpus, config.runtime_ngpus
     for factor in FACTORS:
         plan, run = devices * factor, max(runtime, devices * factor)

@@ -15,6 +15,7 @@ from nnscaler.compiler import ComputeConfig, Source
 from nnscaler.errors import UserError
 from nnscaler.graph import Block, Graph
 from nnscaler.hardware import load_hardware
+from nnscaler.hardware.spec import Host
 from nnscaler.mesh import meshes
 from nnscaler.pipeline.search import Wanted
 from nnscaler.plan import GIB
@@ -27,6 +28,7 @@ CONFIG = ComputeConfig(
     search_seconds=7.0, grad_reduce_dtype="bf16", trace_strategy="meta",
 )  # fmt: skip
 H100 = replace(load_hardware("h100"), memory=80 * GIB)
+ALONE = replace(H100, host=None)
 
 
 def test_all_of_a_configuration_reaches_the_search(monkeypatch):
@@ -52,7 +54,9 @@ def test_all_of_a_configuration_reaches_the_search(monkeypatch):
     assert asked.pop()[2]["sums"] == GradientSum("reduce_scatter", "bfloat16"), "across nodes"
 
 
-def tried(monkeypatch, fits, config: ComputeConfig = CONFIG, needed: float | None = 81 * GIB) -> tuple[str, list[str]]:
+def tried(
+    monkeypatch, fits, config: ComputeConfig = CONFIG, needed: float | None = 81 * GIB, hardware=ALONE
+) -> tuple[str, list[str]]:
     """(what is said, the changes that were planned). `fits`: whether a plan of this many devices and tokens does"""
     told = []
 
@@ -78,7 +82,7 @@ def tried(monkeypatch, fits, config: ComputeConfig = CONFIG, needed: float | Non
     monkeypatch.setattr(planning, "trace", trace)
     refusal = NothingFits("too large")
     refusal.needed = needed
-    return planning.what_fits(source, "own", config, H100, refusal), told
+    return planning.what_fits(source, "own", config, hardware, refusal), told
 
 
 def test_the_nearest_change_of_each_kind_that_fits_is_told(monkeypatch):
@@ -112,6 +116,24 @@ def test_what_is_not_known_or_cannot_be_is_not_tried(monkeypatch):
     assert text == "what would fit: --gpu_mem_constraint 7 (1.5 s a step, 2.5 GiB a device)", "what the device has"
     monkeypatch.setattr(planning, "TRYING_SECONDS", -1.0)
     assert tried(monkeypatch, lambda *given: True) == ("no change that was tried fits", [])
+
+
+@pytest.mark.parametrize(("given", "change"), [
+    ({"offload": "off"}, "--offload auto"), ({}, "--host_mem_constraint 80"),
+    ({"host_mem_constraint": None}, "--host_mem_constraint 160, where the host of H100 has 100"),
+    ({"host_mem_constraint": 90.0}, "--host_mem_constraint 180, where the host of H100 has 100"),
+    ({"host_mem_constraint": 45.0, "offload": "off"}, "--offload auto"),
+])  # fmt: skip
+def test_more_of_the_host_is_tried_too(monkeypatch, given, change):
+    """Of 100 GiB, a plan may use 80 unless it is told otherwise."""
+    hardware = replace(H100, host=Host(100 * GIB, 1.0, 1.0, 1.0))
+    config = replace(CONFIG, **given)
+
+    def fits(changed, graph):
+        return changed.host_bytes(hardware) > config.host_bytes(hardware)
+
+    text, _ = tried(monkeypatch, fits, config, hardware=hardware)
+    assert text == f"what would fit: {change} (1.5 s a step, 2.5 GiB a device)"
 
 
 def test_what_a_policy_pins_is_pinned_before(monkeypatch):
