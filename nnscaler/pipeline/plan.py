@@ -23,7 +23,7 @@ class PipelinePlan:
     splits        for each stage, whether it runs backward in two parts; if not, the first part does everything
     in_flight     for each stage, the most micro-batches whose activations it holds at a time
     timeline      a simulated step, without the optimizer's update
-    memory_limit  bytes a device that the stages of a rank may use together
+    memory_limit  bytes a device that the stages of a rank may use together; host_limit: likewise of the host
     """
 
     stages: list[Plan]
@@ -34,6 +34,7 @@ class PipelinePlan:
     in_flight: list[int]
     timeline: Timeline
     memory_limit: float
+    host_limit: float = 0.0
 
     @property
     def update_seconds(self) -> float:

@@ -182,7 +182,7 @@ class StagePlanner:
         shared = shared_parameters([stage.cut.graph for stage in stages])
         own = [_renamed(plan, stage.cut.graph) for plan, stage in zip(plans, stages)]
         splits, held = [plan.splits for plan in plans], [stage.held for stage in stages]
-        return PipelinePlan(own, schedule, crossing, shared, splits, held, timeline, self.memory)
+        return PipelinePlan(own, schedule, crossing, shared, splits, held, timeline, self.memory, self.host)
 
     def _stages(self, candidate: Candidate) -> list[_Stage]:
         if candidate not in self.stages:

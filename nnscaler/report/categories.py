@@ -22,6 +22,7 @@ WORKING = "working memory"
 BUFFERS = "communication buffers"
 CASTS = "casts of master weights"
 COPIES = "copies to the host exposed"
+COPIES_HIDDEN = "copies to the host hidden"
 
 
 def category_of(unit: Unit) -> str:

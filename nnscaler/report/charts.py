@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nnscaler.report.categories import BUFFERS, EXPOSED, HIDDEN, MATMUL, MEMORY_BOUND, OPTIMIZER, RECOMPUTE, WORKING
+from nnscaler.report.categories import (
+    BUFFERS,
+    COPIES_HIDDEN,
+    EXPOSED,
+    HIDDEN,
+    MATMUL,
+    MEMORY_BOUND,
+    OPTIMIZER,
+    RECOMPUTE,
+    WORKING,
+)
 from nnscaler.report.markup import Markup, tag
 from nnscaler.report.spelling import CAUSAL_MFU, FULL_MFU, gib, percent, seconds
 
@@ -15,6 +25,7 @@ _COLOURS = {
     RECOMPUTE: "#d0564d",
     EXPOSED: "#2d9c8f",
     HIDDEN: "#a9d8d0",
+    COPIES_HIDDEN: "#b9d9a8",
     OPTIMIZER: "#8a8f98",
     "parameters": "#3d6fb4",
     "gradients": "#6f97cf",

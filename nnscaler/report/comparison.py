@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from nnscaler.errors import UserError
+from nnscaler.report.categories import COPIES_HIDDEN
 from nnscaler.report.spelling import devices, gib, seconds, three_digits
 
 
@@ -34,8 +35,13 @@ def _figures(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
         yield _row("tokens/s/GPU", a[rate], b[rate], three_digits)
     for group in ("seconds_by_category", "hidden_seconds"):
         yield from _rows(a[group], b[group], seconds)
+    before, after = ({COPIES_HIDDEN: one.get("hidden_copies_seconds", 0.0)} for one in (a, b))
+    yield from _rows(before, after, seconds)
     yield _row("memory a device", a["memory_bytes"], b["memory_bytes"], gib)
     yield from _rows(a["bytes_by_category"], b["bytes_by_category"], gib)
+    if a.get("host_bytes") or b.get("host_bytes"):
+        yield _row("memory of the host a device", a.get("host_bytes", 0.0), b.get("host_bytes", 0.0), gib)
+        yield from _rows(a.get("host_bytes_by_category", {}), b.get("host_bytes_by_category", {}), gib)
 
 
 def _rows(a: Mapping[str, float], b: Mapping[str, float], write: Callable[[float], str]) -> Iterator[str]:
@@ -55,6 +61,7 @@ def _settings(values: Mapping[str, Any]) -> dict[str, str]:
         "hardware": values["hardware"],
         "micro-batches": str(values["micro_batches"]),
         "memory limit": gib(values["predicted"]["memory_limit_bytes"]),
+        "limit of the host": gib(values["predicted"].get("host_limit_bytes", 0.0)),
     }
 
 

@@ -57,6 +57,8 @@ def _memory(values: Mapping[str, Any]) -> tuple[float, str]:
     if copies:
         spent += f", {seconds(copies)} of copies to the host and back that nothing hides"
     full = f", {percent(used / limit)} of it" if used > FULL * limit else ""
+    away, there = (values["predicted"].get(name, 0.0) for name in ("host_bytes", "host_limit_bytes"))
+    full += f", and {gib(away)} of {gib(there)} of the host" if away > FULL * there else ""
     return again + casts + copies, f"{gib(used)} of {gib(limit)} are used{full}; {spent}"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from nnscaler.report.about import facts, plan_title
 from nnscaler.report.block_section import block_section
-from nnscaler.report.categories import HIDDEN
+from nnscaler.report.categories import COPIES_HIDDEN, HIDDEN
 from nnscaler.report.charts import bar, headline, legend, mark
 from nnscaler.report.divisions import division_section
 from nnscaler.report.markup import Markup, table, tag
@@ -52,15 +52,15 @@ def _sections(values: Values, name: str) -> Iterator[Markup]:
 
 def _time(predicted: Values) -> Markup:
     parts, step = predicted["seconds_by_category"], predicted["step_seconds"]
-    hidden = {name: value for name, value in predicted["hidden_seconds"].items() if value}
-    behind = (
-        [
-            bar(hidden, max(step, hidden[HIDDEN]), seconds),
-            tag("p", f"Below the bar: {seconds(hidden[HIDDEN])} of communication behind backward.", class_="faint"),
-        ]
-        if hidden
-        else []
-    )
+    hidden = {
+        HIDDEN: (predicted["hidden_seconds"].get(HIDDEN, 0.0), "communication behind backward"),
+        COPIES_HIDDEN: (predicted.get("hidden_copies_seconds", 0.0), "copies to the host and back beside computation"),
+    }
+    hidden = {name: one for name, one in hidden.items() if one[0]}
+    behind = [bar({name: value}, max(step, value), seconds) for name, (value, _) in hidden.items()]
+    if hidden:
+        said = ", and ".join(f"{seconds(value)} of {what}" for value, what in hidden.values())
+        behind.append(tag("p", f"Below the bar: {said}.", class_="faint"))
     return tag("section", tag("h2", "Time of a step"), bar(parts, step, seconds), *behind, legend(parts, step, seconds))
 
 
@@ -82,8 +82,6 @@ def _host(predicted: Values) -> list[Markup]:
         return []
     parts, limit = predicted["host_bytes_by_category"], predicted["host_limit_bytes"]
     text = f"{gib(predicted['host_bytes'])} a device of the {gib(limit)} that the plan may use."
-    if hidden := predicted["hidden_copies_seconds"]:
-        text += f" Copies there and back of {seconds(hidden)} a step are hidden behind computation."
     if parts.keys() & {"optimizer state", "gradients"}:
         text += " Tables of parameters below count gradients and the optimizer's state wherever they lie."
     heading = tag("h2", "Memory of the host")

@@ -47,6 +47,7 @@ def pipeline_report(plan: PipelinePlan, work: Work | None = None, replan: Replan
             "update_seconds": plan.update_seconds,
             "memory_bytes": plan.memory_bytes,
             "memory_limit_bytes": plan.memory_limit,
+            **({"host_bytes": plan.host_bytes, "host_limit_bytes": plan.host_limit} if plan.host_bytes else {}),
             **speed_of(step / schedule.micro_batches * devices, work),
         },
         "pipeline": {

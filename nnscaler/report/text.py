@@ -57,6 +57,7 @@ def _explain_pipeline(values: Mapping[str, Any]) -> str:
     predicted, pipeline = values["predicted"], values["pipeline"]
     computing = ", ".join(percent(share) for share in pipeline["computing"])
     used, limit = predicted["memory_bytes"], predicted["memory_limit_bytes"]
+    away, host = (predicted.get(what, 0.0) for what in ("host_bytes", "host_limit_bytes"))
     return "\n".join(
         [
             f"plan       {plan_title(values)}",
@@ -65,6 +66,7 @@ def _explain_pipeline(values: Mapping[str, Any]) -> str:
             f"           for {work_of(values)}, a copy",
             f"           {seconds(predicted['update_seconds'])} of it update parameters; ranks compute {computing}",
             f"memory     {gib(used)} of {gib(limit)} that the plan may use, on the rank that needs most",
+            *_named("host", [f"{gib(away)} of {gib(host)} a device that the plan may use, likewise"] if away else []),
             *_named("divisions", division_lines(values)),
             *(f"{f'stage {index}':<10} {line}" for index, line in enumerate(_stage_lines(values))),
             *_advice(values),

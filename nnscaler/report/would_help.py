@@ -10,10 +10,12 @@ from nnscaler.errors import UserError
 from nnscaler.pipeline.plan import PipelinePlan
 from nnscaler.plan import GIB, Plan
 from nnscaler.report.markup import Markup, table, tag
+from nnscaler.report.spelling import gib
 
 logger = logging.getLogger(__name__)
 
 MORE_MEMORY = 20  # GiB
+NEARLY_FULL = 0.9  # of the host's memory: a plan that uses more of it may want more
 NO_GAIN = "no faster"
 AnyPlan = Plan | PipelinePlan
 Change = dict[str, Any]  # field of ComputeConfig -> its value
@@ -43,6 +45,8 @@ def would_help(plan: AnyPlan, replan: Replan) -> list[dict[str, Any]]:
 def _changes(plan: AnyPlan) -> Iterator[tuple[Change, str]]:
     devices, replicas = plan.mesh.plan_ngpus, plan.mesh.replicas
     yield {"gpu_mem_constraint": plan.memory_limit / GIB + MORE_MEMORY}, f"+{MORE_MEMORY} GiB a device"
+    if plan.host_bytes > NEARLY_FULL * plan.host_limit:
+        yield {"host_mem_constraint": 2 * plan.host_limit / GIB}, f"+{gib(plan.host_limit)} of the host a device"
     more = f"+{devices * replicas} device{'s' if devices * replicas > 1 else ''}"
     yield (
         {"plan_ngpus": 2 * devices, "runtime_ngpus": 2 * devices * replicas},

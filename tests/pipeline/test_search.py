@@ -209,6 +209,7 @@ def test_stages_share_the_host(tmp_path):
     assert free.step_seconds <= away.step_seconds < 0.995 * alone.step_seconds
     half = found(small, away.host_bytes / 2)
     assert 0 < half.host_bytes <= away.host_bytes / 2 * (1 + 1e-5)
+    assert half.host_limit == away.host_bytes / 2
     assert away.step_seconds <= half.step_seconds <= alone.step_seconds
     parts = [forward_seconds(stage) + update_seconds(stage) for stage in away.stages]
     backward = [

@@ -116,6 +116,8 @@ def test_limits_are_shares_of_the_step():
     assert "39.8 GiB of 40.0 GiB are used, 99.5 % of it; " in str(limits_of(full))
     full["predicted"]["memory_bytes"] = 39.5 * GIB
     assert "39.5 GiB of 40.0 GiB are used; " in str(limits_of(full))
+    full["predicted"]["host_bytes"] = 7.95 * GIB
+    assert "39.5 GiB of 40.0 GiB are used, and 7.95 GiB of 8.00 GiB of the host; " in str(limits_of(full))
 
 
 def test_origins_are_the_parts_of_the_step_that_rest_on_a_kind_of_figure():
@@ -194,6 +196,9 @@ def test_plans_are_compared_row_by_row():
     b["predicted"] |= {"step_seconds": 80.0, "tokens_per_second_per_gpu": 1543.0, "memory_bytes": 33 * GIB}
     b["predicted"]["seconds_by_category"] |= {"matmul": 40.0, "attention": 0.0, "linear_loss": 2.0}
     b["predicted"]["hidden_seconds"] = {"communication hidden": 3.0}
+    b["predicted"] |= {"hidden_copies_seconds": 4.75, "host_bytes": 5 * GIB, "host_bytes_by_category": {
+        "optimizer state": 3 * GIB, "gradients": 2 * GIB}}  # fmt: skip
+    del b["predicted"]["host_limit_bytes"]
     b["micro_batches"], b["costs"]["layer"]["levels"] = 2, {AGAIN: {"calls": 8}}
     lines = compare(a, b).splitlines()
     rows = {line[:36].strip(): " ".join(line[36:].split()) for line in lines}
@@ -205,6 +210,10 @@ def test_plans_are_compared_row_by_row():
     assert rows["linear_loss"] == "0.00 µs 2.00 s new"
     assert rows["communication hidden"] == "6.00 s 3.00 s 0.500"
     assert rows["memory a device"] == "30.0 GiB 33.0 GiB 1.100"
+    assert rows["copies to the host hidden"] == "9.50 s 4.75 s 0.500"
+    assert rows["memory of the host a device"] == "2.00 GiB 5.00 GiB 2.500"
+    assert rows["optimizer state"] == "2.00 GiB 3.00 GiB 1.500"
+    assert "setting limit of the host: 8.00 GiB  |  0 B" in lines
     assert "setting micro-batches: 4  |  2" in lines
     assert f"recompute layer: 3 {KEEPS_ALL.name}, 5 {AGAIN}  |  8 {AGAIN}" in lines
     for one, other in ((a, b), (b, a)):
@@ -212,10 +221,11 @@ def test_plans_are_compared_row_by_row():
         assert "tokens/s" not in compare(without, other) + compare(other, without), "of both, or of none"
 
 
-def plan_of(step_seconds: float, memory: float, devices: int, replicas: int) -> SimpleNamespace:
+def plan_of(step_seconds: float, memory: float, devices: int, replicas: int, host: float = 0.0) -> SimpleNamespace:
     return SimpleNamespace(
-        step_seconds=step_seconds, memory_bytes=memory, memory_limit=40 * GIB, mesh=Mesh((devices,), replicas)
-    )
+        step_seconds=step_seconds, memory_bytes=memory, memory_limit=40 * GIB, mesh=Mesh((devices,), replicas),
+        host_bytes=host, host_limit=100 * GIB,
+    )  # fmt: skip
 
 
 def test_a_change_helps_by_the_samples_a_second_that_it_gives():
@@ -242,6 +252,21 @@ def test_a_change_helps_by_the_samples_a_second_that_it_gives():
     assert [one["helps"] for one in advice] == [False, True, True]
     assert [one["speed"] for one in advice] == pytest.approx([10 / 10.003, 2.5, 1.6])
     assert [one["devices"] for one in advice] == [4, 8, 8]
+
+
+def test_twice_the_hosts_memory_is_asked_for_where_a_plan_uses_nearly_all():
+    asked = []
+
+    def replan(change):
+        asked.append(change)
+        return plan_of(8.0, GIB, 2, 2)
+
+    for used, wants in ((0.0, False), (89.0, False), (91.0, True)):
+        asked.clear()
+        would_help(plan_of(10.0, GIB, 2, 2, used * GIB), replan)
+        assert ({"host_mem_constraint": 200.0} in asked) == wants
+    advice = would_help(plan_of(10.0, GIB, 2, 2, 100 * GIB), replan)
+    assert (advice[1]["change"], advice[1]["speed"]) == ("+100 GiB of the host a device", 1.25)
 
 
 def test_what_helps_and_what_does_not_are_told_apart():

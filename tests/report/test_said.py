@@ -52,7 +52,9 @@ def test_what_plans_lay_out_differently_is_named_or_that_nothing_is():
     a, b = page_values(), page_values()
     same = compare(a, b).splitlines()
     assert same[-4:] == [f"{what}: no difference" for what in ("setting", "recompute", "placement", "parameter")]
-    assert [line.split()[0] for line in same[-6:-4]] == ["parameters", "moments"], "bytes, the last figures"
+    assert [line.split()[0] for line in same[-8:-4]] == ["parameters", "moments", "memory", "optimizer"], (
+        "bytes, of the device and of the host, the last figures"
+    )
     b["mesh"] = {"sizes": [4], "names": ["devices"], "replicas": 1}
     b["hardware"], b["predicted"]["memory_limit_bytes"] = "H200", 60 * GIB
     up, _, y = b["costs"]["layer"]["units"]
@@ -292,6 +294,10 @@ def test_a_pipeline_is_explained_stage_by_stage():
         f"stage 2    {head.format(1).replace('2.00 s', '2.00 s, 500 ms of it later')}, 3 in flight",
         f"stage 3    {head.format(0)}, 3 in flight",
         "would help a: b", "would not  c: d",
+    ]  # fmt: skip
+    values["predicted"] |= {"host_bytes": 2 * GIB, "host_limit_bytes": 8 * GIB}
+    assert explain(values).splitlines()[6:8] == [
+        "host       2.00 GiB of 8.00 GiB a device that the plan may use, likewise", lines[6]
     ]  # fmt: skip
     stage = of_stage(values, 1)
     assert stage["stage"] == {"index": 1, "of_step_seconds": 10.0}
