@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -111,8 +112,10 @@ class MixedIntegerProgram:
             options |= dict.fromkeys(
                 ("mip_heuristic_run_rins", "mip_heuristic_run_rens", "mip_heuristic_run_root_reduced_cost"), False
             )
-        if seconds < inf:  # inside its first relaxation it does not call `hear`, and this limit is of the clock's time
-            options["time_limit"] = 2 * seconds
+        if seconds < inf:
+            # Inside its first relaxation it does not call `hear`. This limit is of the clock's time, of which a process
+            # takes more where others compute beside it.
+            options["time_limit"] = 2 * seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
         for option, value in options.items():
             solver.setOptionValue(option, value)
         solver.passModel(model)

@@ -69,7 +69,8 @@ def find_plan(
     layouts            name of a parameter, or of an input or output of the graph -> its layout, where that is given
     in_flight          micro-batches whose activations are held at a time
     waiting            of a stage that may run backward in two parts: see `nnscaler.schedules.waiting`
-    seconds            of processor time, after which the best plan so far is taken
+    seconds            of processor time, after which the best plan so far is taken; where there is none, the search
+                       goes on until it is known whether one fits
     host               bytes of the host's memory that the plan may use for each device
     sparing            whether what else saves memory at a price is tried: see `build_problem`
     groups             whether groups of layers may be computed again together, and pieces resharded inside
@@ -112,6 +113,7 @@ def find_plan(
                 search.on(Program(problem(program.problem.costs, *allowed)), -left)
     if search.found is None and below < inf:
         raise NotFaster(max(search.bound, min(search.floors.values())) * micro_batches)
+    search.decide()
     if search.found is None:
         raise DoesNotFit(*_least(problem(programs[0].problem.costs, host, sparing, groups)), memory)
     found = search.found
@@ -168,11 +170,12 @@ class _Found:
 class _Search:
     """The search over meshes, one after the other, until `time.process_time()` is `until`.
 
-    wanted  seconds of a micro-batch; only plans that take less count
-    found   the best plan so far
-    bound   seconds of a micro-batch; no plan on the meshes tried so far takes less
-    floors  seconds of a micro-batch; no plan on a mesh takes less, whatever its memory. Of the meshes asked for so far
-    told    when the log last said how far the search is
+    wanted     seconds of a micro-batch; only plans that take less count
+    found      the best plan so far
+    bound      seconds of a micro-batch; no plan on the meshes tried so far takes less
+    floors     seconds of a micro-batch; no plan on a mesh takes less, whatever its memory. Of meshes asked for so far
+    undecided  mesh -> its last program, where time was out before it was known whether a plan fits
+    told       when the log last said how far the search is
     """
 
     memory: float
@@ -181,6 +184,7 @@ class _Search:
     found: _Found | None = None
     bound: float = inf
     floors: dict[Mesh, float] = field(default_factory=dict)
+    undecided: dict[Mesh, Program] = field(default_factory=dict)
     told: float = field(default_factory=time.perf_counter)
 
     def on(self, program: Program, left: int) -> None:
@@ -213,13 +217,27 @@ class _Search:
                 self.bound = min(self.bound, solved.bound)
             elif below is not None:
                 self.bound = min(self.bound, below)
+            else:
+                self.undecided.pop(mesh, None)
         except OutOfTime as stopped:
             self.bound = min(self.bound, stopped.bound)
             if below is None:
-                least = least_memory(program, LEAST_SECONDS)
-                if least is not None:
-                    self._take(program, least)
-                    logger.info("planning on %s: out of time; the plan that takes least memory is taken", mesh)
+                self.undecided[mesh] = program
+                self._take_least(program, LEAST_SECONDS)
+
+    def decide(self) -> None:
+        """Takes a plan of an undecided mesh where none was found at all: that nothing fits is only said where it is
+        known."""
+        for program in self.undecided.values():
+            if self.found is None:
+                self._take_least(program, inf)
+
+    def _take_least(self, program: Program, seconds: float) -> None:
+        """Takes the plan of least memory that is found in so many seconds, if it fits."""
+        least = least_memory(program, seconds)
+        if least is not None and self._take(program, least):
+            mesh = program.problem.costs.mesh
+            logger.info("planning on %s: out of time; the plan that takes least memory is taken", mesh)
 
     def may_gain(self, program: Program, worth: float) -> bool:
         """Whether a mesh could save a part `worth` of the time of the best plan so far.
@@ -242,11 +260,14 @@ class _Search:
             return min(self.wanted, self.found.price.total_seconds * (1 - worth))
         return self.wanted if self.wanted < inf else None
 
-    def _take(self, program: Program, solution: Solution) -> None:
+    def _take(self, program: Program, solution: Solution) -> bool:
+        """Takes a solution for the best so far, if it fits; says whether it does."""
         priced = price(program, solution)
         assert priced is not None, "what the program allows can be priced"
-        if priced.total_memory <= self.memory * (1 + TOLERANCE):
+        fits = priced.total_memory <= self.memory * (1 + TOLERANCE)
+        if fits:
             self.found = _Found(program.problem, solution, priced)
+        return fits
 
 
 def recomputing(graph: Graph, modules: Sequence[str] | None) -> Recomputing:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
+import highspy
 import pytest
 
+from nnscaler.planner import milp
 from nnscaler.planner.milp import MixedIntegerProgram, _rounded
 from nnscaler.planner.statement import Quantity, Statement
 
@@ -92,3 +96,24 @@ def test_numbers_that_differ_in_their_last_digits_are_one():
     assert found[0] == found[1]
     assert found[2] == found[3]
     assert found[4] != found[5]
+
+
+@pytest.mark.parametrize(("seconds", "load", "limit"), [
+    (3.0, 0.5, 6.0), (3.0, 4.0, 6.0), (3.0, 12.0, 18.0), (math.inf, 12.0, None),
+])  # fmt: skip
+def test_the_clock_has_more_time_where_others_compute_too(monkeypatch, seconds, load, limit):
+    given = {}
+
+    class Highs(highspy.Highs):
+        def setOptionValue(self, option, value):  # noqa: N802
+            given[option] = value
+            return super().setOptionValue(option, value)
+
+    monkeypatch.setattr(milp.highspy, "Highs", Highs)
+    monkeypatch.setattr(milp.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(milp.os, "cpu_count", lambda: 4)
+    program = MixedIntegerProgram(SCALE)
+    program.add(cover(9.0)[0])
+    program.minimise([(0, MILLISECOND)], Quantity.SECONDS)
+    assert program.solve(0.0, seconds=seconds) is not None
+    assert given.get("time_limit") == limit

@@ -36,6 +36,7 @@ class Search(search._Search):
     def __init__(self, monkeypatch, answers: dict[int, object], floors: dict[int, float], now: float = 50.0) -> None:
         super().__init__(100.0, 60.0)
         self.asked: list[tuple] = []
+        self.least: dict[float, tuple | None] = {}
         self.now = now
 
         def solve(program, memory, *, below, seconds, watch):
@@ -49,7 +50,7 @@ class Search(search._Search):
 
         def least_memory(program, seconds):
             self.asked.append(("least memory", seconds))
-            return (9.0, 90.0, 0.0)
+            return self.least.get(seconds, (9.0, 90.0, 0.0))
 
         monkeypatch.setattr(search, "solve", solve)
         monkeypatch.setattr(search, "least_memory", least_memory)
@@ -101,6 +102,28 @@ def test_where_time_is_out_the_best_so_far_stays(monkeypatch, caplog):
         assert late.on_all(1) == (9.0, 0.5)
     assert late.asked == [(1, 100.0, None, 0.1), ("least memory", LEAST_SECONDS)]
     assert "planning on 1 copy x 1 device: out of time; the plan that takes least memory is taken" in caplog.text
+
+
+def test_nothing_is_refused_that_time_left_open(monkeypatch):
+    least = {LEAST_SECONDS: None, math.inf: (9.0, 90.0, 0.0)}
+    one = Search(monkeypatch, {1: OutOfTime(0.5), 2: None, 4: OutOfTime(0.4)}, {})
+    one.least = least
+    assert one.on_all(1, 2, 4) == (None, 0.4)
+    del one.asked[:]
+    one.decide()
+    assert one.found.price.total_seconds == 9.0
+    assert one.asked == [("least memory", math.inf)], "one plan is enough"
+    one.least = {LEAST_SECONDS: (9.0, 101.0, 0.0), math.inf: (9.0, 101.0, 0.0)}
+    one.found, one.asked = None, []
+    one.decide()
+    assert (one.found, one.asked) == (None, 2 * [("least memory", math.inf)]), "of two meshes it was not known"
+    done = Search(monkeypatch, {1: OutOfTime(0.5)}, {})
+    done.least = least
+    done.on(program(1), 0)
+    monkeypatch.setattr(search, "solve", lambda *args, **kwargs: None)
+    done.on(program(1), 0)  # with more choices, which include those before
+    done.decide()
+    assert done.found is None
 
 
 def test_a_long_search_says_how_far_it_is(monkeypatch, caplog):
