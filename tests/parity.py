@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -42,6 +42,7 @@ SEED = 3
 RATE = 1e-3
 EPSILON = 1e-6  # of AdamW, which divides by a gradient's size: with 1e-8, the rounding of gradients near 0 shows
 TOLERANCE = 1e-5
+OF_NORMS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -226,16 +227,24 @@ def gathered(plan: Plan) -> set[str]:
     return alone if plan.mesh.replicas == 1 else set()
 
 
+class Learned(NamedTuple):
+    """What plain training gives: the loss of each step, the final parameters by name, and the norm of each step's
+    gradient before it is clipped, added up in fp64."""
+
+    losses: list[float]
+    weights: dict[str, Tensor]
+    norms: list[float]
+
+
 def plain_loop(
     rows: np.ndarray, sequences: list[int], starts: Sequence[Sequence[int]] | None = None, **changes: object
-) -> tuple[list[float], dict[str, Tensor]]:
+) -> Learned:
     """The same training as anyone would write it: one process, one model, torch.optim.AdamW.
 
     sequences  how many sequences each step has
     starts     places in each row at which a document begins, each of which goes through the model alone; None: a row is
                one
     changes    what the model differs in from the tiny Llama
-    Returns the loss of each step, and the final parameters by name.
     """
     config = tiny.config(**changes)
     prepare_config(config, tiny.LENGTH, "eager")
@@ -247,13 +256,11 @@ def plain_loop(
     return train_plainly(model, rows, sequences, starts)
 
 
-def plain_loops(
-    rows: np.ndarray, starts: Sequence[Sequence[int]] | None = None
-) -> Callable[[Case], tuple[list[float], dict[str, Tensor]]]:
+def plain_loops(rows: np.ndarray, starts: Sequence[Sequence[int]] | None = None) -> Callable[[Case], Learned]:
     """`plain_loop`'s result for a case, in STEPS steps; computed once for cases that come to the same."""
-    known: dict[object, tuple[list[float], dict[str, Tensor]]] = {}
+    known: dict[object, Learned] = {}
 
-    def get(case: Case) -> tuple[list[float], dict[str, Tensor]]:
+    def get(case: Case) -> Learned:
         key = (case.sequences, *case.model.items())
         if key not in known:
             known[key] = plain_loop(rows, [case.sequences] * STEPS, starts, **case.model)
@@ -264,7 +271,7 @@ def plain_loops(
 
 def train_plainly(
     model: CausalLM, rows: np.ndarray, sequences: list[int], starts: Sequence[Sequence[int]] | None = None
-) -> tuple[list[float], dict[str, Tensor]]:
+) -> Learned:
     """Trains a model as `plain_loop` says. `rows` are the dataset's sequences [rows, length].
 
     Where the model drops at random, each sequence is a micro-batch.
@@ -276,7 +283,9 @@ def train_plainly(
         lr=RATE, betas=(0.9, 0.95), eps=EPSILON,
     )  # fmt: skip
     order = np.concatenate([np.random.default_rng((SEED, epoch)).permutation(len(rows)) for epoch in range(10)])
-    losses, consumed = [], 0
+    losses: list[float] = []
+    norms: list[float] = []
+    consumed = 0
     for step, count in enumerate(sequences):
         total, labels = 0.0, 0
         for micro_batch, number in enumerate(order[consumed : consumed + count]):
@@ -290,11 +299,12 @@ def train_plainly(
                     total += loss.item()
                     labels += len(document) - 1
         consumed += count
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.grad /= labels
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        for gradient in gradients:
+            gradient /= labels
+        norms.append(nn.utils.get_total_norm([gradient.double() for gradient in gradients]).item())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total / labels)
-    return losses, {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return Learned(losses, {name: parameter.detach() for name, parameter in model.named_parameters()}, norms)

@@ -128,7 +128,7 @@ def test_the_last_step_is_the_plain_loop_s_on_what_is_left(tmp_path):
     rows = tiny.write_dataset(tmp_path / "data")
     run(2, train, CASES, tmp_path, "", init=False)
     for case in CASES:
-        losses, weights = plain_loop(rows, [6, 6, 4], **case.model)
+        losses, weights, _ = plain_loop(rows, [6, 6, 4], **case.model)
         assert losses_of(tmp_path, case.name) == pytest.approx(losses, rel=TOLERANCE), case.name
         for entry, samples in zip(metrics(tmp_path, case.name), (6, 6, 4), strict=True):
             labels = entry["labels_per_second_per_gpu"] * entry["seconds_per_step"] * case.runtime
@@ -142,7 +142,7 @@ def test_the_last_step_is_the_plain_loop_s_on_what_is_left(tmp_path):
     first = tmp_path / "checkpoints" / CASES[0].name / "step_00000001"
     again, dropped = Case(1, 1, accumulation=4), Case(1, 1, accumulation=7)
     run(1, train, [again], tmp_path, "again", first, init=False)
-    losses, _ = plain_loop(rows, [6, 4, 4, 2])
+    losses, *_ = plain_loop(rows, [6, 4, 4, 2])
     assert losses_of(tmp_path, "again" + again.name) == pytest.approx(losses[1:], rel=TOLERANCE)
     run(1, train, [dropped], tmp_path, "dropped", None, "drop", init=False)
     assert TrainerState.read(latest_checkpoint(tmp_path / "checkpoints" / f"dropped{dropped.name}")).consumed == 14

@@ -198,7 +198,7 @@ def test_a_mixture_trains_as_the_plain_loop_on_its_order_and_goes_on_elsewhere(t
     order = np.random.default_rng((SEED, 0)).permutation(20)
     rows = np.empty((20, tiny.LENGTH), dtype=np.int64)
     rows[order] = [samples.sample(number)["input_ids"] for number in range(20)]
-    losses, _ = plain_loop(rows, [4, 4, 4, 2, 2, 2])
+    losses, *_ = plain_loop(rows, [4, 4, 4, 2, 2, 2])
     run(2, train, Case(1, 2, accumulation=2), tmp_path, 3, init=False)
     saved = latest_checkpoint(tmp_path / "checkpoints")
     state = TrainerState.read(saved)

@@ -365,7 +365,7 @@ def test_a_mixture_with_a_stream_trains_as_the_plain_loop_and_goes_on_elsewhere(
     order = np.random.default_rng((SEED, 0)).permutation(20)
     rows[order] = [row["input_ids"] for row in drawn]
     starts = {place: row["document_starts"] for place, row in zip(order, drawn)}
-    losses, _ = plain_loop(rows, [4, 4, 2, 2, 2], [starts[place] for place in range(20)])
+    losses, *_ = plain_loop(rows, [4, 4, 2, 2, 2], [starts[place] for place in range(20)])
     run(2, train, Case(1, 2, accumulation=2), tmp_path, 2, init=False)
     run(1, train, Case(1, 1, accumulation=2), tmp_path, 5, latest_checkpoint(tmp_path / "checkpoints"), init=False)
     found = [

@@ -1,5 +1,5 @@
-"""Trained in a pipeline, a model's losses and weights are those of the plain single-process loop; so are they after
-resuming from a pipeline's checkpoint without one, and the reverse."""
+"""Trained in a pipeline, a model's losses, gradients' norms and weights are those of the plain single-process loop; so
+are they after resuming from a pipeline's checkpoint without one, and the reverse."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nnscaler.cli.trainer import Trainer
 from nnscaler.recompute import IN_GROUPS, KEEPS_ALL, RECOMPUTES_ALL
 from tests import tiny
 from tests.launch import run
-from tests.parity import TOLERANCE, Case, arguments, plain_loops, planned, train_all
+from tests.parity import OF_NORMS, TOLERANCE, Case, arguments, plain_loops, planned, train_all
 
 RECOMPUTED = ("LlamaDecoderLayer",)
 
@@ -69,9 +69,13 @@ def reference(folder):
     return plain_loops(tiny.write_dataset(folder / "data"))
 
 
-def losses_of(folder: Path, name: str) -> list[float]:
+def losses_of(folder: Path, name: str, which: str = "loss") -> list[float]:
     lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    return [json.loads(line)[which] for line in lines]
+
+
+def norms_of(folder: Path, name: str) -> list[float]:
+    return losses_of(folder, name, "gradient_norm")
 
 
 def compare_weights(checkpoint: Checkpoint, weights: dict[str, Tensor]) -> None:
@@ -82,9 +86,10 @@ def compare_weights(checkpoint: Checkpoint, weights: dict[str, Tensor]) -> None:
 
 
 def compare(case: Case, folder: Path, reference) -> list[float]:
-    """A case's losses and weights are those of the plain loop, whose losses it returns."""
-    losses, weights = reference(case)
+    """A case's losses, norms and weights are those of the plain loop, whose losses it returns."""
+    losses, weights, norms = reference(case)
     assert losses_of(folder, case.name) == pytest.approx(losses, rel=TOLERANCE), case.name
+    assert norms_of(folder, case.name) == pytest.approx(norms, rel=OF_NORMS), case.name
     compare_weights(Checkpoint.open(latest_checkpoint(folder / "checkpoints" / case.name)), weights)
     return losses
 
@@ -175,7 +180,7 @@ PIPELINES = [
 @pytest.mark.parametrize("pipeline", PIPELINES, ids=lambda case: case.name)
 def test_resuming_with_and_without_a_pipeline(pipeline, folder, reference, tmp_path):
     """From a pipeline's shards to one device and back, and from its merged file."""
-    losses, _ = reference(pipeline)
+    losses, *_ = reference(pipeline)
     alone = dataclasses.replace(pipeline, plan=1, runtime=1, schedule=None)
     first, there, back, merged = (f"{pipeline.schedule}-{name}" for name in ("first", "there", "back", "merged"))
 
@@ -197,7 +202,7 @@ def test_resuming_with_state_on_the_host(folder, reference):
     here = dataclasses.replace(case("1f1b", 2, 2, 4, tied=True, recompute=False), levels=HERE)
     away = dataclasses.replace(here, levels=AWAY)
     alone = dataclasses.replace(here, plan=1, runtime=1, schedule=None, levels=())
-    losses, _ = reference(alone)
+    losses, *_ = reference(alone)
 
     def resumed(one: Case, name: str, steps: int, of: str) -> dict[str, Tensor]:
         saved = latest_checkpoint(folder / "checkpoints" / of)

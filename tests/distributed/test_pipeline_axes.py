@@ -17,9 +17,9 @@ from nnscaler.pipeline import search
 from nnscaler.placement import Shard
 from nnscaler.schedules import Schedule
 from tests import tiny
-from tests.distributed.test_pipeline import case, compare_weights, losses_of, resume_copy, train
+from tests.distributed.test_pipeline import case, compare_weights, losses_of, norms_of, resume_copy, train
 from tests.launch import run
-from tests.parity import STEPS, TOLERANCE, Case, plain_loops
+from tests.parity import OF_NORMS, STEPS, TOLERANCE, Case, plain_loops
 
 TWO_BY_TWO = dataclasses.replace(case("1f1b", 8, 2, 2, tied=True, recompute=False), layers=2)
 CROSSES = (Shard(1), Shard(2))  # a sequence's halves, and halves of the features
@@ -38,7 +38,7 @@ def test_stages_of_two_axes_agree_with_the_plain_loop_and_resume_elsewhere(tmp_p
     """Two stages of two by two devices, with tied weights on both; then one device, and back."""
     tiny.write_hardware(tmp_path)
     reference = plain_loops(tiny.write_dataset(tmp_path / "data"))
-    losses, weights = reference(TWO_BY_TWO)
+    losses, weights, norms = reference(TWO_BY_TWO)
     alone = dataclasses.replace(TWO_BY_TWO, plan=1, runtime=1, schedule=None)
     code, checkpoints = tmp_path / "code", tmp_path / "checkpoints"
 
@@ -47,6 +47,7 @@ def test_stages_of_two_axes_agree_with_the_plain_loop_and_resume_elsewhere(tmp_p
 
     run(8, train_on_two_axes, TWO_BY_TWO, tmp_path, "first", 2, init=False)
     assert losses_of(tmp_path, "first") == pytest.approx(losses[:2], rel=TOLERANCE)
+    assert norms_of(tmp_path, "first") == pytest.approx(norms[:2], rel=OF_NORMS)
     plan = json.loads((code / "first" / "plan.json").read_text())
     assert [stage["mesh"]["sizes"] for stage in plan["stages"]] == [[2, 2]] * 2
     assert [(one["sent"], one["received"]) for one in plan["pipeline"]["crossing"][0]] == [("S(1),S(2)",) * 2]

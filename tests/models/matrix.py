@@ -12,7 +12,6 @@ import datasets
 import numpy as np
 import torch
 from safetensors import safe_open
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nnscaler.checkpoint.export import export_model
@@ -28,7 +27,7 @@ from nnscaler.operators.registry import find, no_flops
 from nnscaler.runtime.optimizer import OptimizerConfig
 from tests import tiny
 from tests.models.architectures import config_of, random_weights
-from tests.parity import EPSILON, RATE, SEED, TOLERANCE, train_plainly
+from tests.parity import EPSILON, RATE, SEED, TOLERANCE, Learned, train_plainly
 
 STEPS = 3
 
@@ -84,11 +83,14 @@ def run_name(name: str, devices: int) -> str:
 
 def check(name: str, devices: int, folder: Path) -> None:
     """Raises AssertionError where what `train_all` made of an architecture is not what plain transformers makes."""
-    losses, weights = _plainly(name, folder)
+    losses, weights, norms = _plainly(name, folder)
     run = run_name(name, devices)
     metrics = [json.loads(line) for line in (folder / "runs" / run / "metrics.jsonl").read_text().splitlines()]
     for step, (found, wanted) in enumerate(zip(metrics, losses, strict=True)):
         assert abs(found["loss"] - wanted) < TOLERANCE * wanted, f"{run}, step {step}: loss {found['loss']}, {wanted}"
+    for step, (found, wanted) in enumerate(zip(metrics, norms, strict=True)):
+        norm = found["gradient_norm"]
+        assert abs(norm - wanted) < TOLERANCE * wanted, f"{run}, step {step}: norm {norm}, {wanted}"
     assert not (whole := computed_whole(run, folder)), f"{run}: each device computes all of {whole}"
 
     exported = folder / "exported" / run
@@ -102,7 +104,7 @@ def check(name: str, devices: int, folder: Path) -> None:
         assert error < TOLERANCE, f"{run}: {key} is off by {error:.2g} after {STEPS} steps"
 
 
-def _plainly(name: str, folder: Path) -> tuple[list[float], dict[str, Tensor]]:
+def _plainly(name: str, folder: Path) -> Learned:
     directory = folder / "models" / name
     config = AutoConfig.from_pretrained(directory)
     prepare_config(config, tiny.LENGTH, "eager")

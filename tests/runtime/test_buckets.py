@@ -13,7 +13,7 @@ from nnscaler.mesh import Mesh
 from nnscaler.placement import SHARED, Shard
 from nnscaler.runtime import buckets as module
 from nnscaler.runtime.axis import Axis
-from nnscaler.runtime.buckets import Bucket, GradientReducer, Slot, make_buckets, needed_last, norms
+from nnscaler.runtime.buckets import Bucket, GradientReducer, Slot, make_buckets, needed_last, norm_of, norms
 from nnscaler.shards import Box, ParameterSpec
 
 COPIES, DEVICES = 11, 2
@@ -209,6 +209,13 @@ def test_norms_are_of_every_bucket_in_order_wherever_it_lies():
     made[1].on_host = SimpleNamespace(norm=torch.tensor(5.0))  # type: ignore[assignment]
     assert norms(made).tolist() == [4, 5, 8]
     assert norms(made[1:2]).tolist() == [5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_of_large_buckets_are_exact(dtype):
+    """A million elements of 0.1: torch adds up their squares one by one in fp32, which is off by 4e-4."""
+    gradient = torch.full((2**20 + 1,), 0.1, dtype=dtype)
+    assert norm_of(gradient).item() == pytest.approx((2**20 + 1) ** 0.5 * gradient[0].item(), rel=1e-7)
 
 
 def reducer_of(names: str) -> tuple[GradientReducer, dict[str, torch.nn.Parameter]]:
