@@ -48,7 +48,7 @@ MATRIX = {
         case("1f1b", 4, 2, 4, tied=False, recompute=True),
         case("interleaved", 4, 4, 4, tied=True, recompute=True),
         case("zb-v", 4, 4, 4, tied=False, recompute=False),
-        case("interleaved", 4, 8, 8, tied=False, recompute=False),
+        case("interleaved", 4, 8, 4, tied=False, recompute=False),
         # Two replicas of a pipeline of two: gradients are reduced between replicas, stage by stage.
         dataclasses.replace(case("zb-v", 2, 4, 4, tied=True, recompute=False), runtime=4),
     ],
