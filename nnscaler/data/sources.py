@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import stat
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -115,7 +116,10 @@ class Corpus:
         if self.behind is not None:
             return self.behind.files[path][1]
         with reading(path):
-            return path.stat().st_size
+            status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a named pipe, say, of which nobody knows when it ends
+            raise UserError(f"{path} is no regular file; documents are read from regular files alone")
+        return status.st_size
 
 
 @dataclass(frozen=True)

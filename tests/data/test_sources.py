@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -233,6 +234,13 @@ def test_what_is_about_the_data_is_not_read(tmp_path: Path) -> None:
     for name in (*about, *data):
         (tmp_path / name).write_text("")
     assert [path.name for path in find_corpus(str(tmp_path)).files] == data
+
+
+def test_a_named_pipe_is_refused_before_anybody_waits_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.txt")
+    for place in (tmp_path, tmp_path / "a.txt"):
+        with pytest.raises(UserError, match=r"a\.txt is no regular file; documents are read from regular files alone$"):
+            find_corpus(str(place))
 
 
 def test_endings_may_be_in_capitals(tmp_path: Path) -> None:
