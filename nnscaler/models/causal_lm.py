@@ -22,7 +22,7 @@ from nnscaler.models.balance import balancing_loss, report_routers, routers_met
 from nnscaler.models.documents import Documents, check_documents, rows_hold
 from nnscaler.models.experts import divide_gates, set_experts
 from nnscaler.models.frequencies import follow_rows
-from nnscaler.models.positions import check_positions
+from nnscaler.models.positions import check_positions, check_rope
 from nnscaler.models.scans import make_scans_operators
 from nnscaler.trace import build_on_meta
 
@@ -99,6 +99,7 @@ class CausalLM(nn.Module):
 
 def build(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The language model of a configuration. Raises UserError where there is none or it cannot be built."""
+    check_rope(config)
     try:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:  # a value that no check of ours knows makes the class raise whatever it may

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
 from nnscaler.errors import UserError
+from nnscaler.models.positions import check_pairs
 
 # What a configuration says about itself rather than about the model.
 FIXED = {"model_type", "architectures", "transformers_version", "_name_or_path", "dtype"}
@@ -52,9 +53,12 @@ def changed_config(config: PretrainedConfig, changes: dict[str, str]) -> Pretrai
     _check_sizes(config, fields)
     _derive_head_dim(config, changes, fields)
     try:
-        return type(config).from_dict({**fields, "architectures": config.architectures})
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        raise UserError(f"not a {config.model_type} configuration: {str(error).splitlines()[-1].strip()}") from error
+        changed = type(config).from_dict({**fields, "architectures": config.architectures})
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        said = str(error.args[0] if isinstance(error, KeyError) else error).splitlines()[-1].strip()
+        raise UserError(f"not a {config.model_type} configuration: {said}") from error
+    check_pairs(changed)
+    return changed
 
 
 def _value(name: str, text: str, current: Any) -> Any:

@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nnscaler.errors import UserError
 
@@ -34,6 +35,27 @@ def check_positions(config: PretrainedConfig, sequence_length: int) -> None:
         "others from this data alone. A scaled RoPE starts from what the model knows: --set rope_parameters='%s'",
         sequence_length, known, json.dumps(scaled),
     )  # fmt: skip
+
+
+def check_rope(config: PretrainedConfig) -> None:
+    """Raises UserError where RoPE is of a kind that `transformers` does not know."""
+    known = ["default", *ROPE_INIT_FUNCTIONS]
+    kind = _rope(config).get("rope_type", "default")
+    if kind not in known:
+        raise UserError(f"rope_type of rope_parameters is {kind!r}; allowed are {', '.join(dict.fromkeys(known))}")
+
+
+def check_pairs(config: PretrainedConfig) -> None:
+    """Raises UserError where RoPE, which turns pairs of a head's dimensions, gets an odd number of them."""
+    rope = _rope(config)
+    heads, hidden = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
+    size = getattr(config, "head_dim", None) or (hidden // heads if heads and hidden else 0)
+    part = rope.get("partial_rotary_factor", 1.0)
+    if rope and not hasattr(config, "qk_rope_head_dim") and int(size * part) % 2:
+        of = "" if part == 1 else f", times partial_rotary_factor {part}"
+        raise UserError(
+            f"heads have {size} dimensions{of}; RoPE turns pairs of them, of which it must have a whole number"
+        )
 
 
 def set_trained_length(config: PretrainedConfig, sequence_length: int) -> None:

@@ -6,6 +6,7 @@ import pytest
 from transformers import GPT2Config, MambaConfig
 
 from nnscaler.errors import UserError
+from nnscaler.models.causal_lm import build
 from nnscaler.models.changes import _value, changed_config
 from tests import tiny
 
@@ -42,6 +43,27 @@ def test_a_value_that_cannot_be_is_one_line(text, current, said):
     with pytest.raises(UserError) as refused:
         _value("field", text, current)
     assert str(refused.value) == said
+
+
+def test_rope_turns_pairs_of_dimensions():
+    config = tiny.config(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+    with pytest.raises(UserError, match=r"^heads have 3 dimensions; RoPE turns pairs of them, of which it must have"):
+        changed_config(config, {"head_dim": "3"})
+    assert changed_config(config, {"head_dim": "6"}).head_dim == 6
+    part = '{"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": %s}'
+    with pytest.raises(UserError, match=r"^heads have 16 dimensions, times partial_rotary_factor 0.35; RoPE turns"):
+        changed_config(config, {"rope_parameters": part % 0.35})
+    changed_config(config, {"rope_parameters": part % 0.25})
+    changed = changed_config(GPT2Config(n_embd=12, n_head=4), {"n_embd": "36"})
+    assert changed.n_embd == 36, "positions are rows of a table"
+
+
+def test_a_kind_of_rope_that_is_not_known_or_lacks_something():
+    alien = changed_config(tiny.config(), {"rope_parameters": '{"rope_type": "alien", "rope_theta": 1e4}'})
+    with pytest.raises(UserError, match=r"^rope_type of rope_parameters is 'alien'; allowed are default, linear, "):
+        build(alien)
+    with pytest.raises(UserError, match=r"^not a llama configuration: Missing required keys .*'linear': {'factor'}$"):
+        changed_config(tiny.config(), {"rope_parameters": '{"rope_type": "linear", "rope_theta": 1e4}'})
 
 
 def test_what_is_not_changed_stays():
