@@ -26,8 +26,10 @@ from nnscaler.hardware import Hardware
 from nnscaler.mesh import Mesh
 from nnscaler.pipeline.search import quiet
 from nnscaler.planner import NotFaster, NothingFits
+from nnscaler.planner.search import may_save
 from nnscaler.planning import AnyPlan, bound_for, plan_for, plan_or_advise, traced
 from nnscaler.profiler.operators import OperatorTimes
+from nnscaler.searched import Findings, Searched
 from nnscaler.source import Source
 
 logger = logging.getLogger(__name__)
@@ -124,7 +126,10 @@ def divide(
     tried = sorted(search.tried, key=lambda one: (one is not best, one.plan is None, one.at_least, one.division))
     source, config = in_division(source, config, chosen)
     assert best.plan is not None
-    logger.info("chosen: %s, %.4g s a step%s", best.name, best.step_seconds, _next_to(best, tried))
+    own = best.plan.searched
+    best.plan.searched = search.searched(own is not None and own.stopped)
+    step = f"{best.step_seconds:.4g} s a step{may_save(best.plan.gap)}"
+    logger.info("chosen: %s, %s%s", best.name, step, _next_to(best, tried))
     return Divided(source, config, search.graph(chosen), best.plan, tried)
 
 
@@ -141,8 +146,9 @@ def _next_to(best: Tried, tried: Sequence[Tried]) -> str:
 class _Search:
     """The search, which ends when `_now()` is `until`, or else when there is a plan.
 
-    tried   the divisions, in order
-    graphs  size of micro-batch -> the model's graph
+    tried     the divisions, in order
+    graphs    size of micro-batch -> the model's graph
+    findings  seconds of a step of the best plans so far
     """
 
     batch: Batch
@@ -153,9 +159,11 @@ class _Search:
     until: float = 0.0
     tried: list[Tried] = field(default_factory=list)
     graphs: dict[int, Graph] = field(default_factory=dict)
+    findings: Findings = field(init=False)
 
     def __post_init__(self) -> None:
-        self.until = self._now() + SEARCHES * self.config.search_seconds
+        self.findings = Findings(self._now())
+        self.until = self.findings.began + SEARCHES * self.config.search_seconds
         self.tried = [Tried(division) for division in self.batch.divisions()]
 
     @property
@@ -196,6 +204,10 @@ class _Search:
 
     def _fastest(self) -> float:
         return min(one.step_seconds for one in self.tried)
+
+    def searched(self, stopped: bool) -> Searched:
+        """How all of them were searched for. `stopped`: whether its limit ended the search for the one that is taken"""
+        return Searched(SEARCHES * self.config.search_seconds, stopped or self.left() <= 0, self.findings.found)
 
     def left(self) -> float:
         """Seconds until the search is to end."""
@@ -305,6 +317,7 @@ class _Search:
             one.refusal = one.refusal or str(refusal)
         else:
             one.refusal, one.needed = "", None
+            self.findings.add(self._now(), one.step_seconds)
             logger.info("%s: %.4g s a step", one.name, one.step_seconds)
             return
         one.bound = 0.0 if one.pipeline else inf

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from nnscaler.graph import Graph
 from nnscaler.mesh import Mesh
 from nnscaler.placement import Placements, format_placements
+from nnscaler.searched import Searched
 from nnscaler.sums import IN_FP32, GradientSum
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class Plan:
     costs           the planner's cost model that gave them; None: no planner made this plan
     memory_limit    bytes a device that the plan was to fit into
     bound           seconds of a step; no plan on the meshes that were tried takes less
+    searched        how it was searched for; None: by no search, or as a stage of a pipeline
     host            bytes of the host's memory, for each device; `host_limit`: how many it was to use at most
     copies          seconds of copies to the host and back, beside computation
     """
@@ -107,6 +109,7 @@ class Plan:
     costs: object = None
     memory_limit: float = inf
     bound: float = 0.0
+    searched: Searched | None = None
     host: dict[Key, float] = field(default_factory=dict)
     copies: dict[Key, float] = field(default_factory=dict)
     host_limit: float = 0.0

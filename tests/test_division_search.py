@@ -78,7 +78,7 @@ class World:
                 raise answer
             if not answer or answer >= below:
                 raise NotFaster(bounds[config.plan_ngpus, graph] - 0.5 if alone else below)
-            return SimpleNamespace(step_seconds=answer, memory_bytes=GIB, memory_limit=2 * GIB)
+            return SimpleNamespace(step_seconds=answer, memory_bytes=GIB, memory_limit=2 * GIB, gap=0.0, searched=None)
 
         monkeypatch.setattr(division_search, "bound_for", bound_for)
         monkeypatch.setattr(division_search, "plan_for", plan_for)

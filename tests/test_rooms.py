@@ -36,6 +36,7 @@ WORDS = (
     "sizes",
     "units",
     "schedules",
+    "searched",
     "sums",
 )  # that all share
 

@@ -9,6 +9,7 @@ from nnscaler.mesh import PipelineMesh
 from nnscaler.pipeline.simulate import Timeline
 from nnscaler.plan import Plan
 from nnscaler.schedules import Schedule
+from nnscaler.searched import Searched
 
 BESIDE = ("exchange", "copies")  # categories of seconds that say by name what they make longer
 
@@ -24,6 +25,9 @@ class PipelinePlan:
     in_flight     for each stage, the most micro-batches whose activations it holds at a time
     timeline      a simulated step, without the optimizer's update
     memory_limit  bytes a device that the stages of a rank may use together; host_limit: likewise of the host
+    bound         seconds of a step; none of these stages, with this schedule, takes less: that is how long the busiest
+                  rank works at least
+    searched      how it was searched for
     """
 
     stages: list[Plan]
@@ -35,6 +39,8 @@ class PipelinePlan:
     timeline: Timeline
     memory_limit: float
     host_limit: float = 0.0
+    bound: float = 0.0
+    searched: Searched | None = None
 
     @property
     def update_seconds(self) -> float:
@@ -45,6 +51,11 @@ class PipelinePlan:
     def step_seconds(self) -> float:
         """Predicted seconds of an optimizer step."""
         return self.timeline.seconds + self.update_seconds
+
+    @property
+    def gap(self) -> float:
+        """The largest part of its time, 0 to 1, that better plans of its stages could save, as far as is proven."""
+        return max(0.0, 1 - self.bound / self.step_seconds) if self.step_seconds else 0.0
 
     @property
     def mesh(self) -> PipelineMesh:

@@ -17,7 +17,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any, NamedTuple
 
@@ -33,9 +33,10 @@ from nnscaler.placement import REPLICATE, Placements
 from nnscaler.plan import Plan
 from nnscaler.planner import SEARCH_SECONDS, NotFaster, NothingFits, find_plan
 from nnscaler.planner.options import layouts_of
-from nnscaler.planner.search import SPARING, nodes_to_recompute
+from nnscaler.planner.search import SPARING, may_save, nodes_to_recompute
 from nnscaler.profiler.operators import OperatorTimes
 from nnscaler.schedules import KINDS, UNEVEN, Schedule
+from nnscaler.searched import Findings, Searched
 from nnscaler.sums import IN_FP32, GradientSum
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def find_pipeline(
     less than `below`.
     """
     memory = 0.9 * hardware.memory if memory is None else memory
-    until = time.process_time() + seconds
+    until = (began := time.process_time()) + seconds
     nodes_to_recompute(graph, recompute_modules or ())  # all are known, though not to every stage
     schedules = candidates(wanted, meshes[0].plan_ngpus, len(begins := pivots(graph, wanted.pivots)), micro_batches)
     best: Plan | PipelinePlan | None = None
@@ -115,7 +116,9 @@ def find_pipeline(
             graph, hardware, memory, recompute_modules, fused, times, begins, until, sums=sums, **saving
         )
 
-    alone, search = planner(), _Search(best, refused, until, below)
+    alone, search = planner(), _Search(best, refused, until, below, findings=Findings(began))
+    if best is not None:
+        search.findings.add(time.process_time(), best.step_seconds)
     free = replace(alone, memory=inf, estimated={}, layouts={})
     sparing = planner(host=host, sparing=True, groups=True)
     for optional, on in _rounds([one for one in schedules if one is not None], meshes[0], hardware):
@@ -132,6 +135,10 @@ def find_pipeline(
         raise NotFaster(below)
     if search.best is None:
         raise _nothing_fits(unpiped, search.refused)
+    stopped = time.process_time() >= until or (best is not None and best.searched is not None and best.searched.stopped)
+    search.best.searched = Searched(seconds, stopped, search.findings.found)
+    which = search.best.schedule if isinstance(search.best, PipelinePlan) else "no pipeline"
+    logger.info("chosen: %s, %.4g s a step%s", which, search.best.step_seconds, may_save(search.best.gap))
     return search.best
 
 
@@ -188,8 +195,8 @@ class _Search:
 
     until    by `time.process_time`, when the search ends, if it `hurries`
     below    seconds of a step; only plans that take less are wanted
-    hurries  whether that is so, as there is a plan already, or most has been tried; where there is no plan, one thing
-             more is tried all the same
+    hurries  whether that is so though there is no plan, as most has been tried; one thing more is tried all the same
+    findings seconds of a step of the best plans so far
     """
 
     best: Plan | PipelinePlan | None
@@ -197,10 +204,11 @@ class _Search:
     until: float = inf
     below: float = inf
     hurries: bool = False
+    findings: Findings = field(default_factory=lambda: Findings(time.process_time()))
 
     def is_over(self) -> bool:
         """Whether time is out, where it counts."""
-        return self.hurries and time.process_time() >= self.until
+        return time.process_time() >= self.until and (self.hurries or self._to_beat() < inf)
 
     def _to_beat(self) -> float:
         return min(self.below, inf if self.best is None else self.best.step_seconds)
@@ -209,9 +217,7 @@ class _Search:
         """Tries schedules on meshes, those first that promise most."""
         estimates = []
         for one, splits in [(each, splits) for each in on for splits in _ways(each.schedule)]:
-            if self.is_over() and self._to_beat() < inf:
-                return
-            if self.is_over() and one is not on[0]:
+            if self.is_over() and (self._to_beat() < inf or one is not on[0]):
                 break
             try:
                 found = _estimated(planner, one, splits)
@@ -220,7 +226,9 @@ class _Search:
             else:
                 if found is not None:
                     estimates.append(found)
-        for estimate in sorted(estimates, key=lambda one: one.step_seconds):
+        for place, estimate in enumerate(sorted(estimates, key=lambda one: one.step_seconds)):
+            if place and self.best is not None and self.is_over():
+                return
             one, below = _On(estimate.candidate.schedule, estimate.candidate.mesh), self._to_beat()
             try:
                 with quiet("planner"):
@@ -233,6 +241,7 @@ class _Search:
                 continue
             logger.info("%s: %.4g s a step", one, plan.step_seconds)
             self.best = plan
+            self.findings.add(time.process_time(), plan.step_seconds)
 
     def gaining(self, on: Sequence[_On], free: StagePlanner) -> list[_On]:
         """Those which could be worth what spares memory at a price, or what is tried only where time is left. `free`:

@@ -171,7 +171,20 @@ class StagePlanner:
             seconds[index] = self._seconds(plan, update=True)
             if self._simulate(candidate, seconds) >= below:
                 return None
-        return self._assemble(candidate, stages, [plans[index] for index in range(schedule.stages)])
+        found = self._assemble(candidate, stages, [plans[index] for index in range(schedule.stages)])
+        found.bound = self._least_seconds(estimate)
+        return found
+
+    def _least_seconds(self, estimate: Estimate) -> float:
+        """Seconds of a step that none of a candidate takes less than: those that the busiest rank works at least.
+
+        Where what saves memory at a price was left out, no more of it is needed than with unlimited memory.
+        """
+        schedule, needs = estimate.candidate.schedule, estimate.needs
+        if not self.sparing:
+            needs = replace(self, memory=inf, estimated={}).estimate(estimate.candidate).needs
+        of_ranks = (schedule.stages_of(rank) for rank in range(schedule.ranks))
+        return max(sum(needs[stage].seconds for stage in mine) for mine in of_ranks) * schedule.micro_batches
 
     def _assemble(self, candidate: Candidate, stages: Sequence[_Stage], plans: Sequence[Plan]) -> PipelinePlan:
         schedule = candidate.schedule
@@ -268,7 +281,7 @@ class StagePlanner:
         )  # fmt: skip
         plan.splits = bool(stage.waiting) and _can_split(plan)
         plan.memory[Key("buffers", "", "received")] = stage.receive_buffers
-        plan.memory_limit = limit
+        plan.memory_limit, plan.searched = limit, None
         known.append((limit, host, plan))
         return plan
 

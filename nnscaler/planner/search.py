@@ -24,6 +24,7 @@ from nnscaler.planner.program import Program, Solution
 from nnscaler.planner.refusal import DoesNotFit, NotFaster, NothingFits
 from nnscaler.planner.solve import OutOfTime, least_bytes, least_memory, least_seconds, relaxed, solve
 from nnscaler.profiler.operators import OperatorTimes
+from nnscaler.searched import Findings, Searched
 from nnscaler.sums import IN_FP32, GradientSum
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,8 @@ def find_plan(
     if refused is not None and not programs:
         raise refused
     groups = groups and again.free and any(len(chain) > 1 for chain in chains(graph))
-    search = _Search(memory, time.process_time() + seconds, below / micro_batches)
+    began = time.process_time()
+    search = _Search(memory, began + seconds, below / micro_batches, findings=Findings(began))
     for left, program in enumerate(programs, 1 - len(programs)):
         search.on(program, -left)
     for allowed in [
@@ -109,8 +111,9 @@ def find_plan(
         *([(host, sparing, True)] if groups else []),
     ]:
         for left, program in enumerate(programs, 1 - len(programs)):
-            if search.may_gain(program, SPARING):
-                search.on(Program(problem(program.problem.costs, *allowed)), -left)
+            if search.leaves(program):
+                continue
+            search.on(Program(problem(program.problem.costs, *allowed)), -left)
     if search.found is None and below < inf:
         raise NotFaster(max(search.bound, min(search.floors.values())) * micro_batches)
     search.decide()
@@ -118,15 +121,22 @@ def find_plan(
         raise DoesNotFit(*_least(problem(programs[0].problem.costs, host, sparing, groups)), memory)
     found = search.found
     plan = _to_plan(graph, found.problem, found.solution, found.price, micro_batches)
-    plan.costs, plan.memory_limit, plan.bound = found.problem.costs, memory, search.bound * micro_batches
+    plan.costs, plan.memory_limit, plan.bound = found.problem.costs, memory, search.proven(programs) * micro_batches
     plan.host_limit = host
+    steps = [(spent, step * micro_batches) for spent, step in search.findings.found]
+    plan.searched = Searched(seconds, search.stopped, steps)
     logger.info(
         "planned %s on %s in %.1f s: %.3g s a step%s, %.3g GiB of %.3g GiB a device",
         plan.mesh, hardware.name, time.perf_counter() - started, plan.step_seconds,
-        "" if plan.gap <= NEAR else f" (a faster one may save up to {100 * plan.gap:.0f} %)",
+        may_save(plan.gap),
         plan.memory_bytes / GIB, memory / GIB,
     )  # fmt: skip
     return plan
+
+
+def may_save(gap: float) -> str:
+    """What is said of a plan that may lose a part `gap` of its time to a better one."""
+    return "" if gap <= NEAR else f" (a faster one may save up to {100 * gap:.0f} %)"
 
 
 def least_step(
@@ -176,6 +186,8 @@ class _Search:
     floors     seconds of a micro-batch; no plan on a mesh takes less, whatever its memory. Of meshes asked for so far
     undecided  mesh -> its last program, where time was out before it was known whether a plan fits
     told       when the log last said how far the search is
+    stopped    whether something was left unsearched for want of time
+    findings   seconds of a micro-batch of the best plans so far
     """
 
     memory: float
@@ -186,6 +198,8 @@ class _Search:
     floors: dict[Mesh, float] = field(default_factory=dict)
     undecided: dict[Mesh, Program] = field(default_factory=dict)
     told: float = field(default_factory=time.perf_counter)
+    stopped: bool = False
+    findings: Findings = field(default_factory=lambda: Findings(time.process_time()))
 
     def on(self, program: Program, left: int) -> None:
         """Searches one mesh; `left` more are to come, which get half of the time that is left."""
@@ -195,13 +209,15 @@ class _Search:
             self.bound = min(self.bound, below)
             return
         if below is not None and time.process_time() >= self.until:
-            self.bound = min(self.bound, self.floors[mesh])
+            self.bound, self.stopped = min(self.bound, self.floors[mesh]), True
             return
         seconds = max(self.until - time.process_time(), 0.1) / (2 if left else 1)
 
         faster = "" if self.found is None else "faster "
 
         def watch(best: float, bound: float) -> None:
+            if best < inf:
+                self.findings.add(time.process_time(), best)
             if time.perf_counter() - self.told < EACH:
                 return
             self.told = time.perf_counter()
@@ -214,13 +230,13 @@ class _Search:
             solved = solve(program, self.memory, below=below, seconds=seconds, watch=watch)
             if solved is not None:
                 self._take(program, solved.solution)
-                self.bound = min(self.bound, solved.bound)
+                self.bound, self.stopped = min(self.bound, solved.bound), self.stopped or solved.stopped
             elif below is not None:
                 self.bound = min(self.bound, below)
             else:
                 self.undecided.pop(mesh, None)
         except OutOfTime as stopped:
-            self.bound = min(self.bound, stopped.bound)
+            self.bound, self.stopped = min(self.bound, stopped.bound), True
             if below is None:
                 self.undecided[mesh] = program
                 self._take_least(program, LEAST_SECONDS)
@@ -248,10 +264,29 @@ class _Search:
         below = self._below(worth)
         if below is None:
             return True
+        return self._floor(program) < below
+
+    def leaves(self, program: Program) -> bool:
+        """Whether what saves memory at a price is left unsearched on a mesh: where it could save too little, or time is
+        out. What it could save all the same counts as not proven. `program`: any of the mesh"""
+        if not self.may_gain(program, SPARING):
+            self.bound = min(self.bound, self._floor(program))
+            return True
+        if self._below(SPARING) is not None and time.process_time() >= self.until:
+            self.bound, self.stopped = min(self.bound, self._floor(program)), True
+            return True
+        return False
+
+    def proven(self, programs: Sequence[Program]) -> float:
+        """Seconds of a micro-batch that no plan takes less than, as far as is proven: where the solver had no time to
+        prove much, those of choices that may be made in parts. `programs`: one of each mesh"""
+        return max(self.bound, min(map(self._floor, programs))) if self.stopped else self.bound
+
+    def _floor(self, program: Program) -> float:
         mesh = program.problem.costs.mesh
         if mesh not in self.floors:
             self.floors[mesh] = least_seconds(program)
-        return self.floors[mesh] < below
+        return self.floors[mesh]
 
     def _below(self, worth: float) -> float | None:
         """What a plan has to take less than, in seconds of a micro-batch, to save a part `worth` of the time of the
@@ -267,6 +302,7 @@ class _Search:
         fits = priced.total_memory <= self.memory * (1 + TOLERANCE)
         if fits:
             self.found = _Found(program.problem, solution, priced)
+            self.findings.add(time.process_time(), priced.total_seconds)
         return fits
 
 

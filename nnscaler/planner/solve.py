@@ -29,10 +29,12 @@ class OutOfTime(Exception):  # noqa: N818
 
 @dataclass(frozen=True)
 class Solved:
-    """A solution, and a bound: no solution takes fewer seconds of a micro-batch than that."""
+    """A solution, and a bound: no solution takes fewer seconds of a micro-batch than that. `stopped`: whether time was
+    out before the gap was reached"""
 
     solution: Solution
     bound: float
+    stopped: bool = False
 
 
 def solve(
@@ -60,7 +62,7 @@ def solve(
         return None
     if answer.values is None:
         raise OutOfTime(answer.bound)
-    return Solved(program.solution(answer.values), answer.bound)
+    return Solved(program.solution(answer.values), answer.bound, answer.stopped)
 
 
 def stated(program: Program, memory: float) -> MixedIntegerProgram:

@@ -19,6 +19,7 @@ UNITS = {
     "*_seconds, seconds": "seconds of an optimizer step on a device, for all calls and micro-batches",
     "seconds in pipeline.stages": "seconds of one micro-batch",
     "seconds in pipeline.timeline": "seconds from the beginning of a step",
+    "limit_seconds in search": "processor seconds",
     "predicted.step_seconds in stages": "seconds in which a stage computes in a step, without waiting for others",
     "*_bytes, bytes, size": "bytes of a device",
     "tokens_per_second_per_gpu": "tokens trained on in a second, for each device",

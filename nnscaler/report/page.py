@@ -9,12 +9,12 @@ from typing import Any
 from nnscaler.report.about import facts, plan_title
 from nnscaler.report.block_section import block_section
 from nnscaler.report.categories import COPIES_HIDDEN, HIDDEN
+from nnscaler.report.certificate import search_section, sentences
 from nnscaler.report.charts import bar, headline, legend, mark
 from nnscaler.report.divisions import division_section
 from nnscaler.report.markup import Markup, table, tag
 from nnscaler.report.pipeline import pipeline_sections
 from nnscaler.report.spelling import LEGEND, gib, or_blank, percent, seconds
-from nnscaler.report.text import proven
 from nnscaler.report.would_help import advice_tables
 
 Values = Mapping[str, Any]
@@ -32,7 +32,7 @@ def plan_page(values: Values) -> str:
 
 def _sections(values: Values, name: str) -> Iterator[Markup]:
     yield tag("h1", name)
-    yield facts(values, f"{proven(values['predicted']).capitalize()}.")
+    yield facts(values, sentences(values))
     if "stage" in values:
         whole = seconds(values["stage"]["of_step_seconds"])
         yield headline(values["predicted"], "memory a device", f"work of this stage, in a step of {whole}")
@@ -42,6 +42,7 @@ def _sections(values: Values, name: str) -> Iterator[Markup]:
     yield _memory(values["predicted"])
     yield from _host(values["predicted"])
     yield from division_section(values)
+    yield from search_section(values)
     yield _advice(values)
     yield _notation(values)
     for block, costs in values["costs"].items():

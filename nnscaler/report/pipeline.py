@@ -20,6 +20,7 @@ from nnscaler.pipeline.plan import PipelinePlan, forward_seconds, update_seconds
 from nnscaler.placement import format_placements
 from nnscaler.plan import Plan
 from nnscaler.report.about import facts
+from nnscaler.report.certificate import certificate, search_of, search_section, sentences
 from nnscaler.report.charts import headline
 from nnscaler.report.divisions import division_section
 from nnscaler.report.markup import Markup, table, tag
@@ -48,6 +49,7 @@ def pipeline_report(plan: PipelinePlan, work: Work | None = None, replan: Replan
             "memory_bytes": plan.memory_bytes,
             "memory_limit_bytes": plan.memory_limit,
             **({"host_bytes": plan.host_bytes, "host_limit_bytes": plan.host_limit} if plan.host_bytes else {}),
+            **certificate(plan),
             **speed_of(step / schedule.micro_batches * devices, work),
         },
         "pipeline": {
@@ -78,6 +80,7 @@ def pipeline_report(plan: PipelinePlan, work: Work | None = None, replan: Replan
             ],
         },
     }
+    values |= search_of(plan)
     values["advice"] = would_help(plan, replan) if replan else []
     return {**rounded(values), "stages": [plan_report(stage) for stage in plan.stages]}
 
@@ -104,7 +107,7 @@ def pipeline_sections(values: Values, name: str) -> Iterator[Markup]:
     """The body of the page."""
     predicted, pipeline = values["predicted"], values["pipeline"]
     yield tag("h1", name)
-    yield facts(values, f"The pipeline: {Schedule(**pipeline['schedule'])}.")
+    yield facts(values, f"The pipeline: {Schedule(**pipeline['schedule'])}. {sentences(values)}")
     yield headline(predicted, f"memory a device, of {gib(predicted['memory_limit_bytes'])}")
     yield tag("section", tag("h2", "Timeline of a step"), *timeline(values))
     rows = [
@@ -128,6 +131,7 @@ def pipeline_sections(values: Values, name: str) -> Iterator[Markup]:
         "What is sent has its layout there. Each stage has a page of its own."
     )
     yield from division_section(values)
+    yield from search_section(values)
     yield tag("section", tag("h2", "Stages"), table(head, rows), tag("p", note, class_="faint"))
     if values["advice"]:
         yield tag("section", tag("h2", "What would help"), *advice_tables(values["advice"]))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from nnscaler.report.about import plan_title, work_of
+from nnscaler.report.certificate import search_lines
 from nnscaler.report.divisions import division_lines
 from nnscaler.report.spelling import gib, percent, seconds
 from nnscaler.report.spelling import step as step_text
@@ -32,7 +33,7 @@ def explain(values: Mapping[str, Any]) -> str:
         *_host(predicted),
         *(f"recompute  {text}" for text in recompute(values)),
         *_named("fp8", in_fp8(values)),
-        f"search     {proven(predicted)}",
+        *_named("search", search_lines(values)),
         *_named("divisions", division_lines(values)),
         *_named("exposed", exposed(values)),
         *_named("limits", [f"{one['limit']}, {percent(one['share'])}: {one['text']}" for one in main_limits(values)]),
@@ -67,6 +68,7 @@ def _explain_pipeline(values: Mapping[str, Any]) -> str:
             f"           {seconds(predicted['update_seconds'])} of it update parameters; ranks compute {computing}",
             f"memory     {gib(used)} of {gib(limit)} that the plan may use, on the rank that needs most",
             *_named("host", [f"{gib(away)} of {gib(host)} a device that the plan may use, likewise"] if away else []),
+            *_named("search", search_lines(values)),
             *_named("divisions", division_lines(values)),
             *(f"{f'stage {index}':<10} {line}" for index, line in enumerate(_stage_lines(values))),
             *_advice(values),
@@ -90,15 +92,6 @@ def _stage_lines(values: Mapping[str, Any]) -> Iterator[str]:
 def _advice(values: Mapping[str, Any]) -> Iterator[str]:
     for label, changes in zip(("would help", "would not"), apart(values["advice"]), strict=True):
         yield from _named(label, [f"{one['change']}: {one['text']}" for one in changes])
-
-
-def proven(predicted: Mapping[str, Any]) -> str:
-    """How near to the best the plan is proven to be, as a clause."""
-    if predicted["gap"] > 0.5:
-        return "stopped before anything was proven"
-    if predicted["gap"] < 5e-5:
-        return "no plan on these devices is faster"
-    return f"no plan on these devices is more than {percent(predicted['gap'], 2)} faster"
 
 
 def recompute(values: Mapping[str, Any]) -> list[str]:

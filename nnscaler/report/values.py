@@ -2,8 +2,9 @@
 
 schema, units, about: what the file is, and what the plan was made for; see `nnscaler.report.about`
 
-predicted     headline figures, and their parts. `gap`: the largest part of its time that the plan may lose to the best
-              plan on the meshes that were tried, as far as that is proven
+predicted     headline figures, and their parts. `bound_seconds`: no plan of those that were searched takes less, as far
+              as is proven; `gap`: by what part of the plan's time that is less
+search        the limit of the search, whether it `stopped` there, and if so, what was found within parts of it
 limits        what the step's time and the device's memory go into, the most important first
 advice        what would help, or would not: measuring; and, where it was asked for, more memory or devices
               (`would_help`)
@@ -35,6 +36,7 @@ from nnscaler.report.categories import (
     host_bytes_by_category,
     seconds_by_category,
 )
+from nnscaler.report.certificate import certificate, search_of
 from nnscaler.report.collectives import collective_costs
 from nnscaler.report.limits import limits_of
 from nnscaler.report.origins import measuring, origins_of
@@ -73,7 +75,7 @@ def plan_report(plan: Plan, work: Work | None = None, replan: Replan | None = No
         "step_seconds": plan.step_seconds,
         "memory_bytes": plan.memory_bytes,
         "memory_limit_bytes": plan.memory_limit,
-        "gap": plan.gap,
+        **certificate(plan),
         "device_memory_bytes": costs.hardware.memory,
         **speed_of(plan.step_seconds / plan.micro_batches * plan.mesh.plan_ngpus, work),
         "seconds_by_category": seconds,
@@ -81,6 +83,7 @@ def plan_report(plan: Plan, work: Work | None = None, replan: Replan | None = No
         "bytes_by_category": bytes_by_category(plan, parameters),
         **(_host(plan) if plan.host_limit else {}),
     }
+    values |= search_of(plan)
     values["costs"] = {block.name: block_costs(plan, block, parameters) for block in plan.graph.all_blocks()}
     values["collectives"] = [
         {**asdict(one), "local": one.local} for one in sorted(collectives, key=lambda one: -one.seconds)

@@ -78,6 +78,8 @@ def test_stages_of_a_rank_count_together(kind, ranks_of):
     assert plan.host_bytes == most([5.0, 6.0, 0.0, 3.0])
     assert plan.update_seconds == most([4 * UPDATE * share for share in (1.0, 3.0, 5.0, 8.0)])
     assert plan.step_seconds == 7.0 + plan.update_seconds
+    plan.bound = 0.75 * plan.step_seconds
+    assert plan.gap == pytest.approx(0.25)
     assert plan.mesh == PipelineMesh.of([(2,)] * 2, 3)
     assert plan.micro_batches == 4
 
@@ -108,7 +110,7 @@ class Figures(StagePlanner):
         return sum(one for one in stages if isinstance(one, float))
 
     def _assemble(self, candidate, stages, plans):
-        return [stage.index for stage in stages], [plan.memory_bytes for plan in plans]
+        return SimpleNamespace(stages=[stage.index for stage in stages], bytes=[plan.memory_bytes for plan in plans])
 
 
 def test_a_stage_is_planned_in_what_its_rank_has_left():
@@ -117,12 +119,13 @@ def test_a_stage_is_planned_in_what_its_rank_has_left():
     needs = (Needs(9.0, 10.0, 4.0), Needs(12.0, 20.0, 3.0), Needs(6.0, 30.0, 0.0), Needs(15.0, 40.0, 8.0))
 
     def plan(below: float) -> tuple[Figures, object]:
-        found = Figures(SimpleNamespace(), SimpleNamespace(), 100.0, None, False, None, [], host=10.0)
+        found = Figures(SimpleNamespace(), SimpleNamespace(), 100.0, None, False, None, [], host=10.0, sparing=True)
         found.asked, found.simulated = [], []
         return found, found.plan(Estimate(candidate, needs, 1.0), below)
 
     found, made = plan(1e9)
-    assert made == ([0, 1, 2, 3], [11.0, 20.0, 31.0, 40.0])
+    assert (made.stages, made.bytes) == ([0, 1, 2, 3], [11.0, 20.0, 31.0, 40.0])
+    assert made.bound == 4 * (9.0 + 15.0), "rank 0 works longest"
     # Rank 0: 100 - 10 - 40 bytes are free, and nothing of the host, of which its stages need more than there is.
     # Rank 1: 100 - 20 - 30, and 10 - 3.
     assert found.asked == [
@@ -243,6 +246,21 @@ def test_a_stage_is_stated_with_all_that_may_be_used(monkeypatch):
     ((given, named),) = asked
     assert given == (graph, CostModel(machine, this.mesh, True, times, sums), Recomputing(), 4, this.layouts)
     assert named == {"host": 9.0, "sparing": True, "groups": True}
+
+
+def test_no_step_is_faster_than_the_busiest_rank_works(monkeypatch):
+    """Of zb-v, ranks have the first and last stage, and the two in the middle: 9 and 6 s of each of 4 micro-batches."""
+    needs = [stages.Needs(seconds, 1.0, 0.0) for seconds in (1.0, 2.0, 4.0, 8.0)]
+    halves = [one._replace(seconds=one.seconds / 2) for one in needs]
+    estimate = stages.Estimate(SimpleNamespace(schedule=Schedule("zb-v", 2, 4, 4)), tuple(needs), 50.0)
+    assert replace(planner(), sparing=True)._least_seconds(estimate) == 36.0
+
+    def without_limit(self, candidate):
+        assert (self.memory, candidate) == (float("inf"), estimate.candidate)
+        return stages.Estimate(candidate, tuple(halves), 25.0)
+
+    monkeypatch.setattr(StagePlanner, "estimate", without_limit)
+    assert planner()._least_seconds(estimate) == 18.0, "what saves memory could make it as fast as that"
 
 
 def test_stages_know_what_crosses_and_what_they_share():

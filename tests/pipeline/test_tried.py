@@ -18,6 +18,7 @@ from nnscaler.pipeline.search import Wanted, find_pipeline
 from nnscaler.pipeline.stages import StagePlanner
 from nnscaler.planner import NotFaster, NothingFits
 from nnscaler.schedules import Schedule
+from nnscaler.searched import Searched
 from tests.pipeline.test_cut import llama
 from tests.pipeline.test_search import hardware
 
@@ -52,6 +53,21 @@ def test_what_promises_most_is_tried_first_and_the_fastest_is_taken(monkeypatch)
     assert search._Search(None, "").gaining(on, "the planner") == on
 
 
+def test_what_could_gain_is_told_by_a_backward_in_two_parts_where_there_is_one(monkeypatch):
+    asked = []
+
+    def estimate(planner, schedule, mesh, splits):
+        asked.append((schedule.kind, splits))
+        return SimpleNamespace(step_seconds=9.0 if splits else 10.0)
+
+    monkeypatch.setattr(search, "estimated", estimate)
+    mesh = PipelineMesh.of([(1,), (1,)], 1)
+    on = [search._On(Schedule(kind, 2, stages, 8), mesh) for kind, stages in (("zb-v", 4), ("1f1b", 2))]
+    one = search._Search(SimpleNamespace(step_seconds=10.0), "")
+    assert one.gaining(on, "the planner") == on[:1]
+    assert asked == [("zb-v", True), ("1f1b", False)]
+
+
 def test_what_is_refused_when_it_is_estimated_or_planned_keeps_no_other_from_being_tried(monkeypatch):
     on = [
         search._On(Schedule("1f1b", ranks, ranks, 8), PipelineMesh.of([(4, 16 // ranks)] * ranks, 1))
@@ -83,6 +99,36 @@ def test_what_is_refused_when_it_is_estimated_or_planned_keeps_no_other_from_bei
     assert over.gaining(on, None) == []
 
 
+def test_when_time_is_out_one_estimate_is_planned_and_others_only_where_there_is_no_plan(monkeypatch):
+    on = [
+        search._On(Schedule("1f1b", ranks, ranks, 8), PipelineMesh.of([(16 // ranks,)] * ranks, 1))
+        for ranks in (2, 4, 8)
+    ]
+    clock, planned = SimpleNamespace(now=0.0), []
+
+    def estimate(planner, schedule, mesh, splits):
+        return SimpleNamespace(
+            step_seconds=1.0 * schedule.ranks, candidate=SimpleNamespace(schedule=schedule, mesh=mesh)
+        )
+
+    def plan(planner, estimate, below):
+        clock.now = 5.0
+        planned.append(estimate.candidate.schedule.ranks)
+        if planned[-1] == 2:
+            raise NothingFits("it is too large")
+        return SimpleNamespace(step_seconds=9.0)
+
+    monkeypatch.setattr(search, "estimated", estimate)
+    monkeypatch.setattr(search, "planned", plan)
+    monkeypatch.setattr(search, "time", SimpleNamespace(process_time=lambda: clock.now))
+    one = search._Search(None, "", until=5.0)
+    one.among(on, None)
+    assert planned == [2, 4], "the first does not fit; the second does, and time is out"
+    assert one.findings.found == [(5.0, 9.0)]
+    one.among(on, None)
+    assert planned == [2, 4], "there is a plan, and no time"
+
+
 def test_what_is_needed_without_a_pipeline_is_known_where_none_fits():
     alone = NothingFits("it needs 7 B")
     alone.needed = 7.0
@@ -111,7 +157,7 @@ def test_where_nothing_takes_less_than_is_asked_for_that_is_said(monkeypatch, tm
         find_pipeline(graph, [Mesh((2,))], machine, Wanted(), micro_batches=4, below=7.0)
     assert refusal.value.bound == 7.0
     assert {(estimate.candidate.schedule.kind, below) for estimate, below in tried} == {("zb-v", 7.0)}
-    found = SimpleNamespace(step_seconds=6.0)
+    found = SimpleNamespace(step_seconds=6.0, gap=0.0)
     monkeypatch.setattr(search, "planned", lambda *given: found)
     assert find_pipeline(graph, [Mesh((2,))], machine, Wanted(), micro_batches=4, below=7.0) is found
     with pytest.raises(UserError, match="pipeline_pivots has 'Nothing'"):
@@ -126,7 +172,7 @@ def test_each_search_gets_all_that_it_may_use(monkeypatch, tmp_path):
     def without(graph, meshes, hardware, **given):
         assert not logging.getLogger("nnscaler.planner").isEnabledFor(logging.INFO)
         alone.append((graph, meshes, hardware, given))
-        return SimpleNamespace(step_seconds=10.0)
+        return SimpleNamespace(step_seconds=10.0, gap=0.0, searched=Searched(1.0, False))
 
     def estimate(planner, schedule, mesh, splits):
         if len(mesh.ranks[0].sizes) > 1:
@@ -148,7 +194,9 @@ def test_each_search_gets_all_that_it_may_use(monkeypatch, tmp_path):
     monkeypatch.setattr(search, "planned", lambda *given: None)
     given = {"recompute_modules": ("LlamaMLP",), "micro_batches": 4, "fused": True, "times": times, "sums": "sums"}
     meshes = [Mesh((4,), 3)]
-    find_pipeline(graph, meshes, machine, Wanted(), **given, memory=7.0, seconds=1e6, host=5.0)
+    found = find_pipeline(graph, meshes, machine, Wanted(), **given, memory=7.0, seconds=1e6, host=5.0)
+    assert (found.searched.limit, found.searched.stopped) == (1e6, False)
+    assert [step for _, step in found.searched.found] == [10.0]
     assert {planner.sums for _, planner in tried} == {"sums"}
     assert alone == [(graph, meshes, machine, {**given, "memory": 7.0, "seconds": 5e5, "host": 5.0, "below": math.inf})]
     kinds = {(planner.memory, planner.host, planner.sparing, planner.groups) for _, planner in tried}
@@ -166,9 +214,8 @@ def test_each_search_gets_all_that_it_may_use(monkeypatch, tmp_path):
     find_pipeline(graph, meshes, machine, Wanted(), micro_batches=4)
     assert {planner.memory for _, planner in tried} <= {0.9 * machine.memory, math.inf}
     tried.clear()
-    find_pipeline(graph, meshes, machine, Wanted(), micro_batches=4, seconds=0.0)
-    assert tried
-    assert not any(planner.sparing for _, planner in tried), "time is out"
+    assert find_pipeline(graph, meshes, machine, Wanted(), micro_batches=4, seconds=0.0).searched.stopped
+    assert tried == [], "time is out, and there is a plan"
     alone.clear()
     monkeypatch.setattr(search, "estimated", lambda planner, *given: estimate(replace(planner, sparing=False), *given))
     with pytest.raises(NothingFits, match=r"no pipeline fits; the last that was tried, 1f1b, 4 stages .*: it is too l"):
@@ -195,7 +242,7 @@ def test_devices_of_a_stage_are_two_axes_where_that_could_be_faster_and_time_is_
         if mesh == one and takes[one] == math.inf:
             raise NothingFits("it is too large")
         candidate = SimpleNamespace(schedule=schedule, mesh=mesh)
-        return SimpleNamespace(step_seconds=takes[mesh], candidate=candidate, mesh=mesh)
+        return SimpleNamespace(step_seconds=takes[mesh], candidate=candidate, mesh=mesh, gap=0.0)
 
     monkeypatch.setattr(search, "with_devices_moved", not_moved)
     monkeypatch.setattr(search, "estimated", estimate)
@@ -216,7 +263,7 @@ def test_devices_of_a_stage_are_two_axes_where_that_could_be_faster_and_time_is_
     assert tried == [*alone, (two, True, False)], "less than a 200th is not worth it"
     takes[two] = 9.9
     assert found(seconds=0.0) == one
-    assert tried == alone, "time is out"
+    assert tried == alone[:1], "time is out"
     wanted = replace(wanted, plain=True)
     assert found() == one
     assert tried == alone, "others are not wanted"

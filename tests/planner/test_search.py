@@ -38,6 +38,7 @@ class Search(search._Search):
         self.asked: list[tuple] = []
         self.least: dict[float, tuple | None] = {}
         self.now = now
+        self.stops: set[int] = set()  # the meshes on which the solver ends before it is done
 
         def solve(program, memory, *, below, seconds, watch):
             devices = program.problem.costs.mesh.plan_ngpus
@@ -46,7 +47,7 @@ class Search(search._Search):
             answer = answers[devices]
             if isinstance(answer, Exception):
                 raise answer
-            return answer and SimpleNamespace(solution=answer, bound=answer[2])
+            return answer and SimpleNamespace(solution=answer, bound=answer[2], stopped=devices in self.stops)
 
         def least_memory(program, seconds):
             self.asked.append(("least memory", seconds))
@@ -124,6 +125,40 @@ def test_nothing_is_refused_that_time_left_open(monkeypatch):
     done.on(program(1), 0)  # with more choices, which include those before
     done.decide()
     assert done.found is None
+
+
+def test_what_is_left_unsearched_is_not_proven(monkeypatch):
+    """What saves memory at a price may save a 200th of the time that a search of the rest proved to be the least."""
+    one = Search(monkeypatch, {1: (4.0, 80.0, 3.9999)}, {1: 3.981})
+    one.on(program(1), 0)
+    assert one.leaves(program(1)), "it could save 0.475 %"
+    assert (one.proven([program(1)]), one.stopped) == (3.981, False)
+    late = Search(monkeypatch, {1: (4.0, 80.0, 3.9999)}, {1: 3.0})
+    late.on(program(1), 0)
+    assert not late.leaves(program(1)), "it could save a fourth, and there is time"
+    late.now = 60.0
+    assert late.leaves(program(1))
+    assert (late.proven([program(1)]), late.stopped) == (3.0, True)
+    none = Search(monkeypatch, {1: None}, {}, now=70.0)
+    none.on(program(1), 0)
+    assert not none.leaves(program(1)), "as long as there is no plan, all is tried"
+
+
+def test_a_search_that_was_stopped_says_when_it_found_what_and_proves_at_least_the_floor(monkeypatch):
+    one = Search(monkeypatch, {1: (4.0, 80.0, 0.0), 2: (3.0, 80.0, 0.5)}, {1: 2.0, 2: 2.5})
+    one.stops = {1}
+    one.findings.began = 50.0
+    one.on(program(1), 1)
+    one.now = 53.0
+    one.on(program(2), 0)
+    one.watch(3.5, 0.0)
+    one.now = 54.0
+    one.watch(2.9, 0.0)
+    assert one.findings.found == [(0.0, 4.0), (3.0, 3.0), (4.0, 2.9)], "those that are faster than all before"
+    assert one.stopped
+    assert (one.bound, one.proven([program(1), program(2)])) == (0.0, 2.0)
+    one.stopped = False
+    assert one.proven([program(1), program(2)]) == 0.0
 
 
 def test_a_long_search_says_how_far_it_is(monkeypatch, caplog):
