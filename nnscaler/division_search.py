@@ -199,8 +199,12 @@ class _Search:
         return min(near, key=lambda one: (one.pipeline, one.division), default=None)
 
     def closest(self) -> Tried:
-        """Where there is no plan: what needs least memory."""
-        return min(self.tried, key=lambda one: (inf if one.needed is None else one.needed, one.division))
+        """Where there is no plan: what needs least memory. Where memory was enough, the smallest micro-batches of the
+        largest copies, of which most is allowed."""
+        full = [one for one in self.tried if one.needed is not None]
+        if full:
+            return min(full, key=lambda one: (one.needed, one.division))
+        return min(self.tried, key=lambda one: (-one.division.plan_ngpus, one.division.micro_batch_size))
 
     def _fastest(self) -> float:
         return min(one.step_seconds for one in self.tried)

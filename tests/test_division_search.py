@@ -254,6 +254,18 @@ def test_what_does_not_fit_is_told_and_more_sequences_are_not_tried(monkeypatch)
     assert (said[4, 8]["why"], said[4, 8]["bound_seconds"]) == ("at least 264.2 % slower", 29.5)
 
 
+def test_where_memory_is_not_what_is_wrong_the_largest_copies_say_what_is(monkeypatch):
+    """Of which most numbers of stages are allowed, say."""
+
+    def advise(source, graph, config, hardware, times):
+        raise UserError(f"{config.plan_ngpus} devices, {config.micro_batches} micro-batches")
+
+    monkeypatch.setattr(division_search, "plan_or_advise", advise)
+    world = World(monkeypatch, dict.fromkeys(BOUNDS, UserError("no such number of stages")))
+    with pytest.raises(UserError, match="4 devices, 8 micro-batches"):
+        world.divide()
+
+
 def test_the_search_ends_in_time_with_the_best_so_far(monkeypatch):
     world = World(monkeypatch, BOUNDS, {(2, 4): 8.1, (4, 4): 8.05, (2, 2): 8.07})
     found = world.divide(search_seconds=1.0)
