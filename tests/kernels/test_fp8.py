@@ -104,6 +104,16 @@ def test_compiled_is_the_same():
         assert torch.equal(found, wanted)
 
 
+def test_sums_of_gradients_are_kept_in_fp32(monkeypatch):
+    """On a GPU; those of forward may be kept in less."""
+    fast, multiply = [], torch._scaled_mm
+    monkeypatch.setattr(
+        torch, "_scaled_mm", lambda *given, **named: fast.append(named["use_fast_accum"]) or multiply(*given, **named)
+    )
+    results(*inputs(2, 32, 64))
+    assert fast == [True, False, False]
+
+
 class OnGpu(Tensor):
     is_cuda = True
 

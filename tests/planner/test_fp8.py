@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nnscaler.codegen import generate
 from nnscaler.compiler import Source
-from nnscaler.graph import Call, Graph, Node, Ref
+from nnscaler.graph import Call, Graph, Node, Ref, TensorMeta
 from nnscaler.hardware import Hardware, load_hardware
 from nnscaler.kernels import fp8
 from nnscaler.mesh import Mesh
@@ -195,6 +195,16 @@ def test_shards_that_no_product_in_fp8_takes_are_in_bf16(machine):
     options = [(d, option) for d in problem.decisions if d.kind == "unit" for option in d.options]
     ways = {way.split: way.in_fp8 for d, option in options if "gate" in d.name for _, way in option.ways}
     assert ways == {"-": True, "*0": True, "n": True, "k": False}
+
+
+@pytest.mark.parametrize("sizes", [(M, K, N), (M + 8, K, N), (M, K + 8, N), (M, K, N + 8)], ids=str)
+def test_each_size_has_to_be_a_multiple_of_what_the_device_wants(sizes, machine):
+    m, k, n = sizes
+    block = stack(Gated).blocks["gated"]
+    node = next(node for node in block.nodes if node.module == "down")
+    given = [TensorMeta(shape, torch.bfloat16, True) for shape in ((m, k), (n, k))]
+    found = fp8_costs.fp8_product(node, given, block, machine)
+    assert (found is not None) == (sizes == (M, K, N))
 
 
 def test_each_function_of_generated_code_rounds_what_it_is_given(machine):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import highspy
 import pytest
@@ -42,6 +43,32 @@ def test_the_cheapest_cover(size, chosen, least, in_parts):
     parts = program.solve(0.0, relaxed=True)
     assert parts is not None
     assert parts.bound == pytest.approx(in_parts * MILLISECOND)
+
+
+def test_a_solution_that_is_good_enough_proves_no_more_than_is_true():
+    """Of 16 things, half of all bytes; a thing costs its size and 100. The least cost is that of some set of them."""
+    draws = random.Random(1)
+    sizes = [draws.randint(100, 999) for _ in range(16)]
+    statement = Statement()
+    terms = [(statement.choice(), float(size)) for size in sizes]
+    statement.row(
+        [(thing, size * GIGABYTE) for thing, size in terms], sum(sizes) // 2 * GIGABYTE, math.inf, Quantity.BYTES
+    )
+    program = MixedIntegerProgram(SCALE)
+    program.add(statement)
+    program.minimise([(thing, (size + 100) * MILLISECOND) for thing, size in terms], Quantity.SECONDS)
+    found = program.solve(gap=0.3, heuristics=False)
+    assert found is not None
+    assert found.values is not None
+    cost = sum((size + 100) * round(value) for size, value in zip(sizes, found.values))
+    cheapest = {0: 0}  # bytes -> the least cost of things that have so many together
+    for size in sizes:
+        for held, least in list(cheapest.items()):
+            cheapest[held + size] = min(least + size + 100, cheapest.get(held + size, 10**9))
+    best = min(least for held, least in cheapest.items() if held >= sum(sizes) // 2)
+    assert best < cost, "else nothing is tested here"
+    assert 0.7 * cost <= found.bound / MILLISECOND <= best
+    assert not found.stopped
 
 
 def test_several_statements_share_a_row():
