@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 IGNORED = -100  # label of a token that counts for nothing
+MOST_LAYERS = 4096  # tracing runs each, to find those that are alike
 WEIGHT_PREFIX = "model."  # of `CausalLM`'s parameters, before the names that the Hugging Face model has for them
 
 
@@ -100,6 +101,9 @@ class CausalLM(nn.Module):
 def build(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The language model of a configuration. Raises UserError where there is none or it cannot be built."""
     check_rope(config)
+    layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise UserError(f"num_hidden_layers is {layers}; it must be at most {MOST_LAYERS:,}")
     try:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:  # a value that no check of ours knows makes the class raise whatever it may

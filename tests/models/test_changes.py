@@ -66,6 +66,11 @@ def test_a_kind_of_rope_that_is_not_known_or_lacks_something():
         changed_config(tiny.config(), {"rope_parameters": '{"rope_type": "linear", "rope_theta": 1e4}'})
 
 
+def test_a_model_of_a_million_layers_is_refused_before_it_is_built():
+    with pytest.raises(UserError, match=r"^num_hidden_layers is 1048576; it must be at most 4,096$"):
+        build(changed_config(tiny.config(), {"num_hidden_layers": "1048576"}))
+
+
 def test_what_is_not_changed_stays():
     """Also lists that have an entry for something else than layers; and the configuration itself is a copy."""
     config = tiny.config(num_hidden_layers=4, bos_token_id=1, eos_token_id=[1, 2, 3])
