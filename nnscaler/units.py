@@ -66,9 +66,10 @@ def divide(block: Block) -> list[Unit]:
         unit = Unit(node_kind(nodes[0]), nodes, depths[nodes[0].name])
         inside = {name for node in nodes for name in node.outputs}
         unit.inputs = list(dict.fromkeys(name for node in nodes for name in node.inputs if name not in inside))
-        outside = {name for node in block.nodes if node not in nodes for name in node.inputs}.union(block.outputs)
-        unit.outputs = [name for node in nodes for name in node.outputs if name in outside]
         units.append(unit)
+    outside = {name for unit in units for name in unit.inputs}.union(block.outputs)
+    for unit in units:
+        unit.outputs = [name for node in unit.nodes for name in node.outputs if name in outside]
     return _in_order(units)
 
 

@@ -318,6 +318,8 @@ def estimated(planner: StagePlanner, schedule: Schedule, mesh: PipelineMesh, spl
     best = planner.estimate(Candidate(schedule, counts, planner.layouts[mesh], mesh, splits))
     for _ in range(_BALANCING_ROUNDS):
         counts = balanced(best.candidate.counts, [each.seconds for each in best.needs])
+        if counts == best.candidate.counts:
+            break
         try:
             moved = planner.estimate(replace(best.candidate, counts=counts))
         except UserError:

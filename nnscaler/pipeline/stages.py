@@ -29,7 +29,8 @@ from nnscaler.plan import GIB, Key, Plan
 from nnscaler.planner import NothingFits, find_plan
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.options import divides
-from nnscaler.planner.problem import Problem, build_problem
+from nnscaler.planner.problem import build_problem
+from nnscaler.planner.program import Program
 from nnscaler.planner.search import recomputing
 from nnscaler.planner.solve import Needs, relaxed
 from nnscaler.profiler.operators import OperatorTimes
@@ -111,7 +112,7 @@ class StagePlanner:
     layouts    mesh -> the layout of what crosses, once it has been chosen
     cuts       counts of pivots -> the stages' graphs
     stages     candidate -> its stages
-    problems   `_Stage.like` -> the planning problem
+    programs   `_Stage.like` -> its program, for one micro-batch in flight
     estimated  `_Stage.key` of each stage of a rank -> what each needs
     planned    `_Stage.key` -> [(bytes of device and of host that a plan was to fit into, the plan)]
     """
@@ -131,7 +132,7 @@ class StagePlanner:
     layouts: dict[PipelineMesh, Placements] = field(default_factory=dict)
     cuts: dict[tuple[int, ...], list[StageGraph]] = field(default_factory=dict)
     stages: dict[Candidate, list[_Stage]] = field(default_factory=dict)
-    problems: dict[object, Problem] = field(default_factory=dict)
+    programs: dict[object, Program] = field(default_factory=dict)
     estimated: dict[object, list[Needs] | None] = field(default_factory=dict)
     planned: dict[object, list[tuple[float, float, Plan]]] = field(default_factory=dict)
 
@@ -230,11 +231,16 @@ class StagePlanner:
 
     def _estimate(self, stages: Sequence[_Stage]) -> list[Needs]:
         """What each of a rank's stages needs."""
-        key = tuple(stage.key for stage in stages)
+        unlimited = self.memory == inf  # each stage has what it wants, however many micro-batches it holds
+        if unlimited and len(stages) > 1:
+            return [needs for stage in stages for needs in self._estimate([stage])]
+        key = stages[0].like if unlimited else tuple(stage.key for stage in stages)
         if key not in self.estimated:
-            problems = [replace(self._problem(one), in_flight=one.held, waiting=one.waiting) for one in stages]
+            programs = [self._program(one) for one in stages]
+            if not unlimited:
+                programs = [program.holding(one.held, one.waiting) for program, one in zip(programs, stages)]
             buffers = [stage.receive_buffers for stage in stages]
-            found = relaxed(problems, self.memory - sum(buffers))
+            found = relaxed(programs, self.memory - sum(buffers))
             self.estimated[key] = found and [
                 each._replace(device=each.device + more) for each, more in zip(found, buffers)
             ]
@@ -246,22 +252,17 @@ class StagePlanner:
             )
         return figures
 
-    def _problem(self, stage: _Stage) -> Problem:
-        if stage.like not in self.problems:
+    def _program(self, stage: _Stage) -> Program:
+        if stage.like not in self.programs:
             graph = stage.cut.graph
             costs = CostModel(self.hardware, stage.mesh, self.fused, self.times, self.sums)
             again = recomputing(graph, self._recomputed(graph))
-            self.problems[stage.like] = build_problem(
-                graph,
-                costs,
-                again,
-                stage.count,
-                stage.layouts,
-                host=self.host,
-                sparing=self.sparing,
+            problem = build_problem(
+                graph, costs, again, stage.count, stage.layouts, host=self.host, sparing=self.sparing,
                 groups=self.groups,
-            )
-        return self.problems[stage.like]
+            )  # fmt: skip
+            self.programs[stage.like] = Program(problem)
+        return self.programs[stage.like]
 
     def _plan(self, stage: _Stage, limit: float, host: float) -> Plan:
         """The plan of a stage within `limit` bytes of the device, and `host` bytes of the host.

@@ -69,8 +69,9 @@ are computed, in `nnscaler.planner.later`; and all others here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -86,6 +87,8 @@ from nnscaler.planner.problem import Problem
 from nnscaler.planner.statement import Account, Quantity, Terms
 from nnscaler.planner.working import Working
 from nnscaler.recompute import Level
+
+KEPT = ("saved", "inside")  # categories of charges for what each micro-batch in flight keeps for backward
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,24 @@ class Program:
         self._charge(Account.DEVICE, Key("working", "", "workspaces"), workspaces, 1.0)
         self._gather_early()
         self._full = self._buffer()
+
+    def holding(self, in_flight: int, waiting: Sequence[tuple[int, int]] = ()) -> Program:
+        """The program where so many micro-batches are in flight, and wait: see `Problem`. Here one is, and none waits.
+
+        Only its statement is another, in which all rows are those of this one.
+        """
+        assert self.problem.in_flight == 1
+        assert not self.problem.waiting
+        if in_flight == 1 and not waiting:
+            return self
+        other = copy(self)
+        other.problem = replace(self.problem, in_flight=in_flight, waiting=waiting)
+        other.statement = self.statement.scaled(in_flight, KEPT)
+        if waiting:
+            other.choices = copy(self.choices)
+            other.choices.problem, other.choices.statement = other.problem, other.statement
+            Later(other.choices)
+        return other
 
     def solution(self, values: np.ndarray) -> Solution:
         """The solution that values of the variables mean."""

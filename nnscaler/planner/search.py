@@ -161,7 +161,7 @@ def least_step(
     again = recomputing(graph, recompute_modules)
     model = CostModel(hardware, mesh, fused, times, sums)
     problem = build_problem(graph, model, again, micro_batches, None, 1, host, True, again.free)
-    found = relaxed([problem], memory)
+    found = relaxed([Program(problem)], memory)
     if found is not None:
         return found[0].seconds * micro_batches
     refusal = NothingFits(f"no plan fits: over {memory / GIB:.1f} GiB a device are needed")

@@ -118,18 +118,18 @@ class Needs(NamedTuple):
     host: float
 
 
-def relaxed(problems: Sequence[Problem], memory: float) -> list[Needs] | None:
-    """What each problem needs, where all of them together have `memory` bytes a device, and the host's memory of one.
+def relaxed(programs: Sequence[Program], memory: float) -> list[Needs] | None:
+    """What each program needs, where all of them together have `memory` bytes a device, and the host's memory of one.
 
     A choice may be made in parts here (half of one option, half of another). So no real solution takes less time in
     all. None where nothing fits.
     """
-    scales = [_scale(problem, memory) for problem in problems]
+    scales = [_scale(program.problem, memory) for program in programs]
     milp = MixedIntegerProgram({quantity: max(scale[quantity] for scale in scales) for quantity in Quantity})
     accounts = (Account.TIME, Account.DEVICE, Account.HOST)
     charged: dict[Account, list[Terms]] = {account: [] for account in accounts}
-    for problem in problems:
-        statement = Program(problem).statement
+    for program in programs:
+        statement = program.statement
         shift = milp.add(statement)
         for account in accounts:
             charged[account].append([(variable + shift, amount) for variable, amount in statement.terms(account)])
@@ -137,7 +137,7 @@ def relaxed(problems: Sequence[Problem], memory: float) -> list[Needs] | None:
     milp.minimise(time, Quantity.SECONDS)
     milp.row(device, upper=memory, quantity=Quantity.BYTES)
     if host:
-        milp.row(host, upper=max(problem.host for problem in problems), quantity=Quantity.BYTES)
+        milp.row(host, upper=max(program.problem.host for program in programs), quantity=Quantity.BYTES)
     answer = milp.solve(gap=1e-4, relaxed=True)
     if answer is None:
         return None

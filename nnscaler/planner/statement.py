@@ -17,8 +17,8 @@ others, whether a solver or a test has made the choices.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from math import inf
 from operator import itemgetter
@@ -154,6 +154,17 @@ class Statement:
         """States that one of `variable` costs `amount` (seconds or bytes) of an account, for `key`."""
         if amount:
             self.accounts[account].append(Charge(key, variable, amount))
+
+    def scaled(self, factor: float, categories: Collection[str]) -> Statement:
+        """A copy in which charges of some categories are so many times as high."""
+        accounts = {
+            account: [
+                replace(one, amount=one.amount * factor) if one.key.category in categories else one for one in charges
+            ]
+            for account, charges in self.accounts.items()
+        }
+        variables = [*self.bounds], [*self.integer], [*self.quantities]
+        return Statement(*variables, [*self.rows], {**self.products}, {**self.limits}, accounts)
 
     def terms(self, *accounts: Account) -> Terms:
         """All that is charged to some accounts, as one sum."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -200,14 +200,13 @@ def test_stages_of_a_rank_are_estimated_together(monkeypatch):
     """In the memory that is left without what torch receives into, which comes on top of what each needs."""
     asked = []
 
-    def relaxed(problems, memory):
-        asked.append(([(problem.in_flight, *problem.waiting) for problem in problems], memory))
+    def relaxed(programs, memory):
+        asked.append((programs, memory))
         return [Needs(1.0, 5.0, 6.0), Needs(2.0, 7.0, 8.0)]
 
-    @dataclass
     class Stated:
-        in_flight: int = 1
-        waiting: tuple[object, ...] = ()
+        def holding(self, in_flight, waiting):
+            return (in_flight, *waiting)
 
     one = planner()
     one.memory = 100.0
@@ -215,7 +214,7 @@ def test_stages_of_a_rank_are_estimated_together(monkeypatch):
         stages._Stage(SimpleNamespace(), Mesh((2,)), like, 4, held, size, {})
         for like, held, size in (("a", 3, 10), ("b", 2, 20))
     ]
-    one.problems = {"a": Stated(), "b": Stated()}
+    one.programs = {"a": Stated(), "b": Stated()}
     monkeypatch.setattr(stages, "relaxed", relaxed)
     assert one._estimate(own) == [Needs(1.0, 15.0, 6.0), Needs(2.0, 27.0, 8.0)]
     assert asked == [([(3,), (2,)], 70.0)]
@@ -224,16 +223,35 @@ def test_stages_of_a_rank_are_estimated_together(monkeypatch):
     one._estimate([own[0], replace(own[1], held=1)])
     one._estimate([own[0], replace(own[1], waiting=((2, 1),))])
     assert asked[1:] == [([(3,), (1,)], 70.0), ([(3,), (2, (2, 1))], 70.0)]
-    monkeypatch.setattr(stages, "relaxed", lambda problems, memory: None)
+    monkeypatch.setattr(stages, "relaxed", lambda programs, memory: None)
     one.estimated.clear()
     one.memory = 3 * GIB
     with pytest.raises(NothingFits, match="its stages, 3, 2 micro-batches in flight, need over 3 GiB a device"):
         one._estimate(own)
 
 
+def test_with_unlimited_memory_each_stage_is_estimated_once_whatever_it_holds(monkeypatch):
+    asked = []
+
+    def relaxed(programs, memory):
+        asked.append((programs, memory))
+        return [Needs(float(len(asked)), 5.0, 6.0)]
+
+    one = planner()
+    one.memory = math.inf
+    one.programs = {"a": "program of a", "b": "program of b"}
+    a, b = (stages._Stage(SimpleNamespace(), Mesh((2,)), like, 4, 3, 10, {}) for like in "ab")
+    monkeypatch.setattr(stages, "relaxed", relaxed)
+    first, second = Needs(1.0, 15.0, 6.0), Needs(2.0, 15.0, 6.0)
+    assert one._estimate([a, replace(a, held=2), b]) == [first, first, second]
+    assert one._estimate([replace(b, waiting=((2, 1),))]) == [second]
+    assert asked == [(["program of a"], math.inf), (["program of b"], math.inf)]
+
+
 def test_a_stage_is_stated_with_all_that_may_be_used(monkeypatch):
     asked = []
     monkeypatch.setattr(stages, "build_problem", lambda *given, **named: asked.append((given, named)))
+    monkeypatch.setattr(stages, "Program", lambda problem: problem)
     machine, times, graph = SimpleNamespace(), SimpleNamespace(), SimpleNamespace()
     sums = GradientSum("all_to_all", "bfloat16")
     one = StagePlanner(
@@ -241,8 +259,8 @@ def test_a_stage_is_stated_with_all_that_may_be_used(monkeypatch):
         sums=sums,
     )  # fmt: skip
     this = stages._Stage(SimpleNamespace(graph=graph), Mesh((2,), 3, first=4), "like", 4, 3, 10, {"x": (REPLICATE,)})
-    one._problem(this)
-    one._problem(replace(this, held=2))
+    one._program(this)
+    one._program(replace(this, held=2))
     ((given, named),) = asked
     assert given == (graph, CostModel(machine, this.mesh, True, times, sums), Recomputing(), 4, this.layouts)
     assert named == {"host": 9.0, "sparing": True, "groups": True}

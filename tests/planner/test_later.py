@@ -3,14 +3,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from nnscaler import ComputeConfig, Source, compile_model, planning
+from nnscaler.hardware.spec import Host
 from nnscaler.later import factors, weight_seconds
 from nnscaler.models.causal_lm import CausalLM, prepare_config
 from nnscaler.planner import find_plan
+from nnscaler.planner.costs import CostModel
 from nnscaler.planner.later import WAITING
+from nnscaler.planner.problem import Recomputing, build_problem
+from nnscaler.planner.program import Program
+from nnscaler.planner.solve import least_bytes, relaxed
+from nnscaler.planner.statement import Account
 from nnscaler.recompute import KEEPS_ALL, RECOMPUTES_ALL
 from nnscaler.runtime.module import ParallelModule
 from tests import tiny
@@ -93,3 +101,27 @@ def test_a_stage_holds_what_is_planned(level, tmp_path, monkeypatch):
     held = {one.data_ptr(): one.nbytes() for _, *both in later._left for one in (t.untyped_storage() for t in both)}
     assert len(later._left) == 2 * 7 + 1
     assert [sum(held.values())] == planned
+
+
+def test_a_program_is_turned_into_that_of_a_stage_that_holds_more(graph, machine):
+    """What is stated for four micro-batches in flight, of which some wait, is what the program of one becomes."""
+    costs = CostModel(replace(machine, host=Host(1e12, 1e9, 1e9, 1e9)), TWO)
+    moments = (3, 2), (1, 4)
+    one, four = (build_problem(graph, costs, Recomputing(), 3, in_flight=count, host=1e9) for count in (1, 4))
+    program = Program(one)
+    before, waits = program.statement.scaled(1.0, ()), replace(four, waiting=moments)
+    for found, wanted in ((program.holding(4), Program(four)), (program.holding(4, moments), Program(waits))):
+        assert (found.problem.in_flight, found.problem.waiting) == (4, wanted.problem.waiting)
+        assert len(found.statement.rows) == len(wanted.statement.rows)
+        for account in Account:
+            charges = [
+                sorted((one.key, one.amount) for one in each.statement.accounts[account]) for each in (found, wanted)
+            ]
+            assert [key for key, _ in charges[0]] == [key for key, _ in charges[1]]
+            assert [amount for _, amount in charges[0]] == pytest.approx([amount for _, amount in charges[1]])
+        most = least_bytes(wanted)
+        for memory in (1.05 * most, 2 * most):
+            ours, theirs = (relaxed([each], memory) for each in (found, wanted))
+            assert ours[0].seconds == pytest.approx(theirs[0].seconds, rel=1e-6)
+    assert program.statement == before, "the program of one is as it was"
+    assert program.holding(1) is program
