@@ -120,7 +120,7 @@ def find_pipeline(
     if best is not None:
         search.findings.add(time.process_time(), best.step_seconds)
     free = replace(alone, memory=inf, estimated={}, layouts={})
-    sparing = planner(host=host, sparing=True, groups=True)
+    sparing = planner(host=host, sparing=True, groups=True, known=alone.known)
     for optional, on in _rounds([one for one in schedules if one is not None], meshes[0], hardware):
         if wanted.plain is optional:
             continue

@@ -27,6 +27,7 @@ from nnscaler.pipeline.simulate import StageSeconds, simulate
 from nnscaler.placement import REPLICATE, SHARED, Placements, local_shape
 from nnscaler.plan import GIB, Key, Plan
 from nnscaler.planner import NothingFits, find_plan
+from nnscaler.planner.bodies import Bodies
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.options import divides
 from nnscaler.planner.problem import build_problem
@@ -109,6 +110,7 @@ class StagePlanner:
     host       bytes a device of the host's memory that the stages of a rank may use together
     sparing    whether what else saves memory at a price is tried; see `build_problem`
     groups     whether they may compute groups of layers again together
+    known      what is known of blocks
     layouts    mesh -> the layout of what crosses, once it has been chosen
     cuts       counts of pivots -> the stages' graphs
     stages     candidate -> its stages
@@ -129,6 +131,7 @@ class StagePlanner:
     sparing: bool = False
     groups: bool = False
     sums: GradientSum = IN_FP32
+    known: Bodies = field(default_factory=dict)
     layouts: dict[PipelineMesh, Placements] = field(default_factory=dict)
     cuts: dict[tuple[int, ...], list[StageGraph]] = field(default_factory=dict)
     stages: dict[Candidate, list[_Stage]] = field(default_factory=dict)
@@ -259,7 +262,7 @@ class StagePlanner:
             again = recomputing(graph, self._recomputed(graph))
             problem = build_problem(
                 graph, costs, again, stage.count, stage.layouts, host=self.host, sparing=self.sparing,
-                groups=self.groups,
+                groups=self.groups, known=self.known,
             )  # fmt: skip
             self.programs[stage.like] = Program(problem)
         return self.programs[stage.like]

@@ -19,12 +19,13 @@ from nnscaler.later import factors
 from nnscaler.mesh import Mesh
 from nnscaler.pieces import Stretch, stretches, with_registered
 from nnscaler.placement import REPLICATE, SHARED, Placements, Shard, shards
+from nnscaler.planner.bodies import Bodies, body_of
 from nnscaler.planner.costs import CostModel, Seconds, in_fp32, master_bytes
-from nnscaler.planner.options import CannotBePinned, Option, is_alias, layouts_of, unit_options
+from nnscaler.planner.options import CannotBePinned, Option, is_alias, layouts_of
 from nnscaler.recompute import IN_GROUPS, KEEPS_ALL, ON_DEVICE, RECOMPUTES_ALL, SAME_ON_HOST, Level, recomputes
 from nnscaler.sizes import PREFETCH_BYTES
 from nnscaler.sums import IN_FP32
-from nnscaler.units import Unit, divide, is_elementwise, needed_by, pure
+from nnscaler.units import Unit, is_elementwise, needed_by, pure
 
 Port = tuple[int, int]  # (index of a decision, which of its inputs or outputs)
 
@@ -221,6 +222,7 @@ def build_problem(
     host: float = 0.0,
     sparing: bool = True,
     groups: bool = True,
+    known: Bodies | None = None,
 ) -> Problem:
     """States the planning problem of a graph.
 
@@ -232,6 +234,7 @@ def build_problem(
     sparing        whether what saves memory at a price may be done: stretches of units computed in pieces, and weights
                    stored as their master weights alone
     groups         whether groups of calls may be computed again together, and pieces resharded
+    known          what is known of blocks: see `body_of`
     """
     trained = [meta for meta in graph.parameters.values() if meta.requires_grad]
     elements = sum(meta.numel for meta in trained)
@@ -244,7 +247,9 @@ def build_problem(
         problem.gradients = costs.gradient_memory(trained, micro_batches)
         problem.slots = costs.slots_memory(trained, micro_batches)
     problem.gathered_early = min(PREFETCH_BYTES, sum(meta.nbytes for meta in trained))
-    builder = _Builder(graph, problem, recomputing, layouts or {}, sparing, groups and recomputing.free)
+    builder = _Builder(
+        graph, problem, recomputing, layouts or {}, sparing, groups and recomputing.free, {} if known is None else known
+    )
     builder.decide_parameters()
     for block in [*graph.blocks.values(), graph.root]:
         body = _Body(builder, block)
@@ -264,6 +269,7 @@ class _Builder:
     layouts: Mapping[str, Placements]
     sparing: bool
     groups: bool
+    known: Bodies
     interface: dict[tuple[str, str, int], int] = field(default_factory=dict)  # (block, side, index) -> decision
 
     @property
@@ -349,14 +355,8 @@ class _Body:
         self.problem = builder.problem
         self.is_root = block is builder.graph.root
         self.count = builder.graph.count(block)
-        self.units = divide(block)
-        self.options = {
-            index: tuple(unit_options(unit, block, builder.problem.costs))
-            for index, unit in enumerate(self.units)
-            if unit.kind != "call"
-        }
-        for index, options in self.options.items():
-            self.units[index].rounds = any(option.rounded for option in options)
+        body = body_of(block, builder.problem.costs, builder.known)
+        self.units, self.options = body.units, body.options
         self.chains = [chain for chain in chains(builder.graph) if chain[0].block == block.name and len(chain) > 1]
         self.levels = (KEEPS_ALL,) if self.is_root else builder.recomputing.levels(block)
         if builder.groups and len({handed_on(chain) for chain in self.chains}) == 1:
@@ -364,10 +364,9 @@ class _Body:
             self.levels += tuple(level for level in IN_GROUPS if level.size <= longest)
         if self.problem.host and not self.is_root:
             self.levels += tuple(SAME_ON_HOST[level] for level in self.levels if level in SAME_ON_HOST)
-        fused = builder.problem.costs.fused
-        self.kept_at = {level: level.keeps(self.units, block, fused) for level in self.levels}
+        self.kept_at = {level: body.keeps(level) for level in self.levels}
         self.problem.calls[block.name], self.problem.levels[block.name] = self.count, self.levels
-        everything = KEEPS_ALL.keeps(self.units, block, fused)
+        everything = body.keeps(KEEPS_ALL)
         uses = everything.as_used | everything.as_resharded
         self.needed = everything.as_made | {name for _, name in uses}
         read = [(place, name) for place, unit in enumerate(self.units) for name in needed_by(unit, block)]

@@ -263,7 +263,7 @@ def test_a_stage_is_stated_with_all_that_may_be_used(monkeypatch):
     one._program(replace(this, held=2))
     ((given, named),) = asked
     assert given == (graph, CostModel(machine, this.mesh, True, times, sums), Recomputing(), 4, this.layouts)
-    assert named == {"host": 9.0, "sparing": True, "groups": True}
+    assert named == {"host": 9.0, "sparing": True, "groups": True, "known": one.known}
 
 
 def test_no_step_is_faster_than_the_busiest_rank_works(monkeypatch):

@@ -271,10 +271,10 @@ def test_what_is_asked_of_a_search_reaches_the_problem(graph, machine, monkeypat
     stated.clear()
     assert search.least_step(graph, mesh, machine, **given) == 2.0 * 5
     assert stated == [(graph, costs, again, 5, None, 1, 7.0, True, False)]
-    assert asked == [([problem], 0.9 * machine.memory)]
+    assert asked == [([SimpleNamespace(problem=problem)], 0.9 * machine.memory)]
     search.least_step(graph, mesh, machine, memory=3.0)
     assert stated[-1] == (graph, CostModel(machine, mesh), search.recomputing(graph, None), 1, None, 1, 0.0, True, True)
-    assert asked[-1] == ([problem], 3.0)
+    assert asked[-1] == ([SimpleNamespace(problem=problem)], 3.0)
     monkeypatch.setattr(search, "relaxed", lambda *given: None)
     monkeypatch.setattr(search, "least_bytes", lambda program: 11.0)
     with pytest.raises(search.NothingFits, match=r"no plan fits: over 3\.0 GiB a device are needed") as refused:
