@@ -8,7 +8,8 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, replace
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -253,7 +254,7 @@ def _read(path: Path) -> Hardware:
     try:
         fields: dict[str, Any] = json.loads(path.read_text())
         fields["intra"], fields["inter"] = Link(**fields["intra"]), Link(**fields["inter"])
-        fields["host"] = Host(**fields["host"]) if fields.get("host") else None
+        fields["host"] = _host_of(fields["host"]) if fields.get("host") else None
         for times in {"profile", "measured"} & set(fields):
             fields[times] = CommunicationTimes.from_json(fields[times])
         hardware = Hardware(**fields)
@@ -261,6 +262,16 @@ def _read(path: Path) -> Hardware:
         return hardware
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"hardware file '{path}' does not describe a machine ({error}); see {_SPECS}") from error
+
+
+def _host_of(given: Any) -> Host:
+    """The host that a file describes. Raises ValueError where it is none, or fields are missing or unknown."""
+    wanted = {one.name: one.default is MISSING for one in dataclass_fields(Host)}
+    if not isinstance(given, dict) or not given.keys() <= wanted.keys():
+        raise ValueError(f"host is {given}; it must have the fields {', '.join(wanted)}")
+    if missing := [name for name, needed in wanted.items() if needed and name not in given]:
+        raise ValueError(f"host has no {' and no '.join(missing)}")
+    return Host(**given)
 
 
 def _host(hardware: Hardware) -> dict[str, float]:
@@ -291,7 +302,13 @@ def _check(hardware: Hardware) -> None:
     }
     for allowed, figures in (("more than 0", more_than_0), ("at least 0", least_0)):
         for name, figure in figures.items():
+            if not isinstance(figure, (int, float)):
+                raise ValueError(f"{name} is {figure!r}; it must be a number, {allowed}")
             if not 0 <= figure < math.inf or (figure == 0 and figures is more_than_0):
                 raise ValueError(f"{name} is {figure}; it must be {allowed}")
+    losses = {"interference": hardware.interference, "interference of host": _host(hardware).get("interference", 0.0)}
+    for name, loss in losses.items():
+        if loss > 1:
+            raise ValueError(f"{name} is {loss}; it must be at most 1: of a second, no more than a second is lost")
     if hardware.devices_per_node != int(hardware.devices_per_node):
         raise ValueError(f"devices_per_node is {hardware.devices_per_node}; it must be a whole number")

@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -315,6 +316,25 @@ def test_every_figure_of_a_file_is_checked_and_named(tmp_path, at, label, zero):
             continue
         with pytest.raises(UserError, match=rf"{label} is {value}; it must be {'at least' if zero else 'more than'} 0"):
             load_hardware(str(path))
+
+
+LINK = {"memory": 1, "to_host": 1, "to_device": 1, "both_ways": 1}
+
+
+@pytest.mark.parametrize(("wrong", "said"), [
+    ({"memory": "much"}, "memory is 'much'; it must be a number, more than 0"),
+    ({"launch": None}, "launch is None; it must be a number, at least 0"),
+    ({"interference": 1.5}, "interference is 1.5; it must be at most 1"),
+    ({"host": [1]}, "host is [1]; it must have the fields memory, to_host, to_device, both_ways, interference"),
+    ({"host": {**LINK, "speed": 1}}, "it must have the fields memory, to_host, to_device, both_ways, interference"),
+    ({"host": {"memory": 1, "to_host": 1}}, "host has no to_device and no both_ways"),
+    ({"host": {**LINK, "interference": 2}}, "interference of host is 2; it must be at most 1"),
+])  # fmt: skip
+def test_what_is_wrong_with_a_file_is_said_with_what_is_allowed(tmp_path, wrong, said):
+    fields = json.loads((spec._SPECS / "cpu.json").read_text())
+    (tmp_path / "mine.json").write_text(json.dumps({**fields, **wrong}))
+    with pytest.raises(UserError, match=re.escape(said)):
+        load_hardware(str(tmp_path / "mine.json"))
 
 
 def test_a_type_or_an_operator_without_a_figure_has_that_of_another():
