@@ -244,17 +244,18 @@ class _Search:
             self.findings.add(time.process_time(), plan.step_seconds)
 
     def gaining(self, on: Sequence[_On], free: StagePlanner) -> list[_On]:
-        """Those which could be worth what spares memory at a price, or what is tried only where time is left. `free`:
-        has all memory it wants"""
-        return [one for one in on if self._may_gain(one, free)]
-
-    def _may_gain(self, on: _On, free: StagePlanner) -> bool:
+        """Those which could be worth what spares memory at a price, or what is tried only where time is left; those
+        first that promise most. `free`: has all memory it wants"""
         if self._to_beat() == inf:
-            return True
-        if self.is_over():
-            return False
-        found = _estimated(free, on, max(_ways(on.schedule)))
-        return found is not None and found.step_seconds < self._to_beat() * (1 - SPARING)
+            return list(on)
+        promised = [(self._promised(one, free), one) for one in on]
+        wanted = [pair for pair in promised if pair[0] < self._to_beat() * (1 - SPARING)]
+        return [one for _, one in sorted(wanted, key=lambda pair: pair[0])]
+
+    def _promised(self, on: _On, free: StagePlanner) -> float:
+        """Seconds of a step, of what has all memory it wants; inf where time is out."""
+        found = None if self.is_over() else _estimated(free, on, max(_ways(on.schedule)))
+        return inf if found is None else found.step_seconds
 
     def _refuse(self, on: _On, error: UserError) -> None:
         self.refused = f"{on}: {error}"

@@ -50,6 +50,9 @@ def test_what_promises_most_is_tried_first_and_the_fastest_is_taken(monkeypatch)
     assert one.gaining(on[:1], "the planner") == []
     promised[2] = 6.0 * 0.9949
     assert one.gaining(on[:1], "the planner") == on[:1]
+    one.best.step_seconds, promised = 10.0, promised | {2: 9.0}
+    ranked = sorted(on, key=lambda each: promised[each.schedule.ranks])
+    assert one.gaining(on, "the planner") == ranked != on, "what promises most comes first"
     assert search._Search(None, "").gaining(on, "the planner") == on
 
 
