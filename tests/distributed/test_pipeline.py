@@ -190,6 +190,7 @@ def test_resuming_with_and_without_a_pipeline(pipeline, folder, reference, tmp_p
     run(2, train, pipeline, folder, first, 2, init=False)
     run(1, train, alone, folder, there, 4, resume_copy(last(first), folder, there), init=False)
     assert losses_of(folder, there) == pytest.approx(losses[2:4], rel=TOLERANCE)
+    shutil.copytree(folder / "code" / first, folder / "code" / back)  # else it is searched for again
     run(2, train, pipeline, folder, back, 6, resume_copy(last(there), folder, back), init=False)
     assert losses_of(folder, back) == pytest.approx(losses[4:6], rel=TOLERANCE)
     merge_to_file(Checkpoint.open(last(first)), tmp_path / "merged.ckpt")
