@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 from collections.abc import Callable
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 
 import pytest
@@ -84,6 +84,27 @@ def test_groups_may_be_as_large_as_a_stack(count, sizes, machine):
     found = build_problem(graph, CostModel(load_hardware(machine), Mesh((1,))), Recomputing(), 1, groups=True)
     (block,) = graph.blocks
     assert {level.size for level in found.levels[block]} == sizes
+
+
+def test_layers_are_grouped_only_where_each_takes_what_the_one_before_gives_as_it_lies(machine):
+    one = Source(lambda: Layers(4), {"x": torch.empty(2, 4, device="meta")}, torch.float32)
+    model, buffers = one.build()
+    graph = trace(model, one.inputs, buffers)
+    problem = build_problem(graph, CostModel(load_hardware(machine), Mesh((2,))), Recomputing(), 1, groups=True)
+    (stack,) = problem.stacks
+    given, taken = (problem.decisions[index].options for index in (stack.given, stack.taken))
+    (pairs,) = (level for level in problem.levels[stack.block] if level.size == 2 and level.of_each is KEEPS_ALL)
+    priced = 0
+    for level in (KEEPS_ALL, pairs):
+        levels = {block: {KEEPS_ALL: calls} for block, calls in problem.calls.items()} | {stack.block: {level: 4}}
+        for first, last in product(range(len(given)), range(len(taken))):
+            chosen = [0] * len(problem.decisions)
+            chosen[stack.given], chosen[stack.taken] = first, last
+            alike = given[first].outputs[0] == taken[last].outputs[0]
+            found = price(Program(problem), Solution(chosen, levels))
+            assert found is None or alike or level is KEEPS_ALL
+            priced += found is not None and not alike
+    assert priced, "one by one they may be"
 
 
 class Products(TorchDispatchMode):
