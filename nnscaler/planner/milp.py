@@ -128,6 +128,10 @@ class MixedIntegerProgram:
 
         solver.cbMipInterrupt.subscribe(hear)
         solver.run()
+        infeasible = solver.getModelStatus() == highspy.HighsModelStatus.kInfeasible
+        if infeasible:  # which HiGHS's presolve (1.15) says of some programs that have solutions
+            solver.setOptionValue("presolve", "off")
+            solver.run()
         status, found = solver.getModelStatus(), solver.getInfo()
         if status == highspy.HighsModelStatus.kInfeasible:
             return None
@@ -136,6 +140,8 @@ class MixedIntegerProgram:
         assert optimal or stopped, f"HiGHS ended with {solver.modelStatusToString(status)}"
         feasible = found.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
         values = np.array(solver.getSolution().col_value) if optimal or feasible else None
+        if infeasible and values is None:  # time was out before it was said again
+            return None
         if values is not None:
             values = values * [self.scale[quantity] for quantity in self.quantities]
         whole = any(self.integer) and not relaxed
