@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import accuracy, divisions
 from benchmarks.measure import RESULTS, ROOT
 from benchmarks.tables import compared, read, rst_table, title
+from nnscaler.counting import counted
 
 README, TABLES = ROOT / "README.rst", ROOT / "benchmarks" / "README.rst"
 DOCUMENT = "The document reports 1,594 tokens/s/GPU, 40.96 % MFU, for 8B at 131,072 tokens on 8 H100"
@@ -26,7 +27,7 @@ DOCUMENT = "The document reports 1,594 tokens/s/GPU, 40.96 % MFU, for 8B at 131,
 def trainings() -> list[dict[str, Any]]:
     """What was measured, whole models first, then by length."""
     found = [read(f"train/{path.name}") for path in (RESULTS / "train").glob("*.json")]
-    return sorted(found, key=lambda one: (not whole(one), -one["sequence_length"], one["name"]))
+    return sorted(found, key=lambda one: (not whole(one), -one["sequence_length"], -one["tokens_per_second_per_gpu"]))
 
 
 def whole(one: dict[str, Any]) -> bool:
@@ -68,9 +69,10 @@ def headline() -> str:
         f"devices takes {large} s."
     )
     killing = (
-        f"{crash['kills']} training runs were killed at random moments. All of them resumed, no complete checkpoint "
-        f"was lost, and no incomplete one was ever loaded. {rivals['kills']} more kills hit two jobs that share one "
-        "folder: neither ever continued the other's work."
+        f"A training run was killed at {crash['kills']} random moments. Each time that it reached a step before the "
+        f"next kill ({crash['resumed from the newest checkpoint']} times), it had gone on from its newest checkpoint; "
+        f"no complete one was lost, and no incomplete one was ever loaded. {rivals['kills']} more kills hit two jobs "
+        "that share one folder: neither ever continued the other's work."
     )
     points = [*accuracy.in_short(), *divisions.in_short(), compiling, killing]
     head = ["work", "tokens/s/GPU", "MFU causal / document", "torchtitan, tokens/s/GPU"]
@@ -128,9 +130,9 @@ def describe(one: dict[str, Any]) -> str:
     layers_text = f"{layers[1]} layers of " if layers and not whole(one) else ""
     limit = f", {one['device_memory_gib']} GiB used of each" if "device_memory_gib" in one else ""
     limit += ", in fp8" if one["name"].endswith("-fp8") else ""
-    return (
-        f"{layers_text}Llama-3 8B, {one['sequence_length']:,} tokens on {one['device'].replace('NVIDIA ', '')}{limit}"
-    )
+    sequences = counted(one["sequences_per_step"], "sequence")
+    device = one["device"].replace("NVIDIA ", "")
+    return f"{layers_text}Llama-3 8B, {one['sequence_length']:,} tokens, {sequences} a step, on {device}{limit}"
 
 
 def performance() -> str:
