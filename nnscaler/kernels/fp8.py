@@ -110,7 +110,7 @@ def product(
     fast  whether sums may be kept in less than fp32 for some steps, as is good enough for forward
     """
     aligned = all(size % ALIGNED == 0 for size in (*left.shape, len(right)))
-    if not left.is_cuda or (aligned and _gpu_multiplies()):
+    if (aligned and _gpu_multiplies()) if left.is_cuda else _cpu_multiplies():
         return torch._scaled_mm(
             left, right.t(), scale_a=left_scale, scale_b=right_scale, out_dtype=dtype, use_fast_accum=fast
         )
@@ -120,6 +120,23 @@ def product(
 @torch.compiler.assume_constant_result
 def _gpu_multiplies() -> bool:
     return _knows_fp8()
+
+
+@torch.compiler.assume_constant_result
+def _cpu_multiplies() -> bool:
+    return _cpu_knows_fp8()
+
+
+@functools.cache
+def _cpu_knows_fp8() -> bool:
+    """Whether this process's CPU has products in fp8: oneDNN may lack them where it is told to use less of the CPU
+    than torch sees (ONEDNN_MAX_CPU_ISA)."""
+    one, scale = torch.zeros(ALIGNED, ALIGNED, dtype=E4M3), torch.ones(())
+    try:
+        torch._scaled_mm(one, one.t(), scale_a=scale, scale_b=scale, out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
 
 
 @functools.cache

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 
+from nnscaler import planning
 from nnscaler.command import run
 from nnscaler.compiler import ComputeConfig, Source, compile_model
 from nnscaler.errors import UserError
@@ -322,7 +323,8 @@ def test_what_would_help_is_what_planning_so_finds(compiled):
     assert not any("speed" in one for one in read_plan(compiled / "b")["advice"]), "planned again only when asked"
 
 
-def test_where_nothing_fits_the_changes_that_are_named_fit(compiled, tmp_path):
+def test_where_nothing_fits_the_changes_that_are_named_fit(compiled, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "TRYING_SECONDS", 1e9)  # a slow machine tries as many
     hardware = str(compiled / "hardware.json")
     limit = 0.3 * read_plan(compiled / "a")["predicted"]["memory_bytes"] / 2**30
     wanted = {"gpu_mem_constraint": limit, "search_seconds": 1.0}  # what fits, fits from the first
