@@ -25,7 +25,7 @@ DOCUMENT = "The document reports 1,594 tokens/s/GPU, 40.96 % MFU, for 8B at 131,
 
 
 def trainings() -> list[dict[str, Any]]:
-    """What was measured, whole models first, then by length."""
+    """What was measured, whole models first, then by length, then by speed."""
     found = [read(f"train/{path.name}") for path in (RESULTS / "train").glob("*.json")]
     return sorted(found, key=lambda one: (not whole(one), -one["sequence_length"], -one["tokens_per_second_per_gpu"]))
 

@@ -110,7 +110,8 @@ def product(
     fast  whether sums may be kept in less than fp32 for some steps, as is good enough for forward
     """
     aligned = all(size % ALIGNED == 0 for size in (*left.shape, len(right)))
-    if (aligned and _gpu_multiplies()) if left.is_cuda else _cpu_multiplies():
+    known = aligned and _gpu_multiplies() if left.is_cuda else _cpu_multiplies()
+    if known:
         return torch._scaled_mm(
             left, right.t(), scale_a=left_scale, scale_b=right_scale, out_dtype=dtype, use_fast_accum=fast
         )
@@ -129,8 +130,8 @@ def _cpu_multiplies() -> bool:
 
 @functools.cache
 def _cpu_knows_fp8() -> bool:
-    """Whether this process's CPU has products in fp8: oneDNN may lack them where it is told to use less of the CPU
-    than torch sees (ONEDNN_MAX_CPU_ISA)."""
+    """Whether oneDNN has products in fp8 for this process's CPU; in a run that was limited to AVX2 it had none.
+    Where it has none, the same numbers are multiplied in fp32."""
     one, scale = torch.zeros(ALIGNED, ALIGNED, dtype=E4M3), torch.ones(())
     try:
         torch._scaled_mm(one, one.t(), scale_a=scale, scale_b=scale, out_dtype=torch.bfloat16)

@@ -145,3 +145,18 @@ def test_which_gpus_have_products_in_fp8(capability, hip, knows, monkeypatch, ca
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     assert fp8._knows_fp8.__wrapped__() is knows
     assert ("Some GPU has no products in fp8" in caplog.text) is not knows
+
+
+def test_a_cpu_without_products_in_fp8_multiplies_the_same_numbers_in_fp32(monkeypatch):
+    def refuse(*given, **named):
+        raise RuntimeError("could not create a primitive descriptor for the matmul primitive")
+
+    monkeypatch.setattr(torch, "_scaled_mm", refuse)
+    assert fp8._cpu_knows_fp8.__wrapped__() is False
+    monkeypatch.setattr(fp8, "_cpu_knows_fp8", lambda: False)
+    x, w, _ = (one.detach() for one in inputs(17, 40))
+    scales = fp8.scale_of(x), fp8.scale_of(w)
+    found = fp8.product(*(fp8.round_by(one, scale) for one, scale in zip((x, w), scales)), *scales, torch.bfloat16)
+    wanted = as_e4m3(x) @ as_e4m3(w).t()
+    assert found.dtype == torch.bfloat16
+    assert float((found.double() - wanted).norm() / wanted.norm()) < 3e-3
