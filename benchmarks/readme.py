@@ -166,7 +166,9 @@ def performance() -> str:
         [
             title("Training steps"),
             f"{DOCUMENT}. That is the document's own figure; it was not measured here.",
-            "These are whole training steps by ``benchmarks/train_llama.py``, with the plan that the planner found:",
+            "These are whole training steps by ``benchmarks/train_llama.py``, with the plan that the planner found.\n"
+            "The memory measured is the most that PyTorch had given out at a time; that of rows whose file in\n"
+            "``benchmarks/results/train`` has no ``peak_memory_of_steps_gib`` leaves out the first step:",
             rst_table(head, rows),
             *profiles(),
             beside_others(),

@@ -6,9 +6,9 @@
     torchrun --nproc_per_node=2 benchmarks/train_llama.py --sequence_length 8192 --global_batch_size 64
 
 Everything of a training step is in it: data loading, gradient exchange, clipping and the optimizer. The result is the
-median of the steps after the first two, beside what the plan predicted. With --documents, rows hold documents that are
-kept apart: all of one length; or of lengths by Zipf's law (documents of twice a length or more are half as frequent),
-8,192 tokens on average. They are laid end to end, and cut at the ends of rows.
+median of the steps after the first two, and the most memory of all steps, beside what the plan predicted. With
+--documents, rows hold documents that are kept apart: all of one length; or of lengths by Zipf's law (documents of twice
+a length or more are half as frequent), 8,192 tokens on average. They are laid end to end, and cut at the ends of rows.
 """
 
 from __future__ import annotations
@@ -200,7 +200,8 @@ def report(
         counted = metrics[LEAST + 1 :]
     seconds = statistics.median(entry["seconds_per_step"] for entry in counted)
     memory = predicted["memory_bytes"] / 2**30
-    peak = max(entry.get("peak_memory_gib", 0.0) for entry in metrics[1:] or metrics)  # the first step compiles
+    peaks = [entry.get("peak_memory_gib", 0.0) for entry in metrics]  # the first: of all that was before it, too
+    peak = max(peaks)
     hardware = compute.find_hardware()
     rate = hardware.flops["bfloat16"] * world
     tokens, micro_batches = (
@@ -233,6 +234,7 @@ def report(
         "seconds_by_category": predicted.get("seconds_by_category", {}),
         "gib_by_category": {what: size / 2**30 for what, size in predicted.get("bytes_by_category", {}).items()},
         "steps": [entry["seconds_per_step"] for entry in metrics],
+        "peak_memory_of_steps_gib": peaks,
         "loss": [entry["loss"] for entry in metrics],
     }
     if options.note:
@@ -246,7 +248,7 @@ def report(
     write(options.output / f"{name}.json", result)
     rows = [
         ["seconds a step", seconds, predicted["step_seconds"], predicted["step_seconds"] / seconds],
-        ["peak memory, GiB", peak, memory, memory / peak if peak else 0.0],
+        ["peak memory of all steps, GiB", peak, memory, memory / peak if peak else 0.0],
     ]
     mfu = f"causal MFU {result['mfu_causal']:.1%}, the document's {result['mfu']:.1%}"
     print(f"{name}: {tokens / seconds:.0f} tokens/s/GPU, {mfu}")
