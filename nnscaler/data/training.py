@@ -135,18 +135,30 @@ class Batches:
         self._ignored, self._device, self._documents = ignored, device, documents
 
     def after(self, consumed: int) -> Iterator[Batch]:
-        """The micro-batches of the steps after `consumed` samples, on the device, without end. While one is computed
-        with, the next is read, also from one step to the next."""
+        """The micro-batches of the steps after `consumed` samples, on the device, without end.
+
+        While one is computed with, the next is on the device already and the one after it is read, also from one step
+        to the next: copies to a GPU run in turn, and one that is asked for after an update waits for all that the
+        update brings from the host.
+        """
         wanted = self._numbers(consumed)
         with ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(self._read, next(wanted))
+            here: Batch | None = None
             while True:
                 batch = ahead.result()
                 ahead = reader.submit(self._read, next(wanted))
-                inputs = {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.inputs.items()}
-                if self._documents:
-                    Documents(inputs[DOCUMENTS]).note(batch.inputs[DOCUMENTS])
-                yield batch._replace(inputs=inputs)
+                coming = self._sent(batch)
+                if here is not None:
+                    yield here
+                here = coming
+
+    def _sent(self, batch: Batch) -> Batch:
+        """The batch on the device."""
+        inputs = {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.inputs.items()}
+        if self._documents:
+            Documents(inputs[DOCUMENTS]).note(batch.inputs[DOCUMENTS])
+        return batch._replace(inputs=inputs)
 
     def _numbers(self, consumed: int) -> Iterator[range]:
         for begin in count(consumed, self._share.step_samples):

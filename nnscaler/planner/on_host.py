@@ -26,8 +26,9 @@ subject to    h <= P v;  h S / P + sum_d S_do x_do <= S                         
               O_bl >= c C, O_bl >= C - (1 - c) F, where C = (sum_f b_fs k_fsl n_f / N_b + sum_d i_do z_dol) / w, and F =
                    the time of forward of these calls: a call's copies run beside the next one; I_bl with r and
                    backward                                                                                    (hiding)
-              X >= c Y, X >= Y - (1 - c) sum_d n_d t_do x_do, where Y = (h S + h' G) / P / wr: the update of a bucket,
-                   and the copies for it, run beside the next forward until that needs its weights
+              X >= c Y, X >= Y + sum_bl (what b_fs k_fsl go out in - O_bl) - (1 - c) sum_d n_d t_do x_do, where
+                   Y = (h S + h' G) / P / wr: the update of a bucket, and the copies for it, run beside the next
+                   forward until that needs its weights; so does what that forward sends to the host itself
               Z >= c Y, Z >= Y - (1 - c) B, where Y = h' G / P / wr, and B = the time of all of backward; Z' likewise,
                    with Y + sum_bl (what b_fs k_fsl come back in - I_bl): what else comes back has the way first
               T v + T' v', and -(h S + h' G) / P on the device; D_bl is added in `nnscaler.planner.working`;
@@ -67,7 +68,7 @@ class OnHost:
             for level in counts
             if level.on_host
         }
-        self.fetched = self._copy()
+        self.sent, self.fetched = self._copy()
         self.on_its_way = {(block, level): self._on_its_way(block, level) for block, level in self.used}
         self.state, self.some_state = self._parts("state", self.problem.optimizer_state, self.problem.staging)
         self.gradients, self.some_gradients = self._parts(GRADIENTS, self.problem.gradients, self.problem.slots)
@@ -80,8 +81,9 @@ class OnHost:
         parts = {self.state: float(state), self.gradients: float(gradients)}
         return parts | {self.some_state: float(state > 0), self.some_gradients: float(gradients > 0)}
 
-    def _copy(self) -> Terms:
-        """The rows (hiding), for what calls keep. Returns the seconds of copies back that backward hides, as a sum."""
+    def _copy(self) -> tuple[Terms, Terms]:
+        """The rows (hiding), for what calls keep. Returns the seconds of copies to the host that forward hides, and of
+        those back that backward hides, each as a sum."""
         sent: dict[tuple[str, Level], tuple[Terms, Terms]] = {use: ([], []) for use in self.used}
         ways = ((Account.SENT, self.host.to_host), (Account.FETCHED, self.host.to_device))
         for block, name, level, calls, size in self._kept():
@@ -96,11 +98,11 @@ class OnHost:
                 forward, backward = computed[decision.block, level]
                 forward.append((z, option.seconds.forward))
                 backward.append((z, option.seconds.backward + again))
-        hidden: Terms = []
+        hidden: tuple[Terms, Terms] = ([], [])
         for use in self.used:
-            for side, copies, computing in zip(("forward", "backward"), sent[use], computed[use]):
+            for side, into, copies, computing in zip(("forward", "backward"), hidden, sent[use], computed[use]):
                 longer = self._longer(side, copies, computing, 1.0)
-                hidden += [*copies, (longer, -1.0)] if side == "backward" else []
+                into.extend([*copies, (longer, -1.0)])
         return hidden
 
     def _kept(self) -> Iterator[tuple[str, str, Level, int, float]]:
@@ -159,7 +161,7 @@ class OnHost:
         ):  # fmt: skip
             copies.append((parts, size / PARTS / self.host.both_ways))
             self.statement.charge(Account.SENT, Key("copies", "", what), parts, once * copies[-1][1])
-        self._longer("update", copies, self._computing("forward"), once)
+        self._longer("update", copies, self._computing("forward"), once, self.sent)
 
     def _accumulate(self) -> None:
         """The variables Z and Z', and the copies of gradients beside backward."""

@@ -197,3 +197,13 @@ def test_every_epoch_has_an_order_of_its_own():
     epochs = [[order.row(20 * epoch + place) for place in range(20)] for epoch in range(2)]
     assert [sorted(rows) for rows in epochs] == [list(range(20))] * 2
     assert epochs[0] != epochs[1]
+
+
+def test_a_batch_is_sent_before_the_one_before_it_is_trained_on(monkeypatch):
+    """A copy that is asked for after an update waits on a GPU for what the update brings from the host."""
+    sent, plain = [], Batches._sent
+    monkeypatch.setattr(Batches, "_sent", lambda self, batch: sent.append(batch) or plain(self, batch))
+    batches = batches_of(Shuffled(Rows.numbered(ROWS), SEED), LENGTH, Share(0, 1, 1, 2)).after(0)
+    for taken in range(3):
+        next(batches)
+        assert len(sent) == taken + 2

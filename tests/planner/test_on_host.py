@@ -131,6 +131,20 @@ def test_half_of_the_state(graph, machine):
 
 
 @pytest.mark.parametrize("here", [KEEPS_ALL, RECOMPUTES_ALL])
+def test_the_update_shares_the_link_with_what_the_next_forward_sends(graph, machine, here):
+    """Both go to the host beside one forward, which hides less of the update then; what it waits for itself once."""
+    forward = (CALLS + 1) * PRODUCT
+    kept = AWAY * TENSOR * (2 if here is KEEPS_ALL else 1)
+    for sent in (0.5 * forward, 3 * forward):
+        host = Host(1e12, kept / sent, 1e30, STATE / 2 / forward, LOST)
+        found = with_two_on_host(graph, machine, host, here)
+        waited = max(LOST * sent, sent - (1 - LOST) * AWAY * PRODUCT)
+        assert total(found.seconds, "copies", "forward") == pytest.approx(waited, rel=0.01)
+        longer = forward + sent - waited - (1 - LOST) * forward
+        assert total(found.seconds, "copies", "update") == pytest.approx(longer / MICRO_BATCHES, rel=0.01)
+
+
+@pytest.mark.parametrize("here", [KEEPS_ALL, RECOMPUTES_ALL])
 def test_half_of_the_gradients(graph, machine, here):
     """They go in each of two micro-batches, and come in the second, in which what two calls keep comes too."""
     forward, backward = (CALLS + 1) * PRODUCT, CALLS * PRODUCT * (2 if here is KEEPS_ALL else 3)
