@@ -22,7 +22,7 @@ from nnscaler.errors import UserError
 WIDTH, HEIGHT = 1000, 2340  # pixels
 PLAN = (
     "--run_mode compile --explain --name picture --model_id meta-llama/Meta-Llama-3-8B-Instruct "
-    "--set num_hidden_layers=4 --sequence_length 32768 --plan_ngpus 2 --hardware h100 --gpu_mem_constraint 22 "
+    "--set num_hidden_layers=4 --sequence_length 32768 --plan_ngpus 2 --hardware h100 --gpu_mem_constraint 24 "
     "--enable-chunk-loss"
 )
 # What each number stands before, in the order of README.rst: headings of the page as it is written.
