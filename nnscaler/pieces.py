@@ -26,7 +26,7 @@ from nnscaler.annotation import Bound, Split
 from nnscaler.graph import Block, Node
 from nnscaler.operators import bind, operator_of
 from nnscaler.placement import Placement, Replicate, Shard
-from nnscaler.units import Unit, divide, pure
+from nnscaler.units import Unit, divide, pure, regions_of
 
 MOST_WAYS = 64  # about so many are looked at for one stretch
 
@@ -63,10 +63,10 @@ class Stretch:
 def stretches(block: Block) -> list[Stretch]:
     """The stretches of a block, in the order in which they run."""
     units = divide(block)
-    places = _places(units)
+    regions = regions_of(units)
     found = []
-    for place in sorted(set(places)):
-        members = [index for index, unit in enumerate(units) if pure(unit) and places[index] == place]
+    for region in sorted(set(regions)):
+        members = [index for index, unit in enumerate(units) if pure(unit) and regions[index] == region]
         stretch = _stretch(block, units, members)
         if stretch is not None:
             found.append(stretch)
@@ -125,16 +125,6 @@ def _fits(node: Node, way: Split, known: Mapping[str, Placement]) -> bool:
     """Whether a way to divide a node agrees with how its tensors are known to be divided."""
     places = zip((*node.inputs, *node.outputs), (*way.inputs, *way.outputs))
     return all(known.get(name, place) == place for name, place in places)
-
-
-def _places(units: list[Unit]) -> list[int]:
-    """For each unit, the largest number of registered operators and calls on a way to it."""
-    made_by = {name: index for index, unit in enumerate(units) for name in unit.outputs}
-    places: list[int] = []
-    for unit in units:
-        producers = [made_by[name] for name in unit.inputs if name in made_by]
-        places.append(max((places[index] + (not pure(units[index])) for index in producers), default=0))
-    return places
 
 
 def _stretch(block: Block, units: list[Unit], members: list[int]) -> Stretch | None:

@@ -78,6 +78,17 @@ def pure(unit: Unit) -> bool:
     return unit.kind in ("product", "cheap")
 
 
+def regions_of(units: list[Unit]) -> list[int]:
+    """For each unit, the largest number of registered operators and calls on a way to it. Pure ones with the same
+    number are computed together, unless what one makes is resharded for another."""
+    made_by = {name: index for index, unit in enumerate(units) for name in unit.outputs}
+    regions: list[int] = []
+    for unit in units:
+        producers = [made_by[name] for name in unit.inputs if name in made_by]
+        regions.append(max((regions[index] + (not pure(units[index])) for index in producers), default=0))
+    return regions
+
+
 def is_elementwise(unit: Unit, block: Block) -> bool:
     """Whether each element that a unit makes depends on no others of a tensor than the one at its own place."""
     for node in unit.nodes:

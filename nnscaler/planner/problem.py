@@ -25,7 +25,7 @@ from nnscaler.planner.options import CannotBePinned, Option, is_alias, layouts_o
 from nnscaler.recompute import IN_GROUPS, KEEPS_ALL, ON_DEVICE, RECOMPUTES_ALL, SAME_ON_HOST, Level, recomputes
 from nnscaler.sizes import PREFETCH_BYTES
 from nnscaler.sums import IN_FP32
-from nnscaler.units import Unit, is_elementwise, needed_by, pure
+from nnscaler.units import Unit, is_elementwise, needed_by, pure, regions_of
 
 Port = tuple[int, int]  # (index of a decision, which of its inputs or outputs)
 
@@ -356,7 +356,7 @@ class _Body:
         self.is_root = block is builder.graph.root
         self.count = builder.graph.count(block)
         body = body_of(block, builder.problem.costs, builder.known)
-        self.units, self.options = body.units, body.options
+        self.units, self.options, self.regions = body.units, body.options, regions_of(body.units)
         self.chains = [chain for chain in chains(builder.graph) if chain[0].block == block.name and len(chain) > 1]
         self.levels = (KEEPS_ALL,) if self.is_root else builder.recomputing.levels(block)
         if builder.groups and len({handed_on(chain) for chain in self.chains}) == 1:
@@ -469,7 +469,7 @@ class _Body:
         found = factors(unit.main, self.block)
         decision = self.decisions[index] = self.builder.decide(Decision(
             "unit", self.block.name, unit.name, options, 0 if is_alias(unit) else self.count, runs_again, inner_kept_at,
-            place=index, region=sum(not pure(other) for other in self.units[:index]) if pure(unit) else None,
+            place=index, region=self.regions[index] if pure(unit) else None,
             fused=cheap, elementwise=cheap and is_elementwise(unit, self.block),
             reads=bool(needed_by(unit, self.block)), later=unit.inputs.index(found[0]) if found else None,
         ))  # fmt: skip

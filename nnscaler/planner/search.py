@@ -136,7 +136,7 @@ def find_plan(
 
 def may_save(gap: float) -> str:
     """What is said of a plan that may lose a part `gap` of its time to a better one."""
-    return "" if gap <= NEAR else f" (a faster one may save up to {100 * gap:.0f} %)"
+    return "" if gap <= NEAR else f" (a faster one may save up to {100 * gap:.2g} %)"
 
 
 def least_step(

@@ -145,6 +145,11 @@ def _alike(level: Level) -> Level:
     return level if level.size == 1 else level.of_each
 
 
+def _keeps_here(level: Level, flow: Flow) -> bool:
+    """Whether a level keeps a tensor on the device."""
+    return (level in flow.as_made or level in flow.as_used) and not level.on_host
+
+
 def _is_in(region: int | None, unit: Decision) -> bool:
     return unit.region == region
 
@@ -172,7 +177,7 @@ class _Body:
             self._again(level)
             for stretch, pieces in self.of_stretch.items():
                 if stretch.stretch.allows(level):
-                    self._again_in_pieces(stretch, pieces, level)
+                    self._again_in_pieces(pieces, level)
 
     def hold(self) -> None:
         """The rows of U and V. To be called as soon as the variables of all bodies are there."""
@@ -241,12 +246,11 @@ class _Body:
             freed = [one for one in self.held.freed(place, place) if self._is_freed(level, region, one[1])]
             self._above(level, self.deferred.when(place), [*terms, *self._freed(freed)], most)
 
-    def _again_in_pieces(self, stretch: InStretch, pieces: list[Piece], level: Level) -> None:
-        """The rows (pieces) of one stretch and level."""
-        region = self.units[stretch.stretch.decisions[0]].region
+    def _again_in_pieces(self, pieces: list[Piece], level: Level) -> None:
+        """The rows (pieces) of one stretch and level. What is made again there is a piece's, and free with that."""
         for piece in pieces:
             (waiting, most), free = waiting_and_freed(piece.of, self.held)
-            freed = self._freed([one for one in free if self._is_freed(level, region, one[1])])
+            freed = self._freed([one for one in free if _keeps_here(level, one[1])])
             held = [(piece.variable, 1.0), *waiting, *freed]
             self._above(level, When.IN_PIECES, held, piece.most + most)
 
@@ -271,7 +275,7 @@ class _Body:
         until the region's last work, gradients of weights.
         """
         if level in flow.as_made or level in flow.as_used:
-            return not level.on_host
+            return _keeps_here(level, flow)
         made_in = self.held.region(flow.producer[0])
         return made_in == region and not {use for use, _ in flow.consumers} & self.held.weighted
 

@@ -6,7 +6,8 @@ keep_all    everything that some operator's backward reads. Nothing is computed 
 keep_cut    everything that the backward of units of some kinds reads; for the rest, the least bytes from which cheap
             operators can compute it again. A fusing compiler such as `torch.compile` chooses in the same way.
 keep_from   the block's inputs; what the backward of units of some kinds reads; and, where there are such units, what
-            collectives bring to a unit. The rest is computed again.
+            collectives bring to a unit, and what goes from one region between them to another. The rest is computed
+            again.
 part_again  what another function keeps, except that some units are computed again from their inputs
 keep_group  of several calls, one after the other, the inputs of the first
 """
@@ -17,7 +18,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from nnscaler.graph import Block
-from nnscaler.units import Unit, needed_by
+from nnscaler.units import Unit, needed_by, pure, regions_of
 
 Use = tuple[int, str]  # (index of a unit, name of a tensor that it uses)
 
@@ -164,7 +165,8 @@ def _computed_again(wanted: set[str], kept: set[str], units: list[Unit]) -> tupl
 def keep_from(units: list[Unit], block: Block, as_used: Collection[str]) -> Keeping:
     """The block's inputs, and what the backward of units of the kinds `as_used` reads.
 
-    Where there are such units, what collectives bring to a unit is kept too. Otherwise backward communicates again.
+    Where there are such units, regions between them are computed again one by one: what another region or a collective
+    gives to one is kept too. Otherwise backward communicates again.
     """
     needed = _needed(units, block)
     inputs = set(block.inputs)
@@ -174,11 +176,20 @@ def keep_from(units: list[Unit], block: Block, as_used: Collection[str]) -> Keep
     made = {name for unit in units if unit.kind in as_used for name in unit.outputs}
     used = {(index, name) for index, name, is_input in needed if is_input and units[index].kind in as_used}
     kept = inputs | made
-    wanted = {name for index, name, _ in needed if (index, name) not in used}
-    recomputed, uses = _computed_again(wanted, kept, units)
+    regions = regions_of(units)
+    made_in = {name: regions[index] for index, unit in enumerate(units) if pure(unit) for name in unit.outputs}
+    again: set[int] = set()
+    uses: set[Use] = set()
+    needs: set[str] = set()  # of what is there anyway, and what other regions give
+    for region in set(regions):
+        given = kept | {name for name, where in made_in.items() if where != region}
+        wanted = {name for index, name, _ in needed if regions[index] == region and (index, name) not in used}
+        own, taken = _computed_again(wanted, given, units)
+        again |= own
+        uses |= taken
+        needs |= given & (wanted | {name for _, name in taken})
     resharded = {(index, name) for index, name, is_input in needed if is_input} | uses
-    kept &= wanted | {name for _, name in uses}
-    return Keeping(frozenset(kept), frozenset(used), frozenset(resharded - used), frozenset(recomputed))
+    return Keeping(frozenset(needs), frozenset(used), frozenset(resharded - used), frozenset(again))
 
 
 def keep_group(units: list[Unit], block: Block, size: int, inner: Keeping) -> Keeping:

@@ -257,6 +257,15 @@ def test_what_lies_on_the_host_by_hand(graph, machine):
     assert found.seconds[Key("copies", "", "backward")] == pytest.approx(2 * kept / 5e5 - backward)
 
 
+def test_what_is_computed_again_is_not_sent(graph, machine):
+    """Two layers keep their inputs alone there. What exp gives inside a layer is made again."""
+    host = Host(memory=1e12, to_host=1e8, to_device=5e7, both_ways=1e7)
+    levels = {SAME_ON_HOST[RECOMPUTES_ALL]: 2, KEEPS_ALL: 1}
+    found = priced(graph, replace(machine, host=host), levels, host=1e12)
+    assert (total(found.host, "saved"), total(found.host, "inside")) == (2 * X, 0)
+    assert sum(found.copies.values()) == pytest.approx(2 * X * (1 / 1e8 + 1 / 5e7))
+
+
 @pytest.mark.parametrize("result", [None, REPLICATE], ids=str)
 @pytest.mark.parametrize("size", [1, 2])
 def test_calls_of_a_group_take_what_the_one_before_makes_as_it_lies(graph, machine, result, size):

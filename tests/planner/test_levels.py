@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import functools
+import gc
+from collections.abc import Callable
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
-from nnscaler.compiler import Source
+from nnscaler import planner, planning
+from nnscaler.compiler import ComputeConfig, Source, compile_model
 from nnscaler.errors import UserError
 from nnscaler.graph import Call, Ref
+from nnscaler.hardware import load_hardware
+from nnscaler.mesh import Mesh
+from nnscaler.operators.attention import attention
+from nnscaler.planner.costs import CostModel
+from nnscaler.planner.price import price
+from nnscaler.planner.problem import Recomputing, build_problem
+from nnscaler.planner.program import Program, Solution
 from nnscaler.recompute import (
     KEEPS_ALL,
     KEEPS_PRODUCTS,
@@ -25,8 +37,10 @@ from nnscaler.recompute import (
     recomputes,
 )
 from nnscaler.recompute.keeping import Keeping, keep_all, keep_cut, keep_from, keep_group, part_again
+from nnscaler.runtime.module import ParallelModule
 from nnscaler.trace import trace
-from nnscaler.units import divide, needed_by
+from nnscaler.units import divide, needed_by, regions_of
+from tests import tiny
 from tests.test_units import block
 
 
@@ -211,6 +225,88 @@ def test_what_collectives_bring_to_what_is_computed_again_is_kept():
     assert found.recomputed == {1}
     assert found.as_made == {"o", "r"}
     assert found.as_resharded == {(1, "o"), (1, "r"), (2, "t"), (2, "w")}
+
+
+def test_what_one_region_gives_to_another_is_kept():
+    """Of o = attention(q, k, v), with a gate g = silu(p) that is computed before it, m = o * g, and a product of m:
+    what is before attention computes p again; what is after it has been given g."""
+    given = block(
+        ("linear", "q", "x w"),
+        ("linear", "p", "x w"),
+        ("attention", "o", "q k v"),
+        ("silu", "g", "p"),
+        ("mul", "m", "o g"),
+        ("linear", "y", "m w"),
+        outputs=("y",),
+        inputs=("x", "k", "v"),
+    )
+    units = divide(given)
+    assert [(unit.name, region) for unit, region in zip(units, regions_of(units))] == [
+        ("q", 0), ("p", 0), ("o", 0), ("g", 0), ("m", 1), ("y", 1),
+    ]  # fmt: skip
+    found = keep_from(units, given, ("registered",))
+    assert found.as_made == {"x", "o", "g"}
+    assert {units[index].name for index in found.recomputed} == {"p", "m"}
+
+
+class Crossing(nn.Module):
+    """Attention with a gate that is computed before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.gate, self.out = (nn.Linear(16, 16, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.query(x).unflatten(-1, (2, 8)).transpose(1, 2)
+        gate = torch.sigmoid(self.gate(x))
+        return self.out(attention(heads, heads, heads).flatten(2) * gate)
+
+
+class Stacked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Crossing() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x.sum()
+
+
+def held_after(run: Callable[[], Tensor]) -> int:
+    """Bytes that there are after `run` and were not there before, beside those of its result."""
+    gc.collect()  # else what others left may be freed meanwhile
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        result = run()
+    events = profiled.profiler.kineto_results.events()
+    return sum(event.nbytes() for event in events if event.name() == "[memory]") - result.nbytes
+
+
+def test_a_real_run_keeps_what_goes_from_one_region_to_another(tmp_path):
+    """Beyond what layers keep that are computed again as a whole."""
+    hardware, said, held = tiny.write_hardware(tmp_path), [], []
+    source = Source(Stacked, {"x": torch.zeros(1, 64, 16)}, torch.float32)
+    model, buffers = source.build()
+    graph, costs = trace(model, source.inputs, buffers), CostModel(load_hardware(hardware), Mesh((1,)))
+    problem = build_problem(graph, costs, Recomputing(), 1)
+    for level in (RECOMPUTES_ALL, RECOMPUTES_ALL_BUT_ATTENTION):
+        levels = {graph.root.name: {KEEPS_ALL: 1}, "crossing": {level: 3}}
+        found = price(Program(problem), Solution([0] * len(problem.decisions), levels))
+        assert found is not None
+        said.append(sum(size for key, size in found.memory.items() if key.category in ("saved", "inside")))
+
+        def find_plan(*args, level=level, **options):
+            plan = planner.find_plan(*args, **options)
+            plan.levels["crossing"] = {level: 3}
+            return plan
+
+        with patch.object(planning, "find_plan", find_plan):
+            compile_model(source, ComputeConfig(hardware=hardware), tmp_path / level.name)
+        module = ParallelModule(tmp_path / level.name, torch.device("cpu"))
+        module.load(lambda name, box: torch.full(box.sizes, 0.01))
+        held.append(held_after(functools.partial(module, **source.inputs)))
+    heads = gate = result = 64 * 16
+    assert held[1] - held[0] == said[1] - said[0] == 3 * 4 * (heads + gate + result + 2 * 64), "with sums of rows"
 
 
 def test_of_a_cluster_of_which_a_part_runs_again_only_what_that_reads_is_kept():

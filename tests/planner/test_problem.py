@@ -64,6 +64,10 @@ class TwiceThree(Model):
     scales = (0, 0, 0, 1, 1, 1)
 
 
+class TwiceFive(Model):
+    scales = (0,) * 5 + (1,) * 5
+
+
 def traced(kind: type[Model]) -> Graph:
     inputs = {"x": torch.zeros(4, 8)}
     model, buffers = Source(kind, inputs, torch.bfloat16).build()
@@ -274,6 +278,17 @@ def test_no_more_calls_are_in_groups_than_their_chains_have_places_for():
         levels = {"layer": {pair: together, KEEPS_ALL: 6 - together}, "model": {KEEPS_ALL: 1}}
         found.append(price(program, Solution(first_of_all(program), levels)) is not None)
     assert found == [True, True, False]
+
+
+def test_groups_of_all_sizes_together_have_no_more_places():
+    """Two chains of five have places for two fours, or for a four and two pairs: for eight calls, whatever they are."""
+    problem = stated(traced(TwiceFive), Mesh((1,)))
+    pair, four = (next(one for one in problem.levels["layer"] if one.size == size) for size in (2, 4))
+    program, found = Program(problem), []
+    for pairs, fours in ((8, 0), (0, 8), (4, 4), (2, 8), (6, 4)):
+        levels = {"layer": {pair: pairs, four: fours, KEEPS_ALL: 10 - pairs - fours}, "model": {KEEPS_ALL: 1}}
+        found.append(price(program, Solution(first_of_all(program), levels)) is not None)
+    assert found == [True, True, True, False, False]
 
 
 def test_a_level_that_some_call_has_counts_as_used(graph):

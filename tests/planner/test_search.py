@@ -127,6 +127,11 @@ def test_nothing_is_refused_that_time_left_open(monkeypatch):
     assert done.found is None
 
 
+def test_what_a_faster_plan_may_save_is_said_to_two_digits():
+    said = [search.may_save(gap) for gap in (0.002, 0.0034, 0.0456, 0.2)]
+    assert said == ["", *(f" (a faster one may save up to {percent} %)" for percent in ("0.34", "4.6", "20"))]
+
+
 def test_what_is_left_unsearched_is_not_proven(monkeypatch):
     """What saves memory at a price may save a 200th of the time that a search of the rest proved to be the least."""
     one = Search(monkeypatch, {1: (4.0, 80.0, 3.9999)}, {1: 3.981})
