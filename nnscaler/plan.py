@@ -22,11 +22,11 @@ class Key(NamedTuple):
     """What seconds or bytes are for.
 
     category  of seconds: "forward", "backward", "again" (recomputed in backward), "reshard", "reshard backward",
-              "reshard again" (resharded again in backward), "cast" and "cast again" (of master weights, to be
-              gathered), "update", "exchange" (communication that is not hidden), "copies" (to the host and back, not
-              hidden); of bytes: "parameter", "saved" (kept for backward), "inside" (kept of a unit's inner tensors),
-              "working" (held while an operator runs), "buffers" (of communication), "state" (of the optimizer, on the
-              host), "gradients" (on the host)
+              "reshard again" (resharded again in backward), "cast" and "cast again" (of weights, to be gathered in
+              another type), "update", "exchange" (communication that is not hidden), "copies" (to the host and back,
+              not hidden); of bytes: "parameter", "saved" (kept for backward), "inside" (kept of a unit's inner
+              tensors), "working" (held while an operator runs), "buffers" (of communication), "state" (of the
+              optimizer, on the host), "gradients" (on the host)
     block     the name of the block
     name      the name of a unit, tensor or parameter in the block
     detail    the recompute level; the layouts between which a tensor is resharded; or what of a parameter it is
@@ -70,6 +70,8 @@ class Plan:
     recomputed      block -> names of the nodes that the user wants recomputed
     pieces          (block, name of a stretch) -> in how many pieces it is computed; see `nnscaler.pieces`
     gathered_again  (block, tensor): weights that backward gathers again rather than keep
+    gathered_in_fp8  (block, tensor, layout): weights that are gathered in fp8 to this layout, in which only products in
+                    fp8 use them
     splits          whether it is a stage of a pipeline whose backward runs in two parts; see `nnscaler.runtime.later`
     micro_batches   how many a step has
     sums            how devices add up their gradients
@@ -100,6 +102,7 @@ class Plan:
     recomputed: dict[str, set[str]] = field(default_factory=dict)
     pieces: dict[tuple[str, str], int] = field(default_factory=dict)
     gathered_again: set[tuple[str, str]] = field(default_factory=set)
+    gathered_in_fp8: set[tuple[str, str, Placements]] = field(default_factory=set)
     splits: bool = False
     micro_batches: int = 1
     sums: GradientSum = IN_FP32
@@ -167,6 +170,7 @@ class Plan:
                     "recomputed": sorted(self.recomputed.get(block.name, ())),
                     "pieces": {name: count for (where, name), count in self.pieces.items() if where == block.name},
                     "gathered_again": sorted(name for where, name in self.gathered_again if where == block.name),
+                    "gathered_in_fp8": sorted({name for where, name, _ in self.gathered_in_fp8 if where == block.name}),
                     "nodes": {
                         node.name: self._node_json(block.name, node.name, node.op)
                         for node in block.nodes
@@ -177,6 +181,11 @@ class Plan:
             },
         }
 
+    @property
+    def _paths_in_fp8(self) -> set[str]:
+        uses = {(block, tensor) for block, tensor, _ in self.gathered_in_fp8}
+        return {path for block, tensor, path in self.graph.parameter_uses() if (block.name, tensor) in uses}
+
     def _parameter_json(self, name: str) -> dict[str, Any]:
         meta = self.graph.parameters[name]
         return {
@@ -186,6 +195,7 @@ class Plan:
             "layout": format_placements(self.parameters[name]),
             "exchanged_once": name in self.exchanged_once,
             "master_only": name in self.master_only,
+            "gathered_in_fp8": name in self._paths_in_fp8,
         }
 
     def _node_json(self, block: str, name: str, op: str) -> dict[str, Any]:

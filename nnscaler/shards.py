@@ -47,6 +47,7 @@ class ParameterSpec:
     exchanged_once  True: its gradient is summed whole over the micro-batches of a step, and exchanged after the last.
                     False: it is exchanged in each micro-batch, and a rank sums the part that it owns.
     master_only     only its master weight is stored, in fp32; it is cast to `dtype` when it is gathered
+    gathered_in_fp8  somewhere, it is gathered in fp8
     """
 
     shape: tuple[int, ...]
@@ -55,6 +56,7 @@ class ParameterSpec:
     trained: bool
     exchanged_once: bool = False
     master_only: bool = False
+    gathered_in_fp8: bool = False
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -65,7 +67,7 @@ class ParameterSpec:
     def from_json(fields: Mapping[str, Any]) -> ParameterSpec:
         """From the entry of a parameter in plan.json."""
         layout = parse_placements(fields["layout"])
-        ways = {way: fields[way] for way in ("trained", "exchanged_once", "master_only")}
+        ways = {way: fields[way] for way in ("trained", "exchanged_once", "master_only", "gathered_in_fp8")}
         return ParameterSpec(tuple(fields["shape"]), getattr(torch, fields["dtype"]), layout, **ways)
 
     def box(self, mesh: Mesh, place: tuple[int, ...]) -> Box:

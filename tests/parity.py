@@ -71,6 +71,7 @@ class Case:
     heads: int = 0  # in how many their attention is, likewise; among devices, heads are divided too, and else tokens
     master_only: bool = False  # whether weights that are gathered are stored as master weights alone, likewise
     precision: str = "fp32"
+    in_bf16: bool = False  # whether weights of products in fp8 are gathered in bf16, in place of what the planner chose
     compiled: bool = False  # whether regions are compiled, as on an accelerator
     hardware: str = "hardware.json"
     schedule: str | None = None  # of a pipeline, and how many stages it has
@@ -86,6 +87,7 @@ class Case:
         flags += ["compiled"] * self.compiled + [f"pieces{self.pieces}"] * bool(self.pieces)
         flags += [f"heads{self.heads}"] * bool(self.heads)
         flags += ["masters"] * self.master_only + [self.precision] * (self.precision != "fp32")
+        flags += ["in-bf16"] * self.in_bf16
         flags += [f"kv{self.key_value_heads}"] * (self.key_value_heads != 4)
         flags += ["".join(word[0] for word in level.split()) for level in self.levels]
         flags += [f"{self.schedule}{self.stages}"] if self.schedule else []
@@ -185,6 +187,8 @@ def planned(case: Case) -> Iterator[None]:
             plan.host[Key("gradients")] = 1e9
         if case.master_only:
             plan.master_only = gathered(plan)
+        if case.in_bf16:
+            plan.gathered_in_fp8.clear()
         return plan
 
     with (

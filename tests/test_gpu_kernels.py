@@ -1,10 +1,12 @@
 """The kernels for GPUs against what runs on the CPU."""
 
+import functools
+
 import pytest
 import torch
 
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
-from nnscaler.kernels import add_gradient, add_product, rounded_in_place, scale_gradient, softmax_loss
+from nnscaler.kernels import add_gradient, add_product, fp8, rounded_in_place, scale_gradient, softmax_loss
 from nnscaler.kernels.random import draws_of, dropout, kept, kept_at_once, numbers_of, place_of, together
 from nnscaler.operators.attention import attention
 from tests import tiny
@@ -129,3 +131,27 @@ def test_attention_drops_the_same_weights():
 
     for found, wanted in zip(run("cuda"), run("cpu")):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_shard_is_rounded_to_fp8_as_on_a_cpu(dtype):
+    shard = torch.randn(300, 70, dtype=dtype) * 3
+    scale = fp8.scale_of(shard)
+    found = fp8.rounded_alone(shard.cuda(), scale.cuda())
+    assert torch.equal(found.cpu().view(torch.uint8), fp8.rounded_alone(shard, scale).view(torch.uint8))
+
+
+def test_a_weight_that_comes_in_fp8_gives_the_same_in_a_compiled_region():
+    x, w, g = (torch.randn(*shape, dtype=torch.bfloat16, device="cuda") for shape in ((64, 128), (256, 128), (64, 256)))
+    scale = fp8.scale_of(w)
+    place = torch.zeros((), dtype=w.dtype, device="cuda").expand(w.shape).requires_grad_()
+    parts = (place, fp8.rounded_alone(w, scale), scale)
+
+    @functools.partial(torch.compile, dynamic=False, fullgraph=True)
+    def region(x, *weight):
+        return fp8.linear(fp8.rounded(x), fp8.Weight(*weight) if len(weight) > 1 else weight[0])
+
+    x, w = x.requires_grad_(), w.requires_grad_()
+    found, wanted = ([y := region(x, *some), *torch.autograd.grad(y, (x, some[0]), g)] for some in (parts, (w,)))
+    for one, other in zip(found, wanted):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)

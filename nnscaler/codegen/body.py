@@ -31,6 +31,7 @@ class Body:
     taken         names of variables that are in use
     functions     the lines of the regions' functions, as far as they are written
     rounded       expression of a tensor -> the variable with it in fp8
+    in_fp8        variable of a weight that is gathered in fp8 -> those of its parts, see `nnscaler.kernels.fp8.Weight`
     stretches     the stretches that are computed in pieces, while functions of their pieces are written
     needs_device  whether a region has a parameter `device`
     """
@@ -42,6 +43,7 @@ class Body:
     taken: set[str] = field(default_factory=set)
     functions: list[list[str]] = field(default_factory=list)
     rounded: dict[str, str] = field(default_factory=dict)
+    in_fp8: dict[str, list[str]] = field(default_factory=dict)
     stretches: list[Stretch] = field(default_factory=list)
     needs_device: bool = False
 
@@ -157,6 +159,7 @@ class Body:
                     layout = uses(self.plan, self.block, unit, tensor)
                     expression = self._in_layout(tensor, layout, lines)
                     given.setdefault(self._weight(unit.main, tensor, expression), (tensor, layout))
+                    given.update(dict.fromkeys(self.in_fp8.get(expression, [])[1:], ("", ())))
         return given
 
     def _weight(self, node: Node, tensor: str, expression: str) -> str:
@@ -270,6 +273,8 @@ class Body:
             outputs = [self._local_meta(name, layout) for name, layout in zip(node.outputs, plan.outputs)]
             if plan.in_fp8:
                 inputs[0] = Ref(self._rounded(inputs[0].name, before))
+                if inputs[1].name in self.in_fp8:
+                    inputs[1] = Ref(f"fp8.Weight({', '.join(self.in_fp8[inputs[1].name])})")
             waits = later.is_later(self.plan, self.block, node)
             if waits:
                 inputs = [Ref(self._weight(node, name, one.name)) for name, one in zip(node.inputs, inputs)]
@@ -336,7 +341,11 @@ class Body:
                 shards = "".join(f", ({self._axis(one.axis)}, {_dim(one.source)})" for one in changes)
                 how = f", dtype={self.block.tensors[tensor].dtype}" if self._is_master(tensor) else ""
                 how += ", again=True" if (self.block.name, tensor) in self.plan.gathered_again else ""
-                lines.append(f"{variable} = axes.gathers.weight({expression}{shards}{how})")
+                function, parts = "weight", [variable]
+                if (self.block.name, tensor, layout) in self.plan.gathered_in_fp8:
+                    parts += [self._fresh(f"{variable}_{part}") for part in ("fp8", "scale")]
+                    function, self.in_fp8[variable] = "weight_in_fp8", parts
+                lines.append(f"{', '.join(parts)} = axes.gathers.{function}({expression}{shards}{how})")
                 expression = variable
             elif changes:
                 variable = self._fresh(f"{tensor}_{_tag(layout)}")
@@ -388,12 +397,12 @@ class Body:
         for segment in following:
             for unit in [*segment.others, *(unit for region in segment.regions for unit in region.units)]:
                 needed.update(unit.inputs)
-        dead = []
+        dead: list[str] = []
         for (tensor, layout), name in list(self.names.items()):
             if tensor in needed or (tensor in self.block.parameters and not name.isidentifier()):
                 continue
             if name.isidentifier() and not (tensor in self.block.inputs and name == tensor):
-                dead.append(name)
+                dead += self.in_fp8.get(name, [name])
             del self.names[tensor, layout]
         dead = list(dict.fromkeys(dead))
         return [f"del {', '.join(dead)}"] if dead and following else []

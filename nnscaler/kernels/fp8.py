@@ -8,7 +8,7 @@ A product adds up in fp32, and gives its result in the type of x. A shard of a t
 
 The device multiplies only matrices of which both lie along the dimension that is summed over. Forward sums over k,
 backward over n and m, so each tensor is needed in two orders: as it is, and transposed. Backward needs the transposed
-x8, half the bytes of x, and no x; it rounds W again.
+x8, half the bytes of x, and no x; it rounds W again, but where W has come in fp8 (see `Weight`).
 
     forward    y  [m, n] = x8  [m, k] by W8  [n, k]
     backward   dx [m, k] = dy8 [m, n] by W8' [k, n]
@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from nnscaler.kernels.gradient import write_scaled
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,19 @@ class Rounded(NamedTuple):
     scale: Tensor
 
 
+class Weight(NamedTuple):
+    """A weight [n, k] that has come in fp8, for products that would have rounded it.
+
+    value  a place of its shape, and without memory, through which its gradient flows
+    rows   [n, k] e4m3
+    scale  [] fp32: the weight is nearly `rows * scale`
+    """
+
+    value: Tensor
+    rows: Tensor
+    scale: Tensor
+
+
 def rounded(x: Tensor) -> Rounded:
     """x [..., k] in fp8, for each of the products that take it."""
     matrix = x.detach().flatten(0, -2)
@@ -61,17 +76,31 @@ def rounded(x: Tensor) -> Rounded:
     return Rounded(x, rows, rows.t().contiguous(), scale)
 
 
-def linear(x: Rounded, weight: Tensor) -> Tensor:
+def linear(x: Rounded, weight: Tensor | Weight) -> Tensor:
     """x [..., k] by weight [n, k] -> [..., n], in the type of x; gradients have the types of what they are of."""
-    return _Linear.apply(x.value, x.rows, x.columns, x.scale, weight)
+    given = weight if isinstance(weight, Weight) else (weight, None, None)
+    return _Linear.apply(x.value, x.rows, x.columns, x.scale, *given)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, rows: Tensor, columns: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
-        weight_scale = scale_of(weight)
-        ctx.save_for_backward(columns if ctx.needs_input_grad[4] else None, scale, weight, weight_scale)
-        result = product(rows, round_by(weight, weight_scale), scale, weight_scale, value.dtype, fast=True)
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        scale: Tensor,
+        weight: Tensor,
+        weight_rows: Tensor | None,
+        weight_scale: Tensor | None,
+    ) -> Tensor:
+        kept = weight if weight_rows is None else weight_rows
+        if weight_rows is None or weight_scale is None:
+            weight_scale = scale_of(weight)
+            weight_rows = round_by(weight, weight_scale)
+        ctx.weight_dtype = weight.dtype
+        ctx.save_for_backward(columns if ctx.needs_input_grad[4] else None, scale, kept, weight_scale)
+        result = product(rows, weight_rows, scale, weight_scale, value.dtype, fast=True)
         return result.view(*value.shape[:-1], len(weight))
 
     @staticmethod
@@ -82,24 +111,37 @@ class _Linear(torch.autograd.Function):
         rows = round_by(matrix, gradient_scale)
         of_value, of_weight = None, None
         if ctx.needs_input_grad[0]:
-            transposed = round_by(weight, weight_scale).t().contiguous()
+            transposed = (weight if weight.dtype == E4M3 else round_by(weight, weight_scale)).t().contiguous()
             of_value = product(rows, transposed, gradient_scale, weight_scale, gradient.dtype)
             of_value = of_value.view(*gradient.shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[4]:
-            of_weight = product(rows.t().contiguous(), columns, gradient_scale, scale, weight.dtype)
-        return of_value, None, None, None, of_weight
+            of_weight = product(rows.t().contiguous(), columns, gradient_scale, scale, ctx.weight_dtype)
+        return of_value, None, None, None, of_weight, None, None
 
 
 def scale_of(x: Tensor) -> Tensor:
     """The scale [] fp32 of a matrix. It is not a number where the matrix holds something that is none."""
     # The largest of each row first: a compiler finds it where the rows are made.
-    largest = torch.linalg.vector_norm(x, math.inf, -1, dtype=torch.float32).amax()
+    return by_largest(torch.linalg.vector_norm(x, math.inf, -1, dtype=torch.float32).amax())
+
+
+def by_largest(largest: Tensor) -> Tensor:
+    """The scales of matrices whose largest elements these are, in fp32."""
     return largest.clamp(min=_SMALLEST) / LARGEST
 
 
 def round_by(x: Tensor, scale: Tensor) -> Tensor:
     """x / scale in e4m3."""
     return (x.float() * scale.reciprocal()).to(E4M3)
+
+
+def rounded_alone(x: Tensor, scale: Tensor) -> Tensor:
+    """The same of a contiguous tensor, where nothing around it is compiled: on a GPU, by one kernel."""
+    if not x.is_cuda:
+        return round_by(x, scale)
+    result = torch.empty_like(x, dtype=E4M3)
+    write_scaled(x.view(-1), result.view(-1), scale.reciprocal())
+    return result
 
 
 def product(

@@ -68,12 +68,15 @@ def rounded_in_place(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tenso
     while stop < len(wide):
         start, stop = stop, min(2 * stop, len(wide))
         if total.is_cuda:
-            _kernels()[2][_grid(wide[start:stop])](
-                wide[start:stop], narrow[start:stop], factor, stop - start, BLOCK=_BLOCK, num_warps=8
-            )
+            write_scaled(wide[start:stop], narrow[start:stop], factor)
         else:
             torch.mul(wide[start:stop], factor.to(wide.dtype), out=narrow[start:stop])
     return narrow.view(total.shape)
+
+
+def write_scaled(source: Tensor, target: Tensor, factor: Tensor) -> None:
+    """Writes a tensor [n] times a number [], multiplied in fp32, to a target [n] of any float type; on a GPU."""
+    _kernels()[2][_grid(source)](source, target, factor, len(source), BLOCK=_BLOCK, num_warps=8)
 
 
 def _grid(tensor: Tensor) -> tuple[int]:

@@ -431,6 +431,7 @@ def _renamed(plan: Plan, graph: Graph) -> Plan:
         exchanged_once={paths[old] for old in plan.exchanged_once},
         master_only={paths[old] for old in plan.master_only},
         gathered_again={place(old) for old in plan.gathered_again},
+        gathered_in_fp8={(*place(old[:2]), old[2]) for old in plan.gathered_in_fp8},
         recomputed={
             block: {place((block, name))[1] for name in found} for block, found in plan.recomputed.items()
         },

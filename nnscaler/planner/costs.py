@@ -17,6 +17,7 @@ import torch
 
 from nnscaler.graph import Block, Node, TensorMeta
 from nnscaler.hardware import Hardware, Timing
+from nnscaler.kernels.fp8 import E4M3
 from nnscaler.mesh import Mesh
 from nnscaler.operators import bind, operator_of
 from nnscaler.placement import Placements, Shard, local_shape
@@ -47,6 +48,11 @@ def master_bytes(meta: TensorMeta) -> int:
 def in_fp32(meta: TensorMeta) -> TensorMeta:
     """A parameter that is stored as its master weight alone, as it is stored."""
     return replace(meta, dtype=torch.float32)
+
+
+def narrow(meta: TensorMeta) -> TensorMeta:
+    """A parameter that is gathered in fp8, as it is gathered."""
+    return replace(meta, dtype=E4M3)
 
 
 @dataclass(frozen=True)
@@ -330,6 +336,11 @@ class CostModel:
         """Seconds of casting a shard of a parameter from fp32, where that is all that is stored of it."""
         elements = self.local_bytes(meta, placements) / meta.dtype.itemsize
         return self._roofline(0.0, elements * (MASTER_BYTES + meta.dtype.itemsize))
+
+    def rounding(self, meta: TensorMeta, placements: Placements) -> float:
+        """Seconds of rounding a shard of a parameter to fp8."""
+        elements = self.local_bytes(meta, placements) / meta.dtype.itemsize
+        return self._roofline(0.0, elements * (meta.dtype.itemsize + E4M3.itemsize))
 
     def weight_exchange(self, meta: TensorMeta, placements: Placements) -> float:
         """Seconds in which the owners of a parameter send each other the parts that they updated."""

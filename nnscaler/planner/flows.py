@@ -12,7 +12,7 @@ from typing import NamedTuple
 from nnscaler.placement import Placements, format_placements
 from nnscaler.plan import Key
 from nnscaler.planner.choices import Choices
-from nnscaler.planner.costs import NO_TIME, Seconds
+from nnscaler.planner.costs import NO_TIME, Seconds, narrow
 from nnscaler.planner.options import Option
 from nnscaler.planner.problem import Flow, Port, Problem
 from nnscaler.planner.statement import Account, Terms, minus
@@ -22,7 +22,7 @@ from nnscaler.reshard import only_gathers, reshards, without_gradient
 
 def resharding(problem: Problem, flow: Flow, source: Placements, target: Placements) -> Seconds | None:
     """Seconds of bringing a flow from one layout to another. None where that is impossible."""
-    key = flow.meta, flow.is_parameter, source, target
+    key = flow.meta, flow.is_parameter, in_fp8(problem, flow, source, target), source, target
     if key not in problem.resharding:
         problem.resharding[key] = _resharding(problem, flow, source, target)
     return problem.resharding[key]
@@ -35,6 +35,8 @@ def _resharding(problem: Problem, flow: Flow, source: Placements, target: Placem
     seconds = problem.costs.resharding(flow.meta, source, needed)
     if not beside(flow, source, target):
         return seconds
+    if in_fp8(problem, flow, source, target):
+        seconds = problem.costs.resharding(narrow(flow.meta), source, needed)
     return Seconds(seconds.forward, sum(time for *_, time in problem.costs.each_gradient(flow.meta, source, needed)))
 
 
@@ -43,13 +45,33 @@ def beside(flow: Flow, source: Placements, target: Placements) -> bool:
     return flow.is_parameter and only_gathers(reshards(source, target), flow.meta.requires_grad)
 
 
+def in_fp8(problem: Problem, flow: Flow, source: Placements, target: Placements) -> bool:
+    """Whether a flow is gathered in fp8."""
+    return _only_in_fp8(problem, flow, target) and beside(flow, source, target)
+
+
+def _only_in_fp8(problem: Problem, flow: Flow, layout: Placements) -> bool:
+    """Whether a flow is a trained weight, and all that may use it in this layout are products in fp8."""
+    if not (flow.is_parameter and flow.meta.requires_grad):
+        return False
+    used = False
+    for index, place in flow.consumers:
+        for option in problem.decisions[index].options:
+            if option.inputs[place] == layout:
+                used = True
+                if place not in option.weights:
+                    return False
+    return used
+
+
 def storage(layout: Placements) -> Placements:
     """The layout as far as memory is concerned: whether a gradient is partial does not matter."""
     return without_gradient(layout)
 
 
 class Form(NamedTuple):
-    """How a tensor is kept: in which layout; and whether as its copy in fp8, which a product has that multiplies so."""
+    """How a tensor is kept: in which layout; and whether in fp8: as the copy that a product has which multiplies so, or
+    as it was gathered."""
 
     layout: Placements
     rounded: bool = False
@@ -59,6 +81,7 @@ class Flows:
     """Adds the variables, rows and charges of all flows to a program.
 
     resharded  index of a flow -> (from, to) -> its variable y
+    pairs      (index of a flow, consumer) -> (from, to) -> its variable e
     again      (index of a flow, from, to) -> how often a micro-batch's backward does this again, as a sum
     kept       (index of a flow, form, level) -> the variable k
     in_call    (index of a flow, form, level) -> the variable j: whether one call would keep it so; for levels that
@@ -69,6 +92,7 @@ class Flows:
     def __init__(self, choices: Choices) -> None:
         self.choices, self.problem, self.statement = choices, choices.problem, choices.statement
         self.resharded: dict[int, dict[tuple[Placements, Placements], int]] = {}
+        self.pairs: dict[tuple[int, Port], dict[tuple[Placements, Placements], int]] = {}
         self.again: dict[tuple[int, Placements, Placements], Terms] = {}
         self.kept: dict[tuple[int, Form, Level], int] = {}
         self.in_call: dict[tuple[int, Form, Level], int] = {}
@@ -98,14 +122,30 @@ class Flows:
         return found
 
     def bytes_of(self, flow: Flow, form: Form) -> int:
-        """Bytes of a flow in a form, if it is kept: one for each element of a copy in fp8."""
+        """Bytes of a flow in a form, if it is kept: one for each element of what is in fp8."""
         size = self.problem.costs.local_bytes(flow.meta, form.layout)
         return size // flow.meta.dtype.itemsize if form.rounded else size
 
-    def _forms(self, use: Port) -> dict[Form, None]:
-        """The forms in which a unit may keep what it uses."""
+    def gathered_bytes(self, flow: Flow, source: Placements, target: Placements) -> int:
+        """Bytes of a weight in another layout than it is stored in."""
+        return self.bytes_of(flow, Form(target, in_fp8(self.problem, flow, source, target)))
+
+    def _forms(self, flow: Flow, use: Port) -> dict[Form, None]:
+        """The forms in which a unit may keep what it uses of a flow."""
         index, place = use
-        return dict.fromkeys(_form(option, place) for option in self.problem.decisions[index].options)
+        return dict.fromkeys(self._form(flow, option, place) for option in self.problem.decisions[index].options)
+
+    def _form(self, flow: Flow, option: Option, place: int) -> Form:
+        """The form in which a unit keeps an input, if it keeps it."""
+        layout = option.inputs[place]
+        return Form(layout, place in option.rounded or self._comes_in_fp8(flow, layout))
+
+    def _comes_in_fp8(self, flow: Flow, target: Placements) -> bool:
+        """Whether a weight is gathered in fp8 wherever it is brought to a layout."""
+        producer, place = flow.producer
+        sources = {option.outputs[place] for option in self.problem.decisions[producer].options}
+        brought = [one for one in sources if storage(one) != storage(target) and reshards(one, target) is not None]
+        return _only_in_fp8(self.problem, flow, target) and all(beside(flow, one, target) for one in brought)
 
     def size(self, flow: Flow, smallest: bool = False) -> tuple[Terms, float]:
         """Bytes of a flow as it is made, as a sum, and its largest value.
@@ -115,7 +155,7 @@ class Flows:
         layouts = self.layouts(flow.producer, "outputs")
         sizes = {layout: self.problem.costs.local_bytes(flow.meta, layout) for layout in layouts}
         if smallest:
-            used = [form for use in flow.consumers for form in self._forms(use)]
+            used = [form for use in flow.consumers for form in self._forms(flow, use)]
             made_again = self.problem.costs.fused and any(form.rounded for form in used)
             least = 0 if made_again else min((self.bytes_of(flow, form) for form in used), default=inf)
             sizes = {layout: int(min(size, least)) for layout, size in sizes.items()}
@@ -136,7 +176,8 @@ class Flows:
         made = self.layouts(flow.producer, "outputs")
         resharded: dict[tuple[Placements, Placements], int] = {}
         for consumer in flow.consumers:
-            for (source, target), e in self._pairs(flow, made, self.layouts(consumer, "inputs")).items():
+            pairs = self.pairs[index, consumer] = self._pairs(flow, made, self.layouts(consumer, "inputs"))
+            for (source, target), e in pairs.items():
                 if source == target:
                     continue
                 if (source, target) not in resharded:
@@ -228,8 +269,8 @@ class Flows:
                 yield Form(layout), making(layout)
         as_resharded = flow.as_resharded.get(level, ())
         for use in [*flow.as_used.get(level, ()), *as_resharded]:
-            for form in self._forms(use):
-                terms = calls(use[0], _keeps(form, use[1]))
+            for form in self._forms(flow, use):
+                terms = calls(use[0], self._keeps(flow, form, use[1]))
                 # Where what is around is fused, a copy in fp8 is made again, but for what is resharded for it.
                 made_again = form.rounded and self.problem.costs.fused
                 if flow.is_parameter or use in as_resharded or made_again:
@@ -237,7 +278,11 @@ class Flows:
                 share = 1 / self.problem.calls[flow.block] if of_one_call else 1.0
                 terms = terms + [(g, share * factor) for g, factor in again.get(form.layout, [])]
                 # A region that runs again has kept what it was given.
-                yield Form(storage(form.layout), form.rounded and use not in as_resharded), terms
+                in_fp8 = form.rounded and (flow.is_parameter or use not in as_resharded)
+                yield Form(storage(form.layout), in_fp8), terms
+
+    def _keeps(self, flow: Flow, form: Form, place: int) -> Callable[[Option], bool]:
+        return lambda option: self._form(flow, option, place) == form
 
     def keeps_on_host(self, flow: Flow, level: Level) -> bool:
         """Whether a level keeps a flow on the host, if it keeps it: not parameters, nor what several calls share."""
@@ -292,12 +337,3 @@ class Flows:
             self.statement.charge(where, Key("saved", flow.block, flow.tensor, level.name), variable, size)
             self.kept[index, form, level] = variable
         return self.kept[index, form, level]
-
-
-def _form(option: Option, place: int) -> Form:
-    """The form in which a unit keeps an input, if it keeps it."""
-    return Form(option.inputs[place], place in option.rounded)
-
-
-def _keeps(form: Form, place: int) -> Callable[[Option], bool]:
-    return lambda option: _form(option, place) == form

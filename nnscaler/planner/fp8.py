@@ -3,6 +3,7 @@
     y = x W^T, with x [m, k], W [n, k]    products: 2 m n k operations each, at the device's rate in e4m3
     forward     one product; x is rounded, once for all products that take it, and W
     backward    one product for each of x and W that has a gradient; dy is rounded, and for dx also W again
+                (where W has been gathered in fp8, it is rounded nowhere; for dx, that is transposed)
     kept        x in e4m3, m k bytes, and no x, where W has a gradient; where regions are compiled, that is made again
                 from what else is kept (see `nnscaler.recompute.keeping`), but for x that was brought from other devices
 
@@ -66,6 +67,12 @@ class Fp8Product:
     def of_x(self, hardware: Hardware) -> float:
         """Seconds in which x is rounded."""
         return self._rounding(hardware, self.m * self.k, orders=2)
+
+    def of_weight(self, hardware: Hardware) -> tuple[float, float]:
+        """Seconds of forward and of backward in which W is rounded, over those that it takes where it comes in fp8."""
+        elements = self.n * self.k
+        transposed = elements * (self.itemsize - E4M3.itemsize) / hardware.memory_bandwidth
+        return self._rounding(hardware, elements, orders=1), transposed if self.trains_x else 0.0
 
     def _rounding(self, hardware: Hardware, elements: int, orders: int, reads: int = 2) -> float:
         moved = elements * (reads * self.itemsize + orders)

@@ -32,6 +32,8 @@ class Option:
                      whose function communicates, and what operators keep beside their tensors
     ways             (node name, how it runs) of each node of the unit
     rounded          places of inputs of which backward keeps a copy in fp8, and not the input itself
+    weights          place of an input that is the weight of a product in fp8 -> seconds of rounding it: where it has
+                     been gathered in fp8, these are saved
 
     Of parameters only:
 
@@ -51,6 +53,7 @@ class Option:
     inner_bytes: float = 0.0
     ways: tuple[tuple[str, NodePlan], ...] = ()
     rounded: frozenset[int] = frozenset()
+    weights: Mapping[int, Seconds] = field(default_factory=dict)
     exchanged_once: bool = False
     last_exchange: float = 0.0
     exchange_buffers: float = 0.0
@@ -199,6 +202,11 @@ def _option(
         inner_bytes=inner,
         ways=tuple(ways),
         rounded=frozenset(unit.inputs.index(one.node.inputs[0]) for one in locals_ if one.fp8 is not None),
+        weights={
+            unit.inputs.index(one.node.inputs[1]): Seconds(*one.fp8.of_weight(costs.hardware))
+            for one in locals_
+            if one.fp8 is not None
+        },
     )
 
 

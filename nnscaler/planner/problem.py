@@ -162,7 +162,7 @@ class Problem:
     staging           where some of these lie on the host: bytes on the device for those that are being updated
     gradients, slots  likewise of gradients: bytes a device where each rank keeps what it owns; where some lie on the
                       host, bytes on the device for those that backward adds to
-    resharding        (tensor, whether it is a parameter, from, to) -> seconds, None where it is impossible; a cache
+    resharding        (tensor, whether it is a parameter, in fp8, from, to) -> seconds, None: impossible; a cache
     """
 
     costs: CostModel
@@ -184,7 +184,9 @@ class Problem:
     staging: float = 0.0
     gradients: float = 0.0
     slots: float = 0.0
-    resharding: dict[tuple[TensorMeta, bool, Placements, Placements], Seconds | None] = field(default_factory=dict)
+    resharding: dict[tuple[TensorMeta, bool, bool, Placements, Placements], Seconds | None] = field(
+        default_factory=dict
+    )
 
     def has_calls(self, block: str) -> bool:
         """Whether other blocks are called from this one."""

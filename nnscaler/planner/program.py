@@ -60,11 +60,11 @@ subject to    sum_o x_do = 1                                                    
               sum_d n_d m_do x_do + A (sum_f b_fs n_f / N_b / g_l k_fsl + sum_d i_do z_dol), where l keeps it on the
                        device, + U + sum_b V_b + a G + H + what libraries take <= M                             (memory)
 The rows from (choice) to (some) are stated in `nnscaler.planner.choices`; those from (making) to (gathering), in
-`nnscaler.planner.flows`; weights without a copy beside their masters, in `nnscaler.planner.masters`; what is computed
-in pieces, in `nnscaler.planner.pieces`; groups of calls, in `nnscaler.planner.groups`; what lies on the host, in
-`nnscaler.planner.on_host`; what is held while operators run, in `nnscaler.planner.working`, while pieces do, in
-`nnscaler.planner.piecewise`, while gradients wait for their exchange, in `nnscaler.planner.deferred`, and until they
-are computed, in `nnscaler.planner.later`; and all others here.
+`nnscaler.planner.flows`; weights without a copy beside their masters, in `nnscaler.planner.masters`; those that are
+gathered in fp8, in `nnscaler.planner.in_fp8`; what is computed in pieces, in `nnscaler.planner.pieces`; groups of
+calls, in `nnscaler.planner.groups`; what lies on the host, in `nnscaler.planner.on_host`; what is held while operators
+run, in `nnscaler.planner.working`, while pieces do, in `nnscaler.planner.piecewise`, while gradients wait for their
+exchange, in `nnscaler.planner.deferred`, and until they are computed, in `nnscaler.planner.later`; and all others here.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ from nnscaler.plan import Key
 from nnscaler.planner.choices import Choices
 from nnscaler.planner.flows import Flows
 from nnscaler.planner.groups import InGroups
+from nnscaler.planner.in_fp8 import InFp8
 from nnscaler.planner.later import Later
 from nnscaler.planner.masters import Masters
 from nnscaler.planner.on_host import OnHost
@@ -125,6 +126,7 @@ class Program:
         self.statement, self.x, self.n = self.choices.statement, self.choices.x, self.choices.n
         self.flows = Flows(self.choices)
         Masters(self.choices, self.flows)
+        InFp8(self.choices, self.flows)
         self._hide()
         self.pieces = InPieces(self.choices, self.flows)
         groups = InGroups(self.choices, self.flows)

@@ -17,6 +17,7 @@ from nnscaler.mesh import Mesh
 from nnscaler.placement import Placements
 from nnscaler.plan import GIB, Key, Plan
 from nnscaler.planner.costs import CostModel
+from nnscaler.planner.flows import in_fp8
 from nnscaler.planner.options import CannotBePinned
 from nnscaler.planner.price import Price, price
 from nnscaler.planner.problem import Problem, Recomputing, build_problem
@@ -397,4 +398,10 @@ def _to_plan(
     for index in solution.gathered_again:
         flow = problem.flows[index]
         plan.gathered_again.add((flow.block, flow.tensor))
+    chosen = [decision.options[index] for decision, index in zip(problem.decisions, solution.chosen)]
+    for flow in problem.flows:
+        source = chosen[flow.producer[0]].outputs[flow.producer[1]]
+        for index, place in flow.consumers:
+            if in_fp8(problem, flow, source, target := chosen[index].inputs[place]):
+                plan.gathered_in_fp8.add((flow.block, flow.tensor, target))
     return plan

@@ -289,7 +289,7 @@ class _Body:
                     for (source, target), y in self.working.flows.resharded[index].items():
                         if storage(source) == storage(target):
                             continue
-                        size = self.problem.costs.local_bytes(flow.meta, target)
+                        size = self.working.flows.gathered_bytes(flow, source, target)
                         g = self.working.flows.gathered.get((index, source, target))
                         terms += [(y, size), *([(g, -size)] if g is not None else [])]
                         most += size

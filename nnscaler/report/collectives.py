@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from nnscaler.graph import TensorMeta
 from nnscaler.placement import Placements, parse_placements
 from nnscaler.plan import Key, Plan
-from nnscaler.planner.costs import LOCAL, CostModel
+from nnscaler.planner.costs import LOCAL, CostModel, narrow
 from nnscaler.report.parameters import ParameterGroup
 from nnscaler.reshard import reshards
 
@@ -83,6 +83,7 @@ def _steps(plan: Plan, costs: CostModel, key: Key, seconds: float, hidden: float
     if is_backward and key in plan.beside:
         priced = list(costs.each_gradient(meta, source, needed))
     else:
+        meta = narrow(meta) if (key.block, key.name, target) in plan.gathered_in_fp8 else meta
         priced = [
             (reshard, reshard.collectives[is_backward], size, time.backward if is_backward else time.forward)
             for reshard, size, time in costs.each_reshard(meta, source, needed)

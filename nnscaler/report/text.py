@@ -109,11 +109,18 @@ def recompute(values: Mapping[str, Any]) -> list[str]:
 
 
 def in_fp8(values: Mapping[str, Any]) -> list[str]:
-    """Where products in fp8 were asked for: a line for each block that has any, or one that says that none has."""
+    """Where products in fp8 were asked for: a line for each block that has any, and of weights that are gathered so; or
+    one that says that none has."""
     if values.get("about", {}).get("precision") != "fp8":
         return []
     found = {name: sum(node["in_fp8"] for node in block["nodes"].values()) for name, block in values["blocks"].items()}
-    lines = [f"{name}: {count} products multiply in fp8" for name, count in found.items() if count]
+    gathered = {name: len(block["gathered_in_fp8"]) for name, block in values["blocks"].items()}
+    lines = [
+        f"{name}: {count} products multiply in fp8"
+        + f"; {gathered[name]} weights gathered in it" * bool(gathered[name])
+        for name, count in found.items()
+        if count
+    ]
     return lines or ["no product is faster in fp8 than in bf16"]
 
 

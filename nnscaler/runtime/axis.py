@@ -19,3 +19,6 @@ class Axis:
     size: int
     rank: int
     group: dist.ProcessGroup | None  # None where the axis has one device
+
+
+ALONE = Axis(1, 0, None)

@@ -21,6 +21,7 @@ from nnscaler.runtime.axes import Axes
 from nnscaler.runtime.axis import Axis
 from nnscaler.runtime.collectives import Waited, all_gather_single, start_gradient_sum
 from nnscaler.runtime.gradients import GradientOnHost, GradientSlots
+from nnscaler.runtime.scales import Scales
 from nnscaler.shards import Box, ParameterSpec, flat_range_boxes
 from nnscaler.sizes import BUCKET_ELEMENTS, MOST_DEFERRED, MOST_IN_FLIGHT
 from nnscaler.sums import IN_FP32, GradientSum
@@ -80,6 +81,7 @@ class Bucket:
     first     the place of its first parameter among all parameters of the model
     is_copy   whether another pipeline stage has the same parameters, and counts them as its own
     on_host   brings its gradient, which lies on the host, to the device; None: it lies on the device
+    scales    finds the scales of what is gathered in fp8; None: nothing is
 
     An update may still be under way when the next forward begins: whatever reads `flat` must call `wait` first.
     """
@@ -90,6 +92,7 @@ class Bucket:
         self.flat, self.first, self.gradient_dtype = flat, first, dtype
         self.is_copy = False
         self.on_host: GradientOnHost | None = None
+        self.scales: Scales | None = None
         self._updated: dist.Work | torch.cuda.Event | None = None
         self.slots = slots
         self.owners = owners
@@ -152,11 +155,18 @@ class Bucket:
         return [part for part in ranges if part.start < part.stop]
 
     def publish(self) -> None:
-        """Starts sending every owner's slice of `flat` to all owners, after what is computed now."""
+        """Starts what follows what is computed now: sending every owner's slice of `flat` to all; finding scales."""
         if self.owners.group is not None:
             self._updated = all_gather_single(self.flat, self.owned, group=self.owners.group, async_op=True)
         elif self.device.type == "cuda":
             self._updated = torch.cuda.current_stream(self.device).record_event()
+        if self.scales is not None:
+            self.scales.find()
+
+    def owned_of(self, slot: Slot) -> Tensor:
+        """What this rank owns of a parameter, maybe nothing: flat."""
+        start, stop = (min(max(at - self.owned_range.start, 0), len(self.owned)) for at in (slot.start, slot.stop))
+        return self.owned[start:stop]
 
     def wait(self) -> None:
         """Makes what is computed next come after the bucket's update."""

@@ -2,8 +2,9 @@
 
 The weights of a block are gathered just before the block uses them. After the first micro-batch the order of the
 gathers is known. From then on, the next ones are started early, and run beside the computation. Where the shard is the
-fp32 master weight, it is cast into the buffer of its gather. Gradients are added up beside backward, those of a shard
-where it is stored.
+fp32 master weight, it is cast into the buffer of its gather. A weight that only products in fp8 take is gathered in
+fp8, half the bytes: each device rounds its shard, by the scale of the whole weight. Gradients are added up beside
+backward, those of a shard where it is stored.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nnscaler.kernels import fp8
 from nnscaler.runtime.axis import Axis
 from nnscaler.runtime.collectives import Waited, finish_gather, start_gather, start_gradient_scatter
 from nnscaler.sizes import PREFETCH_BYTES
@@ -27,6 +29,7 @@ from nnscaler.sums import IN_FP32, GradientSum
 ShardedAlong = tuple[Axis, int]  # the mesh axis over which a tensor is sharded, and its sharded dimension
 Defer = Callable[[Tensor, Waited | None, Tensor], None]  # defer(parameter, the exchange, its result)
 AwaitUpdate = Callable[[Tensor], None]  # wait(parameter): what is computed next comes after its update
+ScaleOf = Callable[[Tensor], Tensor]  # scale(parameter): that of the whole weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,17 +38,20 @@ class _Sharded:
 
     shard      this device's shard
     shardings  (axis, dimension), ..., in the order in which they are gathered
-    dtype      of the whole weight
+    dtype      of the whole weight, as it is used
+    scale      gives the scale by which it is rounded to fp8 for its gather; None: it is not
     """
 
     shard: Tensor
     shardings: Sequence[ShardedAlong]
     dtype: torch.dtype
+    scale: ScaleOf | None = None
 
     @property
     def bytes(self) -> int:
-        """Of the whole weight."""
-        return self.shard.numel() * self.dtype.itemsize * prod(axis.size for axis, _ in self.shardings)
+        """Of the whole weight, as it is gathered."""
+        itemsize = self.dtype.itemsize if self.scale is None else fp8.E4M3.itemsize
+        return self.shard.numel() * itemsize * prod(axis.size for axis, _ in self.shardings)
 
 
 @dataclass(eq=False)
@@ -63,7 +69,12 @@ class _Gather:
     def start(self) -> None:
         self.wait(self.weight.shard)
         axis, _ = self.weight.shardings[0]
-        self.started = start_gather(self.weight.shard.detach(), axis, self.weight.dtype)
+        shard, dtype, scale = self.weight.shard.detach(), self.weight.dtype, self.weight.scale
+        if scale is None:
+            self.started = start_gather(shard, axis, dtype)
+        else:  # as bytes, which every backend knows
+            rounded = fp8.rounded_alone(shard.to(dtype), scale(self.weight.shard))
+            self.started = start_gather(rounded.view(torch.uint8), axis)
 
     def finish(self) -> Tensor:
         if self.started is None:
@@ -74,7 +85,7 @@ class _Gather:
         self.started = None
         for axis, dim in others:
             whole = finish_gather(*start_gather(whole, axis), dim)
-        return whole
+        return whole if self.weight.scale is None else whole.view(fp8.E4M3)
 
 
 class Gathers:
@@ -84,6 +95,7 @@ class Gathers:
     wait    makes what is computed next come after the update of a shard
     sums    how gradients are added up
     settle  makes what is computed next come after all exchanges under way, and lets go of what these hold
+    scale   gives the scale of a whole weight, for those that are gathered in fp8
     """
 
     def __init__(
@@ -92,8 +104,9 @@ class Gathers:
         wait: AwaitUpdate = lambda parameter: None,
         sums: GradientSum = IN_FP32,
         settle: Callable[[], None] = lambda: None,
+        scale: ScaleOf | None = None,
     ) -> None:
-        self.defer, self.wait, self.sums, self.settle = defer, wait, sums, settle
+        self.defer, self.wait, self.sums, self.settle, self.scale = defer, wait, sums, settle, scale
         self._order: list[_Sharded] = []  # what was gathered in the last micro-batch
         self._next = 0  # place in the order of the next one that is needed
         self._early: deque[_Gather] = deque()  # those started from there on
@@ -117,11 +130,26 @@ class Gathers:
         """
         weight = _Sharded(parameter, shardings, dtype or parameter.dtype)
         whole = _GatheredWeight.apply(parameter, self, weight)
+        self._remember(whole, _Gather(weight, self.wait) if again else None)
+        return whole
+
+    def weight_in_fp8(
+        self, parameter: Tensor, *shardings: ShardedAlong, dtype: torch.dtype | None = None, again: bool = False
+    ) -> fp8.Weight:
+        """The same, gathered in fp8, for products in fp8. `dtype`: the type that it has before, and its gradient"""
+        assert self.scale is not None
+        weight = _Sharded(parameter, shardings, dtype or parameter.dtype, self.scale)
+        rows = self.take(weight)
+        self._remember(rows, _Gather(weight, self.wait) if again else None)
+        place = _GatheredWeight.apply(parameter, self, weight, rows.shape)
+        self._remember(place, None)
+        return fp8.Weight(place, rows, self.scale(parameter))
+
+    def _remember(self, whole: Tensor, gather: _Gather | None) -> None:
+        """Notes what is gathered, while it lives, and how backward gathers it again, if it does."""
         address = whole.untyped_storage().data_ptr()
         forget = lambda _: self._alive.pop(address, None)  # noqa: E731
-        gather = _Gather(weight, self.wait) if again else None
         self._alive[address] = (gather, weakref.ref(whole, forget))
-        return whole
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor lies in the memory of a gathered weight."""
@@ -175,10 +203,14 @@ class Gathers:
 
 
 class _GatheredWeight(torch.autograd.Function):
+    """The whole weight; or, where its shape is given, a place for its gradient, without memory."""
+
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, gathers: Gathers, weight: _Sharded) -> Tensor:
+    def forward(
+        ctx: Any, parameter: Tensor, gathers: Gathers, weight: _Sharded, shape: torch.Size | None = None
+    ) -> Tensor:
         ctx.gathers, ctx.weight = gathers, weight
-        return gathers.take(weight)
+        return gathers.take(weight) if shape is None else parameter.new_zeros((), dtype=weight.dtype).expand(shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
@@ -188,4 +220,4 @@ class _GatheredWeight(torch.autograd.Function):
                 work.wait()
             gradient, work = start_gradient_scatter(gradient, axis, dim, ctx.gathers.sums)
         ctx.gathers.defer(ctx.weight.shard, work, gradient)
-        return None, None, None
+        return None, None, None, None

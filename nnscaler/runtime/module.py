@@ -22,12 +22,14 @@ from nnscaler.kernels.random import DRAWS
 from nnscaler.mesh import Mesh, PipelineMesh
 from nnscaler.placement import Replicate
 from nnscaler.runtime.axes import Axes
+from nnscaler.runtime.axis import ALONE, Axis
 from nnscaler.runtime.buckets import Bucket, GradientReducer, make_buckets
 from nnscaler.runtime.draws import with_draws, without_draws
 from nnscaler.runtime.gathering import Gathers
 from nnscaler.runtime.host import HostMemory
 from nnscaler.runtime.later import Later
 from nnscaler.runtime.optimizer import buckets_of, decays
+from nnscaler.runtime.scales import Scales, scale_of
 from nnscaler.shards import Box, ParameterSpec
 from nnscaler.sums import GradientSum
 
@@ -35,15 +37,22 @@ ReadPart = Callable[[str, Box], Tensor]
 
 
 class Weights(dict[str, Tensor]):
-    """A model's weights on this device, by name. Reading one waits for its update."""
+    """A model's weights on this device, by name. Reading one waits for its update.
 
-    def __init__(self, buckets: Iterable[Bucket], parameters: Mapping[str, Tensor]) -> None:
+    every  all devices that own parts of them
+    """
+
+    def __init__(self, buckets: Iterable[Bucket], parameters: Mapping[str, Tensor], every: Axis = ALONE) -> None:
         super().__init__(parameters)
         self._memory: set[int] = set()  # addresses
         self._buckets: dict[int, list[Bucket]] = {id(parameter): [] for parameter in parameters.values()}
         for bucket in buckets:
             for slot in bucket.slots:
                 self._buckets[id(parameters[slot.name])].append(bucket)
+            narrow = [slot for slot in bucket.slots if slot.spec.gathered_in_fp8]
+            if narrow:
+                owned = {id(parameters[slot.name]): bucket.owned_of(slot) for slot in narrow}
+                bucket.scales = Scales(owned, narrow[0].spec.dtype, every)
 
     def __getitem__(self, name: str) -> Tensor:
         weight = super().__getitem__(name)
@@ -60,6 +69,16 @@ class Weights(dict[str, Tensor]):
         """Makes what is computed next come after the update of this weight."""
         for bucket in self._buckets.get(id(weight), ()):
             bucket.wait()
+
+    def scale(self, weight: Tensor) -> Tensor:
+        """The scale [] of a whole weight that is gathered in fp8."""
+        return scale_of(weight, [bucket.scales for bucket in self._buckets[id(weight)] if bucket.scales])
+
+    def changed(self, weight: Tensor) -> None:
+        """To be called when a weight has changed in another way than by an update."""
+        for bucket in self._buckets.get(id(weight), ()):
+            if bucket.scales is not None:
+                bucket.scales.forget()
 
 
 class ParallelModule(nn.Module):
@@ -120,8 +139,11 @@ class ParallelModule(nn.Module):
         )
         sums = GradientSum(**plan["gradient_sum"])
         self.reducer = GradientReducer(self.buckets, parameters, micro_batches, sums, overlaps=plan["splits"])
-        self._weights = Weights(self.buckets, parameters)
-        self.gathers = self.axes.gathers = Gathers(self.reducer.defer, self._weights.wait, sums, self.reducer.settle)
+        in_fp8 = any(spec.gathered_in_fp8 for spec in self.specs.values())
+        every = axes.owners(tuple(Replicate() for _ in axes.mesh.sizes)) if in_fp8 else ALONE
+        self._weights = weights = Weights(self.buckets, parameters, every)
+        settle = self.reducer.settle
+        self.gathers = self.axes.gathers = Gathers(self.reducer.defer, weights.wait, sums, settle, weights.scale)
         self.axes.host = HostMemory(self.axes.device, self._is_weight, self.gathers.pack, self.gathers.unpack)
         self.axes.later = Later(self.reducer.take)
         self.state_on_host = buckets_of(self.buckets, plan["state_on_host"])
@@ -225,6 +247,7 @@ class ParallelModule(nn.Module):
     def load_one(self, name: str, part: Tensor) -> None:
         """Fills this rank's shard of one parameter, or a buffer."""
         self._weights[name].copy_(part.to(self.specs[name].dtype))  # rounded, whatever type it is stored in
+        self._weights.changed(self._weights[name])
 
     def box(self, name: str) -> Box:
         """The part of a whole parameter that this rank computes with."""

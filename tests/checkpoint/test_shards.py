@@ -42,7 +42,8 @@ def test_nested_shards_count_the_earlier_axis_outermost():
 def test_a_parameter_is_as_plan_json_says():
     """Its layout has a placement for each axis; each way to train it counts."""
     said = {"shape": [12, 5], "dtype": "bfloat16", "layout": "S(1),R*,S(0)", "trained": True}
-    for once, master in ((True, False), (False, True)):
-        found = ParameterSpec.from_json({**said, "exchanged_once": once, "master_only": master})
-        assert found == ParameterSpec((12, 5), torch.bfloat16, (Shard(1), SHARED, Shard(0)), True, once, master)
+    names = ("exchanged_once", "master_only", "gathered_in_fp8")
+    for once, master, narrow in ((True, False, False), (False, True, False), (False, False, True)):
+        found = ParameterSpec.from_json({**said, **dict(zip(names, (once, master, narrow)))})
+        assert found == ParameterSpec((12, 5), torch.bfloat16, (Shard(1), SHARED, Shard(0)), True, once, master, narrow)
         assert found.stored_dtype == (torch.float32 if master else torch.bfloat16)

@@ -25,7 +25,8 @@ def brought(
     if parameter:
         block.inputs, block.parameters = [], {"x": "x"}
     graph = SimpleNamespace(parameter_uses=lambda: [(block, "x", PATH)])
-    given = {"gathered_again": set(), "master_only": set(), "mesh": mesh, "graph": graph, **plan}
+    ways = dict.fromkeys(("gathered_again", "gathered_in_fp8", "master_only"), ())
+    given = {**ways, "mesh": mesh, "graph": graph, **plan}
     body = Body(SimpleNamespace(**given), block)
     body._define("x", source, "x")
     lines: list[str] = []
@@ -75,6 +76,7 @@ def test_on_two_axes_the_inner_one_is_gathered_first():
     ({"master_only": {PATH}}, ", dtype=torch.bfloat16"),
     ({"master_only": {PATH}, "gathered_again": {("layer", "x")}}, ", dtype=torch.bfloat16, again=True"),
     ({"gathered_again": {("other", "x"), ("layer", "y")}, "master_only": {"other.x"}}, ""),
+    ({"gathered_in_fp8": {("other", "x", (SHARED,)), ("layer", "y", (SHARED,)), ("layer", "x", (Shard(0),))}}, ""),
 ])  # fmt: skip
 def test_a_weight_is_gathered_as_the_plan_says(plan, how):
     assert brought((Shard(1),), (SHARED,), parameter=True, **plan) == [
@@ -86,6 +88,11 @@ def test_a_weight_is_gathered_as_the_plan_says(plan, how):
     ]
     frozen = brought((Shard(1),), (REPLICATE,), trained=False, parameter=True, **plan)
     assert frozen == [f"x_whole = axes.gathers.weight(x, (axes.devices, 1){how})"]
+
+
+def test_a_weight_that_is_gathered_in_fp8_has_parts():
+    line = brought((Shard(1),), (SHARED,), parameter=True, gathered_in_fp8={("layer", "x", (SHARED,))})
+    assert line == ["x_whole, x_whole_fp8, x_whole_scale = axes.gathers.weight_in_fp8(x, (axes.devices, 1))"]
 
 
 def test_a_weight_that_has_no_copy_beside_its_master_must_be_gathered():

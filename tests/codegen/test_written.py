@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from textwrap import dedent
 from types import SimpleNamespace
 
@@ -31,9 +32,10 @@ LINEAR = node("y", "linear", "x", "w")
 
 
 def written(
-    *nodes: Node, inputs: str = "x", outputs: str = "z", again: tuple[str, ...] = (), fp8: tuple[str, ...] = (),
+    *nodes: Node, inputs: str | list[str] = "x", outputs: str = "z",
+    again: tuple[str, ...] = (), fp8: tuple[str, ...] = (),
     parameters: dict[str, Placements] | None = None, layouts: dict[tuple[str, str], Placements] | None = None,
-    results: Placements = WHOLE, splits: bool = False,
+    results: Placements = WHOLE, splits: bool = False, narrow: Collection[tuple[str, str, Placements]] = (),
 ) -> str:  # fmt: skip
     """The functions of a block, one after the other.
 
@@ -41,6 +43,7 @@ def written(
     layouts     (a node, one of its tensors) -> where that lies for it, if not whole
     results     where the block's results lie
     splits      whether backward runs in two parts
+    narrow      what is gathered in fp8
     """
     stored, layouts = parameters or {}, layouts or {}
     names = {*inputs, *stored, *(output for one in nodes for output in one.outputs)}
@@ -64,7 +67,7 @@ def written(
         outputs={"layer": [results] * len(outputs)}, pieces={},
         recomputed={"layer": set(again)}, graph=SimpleNamespace(parameter_uses=lambda: uses),
         parameters={"other.w": (Shard(0),)} | {f"layers.0.{name}": layout for name, layout in stored.items()},
-        master_only=set(), gathered_again=set(),
+        master_only=set(), gathered_again=set(), gathered_in_fp8=narrow,
     )  # fmt: skip
     return "\n".join("\n".join(lines) for lines in Body(plan, block).write()) + "\n"
 
@@ -297,6 +300,31 @@ CASES = {
             z = y_whole.tanh()
             z_whole = collectives.share(z, axes.devices)
             return z_whole
+        """,
+    ),
+    "what is gathered in fp8 is passed in parts, for which names are found; all are let go of": (
+        lambda: written(
+            LINEAR, node("a", "attention", "y", "y", "y"), node("z", "cos", "a"), inputs=["x", "w_whole_scale"],
+            parameters={"w": (Shard(0),)}, layouts={("y", "w"): (SHARED,)}, fp8=("y",),
+            narrow={("layer", "w", (SHARED,))},
+        ),
+        """\
+        @region
+        def layer_region_0(x, w_whole, w_whole_fp8, w_whole_scale_2):
+            # Layer
+            x_fp8 = fp8.rounded(x)
+            y = fp8.linear(x_fp8, fp8.Weight(w_whole, w_whole_fp8, w_whole_scale_2))
+            return y
+        def layer(w, axes, keep, x, w_whole_scale):
+            # x: f32[4, 8]
+            # w_whole_scale: f32[4, 8]
+            w_whole, w_whole_fp8, w_whole_scale_2 = axes.gathers.weight_in_fp8(w["w"], (axes.devices, 0))
+            y = layer_region_0(keep, x, w_whole, w_whole_fp8, w_whole_scale_2)
+            # Layer
+            a = ops.attention(y, y, y)
+            del w_whole, w_whole_fp8, w_whole_scale_2, y
+            z = a.cos()
+            return z
         """,
     ),
 }  # fmt: skip

@@ -95,6 +95,20 @@ def test_of_a_frozen_weight_nothing_is_kept_but_itself():
     assert float((x.grad.double() - in_fp64(x, w, g)[1]).norm() / x.grad.double().norm()) < 0.045
 
 
+def test_a_weight_that_comes_in_fp8_gives_the_same_to_the_last_bit_and_is_kept_so():
+    x, w, g = inputs(2, 32, 64)
+    scale = fp8.scale_of(w.detach())
+    place = torch.zeros((), dtype=w.dtype).expand(w.shape).requires_grad_()
+    weight = fp8.Weight(place, fp8.rounded_alone(w.detach(), scale), scale)
+    y = fp8.linear(fp8.rounded(x), weight)
+    kept = {one.data_ptr() for one in y.grad_fn.saved_tensors if one.dim()}
+    assert weight.rows.data_ptr() in kept
+    assert not {w.data_ptr(), place.data_ptr()} & kept
+    found = [y.detach(), *torch.autograd.grad(y, (x, place), g)]
+    assert all(torch.equal(one, wanted) for one, wanted in zip(found, results(x, w, g)))
+    assert found[2].dtype == torch.bfloat16
+
+
 def test_compiled_is_the_same():
     given = inputs(2, 32, 64)
     compiled = torch.compile(lambda x, w: fp8.linear(fp8.rounded(x), w), backend="aot_eager", fullgraph=True)

@@ -363,19 +363,22 @@ def test_a_timeline_is_drawn_to_scale():
     )
 
 
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize(("category", "name", "bytes_each"), [
     ("reshard", "all_gather", 2), ("reshard again", "all_gather", 2), ("reshard backward", "reduce_scatter", 4),
 ])  # fmt: skip
-def test_a_gathered_weight_in_bf16_comes_back_in_fp32(tmp_path, category, name, bytes_each):
+def test_a_gathered_weight_in_bf16_or_fp8_comes_back_in_fp32(tmp_path, category, name, bytes_each, narrow):
     """[32, 8] on two devices, half of which travels; six times, of which a quarter is hidden."""
     link = {"bandwidth": 1e6, "latency": 0.0}
     machine = load_hardware(tiny.write_hardware(tmp_path, memory_bandwidth=1e30, intra=link, inter=link))
     block = SimpleNamespace(name="layer", tensors={"w": TensorMeta((32, 8), torch.bfloat16, True)})
+    bytes_each = 1 if narrow and name == "all_gather" else bytes_each
     key, size = Key(category, "layer", "w", "S(0) -> R*"), 32 * 8 * bytes_each
     each = size / 2 / 1e6
     plan = SimpleNamespace(
-        graph=SimpleNamespace(all_blocks=lambda: [block]), beside={key: 2 * each}, mesh=Mesh((2,)), micro_batches=3
-    )
+        graph=SimpleNamespace(all_blocks=lambda: [block]), beside={key: 2 * each}, mesh=Mesh((2,)), micro_batches=3,
+        gathered_in_fp8={("layer", "w", (SHARED,))} if narrow else {("layer", "w", (REPLICATE,))},
+    )  # fmt: skip
     (found,) = _steps(plan, CostModel(machine, Mesh((2,))), key, 2 * each, 0.25)
     phase = {"reshard": "forward", "reshard again": "again", "reshard backward": "backward"}[category]
     assert (found.collective, found.phase, found.move, found.devices) == (name, phase, "S(0) -> R*", 2)

@@ -246,8 +246,11 @@ def test_lines_of_what_is_exposed_limits_and_levels():
     assert recompute(values)[0].endswith("; up to y in 8 pieces; 2 of 3 weights stored in fp32 alone")
     values["about"] = {"precision": "fp8"}
     values["blocks"]["layer"]["nodes"] = {"a": {"in_fp8": True}, "b": {"in_fp8": False}, "c": {"in_fp8": True}}
-    values["blocks"]["last"] = {"nodes": {"a": {"in_fp8": False}}}
+    values["blocks"]["last"] = {"nodes": {"a": {"in_fp8": False}}, "gathered_in_fp8": []}
+    values["blocks"]["layer"]["gathered_in_fp8"] = []
     assert in_fp8(values) == ["layer: 2 products multiply in fp8"]
+    values["blocks"]["layer"]["gathered_in_fp8"] = ["v", "w"]
+    assert in_fp8(values) == ["layer: 2 products multiply in fp8; 2 weights gathered in it"]
     del values["blocks"]["layer"]
     assert in_fp8(values) == ["no product is faster in fp8 than in bf16"]
     values["about"] = {"precision": "bf16"}

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from nnscaler.kernels import fp8
 from nnscaler.mesh import Mesh
 from nnscaler.runtime import collectives, gathering
 from nnscaler.runtime.axes import Axes
@@ -62,6 +63,42 @@ def gathered_masters() -> list[bool]:
 def test_a_master_weight_is_cast_into_the_buffer_of_its_gather():
     for found in run(2, gathered_masters):
         assert found == [True] * 6
+
+
+def gathered_in_fp8(dtype: torch.dtype) -> list[bool]:
+    """Of shards in this type, along each dimension: whether bytes are sent, whether what is gathered is the whole
+    weight rounded, whether backward finds the same again, and whether the gradient of this rank's shard arrives."""
+    axes, found, sent = Axes(Mesh((2,)), torch.device("cpu")), [], []
+    gather = collectives.all_gather_single
+
+    def record(result, shard, **options):
+        sent.append((shard.dtype, shard.numel()))
+        return gather(result, shard, **options)
+
+    def arrived(parameter, work, gradient):
+        work.wait()
+        found.append(torch.equal(gradient, 2 * (numbers.chunk(2, dim)[axes.rank] + 1.0)))
+
+    collectives.all_gather_single = record
+    for dim in (0, 1):
+        numbers = torch.arange(32.0).view(4, 8)
+        whole = (numbers - 9).bfloat16()
+        shard = whole.chunk(2, dim)[axes.rank].to(dtype, copy=True).requires_grad_()
+        gathers = Gathers(arrived, scale=lambda parameter: fp8.scale_of(whole))  # noqa: B023
+        weight = gathers.weight_in_fp8(shard, (axes[0], dim), dtype=torch.bfloat16, again=True)
+        wanted = fp8.round_by(whole, fp8.scale_of(whole)).float()
+        found += [weight.rows.is_contiguous(), torch.equal(weight.rows.float(), wanted)]
+        found += [weight.scale == 22 / 448, weight.value.dtype == torch.bfloat16, gathers.holds(weight.value)]
+        packed = gathers.pack(weight.rows.t())
+        found += [not isinstance(packed, torch.Tensor), torch.equal(gathers.unpack(packed).float(), wanted.t())]
+        (weight.value * (numbers + 1)).sum().backward()
+    return [*found, sent == [(torch.uint8, 16)] * 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_weight_is_gathered_in_fp8_as_it_would_be_rounded_whole(dtype):
+    for found in run(2, gathered_in_fp8, dtype):
+        assert found == [True] * 17
 
 
 def test_no_weight_is_gathered_before_its_update(monkeypatch):
@@ -132,6 +169,7 @@ def test_a_gathered_weight_has_the_shards_of_every_axis():
     shard = torch.zeros(2, 3, requires_grad=True)
     along = ((Axis(2, 0, None), 0), (Axis(3, 1, None), 1))
     assert gathering._Sharded(shard, along, torch.bfloat16).bytes == 6 * (2 * 3) * 2
+    assert gathering._Sharded(shard, along, torch.bfloat16, fp8.scale_of).bytes == 6 * (2 * 3)
 
 
 @pytest.mark.parametrize("again", [False, True])

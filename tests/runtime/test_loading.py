@@ -19,9 +19,12 @@ def forward(weights, axes, x):
 """
 
 
+WAYS = {"exchanged_once": False, "master_only": False, "gathered_in_fp8": False, "dtype": "bfloat16"}
+
+
 def loaded(folder: Path, **changed) -> ParallelModule:
     """A plan of one device with a trained `w`, also called `same`, and `v`; a frozen `b`, and a buffer `fixed`."""
-    one = {"layout": "R", "trained": True, "exchanged_once": False, "master_only": False, "dtype": "bfloat16"}
+    one = {"layout": "R", "trained": True, **WAYS}
     plan = {
         "mesh": {"sizes": [1], "replicas": 1},
         "inputs": ["x"],
@@ -99,7 +102,7 @@ def test_a_single_gradient_is_of_its_weights_type(tmp_path):
 
 def test_a_weight_that_is_stored_wider_begins_as_its_own_type_has_it(tmp_path):
     """2**-12 is less than half of a step of bf16 at 1."""
-    w = {"layout": "R", "trained": True, "exchanged_once": False, "master_only": True, "dtype": "bfloat16"}
+    w = {"layout": "R", "trained": True, **WAYS, "master_only": True}
     module = loaded(tmp_path, parameters={"w": w | {"shape": [2]}}, tied={})
     module.load_one("w", torch.tensor([1 + 2.0**-12, 1 + 2.0**-7]))
     assert module._weights["w"].dtype == torch.float32

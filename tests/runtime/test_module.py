@@ -23,11 +23,12 @@ from nnscaler.shards import ParameterSpec
 
 def test_reading_a_weight_waits_for_all_of_it():
     """One that a bucket's border cuts is in two."""
-    waited = []
+    waited, spec = [], SimpleNamespace(gathered_in_fp8=False)
     names = (["a"], ["a", "b"], ["c"])
     buckets = [
         SimpleNamespace(
-            slots=[SimpleNamespace(name=name) for name in slots], wait=lambda slots=slots: waited.append(slots)
+            slots=[SimpleNamespace(name=name, spec=spec) for name in slots],
+            wait=lambda slots=slots: waited.append(slots),
         )
         for slots in names
     ]

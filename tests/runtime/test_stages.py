@@ -39,7 +39,7 @@ def test_which_rank_has_which_stages(kind, ranks, stages, ranks_of_stages):
 
 
 def parameter(size: int, trained: bool = True) -> dict[str, Any]:
-    ways = {"exchanged_once": False, "master_only": False}
+    ways = dict.fromkeys(("exchanged_once", "master_only", "gathered_in_fp8"), False)
     return {"shape": [size], "dtype": "float32", "layout": "R", "trained": trained, **ways}
 
 

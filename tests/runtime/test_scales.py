@@ -1,0 +1,70 @@
+"""The scales of weights that devices hold in shards: of each whole weight, however buckets and owners divide it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from nnscaler.kernels.fp8 import scale_of as scale_of_whole
+from nnscaler.mesh import Mesh
+from nnscaler.placement import REPLICATE, SHARED, Shard
+from nnscaler.runtime.axes import Axes
+from nnscaler.runtime.axis import ALONE
+from nnscaler.runtime.buckets import make_buckets
+from nnscaler.runtime.module import Weights
+from nnscaler.runtime.scales import Scales
+from nnscaler.shards import ParameterSpec
+from tests.launch import run
+
+SHAPES = {"a": (40, 32), "b": (6, 100), "other": (300,), "c": (64, 12)}
+PLACES = (3, 1279, 417)  # where in `a` the largest element is, from step to step: with either device
+
+
+def scales(mesh: Mesh, elements: int, master_only: bool) -> list[bool]:
+    """Whether all scales are right: of what was loaded, after each update, and of what was loaded again."""
+    axes = Axes(mesh, torch.device("cpu"))
+    layout = (Shard(0),) if mesh.sizes[0] > 1 else (SHARED,)
+    specs = {
+        name: ParameterSpec(shape, torch.bfloat16, layout, True, False, master_only, gathered_in_fp8=name != "other")
+        for name, shape in SHAPES.items()
+    }
+    buckets, parameters = make_buckets(specs, axes, dict.fromkeys(SHAPES, True), elements)
+    weights = Weights(buckets, parameters, axes.owners((REPLICATE,)))
+    found = []
+    for step, place in enumerate(PLACES):
+        generator = torch.Generator().manual_seed(step)
+        whole = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+        whole["a"].view(-1)[place] = -9.013 - step  # which bf16 rounds
+        whole["c"].zero_()
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(whole[name][specs[name].box(mesh, axes.place).slices])
+                if step == 2:
+                    weights.changed(parameter)
+        if step == 1:
+            for bucket in buckets:
+                bucket.publish()
+        for name in "abc":
+            weights.wait(parameters[name])
+            found.append(torch.equal(weights.scale(parameters[name]), scale_of_whole(whole[name].bfloat16())))
+    assert dist.get_world_size() == 2
+    return found
+
+
+@pytest.mark.parametrize("mesh", [Mesh((2,)), Mesh((1,), 2)], ids=["shards", "owners"])
+@pytest.mark.parametrize("elements", [256, 10**6])
+@pytest.mark.parametrize("master_only", [False, True])
+def test_those_of_whole_weights_are_found_anew_after_each_update(mesh, elements, master_only):
+    for found in run(2, scales, mesh, elements, master_only):
+        assert found == [True] * 9
+
+
+def test_what_is_read_is_not_what_the_next_update_writes():
+    weight = torch.ones(4)
+    found = Scales({id(weight): weight}, torch.bfloat16, ALONE)
+    first = found.of(weight)
+    weight.fill_(448.0)
+    assert torch.equal(found.of(weight), first), "it has not been told"
+    found.find()
+    assert (found.of(weight).item(), first.item()) == (1.0, torch.tensor(1 / 448).item())
