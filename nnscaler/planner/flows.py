@@ -309,6 +309,8 @@ class Flows:
                 self.statement.charge(Account.BACKWARD, key, g, flow.count * seconds.forward)
                 self.again[index, source, target].append((g, float(flow.count)))
                 self.statement.row([(g, 1.0), *minus(made[source])], upper=0.0)
+                used = [x for use in flow.consumers for x in self.layouts(use, "inputs").get(target, [])]
+                self.statement.row([(g, 1.0), *minus(used)], upper=0.0)
                 terms.setdefault(target, []).append((g, -float(self.problem.calls[flow.block])))
                 self.gathered[index, source, target] = g
         return terms

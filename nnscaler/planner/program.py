@@ -50,7 +50,8 @@ subject to    sum_o x_do = 1                                                    
               k_fsl >= sum of z_l over the producer's options that make f in s     if l keeps f as made       (keeping)
               k_fsl >= sum of z_l over c's options that use f in s, less N_b sum_p g_fps   if l keeps f as used by c,
                        and less that over the producer's options that make f in s    if as resharded for c
-              g_fps <= sum of x over the producer's options that make f in p, if all-gathers make s of it  (gathering)
+              g_fps <= sum of x over the producer's options that make f in p, if all-gathers make s of it, and
+                       <= sum of x over the consumers' options that use f in s                               (gathering)
               E >= h B, E >= B - (1 - h) sum_d n_d t'_do x_do, where B = sum_d n_d q_do x_do
                    + sum over gathered weights of n_f r'_fps y_fps, and what of r_fps is done again;  F likewise,
                    with B = sum over gathered weights of n_f r_fps y_fps, and t for t'; and L,

@@ -24,6 +24,8 @@ from nnscaler.planner.costs import CostModel
 from nnscaler.planner.price import Price, price
 from nnscaler.planner.problem import Decision, Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution
+from nnscaler.planner.solve import UNLIMITED, stated
+from nnscaler.planner.statement import Quantity
 from nnscaler.recompute import (
     IN_GROUPS,
     KEEPS_ALL,
@@ -206,6 +208,19 @@ def test_gathered_weights_by_hand(graph, machine, level, gathers_again, times):
     assert found.seconds[Key("exchange", "", "forward")] == pytest.approx(2 * sent - forward)
     assert found.seconds[Key("exchange", "", "backward")] == pytest.approx((4 + 2 * times) * sent - backward)
     assert again == pytest.approx(3 * LEVELS[level][1] / 2)
+
+
+def test_what_nobody_uses_gathered_is_not_gathered_again(graph, machine):
+    """However much a solver would like it: what is gathered again counts as not kept."""
+    program = Program(build_problem(graph, CostModel(machine, TWO), Recomputing(), 1))
+    milp, gathered = stated(program, UNLIMITED), program.flows.gathered
+    for index, _, target in gathered:
+        uses = [program.flows.layouts(use, "inputs") for use in program.problem.flows[index].consumers]
+        milp.row([term for layouts in uses for term in layouts[target]], upper=0.0)
+    milp.minimise([(g, -1.0) for g in gathered.values()], Quantity.NUMBER)
+    answer = milp.solve(0.0)
+    assert gathered
+    assert [round(answer.values[g]) for g in gathered.values()] == [0] * len(gathered)
 
 
 @pytest.mark.parametrize(("level", "gathers_again", "times"), [
