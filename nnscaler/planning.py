@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import ceil, inf
 from typing import Any, TypeAlias
 
@@ -26,8 +27,8 @@ from nnscaler.trace import allow_fp8, trace
 
 logger = logging.getLogger(__name__)
 
-TRYING_SECONDS = 30.0  # of processor time, for all changes that are tried
-EACH_SECONDS = 5.0  # for the search of one
+TRYING_SECONDS = 20.0  # of processor time, for all changes that are tried
+EACH_SECONDS = 3.0  # for the search of one
 FACTORS = (2, 4, 8, 16)  # of devices, and of the sequence's parts: the first that fits is told
 
 AnyPlan: TypeAlias = Plan | PipelinePlan
@@ -43,6 +44,7 @@ def plan_for(
     alone: bool = True,
     below: float = inf,
     plain: bool | None = None,
+    decided: bool = True,
 ) -> AnyPlan:
     """The best plan, with or without a pipeline, as the policy has it.
 
@@ -50,6 +52,7 @@ def plan_for(
     alone   where pipelines are explored, whether a plan without one will do too
     below   seconds of a step; only a plan that takes less is wanted
     plain   of pipelines, which: see `nnscaler.pipeline.search.Wanted`
+    decided whether a plan is sought, where there is none when time is out, until it is known whether one fits
 
     Raises UserError where there is none, and NotFaster where none takes less than `below`.
     """
@@ -57,7 +60,7 @@ def plan_for(
     meshes = config.meshes(hardware) if meshes is None else meshes
     given = {**_given(config, hardware, times), "seconds": config.search_seconds, "below": below}
     if not config.explore_pipeline:
-        return find_plan(graph, meshes, hardware, **given)
+        return find_plan(graph, meshes, hardware, decided=decided, **given)
     wanted = Wanted(config.pipeline_pivots, config.pipeline_schedule, config.pipeline_nstages, alone, plain)
     return find_pipeline(graph, meshes, hardware, wanted, **given)
 
@@ -125,7 +128,7 @@ def what_fits(source: Source, graph: Graph, config: ComputeConfig, hardware: Har
     logger.info("no plan fits; looking for the nearest changes with which one does")
     quick = replace(config, search_seconds=min(EACH_SECONDS, config.search_seconds))
     found: dict[str, str] = {}
-    for kind, change, plan in _changes(source, graph, quick, hardware, refusal.needed):
+    for kind, change, plan in _changes(source, graph, quick, hardware, refusal.needed, found):
         if kind in found:
             continue
         if time.process_time() > until:
@@ -140,26 +143,51 @@ def what_fits(source: Source, graph: Graph, config: ComputeConfig, hardware: Har
     return f"what would fit: {'; '.join(found.values())}" if found else "no change that was tried fits"
 
 
+def _soon_planned(graph: Graph, config: ComputeConfig, hardware: Hardware) -> AnyPlan:
+    """A plan with a change. Raises UserError where none is found soon.
+
+    What would not fit on one mesh axis though choices were made in parts is not searched for: that is known at once.
+    """
+    if not config.explore_pipeline:
+        bound_for(graph, config, hardware, None)
+    return plan_for(graph, config, hardware, None, decided=False)
+
+
 def _changes(
-    source: Source, graph: Graph, config: ComputeConfig, hardware: Hardware, needed: float | None
+    source: Source,
+    graph: Graph,
+    config: ComputeConfig,
+    hardware: Hardware,
+    needed: float | None,
+    found: Mapping[str, str],
 ) -> Iterator[tuple[str, str, Planning]]:
-    """(kind, text of the change, how to plan with it); the nearest of each kind comes first."""
+    """(kind, text of the change, how to plan with it); the nearest of each kind comes first.
+
+    found  the kinds of which one fits, as far as is known when the next change is asked for
+    """
 
     def with_config(**changes: Any) -> Planning:
-        return lambda: plan_for(graph, replace(config, **changes), hardware, None)
+        return lambda: _soon_planned(graph, replace(config, **changes), hardware)
 
-    def with_source(other: Source) -> Planning:
-        return lambda: plan_for(_graph_of(other, config.trace_strategy), config, hardware, None)
+    def with_source(other: Source, **changes: Any) -> Planning:
+        graph_of = partial(_graph_of, other, config.trace_strategy)
+        return lambda: _soon_planned(graph_of(), replace(config, **changes), hardware)
 
-    for name, make in source.instead.items():
-        yield name, name, with_source(replace(source, make=make))
+    instead = {name: replace(source, make=make) for name, make in source.instead.items()}
+    for name, other in instead.items():
+        yield name, name, with_source(other)
     if hardware.host is not None and config.offload == "off":
         yield "host", "--offload auto", with_config(offload="auto")
+        for name, other in instead.items():
+            if name not in found:  # neither is enough alone
+                yield "host", f"{name} --offload auto", with_source(other, offload="auto")
     elif hardware.host is not None:
         given, usual = config.host_bytes(hardware), replace(config, host_mem_constraint=None).host_bytes(hardware)
         size, there = ceil((usual if given < usual else 2 * given) / GIB), hardware.host.memory / GIB
         has = "" if size <= there else f", where the host of {hardware.name} has {there:.0f}"
         yield "host", f"--host_mem_constraint {size}{has}", with_config(host_mem_constraint=float(size))
+    if needed is not None and (size := ceil(needed / GIB)) * GIB <= hardware.memory:
+        yield "memory", f"--gpu_mem_constraint {size}", with_config(gpu_mem_constraint=float(size))
     devices, runtime = config.plan_ngpus, config.runtime_ngpus
     for factor in FACTORS:
         plan, run = devices * factor, max(runtime, devices * factor)
@@ -171,9 +199,5 @@ def _changes(
         if shorter is not None:
             length = max(tensor.shape[1] for tensor in shorter.inputs.values())
             yield "sequence", f"sequences of {length:,} tokens", with_source(shorter)
-    if needed is not None:
-        size = ceil(needed / GIB)
-        has = "" if needed <= hardware.memory else f", where {hardware.name} has {hardware.memory / GIB:.0f}"
-        yield "memory", f"--gpu_mem_constraint {size}{has}", with_config(gpu_mem_constraint=float(size))
     if not config.explore_pipeline and devices > 1 and config.micro_batches > 1:
         yield "pipeline", "--explore_pipeline", with_config(explore_pipeline=True)

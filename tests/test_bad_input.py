@@ -16,6 +16,7 @@ from datasets import Dataset
 
 import ckpt_merger
 import train
+from nnscaler import planning
 from nnscaler.cli.config import DatasetConfig, ModelConfig, TrainerArgs
 from nnscaler.cli.trainer import Trainer
 from nnscaler.command import run
@@ -44,8 +45,12 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture
 def fails(inputs, tmp_path, monkeypatch, capsys):
-    """Runs a script with flags in an empty folder, and returns the one line that it prints when it fails."""
+    """Runs a script with flags in an empty folder, and returns the one line that it prints when it fails.
+
+    Where no plan fits, changes are not tried: see `tests.test_planning`.
+    """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(planning, "TRYING_SECONDS", -1.0)
 
     def call(script, *flags: str) -> str:
         flags = tuple(flag.replace("{}", str(inputs)) for flag in flags)

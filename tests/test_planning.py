@@ -40,7 +40,7 @@ def test_all_of_a_configuration_reaches_the_search(monkeypatch):
         "seconds": 7.0, "host": 2 * GIB, "below": math.inf, "sums": GradientSum("all_to_all", "bfloat16"),
     }  # fmt: skip
     planning.plan_for(GRAPH, CONFIG, H100, TIMES)
-    assert asked.pop() == ("find_plan", (GRAPH, meshes(4, 2, 8), H100), named)
+    assert asked.pop() == ("find_plan", (GRAPH, meshes(4, 2, 8), H100), {**named, "decided": True})
     pipelines = replace(
         CONFIG, explore_pipeline=True, pipeline_pivots=("Layer",), pipeline_schedule="1f1b", pipeline_nstages=2
     )
@@ -55,13 +55,22 @@ def test_all_of_a_configuration_reaches_the_search(monkeypatch):
 
 
 def tried(
-    monkeypatch, fits, config: ComputeConfig = CONFIG, needed: float | None = 81 * GIB, hardware=ALONE
-) -> tuple[str, list[str]]:
-    """(what is said, the changes that were planned). `fits`: whether a plan of this many devices and tokens does"""
+    monkeypatch, fits, config: ComputeConfig = CONFIG, needed: float | None = 79 * GIB, hardware=ALONE,
+    may_fit=lambda config, graph: True,
+) -> tuple[str, list[str]]:  # fmt: skip
+    """(what is said, the changes that were planned). `fits`: whether a plan of this many devices and tokens does;
+    `may_fit`: whether it would, were choices made in parts"""
     told = []
 
-    def plan_for(graph, config, hardware, times):
+    def bound_for(graph, config, hardware, times):
         assert times is None
+        assert not config.explore_pipeline, "this bounds plans without a pipeline"
+        if not may_fit(config, graph):
+            raise NothingFits("too large")
+
+    def plan_for(graph, config, hardware, times, *, decided):
+        assert times is None
+        assert not decided
         assert config.search_seconds <= planning.EACH_SECONDS
         what = (config.plan_ngpus, config.runtime_ngpus, config.gpu_mem_constraint, config.explore_pipeline, graph)
         told.append(what)
@@ -79,6 +88,7 @@ def tried(
         instead={"--less": lambda: nn.Identity()},
     )  # fmt: skip
     monkeypatch.setattr(planning, "plan_for", plan_for)
+    monkeypatch.setattr(planning, "bound_for", bound_for)
     monkeypatch.setattr(planning, "trace", trace)
     refusal = NothingFits("too large")
     refusal.needed = needed
@@ -86,22 +96,55 @@ def tried(
 
 
 def test_the_nearest_change_of_each_kind_that_fits_is_told(monkeypatch):
-    """Twelve tokens can be halved twice; 81 GiB are more than an H100 has."""
+    """Twelve tokens can be halved twice."""
 
     def fits(config, graph):
-        return graph in (("Identity", 12), ("Linear", 3)) or config.plan_ngpus >= 16 or config.gpu_mem_constraint == 81
+        return graph in (("Identity", 12), ("Linear", 3)) or config.plan_ngpus >= 16 or config.gpu_mem_constraint == 79
 
     text, told = tried(monkeypatch, fits)
     each = "(1.5 s a step, 2.5 GiB a device)"
     assert text == (
-        f"what would fit: --less {each}; --plan_ngpus 16 --runtime_ngpus 16 {each}; sequences of 3 tokens {each}; "
-        f"--gpu_mem_constraint 81, where H100 has 80 {each}"
+        f"what would fit: --less {each}; --gpu_mem_constraint 79 {each}; --plan_ngpus 16 --runtime_ngpus 16 {each}; "
+        f"sequences of 3 tokens {each}"
     )
     assert told == [
-        (4, 8, 3.0, False, ("Identity", 12)), (8, 8, 3.0, False, "own"), (16, 16, 3.0, False, "own"),
-        (4, 8, 3.0, False, ("Linear", 6)), (4, 8, 3.0, False, ("Linear", 3)), (4, 8, 81.0, False, "own"),
+        (4, 8, 3.0, False, ("Identity", 12)), (4, 8, 79.0, False, "own"), (8, 8, 3.0, False, "own"),
+        (16, 16, 3.0, False, "own"), (4, 8, 3.0, False, ("Linear", 6)), (4, 8, 3.0, False, ("Linear", 3)),
         (4, 8, 3.0, True, "own"),
     ]  # fmt: skip
+
+
+def test_what_would_not_fit_though_choices_were_made_in_parts_is_not_planned(monkeypatch):
+    """The first of the changes that may fit does not, and the second does."""
+    text, told = tried(
+        monkeypatch, lambda config, graph: config.plan_ngpus == 32,
+        may_fit=lambda config, graph: config.plan_ngpus in (16, 32),
+    )  # fmt: skip
+    assert text == "what would fit: --plan_ngpus 32 --runtime_ngpus 32 (1.5 s a step, 2.5 GiB a device)"
+    assert [plan for plan, *_ in told] == [16, 32, 4], "and of a pipeline, nothing is known before"
+
+
+def test_more_than_the_device_has_is_not_advised(monkeypatch):
+    """80 GiB, of which a plan takes 72 unless it is told otherwise."""
+    for needed, fits in ((79.2, True), (80.2, False)):
+        text, told = tried(monkeypatch, lambda config, graph: True, needed=needed * GIB)
+        assert ("--gpu_mem_constraint 80 " in text, "--gpu_mem_constraint" in text) == (fits, fits)
+        assert any(limit > 3 for _, _, limit, *_ in told) == fits
+
+
+def test_the_host_is_tried_together_with_what_is_not_enough_alone(monkeypatch):
+    """And only with that."""
+    hardware = replace(H100, host=Host(100 * GIB, 1.0, 1.0, 1.0))
+    off = replace(CONFIG, offload="off")
+    each = "(1.5 s a step, 2.5 GiB a device)"
+    text, _ = tried(monkeypatch, lambda c, g: g == ("Identity", 12) and c.offload == "auto", off, hardware=hardware)
+    assert text == f"what would fit: --less --offload auto {each}"
+    text, told = tried(monkeypatch, lambda c, g: g == ("Identity", 12), off, hardware=hardware)
+    assert text == f"what would fit: --less {each}"
+    assert [graph for *_, graph in told].count(("Identity", 12)) == 1
+    text, told = tried(monkeypatch, lambda c, g: c.offload == "auto" and g == "own", off, hardware=hardware)
+    assert text == f"what would fit: --offload auto {each}"
+    assert [graph for *_, graph in told].count(("Identity", 12)) == 1
 
 
 def test_what_is_not_known_or_cannot_be_is_not_tried(monkeypatch):

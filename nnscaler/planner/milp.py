@@ -80,7 +80,7 @@ class MixedIntegerProgram:
         relaxed: bool = False,
         seconds: float = inf,
         heuristics: bool = True,
-        watch: Callable[[float, float], None] | None = None,
+        watch: Callable[[float, float], bool | None] | None = None,
     ) -> Answer | None:
         """An optimum within the relative `gap`, or the best that was found in `seconds`; None where there is no
         solution.
@@ -89,7 +89,8 @@ class MixedIntegerProgram:
         relaxed     no variable needs to be a whole number. The optimum is then no higher, and soon found.
         heuristics  whether to look for good solutions before the search proper. Where few are expected, that takes
                     long.
-        watch       called during the search with (objective of the best solution so far, or inf; its lower bound)
+        watch       called during the search with (objective of the best solution so far, or inf; its lower bound);
+                    the search ends where it returns True
         """
         model = highspy.HighsLp()
         model.num_col_, model.num_row_ = len(self.cost), len(self.lower)
@@ -122,9 +123,9 @@ class MixedIntegerProgram:
         one, until = self.scale[self.objective], time.process_time() + seconds
 
         def hear(event: Any) -> None:
-            event.data_in.user_interrupt = time.process_time() > until
-            if watch is not None:
-                watch(event.data_out.mip_primal_bound * one, event.data_out.mip_dual_bound * one)
+            best, bound = event.data_out.mip_primal_bound * one, event.data_out.mip_dual_bound * one
+            enough = watch is not None and watch(best, bound)
+            event.data_in.user_interrupt = enough or time.process_time() > until
 
         solver.cbMipInterrupt.subscribe(hear)
         solver.run()
@@ -155,7 +156,7 @@ class Answer:
 
     values   of the variables; None where it was stopped before it found any
     bound    no solution has an objective below this
-    stopped  whether time was out before the gap was reached
+    stopped  whether it ended before the gap was reached
     """
 
     values: np.ndarray | None

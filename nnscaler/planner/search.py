@@ -58,6 +58,7 @@ def find_plan(
     sparing: bool = True,
     groups: bool = True,
     below: float = inf,
+    decided: bool = True,
 ) -> Plan:
     """The plan of least predicted step time on one of the meshes, which all have as many devices and as many copies.
 
@@ -71,8 +72,9 @@ def find_plan(
     layouts            name of a parameter, or of an input or output of the graph -> its layout, where that is given
     in_flight          micro-batches whose activations are held at a time
     waiting            of a stage that may run backward in two parts: see `nnscaler.schedules.waiting`
-    seconds            of processor time, after which the best plan so far is taken; where there is none, the search
-                       goes on until it is known whether one fits
+    seconds            of processor time, after which the best plan so far is taken
+    decided            whether, where there is none then, the search goes on until it is known whether one fits, and a
+                       refusal says what the memory is needed for
     host               bytes of the host's memory that the plan may use for each device
     sparing            whether what else saves memory at a price is tried: see `build_problem`
     groups             whether groups of layers may be computed again together, and pieces resharded inside
@@ -81,7 +83,7 @@ def find_plan(
     The host's memory, and what else is sparing, are tried only where more memory would make the plan faster, or where
     no plan fits; and after that groups, of which there are many, where that is still so.
 
-    Raises DoesNotFit where no plan fits, NotFaster where none takes less than `below`, and UserError for an unknown
+    Raises NothingFits where no plan fits, NotFaster where none takes less than `below`, and UserError for an unknown
     class name.
     """
     memory = 0.9 * hardware.memory if memory is None else memory
@@ -105,6 +107,7 @@ def find_plan(
     groups = groups and again.free and any(len(chain) > 1 for chain in chains(graph))
     began = time.process_time()
     search = _Search(memory, began + seconds, below / micro_batches, findings=Findings(began))
+    widest = programs[0]  # of the first mesh, the program with most choices
     for left, program in enumerate(programs, 1 - len(programs)):
         search.on(program, -left)
     for allowed in [
@@ -114,12 +117,16 @@ def find_plan(
         for left, program in enumerate(programs, 1 - len(programs)):
             if search.leaves(program):
                 continue
-            search.on(Program(problem(program.problem.costs, *allowed)), -left)
+            wider = Program(problem(program.problem.costs, *allowed))
+            widest = wider if program is programs[0] else widest
+            search.on(wider, -left)
     if search.found is None and below < inf:
         raise NotFaster(max(search.bound, min(search.floors.values())) * micro_batches)
+    if search.found is None and not decided:
+        raise NothingFits("no plan that fits was found in time")
     search.decide()
     if search.found is None:
-        raise DoesNotFit(*_least(problem(programs[0].problem.costs, host, sparing, groups)), memory)
+        raise DoesNotFit(*_least(widest), memory)
     found = search.found
     plan = _to_plan(graph, found.problem, found.solution, found.price, micro_batches)
     plan.costs, plan.memory_limit, plan.bound = found.problem.costs, memory, search.proven(programs) * micro_batches
@@ -161,12 +168,12 @@ def least_step(
     memory = 0.9 * hardware.memory if memory is None else memory
     again = recomputing(graph, recompute_modules)
     model = CostModel(hardware, mesh, fused, times, sums)
-    problem = build_problem(graph, model, again, micro_batches, None, 1, host, True, again.free)
-    found = relaxed([Program(problem)], memory)
+    program = Program(build_problem(graph, model, again, micro_batches, None, 1, host, True, again.free))
+    found = relaxed([program], memory)
     if found is not None:
         return found[0].seconds * micro_batches
     refusal = NothingFits(f"no plan fits: over {memory / GIB:.1f} GiB a device are needed")
-    refusal.needed = least_bytes(Program(problem))
+    refusal.needed = least_bytes(program)
     raise refusal
 
 
@@ -250,11 +257,11 @@ class _Search:
                 self._take_least(program, inf)
 
     def _take_least(self, program: Program, seconds: float) -> None:
-        """Takes the plan of least memory that is found in so many seconds, if it fits."""
-        least = least_memory(program, seconds)
+        """Takes a plan that fits, whatever its time, if one is found in so many seconds."""
+        least = least_memory(program, seconds, self.memory)
         if least is not None and self._take(program, least):
             mesh = program.problem.costs.mesh
-            logger.info("planning on %s: out of time; the plan that takes least memory is taken", mesh)
+            logger.info("planning on %s: out of time; a plan that fits is taken", mesh)
 
     def may_gain(self, program: Program, worth: float) -> bool:
         """Whether a mesh could save a part `worth` of the time of the best plan so far.
@@ -344,10 +351,11 @@ def nodes_to_recompute(graph: Graph, modules: Sequence[str]) -> dict[str, frozen
     return found
 
 
-def _least(problem: Problem) -> tuple[dict[Key, float], str]:
-    """Of the plan that needs least memory: what the bytes are for, and the operator that holds most while it runs."""
-    program = Program(problem)
-    solution = least_memory(program)
+def _least(program: Program) -> tuple[dict[Key, float], str]:
+    """Of the plan that needs least memory, as far as is known after LEAST_SECONDS: what the bytes are for, and the
+    operator that holds most while it runs."""
+    problem = program.problem
+    solution = least_memory(program, LEAST_SECONDS) or least_memory(program)
     assert solution is not None, "it has all the time that it wants"
     priced = price(program, solution)
     assert priced is not None

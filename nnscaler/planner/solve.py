@@ -43,7 +43,7 @@ def solve(
     gap: float = 1e-4,
     below: float | None = None,
     seconds: float = inf,
-    watch: Callable[[float, float], None] | None = None,
+    watch: Callable[[float, float], bool | None] | None = None,
 ) -> Solved | None:
     """The solution of least time within `memory` bytes a device. None where there is none, or none below `below`.
 
@@ -80,9 +80,17 @@ def _limit_host(milp: MixedIntegerProgram, program: Program) -> None:
         milp.row(terms, upper=program.problem.host, quantity=Quantity.BYTES)
 
 
-def least_memory(program: Program, seconds: float = inf) -> Solution | None:
-    """The solution of least memory, whatever its time. None where none was found in so many seconds."""
-    answer = _for_least_memory(program).solve(gap=1e-2, seconds=seconds)
+def least_memory(program: Program, seconds: float = inf, enough: float | None = None) -> Solution | None:
+    """The solution of least memory, whatever its time; None where none was found in so many seconds.
+
+    enough  bytes a device: the search ends as soon as a solution takes no more, or it is known that none does
+    """
+
+    def decided(best: float, bound: float) -> bool:
+        return enough is not None and (best <= enough or bound > enough)
+
+    gap = 1e-2 if enough is None else 1e-3  # what nearly fits may be missed, by so little
+    answer = _for_least_memory(program).solve(gap, seconds=seconds, watch=decided)
     assert answer is not None, "without a limit there is always a plan"
     return None if answer.values is None else program.solution(answer.values)
 

@@ -254,7 +254,7 @@ def test_the_search_says_how_far_its_plan_may_be_from_the_best(graph, machine, m
     assert plan.memory_limit == 0.9 * machine.memory
 
 
-def test_when_time_is_out_the_plan_of_least_memory_is_taken(graph, machine, monkeypatch, caplog):
+def test_when_time_is_out_a_plan_that_fits_is_taken(graph, machine, monkeypatch, caplog):
     def too_late(*arguments, **keywords):
         raise OutOfTime(1e-9)
 
@@ -262,10 +262,10 @@ def test_when_time_is_out_the_plan_of_least_memory_is_taken(graph, machine, monk
     monkeypatch.setattr(search, "solve", too_late)
     caplog.set_level(logging.INFO)
     plan = find_plan(graph, [Mesh((2,))], machine)
-    assert plan.memory_bytes <= best.memory_bytes
+    assert plan.memory_bytes <= 0.9 * machine.memory
     assert 1e-9 < plan.bound <= best.step_seconds * (1 + 1e-6), "choices made in parts prove more than the solver did"
     assert (plan.searched.stopped, best.searched.stopped) == (True, False)
-    assert "out of time; the plan that takes least memory is taken" in caplog.text
+    assert "out of time; a plan that fits is taken" in caplog.text
 
 
 def test_a_mesh_is_searched_only_where_it_could_save_a_thousandth(graph, machine, monkeypatch):

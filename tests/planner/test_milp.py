@@ -57,6 +57,11 @@ def test_a_solution_that_is_good_enough_proves_no_more_than_is_true():
     program = MixedIntegerProgram(SCALE)
     program.add(statement)
     program.minimise([(thing, (size + 100) * MILLISECOND) for thing, size in terms], Quantity.SECONDS)
+    ended = program.solve(gap=0.0, watch=lambda best, bound: best < math.inf)
+    assert ended is not None
+    assert ended.stopped
+    assert ended.values is not None, "the first that it found"
+    assert ended.bound / MILLISECOND < 0.9999 * sum((size + 100) * round(v) for size, v in zip(sizes, ended.values))
     found = program.solve(gap=0.3, heuristics=False)
     assert found is not None
     assert found.values is not None

@@ -57,6 +57,9 @@ def test_what_presolve_calls_infeasible_is_solved_without_it(monkeypatch):
     least = least_memory(program)
     assert least is not None
     assert price(program, least).total_memory == pytest.approx(38338.56)
+    for enough, fits in ((39000.0, True), (38000.0, False)):
+        nearest = least_memory(program, enough=enough)
+        assert (price(program, nearest).total_memory <= enough * (1 + 1e-5)) == fits
     found = [solve(program, memory, gap=0.0) for memory in (38000.0, 41915.84256, 41960.0)]
     assert found[0] is None, "less than the least"
     for one in found[1:]:

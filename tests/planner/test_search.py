@@ -13,7 +13,7 @@ from nnscaler.errors import UserError
 from nnscaler.hardware.spec import Host
 from nnscaler.mesh import Mesh
 from nnscaler.plan import GIB, Key
-from nnscaler.planner import NotFaster, search
+from nnscaler.planner import NotFaster, NothingFits, search
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.price import Price
 from nnscaler.planner.search import LEAST_SECONDS, find_plan, nodes_to_recompute
@@ -23,6 +23,9 @@ from tests.pipeline.test_cut import llama
 from tests.planner.test_by_hand import graph, machine
 
 __all__ = ["graph", "machine"]
+
+
+OPTION = SimpleNamespace(transient=1.0)
 
 
 def program(devices: int) -> SimpleNamespace:
@@ -49,7 +52,8 @@ class Search(search._Search):
                 raise answer
             return answer and SimpleNamespace(solution=answer, bound=answer[2], stopped=devices in self.stops)
 
-        def least_memory(program, seconds):
+        def least_memory(program, seconds, enough):
+            assert enough == 100.0
             self.asked.append(("least memory", seconds))
             return self.least.get(seconds, (9.0, 90.0, 0.0))
 
@@ -89,7 +93,7 @@ def test_what_takes_more_memory_than_there_is_is_not_taken(monkeypatch):
 
 
 def test_where_time_is_out_the_best_so_far_stays(monkeypatch, caplog):
-    """Or, where there is none, the plan of least memory is taken, for which a little time is always left."""
+    """Or, where there is none, a plan that fits is taken, for which a little time is always left."""
     one = Search(monkeypatch, {1: (4.0, 80.0, 3.9), 2: OutOfTime(1.5), 4: (9.0, 1.0, 8.0)}, {2: 1.0, 4: 1.2})
     one.on(program(1), 1)
     one.on(program(2), 1)
@@ -102,7 +106,7 @@ def test_where_time_is_out_the_best_so_far_stays(monkeypatch, caplog):
         late = Search(monkeypatch, {1: OutOfTime(0.5)}, {}, now=70.0)
         assert late.on_all(1) == (9.0, 0.5)
     assert late.asked == [(1, 100.0, None, 0.1), ("least memory", LEAST_SECONDS)]
-    assert "planning on 1 copy x 1 device: out of time; the plan that takes least memory is taken" in caplog.text
+    assert "planning on 1 copy x 1 device: out of time; a plan that fits is taken" in caplog.text
 
 
 def test_nothing_is_refused_that_time_left_open(monkeypatch):
@@ -130,6 +134,33 @@ def test_nothing_is_refused_that_time_left_open(monkeypatch):
 def test_what_a_faster_plan_may_save_is_said_to_two_digits():
     said = [search.may_save(gap) for gap in (0.002, 0.0034, 0.0456, 0.2)]
     assert said == ["", *(f" (a faster one may save up to {percent} %)" for percent in ("0.34", "4.6", "20"))]
+
+
+def test_what_need_not_be_decided_is_given_up_when_time_is_out(graph, machine, monkeypatch):
+    def too_late(*arguments, **keywords):
+        raise OutOfTime(0.0)
+
+    asked = []
+    monkeypatch.setattr(search, "solve", too_late)
+    monkeypatch.setattr(search, "least_memory", lambda program, seconds, enough: asked.append(seconds))
+    with pytest.raises(NothingFits, match="no plan that fits was found in time") as refused:
+        find_plan(graph, [Mesh((2,))], machine, sparing=False, decided=False)
+    assert refused.value.needed is None
+    assert asked == [LEAST_SECONDS]
+
+
+def test_a_refusal_says_what_is_known_of_the_least_memory_in_five_seconds(monkeypatch):
+    """Or later, where nothing is known by then."""
+    asked, answers = [], []
+    monkeypatch.setattr(search, "least_memory", lambda program, *seconds: asked.append(seconds) or answers.pop(0))
+    monkeypatch.setattr(search, "price", lambda program, one: SimpleNamespace(memory=one.memory))
+    problem = SimpleNamespace(divisible=[], decisions=[SimpleNamespace(block="b", name="n", options=[OPTION])])
+    one = SimpleNamespace(memory={Key("saved", "x", "y"): 2.0}, pieces={}, chosen=[0])
+    for found, limits in (([one], [(LEAST_SECONDS,)]), ([None, one], [(LEAST_SECONDS,), ()])):
+        answers[:] = found
+        assert search._least(SimpleNamespace(problem=problem)) == (one.memory, "b.n")
+        assert asked == limits
+        asked.clear()
 
 
 def test_what_is_left_unsearched_is_not_proven(monkeypatch):
@@ -217,12 +248,21 @@ def test_what_saves_memory_at_a_price_is_tried_where_it_may_gain(graph, machine,
 
 def test_groups_are_tried_where_layers_follow_one_another(machine, monkeypatch):
     stated = []
-    monkeypatch.setattr(search, "build_problem", lambda *given: stated.append(given[6:]) or SimpleNamespace(costs=None))
+
+    def build(*given):
+        stated.append(given[6:])
+        return SimpleNamespace(costs=None, given=given[6:])
+
+    monkeypatch.setattr(search, "build_problem", build)
     monkeypatch.setattr(search, "Program", lambda problem: SimpleNamespace(problem=problem))
     monkeypatch.setattr(search._Search, "on", lambda self, program, left: None)
     monkeypatch.setattr(search._Search, "may_gain", lambda self, program, worth: True)
-    monkeypatch.setattr(search, "_least", lambda problem: ({Key("saved", "x", "y"): 2 * GIB}, "layer.up"))
 
+    def least(program):
+        assert program.problem.given == stated[-1], "the last one says what is needed"
+        return {Key("saved", "x", "y"): 2 * GIB}, "layer.up"
+
+    monkeypatch.setattr(search, "_least", least)
     two_layers = llama(2)
 
     def tried(**given) -> list[tuple]:
@@ -232,9 +272,9 @@ def test_groups_are_tried_where_layers_follow_one_another(machine, monkeypatch):
         return list(stated)
 
     whole = [(0.0, False, False), (5.0, True, False), (5.0, True, True)]
-    assert tried(host=5.0) == [*whole, whole[-1]], "the last one says what is needed"
-    assert tried(host=5.0, groups=False) == [*whole[:2], whole[1]]
-    assert tried(recompute_modules=("LlamaMLP",)) == [(0.0, False, False), (0.0, True, False), (0.0, True, False)]
+    assert tried(host=5.0) == whole
+    assert tried(host=5.0, groups=False) == whole[:2]
+    assert tried(recompute_modules=("LlamaMLP",)) == [(0.0, False, False), (0.0, True, False)]
 
 
 def test_named_modules_are_nodes_of_blocks():
@@ -270,7 +310,7 @@ def test_what_is_asked_of_a_search_reaches_the_problem(graph, machine, monkeypat
         find_plan(graph, [mesh], machine, layouts={"x": "rows"}, in_flight=4, **given)
     costs = CostModel(machine, mesh, True, "times", "sums")
     assert stated[0] == (graph, costs, again, 5, {"x": "rows"}, 4, 0.0, False, False)
-    assert [one[3:] for one in stated[1:]] == [(5, {"x": "rows"}, 4, 7.0, True, False)] * 2, "no layers, no groups"
+    assert [one[3:] for one in stated[1:]] == [(5, {"x": "rows"}, 4, 7.0, True, False)], "no layers, no groups"
     asked = []
     monkeypatch.setattr(search, "relaxed", lambda *given: asked.append(given) or [SimpleNamespace(seconds=2.0)])
     stated.clear()

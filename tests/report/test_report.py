@@ -26,7 +26,7 @@ from nnscaler.hardware import load_hardware
 from nnscaler.mesh import Mesh
 from nnscaler.models.causal_lm import CausalLM, prepare_config
 from nnscaler.plan import Key
-from nnscaler.planner import costs, find_plan
+from nnscaler.planner import costs, find_plan, search
 from nnscaler.profiler.operators import OperatorTimes
 from nnscaler.report import __main__ as command
 from nnscaler.report import compare, explain, plan_report, read_plan, would_help
@@ -66,9 +66,9 @@ CASES = [((1,), 1, False), ((2,), 1, False), ((2,), 2, False), ((1,), 4, True)]
 
 
 def tight(predicted) -> float:
-    """Bytes that leave room for two thirds of the activations that a plan keeps."""
+    """Bytes that leave room for four fifths of the activations that a plan keeps."""
     kept = [size for name, size in predicted["bytes_by_category"].items() if name.startswith("activations")]
-    return predicted["memory_bytes"] - sum(kept) / 3
+    return predicted["memory_bytes"] - sum(kept) / 5
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
@@ -325,17 +325,17 @@ def test_what_would_help_is_what_planning_so_finds(compiled):
 
 def test_where_nothing_fits_the_changes_that_are_named_fit(compiled, tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "TRYING_SECONDS", 1e9)  # a slow machine tries as many
+    monkeypatch.setattr(search, "LEAST_SECONDS", 1.0)
     hardware = str(compiled / "hardware.json")
     limit = 0.3 * read_plan(compiled / "a")["predicted"]["memory_bytes"] / 2**30
     wanted = {"gpu_mem_constraint": limit, "search_seconds": 1.0}  # what fits, fits from the first
     with pytest.raises(UserError, match=r"no plan fits: needs .* moments .*; what would fit: ") as refusal:
         compile_tiny(tmp_path / "small", hardware, **wanted)
-    text = str(refusal.value)
     assert not (tmp_path / "small").exists()
-    devices = int(re.search(r"--plan_ngpus (\d+) --runtime_ngpus \1 \(", text)[1])
+    devices = int(re.search(r"--plan_ngpus (\d+) --runtime_ngpus \1 \(", str(refusal.value))[1])
     wider = compile_tiny(tmp_path / "wide", hardware, plan_ngpus=devices, runtime_ngpus=devices, **wanted)
     assert read_plan(wider)["predicted"]["memory_bytes"] <= limit * 2**30 * (1 + 1e-5)
-    assert re.search(r"sequences of (4|8|16) tokens", text)
+    assert re.search(r"sequences of (4|8|16) tokens", str(refusal.value))
 
 
 def test_the_page_is_well_formed_and_needs_nothing_else(compiled):
