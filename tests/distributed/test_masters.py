@@ -4,6 +4,7 @@ continued with one and without, and as small as they are said to be."""
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from nnscaler.compiler import Source, compile_model
 from nnscaler.config import ComputeConfig, OptimizerConfig
 from nnscaler.data.training import PackedDataset
 from nnscaler.loaded import LoadedModel
+from nnscaler.plan import Key
 from nnscaler.recompute import ON_DEVICE, ON_HOST
 from tests import tiny
 from tests.checkpoint.jobs import assert_equal, tensors
@@ -34,6 +36,7 @@ HERE, AWAY = (tuple(level.name for level in levels[2:]) for levels in (ON_DEVICE
 COPIED = Case(2, 2, accumulation=2, precision="bf16", levels=HERE)
 MASTERS = dataclasses.replace(COPIED, master_only=True)
 ON_THE_HOST = dataclasses.replace(MASTERS, levels=AWAY)  # with the optimizer's state there
+KINDS = {"bf16": True, "else": False}
 STAGES = dataclasses.replace(COPIED, plan=4, runtime=4, schedule="1f1b", stages=2, levels=())
 
 
@@ -144,25 +147,62 @@ def held(folder: Path, source: Source) -> dict[str, int]:
     return {"parameters": sum(stored.values()), **{what: sum(t.nbytes for t in each) for what, each in groups.items()}}
 
 
+def alive(folder: Path, source: Source) -> dict[str, int]:
+    """Bytes of this rank after two steps, of all tensors as large as weights that anything holds: in bf16, and else."""
+    loaded = LoadedModel(folder, source, OptimizerConfig(), torch.device("cpu"))
+    loaded.initialise(0)
+    for _ in range(2):
+        loaded.module.accumulate([{"x": torch.rand(8, 64).bfloat16()} for _ in range(2)])
+        loaded.optimizer.step(labels=1.0, lr=0.1)
+    loaded.optimizer.finish()
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter) and thing.is_cpu]
+    memory = {one.untyped_storage().data_ptr(): (one.untyped_storage().nbytes(), one.dtype) for one in tensors}
+    large = [(size, dtype == torch.bfloat16) for size, dtype in memory.values() if size >= 64 * 64]
+    return {what: sum(size for size, one in large if one == is_bf16) for what, is_bf16 in KINDS.items()}
+
+
+def compiled(folder: Path, rows: int, away: bool = False) -> tuple[Source, dict[str, Path]]:
+    """The products, with copies beside their masters and without.
+
+    rows  of the input
+    away  whether gradients and the optimizer's state lie on the host
+    """
+    source = Source(Products, {"x": torch.empty((rows, 64), dtype=torch.bfloat16, device="meta")})
+    config = ComputeConfig(2, 2, hardware=tiny.write_hardware(folder), micro_batches=2)
+    folders = {name: folder / name for name in ("copied", "masters")}
+    for name, own in folders.items():
+
+        def find_plan(*args, alone=name == "masters", **options):
+            plan = planner.find_plan(*args, **options)
+            plan.master_only = gathered(plan) if alone else set()
+            plan.host |= dict.fromkeys([Key("state"), Key("gradients")] if away else [], 1e9)  # more than there is
+            return plan
+
+        with patch.object(planning, "find_plan", find_plan):
+            compile_model(source, config, own)
+    return source, folders
+
+
 def test_it_takes_the_bytes_that_it_is_said_to(tmp_path):
     """Three weights of 64 x 64, a half of each on a device."""
     elements = 3 * 64 * 64 // 2
-    inputs = {"x": torch.empty((64, 64), dtype=torch.bfloat16, device="meta")}
-    source = Source(Products, inputs)
-    config = ComputeConfig(2, 2, hardware=tiny.write_hardware(tmp_path), micro_batches=2)
-
-    def find_plan(*args, **options):
-        plan = planner.find_plan(*args, **options)
-        plan.master_only = gathered(plan)
-        return plan
-
-    compile_model(source, config, tmp_path / "copied")
-    with patch.object(planning, "find_plan", find_plan):
-        compile_model(source, config, tmp_path / "masters")
+    source, folders = compiled(tmp_path, rows=64)
     rest = {"gradients": 4 * elements, "moments": 8 * elements}
     wanted = {
         "copied": {"parameters": 2 * elements, "master weights": 4 * elements, **rest},
         "masters": {"parameters": 4 * elements, "master weights": 0, **rest},
     }
     for name, sizes in wanted.items():
-        assert run(2, held, tmp_path / name, source) == [sizes] * 2
+        assert run(2, held, folders[name], source) == [sizes] * 2
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_nothing_holds_a_copy_when_no_weight_is_in_use(away, tmp_path):
+    """Each of a weight, its gradient and two moments in fp32; with copies, the weight is in bf16 beside that. What lies
+    on the host is there in a place for each of three parts of the state, and in a gradient's slot, too."""
+    elements = 3 * 64 * 64 // 2
+    source, folders = compiled(tmp_path, 8, away)
+    in_fp32 = 4 * elements * (8 if away else 4)
+    for name, copies in (("copied", 2 * elements), ("masters", 0)):
+        assert run(2, alive, folders[name], source) == [{"bf16": copies, "else": in_fp32}] * 2
