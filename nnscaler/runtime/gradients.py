@@ -61,7 +61,7 @@ class GradientSlots:
 
     def __init__(self, size: int, count: int, device: torch.device) -> None:
         self.pool = HostPool(device)
-        self._free = deque(_Slot(size, device) for _ in range(min(GRADIENT_SLOTS, count)))
+        self._free = deque(_Slot(size, self.pool) for _ in range(min(GRADIENT_SLOTS, count)))
         self._here: OrderedDict[GradientOnHost, _Slot] = OrderedDict()  # what was taken last is last
         self._taken: dict[GradientOnHost, None] = {}  # in this micro-batch, in order
         self._coming: deque[GradientOnHost] = deque()  # what this micro-batch is expected to take
@@ -92,8 +92,7 @@ class GradientSlots:
     def leave(self, one: GradientOnHost) -> None:
         slot = self._here.pop(one)
         self._taken.pop(one, None)  # it says nothing of the order of backward
-        if slot.bytes.is_cuda:
-            slot.left = torch.cuda.current_stream(slot.bytes.device).record_event()
+        slot.left = self.pool.moment()
         self._free.append(slot)
 
     def end_micro_batch(self, last: bool) -> None:
@@ -121,6 +120,6 @@ class GradientSlots:
 class _Slot:
     """Memory on the device, and the event after which what lay in it last has left."""
 
-    def __init__(self, size: int, device: torch.device) -> None:
-        self.bytes = torch.empty(size, dtype=torch.uint8, device=device)
-        self.left = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+    def __init__(self, size: int, pool: HostPool) -> None:
+        self.bytes = torch.empty(size, dtype=torch.uint8, device=pool.device)
+        self.left = pool.moment()

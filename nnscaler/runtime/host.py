@@ -163,6 +163,10 @@ class HostPool:
             target.copy_(buffer.bytes, non_blocking=True)
             buffer.read = self._back.record_event()
 
+    def moment(self) -> torch.cuda.Event | None:
+        """The event that follows what is computed now; None: that is done as soon as it is said."""
+        return torch.cuda.current_stream(self.device).record_event() if self._on_accelerator else None
+
     def wait(self, event: torch.cuda.Event | None, stream: torch.cuda.Stream | None = None) -> None:
         """Makes what is computed next, or what runs next on `stream`, come after the event."""
         if event is not None:

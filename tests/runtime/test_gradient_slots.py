@@ -132,3 +132,38 @@ def test_there_are_no_more_slots_than_gradients(monkeypatch):
     for count, slots in ((1, 1), (3, 3), (5, 3)):
         made = GradientSlots(16, count, torch.device("cpu"))
         assert [len(slot.bytes) for slot in made._free] == [16] * slots
+
+
+def test_a_slot_is_waited_for_by_what_comes_there(streams, monkeypatch):
+    """Two gradients and one slot, as on an accelerator."""
+    pool, done = streams
+    monkeypatch.setattr(gradients, "GRADIENT_SLOTS", 1)
+    monkeypatch.setattr(gradients, "HostPool", lambda device: pool)
+    made = GradientSlots(8, 2, pool.device)
+    first, second = (GradientOnHost(made, 8, torch.float32) for _ in range(2))
+
+    def steps() -> list[str]:
+        found = [" ".join(step) for step in done]
+        done.clear()
+        return found
+
+    assert steps() == ["now records now 1"]
+    first.take(fresh=True)
+    assert steps() == ["now waits for now 1"], "whoever had this memory before"
+    first.send()
+    assert steps() == ["out waits for now", "in out", "out records out 1"]
+    second.take(fresh=True)
+    assert steps() == ["now waits for out 1"], "until the first has left"
+    first.take()
+    assert steps() == [
+        "out waits for now", "in out", "out records out 2",  # the second goes
+        "back waits for out 2", "back waits for out 1", "in back", "back records back 1",  # into its place
+        "now waits for out 2", "now waits for back 1",
+    ]  # fmt: skip
+    first.leave()
+    assert steps() == ["now records now 2"]
+    second.take()
+    assert steps() == [
+        "back waits for now 2", "back waits for out 2", "in back", "back records back 2", "now waits for now 2",
+        "now waits for back 2",
+    ]  # fmt: skip

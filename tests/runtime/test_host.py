@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nnscaler.errors import UserError
 from nnscaler.runtime import gathering, host
-from nnscaler.runtime.host import HostMemory, HostPool, StagedTensors, StagingArea, _Copy, _Kept
+from nnscaler.runtime.host import HostMemory, StagedTensors, StagingArea, _Copy, _Kept
 
 WIDTH, ROWS, CALLS = 16, 8, 6
 SIZE = WIDTH * ROWS * 4  # bytes of an activation
@@ -213,42 +212,6 @@ def test_what_is_small_or_packed_otherwise_stays_on_the_device() -> None:
     assert memory.pool.bytes == SIZE * 2 * CALLS, "weights are packed, and all else is sent"
 
 
-class Stream:
-    """Records what it waits for, and in what it is the current one."""
-
-    def __init__(self, name: str, said: list[tuple[str, ...]]) -> None:
-        self.name, self.said, self.events = name, said, 0
-
-    def wait_stream(self, other: Stream) -> None:
-        self.said.append((self.name, "waits for", other.name))
-
-    def wait_event(self, event: str) -> None:
-        self.said.append((self.name, "waits for", event))
-
-    def record_event(self) -> str:
-        self.events += 1
-        self.said.append((self.name, "records", f"{self.name} {self.events}"))
-        return f"{self.name} {self.events}"
-
-
-@pytest.fixture
-def streams(monkeypatch: pytest.MonkeyPatch) -> tuple[HostPool, list[tuple[str, ...]]]:
-    """A pool as of an accelerator, and what its streams do."""
-    said: list[tuple[str, ...]] = []
-    now, pool = Stream("now", said), HostPool(torch.device("cpu"))
-    pool._on_accelerator, pool._out, pool._back = True, Stream("out", said), Stream("back", said)
-
-    @contextmanager
-    def inside(stream: Stream) -> Iterator[None]:
-        said.append(("in", stream.name))
-        yield
-
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now)
-    monkeypatch.setattr(torch.cuda, "stream", inside)
-    monkeypatch.setattr(host, "_page_locked", lambda size: torch.zeros(size, dtype=torch.uint8))
-    return pool, said
-
-
 def test_a_copy_comes_after_what_it_copies_and_what_it_overwrites(streams) -> None:
     pool, said = streams
     buffer, source, target = pool.take(4), torch.arange(4, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8)
@@ -308,6 +271,29 @@ def test_a_copy_that_nobody_asked_for_ends_before_its_memory_is_another_s(stream
         del copy
         assert said == ([("now", "waits for", "back 1")] if fetched else [])
     assert pool.bytes == 4, "the second had the first one's"
+
+
+def test_memory_is_free_once_what_lay_there_is_on_the_host(streams) -> None:
+    pool, said = streams
+    kept = _Kept(pool, None)
+    kept.send(torch.arange(4.0))
+    said.clear()
+    for _ in range(2):
+        kept.let_go()
+        assert said == [("now", "waits for", "out 1")], "once"
+    assert kept._here == []
+
+
+def test_a_process_waits_for_what_it_reads_on_the_host(streams) -> None:
+    pool, said = streams
+    staged = StagedTensors(pool, StagingArea(8, 2, torch.device("cpu")), 8, 2)
+    said.clear()
+    staged.wait_for_host()
+    assert said == [], "nothing has been sent"
+    staged.send_back()
+    said.clear()
+    staged.wait_for_host()
+    assert said == [("the process", "waits for", "out 1"), ("the process", "waits for", "out 2")]
 
 
 def test_what_was_kept_is_waited_for_by_who_takes_it(streams) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from nnscaler.runtime.axes import Axes
 from nnscaler.runtime.buckets import make_buckets, norm_of
 from nnscaler.runtime.optimizer import OptimizerConfig, ShardedOptimizer, buckets_of, decays
 from nnscaler.shards import ParameterSpec
+from tests.runtime.conftest import Stream
 
 SHAPES = {"matrix": (40, 30), "norm": (30,), "other": (3, 100), "bias": (300,)}
 CONFIG = OptimizerConfig(betas=(0.6, 0.7), eps=0.03, weight_decay=0.4, clip_gnorm=0.5)
@@ -328,3 +330,16 @@ def test_a_parameter_of_several_stages_counts_in_the_norm_once():
     before = again.buckets[1].owned.clone()
     assert again.step(LABELS, 0.1).item() == pytest.approx(counted**0.5 * COPIES / LABELS, rel=1e-5)
     assert not torch.equal(again.buckets[1].owned, before)
+
+
+def test_an_update_beside_the_next_forward_holds_what_it_uses_and_is_waited_for(streams):
+    """As on an accelerator."""
+    pool, done = streams
+    used = SimpleNamespace(record_stream=lambda stream: done.append(("held for", stream.name)))
+    own = SimpleNamespace(_stream=Stream("update", done), device=pool.device, _staged={})
+    with ShardedOptimizer._beside(own, used):
+        done.append(("updated",))
+    assert done == [("held for", "update"), ("update", "waits for", "now"), ("in", "update"), ("updated",)]
+    done.clear()
+    ShardedOptimizer.settle(own)
+    assert done == [("now", "waits for", "update")]
