@@ -113,6 +113,28 @@ class Batch(NamedTuple):
     padding: int
 
 
+class _Coming:
+    """A batch on its way to the device.
+
+    stream  what copies it there, beside what is computed; None: it is copied at once
+    """
+
+    def __init__(self, on_host: Batch, device: torch.device, stream: torch.cuda.Stream | None) -> None:
+        self.on_host, self._stream = on_host, stream
+        with torch.cuda.stream(stream):  # of None, nothing changes
+            self._inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in on_host.inputs.items()}
+        self._copied = stream.record_event() if stream is not None else None
+
+    def take(self) -> Batch:
+        """The batch on the device. What is computed next comes after its copy."""
+        if self._copied is not None:
+            current = torch.cuda.current_stream()
+            current.wait_event(self._copied)
+            for tensor in self._inputs.values():
+                tensor.record_stream(current)  # its memory stays its own until that is computed
+        return self.on_host._replace(inputs=self._inputs)
+
+
 class Batches:
     """The micro-batches of one copy of the model. A thread reads them ahead.
 
@@ -133,32 +155,32 @@ class Batches:
     ) -> None:
         self._samples, self._length, self._share = samples, length, share
         self._ignored, self._device, self._documents = ignored, device, documents
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def after(self, consumed: int) -> Iterator[Batch]:
         """The micro-batches of the steps after `consumed` samples, on the device, without end.
 
-        While one is computed with, the next is on the device already and the one after it is read, also from one step
-        to the next: copies to a GPU run in turn, and one that is asked for after an update waits for all that the
-        update brings from the host.
+        While one is computed with, the next is copied to the device and the one after it is read, also from one step to
+        the next: copies to a GPU run in turn, and one that is asked for after an update waits for all that the update
+        brings from the host.
         """
         wanted = self._numbers(consumed)
         with ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(self._read, next(wanted))
-            here: Batch | None = None
+            coming: _Coming | None = None
             while True:
                 batch = ahead.result()
                 ahead = reader.submit(self._read, next(wanted))
-                coming = self._sent(batch)
+                here, coming = coming, _Coming(batch, self._device, self._stream)
                 if here is not None:
-                    yield here
-                here = coming
+                    yield self._arrived(here)
 
-    def _sent(self, batch: Batch) -> Batch:
-        """The batch on the device."""
-        inputs = {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.inputs.items()}
+    def _arrived(self, coming: _Coming) -> Batch:
+        """The batch on the device, for what is computed next."""
+        batch = coming.take()
         if self._documents:
-            Documents(inputs[DOCUMENTS]).note(batch.inputs[DOCUMENTS])
-        return batch._replace(inputs=inputs)
+            Documents(batch.inputs[DOCUMENTS]).note(coming.on_host.inputs[DOCUMENTS])
+        return batch
 
     def _numbers(self, consumed: int) -> Iterator[range]:
         for begin in count(consumed, self._share.step_samples):

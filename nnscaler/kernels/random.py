@@ -23,10 +23,14 @@ _KEY_STEPS = 0x9E3779B9, 0xBB67AE85
 _WORD = 0xFFFFFFFF
 
 
-def draws_of(seed: int, step: int, micro_batch: int) -> Tensor:
+def draws_of(seed: int, step: int, micro_batch: int, device: torch.device | None = None) -> Tensor:
     """What is drawn in a micro-batch, int64 [1, 5]: two words of the seed; the step; the micro-batch, counted over all
-    copies of the model; and 1."""
-    return torch.tensor([[seed & _WORD, seed >> 32 & _WORD, step, micro_batch, 1]])
+    copies of the model; and 1.
+
+    A GPU fills them in: a copy there would wait for what an update brings from the host.
+    """
+    numbers = seed & _WORD, seed >> 32 & _WORD, step, micro_batch, 1
+    return torch.stack([torch.full((1,), number, dtype=torch.int64, device=device) for number in numbers], dim=1)
 
 
 def no_draws() -> Tensor:

@@ -18,10 +18,7 @@ def with_draws(micro_batches: Iterable[Inputs], axes: Axes, seed: int, step: int
     Micro-batch m of copy r is number m * copies + r, as samples are dealt out (`nnscaler.data.training.Share`).
     """
     for index, inputs in enumerate(micro_batches):
-        draws = draws_of(seed, step, index * axes.mesh.replicas + axes.replica)
-        if axes.device.type == "cuda":
-            draws = draws.pin_memory()  # else the copy may wait for what was launched before
-        yield {**inputs, DRAWS: draws.to(axes.device, non_blocking=True)}
+        yield {**inputs, DRAWS: draws_of(seed, step, index * axes.mesh.replicas + axes.replica, axes.device)}
 
 
 def without_draws(micro_batches: Iterable[Inputs], axes: Axes) -> Iterator[Inputs]:

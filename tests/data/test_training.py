@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnscaler.data import packed
+from nnscaler.data import packed, training
 from nnscaler.data.packed import PackedDataset
-from nnscaler.data.training import Batch, Batches, Counts, InOrder, SampleOrder, Samples, Share, Shuffled
+from nnscaler.data.training import Batch, Batches, Counts, InOrder, SampleOrder, Samples, Share, Shuffled, _Coming
 from nnscaler.errors import UserError
 
 ROWS, LENGTH, SEED = 22, 4, 5
@@ -199,11 +199,18 @@ def test_every_epoch_has_an_order_of_its_own():
     assert epochs[0] != epochs[1]
 
 
-def test_a_batch_is_sent_before_the_one_before_it_is_trained_on(monkeypatch):
+def test_a_batch_is_on_its_way_while_the_one_before_it_is_trained_on(monkeypatch):
     """A copy that is asked for after an update waits on a GPU for what the update brings from the host."""
-    sent, plain = [], Batches._sent
-    monkeypatch.setattr(Batches, "_sent", lambda self, batch: sent.append(batch) or plain(self, batch))
+    sent = []
+
+    class Coming(_Coming):
+        def __init__(self, on_host, *where):
+            super().__init__(on_host, *where)
+            sent.append(on_host)
+
+    monkeypatch.setattr(training, "_Coming", Coming)
     batches = batches_of(Shuffled(Rows.numbered(ROWS), SEED), LENGTH, Share(0, 1, 1, 2)).after(0)
     for taken in range(3):
-        next(batches)
+        given = next(batches)
         assert len(sent) == taken + 2
+        assert given.inputs["input_ids"].tolist() == sent[taken].inputs["input_ids"].tolist()
