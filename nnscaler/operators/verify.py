@@ -16,6 +16,7 @@ from nnscaler.operators.registry import Operator, bind
 from nnscaler.placement import PARTIAL, Placement, Replicate, Shard, local_shape
 
 # How far from the whole a split's results may be, as a part of the whole's largest element: sums in another order.
+# Among tensors of several types, all are as exact as the least exact of them.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 Compute = Callable[[Split, int, Sequence[Tensor]], list[Tensor]]  # (split, devices, a device's inputs) -> its results
@@ -122,6 +123,7 @@ class Example:
         self._tensors, self._results, self._compute = tensors, results, compute
         self._incoming = [torch.randn_like(one) if one.requires_grad else one for one in results]
         self._gradients = gradients(results, tensors, self._incoming)
+        self._tolerance = max(_TOLERANCE.get(one.dtype, 0.0) for one in (*tensors, *results))
 
     def wrong(self, split: Split, devices: int) -> Iterator[str]:
         """What is not as the split says, in lines."""
@@ -146,10 +148,14 @@ class Example:
                 return
             made.append([result.detach() for result in results])
         for index, (place, whole) in enumerate(zip(split.outputs, self._results)):
-            yield from _compared(f"output {index}", [parts[index] for parts in made], place, whole.detach())
+            yield from _compared(
+                f"output {index}", [parts[index] for parts in made], place, whole.detach(), self._tolerance
+            )
         able = [index for index, tensor in enumerate(self._tensors) if tensor.requires_grad]
         for index, whole_gradient, *parts in zip(able, self._gradients, *found):
-            yield from _compared(f"the gradient of input {index}", parts, split.inputs[index], whole_gradient)
+            yield from _compared(
+                f"the gradient of input {index}", parts, split.inputs[index], whole_gradient, self._tolerance
+            )
 
 
 def _results(what: str, function: Callable[..., Any], node: Node, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -193,13 +199,15 @@ def _shards(whole: Tensor, placement: Placement, devices: int) -> list[Tensor]:
     return [part.clone(memory_format=torch.contiguous_format) for part in parts]
 
 
-def _compared(what: str, parts: Sequence[Tensor | None], place: Placement, whole: Tensor | None) -> Iterator[str]:
+def _compared(
+    what: str, parts: Sequence[Tensor | None], place: Placement, whole: Tensor | None, tolerance: float
+) -> Iterator[str]:
     present = [part for part in parts if part is not None]
     if len(present) not in ((0,) if whole is None else (len(parts),)):
         yield f"{what} is missing {'on a device' if whole is not None else 'for the whole'}"
     elif whole is not None:
         distance = _distance(present, place, whole)
-        if distance > _TOLERANCE.get(whole.dtype, 0.0):
+        if distance > (tolerance if whole.dtype in _TOLERANCE else 0.0):
             yield f"{what} differs from that of the whole by {distance:.2g} of its largest element"
 
 
