@@ -130,10 +130,18 @@ class ComputeConfig:
         return 0.8 * hardware.host.memory if given is None else given * 2**30
 
     def find_hardware(self) -> Hardware:
-        """The hardware to plan for. Raises UserError where there is none of this name."""
+        """The hardware to plan for: of this computer's CPU, a device is a process, which has its part of the memory.
+
+        Raises UserError where there is none of this name.
+        """
         from nnscaler.hardware import find_hardware
 
         hardware = find_hardware(self.hardware, self.devices_per_node)
+        processes = min(self.runtime_ngpus, hardware.devices_per_node)
+        if self.hardware is None and hardware.name == "CPU" and processes > 1:
+            memory = hardware.memory / processes
+            shared = f"{processes} processes share its memory, and each plans with {memory / 2**30:.3g} GiB of it"
+            hardware = replace(hardware, memory=memory, remark="; ".join(filter(None, (hardware.remark, shared))))
         if self.hardware is None and self.devices_per_node is None and self.runtime_ngpus > hardware.devices_per_node:
             nodes = (
                 f"planning for nodes of {hardware.devices_per_node} devices, as here; --devices_per_node says otherwise"

@@ -255,6 +255,24 @@ def test_planning_for_a_cpu_for_want_of_a_gpu_is_said(monkeypatch):
     assert load_hardware("cpu").remark == ""
 
 
+def test_processes_share_the_memory_of_a_cpu(monkeypatch):
+    """Twelve are on two nodes: eight share one, as the bundled file has it, or three. A device that is named has what
+    its file says."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(spec, "host_memory", lambda: 24 * 2**30)
+    alone = ComputeConfig().find_hardware()
+    assert (alone.memory, "share" in alone.remark) == (24 * 2**30, False)
+    for config, each in (
+        (ComputeConfig(1, 2), 12), (ComputeConfig(2, 2), 12), (ComputeConfig(2, 12), 3),
+        (ComputeConfig(3, 12, devices_per_node=3), 8), (ComputeConfig(1, 2, hardware="cpu"), 16),
+    ):  # fmt: skip
+        hardware = config.find_hardware()
+        assert hardware.memory == each * 2**30
+        assert (f"share its memory, and each plans with {each} GiB" in hardware.remark) == (config.hardware is None)
+    gpus(monkeypatch, "NVIDIA H100 80GB HBM3", count=4)
+    assert ComputeConfig(4, 4).find_hardware().memory == detect_hardware().memory
+
+
 def test_nodes_are_as_they_are(monkeypatch):
     assert find_hardware("h100").devices_per_node == 8
     assert find_hardware("h100", devices_per_node=2).devices_per_node == 2
