@@ -132,11 +132,16 @@ class ComputeConfig:
     def find_hardware(self) -> Hardware:
         """The hardware to plan for: of this computer's CPU, a device is a process, which has its part of the memory.
 
-        Raises UserError where there is none of this name.
+        Raises UserError where there is none of this name, or it has no host of which memory could be limited.
         """
         from nnscaler.hardware import find_hardware
 
         hardware = find_hardware(self.hardware, self.devices_per_node)
+        if self.host_mem_constraint and hardware.host is None:
+            raise UserError(
+                f"host_mem_constraint is {self.host_mem_constraint:g}, but {hardware.name} has no host with memory beside "
+                "the devices'; leave it out"
+            )
         processes = min(self.runtime_ngpus, hardware.devices_per_node)
         if self.hardware is None and hardware.name == "CPU" and processes > 1:
             memory = hardware.memory / processes

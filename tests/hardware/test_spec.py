@@ -273,6 +273,13 @@ def test_processes_share_the_memory_of_a_cpu(monkeypatch):
     assert ComputeConfig(4, 4).find_hardware().memory == detect_hardware().memory
 
 
+def test_memory_of_a_host_that_is_not_there_is_not_limited():
+    with pytest.raises(UserError, match="host_mem_constraint is 12, but CPU has no host with memory beside the devices"):
+        ComputeConfig(hardware="cpu", host_mem_constraint=12.0).find_hardware()
+    assert ComputeConfig(hardware="cpu", host_mem_constraint=0.0).find_hardware().host is None
+    assert ComputeConfig(hardware="h100", host_mem_constraint=12.0).find_hardware().host is not None
+
+
 def test_nodes_are_as_they_are(monkeypatch):
     assert find_hardware("h100").devices_per_node == 8
     assert find_hardware("h100", devices_per_node=2).devices_per_node == 2
