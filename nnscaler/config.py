@@ -139,8 +139,8 @@ class ComputeConfig:
         hardware = find_hardware(self.hardware, self.devices_per_node)
         if self.host_mem_constraint and hardware.host is None:
             raise UserError(
-                f"host_mem_constraint is {self.host_mem_constraint:g}, but {hardware.name} has no host with memory beside "
-                "the devices'; leave it out"
+                f"host_mem_constraint is {self.host_mem_constraint:g}, but {hardware.name} has no host with memory "
+                "beside the devices'; leave it out"
             )
         processes = min(self.runtime_ngpus, hardware.devices_per_node)
         if self.hardware is None and hardware.name == "CPU" and processes > 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import json
 import logging
 from pathlib import Path
@@ -37,12 +39,22 @@ def load_config(model_id: str) -> PretrainedConfig:
         if model_id not in BUNDLED:
             reason = str(error) if online else f"no such directory: {model_id}; the Hugging Face hub cannot be reached"
             raise UserError(
-                f"{reason}; the configurations that come with this package are {', '.join(BUNDLED)}"
+                f"{reason}{_nearest(Path(model_id))}; the configurations that come with this package are "
+                f"{', '.join(BUNDLED)}"
             ) from error
     reason = "the hub does not give it to us" if online else "the hub cannot be reached"
     logger.warning("%s: using the bundled configuration, because %s", model_id, reason)
     values = json.loads(BUNDLED[model_id].read_text(encoding="utf-8"))
     return AutoConfig.for_model(**values)
+
+
+def _nearest(path: Path) -> str:
+    """A question whether a model beside this path is meant; nothing where none has a name like its."""
+    models = []
+    with contextlib.suppress(OSError):
+        models = [model.parent.name for model in path.parent.glob("*/config.json")]
+    near = difflib.get_close_matches(path.name, sorted(models), n=1)
+    return f"; did you mean {path.with_name(near[0])}?" if near else ""
 
 
 def marks_of(config: PretrainedConfig) -> dict[str, list[int]]:

@@ -274,7 +274,9 @@ def test_processes_share_the_memory_of_a_cpu(monkeypatch):
 
 
 def test_memory_of_a_host_that_is_not_there_is_not_limited():
-    with pytest.raises(UserError, match="host_mem_constraint is 12, but CPU has no host with memory beside the devices"):
+    with pytest.raises(
+        UserError, match="host_mem_constraint is 12, but CPU has no host with memory beside the devices"
+    ):
         ComputeConfig(hardware="cpu", host_mem_constraint=12.0).find_hardware()
     assert ComputeConfig(hardware="cpu", host_mem_constraint=0.0).find_hardware().host is None
     assert ComputeConfig(hardware="h100", host_mem_constraint=12.0).find_hardware().host is not None

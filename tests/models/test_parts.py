@@ -64,6 +64,25 @@ def test_the_hub_is_asked_for_names_alone_and_bundled_ones_stand_in(tmp_path, mo
     assert asked == [("meta-llama/Meta-Llama-3-8B", True), ("meta-llama/Meta-Llama-3-8B", False), ("org/x", True)]
 
 
+def test_a_model_beside_a_wrong_name_is_suggested(tmp_path, monkeypatch) -> None:
+    """In this folder or in the one that is named; of folders that are no models, none is."""
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "llama3_min").mkdir(parents=True)
+    tiny.write_model(tmp_path / "runs" / "llama3_mini")
+    tiny.write_model(tmp_path / "first")
+    for wrong, meant in (
+        ("runs/lama3_min", "runs/llama3_mini"),
+        ("frist", "first"),
+        (f"{tmp_path}/firs", tmp_path / "first"),
+    ):
+        with pytest.raises(UserError, match=f"no such directory: {wrong}; .*; did you mean {meant}\\?; the config"):
+            load_config(wrong)
+    for wrong in ("other", "nowhere/first"):
+        with pytest.raises(UserError, match="cannot be reached; the configurations"):
+            load_config(wrong)
+
+
 @pytest.mark.parametrize("held", [None, Documents(torch.zeros(1, 4), None)])
 def test_models_are_told_of_documents_only_inside(held: Documents | None) -> None:
     """Also where one raises. transformers looks for none by itself there."""
