@@ -51,6 +51,7 @@ class TrainerState:
     keep         how many of its newest checkpoints the run was to keep; 0: all, so this one is never removed
     eval_loss    mean validation loss a label of these very weights; None: not evaluated, or not finite
     mixture      of a mixture of datasets, name -> rows, and samples of a block; else empty (`Mixture.described`)
+    step_samples  samples of a step; 0: not known
     """
 
     step: int
@@ -71,6 +72,7 @@ class TrainerState:
     keep: int = 0
     eval_loss: float | None = None
     mixture: dict[str, list[int]] = field(default_factory=dict)
+    step_samples: int = 0
 
     def write(self, folder: Path) -> None:
         (folder / TRAINER).write_text(json.dumps(asdict(self), indent=1, allow_nan=False))

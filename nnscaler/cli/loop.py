@@ -135,6 +135,12 @@ class TrainingRun:
                 "the checkpoint was trained on the mixture %s (name: rows, share), this one is %s: samples may come "
                 "twice or not", state.mixture, self._mixture(),
             )  # fmt: skip
+        before = state.step_samples if state is not None else 0
+        if before and before != self.share.step_samples:
+            logger.warning(
+                "a step takes %s from here on, and took %d before: --global_batch_size %d keeps to that",
+                counted(self.share.step_samples, "sample"), before, before,
+            )  # fmt: skip
         changes = changes_of_schedule(state.schedule, self._schedule()) if state is not None else ""
         if changes:
             logger.warning("the learning rate no longer follows the checkpoint's schedule: %s", changes)
@@ -338,5 +344,6 @@ class TrainingRun:
             updates=self.step - self.finite.skipped,
             eval_loss=self.eval_loss,
             mixture=self._mixture(),
+            step_samples=self.share.step_samples,
             keep=0 if self.finite.in_a_row else self.args.checkpoint.keep,
         )

@@ -289,7 +289,7 @@ def test_the_state_of_a_run():
     run.step, run.consumed, run.reports.loss, run.eval_loss = 4, 16, 1.25, 1.5
     state = run._state()
     assert (state.step, state.consumed, state.seed, state.samples) == (4, 16, 9, 40)
-    assert (state.loss, state.eval_loss, state.updates, state.keep) == (1.25, 1.5, 4 - 2, 7)
+    assert (state.loss, state.eval_loss, state.updates, state.keep, state.step_samples) == (1.25, 1.5, 4 - 2, 7, 4)
     assert (state.run, state.model, state.processes, state.owner) == ("llama-2", "llama", 2, "own")
     assert state.schedule == {"lr": 0.5, "schedule": "linear", "warmup_steps": 1, "minimum": 0.0, "steps": 5}
     assert state.parameters == {"w": {"shape": [2, 3], "dtype": "bfloat16"}}, "and nothing that the model has not"
@@ -303,13 +303,15 @@ def test_the_state_of_a_run():
 def test_what_differs_from_the_checkpoint_is_said(caplog):
     run = Run()
     state = run._state()
-    run._warn_of_changes(None)
-    run._warn_of_changes(state)
+    for same in (None, state, replace(state, step_samples=0)):  # it is not known of older checkpoints
+        run._warn_of_changes(same)
     assert caplog.messages == []
     run._warn_of_changes(replace(state, samples=7))
     assert caplog.messages.pop().startswith("the checkpoint was trained on a dataset of 7 samples, this one has 40")
     run._warn_of_changes(replace(state, mixture={"a": [1, 2]}))
     assert "the checkpoint was trained on the mixture {'a': [1, 2]}" in caplog.messages[-1]
+    run._warn_of_changes(replace(state, step_samples=8))
+    assert "a step takes 4 samples from here on, and took 8 before: --global_batch_size 8" in caplog.messages[-1]
     run._warn_of_changes(replace(state, schedule={**state.schedule, "lr": 0.25}))
     assert caplog.messages[-1].endswith("the checkpoint's schedule: peak 0.5, which was 0.25")
 
