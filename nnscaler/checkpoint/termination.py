@@ -104,7 +104,10 @@ class Termination:
                 if self._leaving:
                     return
             self._told.set()
-            logger.info("told to end: what the last step left is saved, the current step is given up (ctrl-C: at once)")
+            logger.info(
+                "told to end: what the last step left is saved; the current step goes on up to its update, which is "
+                "not made (a further ctrl-C ends it at once)"
+            )
             if self._store is not None:
                 self._store.set(f"terminate/{self._name}", "")
             asked = 0

@@ -377,4 +377,4 @@ def test_a_signal_saves_and_a_second_ctrl_c_ends_at_once(
         else:
             signal.raise_signal(number)
     assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == handlers
-    assert "told to end: what the last step left is saved" in caplog.text
+    assert "left is saved; the current step goes on up to its update, which is not made (a further c" in caplog.text
