@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import socket
@@ -11,13 +10,21 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from queue import Empty
 from typing import Any
 
-# Workers are forked from a server that has this loaded already.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.preloaded"])
+import torch
+
+# Workers are forked from a server that has this loaded already. A process that has used a GPU cannot be forked, and the
+# server would: where there is one, each begins anew.
+_context: SpawnContext | ForkServerContext
+if torch.cuda.is_available():
+    _context = SpawnContext()
+else:
+    _context = ForkServerContext()
+    _context.set_forkserver_preload(["tests.preloaded"])
 
 
 def run(world: int, function: Callable[..., Any], *args: Any, init: bool = True, timeout: float = 580) -> list[Any]:
@@ -84,8 +91,6 @@ def _unattended(rank: int, world: int, port: int, function: Callable[..., Any], 
 
 
 def _prepare(rank: int, world: int, port: int) -> None:
-    import torch
-
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
