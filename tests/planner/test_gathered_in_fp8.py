@@ -16,7 +16,7 @@ from nnscaler.hardware import Hardware, load_hardware
 from nnscaler.mesh import Mesh
 from nnscaler.placement import SHARED, Shard
 from nnscaler.plan import Key
-from nnscaler.planner import find_plan
+from nnscaler.planner import find_plan, flows
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.price import Price, price
 from nnscaler.planner.problem import Problem, Recomputing, build_problem
@@ -63,9 +63,9 @@ def priced(
         else:
             wanted = [True]
         chosen.append(wanted.index(True))
-    flows = frozenset(i for i, flow in enumerate(problem.flows) if flow.is_parameter and flow.block == "gated")
+    gathered = frozenset(i for i, flow in enumerate(problem.flows) if flow.is_parameter and flow.block == "gated")
     levels = {problem.root: {KEEPS_ALL: 1}, "gated": {level: LAYERS}}
-    found = price(Program(problem), Solution(chosen, levels, flows if again else frozenset()))
+    found = price(Program(problem), Solution(chosen, levels, gathered if again else frozenset()))
     assert found is not None
     return found
 
@@ -93,6 +93,18 @@ def test_half_the_bytes_travel_and_are_kept_and_gradients_come_back_as_before(ma
     assert of_gate(found.beside, "reshard") == pytest.approx(LINK * WEIGHT / 2)
     assert of_gate(found.beside, "reshard backward") == pytest.approx(LINK * 4 * WEIGHT / 2)
     assert found.memory[Key("saved", "gated", "gate_weight", KEEPS_ALL.name)] == LAYERS * WEIGHT
+
+
+def test_what_is_computed_again_gathers_half_the_bytes(machine, monkeypatch):
+    """All three weights of a layer, as long as its backward runs."""
+    problem = stated(stack(Gated), machine)
+    held = of_working(priced(problem, RECOMPUTES_ALL))
+    monkeypatch.setattr(flows, "_only_in_fp8", lambda *given: False)
+    assert of_working(priced(stated(stack(Gated), machine), RECOMPUTES_ALL)) - held == 3 * WEIGHT
+
+
+def of_working(found: Price) -> float:
+    return sum(size for key, size in found.memory.items() if key.category == "working")
 
 
 @pytest.mark.parametrize("level", [KEEPS_PRODUCTS, RECOMPUTES_ALL], ids=str)
