@@ -35,6 +35,7 @@ TIMED_SECONDS = 1.0  # of a forward; where it takes longer, a part of it is time
 STRIDED = 3  # a copy that reorders a tensor takes so many times as long as one that does not (measured on H200)
 
 STORED = "parameters"  # of the bytes that a parameter takes, those of itself
+IN_FP8 = "shards in fp8"  # of what is gathered, where that is kept until the next update
 GRADIENTS = "gradients"  # of its gradient
 STATE = ("master weights", "moments")  # and those of the optimizer's state
 LOCAL = ("slice", "pad", "divide")  # local: no other device takes part in these

@@ -64,6 +64,13 @@ def _only_in_fp8(problem: Problem, flow: Flow, layout: Placements) -> bool:
     return used
 
 
+def kept_in_fp8(problem: Problem, flow: Flow, layout: Placements) -> bool:
+    """Whether a weight that is stored so is gathered in fp8, if it is gathered (on two axes: to one layout at least).
+    Where only its master is stored, its shard is then rounded once a step, and kept."""
+    used = {option.inputs[place] for index, place in flow.consumers for option in problem.decisions[index].options}
+    return any(in_fp8(problem, flow, layout, target) for target in used)
+
+
 def storage(layout: Placements) -> Placements:
     """The layout as far as memory is concerned: whether a gradient is partial does not matter."""
     return without_gradient(layout)
@@ -146,6 +153,12 @@ class Flows:
         sources = {option.outputs[place] for option in self.problem.decisions[producer].options}
         brought = [one for one in sources if storage(one) != storage(target) and reshards(one, target) is not None]
         return _only_in_fp8(self.problem, flow, target) and all(beside(flow, one, target) for one in brought)
+
+    def alone(self, flow: Flow) -> dict[Placements, int]:
+        """Layout -> the variable of the option that stores a parameter's master weight alone in it."""
+        decision, place = flow.producer
+        options = zip(self.problem.decisions[decision].options, self.choices.x[decision])
+        return {option.outputs[place]: x for option, x in options if option.master_only}
 
     def size(self, flow: Flow, smallest: bool = False) -> tuple[Terms, float]:
         """Bytes of a flow as it is made, as a sum, and its largest value.

@@ -1,15 +1,20 @@
 """Weights that are gathered in fp8, as a part of the planning problem's program.
 
 A trained weight is so gathered to a layout in which only products in fp8 can use it: each device rounds its shard, and
-the products need not. (See `nnscaler.planner.program` for what is not named here.)
+the products need not. A master weight without a copy beside it is rounded once in a step's m micro-batches, others for
+each gather. (See `nnscaler.planner.program` for what is not named here.)
 
 Data      a_fp           seconds of rounding this device's shard of parameter f, stored in p
           s_cs, s'_cs    seconds of rounding f in product c, which uses it in layout s: in forward and in backward
+          o              the option of d, which is about f, to store its master alone, in p
+          v_i            what f is gathered again by, from p, w_i times for each: the variables Y_fpsl and g_fps
 Variables w_csl          how many calls at level l have c use f in s, and f gathered in fp8
+          B_i >= 0       seconds of rounding f's shard once more
 
-minimise      sum of n_f a_fp y_fps, and as much for what is gathered again, less the sum of n_c (s_cs + s'_cs) e_fcps
-              and of R_cl s_cs w_csl: of what is gathered in fp8
-subject to    w_csl <= n_bl;  w_csl <= N_b sum_p e_fcps                                                       (spared)
+minimise      sum of n_f a_fp (y_fps - (1 - 1/m) x_do) + sum_i B_i, less the sum of n_c (s_cs + s'_cs) e_fcps and of
+              R_cl s_cs w_csl: of what is gathered in fp8
+subject to    B_i >= a_fp w_i (v_i - its most x_do)                                                            (again)
+              w_csl <= n_bl;  w_csl <= N_b sum_p e_fcps                                                       (spared)
 """
 
 from __future__ import annotations
@@ -17,9 +22,9 @@ from __future__ import annotations
 from nnscaler.placement import Placements, format_placements
 from nnscaler.plan import Key
 from nnscaler.planner.choices import Choices
-from nnscaler.planner.flows import Flows, in_fp8
+from nnscaler.planner.flows import Flows, in_fp8, kept_in_fp8
 from nnscaler.planner.problem import Flow, Port
-from nnscaler.planner.statement import Account, Terms
+from nnscaler.planner.statement import Account, Quantity, Terms
 
 
 class InFp8:
@@ -36,14 +41,24 @@ class InFp8:
                         self._spare(consumer, target, made)
 
     def _round_shards(self, index: int, flow: Flow) -> None:
+        """The charges for rounding shards, and the rows (again)."""
+        alone, once = self.flows.alone(flow), 1 / self.problem.micro_batches
+        kept = {layout: x for layout, x in alone.items() if kept_in_fp8(self.problem, flow, layout)}
+        key = Key("cast", flow.block, flow.tensor)
+        for layout, x in kept.items():
+            each = self.problem.costs.rounding(flow.meta, layout)
+            self.statement.charge(Account.TIME, key, x, -flow.count * each * (1 - once))
         for (source, target), y in self.flows.resharded[index].items():
             if in_fp8(self.problem, flow, source, target):
                 each = self.problem.costs.rounding(flow.meta, source)
-                move = f"{format_placements(source)} -> {format_placements(target)}"
-                self.statement.charge(Account.TIME, Key("cast", flow.block, flow.tensor), y, flow.count * each)
-                key = Key("cast again", flow.block, flow.tensor, move)
+                self.statement.charge(Account.TIME, key, y, flow.count * each)
                 for run, times in self.flows.again[index, source, target]:
-                    self.statement.charge(Account.TIME, key, run, times * each)
+                    seconds, most = self.statement.least(Quantity.SECONDS), self.statement.bounds[run]
+                    move = f"{format_placements(source)} -> {format_placements(target)}"
+                    again = Key("cast again", flow.block, flow.tensor, move)
+                    self.statement.charge(Account.TIME, again, seconds, 1.0)
+                    rest = [(kept[source], -each * times * most)] if source in kept else []
+                    self.statement.above(seconds, [(run, each * times), *rest])
 
     def _taken(self, index: int, flow: Flow, consumer: Port) -> dict[Placements, Terms]:
         """Layout -> whether a product uses what is gathered to it in fp8, as a sum."""

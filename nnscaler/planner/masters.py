@@ -1,14 +1,15 @@
 """Weights of which only the fp32 master weight is stored, as a part of the planning problem's program.
 
 Such a weight is cast when it is gathered: into the buffer that its gather sends from. So it needs no memory in its own
-type, and it can only be used where it is gathered (see `nnscaler.planner.program` for what is not named here).
+type, and it can only be used where it is gathered (see `nnscaler.planner.program` for what is not named here). Where it
+is gathered in fp8, it is cast once in a step's m micro-batches, and its shard is kept in fp8.
 
 Data      a_fp          seconds of casting this device's shard of parameter f, stored in p
           o             the option of d, which is about f, to store its master alone, in p
           v_i           what f is gathered again by, from p, w_i times for each: the variables Y_fpsl and g_fps
 Variables B_i >= 0      seconds of casting f for that
 
-minimise      sum_f n_f a_fp x_do + sum_i B_i, beside the rest: in forward, it is cast once
+minimise      sum_f n_f a_fp x_do + sum_i B_i, beside the rest: in forward, it is cast once. In fp8: the first sum / m
 subject to    x_do + sum of x over c's options that use f in what gathers do not make of p <= 1              (gathered)
               B_i >= a_fp w_i (v_i - its most (1 - x_do))                                                        (cast)
 """
@@ -18,7 +19,8 @@ from __future__ import annotations
 from nnscaler.placement import Placements, format_placements
 from nnscaler.plan import Key
 from nnscaler.planner.choices import Choices
-from nnscaler.planner.flows import Flows, beside
+from nnscaler.planner.costs import IN_FP8, narrow
+from nnscaler.planner.flows import Flows, beside, kept_in_fp8
 from nnscaler.planner.problem import Flow
 from nnscaler.planner.statement import Account, Quantity
 
@@ -31,15 +33,12 @@ class Masters:
         self.problem, self.statement = choices.problem, choices.statement
         for index, flow in enumerate(self.problem.flows):
             if flow.is_parameter:
-                for layout, x in self._alone(flow):
+                for layout, x in self.flows.alone(flow).items():
                     self._only_gathered(flow, layout, x)
-                    self._cast(index, layout, x)
-
-    def _alone(self, flow: Flow) -> list[tuple[Placements, int]]:
-        """(layout, variable) of each option that stores the master weight alone."""
-        decision, place = flow.producer
-        options = zip(self.problem.decisions[decision].options, self.choices.x[decision])
-        return [(option.outputs[place], x) for option, x in options if option.master_only]
+                    if kept_in_fp8(self.problem, flow, layout):
+                        self._keep_in_fp8(flow, layout, x)
+                    else:
+                        self._cast(index, layout, x)
 
     def _only_gathered(self, flow: Flow, layout: Placements, x: int) -> None:
         """The rows (gathered)."""
@@ -47,6 +46,13 @@ class Masters:
             used = self.flows.layouts(consumer, "inputs")
             other = [term for target, terms in used.items() if not beside(flow, layout, target) for term in terms]
             self.statement.row([(x, 1.0), *other], upper=1.0)
+
+    def _keep_in_fp8(self, flow: Flow, layout: Placements, x: int) -> None:
+        owner, costs = self.problem.decisions[flow.producer[0]], self.problem.costs
+        once = flow.count * costs.cast(flow.meta, layout) / self.problem.micro_batches
+        self.statement.charge(Account.TIME, Key("cast", flow.block, flow.tensor), x, once)
+        size = flow.count * costs.local_bytes(narrow(flow.meta), layout)
+        self.statement.charge(Account.DEVICE, Key("parameter", owner.block, owner.name, IN_FP8), x, size)
 
     def _cast(self, index: int, layout: Placements, x: int) -> None:
         """The charges for casts, and the rows (cast)."""

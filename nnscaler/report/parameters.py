@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from nnscaler.placement import Placements
 from nnscaler.plan import Key, Plan
-from nnscaler.planner.costs import STORED, CostModel, in_fp32
+from nnscaler.planner.costs import IN_FP8, STORED, CostModel, in_fp32
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ def parameter_groups(plan: Plan, costs: CostModel) -> list[ParameterGroup]:
         stored = in_fp32(meta) if path in plan.master_only else meta
         count = round(size / costs.local_bytes(stored, layout))
         update = plan.seconds.get(Key("update", block, tensor), 0.0) * plan.micro_batches
+        narrow = plan.memory.get(Key("parameter", block, tensor, IN_FP8))
         exchange = count * costs.weight_exchange(meta, layout) if meta.requires_grad else 0.0
         groups.append(
             ParameterGroup(
@@ -67,7 +68,8 @@ def parameter_groups(plan: Plan, costs: CostModel) -> list[ParameterGroup]:
                 memory={
                     what: count * one
                     for what, one in costs.parameter_memory(stored, layout, plan.micro_batches, once).items()
-                },
+                }
+                | ({IN_FP8: narrow} if narrow else {}),
                 update_seconds=update - exchange,
             )
         )

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,16 @@ from nnscaler.sums import IN_FP32, GradientSum
 ShardedAlong = tuple[Axis, int]  # the mesh axis over which a tensor is sharded, and its sharded dimension
 Defer = Callable[[Tensor, Waited | None, Tensor], None]  # defer(parameter, the exchange, its result)
 AwaitUpdate = Callable[[Tensor], None]  # wait(parameter): what is computed next comes after its update
-ScaleOf = Callable[[Tensor], Tensor]  # scale(parameter): that of the whole weight
+
+
+class Rounding(Protocol):
+    """Rounds shards to fp8."""
+
+    def scale(self, parameter: Tensor) -> Tensor:
+        """The scale [] of the whole weight."""
+
+    def rounded(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        """The shard in fp8, of a weight in this type."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,18 +48,18 @@ class _Sharded:
     shard      this device's shard
     shardings  (axis, dimension), ..., in the order in which they are gathered
     dtype      of the whole weight, as it is used
-    scale      gives the scale by which it is rounded to fp8 for its gather; None: it is not
+    rounding   rounds it to fp8 for its gather; None: it is not
     """
 
     shard: Tensor
     shardings: Sequence[ShardedAlong]
     dtype: torch.dtype
-    scale: ScaleOf | None = None
+    rounding: Rounding | None = None
 
     @property
     def bytes(self) -> int:
         """Of the whole weight, as it is gathered."""
-        itemsize = self.dtype.itemsize if self.scale is None else fp8.E4M3.itemsize
+        itemsize = self.dtype.itemsize if self.rounding is None else fp8.E4M3.itemsize
         return self.shard.numel() * itemsize * prod(axis.size for axis, _ in self.shardings)
 
 
@@ -69,12 +78,11 @@ class _Gather:
     def start(self) -> None:
         self.wait(self.weight.shard)
         axis, _ = self.weight.shardings[0]
-        shard, dtype, scale = self.weight.shard.detach(), self.weight.dtype, self.weight.scale
-        if scale is None:
-            self.started = start_gather(shard, axis, dtype)
+        shard, dtype, rounding = self.weight.shard, self.weight.dtype, self.weight.rounding
+        if rounding is None:
+            self.started = start_gather(shard.detach(), axis, dtype)
         else:  # as bytes, which every backend knows
-            rounded = fp8.rounded_alone(shard.to(dtype), scale(self.weight.shard))
-            self.started = start_gather(rounded.view(torch.uint8), axis)
+            self.started = start_gather(rounding.rounded(shard, dtype).view(torch.uint8), axis)
 
     def finish(self) -> Tensor:
         if self.started is None:
@@ -85,7 +93,7 @@ class _Gather:
         self.started = None
         for axis, dim in others:
             whole = finish_gather(*start_gather(whole, axis), dim)
-        return whole if self.weight.scale is None else whole.view(fp8.E4M3)
+        return whole if self.weight.rounding is None else whole.view(fp8.E4M3)
 
 
 class Gathers:
@@ -95,7 +103,7 @@ class Gathers:
     wait    makes what is computed next come after the update of a shard
     sums    how gradients are added up
     settle  makes what is computed next come after all exchanges under way, and lets go of what these hold
-    scale   gives the scale of a whole weight, for those that are gathered in fp8
+    rounding  rounds the shards of weights that are gathered in fp8
     """
 
     def __init__(
@@ -104,9 +112,9 @@ class Gathers:
         wait: AwaitUpdate = lambda parameter: None,
         sums: GradientSum = IN_FP32,
         settle: Callable[[], None] = lambda: None,
-        scale: ScaleOf | None = None,
+        rounding: Rounding | None = None,
     ) -> None:
-        self.defer, self.wait, self.sums, self.settle, self.scale = defer, wait, sums, settle, scale
+        self.defer, self.wait, self.sums, self.settle, self.rounding = defer, wait, sums, settle, rounding
         self._order: list[_Sharded] = []  # what was gathered in the last micro-batch
         self._next = 0  # place in the order of the next one that is needed
         self._early: deque[_Gather] = deque()  # those started from there on
@@ -137,13 +145,13 @@ class Gathers:
         self, parameter: Tensor, *shardings: ShardedAlong, dtype: torch.dtype | None = None, again: bool = False
     ) -> fp8.Weight:
         """The same, gathered in fp8, for products in fp8. `dtype`: the type that it has before, and its gradient"""
-        assert self.scale is not None
-        weight = _Sharded(parameter, shardings, dtype or parameter.dtype, self.scale)
+        assert self.rounding is not None
+        weight = _Sharded(parameter, shardings, dtype or parameter.dtype, self.rounding)
         rows = self.take(weight)
         self._remember(rows, _Gather(weight, self.wait) if again else None)
         place = _GatheredWeight.apply(parameter, self, weight, rows.shape)
         self._remember(place, None)
-        return fp8.Weight(place, rows, self.scale(parameter))
+        return fp8.Weight(place, rows, self.rounding.scale(parameter))
 
     def _remember(self, whole: Tensor, gather: _Gather | None) -> None:
         """Notes what is gathered, while it lives, and how backward gathers it again, if it does."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nnscaler.errors import UserError
 from nnscaler.kernels import are_slow, widen_slow_products
+from nnscaler.kernels.fp8 import rounded_alone
 from nnscaler.kernels.random import DRAWS
 from nnscaler.mesh import Mesh, PipelineMesh
 from nnscaler.placement import Replicate
@@ -45,6 +46,7 @@ class Weights(dict[str, Tensor]):
     def __init__(self, buckets: Iterable[Bucket], parameters: Mapping[str, Tensor], every: Axis = ALONE) -> None:
         super().__init__(parameters)
         self._memory: set[int] = set()  # addresses
+        self._rounded: dict[int, tuple[list[int], Tensor]] = {}  # a master weight -> when, and its shard in fp8
         self._buckets: dict[int, list[Bucket]] = {id(parameter): [] for parameter in parameters.values()}
         for bucket in buckets:
             for slot in bucket.slots:
@@ -72,7 +74,24 @@ class Weights(dict[str, Tensor]):
 
     def scale(self, weight: Tensor) -> Tensor:
         """The scale [] of a whole weight that is gathered in fp8."""
-        return scale_of(weight, [bucket.scales for bucket in self._buckets[id(weight)] if bucket.scales])
+        return scale_of(weight, self._scales(weight))
+
+    def rounded(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """This device's shard in fp8, of a weight in this type. That of a master weight is kept until the next
+        update."""
+        shard, scale = weight.detach(), self.scale(weight)
+        if shard.dtype == dtype:
+            return rounded_alone(shard, scale)
+        versions = [one.version for one in self._scales(weight)]
+        known, rounded = self._rounded.pop(id(weight), ([], shard))
+        if known != versions:
+            del rounded  # before there is another
+            rounded = rounded_alone(shard.to(dtype), scale)
+        self._rounded[id(weight)] = versions, rounded
+        return rounded
+
+    def _scales(self, weight: Tensor) -> list[Scales]:
+        return [bucket.scales for bucket in self._buckets[id(weight)] if bucket.scales is not None]
 
     def changed(self, weight: Tensor) -> None:
         """To be called when a weight has changed in another way than by an update."""
@@ -143,7 +162,7 @@ class ParallelModule(nn.Module):
         every = axes.owners(tuple(Replicate() for _ in axes.mesh.sizes)) if in_fp8 else ALONE
         self._weights = weights = Weights(self.buckets, parameters, every)
         settle = self.reducer.settle
-        self.gathers = self.axes.gathers = Gathers(self.reducer.defer, weights.wait, sums, settle, weights.scale)
+        self.gathers = self.axes.gathers = Gathers(self.reducer.defer, weights.wait, sums, settle, weights)
         self.axes.host = HostMemory(self.axes.device, self._is_weight, self.gathers.pack, self.gathers.unpack)
         self.axes.later = Later(self.reducer.take)
         self.state_on_host = buckets_of(self.buckets, plan["state_on_host"])

@@ -17,18 +17,20 @@ from nnscaler.mesh import Mesh
 from nnscaler.placement import SHARED, Shard
 from nnscaler.plan import Key
 from nnscaler.planner import find_plan, flows
-from nnscaler.planner.costs import CostModel
+from nnscaler.planner.costs import IN_FP8, STORED, CostModel
 from nnscaler.planner.price import Price, price
 from nnscaler.planner.problem import Problem, Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution
 from nnscaler.recompute import KEEPS_ALL, KEEPS_PRODUCTS, RECOMPUTES_ALL, Level
+from nnscaler.report.categories import bytes_by_category
+from nnscaler.report.parameters import parameter_groups
 from tests import tiny
 from tests.planner.test_fp8 import FP8, Gated, K, M, N, stack
 
 TWO, LAYERS, BYTE, LINK = Mesh((2,)), 4, 1e-11, 1e-12
 X, WEIGHT, Y = M // 2 * K, N * K, M // 2 * N  # elements of a device
 PRODUCT = 2 * M // 2 * K * N / 2e9
-STORED, GATHERED = (Shard(0),), (SHARED,)
+SHARDED, GATHERED = (Shard(0),), (SHARED,)
 
 
 class Weighed(Gated):
@@ -43,12 +45,12 @@ def machine(tmp_path) -> Hardware:
     return load_hardware(tiny.write_hardware(tmp_path, flops=FP8))
 
 
-def stated(graph: Graph, machine: Hardware) -> Problem:
-    return build_problem(graph, CostModel(machine, TWO), Recomputing(), 1)
+def stated(graph: Graph, machine: Hardware, micro_batches: int = 1) -> Problem:
+    return build_problem(graph, CostModel(machine, TWO), Recomputing(), micro_batches)
 
 
 def priced(
-    problem: Problem, level: Level = KEEPS_ALL, again: bool = False, stored: tuple = STORED, master_only: bool = False
+    problem: Problem, level: Level = KEEPS_ALL, again: bool = False, stored: tuple = SHARDED, master_only: bool = False
 ) -> Price:
     """Rows are divided, and weights are stored as they are told."""
     chosen = []
@@ -124,9 +126,32 @@ def test_nor_does_a_product_that_runs_again(machine):
     assert of_gate(whole.seconds, "again") == pytest.approx(PRODUCT + BYTE * (6 * X / 2 + 5 * WEIGHT))
 
 
-def test_a_master_is_cast_before_it_is_rounded(machine):
-    found = priced(stated(stack(Gated), machine), master_only=True)
-    assert of_gate(found.seconds, "cast") == pytest.approx(BYTE * ((4 + 2) + (2 + 1)) * WEIGHT / 2)
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_a_master_is_cast_and_rounded_once_a_step_and_its_shard_is_kept(micro_batches, machine):
+    found = priced(stated(stack(Gated), machine, micro_batches), RECOMPUTES_ALL, again=True, master_only=True)
+    once = BYTE * ((4 + 2) + (2 + 1)) * WEIGHT / 2
+    assert of_gate(found.seconds, "cast") == pytest.approx(once / micro_batches)
+    assert of_gate(found.seconds, "cast again") == 0
+    assert found.memory[Key("parameter", "gated", "gate_weight", IN_FP8)] == LAYERS * WEIGHT / 2
+    each = priced(stated(stack(Gated), machine, micro_batches), RECOMPUTES_ALL, again=True)
+    assert of_gate(each.seconds, "cast") == pytest.approx(BYTE * (2 + 1) * WEIGHT / 2)
+    assert Key("parameter", "gated", "gate_weight", IN_FP8) not in each.memory
+
+
+def test_a_report_counts_the_shards_that_are_kept(machine):
+    graph, costs = stack(Gated), CostModel(machine, TWO)
+    plan = find_plan(graph, [TWO], machine, micro_batches=8)
+    assert not plan.master_only
+    shards = 3 * LAYERS * WEIGHT / 2
+    for block, tensor, path in graph.parameter_uses():
+        if block.name == "gated":
+            plan.master_only.add(path)
+            plan.memory[Key("parameter", block.name, tensor, IN_FP8)] = LAYERS * WEIGHT / 2
+            plan.memory[Key("parameter", block.name, tensor, STORED)] = LAYERS * 4 * WEIGHT / 2
+            plan.memory.pop(Key("parameter", block.name, tensor, "master weights"), None)
+    found = bytes_by_category(plan, parameter_groups(plan, costs))
+    assert found[IN_FP8] == shards
+    assert sum(found.values()) == pytest.approx(plan.memory_bytes)
 
 
 @pytest.mark.parametrize("layer", [Gated, Weighed])

@@ -65,6 +65,17 @@ def test_a_master_weight_is_cast_into_the_buffer_of_its_gather():
         assert found == [True] * 6
 
 
+class Rounding:
+    def __init__(self, whole: torch.Tensor) -> None:
+        self.whole = whole
+
+    def scale(self, parameter: torch.Tensor) -> torch.Tensor:
+        return fp8.scale_of(self.whole)
+
+    def rounded(self, parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return fp8.round_by(parameter.detach().to(dtype), self.scale(parameter))
+
+
 def gathered_in_fp8(dtype: torch.dtype) -> list[bool]:
     """Of shards in this type, along each dimension: whether bytes are sent, whether what is gathered is the whole
     weight rounded, whether backward finds the same again, and whether the gradient of this rank's shard arrives."""
@@ -84,7 +95,7 @@ def gathered_in_fp8(dtype: torch.dtype) -> list[bool]:
         numbers = torch.arange(32.0).view(4, 8)
         whole = (numbers - 9).bfloat16()
         shard = whole.chunk(2, dim)[axes.rank].to(dtype, copy=True).requires_grad_()
-        gathers = Gathers(arrived, scale=lambda parameter: fp8.scale_of(whole))  # noqa: B023
+        gathers = Gathers(arrived, rounding=Rounding(whole))
         weight = gathers.weight_in_fp8(shard, (axes[0], dim), dtype=torch.bfloat16, again=True)
         wanted = fp8.round_by(whole, fp8.scale_of(whole)).float()
         found += [weight.rows.is_contiguous(), torch.equal(weight.rows.float(), wanted)]
@@ -169,7 +180,7 @@ def test_a_gathered_weight_has_the_shards_of_every_axis():
     shard = torch.zeros(2, 3, requires_grad=True)
     along = ((Axis(2, 0, None), 0), (Axis(3, 1, None), 1))
     assert gathering._Sharded(shard, along, torch.bfloat16).bytes == 6 * (2 * 3) * 2
-    assert gathering._Sharded(shard, along, torch.bfloat16, fp8.scale_of).bytes == 6 * (2 * 3)
+    assert gathering._Sharded(shard, along, torch.bfloat16, Rounding(shard)).bytes == 6 * (2 * 3)
 
 
 @pytest.mark.parametrize("again", [False, True])

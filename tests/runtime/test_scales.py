@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from nnscaler.kernels.fp8 import round_by
 from nnscaler.kernels.fp8 import scale_of as scale_of_whole
 from nnscaler.mesh import Mesh
 from nnscaler.placement import REPLICATE, SHARED, Shard
@@ -22,7 +23,8 @@ PLACES = (3, 1279, 417)  # where in `a` the largest element is, from step to ste
 
 
 def scales(mesh: Mesh, elements: int, master_only: bool) -> list[bool]:
-    """Whether all scales are right: of what was loaded, after each update, and of what was loaded again."""
+    """Whether scales and rounded shards are right: of what was loaded, after an update, and of what was loaded again;
+    and whether those of masters are kept meanwhile."""
     axes = Axes(mesh, torch.device("cpu"))
     layout = (Shard(0),) if mesh.sizes[0] > 1 else (SHARED,)
     specs = {
@@ -47,7 +49,12 @@ def scales(mesh: Mesh, elements: int, master_only: bool) -> list[bool]:
                 bucket.publish()
         for name in "abc":
             weights.wait(parameters[name])
-            found.append(torch.equal(weights.scale(parameters[name]), scale_of_whole(whole[name].bfloat16())))
+            scale = scale_of_whole(whole[name].bfloat16())
+            mine = whole[name][specs[name].box(mesh, axes.place).slices].bfloat16()
+            rounded = [weights.rounded(parameters[name], torch.bfloat16) for _ in range(2)]
+            found.append(torch.equal(weights.scale(parameters[name]), scale))
+            found += [torch.equal(one.float(), round_by(mine, scale).float()) for one in rounded]
+            found.append((rounded[0] is rounded[1]) == master_only)
     assert dist.get_world_size() == 2
     return found
 
@@ -57,7 +64,7 @@ def scales(mesh: Mesh, elements: int, master_only: bool) -> list[bool]:
 @pytest.mark.parametrize("master_only", [False, True])
 def test_those_of_whole_weights_are_found_anew_after_each_update(mesh, elements, master_only):
     for found in run(2, scales, mesh, elements, master_only):
-        assert found == [True] * 9
+        assert found == [True] * 36
 
 
 def test_what_is_read_is_not_what_the_next_update_writes():
