@@ -83,10 +83,13 @@ def compile_model(
         plan = plan_or_advise(source, graph, config, hardware, times)
     replan = (lambda change: plan_for(graph, replace(config, **change), hardware, times)) if explain else None
     work_done = source.work(graph, hardware)
+    about = _about(source, plan)
+    if about.get("products_in_fp8") == 0 and hardware.multiplies(E4M3):
+        logger.warning("no product is faster in fp8 here: all are planned in bf16")
     if isinstance(plan, PipelinePlan):
-        report = headed(pipeline_report(plan, work_done, replan), source.about())
+        report = headed(pipeline_report(plan, work_done, replan), about)
     else:
-        report = headed(plan_report(plan, work_done, replan), source.about())
+        report = headed(plan_report(plan, work_done, replan), about)
     if divided is not None:
         report["divisions"] = division_rows(divided, source.length)
     if times is not None:
@@ -102,6 +105,15 @@ def compile_model(
         shutil.rmtree(work, ignore_errors=True)
     logger.info("compiled to %s in %.1f s", directory, time.perf_counter() - started)
     return directory
+
+
+def _about(source: Source, plan: AnyPlan) -> dict[str, Any]:
+    """What the plan is made for; and how many products of the blocks multiply in fp8, where that was asked for."""
+    about = source.about()
+    if source.fp8:
+        stages = plan.stages if isinstance(plan, PipelinePlan) else [plan]
+        about["products_in_fp8"] = sum(node.in_fp8 for stage in stages for node in stage.nodes.values())
+    return about
 
 
 def _write(folder: Path, graph: Graph, plan: AnyPlan, report: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -68,6 +69,20 @@ def test_a_plan_is_made_reported_and_written_for_what_was_asked(steps, tmp_path)
     assert steps._write[1:] == (steps.graph, "plan", {"report": 1})
     assert json.loads((tmp_path / "code" / DONE).read_text()) == {"it": "is"}
     assert [path.name for path in tmp_path.iterdir()] == ["code"]
+
+
+@pytest.mark.parametrize(("products", "multiplies", "warns"), [(2, True, 0), (0, True, 1), (0, False, 0)])
+def test_where_no_product_is_faster_in_fp8_that_is_said(
+    steps, tmp_path, monkeypatch, caplog, products, multiplies, warns
+):
+    """Where the device has none at all, that has been said."""
+    nodes = {("layer", str(index)): SimpleNamespace(in_fp8=index < products) for index in range(3)}
+    hardware = SimpleNamespace(remark="", name="A", multiplies=lambda dtype: multiplies)
+    monkeypatch.setattr(ComputeConfig, "find_hardware", lambda self: hardware)
+    monkeypatch.setattr(compiler, "plan_or_advise", lambda *given: SimpleNamespace(nodes=nodes))
+    compiler.compile_model(replace(SOURCE, fp8=True), ComputeConfig(), tmp_path / "code")
+    assert steps.headed[1]["products_in_fp8"] == products
+    assert caplog.messages.count("no product is faster in fp8 here: all are planned in bf16") == warns
 
 
 def test_for_other_hardware_nothing_is_timed_here(steps, tmp_path):

@@ -61,7 +61,10 @@ def work_of(values: Values) -> str:
         sequences = f" of {count} of {about['sequence_length']:,} tokens"
         if "document_length" in about:
             sequences += f" in documents of {about['document_length']:,}"
-    return f"{batches}{sequences}" + (f", in {about['precision']}" if "precision" in about else "")
+    precision = f", in {about['precision']}" if "precision" in about else ""
+    if about.get("products_in_fp8") == 0:
+        precision = ", in bf16, as no product is faster in fp8"
+    return f"{batches}{sequences}{precision}"
 
 
 def versions_of(values: Values) -> str:

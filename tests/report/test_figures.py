@@ -298,6 +298,9 @@ def test_what_a_plan_is_for_is_said_at_the_head_of_everything():
     }  # fmt: skip
     work = "4 micro-batches of 2 sequences of 8,192 tokens in documents of 1,000, in bf16"
     assert work_of(values) == work
+    for products, said in ((7, "fp8"), (0, "bf16, as no product is faster in fp8")):
+        about = {"precision": "fp8", "products_in_fp8": products}
+        assert work_of({"micro_batches": 4, "about": about}) == f"4 micro-batches, in {said}"
     assert work_of({"micro_batches": 1, "about": {"sequence_length": 8, "sequences_per_micro_batch": 1}}) == (
         "1 micro-batch of 1 sequence of 8 tokens"
     )
