@@ -136,8 +136,8 @@ def round_by(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def rounded_alone(x: Tensor, scale: Tensor) -> Tensor:
-    """The same of a contiguous tensor, where nothing around it is compiled: on a GPU, by one kernel."""
-    if not x.is_cuda:
+    """The same of a contiguous tensor, where nothing around it is compiled: on a GPU that knows fp8, by one kernel."""
+    if not (x.is_cuda and _knows_fp8()):
         return round_by(x, scale)
     result = torch.empty_like(x, dtype=E4M3)
     write_scaled(x.view(-1), result.view(-1), scale.reciprocal())

@@ -104,6 +104,7 @@ class Flows:
         self.kept: dict[tuple[int, Form, Level], int] = {}
         self.in_call: dict[tuple[int, Form, Level], int] = {}
         self.gathered: dict[tuple[int, Placements, Placements], int] = {}
+        self._narrow: dict[tuple[int, Placements], bool] = {}  # what `_comes_in_fp8` has found
         for index in range(len(self.problem.flows)):
             self._flow(index)
 
@@ -149,10 +150,14 @@ class Flows:
 
     def _comes_in_fp8(self, flow: Flow, target: Placements) -> bool:
         """Whether a weight is gathered in fp8 wherever it is brought to a layout."""
-        producer, place = flow.producer
-        sources = {option.outputs[place] for option in self.problem.decisions[producer].options}
-        brought = [one for one in sources if storage(one) != storage(target) and reshards(one, target) is not None]
-        return _only_in_fp8(self.problem, flow, target) and all(beside(flow, one, target) for one in brought)
+        key = id(flow), target
+        if key not in self._narrow:
+            producer, place = flow.producer
+            sources = {option.outputs[place] for option in self.problem.decisions[producer].options}
+            brought = [one for one in sources if storage(one) != storage(target) and reshards(one, target) is not None]
+            only = _only_in_fp8(self.problem, flow, target)
+            self._narrow[key] = only and all(beside(flow, one, target) for one in brought)
+        return self._narrow[key]
 
     def alone(self, flow: Flow) -> dict[Placements, int]:
         """Layout -> the variable of the option that stores a parameter's master weight alone in it."""

@@ -9,11 +9,11 @@ Data      a_fp           seconds of rounding this device's shard of parameter f,
           o              the option of d, which is about f, to store its master alone, in p
           v_i            what f is gathered again by, from p, w_i times for each: the variables Y_fpsl and g_fps
 Variables w_csl          how many calls at level l have c use f in s, and f gathered in fp8
-          B_i >= 0       seconds of rounding f's shard once more
+          B_i >= 0       seconds of rounding f's shard, in forward or again
 
-minimise      sum of n_f a_fp (y_fps - (1 - 1/m) x_do) + sum_i B_i, less the sum of n_c (s_cs + s'_cs) e_fcps and of
-              R_cl s_cs w_csl: of what is gathered in fp8
+minimise      sum_i B_i, less the sum of n_c (s_cs + s'_cs) e_fcps and of R_cl s_cs w_csl: of what is gathered in fp8
 subject to    B_i >= a_fp w_i (v_i - its most x_do)                                                            (again)
+              B_i >= a_fp n_f (y_fps - (1 - 1/m) x_do)                                                         (first)
               w_csl <= n_bl;  w_csl <= N_b sum_p e_fcps                                                       (spared)
 """
 
@@ -41,24 +41,24 @@ class InFp8:
                         self._spare(consumer, target, made)
 
     def _round_shards(self, index: int, flow: Flow) -> None:
-        """The charges for rounding shards, and the rows (again)."""
+        """The charges for rounding shards, and the rows (first) and (again)."""
         alone, once = self.flows.alone(flow), 1 / self.problem.micro_batches
         kept = {layout: x for layout, x in alone.items() if kept_in_fp8(self.problem, flow, layout)}
         key = Key("cast", flow.block, flow.tensor)
-        for layout, x in kept.items():
-            each = self.problem.costs.rounding(flow.meta, layout)
-            self.statement.charge(Account.TIME, key, x, -flow.count * each * (1 - once))
         for (source, target), y in self.flows.resharded[index].items():
             if in_fp8(self.problem, flow, source, target):
-                each = self.problem.costs.rounding(flow.meta, source)
-                self.statement.charge(Account.TIME, key, y, flow.count * each)
+                each, x = self.problem.costs.rounding(flow.meta, source), kept.get(source)
+                self._round(key, y, flow.count * each, x, once)
+                move = f"{format_placements(source)} -> {format_placements(target)}"
                 for run, times in self.flows.again[index, source, target]:
-                    seconds, most = self.statement.least(Quantity.SECONDS), self.statement.bounds[run]
-                    move = f"{format_placements(source)} -> {format_placements(target)}"
-                    again = Key("cast again", flow.block, flow.tensor, move)
-                    self.statement.charge(Account.TIME, again, seconds, 1.0)
-                    rest = [(kept[source], -each * times * most)] if source in kept else []
-                    self.statement.above(seconds, [(run, each * times), *rest])
+                    self._round(key._replace(category="cast again", detail=move), run, times * each, x, 0.0)
+
+    def _round(self, key: Key, run: int, seconds: float, kept: int | None, part: float) -> None:
+        """Charges the seconds of each `run`; only a part of them where `kept` is 1."""
+        charged, most = self.statement.least(Quantity.SECONDS), self.statement.bounds[run]
+        self.statement.charge(Account.TIME, key, charged, 1.0)
+        spared = [] if kept is None else [(kept, -seconds * most * (1 - part))]
+        self.statement.above(charged, [(run, seconds), *spared])
 
     def _taken(self, index: int, flow: Flow, consumer: Port) -> dict[Placements, Terms]:
         """Layout -> whether a product uses what is gathered to it in fp8, as a sum."""
