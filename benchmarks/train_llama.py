@@ -74,7 +74,7 @@ def parse() -> argparse.Namespace:
     add("--precision", choices=("bf16", "fp8"), default="bf16", help="as in train.py")
     add("--documents", help="keep documents apart: tokens of each, or zipf (default: a row is one sequence)")
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help="as in train.py")
-    add("--profile", type=Path, help="folder for a profile of steps 4 and 5; take 8 for the speed without it")
+    add("--profile", type=Path, help="folder for a profile of step 5; take 8 for the speed without it")
     add("--no_chunk_loss", action="store_true", help="loss by PyTorch, on all logits")
     add("--note", help="what the table of README says of the result")
     add("--label", help="what the result is called (default: from the setting)")

@@ -249,7 +249,7 @@ class LogConfig:
     directory: Path = path(Path("runs"), "folder for TensorBoard and metrics.jsonl, one folder a run", flag="log_dir")
     interval: int = whole(1, "steps between reports", flag="log_interval", least=1, most=MOST_STEPS)
     profile: Path | None = path(
-        None, "folder for a trace of two steps by torch's profiler, and where the time of GPUs went in them; a run has "
+        None, "folder for a trace of two steps by torch's profiler, and where GPUs' time went in the second; a run has "
         "to take at least 5 steps (default: no profile)",
     )  # fmt: skip
 

@@ -1,4 +1,8 @@
-"""A trace of a few training steps by torch's profiler, and a table of where their time went."""
+"""A trace of two training steps by torch's profiler, and a table of where the time of the second one went.
+
+That step is counted from the end of the backward before it to the end of its own: so it has one whole update, and the
+forward beside which the update runs.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 logger = logging.getLogger(__name__)
 
 WARM_UP = 3  # steps before the profile: the first ones compile
-STEPS = 2
-LEAST = WARM_UP + STEPS  # that a run takes
+LEAST = WARM_UP + 2  # steps that a run takes
+_MARK = "spin_kernel"  # what `torch.cuda._sleep` runs, and nothing else: where the counted step begins and ends
 
 COMMUNICATION, COPIES = "communication", "copies to the host"
 EXPOSED, HIDDEN, IDLE, WHOLE = "exposed", "hidden", "idle", "whole"
@@ -42,7 +46,7 @@ class KernelRun(NamedTuple):
 
 
 class StepProfiler:
-    """Profiles STEPS steps of a run after the first WARM_UP. `step()` must be called after each step.
+    """Profiles two steps of a run after the first WARM_UP. `step()` must be called after each step.
 
     A context in which the steps run: leaving it before the last of those steps gives the profile up, and says so.
 
@@ -76,40 +80,48 @@ class StepProfiler:
         if self._done == WARM_UP:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
             self._profile = profile(activities=activities)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()  # else what is left of the step before, and the wait after it, count too
             self._profile.start()
-        elif self._done == LEAST and self._profile is not None:
+        elif self._profile is not None and self._done <= LEAST:
             if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self._profile.stop()
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._profile.export_chrome_trace(str(self._folder / "trace.json"))
-            text = step_table(self._profile, STEPS, self._predicted)
-            (self._folder / "profile.txt").write_text(text)
-            if times := step_times(self._profile, STEPS):
-                (self._folder / "profile.json").write_text(json.dumps({"milliseconds": times}, indent=1) + "\n")
-            logger.info("profile of %d steps in %s\n%s", STEPS, self._folder, text)
-            self._profile = None
+                torch.cuda._sleep(1)
+            if self._done == LEAST:
+                self._write(self._profile, self._folder)
+                self._profile = None
+
+    def _write(self, profiled: profile, folder: Path) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        profiled.stop()
+        folder.mkdir(parents=True, exist_ok=True)
+        profiled.export_chrome_trace(str(folder / "trace.json"))
+        text = step_table(profiled, self._predicted)
+        (folder / "profile.txt").write_text(text)
+        if times := milliseconds_by_category(kernel_runs(profiled)):
+            (folder / "profile.json").write_text(json.dumps({"milliseconds": times}, indent=1) + "\n")
+        logger.info("profile of a step in %s\n%s", folder, text)
 
 
 def kernel_runs(profiled: profile) -> list[KernelRun]:
-    """What ran on the GPU."""
-    return [
+    """What ran on the GPU in the step that is counted; of what ran longer, the part within."""
+    kernels = [
         KernelRun(event.name, event.time_range.start / 1e3, event.time_range.end / 1e3)
         for event in profiled.events() or ()
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
     ]
+    marks = sorted((kernel for kernel in kernels if _MARK in kernel.name), key=lambda kernel: kernel.start)
+    if not kernels:
+        return []
+    assert len(marks) == 2, f"{len(marks)} marks among the kernels of a profile"
+    begin, end = marks[0].end, marks[1].start
+    return [
+        KernelRun(kernel.name, max(kernel.start, begin), min(kernel.end, end))
+        for kernel in kernels
+        if kernel.start < end and kernel.end > begin
+    ]
 
 
-def step_times(profiled: profile, steps: int) -> dict[str, float]:
-    """Category -> milliseconds of a step on this device; nothing where no kernel ran on a GPU."""
-    kernels = kernel_runs(profiled)
-    return {name: value / steps for name, value in milliseconds_by_category(kernels).items()} if kernels else {}
-
-
-def step_table(profiled: profile, steps: int, predicted: Mapping[str, float], longest: int = 25) -> str:
-    """A text: where the time of a step went, beside what the plan predicts, and the kernels that take longest.
+def step_table(profiled: profile, predicted: Mapping[str, float], longest: int = 25) -> str:
+    """A text: where the time of the counted step went, beside what the plan predicts, and its longest kernels.
 
     predicted  category -> seconds of a step (`predicted.seconds_by_category` of plan.json)
 
@@ -117,10 +129,10 @@ def step_table(profiled: profile, steps: int, predicted: Mapping[str, float], lo
     and copies to and from the host are while there is no communication either; time in which no kernel runs is idle.
     Where no kernel ran on a GPU, the text says that alone.
     """
-    kernels, measured = kernel_runs(profiled), step_times(profiled, steps)
+    kernels = kernel_runs(profiled)
     if not kernels:
         return "no kernel ran on a GPU, and only GPUs have such a table; trace.json has what the processor did\n"
-    planned = _planned(predicted)
+    measured, planned = milliseconds_by_category(kernels), _planned(predicted)
     lines = [f"{'ms a step':26} {'measured':>10} {'plan':>10}"]
     for name in dict.fromkeys((*measured, *planned)):
         cells = ("" if name not in values else f"{values[name]:.2f}" for values in (measured, planned))
@@ -130,12 +142,14 @@ def step_table(profiled: profile, steps: int, predicted: Mapping[str, float], lo
     for kernel in kernels:
         by_name[kernel.name].append(kernel.end - kernel.start)
     for name, times in sorted(by_name.items(), key=lambda item: -sum(item[1]))[:longest]:
-        lines.append(f"{sum(times) / steps:10.2f} {len(times) / steps:6.0f}  {name[:110]}")
+        lines.append(f"{sum(times):10.2f} {len(times):6}  {name[:110]}")
     return "\n".join(lines) + "\n"
 
 
 def milliseconds_by_category(kernels: Sequence[KernelRun]) -> dict[str, float]:
-    """Category -> milliseconds, between the first kernel's start and the last one's end."""
+    """Category -> milliseconds, between the first kernel's start and the last one's end; nothing without kernels."""
+    if not kernels:
+        return {}
     totals = {name: 0.0 for name, _ in _KERNELS}
     for kernel in kernels:
         totals[kernel_category(kernel.name)] += kernel.end - kernel.start
@@ -143,7 +157,7 @@ def milliseconds_by_category(kernels: Sequence[KernelRun]) -> dict[str, float]:
     on_device = [kernel for kernel in kernels if kernel_category(kernel.name) != COPIES]
     computed = covered([kernel for kernel in on_device if kernel_category(kernel.name) != COMMUNICATION])
     without_copies, busy = covered(on_device), covered(kernels)
-    whole = max(kernel.end for kernel in kernels) - min(kernel.start for kernel in kernels) if kernels else 0.0
+    whole = max(kernel.end for kernel in kernels) - min(kernel.start for kernel in kernels)
     return {
         **totals,
         f"{COMMUNICATION} {EXPOSED}": without_copies - computed,

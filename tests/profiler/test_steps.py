@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,7 @@ from nnscaler.profiler.steps import (
     StepProfiler,
     covered,
     kernel_category,
+    kernel_runs,
     milliseconds_by_category,
     step_table,
 )
@@ -28,6 +30,7 @@ from tests import tiny
 from tests.parity import Case, arguments
 
 GEMM, ATTENTION, NCCL, COPY = "nvjet_sm90_tst_128x256", "flash_fwd_kernel", "ncclDevKernel_AllGather", "copy_kernel"
+MARK, ADAM = "at::cuda::(anonymous namespace)::spin_kernel(long)", "fused_adam_kernel"
 FROM_HOST, TO_HOST = "Memcpy HtoD (Pinned -> Device)", "Memcpy DtoH (Device -> Pinned)"
 
 
@@ -89,43 +92,54 @@ def test_without_kernels_of_a_gpu_there_is_a_sentence_and_no_table(tmp_path):
     assert not re.search(r"\d", text), "neither zeros nor the plan's figures beside none"
 
 
-def test_the_table_has_what_was_planned_beside_what_ran_a_step():
-    """Two steps, of which kernels took 6 and 4 ms; the plan's registered operators are products in it."""
-    events = [
-        SimpleNamespace(
-            name=name, device_type=torch.autograd.DeviceType.CUDA, is_user_annotation=False,
-            time_range=SimpleNamespace(start=1e3 * start, end=1e3 * end),
-        )
-        for name, start, end in ((GEMM, 0.0, 6.0), (ATTENTION, 6.0, 10.0), (GEMM, 20.0, 24.0))
+def profiled(*kernels: tuple[str, float, float], others: Sequence[SimpleNamespace] = ()) -> SimpleNamespace:
+    """A profile in which these kernels ran: (name, begin, end), in milliseconds."""
+    return SimpleNamespace(events=lambda: [*map(event, *zip(*kernels)), *others] if kernels else list(others))
+
+
+def event(name: str, start: float, end: float, device=torch.autograd.DeviceType.CUDA, marked=False) -> SimpleNamespace:
+    span = SimpleNamespace(start=1e3 * start, end=1e3 * end)
+    return SimpleNamespace(name=name, device_type=device, is_user_annotation=marked, time_range=span)
+
+
+def test_the_counted_step_is_between_its_marks():
+    """The update of the step before runs into it, and its own begins before its end."""
+    kernels = [
+        (GEMM, 0.0, 9.0), (MARK, 10.0, 10.5), (ADAM, 9.0, 12.5), (GEMM, 11.5, 15.0), (MARK, 20.5, 21.0),
+        (TO_HOST, 20.0, 23.0), (GEMM, 22.0, 30.0),
     ]  # fmt: skip
-    predicted = {"matmul": 0.004, "attention": 0.002, "linear_loss": 0.001, "convolution": 0.0005, "recompute": 0.003,
-                 "memory-bound": 0.001, "casts of master weights": 0.0005,
-                 "copies to the host exposed": 0.00025}  # fmt: skip
-    text = step_table(SimpleNamespace(events=lambda: events), 2, predicted)
+    assert sorted(kernel_runs(profiled(*kernels))) == sorted([
+        KernelRun(ADAM, 10.5, 12.5), KernelRun(GEMM, 11.5, 15.0), KernelRun(TO_HOST, 20.0, 20.5),
+    ])  # fmt: skip
+
+
+def test_the_table_has_what_was_planned_beside_what_ran():
+    """The plan's registered operators are products in it."""
+    ran = profiled((MARK, -1.0, 0.0), (GEMM, 0.0, 6.0), (ATTENTION, 6.0, 10.0), (GEMM, 20.0, 24.0), (MARK, 24.0, 25.0))
+    predicted = {"matmul": 0.008, "attention": 0.004, "linear_loss": 0.002, "convolution": 0.001, "recompute": 0.006,
+                 "memory-bound": 0.002, "casts of master weights": 0.001,
+                 "copies to the host exposed": 0.0005}  # fmt: skip
+    text = step_table(ran, predicted)
     rows = {line[:26].strip(): line[26:].split() for line in text.partition("\n\n")[0].splitlines()[1:]}
-    assert rows["matmul"] == ["5.00", "5.50"]
-    assert rows["attention"] == ["2.00", "2.00"]
-    assert rows["recompute"] == ["3.00"], "which no kernel says of itself"
-    assert rows["idle"] == ["5.00"]
-    assert rows["memory-bound"] == ["0.00", "1.50"]
-    assert rows["copies to the host exposed"] == ["0.00", "0.25"]
-    assert rows["whole"] == ["12.00", "12.25"]
-    assert [line.split() for line in text.splitlines()[-2:]] == [["5.00", "1", GEMM], ["2.00", "0", ATTENTION]]
+    assert rows["matmul"] == ["10.00", "11.00"]
+    assert rows["attention"] == ["4.00", "4.00"]
+    assert rows["recompute"] == ["6.00"], "which no kernel says of itself"
+    assert rows["idle"] == ["10.00"]
+    assert rows["memory-bound"] == ["0.00", "3.00"]
+    assert rows["copies to the host exposed"] == ["0.00", "0.50"]
+    assert rows["whole"] == ["24.00", "24.50"]
+    assert [line.split() for line in text.splitlines()[-2:]] == [["10.00", "2", GEMM], ["4.00", "1", ATTENTION]]
 
 
 def test_the_kernels_that_take_longest_come_first_and_only_a_gpu_s_count():
-    gpu, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
-    events = [
-        SimpleNamespace(
-            name=name, device_type=device, is_user_annotation=marked,
-            time_range=SimpleNamespace(start=0.0, end=1e3 * length),
-        )
-        for name, device, marked, length in (
-            (GEMM, gpu, False, 2.0), (COPY, gpu, False, 3.0), (NCCL, gpu, False, 1.0), (COPY, gpu, False, 3.0),
-            ("aten::mm", cpu, False, 90.0), ("step 3", gpu, True, 99.0),
-        )
+    of_others = [
+        event("aten::mm", 0.0, 90.0, torch.autograd.DeviceType.CPU), event("step 3", 0.0, 99.0, marked=True),
     ]  # fmt: skip
-    text = step_table(SimpleNamespace(events=lambda: events), 1, {}, longest=2)
+    ran = profiled(
+        (MARK, -1.0, 0.0), (GEMM, 0.0, 2.0), (COPY, 0.0, 3.0), (NCCL, 0.0, 1.0), (COPY, 0.0, 3.0), (MARK, 3.0, 4.0),
+        others=of_others,
+    )  # fmt: skip
+    text = step_table(ran, {}, longest=2)
     assert [line.split() for line in text.partition("\n\n")[2].splitlines()[1:]] == [
         ["6.00", "2", COPY], ["2.00", "1", GEMM]
     ]  # fmt: skip
