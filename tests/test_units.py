@@ -12,7 +12,7 @@ from nnscaler.units import Unit, divide, is_elementwise, needed_by, pure, saved_
 
 SIZES = {"linear": "aten.linear.default", "silu": "aten.silu.default", "mul": "aten.mul.Tensor", "t": "aten.t.default",
          "add": "aten.add.Tensor", "attention": "attention", "sum": "aten.sum.default", "cumsum": "aten.cumsum.default",
-         "as": "aten.type_as.default"}  # fmt: skip
+         "as": "aten.type_as.default", "exp": "aten.exp.default"}  # fmt: skip
 
 
 def block(*nodes: tuple[str, str, str], outputs: tuple[str, ...], inputs: tuple[str, ...] = ("x",)) -> Block:

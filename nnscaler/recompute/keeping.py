@@ -96,17 +96,41 @@ def keep_cut(units: list[Unit], block: Block, as_used: Collection[str]) -> Keepi
     as_used  kinds of units (see `nnscaler.units.Unit`) whose inputs are kept rather than computed again
 
     The cut is in a network from "exists" (results of units that are not cheap) to "needed" (what backward reads), along
-    cheap operators. What it cuts is kept; what lies behind it is computed again.
+    cheap operators. What it cuts is kept; what lies behind it is computed again. There is a network for each region,
+    which is compiled by itself: there, what other regions give exists.
     """
     needed = _needed(units, block)
-    made_by = {name: index for index, unit in enumerate(units) for name in unit.outputs}
     used = {(index, name) for index, name, is_input in needed if is_input and units[index].kind in as_used}
     # A copy in fp8 is made again from its tensor, like what cheap operators make.
     rounded = {use for use in used if units[use[0]].rounds}
-    wanted = {name for index, name, _ in needed if (index, name) not in used - rounded}
-    if not wanted:
-        return Keeping(as_used=frozenset(used))
     kept_anyway = {name for _, name in used - rounded}
+    regions = regions_of(units)
+    kept: set[str] = set()
+    again: set[int] = set()
+    uses: set[Use] = set()
+    for region in sorted(set(regions), reverse=True):
+        wanted = {name for index, name, _ in needed if regions[index] == region and (index, name) not in used - rounded}
+        inside = [unit for unit, where in zip(units, regions) if where == region]
+        # What a later region has been given is made again in this one, where products are kept rather than that.
+        given = kept if "product" not in as_used else set()
+        cut = _least_bytes(wanted, inside, block, kept_anyway, given) if wanted else set()
+        own, taken = _computed_again(wanted, cut, units)
+        kept |= cut - set(block.parameters) - kept_anyway
+        again |= own
+        uses |= taken
+    # What reads its own result keeps it as it is made, also where another unit keeps it resharded.
+    kept |= {name for index, name, is_input in needed if not is_input and units[index].kind in as_used}
+    resharded = {(index, name) for index, name, is_input in needed if is_input} | uses
+    return Keeping(frozenset(kept), frozenset(used), frozenset(resharded - used), frozenset(again))
+
+
+def _least_bytes(
+    wanted: set[str], units: list[Unit], block: Block, kept_anyway: set[str], made_again: set[str]
+) -> set[str]:
+    """The tensors of least bytes from which cheap ones of some units can make what is wanted again.
+
+    made_again  what these units make that is not to be among them
+    """
     cheap = {
         name: node
         for unit in units
@@ -115,16 +139,16 @@ def keep_cut(units: list[Unit], block: Block, as_used: Collection[str]) -> Keepi
         for name in node.outputs
         if name not in kept_anyway
     }
+    inner = cheap.keys() - {name for unit in units for name in unit.outputs}
     import networkx  # what runs generated code needs levels, but not this
 
     network = networkx.DiGraph()
     for name, meta in block.tensors.items():
-        inner = name in cheap and name not in made_by
-        if not inner:  # an inner tensor of a cluster is never kept: an edge without capacity has no limit
+        if name in inner or (name in cheap and name in made_again):  # an edge without capacity has no limit
+            network.add_edge((name, "in"), (name, "out"))
+        else:
             free = name in block.parameters or name in kept_anyway
             network.add_edge((name, "in"), (name, "out"), capacity=0 if free else meta.nbytes)
-        else:
-            network.add_edge((name, "in"), (name, "out"))
         if name not in cheap:
             network.add_edge("exists", (name, "in"))
         for source in cheap[name].inputs if name in cheap else ():
@@ -133,13 +157,7 @@ def keep_cut(units: list[Unit], block: Block, as_used: Collection[str]) -> Keepi
         network.add_edge((name, "out"), "needed")
     # Of equal cuts networkx gives the one nearest to what is needed: a sum, say, after its collective.
     _, (reached, _) = networkx.minimum_cut(network, "exists", "needed")
-    cut = {name for name in block.tensors if (name, "in") in reached and (name, "out") not in reached}
-    recomputed, uses = _computed_again(wanted, cut, units)
-    # What reads its own result keeps it as it is made, also where another unit keeps it resharded.
-    own = {name for index, name, is_input in needed if not is_input and units[index].kind in as_used}
-    kept = (cut - set(block.parameters) - kept_anyway) | own
-    resharded = {(index, name) for index, name, is_input in needed if is_input} | uses
-    return Keeping(frozenset(kept), frozenset(used), frozenset(resharded - used), frozenset(recomputed))
+    return {name for name in block.tensors if (name, "in") in reached and (name, "out") not in reached}
 
 
 def _computed_again(wanted: set[str], kept: set[str], units: list[Unit]) -> tuple[set[int], set[Use]]:

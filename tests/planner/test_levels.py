@@ -6,7 +6,6 @@ import functools
 import gc
 from collections.abc import Callable
 from dataclasses import replace
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -37,6 +36,7 @@ from nnscaler.recompute import (
     recomputes,
 )
 from nnscaler.recompute.keeping import Keeping, keep_all, keep_cut, keep_from, keep_group, part_again
+from nnscaler.runtime import regions
 from nnscaler.runtime.module import ParallelModule
 from nnscaler.trace import trace
 from nnscaler.units import divide, needed_by, regions_of
@@ -247,6 +247,26 @@ def test_what_one_region_gives_to_another_is_kept():
     found = keep_from(units, given, ("registered",))
     assert found.as_made == {"x", "o", "g"}
     assert {units[index].name for index in found.recomputed} == {"p", "m"}
+    found = keep_cut(units, given, ("registered",))
+    assert found.as_made == {"x", "o", "p", "g"}, "p, which silu's backward reads, and g"
+    assert {units[index].name for index in found.recomputed} == {"m"}
+    assert keep_cut(units, given, ("registered", "product")).as_made == {"o", "p", "g"}
+
+
+@pytest.mark.parametrize(("as_used", "kept"), [(("registered",), "xogp"), (("registered", "product"), "og")])
+def test_what_another_region_was_given_is_made_again_where_products_are_kept(as_used, kept):
+    """The same with g = p.exp(), whose backward reads g: where products are kept, p is, and gives g again."""
+    given = block(
+        ("linear", "q", "x w"),
+        ("linear", "p", "x w"),
+        ("attention", "o", "q k v"),
+        ("exp", "g", "p"),
+        ("mul", "m", "o g"),
+        ("linear", "y", "m w"),
+        outputs=("y",),
+        inputs=("x", "k", "v"),
+    )
+    assert keep_cut(divide(given), given, as_used).as_made == set(kept)
 
 
 class Crossing(nn.Module):
@@ -282,31 +302,40 @@ def held_after(run: Callable[[], Tensor]) -> int:
     return sum(event.nbytes() for event in events if event.name() == "[memory]") - result.nbytes
 
 
-def test_a_real_run_keeps_what_goes_from_one_region_to_another(tmp_path):
+@pytest.mark.parametrize(
+    ("level", "compiled", "tensors"),
+    # Heads, the gate and attention's result; and where products are kept, that before the gate.
+    [(RECOMPUTES_ALL_BUT_ATTENTION, False, 3), (KEEPS_PRODUCTS, True, 4)],
+)
+def test_a_real_run_keeps_what_goes_from_one_region_to_another(level, compiled, tensors, tmp_path, monkeypatch):
     """Beyond what layers keep that are computed again as a whole."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(regions, "_on_accelerator", lambda args: compiled)
+    compile_ = functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+    monkeypatch.setattr(torch, "compile", compile_)
     hardware, said, held = tiny.write_hardware(tmp_path), [], []
     source = Source(Stacked, {"x": torch.zeros(1, 64, 16)}, torch.float32)
     model, buffers = source.build()
-    graph, costs = trace(model, source.inputs, buffers), CostModel(load_hardware(hardware), Mesh((1,)))
+    graph, costs = trace(model, source.inputs, buffers), CostModel(load_hardware(hardware), Mesh((1,)), compiled)
     problem = build_problem(graph, costs, Recomputing(), 1)
-    for level in (RECOMPUTES_ALL, RECOMPUTES_ALL_BUT_ATTENTION):
-        levels = {graph.root.name: {KEEPS_ALL: 1}, "crossing": {level: 3}}
+    for one in (RECOMPUTES_ALL, level):
+        levels = {graph.root.name: {KEEPS_ALL: 1}, "crossing": {one: 3}}
         found = price(Program(problem), Solution([0] * len(problem.decisions), levels))
         assert found is not None
         said.append(sum(size for key, size in found.memory.items() if key.category in ("saved", "inside")))
 
-        def find_plan(*args, level=level, **options):
+        def find_plan(*args, one=one, **options):
             plan = planner.find_plan(*args, **options)
-            plan.levels["crossing"] = {level: 3}
+            plan.levels["crossing"] = {one: 3}
             return plan
 
-        with patch.object(planning, "find_plan", find_plan):
-            compile_model(source, ComputeConfig(hardware=hardware), tmp_path / level.name)
-        module = ParallelModule(tmp_path / level.name, torch.device("cpu"))
+        monkeypatch.setattr(planning, "find_plan", find_plan)
+        compile_model(source, ComputeConfig(hardware=hardware), tmp_path / one.name)
+        module = ParallelModule(tmp_path / one.name, torch.device("cpu"))
         module.load(lambda name, box: torch.full(box.sizes, 0.01))
+        module(**source.inputs)  # what is compiled is
         held.append(held_after(functools.partial(module, **source.inputs)))
-    heads = gate = result = 64 * 16
-    assert held[1] - held[0] == said[1] - said[0] == 3 * 4 * (heads + gate + result + 2 * 64), "with sums of rows"
+    assert held[1] - held[0] == said[1] - said[0] == 3 * 4 * (tensors * 64 * 16 + 2 * 64), "with sums of rows"
 
 
 def test_of_a_cluster_of_which_a_part_runs_again_only_what_that_reads_is_kept():
