@@ -7,6 +7,7 @@ operations a second, and moves 1e9 bytes a second in memory and 1e6 between devi
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -25,7 +26,7 @@ from nnscaler.planner.price import Price, price
 from nnscaler.planner.problem import Decision, Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution
 from nnscaler.planner.solve import UNLIMITED, stated
-from nnscaler.planner.statement import Quantity
+from nnscaler.planner.statement import Account, Quantity
 from nnscaler.recompute import (
     IN_GROUPS,
     KEEPS_ALL,
@@ -309,3 +310,25 @@ def test_what_all_weights_take_together(graph, machine):
     assert problem.gathered_early == 6 * W * 2
     assert (problem.micro_batches, problem.in_flight, problem.host) == (3, 2, 5.0)
     assert sorted(problem.calls.values()) == [1, LAYERS]
+
+
+def test_all_that_is_charged_is_minimised_or_limited(graph, machine):
+    """Whatever the values of the variables are: time by the objective, memory by the last two rows."""
+    host = Host(memory=1e12, to_host=1e9, to_device=1e9, both_ways=1e9)
+    program = Program(build_problem(graph, CostModel(replace(machine, host=host), TWO), Recomputing(), 3, host=1e12))
+    milp, generator = stated(program, 1e9), random.Random(0)
+    values = [generator.random() for _ in milp.bound]
+    scaled = [value / milp.scale[quantity] for value, quantity in zip(values, milp.quantities)]
+
+    def last(row: int) -> float:
+        begin, end = milp.starts[row - 1], milp.starts[row]
+        pairs = zip(milp.columns[begin:end], milp.factors[begin:end])
+        return milp.scale[Quantity.BYTES] * sum(scaled[column] * factor for column, factor in pairs)
+
+    time = milp.scale[Quantity.SECONDS] * sum(cost * value for cost, value in zip(milp.cost, scaled))
+    found = {Account.TIME: time, Account.DEVICE: last(-2), Account.HOST: last(-1)}
+    for account, total_found in found.items():
+        priced = program.statement.prices(values, {account: 1.0})
+        assert total_found == pytest.approx(sum(priced.values())), account
+    kinds = {charge.key.category for charge in program.statement.accounts[Account.DEVICE]}
+    assert kinds >= {"parameter", "saved", "inside", "working", "buffers", "state", "gradients"}
