@@ -1,7 +1,8 @@
 """The scales of weights that are gathered in fp8 (see `nnscaler.kernels.fp8`).
 
 A weight has one scale, by its largest element on all devices. So what is gathered is what would have been made of the
-weight after it was gathered, to the last bit. The scales of a bucket are found once it is updated, beside the next
+weight after it was gathered, to the last bit. (On two mesh axes, a product may take a part of a weight, which alone
+would have a scale of its own.) The scales of a bucket are found once it is updated, beside the next
 forward: each rank looks at what it owns, and a number for each weight is exchanged.
 """
 

@@ -29,13 +29,17 @@ STEPS, SAVED, BUCKET = 4, 2, 3000
 EACH, AWAY = (tuple(level.name for level in levels) for levels in (ON_DEVICE, ON_HOST))
 NARROW = Case(2, 2, accumulation=2, precision="fp8", hardware="fp8.json", layers=4, levels=EACH)
 COPIES = dataclasses.replace(NARROW, runtime=4)
+AXES = dataclasses.replace(NARROW, plan=4, runtime=4, hardware="far.json", levels=EACH[:1] * 2 + EACH[3:] * 2)
 STAGES = dataclasses.replace(NARROW, plan=4, runtime=4, schedule="1f1b", stages=2, levels=())
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fp8")
-    tiny.write_hardware(folder, NARROW.hardware, flops={"float32": 1e9, "bfloat16": 1e9, "float8_e4m3fn": 4e9})
+    flops = {"float32": 1e9, "bfloat16": 1e9, "float8_e4m3fn": 4e9}
+    tiny.write_hardware(folder, NARROW.hardware, flops=flops)
+    link = {"bandwidth": 1e9, "latency": 0.0}
+    tiny.write_hardware(folder, AXES.hardware, flops=flops, devices_per_node=2, intra=link, inter=link)
     tiny.write_dataset(folder / "data")
     tiny.write_dataset(folder / "validation", rows=5)
     return folder
@@ -120,6 +124,15 @@ def test_in_compiled_regions_and_in_pieces(folder):
     run(2, train, both(dataclasses.replace(NARROW, compiled=True, pieces=2), "regions"), folder, init=False)
     assert_alike(folder, "regions", "regions-in-bf16")
     assert "in_pieces(llama_decoder_layer_region_" in code_of(folder, "regions")
+
+
+def test_over_two_axes(folder):
+    """Weights are gathered along one, so that products take parts of them: these have the scale of the whole weight."""
+    run(4, train, both(AXES, "axes"), folder, init=False)
+    found, wanted = ([loss for loss, *_ in metrics(folder, name)] for name in ("axes", "axes-in-bf16"))
+    assert found == pytest.approx(wanted, rel=1e-3)
+    assert code_of(folder, "axes").count("_s0_whole_scale = axes.gathers.weight_in_fp8(") >= 1
+    assert len(json.loads((folder / "code" / "axes" / "plan.json").read_text())["mesh"]["sizes"]) == 2
 
 
 def test_where_owners_share_a_shard_and_in_stages(folder):

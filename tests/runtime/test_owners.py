@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from nnscaler.kernels import fp8
 from nnscaler.mesh import Mesh
 from nnscaler.placement import SHARED
 from nnscaler.runtime import buckets, collectives, copies
@@ -25,6 +26,7 @@ from nnscaler.shards import ParameterSpec
 from nnscaler.sums import IN_FP32
 from tests import threads
 from tests.distributed import test_buckets as of_buckets
+from tests.runtime.test_gathering import Rounding
 from tests.threads import Ranks
 
 pytestmark = pytest.mark.usefixtures("stand_ins")
@@ -94,10 +96,12 @@ def test_a_weight_in_shards_along_two_axes_is_gathered_and_its_gradient_scattere
             weight = gathers.weight(shard, *order)
             (weight * (1.0 + number) * (whole + 1)).sum().backward()
             found.append(torch.equal(weight, whole))
+        rows = Gathers(take, rounding=Rounding(whole)).weight_in_fp8(shard, *order, dtype=torch.bfloat16).rows
+        found.append(torch.equal(rows.float(), fp8.round_by(whole, fp8.scale_of(whole)).float()))
         wanted = parts(21 * (whole + 1), axes)  # 1 + 2 + ... + 6
         return [*found, *(torch.equal(one, wanted) for one in arrived)]
 
-    assert Ranks(6).run_on_grid((2, 3), gather) == [[True] * 4] * 6
+    assert Ranks(6).run_on_grid((2, 3), gather) == [[True] * 5] * 6
 
 
 def test_what_copies_average_is_the_mean_of_theirs(monkeypatch):
