@@ -146,18 +146,21 @@ class Flows:
     def _form(self, flow: Flow, option: Option, place: int) -> Form:
         """The form in which a unit keeps an input, if it keeps it."""
         layout = option.inputs[place]
-        return Form(layout, place in option.rounded or self._comes_in_fp8(flow, layout))
+        comes = place in option.weights and self._comes_in_fp8(flow, layout)
+        return Form(layout, comes or place in option.rounded)
 
     def _comes_in_fp8(self, flow: Flow, target: Placements) -> bool:
         """Whether a weight is gathered in fp8 wherever it is brought to a layout."""
         key = id(flow), target
         if key not in self._narrow:
-            producer, place = flow.producer
-            sources = {option.outputs[place] for option in self.problem.decisions[producer].options}
-            brought = [one for one in sources if storage(one) != storage(target) and reshards(one, target) is not None]
-            only = _only_in_fp8(self.problem, flow, target)
-            self._narrow[key] = only and all(beside(flow, one, target) for one in brought)
+            self._narrow[key] = _only_in_fp8(self.problem, flow, target) and self._is_only_gathered(flow, target)
         return self._narrow[key]
+
+    def _is_only_gathered(self, flow: Flow, target: Placements) -> bool:
+        producer, place = flow.producer
+        sources = {option.outputs[place] for option in self.problem.decisions[producer].options}
+        brought = [one for one in sources if storage(one) != storage(target) and reshards(one, target) is not None]
+        return all(beside(flow, one, target) for one in brought)
 
     def alone(self, flow: Flow) -> dict[Placements, int]:
         """Layout -> the variable of the option that stores a parameter's master weight alone in it."""

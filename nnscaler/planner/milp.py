@@ -132,7 +132,14 @@ class MixedIntegerProgram:
         infeasible = solver.getModelStatus() == highspy.HighsModelStatus.kInfeasible
         if infeasible:  # which HiGHS's presolve (1.15) says of some programs that have solutions
             solver.setOptionValue("presolve", "off")
+            # Mostly there is none where choices may be made in parts either, which is soon known.
+            whole_numbers, model.integrality_ = model.integrality_, [highspy.HighsVarType.kContinuous] * model.num_col_
+            solver.passModel(model)
             solver.run()
+            if solver.getModelStatus() != highspy.HighsModelStatus.kInfeasible:
+                model.integrality_ = whole_numbers
+                solver.passModel(model)
+                solver.run()
         status, found = solver.getModelStatus(), solver.getInfo()
         if status == highspy.HighsModelStatus.kInfeasible:
             return None
