@@ -172,8 +172,8 @@ def _cpu_multiplies() -> bool:
 
 @functools.cache
 def _cpu_knows_fp8() -> bool:
-    """Whether oneDNN has products in fp8 for this process's CPU; in a run that was limited to AVX2 it had none.
-    Where it has none, the same numbers are multiplied in fp32."""
+    """Whether oneDNN has products in fp8 for this process's CPU. Limited to AVX2, it has none any more once inductor
+    has chosen its instructions. Where it has none, the same numbers are multiplied in fp32."""
     one, scale = torch.zeros(ALIGNED, ALIGNED, dtype=E4M3), torch.ones(())
     try:
         torch._scaled_mm(one, one.t(), scale_a=scale, scale_b=scale, out_dtype=torch.bfloat16)
