@@ -120,7 +120,7 @@ class _Coming:
     """
 
     def __init__(self, on_host: Batch, device: torch.device, stream: torch.cuda.Stream | None) -> None:
-        self.on_host, self._stream = on_host, stream
+        self.on_host = on_host
         with torch.cuda.stream(stream):  # of None, nothing changes
             self._inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in on_host.inputs.items()}
         self._copied = stream.record_event() if stream is not None else None

@@ -144,7 +144,7 @@ class Gathers:
     def weight_in_fp8(
         self, parameter: Tensor, *shardings: ShardedAlong, dtype: torch.dtype | None = None, again: bool = False
     ) -> fp8.Weight:
-        """The same, gathered in fp8, for products in fp8. `dtype`: the type that it has before, and its gradient"""
+        """The same, gathered in fp8, for products in fp8. `dtype`: the type that it has before, and its gradient."""
         assert self.rounding is not None
         weight = _Sharded(parameter, shardings, dtype or parameter.dtype, self.rounding)
         rows = self.take(weight)
