@@ -152,8 +152,7 @@ def product(
     fast  whether sums may be kept in less than fp32 for some steps, as is good enough for forward
     """
     aligned = all(size % ALIGNED == 0 for size in (*left.shape, len(right)))
-    known = aligned and _gpu_multiplies() if left.is_cuda else _cpu_multiplies()
-    if known:
+    if aligned and _multiplies(left.is_cuda):
         return torch._scaled_mm(
             left, right.t(), scale_a=left_scale, scale_b=right_scale, out_dtype=dtype, use_fast_accum=fast
         )
@@ -161,25 +160,10 @@ def product(
 
 
 @torch.compiler.assume_constant_result
-def _gpu_multiplies() -> bool:
-    return _knows_fp8()
-
-
-@torch.compiler.assume_constant_result
-def _cpu_multiplies() -> bool:
-    return _cpu_knows_fp8()
-
-
-@functools.cache
-def _cpu_knows_fp8() -> bool:
-    """Whether oneDNN has products in fp8 for this process's CPU. Limited to AVX2, it has none any more once inductor
-    has chosen its instructions. Where it has none, the same numbers are multiplied in fp32."""
-    one, scale = torch.zeros(ALIGNED, ALIGNED, dtype=E4M3), torch.ones(())
-    try:
-        torch._scaled_mm(one, one.t(), scale_a=scale, scale_b=scale, out_dtype=torch.bfloat16)
-    except RuntimeError:
-        return False
-    return True
+def _multiplies(on_gpu: bool) -> bool:
+    """Whether the device's own products in fp8 are used; else the same numbers are multiplied in fp32. On CPUs that is
+    a hundred times as fast: oneDNN has such products for few of them, and multiplies one by one for the others."""
+    return on_gpu and _knows_fp8()
 
 
 @functools.cache

@@ -121,7 +121,7 @@ def test_compiled_is_the_same():
 def test_sums_of_gradients_are_kept_in_fp32(monkeypatch):
     """On a GPU; those of forward may be kept in less."""
     fast = []
-    monkeypatch.setattr(fp8, "_cpu_multiplies", lambda: True)
+    monkeypatch.setattr(fp8, "_multiplies", lambda on_gpu: True)
     monkeypatch.setattr(
         torch, "_scaled_mm", lambda *given, **named: fast.append(named["use_fast_accum"]) or multiplied(*given, **named)
     )
@@ -130,7 +130,7 @@ def test_sums_of_gradients_are_kept_in_fp32(monkeypatch):
 
 
 def multiplied(left, right, scale_a, scale_b, out_dtype, use_fast_accum) -> Tensor:
-    """In place of the device's product, which not every CPU has."""
+    """In place of a GPU's product."""
     return ((left.float() @ right.float()) * (scale_a * scale_b)).to(out_dtype)
 
 
@@ -144,7 +144,7 @@ class OnGpu(Tensor):
 def test_where_a_gpu_has_no_such_product_the_same_numbers_are_multiplied_in_fp32(rows, knows, in_fp8, monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "_scaled_mm", lambda *given, **named: asked.append(1) or multiplied(*given, **named))
-    monkeypatch.setattr(fp8, "_gpu_multiplies", lambda: knows)
+    monkeypatch.setattr(fp8, "_knows_fp8", lambda: knows)
     x, w, _ = (one.detach() for one in inputs(rows, 64))
     scales = fp8.scale_of(x), fp8.scale_of(w)
     left, right = (fp8.round_by(one, scale) for one, scale in zip((x, w), scales))
@@ -167,14 +167,13 @@ def test_which_gpus_have_products_in_fp8(capability, hip, knows, monkeypatch, ca
     assert ("Some GPU has no products in fp8" in caplog.text) is not knows
 
 
-def test_a_cpu_without_products_in_fp8_multiplies_the_same_numbers_in_fp32(monkeypatch):
+def test_a_cpu_multiplies_the_same_numbers_in_fp32(monkeypatch):
     def refuse(*given, **named):
         raise RuntimeError("could not create a primitive descriptor for the matmul primitive")
 
     monkeypatch.setattr(torch, "_scaled_mm", refuse)
-    assert fp8._cpu_knows_fp8.__wrapped__() is False
-    monkeypatch.setattr(fp8, "_cpu_knows_fp8", lambda: False)
-    x, w, _ = (one.detach() for one in inputs(17, 40))
+    monkeypatch.setattr(fp8, "_knows_fp8", lambda: True)
+    x, w, _ = (one.detach() for one in inputs(32, 64))
     scales = fp8.scale_of(x), fp8.scale_of(w)
     found = fp8.product(*(fp8.round_by(one, scale) for one, scale in zip((x, w), scales)), *scales, torch.bfloat16)
     wanted = as_e4m3(x) @ as_e4m3(w).t()
