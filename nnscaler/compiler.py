@@ -13,19 +13,18 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
-import tempfile
 import time
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from nnscaler.batch import Batch
 from nnscaler.codegen import generate
 from nnscaler.config import ComputeConfig
+from nnscaler.directory import work_beside
 from nnscaler.division_search import divide
 from nnscaler.errors import UserError
 from nnscaler.graph import Graph
@@ -95,14 +94,10 @@ def compile_model(
     if times is not None:
         times.save()
     made_for = identity(source, source.build(), config, graph.record or None, batch)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
+    with work_beside(directory) as work:
         _write(work, graph, plan, report)
         (work / DONE).write_text(json.dumps(made_for, indent=1))
         put_in_place(work, directory)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     logger.info("compiled to %s in %.1f s", directory, time.perf_counter() - started)
     return directory
 
@@ -130,7 +125,8 @@ def _write(folder: Path, graph: Graph, plan: AnyPlan, report: dict[str, Any]) ->
         for index in range(len(stages)):
             (folder / stage_page(index)).write_text(plan_page(of_stage(report, index)))
     if graph.buffers:
-        save_file({name: tensor.contiguous() for name, tensor in graph.buffers.items()}, folder / "buffers.safetensors")
+        buffers = save({name: tensor.contiguous() for name, tensor in graph.buffers.items()})
+        (folder / "buffers.safetensors").write_bytes(buffers)  # safetensors' own files are for their owner alone
 
 
 def check_replaceable(directory: Path) -> None:

@@ -84,6 +84,22 @@ def new_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def work_beside(directory: Path) -> Iterator[Path]:
+    """Yields a new folder to write into, on the file system of `directory`, so that it can be renamed to that. What is
+    left of it is removed.
+
+    Others may read it as they may any new folder: one that `mkdtemp` makes is for its owner alone.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        prefix=f".{directory.name}-", dir=directory.parent, ignore_cleanup_errors=True
+    ) as unique:
+        work = Path(unique, directory.name)
+        work.mkdir()
+        yield work
+
+
 def sync(folder: Path) -> None:
     """Asks the system to put a folder's files and entries on disk."""
     for path in folder.rglob("*"):

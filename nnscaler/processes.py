@@ -6,7 +6,6 @@ import hashlib
 import logging
 import os
 import socket
-import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from fnmatch import fnmatch
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from nnscaler.compiler import OWN_FILES, put_in_place
+from nnscaler.directory import work_beside
 from nnscaler.errors import UserError
 from nnscaler.watch import Watch, is_leader
 
@@ -150,11 +150,10 @@ def share_folder(folder: Path, device: torch.device) -> None:
     files: list[dict[str, bytes]] = [_read_all(folder) if dist.get_rank() == 0 else {}]
     dist.broadcast_object_list(files, src=0, device=device)
     if lacks:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        for name, content in files[0].items():
-            (work / name).write_bytes(content)
-        put_in_place(work, folder)
+        with work_beside(folder) as work:
+            for name, content in files[0].items():
+                (work / name).write_bytes(content)
+            put_in_place(work, folder)
         logger.info("took the compiled plan from rank 0")
     dist.barrier()
 

@@ -69,6 +69,8 @@ def test_a_plan_is_made_reported_and_written_for_what_was_asked(steps, tmp_path)
     assert steps._write[1:] == (steps.graph, "plan", {"report": 1})
     assert json.loads((tmp_path / "code" / DONE).read_text()) == {"it": "is"}
     assert [path.name for path in tmp_path.iterdir()] == ["code"]
+    (tmp_path / "other").mkdir()
+    assert (tmp_path / "code").stat().st_mode == (tmp_path / "other").stat().st_mode, "others may read it"
 
 
 @pytest.mark.parametrize(("products", "multiplies", "warns"), [(2, True, 0), (0, True, 1), (0, False, 0)])
@@ -139,6 +141,7 @@ def test_each_file_says_what_it_is_for(stages, monkeypatch, tmp_path):
     else:
         wanted["gencode_stage0.py"] = "generate(plan, code_facts({'a': 1}, None))"
     assert found == wanted
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1, "whoever may read one may read all"
     assert load_file(tmp_path / "buffers.safetensors")["table"].tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
     (tmp_path / "bare").mkdir()
     graph.buffers.clear()

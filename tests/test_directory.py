@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nnscaler.compiler import put_in_place
-from nnscaler.directory import alone_in, check_name, check_new, check_writable, new_directory
+from nnscaler.directory import alone_in, check_name, check_new, check_writable, new_directory, work_beside
 from nnscaler.errors import UserError
 from nnscaler.identity import DONE
 
@@ -157,6 +157,18 @@ def test_a_compile_replaces_what_a_compile_wrote_and_nothing_else(tmp_path: Path
     (place / DONE).unlink()
     with pytest.raises(UserError, match="it is not a folder that a compile made"):
         put_in_place(work(), place)
+
+
+def test_work_is_renamed_to_a_folder_that_others_may_read_as_any_other(tmp_path: Path) -> None:
+    place, other = tmp_path / "new" / "place", tmp_path / "other"
+    with work_beside(place) as work:
+        (work / "file").write_text("new")
+        work.rename(place)
+        assert [path.name for path in place.iterdir()] == ["file"]
+    assert [path.name for path in place.parent.iterdir()] == ["place"]
+    assert (place / "file").read_text() == "new"
+    other.mkdir()
+    assert place.stat().st_mode == other.stat().st_mode
 
 
 def test_that_all_is_there_is_said_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
