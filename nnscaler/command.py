@@ -49,8 +49,11 @@ class ArgumentParser(argparse.ArgumentParser):
         return declared.get(_spelling(flag), flag) + equals + value
 
     def _check_known(self, flag: str) -> None:
-        if flag.startswith("--") and flag not in self._option_string_actions:
-            self.error(unknown("flag", flag, self._option_string_actions))
+        known = self._option_string_actions
+        # One dash too few, or one of a printed page.
+        with_another_dash = flag[:1] in DASHES and _bare(flag) in map(_bare, known)
+        if flag not in known and (flag.startswith("--") or with_another_dash):
+            self.error(unknown("flag", flag, known))
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -69,8 +72,11 @@ def _spelling(flag: str) -> str:
     return "--" + flag[2:].replace("-", "_") if flag.startswith("--") else flag
 
 
+DASHES = ("-", "\N{EN DASH}", "\N{EM DASH}")
+
+
 def _bare(flag: str) -> str:
-    return flag.lstrip("-").replace("-", "_")  # hyphens that all have would make all alike
+    return flag.lstrip("".join(DASHES)).replace("-", "_")  # hyphens that all have would make all alike
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:

@@ -38,6 +38,9 @@ def test_flags_may_be_written_with_either_sign_and_values_stay_as_they_are():
         (["--step-a-day=5"], "there is no flag --step-a-day; did you mean --steps_a_day?"),
         (["--steps"], "there is no flag --steps; did you mean --steps_a_day?"),
         (["--xyzzy", "5"], "there is no flag --xyzzy"),
+        (["-steps-a-day=5"], "there is no flag -steps-a-day; did you mean --steps_a_day?"),
+        (["\N{EM DASH}max-speed", "5"], "there is no flag \N{EM DASH}max-speed; did you mean --max-speed?"),
+        (["a", "-xyzzy"], "unrecognized arguments: -xyzzy"),
         (["--max-speed"], "argument --max-speed: expected one argument"),
     ],
 )

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from nnscaler.counting import counted
 from nnscaler.data.cut import PIECE, TokenIds, cut_into_pieces
 from nnscaler.data.flow import groups, in_order, one_thread_a_call, with_progress
 from nnscaler.data.readers import Document
@@ -95,7 +96,7 @@ def pack(
         packing.sequences, packing.continued = writer.rows, writer.continued
         packing.smallest_id, packing.largest_id = writer.smallest_id, writer.largest_id
         if packing.documents == 0:
-            raise UserError(f"the corpus is empty: no text in {len(corpus.files)} files")
+            raise UserError(f"the corpus is empty: no text in {counted(len(corpus.files), 'file')}")
         if packing.sequences == 0:
             raise UserError(f"the corpus has {packing.tokens:,} tokens, less than one sequence of {sequence_length:,}")
         packing.seconds = time.perf_counter() - start

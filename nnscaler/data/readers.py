@@ -170,7 +170,10 @@ def _texts(rows: Iterator[Row], column: str | None) -> Iterator[Document]:
 
 
 def _json_complaint(error: ValueError | RecursionError) -> str:
-    return error.msg.removesuffix(" starting at") if isinstance(error, json.JSONDecodeError) else hub.first_line(error)
+    """What is wrong, without the words that lead to a place in the text, which the caller names."""
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg.removesuffix(" at").removesuffix(" starting")
+    return hub.first_line(error)
 
 
 def _read_csv(file: IO[bytes], path: Path, column: str | None, encoding: str | None) -> Iterator[Document]:

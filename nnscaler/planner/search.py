@@ -232,7 +232,7 @@ class _Search:
             known = f"the best plan takes {best:.4g} s a micro-batch" if best < inf else f"no {faster}plan found yet"
             limit = f", and none takes less than {bound:.4g} s" if bound > 0 else ""
             left = self.until - time.process_time()
-            logger.info("planning on %s: %s%s; the search ends in %.0f s at the latest", mesh, known, limit, left)
+            logger.info("planning on %s: %s%s; the search may take %.0f s more of a core", mesh, known, limit, left)
 
         try:
             solved = solve(program, self.memory, below=below, seconds=seconds, watch=watch)

@@ -292,6 +292,9 @@ def test_only_a_line_feed_ends_a_row_of_json(tmp_path: Path) -> None:
     ]  # fmt: skip
     with pytest.raises(UserError, match=r"a.jsonl, line 4: not JSON: Expecting property name"):
         next(rows)
+    (tmp_path / "a.jsonl").write_text('{"text": "one\ttwo"}')
+    with pytest.raises(UserError, match=r"line 1: not JSON: Invalid control character$"):
+        next(find_corpus(str(tmp_path / "a.jsonl")).rows())
 
 
 def test_a_sign_between_fields_is_told_unless_it_is_a_comma(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
