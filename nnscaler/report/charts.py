@@ -17,7 +17,7 @@ from nnscaler.report.categories import (
     WORKING,
 )
 from nnscaler.report.markup import Markup, tag
-from nnscaler.report.spelling import CAUSAL_MFU, FULL_MFU, gib, percent, seconds
+from nnscaler.report.spelling import CAUSAL_MFU, FULL_MFU, above_peak, gib, percent, seconds
 
 _COLOURS = {
     MATMUL: "#3d6fb4",
@@ -97,4 +97,6 @@ def headline(predicted: Mapping[str, Any], memory: str, time: str = "step") -> M
         cards = [(CAUSAL_MFU, percent(predicted["mfu_causal"])), *cards, (FULL_MFU, percent(predicted["mfu"]))]
     if "tokens_per_second_per_gpu" in predicted:
         cards = [("tokens/s a device", f"{predicted['tokens_per_second_per_gpu']:,.0f}"), *cards]
-    return tag("div", *(tag("div", tag("b", value), tag("span", name)) for name, value in cards), class_="cards")
+    row = tag("div", *(tag("div", tag("b", value), tag("span", name)) for name, value in cards), class_="cards")
+    why = above_peak(predicted)
+    return Markup(row + tag("p", f"MFU {why}.", class_="faint")) if why else row

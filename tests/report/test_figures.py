@@ -184,6 +184,16 @@ def test_numbers_are_written_with_three_digits():
     assert step({"step_seconds": 2.0}) == "2.00 s a step"
 
 
+def test_an_mfu_above_100_percent_says_why():
+    """Not where only the formula's, in which attention counts twice, is above."""
+    high = {**values_of()["predicted"], "mfu": 1.3}
+    assert "above" not in step(high) + str(headline(high, "memory"))
+    higher = {**high, "mfu_causal": 1.2}
+    why = "above 100 %: every weight counts as multiplied, those of an embedding too, and fp8 by the peak in bf16"
+    assert f"causal MFU 120.0 % (130.0 % by the document's formula; {why}), 100 s a step" in step(higher)
+    assert str(headline(higher, "memory")).endswith(f"MFU {why}.</p>")
+
+
 def test_plans_are_compared_row_by_row():
     a, b = values_of(), values_of()
     b["predicted"] |= {"step_seconds": 80.0, "tokens_per_second_per_gpu": 1543.0, "memory_bytes": 33 * GIB}
