@@ -88,7 +88,7 @@ class MixedIntegerProgram:
         seconds     of processor time, so that the result does not depend on what else the machine does
         relaxed     no variable needs to be a whole number. The optimum is then no higher, and soon found.
         heuristics  whether to look for good solutions before the search proper. Where few are expected, that takes
-                    long.
+                    long; it is rather seen first whether there are any with variables that are no whole numbers.
         watch       called during the search with (objective of the best solution so far, or inf; its lower bound);
                     the search ends where it returns True
         """
@@ -98,10 +98,6 @@ class MixedIntegerProgram:
         model.col_lower_ = np.zeros(len(self.cost))
         model.col_upper_ = _rounded(self.bound)
         model.row_lower_, model.row_upper_ = _rounded(self.lower), _rounded(self.upper)
-        model.integrality_ = [
-            highspy.HighsVarType.kInteger if integer and not relaxed else highspy.HighsVarType.kContinuous
-            for integer in self.integer
-        ]
         model.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
         model.a_matrix_.start_ = np.array(self.starts)
         model.a_matrix_.index_ = np.array(self.columns)
@@ -119,7 +115,6 @@ class MixedIntegerProgram:
             options["time_limit"] = 2 * seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
         for option, value in options.items():
             solver.setOptionValue(option, value)
-        solver.passModel(model)
         one, until = self.scale[self.objective], time.process_time() + seconds
 
         def hear(event: Any) -> None:
@@ -128,18 +123,23 @@ class MixedIntegerProgram:
             event.data_in.user_interrupt = enough or time.process_time() > until
 
         solver.cbMipInterrupt.subscribe(hear)
-        solver.run()
-        infeasible = solver.getModelStatus() == highspy.HighsModelStatus.kInfeasible
-        if infeasible:  # which HiGHS's presolve (1.15) says of some programs that have solutions
-            solver.setOptionValue("presolve", "off")
-            # Mostly there is none where choices may be made in parts either, which is soon known.
-            whole_numbers, model.integrality_ = model.integrality_, [highspy.HighsVarType.kContinuous] * model.num_col_
+
+        kinds = (highspy.HighsVarType.kContinuous, highspy.HighsVarType.kInteger)
+
+        def has_solution(in_parts: bool, presolve: str) -> bool:
+            model.integrality_ = [kinds[integer and not in_parts] for integer in self.integer]
+            solver.setOptionValue("presolve", presolve)
             solver.passModel(model)
             solver.run()
-            if solver.getModelStatus() != highspy.HighsModelStatus.kInfeasible:
-                model.integrality_ = whole_numbers
-                solver.passModel(model)
-                solver.run()
+            return bool(solver.getModelStatus() != highspy.HighsModelStatus.kInfeasible)
+
+        # Whether there is one where choices may be made in parts is soon known, and sooner without presolve.
+        looked, denied = relaxed or not heuristics, False
+        if (not looked or has_solution(True, "off")) and not relaxed:
+            # HiGHS's presolve (1.15) denies that some programs have solutions.
+            denied = not has_solution(False, "choose")
+            if denied and (looked or has_solution(True, "off")):
+                has_solution(False, "off")
         status, found = solver.getModelStatus(), solver.getInfo()
         if status == highspy.HighsModelStatus.kInfeasible:
             return None
@@ -148,7 +148,7 @@ class MixedIntegerProgram:
         assert optimal or stopped, f"HiGHS ended with {solver.modelStatusToString(status)}"
         feasible = found.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
         values = np.array(solver.getSolution().col_value) if optimal or feasible else None
-        if infeasible and values is None:  # time was out before it was said again
+        if denied and values is None:  # time was out before it was said again
             return None
         if values is not None:
             values = values * [self.scale[quantity] for quantity in self.quantities]

@@ -121,6 +121,31 @@ def test_values_are_in_bytes_and_terms_of_a_variable_add_up():
         assert (program.solve(0.0) is not None) == fits
 
 
+@pytest.mark.parametrize(("most", "heuristics", "presolve"), [
+    (7.5, False, ["off"]), (7.9, False, ["off", "choose", "off"]), (8.1, False, ["off", "choose"]),
+    (7.5, True, ["choose", "off"]), (7.9, True, ["choose", "off", "off"]), (8.1, True, ["choose"]),
+])  # fmt: skip
+def test_where_few_solutions_are_expected_those_in_parts_are_looked_for_first(monkeypatch, most, heuristics, presolve):
+    """Which cost 7.83 at least, and whole ones cost 8."""
+    runs = []
+
+    class Highs(highspy.Highs):
+        def run(self):
+            runs.append(self.getOptionValue("presolve")[1])
+            return super().run()
+
+    monkeypatch.setattr(milp.highspy, "Highs", Highs)
+    program = MixedIntegerProgram(SCALE)
+    statement, things = cover(10.0)
+    program.add(statement)
+    costs = [(thing, cost * MILLISECOND) for thing, cost in zip(things, COSTS)]
+    program.minimise(costs, Quantity.SECONDS)
+    program.row(costs, upper=most * MILLISECOND, quantity=Quantity.SECONDS)
+    found = program.solve(0.0, heuristics=heuristics)
+    assert (found and found.bound) == (None if most < 8 else pytest.approx(8 * MILLISECOND))
+    assert runs == presolve
+
+
 def test_numbers_that_differ_in_their_last_digits_are_one():
     numbers = [0.1 + 0.2, 0.3, 1e12 + 1, 1e12, 1.0, 1 + 1e-8, -0.5, 0.0]
     found = _rounded(numbers).tolist()

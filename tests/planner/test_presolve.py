@@ -65,3 +65,5 @@ def test_what_presolve_calls_infeasible_is_solved_without_it(monkeypatch):
     for one in found[1:]:
         assert one is not None
         assert price(program, one.solution).total_seconds == pytest.approx(8.22854e-4, rel=1e-5)
+    assert solve(program, 41960.0, gap=0.0, below=8.23e-4) is not None, "where few are expected, likewise"
+    assert solve(program, 41960.0, gap=0.0, below=8.22e-4) is None
