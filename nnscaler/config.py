@@ -143,6 +143,8 @@ class ComputeConfig:
                 "beside the devices'; leave it out"
             )
         processes = min(self.runtime_ngpus, hardware.devices_per_node)
+        if hardware.host is not None and processes == 1:
+            hardware = replace(hardware, host=hardware.host.alone())
         if self.hardware is None and hardware.name == "CPU" and processes > 1:
             memory = hardware.memory / processes
             shared = f"{processes} processes share its memory, and each plans with {memory / 2**30:.3g} GiB of it"

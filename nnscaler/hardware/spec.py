@@ -28,11 +28,12 @@ _SPECS = Path(__file__).parent / "specs"
 class Host:
     """The memory of a node's host, as far as one device has it to itself, and the way there.
 
-    memory        bytes for each device
-    to_host       bytes/s at which a device copies to the host
-    to_device     bytes/s at which it copies back
-    both_ways     bytes/s each way, when both go at once
-    interference  seconds that computation loses for each second of such copies beside it
+    memory           bytes for each device
+    to_host          bytes/s at which a device copies to the host
+    to_device        bytes/s at which it copies back
+    both_ways        bytes/s each way, when both go at once
+    interference     seconds that computation loses for each second of such copies beside it
+    both_ways_alone  bytes/s each way, when both go at once and no other device of the host copies; None: as `both_ways`
     """
 
     memory: float
@@ -40,6 +41,11 @@ class Host:
     to_device: float
     both_ways: float
     interference: float = 0.0
+    both_ways_alone: float | None = None
+
+    def alone(self) -> Host:
+        """With the rates of a device beside which no other one of the host copies."""
+        return replace(self, both_ways=self.both_ways_alone or self.both_ways, both_ways_alone=None)
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,7 @@ def _with_measured(hardware: Hardware, measured: CommunicationTimes) -> Hardware
     """Hardware with what was measured on this machine, which comes before what is bundled."""
     host = hardware.host
     if host is not None and measured.copies is not None:
-        host = replace(host, **measured.copies._asdict())
+        host = replace(host, **measured.copies._asdict(), both_ways_alone=None)
     return replace(hardware, measured=measured, host=host)
 
 
@@ -275,7 +281,7 @@ def _host_of(given: Any) -> Host:
 
 
 def _host(hardware: Hardware) -> dict[str, float]:
-    return {} if hardware.host is None else asdict(hardware.host)
+    return {} if hardware.host is None else {k: v for k, v in asdict(hardware.host).items() if v is not None}
 
 
 def _check(hardware: Hardware) -> None:

@@ -282,6 +282,20 @@ def test_memory_of_a_host_that_is_not_there_is_not_limited():
     assert ComputeConfig(hardware="h100", host_mem_constraint=12.0).find_hardware().host is not None
 
 
+def test_a_device_that_copies_alone_has_its_own_rate_both_ways():
+    """In a run of one device for each node, too; but what was measured here comes before all that is bundled."""
+    both, alone = (load_hardware("h200").host.__dict__[name] for name in ("both_ways", "both_ways_alone"))
+    assert both < alone
+    for config, rate in (
+        (ComputeConfig(1, 1, hardware="h200"), alone), (ComputeConfig(1, 2, hardware="h200"), both),
+        (ComputeConfig(1, 2, hardware="h200", devices_per_node=1), alone), (ComputeConfig(2, 2, hardware="h200"), both),
+    ):  # fmt: skip
+        assert config.find_hardware().host.both_ways == rate
+    assert ComputeConfig(1, 1, hardware="h100").find_hardware().host.both_ways == load_hardware("h100").host.both_ways
+    keep("NVIDIA H200", replace(MEASURED, copies=CopyRates(3e10, 2e10, 1e10)))
+    assert ComputeConfig(1, 1, hardware="h200").find_hardware().host.both_ways == 1e10
+
+
 def test_nodes_are_as_they_are(monkeypatch):
     assert find_hardware("h100").devices_per_node == 8
     assert find_hardware("h100", devices_per_node=2).devices_per_node == 2
@@ -325,7 +339,9 @@ def test_a_file_with_figures_that_no_machine_has_is_an_error(tmp_path, wrong):
         ("intra bandwidth", "bandwidth of intra", False), ("inter bandwidth", "bandwidth of inter", False),
         ("devices_per_node", "devices_per_node", False), ("host memory", "memory of host", False),
         ("host to_host", "to_host of host", False), ("host to_device", "to_device of host", False),
-        ("host both_ways", "both_ways of host", False), ("launch", "launch", True), ("workspaces", "workspaces", True),
+        ("host both_ways", "both_ways of host", False),
+        ("host both_ways_alone", "both_ways_alone of host", False),
+        ("launch", "launch", True), ("workspaces", "workspaces", True),
         ("interference", "interference", True), ("intra latency", "latency of intra", True),
         ("inter latency", "latency of inter", True), ("host interference", "interference of host", True),
     ],
@@ -352,7 +368,7 @@ LINK = {"memory": 1, "to_host": 1, "to_device": 1, "both_ways": 1}
     ({"memory": "much"}, "memory is 'much'; it must be a number, more than 0"),
     ({"launch": None}, "launch is None; it must be a number, at least 0"),
     ({"interference": 1.5}, "interference is 1.5; it must be at most 1"),
-    ({"host": [1]}, "host is [1]; it must have the fields memory, to_host, to_device, both_ways, interference"),
+    ({"host": [1]}, "host is [1]; it must have the fields memory, to_host, to_device, both_ways, interference, both"),
     ({"host": {**LINK, "speed": 1}}, "it must have the fields memory, to_host, to_device, both_ways, interference"),
     ({"host": {"memory": 1, "to_host": 1}}, "host has no to_device and no both_ways"),
     ({"host": {**LINK, "interference": 2}}, "interference of host is 2; it must be at most 1"),
