@@ -138,7 +138,7 @@ def _next_to(best: Tried, tried: Sequence[Tried]) -> str:
     runner_up = next((one for one in tried if one.plan and one is not best), None)
     if runner_up is None:
         return ""
-    little = f", which is less than {WORTH:.1%} faster" if runner_up.step_seconds < best.step_seconds else ""
+    little = f", which is less than {100 * WORTH:.1f} % faster" if runner_up.step_seconds < best.step_seconds else ""
     return f"; next comes {runner_up.name}, {runner_up.step_seconds:.4g} s{little}"
 
 

@@ -155,7 +155,7 @@ def test_the_log_says_what_is_looked_for_and_what_comes_next(monkeypatch, caplog
     )
     assert last == (
         "chosen: 2 devices a copy, 2 x 2 sequences, 8.07 s a step; "
-        "next comes 4 devices a copy, 2 x 4 sequences, 8.05 s, which is less than 0.5% faster"
+        "next comes 4 devices a copy, 2 x 4 sequences, 8.05 s, which is less than 0.5 % faster"
     )
     caplog.clear()
     World(monkeypatch, BOUNDS, {(2, 4): 8.1, (4, 4): NothingFits(), (2, 2): UserError("dp cannot")}).divide()

@@ -249,10 +249,9 @@ class StagePlanner:
             ]
         figures = self.estimated[key]
         if figures is None:
-            held = ", ".join(str(stage.held) for stage in stages)
-            raise NothingFits(
-                f"its stages, {held} micro-batches in flight, need over {self.memory / GIB:.4g} GiB a device"
-            )
+            held = " and ".join(str(stage.held) for stage in stages)
+            over = f"over {self.memory / GIB:.4g} GiB a device"
+            raise NothingFits(f"a rank with {held} micro-batches of its stages in flight needs {over}")
         return figures
 
     def _program(self, stage: _Stage) -> Program:

@@ -50,7 +50,8 @@ def _memory(values: Mapping[str, Any]) -> tuple[float, str]:
         if not level_of(name).everything
     )
     again += sum(one["seconds"] for one in values["collectives"] if one["phase"] == "again")
-    spent = f"{seconds(again)} of computing and gathering again to stay within it" if again else "nothing is done twice"
+    spent = f"{seconds(again)} of computing and gathering again" if again else "nothing is done twice"
+    spent += " to stay within it"
     casts, copies = (values["predicted"]["seconds_by_category"].get(what, 0.0) for what in (CASTS, COPIES))
     if casts:
         spent += f", {seconds(casts)} of casting master weights"
