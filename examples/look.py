@@ -40,10 +40,15 @@ def plot(folder: Path, output: Path) -> None:
 def write_line(model_path: Path, prompt: str) -> str:
     """A line that the model writes."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    model, report = AutoModelForCausalLM.from_pretrained(model_path, output_loading_info=True)
+    from nnscaler import hub
+
+    tokenizer = hub.load_tokenizer(str(model_path))
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(model_path, output_loading_info=True)
+    except Exception as error:  # the loaders raise whatever a damaged file makes them raise
+        raise UserError(f"cannot load a model from '{model_path}': {hub.first_line(error)}") from error
     problems = {kind: keys for kind, keys in report.items() if keys}
     if problems:
         raise UserError(f"'{model_path}' does not load cleanly: {problems}")
@@ -63,6 +68,8 @@ def main() -> None:
     parser.add_argument("--prompt", default="KING HENRY", help="how the line begins")
     parser.add_argument("--plot", type=Path, default=Path("loss.png"), help="picture to write")
     options = parser.parse_args()
+    if not (options.model / "config.json").exists():
+        raise UserError(f"'{options.model}' is not the directory of a model: it has no config.json")
     plot(options.run, options.plot)
     print(f"{options.plot}: the loss curve")
     print(f"{options.model} writes: {write_line(options.model, options.prompt)!r}")

@@ -32,12 +32,13 @@ _STEP = 2**24  # elements converted and written at once
 
 
 def merge_to_file(checkpoint: Checkpoint, output: Path, verify: bool = False) -> None:
-    """Writes the file, which appears whole or not at all.
+    """Writes the file, which appears whole or not at all. It replaces another merged checkpoint, and nothing else.
 
     verify  read it again from the disk before it gets its name, and compare
     Raises CorruptCheckpoint where the checkpoint is damaged, or what is read again differs; UserError where the file
-    cannot be written.
+    cannot be written, or is there and is something else.
     """
+    _check_replaceable(output)
     shapes = checkpoint.shapes()
     with FakeTensorMode():
         tensors = {name: torch.empty(shape, dtype=checkpoint.stored_dtype(name)) for name, shape in shapes.items()}
@@ -69,6 +70,19 @@ def merge_to_file(checkpoint: Checkpoint, output: Path, verify: bool = False) ->
         raise UserError(f"cannot write '{output}': {error.strerror or error}") from error
     finally:
         work.unlink(missing_ok=True)
+
+
+def _check_replaceable(output: Path) -> None:
+    if not output.exists() or output.stat().st_size == 0:
+        return
+    try:
+        MergedFile.open(output)
+    except CorruptCheckpoint:
+        pass  # it was one
+    except UserError:
+        raise UserError(
+            f"'{output}' already exists and is not a merged checkpoint: remove it or choose another path"
+        ) from None
 
 
 def _nested(tensors: dict[str, Tensor]) -> dict[str, Any]:

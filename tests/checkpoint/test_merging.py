@@ -18,6 +18,7 @@ from nnscaler.checkpoint.folder import ASSETS, BEST, TrainerState, complete_chec
 from nnscaler.checkpoint.merge import MergedFile, merge_to_file
 from nnscaler.checkpoint.sharded import save_parts, whole
 from nnscaler.checkpoint.stored import Checkpoint
+from nnscaler.errors import UserError
 from tests.launch import run
 
 MIB = 2**20
@@ -109,10 +110,27 @@ def test_what_is_not_as_written_gets_no_name(module, damaged, tmp_path, monkeypa
     write = partial(export_model, shard_bytes=100)
     if module is merge:
         write = merge_to_file
-        output.write_bytes(b"from before")
+        merge_to_file(checkpoint, output)
+        before = output.read_bytes()
     with pytest.raises(CorruptCheckpoint, match="is damaged"):
         write(checkpoint, output, verify=True)
-    assert output.read_bytes() == b"from before" if module is merge else not output.exists()
+    assert output.read_bytes() == before if module is merge else not output.exists()
+
+
+def test_a_file_that_is_something_else_is_not_replaced(tmp_path):
+    """A merged file is, a damaged one too, and an empty file."""
+    checkpoint, output = Checkpoint.open(write_checkpoint(tmp_path / "runs", 4, 8, 1)), tmp_path / "output"
+    output.touch()
+    merge_to_file(checkpoint, output)
+    data = bytearray(output.read_bytes())
+    data[MergedFile.open(output)._places["checksums"].begin] ^= 1
+    output.write_bytes(data)
+    merge_to_file(checkpoint, output)
+    MergedFile.open(output).load([])
+    output.write_text("thesis")
+    with pytest.raises(UserError, match=r"output' already exists and is not a merged checkpoint: remove it or choose"):
+        merge_to_file(checkpoint, output)
+    assert output.read_text() == "thesis"
 
 
 @pytest.mark.parametrize("write", [merge_to_file, export_model])
