@@ -17,18 +17,17 @@ import nnscaler.cli.loop  # noqa: F401
 from nnscaler.data.training import with_labels
 from nnscaler.models.causal_lm import IGNORED, CausalLM, prepare_config
 from nnscaler.source import Source
+from nnscaler.trace import trace
 from tests import parity, tiny
-from tests.traced import traced_once
 
 
 def trace_one() -> None:
-    """The tiny Llama as most cases have it, so that those do not trace it."""
     config = tiny.config(**parity.Case(1, 1).model)
     prepare_config(config, tiny.LENGTH, "auto")
     tokens = torch.empty((1, tiny.LENGTH), dtype=torch.int64, device="meta")
     source = Source(lambda: CausalLM(config), with_labels(tokens, IGNORED), torch.float32, parity.SEED)
     model, buffers = source.build()
-    traced_once(model, source.inputs, buffers, "reuse_cache", source.seed)
+    trace(model, source.inputs, buffers, "reuse_cache", source.seed)
 
 
 def compile_one() -> None:

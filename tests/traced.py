@@ -1,9 +1,12 @@
-"""Each tiny model is traced once in a process, whatever number of cases compiles it: a trace is always the same."""
+"""Each tiny model is traced once, whatever number of cases and processes compiles it: a trace is always the same."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import pickle
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -11,8 +14,6 @@ from torch import Tensor
 from nnscaler.graph import Graph
 from nnscaler.models.causal_lm import CausalLM
 from nnscaler.trace import trace
-
-_known: dict[str, bytes] = {}
 
 
 def traced_once(model: CausalLM, inputs: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *how: Any) -> Graph:
@@ -23,7 +24,10 @@ def traced_once(model: CausalLM, inputs: Mapping[str, Tensor], buffers: Mapping[
         [(name, one.dtype, one.requires_grad) for name, one in parameters],
         [(name, one.shape) for name, one in inputs.items()], how,
     ))  # fmt: skip
-    if key not in _known:
-        _known[key] = pickle.dumps(trace(model, inputs, buffers, *how))
-    graph: Graph = pickle.loads(_known[key])
+    known = Path(os.environ["FOLDER_OF_TRACES"], hashlib.sha256(key.encode()).hexdigest())
+    if not known.exists():
+        written = known.with_suffix(f".{os.getpid()}")
+        written.write_bytes(pickle.dumps(trace(model, inputs, buffers, *how)))
+        written.replace(known)  # as a whole: others may look for it at this moment
+    graph: Graph = pickle.loads(known.read_bytes())
     return graph

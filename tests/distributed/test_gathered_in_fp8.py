@@ -28,6 +28,7 @@ from tests.parity import Case, arguments, compiled_regions, planned
 STEPS, SAVED, BUCKET = 4, 2, 3000
 EACH, AWAY = (tuple(level.name for level in levels) for levels in (ON_DEVICE, ON_HOST))
 NARROW = Case(2, 2, accumulation=2, precision="fp8", hardware="fp8.json", layers=4, levels=EACH)
+COMPILED = dataclasses.replace(NARROW, compiled=True, pieces=2, levels=EACH[:1] * 2 + EACH[3:] * 2)
 COPIES = dataclasses.replace(NARROW, runtime=4)
 AXES = dataclasses.replace(NARROW, plan=4, runtime=4, hardware="far.json", levels=EACH[:1] * 2 + EACH[3:] * 2)
 STAGES = dataclasses.replace(NARROW, plan=4, runtime=4, schedule="1f1b", stages=2, levels=())
@@ -47,14 +48,14 @@ def folder(tmp_path_factory):
 
 def train(jobs: list[tuple[Case, str, Path | None]], folder: Path) -> None:
     """On every rank: trains each (case, name of the run, checkpoint to go on from), in small buckets, which cut
-    weights."""
+    weights. What is compiled is not evaluated, for which it would be compiled once more."""
     buckets = functools.partial(module.make_buckets, elements=BUCKET)
     for index, (case, name, resume) in enumerate(jobs):
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(index)
         args = dataclasses.replace(
             arguments(case, folder), name=name, max_train_steps=STEPS,
             checkpoint=CheckpointConfig(folder / "checkpoints", interval=SAVED, keep=0, resume=resume),
-            evaluation=EvaluationConfig(PackedDataset.open(folder / "validation"), SAVED),
+            evaluation=EvaluationConfig(None if case.compiled else PackedDataset.open(folder / "validation"), SAVED),
         )  # fmt: skip
         regions = compiled_regions() if case.compiled else nullcontext()
         with planned(case), regions, patch.object(module, "make_buckets", buckets):
@@ -91,8 +92,9 @@ def both(case: Case, name: str) -> list[tuple[Case, str, None]]:
 def trained(folder):
     masters = dataclasses.replace(NARROW, master_only=True)
     on_the_host = dataclasses.replace(NARROW, levels=AWAY)
-    jobs = [*both(NARROW, "narrow"), (masters, "masters", None), (on_the_host, "on-the-host", None)]
-    run(2, train, jobs, folder, init=False)
+    others = [(masters, "masters", None), (on_the_host, "on-the-host", None)]
+    run(2, train, [*both(NARROW, "narrow"), *others, *both(COMPILED, "regions")], folder, init=False)
+    run(4, train, [*both(COPIES, "copies"), *both(STAGES, "stages"), *both(AXES, "axes")], folder, init=False)
     return folder
 
 
@@ -120,22 +122,19 @@ def test_one_is_continued_as_the_other(trained):
         assert_equal(last(trained, name), last(trained, "narrow"))
 
 
-def test_in_compiled_regions_and_in_pieces(folder):
-    run(2, train, both(dataclasses.replace(NARROW, compiled=True, pieces=2), "regions"), folder, init=False)
-    assert_alike(folder, "regions", "regions-in-bf16")
-    assert "in_pieces(llama_decoder_layer_region_" in code_of(folder, "regions")
+def test_in_compiled_regions_and_in_pieces(trained):
+    assert_alike(trained, "regions", "regions-in-bf16")
+    assert "in_pieces(llama_decoder_layer_region_" in code_of(trained, "regions")
 
 
-def test_over_two_axes(folder):
+def test_over_two_axes(trained):
     """Weights are gathered along one, so that products take parts of them: these have the scale of the whole weight."""
-    run(4, train, both(AXES, "axes"), folder, init=False)
-    found, wanted = ([loss for loss, *_ in metrics(folder, name)] for name in ("axes", "axes-in-bf16"))
+    found, wanted = ([loss for loss, *_ in metrics(trained, name)] for name in ("axes", "axes-in-bf16"))
     assert found == pytest.approx(wanted, rel=1e-3)
-    assert code_of(folder, "axes").count("_s0_whole_scale = axes.gathers.weight_in_fp8(") >= 1
-    assert len(json.loads((folder / "code" / "axes" / "plan.json").read_text())["mesh"]["sizes"]) == 2
+    assert code_of(trained, "axes").count("_s0_whole_scale = axes.gathers.weight_in_fp8(") >= 1
+    assert len(json.loads((trained / "code" / "axes" / "plan.json").read_text())["mesh"]["sizes"]) == 2
 
 
-def test_where_owners_share_a_shard_and_in_stages(folder):
-    run(4, train, [*both(COPIES, "copies"), *both(STAGES, "stages")], folder, init=False)
-    for name in ("copies", "stages"):
-        assert_alike(folder, name, f"{name}-in-bf16")
+@pytest.mark.parametrize("name", ["copies", "stages"])
+def test_where_owners_share_a_shard_and_in_stages(name, trained):
+    assert_alike(trained, name, f"{name}-in-bf16")
