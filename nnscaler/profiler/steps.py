@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 WARM_UP = 3  # steps before the profile: the first ones compile
 LEAST = WARM_UP + 2  # steps that a run takes
+_ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # of the kinds of events in a trace
 _MARK = "spin_kernel"  # what `torch.cuda._sleep` runs, and nothing else: where the counted step begins and ends
 
 COMMUNICATION, COPIES = "communication", "copies to the host"
@@ -78,6 +79,8 @@ class StepProfiler:
         if self._folder is None:
             return
         if self._done == WARM_UP:
+            if torch.cuda.is_available():
+                torch.cuda._sleep(1)  # a kernel's first launch waits for all that the device does, an update too
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
             self._profile = profile(activities=activities)
             self._profile.start()
@@ -93,20 +96,29 @@ class StepProfiler:
             torch.cuda.synchronize()
         profiled.stop()
         folder.mkdir(parents=True, exist_ok=True)
-        profiled.export_chrome_trace(str(folder / "trace.json"))
-        text = step_table(profiled, self._predicted)
+        trace = folder / "trace.json"
+        profiled.export_chrome_trace(str(trace))
+        kernels = kernel_runs(trace)
+        text = step_table(kernels, self._predicted)
         (folder / "profile.txt").write_text(text)
-        if times := milliseconds_by_category(kernel_runs(profiled)):
+        if times := milliseconds_by_category(kernels):
             (folder / "profile.json").write_text(json.dumps({"milliseconds": times}, indent=1) + "\n")
         logger.info("profile of a step in %s\n%s", folder, text)
 
 
-def kernel_runs(profiled: profile) -> list[KernelRun]:
-    """What ran on the GPU in the step that is counted; of what ran longer, the part within."""
+def kernel_runs(trace: Path) -> list[KernelRun]:
+    """What ran on the GPU in the step that is counted; of what ran longer, the part within.
+
+    trace  what torch's profiler wrote. (What it has in memory takes it several times as long to tell.)
+    """
+
+    def of_a_device(found: dict[str, Any]) -> dict[str, Any] | None:
+        return found if found.get("cat") in _ON_DEVICE or "traceEvents" in found else None
+
+    with trace.open() as file:
+        events = json.load(file, object_hook=of_a_device)["traceEvents"]
     kernels = [
-        KernelRun(event.name, event.time_range.start / 1e3, event.time_range.end / 1e3)
-        for event in profiled.events() or ()
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+        KernelRun(event["name"], event["ts"] / 1e3, (event["ts"] + event["dur"]) / 1e3) for event in events if event
     ]
     marks = sorted((kernel for kernel in kernels if _MARK in kernel.name), key=lambda kernel: kernel.start)
     if not kernels:
@@ -120,16 +132,16 @@ def kernel_runs(profiled: profile) -> list[KernelRun]:
     ]
 
 
-def step_table(profiled: profile, predicted: Mapping[str, float], longest: int = 25) -> str:
+def step_table(kernels: Sequence[KernelRun], predicted: Mapping[str, float], longest: int = 25) -> str:
     """A text: where the time of the counted step went, beside what the plan predicts, and its longest kernels.
 
+    kernels    what ran on the GPU in that step
     predicted  category -> seconds of a step (`predicted.seconds_by_category` of plan.json)
 
     All figures are milliseconds of a step on this device. Communication is exposed while nothing is computed beside it,
     and copies to and from the host are while there is no communication either; time in which no kernel runs is idle.
     Where no kernel ran on a GPU, the text says that alone.
     """
-    kernels = kernel_runs(profiled)
     if not kernels:
         return "no kernel ran on a GPU, and only GPUs have such a table; trace.json has what the processor did\n"
     measured, planned = milliseconds_by_category(kernels), _planned(predicted)

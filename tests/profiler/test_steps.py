@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import re
 from collections.abc import Sequence
-from types import SimpleNamespace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,34 +94,42 @@ def test_without_kernels_of_a_gpu_there_is_a_sentence_and_no_table(tmp_path):
     assert not re.search(r"\d", text), "neither zeros nor the plan's figures beside none"
 
 
-def profiled(*kernels: tuple[str, float, float], others: Sequence[SimpleNamespace] = ()) -> SimpleNamespace:
-    """A profile in which these kernels ran: (name, begin, end), in milliseconds."""
-    return SimpleNamespace(events=lambda: [*map(event, *zip(*kernels)), *others] if kernels else list(others))
+@pytest.fixture
+def trace(tmp_path):
+    """Writes a trace in which these kernels ran: (name, begin, end), in milliseconds; returns its path."""
+
+    def write(*kernels: tuple[str, float, float], others: Sequence[dict[str, Any]] = ()) -> Path:
+        path = tmp_path / "trace.json"
+        path.write_text(json.dumps({"traceEvents": [*(event(*each) for each in kernels), *others], "traceName": "x"}))
+        return path
+
+    return write
 
 
-def event(name: str, start: float, end: float, device=torch.autograd.DeviceType.CUDA, marked=False) -> SimpleNamespace:
-    span = SimpleNamespace(start=1e3 * start, end=1e3 * end)
-    return SimpleNamespace(name=name, device_type=device, is_user_annotation=marked, time_range=span)
+def event(name: str, start: float, end: float, kind: str | None = None) -> dict[str, Any]:
+    kind = kind or ("gpu_memcpy" if name in (FROM_HOST, TO_HOST) else "kernel")
+    args = {"stream": 7, "cat": "of no event"}
+    return {"ph": "X", "cat": kind, "name": name, "ts": 1e3 * start, "dur": 1e3 * (end - start), "args": args}
 
 
-def test_the_counted_step_is_between_its_marks():
+def test_the_counted_step_is_between_its_marks(trace):
     """The update of the step before runs into it, and its own begins before its end."""
     kernels = [
         (GEMM, 0.0, 9.0), (MARK, 10.0, 10.5), (ADAM, 9.0, 12.5), (GEMM, 11.5, 15.0), (MARK, 20.5, 21.0),
         (TO_HOST, 20.0, 23.0), (GEMM, 22.0, 30.0),
     ]  # fmt: skip
-    assert sorted(kernel_runs(profiled(*kernels))) == sorted([
+    assert sorted(kernel_runs(trace(*kernels))) == sorted([
         KernelRun(ADAM, 10.5, 12.5), KernelRun(GEMM, 11.5, 15.0), KernelRun(TO_HOST, 20.0, 20.5),
     ])  # fmt: skip
 
 
-def test_the_table_has_what_was_planned_beside_what_ran():
+def test_the_table_has_what_was_planned_beside_what_ran(trace):
     """The plan's registered operators are products in it."""
-    ran = profiled((MARK, -1.0, 0.0), (GEMM, 0.0, 6.0), (ATTENTION, 6.0, 10.0), (GEMM, 20.0, 24.0), (MARK, 24.0, 25.0))
+    ran = trace((MARK, -1.0, 0.0), (GEMM, 0.0, 6.0), (ATTENTION, 6.0, 10.0), (GEMM, 20.0, 24.0), (MARK, 24.0, 25.0))
     predicted = {"matmul": 0.008, "attention": 0.004, "linear_loss": 0.002, "convolution": 0.001, "recompute": 0.006,
                  "memory-bound": 0.002, "casts of master weights": 0.001,
                  "copies to the host exposed": 0.0005}  # fmt: skip
-    text = step_table(ran, predicted)
+    text = step_table(kernel_runs(ran), predicted)
     rows = {line[:26].strip(): line[26:].split() for line in text.partition("\n\n")[0].splitlines()[1:]}
     assert rows["matmul"] == ["10.00", "11.00"]
     assert rows["attention"] == ["4.00", "4.00"]
@@ -131,15 +141,16 @@ def test_the_table_has_what_was_planned_beside_what_ran():
     assert [line.split() for line in text.splitlines()[-2:]] == [["10.00", "2", GEMM], ["4.00", "1", ATTENTION]]
 
 
-def test_the_kernels_that_take_longest_come_first_and_only_a_gpu_s_count():
+def test_the_kernels_that_take_longest_come_first_and_only_a_gpu_s_count(trace):
     of_others = [
-        event("aten::mm", 0.0, 90.0, torch.autograd.DeviceType.CPU), event("step 3", 0.0, 99.0, marked=True),
+        event("aten::mm", 0.0, 90.0, "cpu_op"), event("step 3", 0.0, 99.0, "gpu_user_annotation"),
+        {"ph": "M", "name": "process_name", "args": {"name": "python"}},
     ]  # fmt: skip
-    ran = profiled(
+    ran = trace(
         (MARK, -1.0, 0.0), (GEMM, 0.0, 2.0), (COPY, 0.0, 3.0), (NCCL, 0.0, 1.0), (COPY, 0.0, 3.0), (MARK, 3.0, 4.0),
         others=of_others,
     )  # fmt: skip
-    text = step_table(ran, {}, longest=2)
+    text = step_table(kernel_runs(ran), {}, longest=2)
     assert [line.split() for line in text.partition("\n\n")[2].splitlines()[1:]] == [
         ["6.00", "2", COPY], ["2.00", "1", GEMM]
     ]  # fmt: skip
