@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
-from nnscaler.kernels import add_gradient, add_product, fp8, rounded_in_place, scale_gradient, softmax_loss
+from nnscaler.kernels import Documents, add_gradient, add_product, fp8, rounded_in_place, scale_gradient, softmax_loss
 from nnscaler.kernels.random import draws_of, dropout, kept, kept_at_once, numbers_of, place_of, together
 from nnscaler.operators.attention import attention
 from tests import tiny
@@ -155,3 +155,18 @@ def test_a_weight_that_comes_in_fp8_gives_the_same_in_a_compiled_region():
     found, wanted = ([y := region(x, *some), *torch.autograd.grad(y, (x, some[0]), g)] for some in (parts, (w,)))
     for one, other in zip(found, wanted):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
+
+
+def test_borders_of_documents_do_not_wait_for_the_device():
+    """By hand, as on the CPU: places 4, 5 and 6 of two rows."""
+    numbers = torch.tensor([[0, 0, 0, 1, 1, 5, 5, 5, 2], [3, 1, 1, 1, 1, 1, 1, 0, 0]])
+    there = numbers.cuda()
+    Documents(there).note(numbers)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rows, keys, longest = Documents(there).borders(4, 3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (rows.device, rows.dtype, longest) == (there.device, torch.int32, 6)
+    assert rows.tolist() == [0, 0, 1, 3, 3, 3, 6, 6]
+    assert keys.tolist() == [0, 3, 5, 8, 9, 10, 16, 18]

@@ -120,7 +120,7 @@ class _Coming:
     """
 
     def __init__(self, on_host: Batch, device: torch.device, stream: torch.cuda.Stream | None) -> None:
-        self.on_host = on_host
+        self.on_host, self._device = on_host, device
         with torch.cuda.stream(stream):  # of None, nothing changes
             self._inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in on_host.inputs.items()}
         self._copied = stream.record_event() if stream is not None else None
@@ -128,7 +128,7 @@ class _Coming:
     def take(self) -> Batch:
         """The batch on the device. What is computed next comes after its copy."""
         if self._copied is not None:
-            current = torch.cuda.current_stream()
+            current = torch.cuda.current_stream(self._device)
             current.wait_event(self._copied)
             for tensor in self._inputs.values():
                 tensor.record_stream(current)  # its memory stays its own until that is computed

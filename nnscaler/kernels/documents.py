@@ -103,16 +103,14 @@ class Documents:
     def _borders(self, first: int, rows: int) -> tuple[Tensor, Tensor, int]:
         batch, keys = self.numbers.shape
         begins = np.diff(self.on_host, prepend=self.on_host[:, :1] - 1) != 0
-        row, place = begins.nonzero()
-        of_keys = np.append(row * keys + place, batch * keys)
-        of_rows = np.append(row * rows + (place - first).clip(0, rows), batch * rows)
-        return self._sent(of_rows), self._sent(of_keys), int(np.diff(of_keys).max())
-
-    def _sent(self, values: Ints) -> Tensor:
-        tensor = torch.from_numpy(values.astype(np.int32))
-        if self.numbers.is_cuda:
-            tensor = tensor.pin_memory()  # else the copy would wait for what was launched before
-        return tensor.to(self.numbers.device, non_blocking=True)
+        on_host = np.append(begins.ravel().nonzero(), batch * keys)
+        # Worked out on the device again: a copy to it would wait for all that an update brings from the host.
+        starts = torch.ones_like(self.numbers, dtype=torch.bool)
+        torch.ne(self.numbers[:, 1:], self.numbers[:, :-1], out=starts[:, 1:])
+        counted = torch.arange(1, len(on_host) + 1, device=starts.device)
+        of_keys = torch.searchsorted(starts.flatten().cumsum(0), counted)  # one more than there are: the end
+        of_rows = of_keys // keys * rows + (of_keys % keys - first).clamp(0, rows)
+        return of_rows.int(), of_keys.int(), int(np.diff(on_host).max())
 
 
 def _whole(tensor: Tensor) -> Tensor:
