@@ -99,11 +99,13 @@ def plan_or_advise(
         raise UserError(f"{refusal}; {what_fits(source, graph, config, hardware, refusal)}") from None
 
 
-def bound_for(graph: Graph, config: ComputeConfig, hardware: Hardware, times: OperatorTimes | None) -> float:
-    """Seconds of a step that no plan on one mesh axis, without a pipeline, takes less than. Raises UserError where none
-    fits, or the policy has none."""
+def bound_for(
+    graph: Graph, config: ComputeConfig, hardware: Hardware, times: OperatorTimes | None, mesh: Mesh | None = None
+) -> float:
+    """Seconds of a step that no plan on a mesh (default: on one axis), without a pipeline, takes less than. Raises
+    UserError where none fits, or the policy has none."""
     apply_policy(graph, config.pas_policy, config.plan_ngpus)
-    return least_step(graph, config.meshes(hardware)[0], hardware, **_given(config, hardware, times))
+    return least_step(graph, mesh or config.meshes(hardware)[0], hardware, **_given(config, hardware, times))
 
 
 def _given(config: ComputeConfig, hardware: Hardware, times: OperatorTimes | None) -> dict[str, Any]:
@@ -146,11 +148,20 @@ def what_fits(source: Source, graph: Graph, config: ComputeConfig, hardware: Har
 def _soon_planned(graph: Graph, config: ComputeConfig, hardware: Hardware) -> AnyPlan:
     """A plan with a change. Raises UserError where none is found soon.
 
-    What would not fit on one mesh axis though choices were made in parts is not searched for: that is known at once.
+    Meshes on which it would not fit though choices were made in parts are not searched: that is known at once.
     """
-    if not config.explore_pipeline:
-        bound_for(graph, config, hardware, None)
-    return plan_for(graph, config, hardware, None, decided=False)
+    if config.explore_pipeline:
+        return plan_for(graph, config, hardware, None, decided=False)
+    first, *others = config.meshes(hardware)
+    while True:
+        try:
+            bound_for(graph, config, hardware, None, first)
+        except NothingFits:
+            if not others:
+                raise
+            first, *others = others
+        else:
+            return plan_for(graph, config, hardware, None, [first, *others], decided=False)
 
 
 def _changes(

@@ -56,20 +56,21 @@ def test_all_of_a_configuration_reaches_the_search(monkeypatch):
 
 def tried(
     monkeypatch, fits, config: ComputeConfig = CONFIG, needed: float | None = 79 * GIB, hardware=ALONE,
-    may_fit=lambda config, graph: True,
+    may_fit=lambda config, graph, mesh: True,
 ) -> tuple[str, list[str]]:  # fmt: skip
     """(what is said, the changes that were planned). `fits`: whether a plan of this many devices and tokens does;
-    `may_fit`: whether it would, were choices made in parts"""
+    `may_fit`: whether it would on a mesh, were choices made in parts"""
     told = []
 
-    def bound_for(graph, config, hardware, times):
+    def bound_for(graph, config, hardware, times, mesh):
         assert times is None
         assert not config.explore_pipeline, "this bounds plans without a pipeline"
-        if not may_fit(config, graph):
+        if not may_fit(config, graph, mesh):
             raise NothingFits("too large")
 
-    def plan_for(graph, config, hardware, times, *, decided):
+    def plan_for(graph, config, hardware, times, meshes=None, *, decided):
         assert times is None
+        assert meshes is None if config.explore_pipeline else may_fit(config, graph, meshes[0])
         assert not decided
         assert config.search_seconds <= planning.EACH_SECONDS
         what = (config.plan_ngpus, config.runtime_ngpus, config.gpu_mem_constraint, config.explore_pipeline, graph)
@@ -118,10 +119,19 @@ def test_what_would_not_fit_though_choices_were_made_in_parts_is_not_planned(mon
     """The first of the changes that may fit does not, and the second does."""
     text, told = tried(
         monkeypatch, lambda config, graph: config.plan_ngpus == 32,
-        may_fit=lambda config, graph: config.plan_ngpus in (16, 32),
+        may_fit=lambda config, graph, mesh: config.plan_ngpus in (16, 32),
     )  # fmt: skip
     assert text == "what would fit: --plan_ngpus 32 --runtime_ngpus 32 (1.5 s a step, 2.5 GiB a device)"
     assert [plan for plan, *_ in told] == [16, 32, 4], "and of a pipeline, nothing is known before"
+
+
+def test_what_may_fit_on_two_axes_alone_is_planned_on_those(monkeypatch):
+    text, told = tried(
+        monkeypatch, lambda config, graph: True,
+        may_fit=lambda config, graph, mesh: config.plan_ngpus == 32 and mesh.sizes == (8, 4),
+    )  # fmt: skip
+    assert "--plan_ngpus 32 --runtime_ngpus 32 (1.5 s a step, 2.5 GiB a device)" in text
+    assert [plan for plan, *_ in told] == [32, 4], "and a pipeline"
 
 
 def test_more_than_the_device_has_is_not_advised(monkeypatch):
@@ -201,5 +211,7 @@ def test_meshes_and_limits_that_are_given_reach_the_search_and_a_bound_is_asked_
     for limit in ("seconds", "below"):
         del named[limit]
     assert asked.pop() == ("least_step", (GRAPH, every[0], H100), named)
+    planning.bound_for(GRAPH, CONFIG, H100, TIMES, every[1])
+    assert asked.pop() == ("least_step", (GRAPH, every[1], H100), named)
     with pytest.raises(UserError, match="the model uses no parameter 'w'"):
         planning.bound_for(GRAPH, replace(CONFIG, pas_policy=lambda graph: graph.store("w", 0)), H100, None)
