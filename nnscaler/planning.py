@@ -130,7 +130,7 @@ def what_fits(source: Source, graph: Graph, config: ComputeConfig, hardware: Har
     logger.info("no plan fits; looking for the nearest changes with which one does")
     quick = replace(config, search_seconds=min(EACH_SECONDS, config.search_seconds))
     found: dict[str, str] = {}
-    for kind, change, plan in _changes(source, graph, quick, hardware, refusal.needed, found):
+    for kind, change, plan in _changes(source, graph, quick, hardware, refusal, found):
         if kind in found:
             continue
         if time.process_time() > until:
@@ -169,7 +169,7 @@ def _changes(
     graph: Graph,
     config: ComputeConfig,
     hardware: Hardware,
-    needed: float | None,
+    refusal: NothingFits,
     found: Mapping[str, str],
 ) -> Iterator[tuple[str, str, Planning]]:
     """(kind, text of the change, how to plan with it); the nearest of each kind comes first.
@@ -197,7 +197,7 @@ def _changes(
         size, there = ceil((usual if given < usual else 2 * given) / GIB), hardware.host.memory / GIB
         has = "" if size <= there else f", where the host of {hardware.name} has {there:.0f}"
         yield "host", f"--host_mem_constraint {size}{has}", with_config(host_mem_constraint=float(size))
-    if needed is not None and (size := ceil(needed / GIB)) * GIB <= hardware.memory:
+    if refusal.needed is not None and (size := ceil(refusal.needed / GIB)) * GIB <= hardware.memory:
         yield "memory", f"--gpu_mem_constraint {size}", with_config(gpu_mem_constraint=float(size))
     devices, runtime = config.plan_ngpus, config.runtime_ngpus
     for factor in FACTORS:
@@ -205,7 +205,7 @@ def _changes(
         if run % plan == 0:
             text = f"--plan_ngpus {plan} --runtime_ngpus {run}"
             yield "devices", text, with_config(plan_ngpus=plan, runtime_ngpus=run)
-    for parts in FACTORS:
+    for parts in FACTORS if not refusal.at_any_length else ():
         shorter = source.shortened(parts)
         if shorter is not None:
             length = max(tensor.shape[1] for tensor in shorter.inputs.values())

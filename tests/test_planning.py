@@ -56,7 +56,7 @@ def test_all_of_a_configuration_reaches_the_search(monkeypatch):
 
 def tried(
     monkeypatch, fits, config: ComputeConfig = CONFIG, needed: float | None = 79 * GIB, hardware=ALONE,
-    may_fit=lambda config, graph, mesh: True,
+    may_fit=lambda config, graph, mesh: True, at_any_length: bool = False,
 ) -> tuple[str, list[str]]:  # fmt: skip
     """(what is said, the changes that were planned). `fits`: whether a plan of this many devices and tokens does;
     `may_fit`: whether it would on a mesh, were choices made in parts"""
@@ -92,7 +92,7 @@ def tried(
     monkeypatch.setattr(planning, "bound_for", bound_for)
     monkeypatch.setattr(planning, "trace", trace)
     refusal = NothingFits("too large")
-    refusal.needed = needed
+    refusal.needed, refusal.at_any_length = needed, at_any_length
     return planning.what_fits(source, "own", config, hardware, refusal), told
 
 
@@ -132,6 +132,14 @@ def test_what_may_fit_on_two_axes_alone_is_planned_on_those(monkeypatch):
     )  # fmt: skip
     assert "--plan_ngpus 32 --runtime_ngpus 32 (1.5 s a step, 2.5 GiB a device)" in text
     assert [plan for plan, *_ in told] == [32, 4], "and a pipeline"
+
+
+def test_no_length_is_tried_where_weights_alone_are_too_large(monkeypatch):
+    """To know it of each, the model would be traced with it."""
+    _, told = tried(monkeypatch, lambda config, graph: False, at_any_length=True)
+    assert {graph for *_, graph in told} == {("Identity", 12), "own"}
+    _, told = tried(monkeypatch, lambda config, graph: False)
+    assert {graph for *_, graph in told} == {("Identity", 12), "own", ("Linear", 6), ("Linear", 3)}
 
 
 def test_more_than_the_device_has_is_not_advised(monkeypatch):

@@ -15,13 +15,18 @@ _WORKING = {
 }
 
 
+WEIGHTS = ("parameter", "state", "gradients")  # categories of bytes that are as many however short sequences are
+
+
 class NothingFits(UserError):  # noqa: N818
     """No plan fits into a device's memory.
 
-    needed  bytes a device of the plan that needs least; None: not known
+    needed         bytes a device of the plan that needs least; None: not known
+    at_any_length  whether it is known that weights, and what belongs to them, take more than there is
     """
 
     needed: float | None = None
+    at_any_length = False
 
 
 class NotFaster(Exception):  # noqa: N818
@@ -37,13 +42,15 @@ class NotFaster(Exception):  # noqa: N818
 class DoesNotFit(NothingFits):
     """No plan without a pipeline fits. The message says what the memory is needed for.
 
-    memory  of the plan that needs least: bytes a device, by what they are for
-    peak    the operator that holds most while it runs
-    limit   bytes a device that may be used
+    memory   of the plan that needs least: bytes a device, by what they are for
+    peak     the operator that holds most while it runs
+    limit    bytes a device that may be used
+    weights  bytes of that memory that are for weights, and what belongs to them
     """
 
     def __init__(self, memory: Mapping[Key, float], peak: str, limit: float) -> None:
         self.needed = sum(memory.values())
+        self.weights = sum(size for key, size in memory.items() if key.category in WEIGHTS)
         memory = on_the_device(memory)
         largest = sorted(memory.items(), key=lambda item: -item[1])[:3]
         super().__init__(

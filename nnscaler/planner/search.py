@@ -22,7 +22,7 @@ from nnscaler.planner.options import CannotBePinned
 from nnscaler.planner.price import Price, price
 from nnscaler.planner.problem import Problem, Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution
-from nnscaler.planner.refusal import DoesNotFit, NotFaster, NothingFits
+from nnscaler.planner.refusal import WEIGHTS, DoesNotFit, NotFaster, NothingFits
 from nnscaler.planner.solve import OutOfTime, least_bytes, least_memory, least_seconds, relaxed, solve
 from nnscaler.profiler.operators import OperatorTimes
 from nnscaler.searched import Findings, Searched
@@ -107,26 +107,29 @@ def find_plan(
     groups = groups and again.free and any(len(chain) > 1 for chain in chains(graph))
     began = time.process_time()
     search = _Search(memory, began + seconds, below / micro_batches, findings=Findings(began))
-    widest = programs[0]  # of the first mesh, the program with most choices
-    for left, program in enumerate(programs, 1 - len(programs)):
-        search.on(program, -left)
+    widest = [*programs]  # of each mesh, the program with most choices
+    for place, program in enumerate(programs, 1):
+        search.on(program, len(programs) - place)
     for allowed in [
         *([(host, sparing, False)] if host or sparing else []),
         *([(host, sparing, True)] if groups else []),
     ]:
-        for left, program in enumerate(programs, 1 - len(programs)):
+        for place, program in enumerate(programs, 1):
             if search.leaves(program):
                 continue
-            wider = Program(problem(program.problem.costs, *allowed))
-            widest = wider if program is programs[0] else widest
-            search.on(wider, -left)
+            widest[place - 1] = Program(problem(program.problem.costs, *allowed))
+            search.on(widest[place - 1], len(programs) - place)
     if search.found is None and below < inf:
         raise NotFaster(max(search.bound, min(search.floors.values())) * micro_batches)
     if search.found is None and not decided:
         raise NothingFits("no plan that fits was found in time")
     search.decide()
     if search.found is None:
-        raise DoesNotFit(*_least(widest), memory)
+        refusal = DoesNotFit(*_least(widest[0]), memory)
+        refusal.at_any_length = refusal.weights > memory and all(
+            least_bytes(program, WEIGHTS) > memory for program in widest
+        )
+        raise refusal
     found = search.found
     plan = _to_plan(graph, found.problem, found.solution, found.price, micro_batches)
     plan.costs, plan.memory_limit, plan.bound = found.problem.costs, memory, search.proven(programs) * micro_batches

@@ -4,7 +4,7 @@ problems that share one memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
@@ -103,17 +103,20 @@ def least_seconds(program: Program) -> float:
     return answer.bound
 
 
-def _for_least_memory(program: Program) -> MixedIntegerProgram:
+def _for_least_memory(program: Program, categories: Collection[str] | None = None) -> MixedIntegerProgram:
+    charges = program.statement.accounts[Account.DEVICE]
+    counted = [one for one in charges if categories is None or one.key.category in categories]
     milp = MixedIntegerProgram(_scale(program.problem, None))
     milp.add(program.statement)
-    milp.minimise(program.statement.terms(Account.DEVICE), Quantity.BYTES)
+    milp.minimise([(one.variable, one.amount) for one in counted], Quantity.BYTES)
     _limit_host(milp, program)
     return milp
 
 
-def least_bytes(program: Program) -> float:
-    """Bytes a device that no solution takes less than: those where choices may be made in parts."""
-    answer = _for_least_memory(program).solve(gap=0.0, relaxed=True)
+def least_bytes(program: Program, categories: Collection[str] | None = None) -> float:
+    """Bytes a device that no solution takes less than: those where choices may be made in parts. `categories`: of keys
+    that count alone"""
+    answer = _for_least_memory(program, categories).solve(gap=0.0, relaxed=True)
     assert answer is not None, "without a limit there is always a plan"
     return answer.bound
 

@@ -1,9 +1,16 @@
 """What a refusal says that memory is needed for."""
 
 import pytest
+import torch
 
 from nnscaler.plan import GIB, Key
-from nnscaler.planner.refusal import DoesNotFit
+from nnscaler.planner import find_plan
+from nnscaler.planner.program import Program
+from nnscaler.planner.refusal import WEIGHTS, DoesNotFit
+from nnscaler.planner.solve import least_bytes
+from nnscaler.source import Source
+from nnscaler.trace import trace
+from tests.planner.test_masters import INNER, OUTER, TWO, TwoProducts, machine, stated  # noqa: F401  a fixture
 
 MEMORY = {
     Key("parameter", "layer", "weight", "parameters"): 2 * GIB,
@@ -56,3 +63,27 @@ def test_every_kind_of_bytes_has_its_words_the_largest_first():
     }
     for key, words in items.items():
         assert str(DoesNotFit({key: GIB}, "", GIB)).endswith(f"; the largest items are {words} 1.0 GiB")
+
+
+HALF = (INNER * INNER + INNER * OUTER) // 2  # of the weights, on each of two devices
+
+
+@pytest.fixture(scope="module")
+def long():
+    inputs = {"x": torch.empty((2**17, INNER), dtype=torch.bfloat16, device="meta")}
+    model, buffers = Source(TwoProducts, inputs).build()
+    return trace(model, inputs, buffers)
+
+
+def test_bytes_of_weights_alone(long, machine):  # noqa: F811
+    """Masters and moments are 12 bytes a weight; with a bf16 copy and gradients, 18. The rest is over 64 MiB."""
+    program = Program(stated(long, machine))
+    assert 12 * HALF <= least_bytes(program, WEIGHTS) <= 18 * HALF
+    assert least_bytes(program) > 2**26
+
+
+@pytest.mark.parametrize(("each", "at_any_length"), [(11.9, True), (18.1, False)])
+def test_whether_weights_alone_are_too_large(each, at_any_length, long, machine):  # noqa: F811
+    with pytest.raises(DoesNotFit) as refused:
+        find_plan(long, [TWO], machine, memory=each * HALF)
+    assert refused.value.at_any_length == at_any_length
