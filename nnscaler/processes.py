@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from nnscaler.compiler import OWN_FILES, put_in_place
+from nnscaler.counting import counted
 from nnscaler.directory import work_beside
 from nnscaler.errors import UserError
 from nnscaler.watch import Watch, is_leader
@@ -95,8 +96,8 @@ def check_world(runtime_ngpus: int) -> None:
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
     if world != runtime_ngpus:
         raise UserError(
-            f"runtime_ngpus is {runtime_ngpus}, but {world} processes run; start with torchrun "
-            f"--nproc_per_node={runtime_ngpus} (or --nnodes and --nproc_per_node that multiply to it)"
+            f"runtime_ngpus is {runtime_ngpus}, but {counted(world, 'process runs', 'processes run')}; start with "
+            f"torchrun --nproc_per_node={runtime_ngpus} (or --nnodes and --nproc_per_node that multiply to it)"
         )
 
 

@@ -102,7 +102,7 @@ PIPELINE = (*PLAN, "--plan_ngpus", "2", "--explore_pipeline")
             "runtime_ngpus is 6; it must be a multiple of plan_ngpus=4",
         ),
         ((*PLAN, "--plan_ngpus", "0"), "plan_ngpus is 0; it must be at least 1"),
-        ((*MODEL, *DATA, "--runtime_ngpus", "2"), "runtime_ngpus is 2, but 1 processes run"),
+        ((*MODEL, *DATA, "--runtime_ngpus", "2"), "runtime_ngpus is 2, but 1 process runs"),
         ((*MODEL, "--sequence_length", "32"), "training needs a dataset_path"),
         ((*MODEL, "--sequence_length", "1", "--run_mode", "compile"), "sequence_length is 1; it must be at least 2"),
         ((*PLAN, "--hardware", "b9000"), "hardware is 'b9000'; known are a100"),

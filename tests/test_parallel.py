@@ -237,7 +237,7 @@ def test_what_a_loop_may_get_wrong_is_one_line(model, tmp_path):
     del state["position"]
     with pytest.raises(UserError, match="the state has no 'position'"):
         model.load_state_dict(state)
-    with pytest.raises(UserError, match="runtime_ngpus is 2, but 1 processes run"):
+    with pytest.raises(UserError, match="runtime_ngpus is 2, but 1 process runs"):
         parallelize(Words, batch(0), ComputeConfig(1, 2), folder=tmp_path / "two")
     with pytest.raises(UserError, match=r"forward gives \[3, 2\]; what is trained must give one number"):
         parallelize(nn.Linear(4, 2), (torch.zeros(3, 4),), folder=tmp_path / "scores")

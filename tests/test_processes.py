@@ -114,7 +114,7 @@ def test_processes_meet_under_names_of_this_restart(monkeypatch, device, backend
 def test_as_many_processes_as_the_plan_is_for(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     processes.check_world(1)
-    with pytest.raises(UserError, match=r"runtime_ngpus is 2, but 1 processes run; .* --nproc_per_node=2 \("):
+    with pytest.raises(UserError, match=r"runtime_ngpus is 2, but 1 process runs; .* --nproc_per_node=2 \("):
         processes.check_world(2)
     monkeypatch.setenv("WORLD_SIZE", "16")
     processes.check_world(16)

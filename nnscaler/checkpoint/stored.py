@@ -16,6 +16,7 @@ from nnscaler.checkpoint.checksums import Checksums, CorruptCheckpoint
 from nnscaler.checkpoint.folder import BEST, LAST, TrainerState, complete_checkpoints
 from nnscaler.checkpoint.randomness import RANDOM
 from nnscaler.checkpoint.storage import CheckedReader
+from nnscaler.counting import counted
 from nnscaler.shards import Box
 
 
@@ -80,8 +81,9 @@ def describe(checkpoint: Checkpoint) -> Iterator[str]:
     state = checkpoint.state
     saved = datetime.fromtimestamp(state.saved_at).astimezone().isoformat(" ", "seconds")
     yield f"checkpoint  {checkpoint.folder}"
-    yield f"run         {state.run}: {state.processes} processes, saved {saved}"
-    yield f"position    step {state.step}, {state.consumed} samples of a dataset of {state.samples}, seed {state.seed}"
+    yield f"run         {state.run}: {counted(state.processes, 'process', 'processes')}, saved {saved}"
+    consumed = counted(state.consumed, "sample")
+    yield f"position    step {state.step}, {consumed} of a dataset of {state.samples}, seed {state.seed}"
     yield f"loss        {'not reported' if state.loss is None else f'{state.loss:.6f}'}"
     if state.eval_loss is not None:
         yield f"validation  {state.eval_loss:.6f}"

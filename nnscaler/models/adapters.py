@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -39,7 +40,9 @@ def adapted(model: nn.Module, config: LoraConfig) -> Any:
     own = copy.deepcopy(config)
     own.base_model_name_or_path = None  # which peft compares with a name that a model without weights does not have
     try:
-        found = get_peft_model(model, own, autocast_adapter_dtype=False)
+        with warnings.catch_warnings():  # peft asks for a thing by a name that transformers warns of
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            found = get_peft_model(model, own, autocast_adapter_dtype=False)
     except ValueError as error:
         asked = config.target_modules
         reason = str(error).splitlines()[0].rstrip(".")

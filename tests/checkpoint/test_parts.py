@@ -147,7 +147,8 @@ def test_what_is_said_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Monkey
 
     checkpoint = Checkpoint.open(write_checkpoint(tmp_path, 3, 5, 1))
     lines = list(describe(checkpoint))
-    assert lines[2] == "position    step 1, 1 samples of a dataset of 1, seed 0"
+    assert lines[1].startswith("run         run: 1 process, saved ")
+    assert lines[2] == "position    step 1, 1 sample of a dataset of 1, seed 0"
     assert lines[3] == "loss        1.000000"
     assert not any(line.startswith("validation") for line in lines)
     sizes = [

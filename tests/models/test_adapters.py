@@ -50,7 +50,7 @@ def of_a_tiny_model(**settings) -> tuple[LoraConfig, nn.Module]:
 def test_the_first_factor_begins_random_and_the_second_with_zeros_whatever_peft_would_do():
     """They are of the model's own type, are alone trained, and are drawn anew by themselves, not by the model."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # that the model had another name, say
+        warnings.simplefilter("error")  # that the model had another name, say
         config, model = of_a_tiny_model(target_modules="all-linear", init_lora_weights=False)
     of_a_layer = [f"mlp.{name}_proj" for name in ("down", "gate", "up")] + [f"self_attn.{name}_proj" for name in "koqv"]
     assert config.target_modules == [f"model.layers.{layer}.{name}" for layer in range(2) for name in of_a_layer]
