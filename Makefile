@@ -7,6 +7,7 @@ RUN := . $(VENV)/bin/activate &&
 .PHONY: train test lint
 
 $(VENV)/installed: requirements.txt
+	@echo "installing torch and the other packages into $(VENV), which takes minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	touch $@
