@@ -19,4 +19,5 @@ lint: $(VENV)/installed
 	$(RUN) ruff check . && ruff format --check . && mypy
 
 test: lint
-	$(RUN) python -m pytest -n 2 --dist loadfile -m "not quiet" && python -m pytest -m quiet
+	$(RUN) python -m pytest -n 2 --dist loadfile -m "not quiet" && \
+	python -m pytest -m quiet $$(grep -rl "pytest.mark.quiet" tests --include="test_*.py")
