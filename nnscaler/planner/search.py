@@ -240,7 +240,7 @@ class _Search:
         try:
             solved = solve(program, self.memory, below=below, seconds=seconds, watch=watch)
             if solved is not None:
-                self._take(program, solved.solution)
+                self._take(program, solved.solution, limited=True)
                 self.bound, self.stopped = min(self.bound, solved.bound), self.stopped or solved.stopped
             elif below is not None:
                 self.bound = min(self.bound, below)
@@ -306,14 +306,20 @@ class _Search:
             return min(self.wanted, self.found.price.total_seconds * (1 - worth))
         return self.wanted if self.wanted < inf else None
 
-    def _take(self, program: Program, solution: Solution) -> bool:
-        """Takes a solution for the best so far, if it fits; says whether it does."""
+    def _take(self, program: Program, solution: Solution, limited: bool = False) -> bool:
+        """Takes a solution for the best so far, if it fits; says whether it does. `limited`: whether the solver was to
+        keep to the memory, so that only its inexactness explains where it does not"""
         priced = price(program, solution)
         assert priced is not None, "what the program allows can be priced"
         fits = priced.total_memory <= self.memory * (1 + TOLERANCE)
         if fits:
             self.found = _Found(program.problem, solution, priced)
             self.findings.add(time.process_time(), priced.total_seconds)
+        elif limited:
+            logger.warning(
+                "planning on %s: the solver's plan is not taken: it needs %.8g GiB a device, of %.8g GiB",
+                program.problem.costs.mesh, priced.total_memory / GIB, self.memory / GIB,
+            )  # fmt: skip
         return fits
 
 

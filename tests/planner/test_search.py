@@ -88,8 +88,12 @@ def test_later_meshes_have_to_be_faster_by_a_thousandth(monkeypatch):
     assert len(one.asked) == 1
 
 
-def test_what_takes_more_memory_than_there_is_is_not_taken(monkeypatch):
+def test_what_takes_more_memory_than_there_is_is_not_taken(monkeypatch, caplog):
+    """Which a solver that is exact would not give."""
     assert Search(monkeypatch, {1: (4.0, 100.002, 3.9)}, {}).on_all(1) == (None, 3.9)
+    (warned,) = caplog.records
+    assert warned.levelname == "WARNING"
+    assert "plan is not taken: it needs 9.313412e-08 GiB a device, of 9.3132257e-08 GiB" in warned.getMessage()
 
 
 def test_where_time_is_out_the_best_so_far_stays(monkeypatch, caplog):
