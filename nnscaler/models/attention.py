@@ -265,9 +265,15 @@ def _both(a: Seen | None, b: Seen | None) -> Seen | None:
     return Seen(left, right)
 
 
+def _registered(kernel: str) -> str:
+    """Our name for a kernel in transformers' table. Where a name has `flash` in it, transformers itself looks for a
+    package of that name."""
+    return f"{ATTENTION}_{kernel.replace('flash_attention_', 'fa')}"
+
+
 for _kernel in ("auto", *KERNELS):
-    AttentionInterface.register(f"{ATTENTION}_{_kernel}", _attention_by(_kernel))
-    AttentionMaskInterface.register(f"{ATTENTION}_{_kernel}", _mask_or_tensor if _kernel == "auto" else _mask)
+    AttentionInterface.register(_registered(_kernel), _attention_by(_kernel))
+    AttentionMaskInterface.register(_registered(_kernel), _mask_or_tensor if _kernel == "auto" else _mask)
 
 
 def set_attention(config: PretrainedConfig, implementation: str, model_class: type[PreTrainedModel]) -> None:
@@ -285,7 +291,7 @@ def set_attention(config: PretrainedConfig, implementation: str, model_class: ty
         if _has_attention(config):
             logger.warning("%s has attention of its own, which computes all scores at once", model_class.__name__)
         implementation = "eager"
-    config._attn_implementation = implementation if implementation == "eager" else f"{ATTENTION}_{implementation}"
+    config._attn_implementation = implementation if implementation == "eager" else _registered(implementation)
 
 
 def _has_attention(config: PretrainedConfig) -> bool:

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import masking_utils
+from transformers import AutoModelForCausalLM, masking_utils
 from transformers.activations import ACT2FN
 
 from nnscaler import UserError, hub, models
 from nnscaler.kernels import gate_named
 from nnscaler.models import load_config, marks_of
+from nnscaler.models.attention import IMPLEMENTATIONS
 from nnscaler.models.balance import balancing_loss, report_routers, routers_met
 from nnscaler.models.causal_lm import prepare_config
 from nnscaler.models.documents import Documents, in_rows, rows_hold
@@ -110,6 +111,16 @@ def test_what_a_configuration_is_prepared_with(asked_for: str, attention: str) -
     assert (config.use_cache, config._attn_implementation, config._experts_implementation) == (
         False, attention, "nnscaler"
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("asked_for", IMPLEMENTATIONS)
+def test_each_attention_can_be_had_without_its_library(asked_for: str) -> None:
+    """A plan for GPUs is made where there are none; transformers looks for a library where a name is like its own."""
+    config = tiny.config()
+    prepare_config(config, tiny.LENGTH, asked_for)
+    with torch.device("meta"):
+        attention = AutoModelForCausalLM.from_config(config).model.layers[0].self_attn
+    assert attention.config._attn_implementation == config._attn_implementation
 
 
 def test_an_older_tokenizer_keeps_what_it_says_itself(tmp_path) -> None:
