@@ -31,7 +31,7 @@ class Body:
     taken         names of variables that are in use
     functions     the lines of the regions' functions, as far as they are written
     rounded       expression of a tensor -> the variable with it in fp8
-    in_fp8        variable of a weight that is gathered in fp8 -> those of its parts, see `nnscaler.kernels.fp8.Weight`
+    in_fp8        variable of a weight of products in fp8 -> the fields of its `nnscaler.kernels.fp8.Weight`
     stretches     the stretches that are computed in pieces, while functions of their pieces are written
     needs_device  whether a region has a parameter `device`
     """
@@ -159,8 +159,23 @@ class Body:
                     layout = uses(self.plan, self.block, unit, tensor)
                     expression = self._in_layout(tensor, layout, lines)
                     given.setdefault(self._weight(unit.main, tensor, expression), (tensor, layout))
-                    given.update(dict.fromkeys(self.in_fp8.get(expression, [])[1:], ("", ())))
+                    if self._is_stored_for_fp8(unit, tensor, expression):
+                        expression = self._scaled(tensor, lines)
+                    parts = [part for part in self.in_fp8.get(expression, [])[1:] if part != "None"]
+                    given.update(dict.fromkeys(parts, ("", ())))
         return given
+
+    def _is_stored_for_fp8(self, unit: Unit, tensor: str, expression: str) -> bool:
+        """Whether a tensor is a weight that products in fp8 of a unit use as it is stored."""
+        taken = [node.inputs[1] for node in unit.nodes if self.plan.nodes[self.block.name, node.name].in_fp8]
+        return tensor in taken and expression == f'w["{self.block.parameters.get(tensor)}"]'
+
+    def _scaled(self, tensor: str, lines: list[str]) -> str:
+        """The variable of such a weight inside a region. The first time, the line that finds its scale is added."""
+        if tensor not in self.in_fp8:
+            self.in_fp8[tensor] = [tensor, "None", self._fresh(f"{tensor}_scale")]
+            lines.append(f'{self.in_fp8[tensor][2]} = w.scale_of("{self.block.parameters[tensor]}")')
+        return tensor
 
     def _weight(self, node: Node, tensor: str, expression: str) -> str:
         """The expression of a tensor that a node uses; of a weight whose gradient is computed later, as such."""

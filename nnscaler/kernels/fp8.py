@@ -8,7 +8,8 @@ A product adds up in fp32, and gives its result in the type of x. A shard of a t
 
 The device multiplies only matrices of which both lie along the dimension that is summed over. Forward sums over k,
 backward over n and m, so each tensor is needed in two orders: as it is, and transposed. Backward needs the transposed
-x8, half the bytes of x, and no x; it rounds W again, but where W has come in fp8 (see `Weight`).
+x8, half the bytes of x, and no x; it rounds W again, but where W has come in fp8 (see `Weight`). The scale of a stored
+W is found once an update (see `nnscaler.runtime.module.Weights`), not in each product: so it is known in backward too.
 
     forward    y  [m, n] = x8  [m, k] by W8  [n, k]
     backward   dx [m, k] = dy8 [m, n] by W8' [k, n]
@@ -56,15 +57,16 @@ class Rounded(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """A weight [n, k] that has come in fp8, for products that would have rounded it.
+    """A weight [n, k] of which products need not find the scale, nor round it where it has come in fp8.
 
-    value  a place of its shape, and without memory, through which its gradient flows
-    rows   [n, k] e4m3
+    value  the weight; or, where it has come in fp8, a place of its shape, and without memory, through which its
+           gradient flows
+    rows   [n, k] e4m3; None: products round the weight
     scale  [] fp32: the weight is nearly `rows * scale`
     """
 
     value: Tensor
-    rows: Tensor
+    rows: Tensor | None
     scale: Tensor
 
 
@@ -95,8 +97,9 @@ class _Linear(torch.autograd.Function):
         weight_scale: Tensor | None,
     ) -> Tensor:
         kept = weight if weight_rows is None else weight_rows
-        if weight_rows is None or weight_scale is None:
+        if weight_scale is None:
             weight_scale = scale_of(weight)
+        if weight_rows is None:
             weight_rows = round_by(weight, weight_scale)
         ctx.weight_dtype = weight.dtype
         ctx.save_for_backward(columns if ctx.needs_input_grad[4] else None, scale, kept, weight_scale)

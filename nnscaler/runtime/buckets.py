@@ -82,6 +82,7 @@ class Bucket:
     is_copy   whether another pipeline stage has the same parameters, and counts them as its own
     on_host   brings its gradient, which lies on the host, to the device; None: it lies on the device
     scales    finds the scales of what is gathered in fp8; None: nothing is
+    version   how often `flat` has been updated
 
     An update may still be under way when the next forward begins: whatever reads `flat` must call `wait` first.
     """
@@ -93,6 +94,7 @@ class Bucket:
         self.is_copy = False
         self.on_host: GradientOnHost | None = None
         self.scales: Scales | None = None
+        self.version = 0
         self._updated: dist.Work | torch.cuda.Event | None = None
         self.slots = slots
         self.owners = owners
@@ -156,6 +158,7 @@ class Bucket:
 
     def publish(self) -> None:
         """Starts what follows what is computed now: sending every owner's slice of `flat` to all; finding scales."""
+        self.version += 1
         if self.owners.group is not None:
             self._updated = all_gather_single(self.flat, self.owned, group=self.owners.group, async_op=True)
         elif self.device.type == "cuda":

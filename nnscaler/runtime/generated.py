@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -13,6 +13,9 @@ from nnscaler.operators import registered
 from nnscaler.recompute.wrappers import recompute
 from nnscaler.runtime.pieces import in_pieces
 from nnscaler.runtime.regions import region
+
+if TYPE_CHECKING:
+    from nnscaler.runtime.module import Weights
 
 __all__ = ["imported", "in_pieces", "operators", "recompute", "region", "scope"]
 
@@ -43,10 +46,13 @@ def _imported(function: Callable[..., Any] | str) -> Any:
 
 
 class scope:  # noqa: N801  reads as a function in generated code
-    """The parameters below a module path, by the rest of their names."""
+    """The weights below a module path, by the rest of their names."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], prefix: str) -> None:
-        self._parameters, self._prefix = parameters, prefix
+    def __init__(self, weights: Weights, prefix: str) -> None:
+        self._weights, self._prefix = weights, prefix
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._parameters[self._prefix + name]
+        return self._weights[self._prefix + name]
+
+    def scale_of(self, name: str) -> Tensor:
+        return self._weights.scale_of(self._prefix + name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from nnscaler.errors import UserError
 from nnscaler.kernels import are_slow, widen_slow_products
-from nnscaler.kernels.fp8 import rounded_alone
+from nnscaler.kernels.fp8 import by_largest, rounded_alone
 from nnscaler.kernels.random import DRAWS
 from nnscaler.mesh import Mesh, PipelineMesh
 from nnscaler.placement import Replicate
@@ -47,6 +48,7 @@ class Weights(dict[str, Tensor]):
         super().__init__(parameters)
         self._memory: set[int] = set()  # addresses
         self._rounded: dict[int, tuple[list[int], Tensor]] = {}  # a master weight -> when, and its shard in fp8
+        self._scale_of: dict[str, tuple[list[int], Tensor]] = {}  # a weight -> when, and its scale
         self._buckets: dict[int, list[Bucket]] = {id(parameter): [] for parameter in parameters.values()}
         for bucket in buckets:
             for slot in bucket.slots:
@@ -60,6 +62,17 @@ class Weights(dict[str, Tensor]):
         weight = super().__getitem__(name)
         self.wait(weight)
         return weight
+
+    @torch.no_grad()
+    def scale_of(self, name: str) -> Tensor:
+        """The scale [] of this device's shard of a weight, for products in fp8. It is found once an update."""
+        weight = self[name]
+        versions = [bucket.version for bucket in self._buckets.get(id(weight), ())]
+        known, scale = self._scale_of.get(name, (None, weight))
+        if known != versions:
+            scale = by_largest(torch.linalg.vector_norm(weight, math.inf, dtype=torch.float32))
+            self._scale_of[name] = versions, scale
+        return scale
 
     def hold(self, tensor: Tensor) -> bool:
         """Whether a tensor lies in the memory of a weight."""
@@ -95,6 +108,7 @@ class Weights(dict[str, Tensor]):
 
     def changed(self, weight: Tensor) -> None:
         """To be called when a weight has changed in another way than by an update."""
+        self._scale_of.clear()
         for bucket in self._buckets.get(id(weight), ()):
             if bucket.scales is not None:
                 bucket.scales.forget()

@@ -191,10 +191,10 @@ CASES = {
         ),
         """\
         @region
-        def layer_region_1(a, b, u):
+        def layer_region_1(a, b, b_scale, u):
             # Layer
             a_fp8 = fp8.rounded(a)
-            z = fp8.linear(a_fp8, b)
+            z = fp8.linear(a_fp8, fp8.Weight(b, None, b_scale))
             v = F.linear(z, u)
             return v
         def layer(w, axes, keep, x, u):
@@ -204,7 +204,8 @@ CASES = {
             # Layer
             a = ops.attention(y, x, x)
             del y
-            v = layer_region_1(keep, a, w["b"], u)
+            b_scale = w.scale_of("b")
+            v = layer_region_1(keep, a, w["b"], b_scale, u)
             return v
         """,
     ),
@@ -300,6 +301,38 @@ CASES = {
             z = y_whole.tanh()
             z_whole = collectives.share(z, axes.devices)
             return z_whole
+        """,
+    ),
+    "the scale of a weight that is stored is asked for once, and is not that of what is made of it": (
+        lambda: written(
+            LINEAR, node("a", "attention", "y", "x", "x"), node("z", "linear", "a", "w"), node("v", "linear", "a", "u"),
+            outputs="zv", parameters={"w": WHOLE, "u": (REPLICATE,)}, layouts={("v", "u"): (Shard(0),)},
+            fp8=("y", "z", "v"),
+        ),
+        """\
+        @region
+        def layer_region_0(x, w, w_scale):
+            # Layer
+            x_fp8 = fp8.rounded(x)
+            y = fp8.linear(x_fp8, fp8.Weight(w, None, w_scale))
+            return y
+        @region
+        def layer_region_1(a, w, w_scale, u_s0):
+            # Layer
+            a_fp8 = fp8.rounded(a)
+            z = fp8.linear(a_fp8, fp8.Weight(w, None, w_scale))
+            v = fp8.linear(a_fp8, u_s0)
+            return z, v
+        def layer(w, axes, keep, x):
+            # x: f32[4, 8]
+            w_scale = w.scale_of("w")
+            y = layer_region_0(keep, x, w["w"], w_scale)
+            # Layer
+            a = ops.attention(y, x, x)
+            del y
+            u_s0 = collectives.slice_(w["u"], axes.devices, dim=0, backward="all_gather")
+            z, v = layer_region_1(keep, a, w["w"], w_scale, u_s0)
+            return z, v
         """,
     ),
     "what is gathered in fp8 is passed in parts, for which names are found; all are let go of": (

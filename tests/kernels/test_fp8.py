@@ -109,6 +109,18 @@ def test_a_weight_that_comes_in_fp8_gives_the_same_to_the_last_bit_and_is_kept_s
     assert found[2].dtype == torch.bfloat16
 
 
+def test_a_weight_whose_scale_is_known_gives_the_same_to_the_last_bit_and_is_not_read_for_it(monkeypatch):
+    x, w, g = inputs(2, 32, 64)
+    wanted, scale, taken = results(x, w, g), fp8.scale_of(w.detach()), fp8.rounded(x)
+    looked, scale_of = [], fp8.scale_of
+    monkeypatch.setattr(fp8, "scale_of", lambda matrix: looked.append(matrix.shape) or scale_of(matrix))
+    y = fp8.linear(taken, fp8.Weight(w, None, scale))
+    found = [y.detach(), *torch.autograd.grad(y, (x, w), g)]
+    assert all(map(torch.equal, found, wanted))
+    assert looked == [g.flatten(0, -2).shape], "the gradient's alone"
+    assert not torch.equal(fp8.linear(taken, fp8.Weight(w, None, 3 * scale)), wanted[0]), "it is used"
+
+
 def test_compiled_is_the_same():
     given = inputs(2, 32, 64)
     compiled = torch.compile(lambda x, w: fp8.linear(fp8.rounded(x), w), backend="aot_eager", fullgraph=True)

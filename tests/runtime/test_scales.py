@@ -13,6 +13,7 @@ from nnscaler.placement import REPLICATE, SHARED, Shard
 from nnscaler.runtime.axes import Axes
 from nnscaler.runtime.axis import ALONE
 from nnscaler.runtime.buckets import make_buckets
+from nnscaler.runtime.generated import scope
 from nnscaler.runtime.module import Weights
 from nnscaler.runtime.scales import Scales
 from nnscaler.shards import ParameterSpec
@@ -65,6 +66,58 @@ def scales(mesh: Mesh, elements: int, master_only: bool) -> list[bool]:
 def test_those_of_whole_weights_are_found_anew_after_each_update(mesh, elements, master_only):
     for found in run(2, scales, mesh, elements, master_only):
         assert found == [True] * 36
+
+
+def a_step(mesh: Mesh, elements: int) -> list[bool]:
+    """Whether each device's own scales are right, and found once: of what was loaded, after an update of the parts that
+    it owns, and of what was loaded again."""
+    axes = Axes(mesh, torch.device("cpu"))
+    layout = (Shard(0),) if mesh.sizes[0] > 1 else (SHARED,)
+    specs = {
+        name: ParameterSpec(shape, torch.bfloat16, layout, True, False, master_only=False, gathered_in_fp8=False)
+        for name, shape in SHAPES.items()
+    }
+    buckets, parameters = make_buckets(specs, axes, dict.fromkeys(SHAPES, True), elements)
+    weights, found = Weights(buckets, parameters), []
+
+    def check() -> None:
+        for name, parameter in parameters.items():
+            scale = weights.scale_of(name)
+            found.append(torch.equal(scale, scale_of_whole(parameter.detach().view(1, -1))))
+            found.append(weights.scale_of(name) is scale)
+
+    with torch.no_grad():
+        for number, parameter in enumerate(parameters.values()):
+            parameter.fill_(1.0 + number)
+        check()
+        for number, bucket in enumerate(buckets):
+            bucket.owned.fill_(3.0 + number + axes.rank)
+            bucket.publish()
+        check()
+        for parameter in parameters.values():
+            parameter.fill_(-7.0)
+            weights.changed(parameter)
+        check()
+    return found
+
+
+@pytest.mark.parametrize("mesh", [Mesh((2,)), Mesh((1,), 2)], ids=["shards", "owners"])
+@pytest.mark.parametrize("elements", [256, 10**6])
+def test_a_device_finds_the_scales_of_what_it_holds_once_an_update(mesh, elements):
+    for found in run(2, a_step, mesh, elements):
+        assert found == [True] * 24
+
+
+def test_a_weight_below_a_module_path_has_its_scale_there():
+    weights = Weights((), {"layers.0.a": torch.full((2, 2), -448.0), "a": torch.ones(2, 2)})
+    assert scope(weights, "layers.0.").scale_of("a") == 1.0
+    weights["layers.0.a"].fill_(44.8)
+    assert weights.scale_of("layers.0.a") == 1.0, "it has not been told"
+    weights.changed(weights["a"])
+    assert weights.scale_of("layers.0.a").item() == pytest.approx(0.1)
+    weights["layers.0.a"][0, 0] = float("nan")
+    weights.changed(weights["a"])
+    assert weights.scale_of("layers.0.a").isnan()
 
 
 def test_what_is_read_is_not_what_the_next_update_writes():
