@@ -156,7 +156,9 @@ def load_hardware(name: str) -> Hardware:
     if name.endswith(".json") and Path(name).exists():
         return _read(Path(name))
     if name.lower() not in hardware_names():
-        raise UserError(f"hardware is '{name}'; known are {', '.join(hardware_names())}, and paths of .json files")
+        absent = ", which does not exist" if name.endswith(".json") else ""
+        known = ", ".join(hardware_names())
+        raise UserError(f"hardware is '{name}'{absent}; known are {known}, and paths of .json files")
     return _with_measured(_read(_bundled(name)), measured_on_kind(name))
 
 

@@ -393,7 +393,10 @@ def test_a_type_or_an_operator_without_a_figure_has_that_of_another():
     assert [hardware.multiplies(dtype) for dtype in (torch.bfloat16, torch.float16)] == [True, False]
 
 
-@pytest.mark.parametrize("name", ["b9000", "../specs/h100", "", "nowhere.json"])
-def test_hardware_that_is_not_there(name):
-    with pytest.raises(UserError, match="known are a100"):
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("b9000", ""), ("../specs/h100", ""), ("", ""), ("nowhere.json", ", which does not exist")],
+)
+def test_hardware_that_is_not_there(name, said):
+    with pytest.raises(UserError, match=rf"^hardware is '{name}'{said}; known are a100"):
         load_hardware(name)
