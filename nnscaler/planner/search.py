@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any
 
 from nnscaler.chains import chains
 from nnscaler.errors import UserError
@@ -16,6 +15,7 @@ from nnscaler.hardware import Hardware
 from nnscaler.mesh import Mesh
 from nnscaler.placement import Placements
 from nnscaler.plan import GIB, Key, Plan
+from nnscaler.planner.bodies import Bodies
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.flows import in_fp8
 from nnscaler.planner.options import CannotBePinned
@@ -90,9 +90,10 @@ def find_plan(
     again = recomputing(graph, recompute_modules)
     started = time.perf_counter()
     costs = [CostModel(hardware, mesh, fused, times, sums) for mesh in meshes]
+    known: Bodies = {}
 
-    def problem(model: CostModel, *saving: Any) -> Problem:
-        found = build_problem(graph, model, again, micro_batches, layouts, in_flight, *saving)
+    def problem(model: CostModel, host: float, sparing: bool, groups: bool) -> Problem:
+        found = build_problem(graph, model, again, micro_batches, layouts, in_flight, host, sparing, groups, known)
         found.waiting = waiting
         return found
 

@@ -230,8 +230,9 @@ def test_what_saves_memory_at_a_price_is_tried_where_it_may_gain(graph, machine,
     build = search.build_problem
 
     def build_problem(graph, model, again, micro_batches, layouts, in_flight, *saving):
-        stated.append((again.free, micro_batches, layouts, in_flight, saving))
-        return build(graph, model, again, micro_batches, layouts, in_flight, *saving)
+        *saving, known = saving
+        stated.append((again.free, micro_batches, layouts, in_flight, tuple(saving)))
+        return build(graph, model, again, micro_batches, layouts, in_flight, *saving, known)
 
     monkeypatch.setattr(search, "build_problem", build_problem)
     monkeypatch.setattr(search._Search, "may_gain", lambda self, program, worth: gains.append(worth) or worth == 5e-3)
@@ -254,8 +255,8 @@ def test_groups_are_tried_where_layers_follow_one_another(machine, monkeypatch):
     stated = []
 
     def build(*given):
-        stated.append(given[6:])
-        return SimpleNamespace(costs=None, given=given[6:])
+        stated.append(given[6:9])
+        return SimpleNamespace(costs=None, given=given[6:9])
 
     monkeypatch.setattr(search, "build_problem", build)
     monkeypatch.setattr(search, "Program", lambda problem: SimpleNamespace(problem=problem))
@@ -303,7 +304,14 @@ def test_what_is_asked_of_a_search_reaches_the_problem(graph, machine, monkeypat
     """That for the best plan, and that for the lower bound of a step."""
     stated: list[tuple] = []
     problem = SimpleNamespace(costs=SimpleNamespace(mesh=Mesh((2,))))
-    monkeypatch.setattr(search, "build_problem", lambda *given: stated.append(given) or problem)
+    known: list[dict] = []
+
+    def build(*given):
+        stated.append(given[:9])
+        known.extend(given[9:])
+        return problem
+
+    monkeypatch.setattr(search, "build_problem", build)
     monkeypatch.setattr(search, "Program", lambda problem: SimpleNamespace(problem=problem))
     monkeypatch.setattr(search._Search, "on", lambda self, program, left: None)
     monkeypatch.setattr(search._Search, "may_gain", lambda self, program, worth: True)
@@ -315,6 +323,8 @@ def test_what_is_asked_of_a_search_reaches_the_problem(graph, machine, monkeypat
     costs = CostModel(machine, mesh, True, "times", "sums")
     assert stated[0] == (graph, costs, again, 5, {"x": "rows"}, 4, 0.0, False, False)
     assert [one[3:] for one in stated[1:]] == [(5, {"x": "rows"}, 4, 7.0, True, False)], "no layers, no groups"
+    assert len(known) == 2
+    assert known[0] is known[1], "what is known of blocks is found out once"
     asked = []
     monkeypatch.setattr(search, "relaxed", lambda *given: asked.append(given) or [SimpleNamespace(seconds=2.0)])
     stated.clear()
