@@ -196,7 +196,6 @@ def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
     """`args` with the model and the data. Raises UserError for what does not go together."""
     from chunk_linear_cross_entropy import in_chunks
     from nnscaler.cli.precision import with_precision
-    from nnscaler.data.mixture import open_dataset, open_sources
     from nnscaler.models import load_config, marks_of
     from nnscaler.models.adapters import PREFIX
     from nnscaler.models.causal_lm import (
@@ -211,8 +210,13 @@ def complete(flags: Flags, inputs: Inputs, args: TrainerArgs) -> TrainerArgs:
     config = load_config(inputs.model_id)
     if inputs.set:
         config = changed_config(config, dict(inputs.set))
-    dataset = flags.make(DatasetConfig, dataset=open_sources(inputs.sources))
-    validation = open_dataset(inputs.validation, "eval_dataset_path") if inputs.validation else None
+    opened = validation = None
+    if inputs.sources or inputs.validation:
+        from nnscaler.data.mixture import open_dataset, open_sources  # planning alone need not wait for Parquet
+
+        opened = open_sources(inputs.sources)
+        validation = open_dataset(inputs.validation, "eval_dataset_path") if inputs.validation else None
+    dataset = flags.make(DatasetConfig, dataset=opened)
     positions = dataset.positions
     if validation is not None and dataset.document_mask:
         positions = max(positions, validation.document_lengths.positions)

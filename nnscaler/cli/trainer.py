@@ -7,6 +7,7 @@ import os
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,7 +19,6 @@ from nnscaler.cli.config import TrainerArgs
 from nnscaler.cli.precision import with_precision
 from nnscaler.compiler import Source, compile_model
 from nnscaler.data.documents import document_inputs
-from nnscaler.data.mixture import Dataset, Part
 from nnscaler.data.training import with_labels
 from nnscaler.errors import UserError
 from nnscaler.models.weights import WeightFiles, check_weights
@@ -33,6 +33,9 @@ from nnscaler.processes import (
 )
 from nnscaler.trace import STRATEGIES
 from nnscaler.watch import Watch
+
+if TYPE_CHECKING:
+    from nnscaler.data.mixture import Dataset, Part
 
 logger = logging.getLogger(__name__)
 
