@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from nnscaler.placement import PARTIAL, REPLICATE, SHARED, Placement, Placements, Replicate, Shard
 
@@ -50,7 +51,8 @@ def _kind(placement: Placement) -> str:
     return "S" if isinstance(placement, Shard) else str(placement)
 
 
-def reshards(source: Placements, target: Placements) -> list[Reshard] | None:
+@cache
+def reshards(source: Placements, target: Placements) -> tuple[Reshard, ...] | None:
     """The changes that turn layout `source` into layout `target`, in the order in which they run.
 
     None where it cannot be done: `target` is a partial sum on an axis where `source` is not.
@@ -78,7 +80,7 @@ def reshards(source: Placements, target: Placements) -> list[Reshard] | None:
             if isinstance(placement, Shard) and placement.dim in dims:
                 change(inner, goal if isinstance(goal, Replicate) else REPLICATE)
         change(axis, wanted)
-    return found
+    return tuple(found)
 
 
 def only_gathers(changes: Sequence[Reshard] | None, with_gradient: bool) -> bool:
@@ -92,6 +94,7 @@ def only_gathers(changes: Sequence[Reshard] | None, with_gradient: bool) -> bool
     return all(one.collectives in gathers for one in changes)
 
 
+@cache
 def without_gradient(placements: Placements) -> Placements:
     """The same layout for a tensor that has no gradient: whether a gradient is partial (R*) does not matter then."""
     return tuple(REPLICATE if placement == SHARED else placement for placement in placements)

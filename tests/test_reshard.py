@@ -36,13 +36,13 @@ ROWS, COLUMNS = Shard(0), Shard(1)
     ],
 )
 def test_changes_run_from_the_outer_axis_to_the_inner_one(source, target, changes):
-    assert reshards(source, target) == [Reshard(*change) for change in changes]
+    assert reshards(source, target) == tuple(Reshard(*change) for change in changes)
 
 
 def test_no_change_makes_a_term_of_a_sum():
     assert reshards((REPLICATE,), (PARTIAL,)) is None
     assert reshards((ROWS, REPLICATE), (REPLICATE, PARTIAL)) is None
-    assert reshards((PARTIAL,), (PARTIAL,)) == []
+    assert reshards((PARTIAL,), (PARTIAL,)) == ()
 
 
 def test_what_runs_beside_computation_is_gathers_whose_gradients_are_scattered():

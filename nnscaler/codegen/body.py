@@ -370,7 +370,7 @@ class Body:
             self.names[tensor, layout] = expression
         return self.names[tensor, layout]
 
-    def _is_gathered_weight(self, tensor: str, changes: list[Reshard]) -> bool:
+    def _is_gathered_weight(self, tensor: str, changes: Sequence[Reshard]) -> bool:
         """Whether a tensor is a parameter that is gathered from shards, with its gradient, if any, reduce-scattered."""
         return tensor in self.block.parameters and only_gathers(changes, self.block.tensors[tensor].requires_grad)
 

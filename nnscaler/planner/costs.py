@@ -113,12 +113,15 @@ class CostModel:
     fused: bool = False
     times: OperatorTimes | None = None
     sums: GradientSum = IN_FP32
+    _timed: dict[tuple[str, float, tuple[int, ...]], Timing] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )  # what `collective` has found
 
     def local_bytes(self, meta: TensorMeta, placements: Placements) -> int:
         """Bytes of one device's part of a tensor that lies so."""
-        size = meta.dtype.itemsize
-        for length in local_shape(meta.shape, placements, self.mesh.sizes):
-            size *= length
+        size = meta.nbytes
+        for placement, devices in zip(placements, self.mesh.sizes, strict=True):
+            size //= devices if isinstance(placement, Shard) else 1
         return size
 
     def unit(
@@ -310,6 +313,12 @@ class CostModel:
     def collective(self, name: str, size: float, *axes: int) -> Timing:
         """Time of a collective over a mesh axis, or over neighbouring axes as over one. `size`: bytes of the larger of
         a device's input and output."""
+        asked = name, size, axes
+        if asked not in self._timed:
+            self._timed[asked] = self._collective(*asked)
+        return self._timed[asked]
+
+    def _collective(self, name: str, size: float, axes: tuple[int, ...]) -> Timing:
         devices = self.mesh.devices(*axes)
         if devices == 1 or name == "identity":
             return Timing(0.0, "roofline")
