@@ -87,7 +87,7 @@ class Node:
     @property
     def inputs(self) -> list[str]:
         """Names of the tensor arguments, in order; a tensor that is passed twice is there twice."""
-        return list(refs((self.args, self.kwargs)))
+        return refs((self.args, self.kwargs))
 
 
 @dataclass
@@ -213,16 +213,13 @@ def map_refs(value: Any, function: Any) -> Any:
     return value
 
 
-def refs(value: Any) -> Iterator[str]:
+def refs(value: Any) -> list[str]:
     """The names of the tensors in an argument, however nested."""
     if isinstance(value, Ref):
-        yield value.name
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from refs(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from refs(item)
+        return [value.name]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [name for item in value for name in refs(item)] if isinstance(value, (list, tuple)) else []
 
 
 def format_argument(value: Any) -> str:

@@ -175,7 +175,7 @@ def _slots(node: Node) -> list[bool]:
     hints = {parameter.name: parameter.annotation for parameter in signature_of(function).parameters.values()}
     slots: list[bool] = []
     for name, value in arguments(node).items():
-        tensors = list(refs(value))
+        tensors = refs(value)
         may_be_tensor = hints.get(name, REQUIRED) is REQUIRED or "Tensor" in str(hints[name])
         slots += [True] * len(tensors) or [False] * (value is None and may_be_tensor)
     return slots

@@ -246,10 +246,15 @@ class Flows:
             for target in used
             if source == target or resharding(self.problem, flow, source, target) is not None
         }
+        making: dict[Placements, Terms] = {source: [] for source in made}
+        using: dict[Placements, Terms] = {target: [] for target in used}
+        for (source, target), e in pairs.items():
+            making[source].append((e, 1.0))
+            using[target].append((e, 1.0))
         for source, xs in made.items():
-            self.statement.row([(e, 1.0) for (p, _), e in pairs.items() if p == source] + minus(xs), 0.0, 0.0)
+            self.statement.row(making[source] + minus(xs), 0.0, 0.0)
         for target, xs in used.items():
-            self.statement.row([(e, 1.0) for (_, s), e in pairs.items() if s == target] + minus(xs), 0.0, 0.0)
+            self.statement.row(using[target] + minus(xs), 0.0, 0.0)
         return pairs
 
     def _keep(

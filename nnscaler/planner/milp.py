@@ -20,13 +20,14 @@ class MixedIntegerProgram:
     """minimise cost . v   subject to   lower <= A v <= upper,   0 <= v <= bound,   v integer where asked.
 
     scale  how many seconds, and how many bytes, count as one: the tolerances of HiGHS are absolute
+    units  of each variable, what counts as one of it
     """
 
     scale: Mapping[Quantity, float]
     cost: list[float] = field(default_factory=list)
     bound: list[float] = field(default_factory=list)
     integer: list[bool] = field(default_factory=list)
-    quantities: list[Quantity] = field(default_factory=list)
+    units: list[float] = field(default_factory=list)
     lower: list[float] = field(default_factory=list)
     upper: list[float] = field(default_factory=list)
     starts: list[int] = field(default_factory=lambda: [0])
@@ -43,19 +44,27 @@ class MixedIntegerProgram:
         self.cost += [0.0] * len(statement.bounds)
         self.bound += statement.bounds
         self.integer += statement.integer
-        self.quantities += statement.quantities
+        self.units += [self.scale[quantity] for quantity in statement.quantities]
         for row in statement.rows:
-            self.row([(variable + shift, factor) for variable, factor in row.terms], row.lower, row.upper, row.quantity)
+            self.row(row.terms, row.lower, row.upper, row.quantity, shift)
         return shift
 
-    def row(self, terms: Terms, lower: float = -inf, upper: float = inf, quantity: Quantity = Quantity.NUMBER) -> None:
-        """Adds lower <= sum <= upper. A variable may occur in several terms."""
-        together = self._scaled(terms, quantity)
+    def row(
+        self,
+        terms: Terms,
+        lower: float = -inf,
+        upper: float = inf,
+        quantity: Quantity = Quantity.NUMBER,
+        shift: int = 0,
+    ) -> None:
+        """Adds lower <= sum <= upper. A variable may occur in several terms. `shift`: what `add` returned, where the
+        variables are a statement's."""
+        together, one = self._scaled(terms, quantity, shift), self.scale[quantity]
         self.columns.extend(together)
         self.factors.extend(together.values())
         self.starts.append(len(self.columns))
-        self.lower.append(lower / self.scale[quantity])
-        self.upper.append(upper / self.scale[quantity])
+        self.lower.append(lower / one)
+        self.upper.append(upper / one)
 
     def minimise(self, terms: Terms, quantity: Quantity) -> None:
         """Makes this sum the objective."""
@@ -64,14 +73,15 @@ class MixedIntegerProgram:
         for variable, factor in self._scaled(terms, quantity).items():
             self.cost[variable] = factor
 
-    def _scaled(self, terms: Terms, quantity: Quantity) -> dict[int, float]:
+    def _scaled(self, terms: Terms, quantity: Quantity, shift: int = 0) -> dict[int, float]:
         """Variable -> its factor, in a sum that measures `quantity`."""
         together: dict[int, float] = {}
-        one = self.scale[quantity]
+        one, units = self.scale[quantity], self.units
         for variable, factor in terms:
-            own = self.quantities[variable]
-            scaled = factor if own is quantity else factor * self.scale[own] / one
-            together[variable] = together.get(variable, 0.0) + scaled
+            index = variable + shift
+            unit = units[index]
+            scaled = factor if unit == one else factor * unit / one
+            together[index] = together[index] + scaled if index in together else scaled
         return together
 
     def solve(
@@ -151,7 +161,7 @@ class MixedIntegerProgram:
         if denied and values is None:  # time was out before it was said again
             return None
         if values is not None:
-            values = values * [self.scale[quantity] for quantity in self.quantities]
+            values = values * self.units
         whole = any(self.integer) and not relaxed
         bound = found.mip_dual_bound if whole else found.objective_function_value if optimal else 0.0
         return Answer(values, max(bound, 0.0) * one, stopped)

@@ -318,7 +318,7 @@ def test_all_that_is_charged_is_minimised_or_limited(graph, machine):
     program = Program(build_problem(graph, CostModel(replace(machine, host=host), TWO), Recomputing(), 3, host=1e12))
     milp, generator = stated(program, 1e9), random.Random(0)
     values = [generator.random() for _ in milp.bound]
-    scaled = [value / milp.scale[quantity] for value, quantity in zip(values, milp.quantities)]
+    scaled = [value / unit for value, unit in zip(values, milp.units)]
 
     def last(row: int) -> float:
         begin, end = milp.starts[row - 1], milp.starts[row]
