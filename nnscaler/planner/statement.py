@@ -231,8 +231,9 @@ class _Rows:
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> _Rows:
-        terms = [(index, *term) for index, row in enumerate(rows) for term in row.terms]
-        index, variable, factor = (np.array(column) for column in zip(*terms)) if terms else (np.zeros(0, int),) * 3
+        index = np.repeat(np.arange(len(rows)), [len(row.terms) for row in rows])
+        variable = np.fromiter((variable for row in rows for variable, _ in row.terms), int, len(index))
+        factor = np.fromiter((factor for row in rows for _, factor in row.terms), float, len(index))
         lower, upper = np.array([one.lower for one in rows]), np.array([one.upper for one in rows])
         return cls(index, variable, factor, lower, upper)
 
