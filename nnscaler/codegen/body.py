@@ -168,7 +168,7 @@ class Body:
     def _is_stored_for_fp8(self, unit: Unit, tensor: str, expression: str) -> bool:
         """Whether a tensor is a weight that products in fp8 of a unit use as it is stored."""
         taken = [node.inputs[1] for node in unit.nodes if self.plan.nodes[self.block.name, node.name].in_fp8]
-        return tensor in taken and expression == f'w["{self.block.parameters.get(tensor)}"]'
+        return tensor in taken and not expression.isidentifier()
 
     def _scaled(self, tensor: str, lines: list[str]) -> str:
         """The variable of such a weight inside a region. The first time, the line that finds its scale is added."""

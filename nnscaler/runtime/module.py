@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext
@@ -18,8 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nnscaler.errors import UserError
-from nnscaler.kernels import are_slow, widen_slow_products
-from nnscaler.kernels.fp8 import by_largest, rounded_alone
+from nnscaler.kernels import are_slow, fp8, widen_slow_products
 from nnscaler.kernels.random import DRAWS
 from nnscaler.mesh import Mesh, PipelineMesh
 from nnscaler.placement import Replicate
@@ -48,7 +46,7 @@ class Weights(dict[str, Tensor]):
         super().__init__(parameters)
         self._memory: set[int] = set()  # addresses
         self._rounded: dict[int, tuple[list[int], Tensor]] = {}  # a master weight -> when, and its shard in fp8
-        self._scale_of: dict[str, tuple[list[int], Tensor]] = {}  # a weight -> when, and its scale
+        self._own_scales: dict[int, tuple[list[int], Tensor]] = {}  # a weight -> when, and the scale of its shard
         self._buckets: dict[int, list[Bucket]] = {id(parameter): [] for parameter in parameters.values()}
         for bucket in buckets:
             for slot in bucket.slots:
@@ -68,10 +66,10 @@ class Weights(dict[str, Tensor]):
         """The scale [] of this device's shard of a weight, for products in fp8. It is found once an update."""
         weight = self[name]
         versions = [bucket.version for bucket in self._buckets.get(id(weight), ())]
-        known, scale = self._scale_of.get(name, (None, weight))
+        known, scale = self._own_scales.get(id(weight), (None, weight))
         if known != versions:
-            scale = by_largest(torch.linalg.vector_norm(weight, math.inf, dtype=torch.float32))
-            self._scale_of[name] = versions, scale
+            scale = fp8.scale_of(weight)
+            self._own_scales[id(weight)] = versions, scale
         return scale
 
     def hold(self, tensor: Tensor) -> bool:
@@ -94,12 +92,12 @@ class Weights(dict[str, Tensor]):
         update."""
         shard, scale = weight.detach(), self.scale(weight)
         if shard.dtype == dtype:
-            return rounded_alone(shard, scale)
+            return fp8.rounded_alone(shard, scale)
         versions = [one.version for one in self._scales(weight)]
         known, rounded = self._rounded.pop(id(weight), ([], shard))
         if known != versions:
             del rounded  # before there is another
-            rounded = rounded_alone(shard.to(dtype), scale)
+            rounded = fp8.rounded_alone(shard.to(dtype), scale)
         self._rounded[id(weight)] = versions, rounded
         return rounded
 
@@ -108,7 +106,7 @@ class Weights(dict[str, Tensor]):
 
     def changed(self, weight: Tensor) -> None:
         """To be called when a weight has changed in another way than by an update."""
-        self._scale_of.clear()
+        self._own_scales.pop(id(weight), None)
         for bucket in self._buckets.get(id(weight), ()):
             if bucket.scales is not None:
                 bucket.scales.forget()

@@ -113,10 +113,10 @@ def test_a_weight_below_a_module_path_has_its_scale_there():
     assert scope(weights, "layers.0.").scale_of("a") == 1.0
     weights["layers.0.a"].fill_(44.8)
     assert weights.scale_of("layers.0.a") == 1.0, "it has not been told"
-    weights.changed(weights["a"])
+    weights.changed(weights["layers.0.a"])
     assert weights.scale_of("layers.0.a").item() == pytest.approx(0.1)
     weights["layers.0.a"][0, 0] = float("nan")
-    weights.changed(weights["a"])
+    weights.changed(weights["layers.0.a"])
     assert weights.scale_of("layers.0.a").isnan()
 
 
