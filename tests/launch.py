@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import socket
 import tempfile
@@ -44,7 +45,7 @@ def run(world: int, function: Callable[..., Any], *args: Any, init: bool = True,
         results: dict[int, Any] = {}
         try:
             while len(results) < world:
-                rank, value, error = queue.get(timeout=timeout)
+                rank, value, error = pickle.loads(queue.get(timeout=timeout))
                 if error is not None:
                     errors = {rank: error, **_other_errors(queue)}  # what came first may be another rank's crash
                     raise AssertionError("\n".join(f"rank {rank} failed:\n{text}" for rank, text in errors.items()))
@@ -102,7 +103,7 @@ def _other_errors(queue: Any) -> dict[int, str]:
     errors: dict[int, str] = {}
     with suppress(Empty):
         while True:
-            rank, _, error = queue.get(timeout=1)
+            rank, _, error = pickle.loads(queue.get(timeout=1))
             if error is not None:
                 errors[rank] = error
     return errors
@@ -118,11 +119,16 @@ def _rank(
         if init and world > 1:
             store = dist.FileStore(os.path.join(folder, "store"), world)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=580))
-        queue.put((rank, function(*args), None))
+        _tell(queue, rank, function(*args), None)
         if dist.is_initialized():
             dist.destroy_process_group()
     except BaseException:
-        queue.put((rank, None, traceback.format_exc()))
+        _tell(queue, rank, None, traceback.format_exc())
+
+
+def _tell(queue: Any, rank: int, value: Any, error: str | None) -> None:
+    # As bytes: a queue itself would send of a tensor where its memory is, which is gone when this process has ended.
+    queue.put(pickle.dumps((rank, value, error)))
 
 
 def free_port() -> int:
