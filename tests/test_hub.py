@@ -56,14 +56,16 @@ def test_a_name_server_that_is_silent_is_given_up_on(monkeypatch: pytest.MonkeyP
 
 def test_a_hub_that_refuses_is_given_up_on_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the patience, which would be longer than the test may last."""
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
     monkeypatch.setattr(hub, "PATIENCE", 3600.0)
-    assert not asked(f"http://127.0.0.1:{port}", monkeypatch)
+    with socket.socket() as closed:  # nobody listens, and nobody else can
+        closed.bind(("127.0.0.1", 0))
+        assert not asked(f"http://127.0.0.1:{closed.getsockname()[1]}", monkeypatch)
 
 
 def test_a_hub_that_answers_is_reachable(monkeypatch: pytest.MonkeyPatch) -> None:
     from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    monkeypatch.setattr(hub, "PATIENCE", 300.0)
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:

@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -428,15 +427,27 @@ def test_an_existing_save_path_is_left_alone_unless_empty(tmp_path: Path, comman
     assert (tmp_path / "out" / "state.json").read_bytes() == before
 
 
-def test_killed_half_way_leaves_nothing_that_looks_finished(tmp_path: Path, tokenizer_path: Path) -> None:
-    write_rows(tmp_path / "rows.jsonl", [{"text": f"{i} {LONG_ENOUGH}"} for i in range(30_000)])
+NEVER_NAMED = """
+import threading
+from pathlib import Path
+import bookcorpus
+Path.rename = lambda path, target: print(f"{path} is to be {target}", flush=True) or threading.Event().wait()
+bookcorpus.main()
+"""
+
+
+def test_killed_before_the_end_leaves_nothing_that_looks_finished(tmp_path: Path, tokenizer_path: Path) -> None:
+    """Even at the last moment: when all is written, and gets its name."""
+    write_rows(tmp_path / "rows.jsonl", [{"text": f"{i} {LONG_ENOUGH}"} for i in range(30)])
     flags = ["--data_path_or_name", tmp_path / "rows.jsonl", "--tokenizer_path_or_name", tokenizer_path]
     flags += ["--save_path", tmp_path / "out", "--sequence_length", "64"]
-    process = subprocess.Popen([sys.executable, bookcorpus.__file__, *map(str, flags)], stderr=subprocess.PIPE)
-    while not list(tmp_path.glob("out.partial-*/*.arrow")):  # of 20 MB of text, which take seconds
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+    command = [sys.executable, "-c", NEVER_NAMED, *map(str, flags)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(bookcorpus.__file__).parent)
+    said = process.stdout.readline().decode()
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert process.returncode == -signal.SIGKILL
+    (written,) = tmp_path.glob("out.partial-*")
+    assert said == f"{written} is to be {tmp_path / 'out'}\n"
+    assert list(written.glob("*.arrow"))
     assert not (tmp_path / "out").exists()
