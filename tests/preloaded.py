@@ -30,13 +30,20 @@ def trace_one() -> None:
     trace(model, source.inputs, buffers, "reuse_cache", source.seed)
 
 
+def begin_autograd() -> None:
+    """Before there are fake devices: its first backward starts a thread for each device, also for eight of these (torch
+    2.11). A process that has any thread must not be forked."""
+    torch.ones((), requires_grad=True).backward()
+
+
 def compile_one() -> None:
-    """Without a backward and tqdm's monitor, which are threads: a process that has any must not be forked."""
+    """Without tqdm's monitor, which is a thread."""
     with patch.object(tqdm, "monitor_interval", 0):
         torch.compile(lambda x: (x @ x).relu(), backend="aot_eager")(torch.ones(2, 2, requires_grad=True))
     torch.compiler.reset()
 
 
+begin_autograd()
 trace_one()
 compile_one()
 gc.collect()
