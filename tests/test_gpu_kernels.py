@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from nnscaler.kernels import Documents, add_gradient, add_product, fp8, rounded_in_place, scale_gradient, softmax_loss
@@ -155,6 +156,17 @@ def test_a_weight_that_comes_in_fp8_gives_the_same_in_a_compiled_region():
     found, wanted = ([y := region(x, *some), *torch.autograd.grad(y, (x, some[0]), g)] for some in (parts, (w,)))
     for one, other in zip(found, wanted):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
+
+
+def test_what_two_products_take_in_fp8_is_written_once():
+    x, *weights = (torch.randn(size, 256, dtype=torch.bfloat16, device="cuda") for size in (64, 128, 32))
+
+    def products(x, *weights):
+        given = fp8.rounded(x.relu())
+        return [fp8.linear(given, weight) for weight in weights]
+
+    _, (code,) = run_and_get_code(torch.compile(products), x, *weights)
+    assert code.count("empty_strided_cuda((64, 256), (256, 1), torch.float8_e4m3fn)") == 1
 
 
 def test_borders_of_documents_do_not_wait_for_the_device():

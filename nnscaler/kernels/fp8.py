@@ -74,8 +74,8 @@ def rounded(x: Tensor) -> Rounded:
     """x [..., k] in fp8, for each of the products that take it."""
     matrix = x.detach().flatten(0, -2)
     scale = scale_of(matrix)
-    rows = round_by(matrix, scale)
-    return Rounded(x, rows, rows.t().contiguous(), scale)
+    rows = _in_memory(round_by(matrix, scale))
+    return Rounded(x, rows, _in_memory(rows.t().contiguous()), scale)
 
 
 def linear(x: Rounded, weight: Tensor | Weight) -> Tensor:
@@ -126,6 +126,15 @@ def scale_of(x: Tensor) -> Tensor:
     """The scale [] fp32 of a matrix. It is not a number where the matrix holds something that is none."""
     # The largest of each row first: a compiler finds it where the rows are made.
     return by_largest(torch.linalg.vector_norm(x, math.inf, -1, dtype=torch.float32).amax())
+
+
+def _in_memory(x: Tensor) -> Tensor:
+    """x, which a compiler must write before it goes on.
+
+    Else it writes x anew for each product that takes it; and backward, which makes the rows again, writes them
+    transposed where it makes them, byte by byte, rather than once they are there, by tiles.
+    """
+    return x.as_strided(x.size(), x.stride())
 
 
 def by_largest(largest: Tensor) -> Tensor:
