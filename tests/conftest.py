@@ -1,11 +1,19 @@
-"""One thread a process, here and in all that tests start: what they compute is tiny, and there is a process a core. And
-a folder for what they trace, see `tests.traced`."""
+"""One thread a process, here and in all that tests start: what they compute is tiny, and there is a process a core.
+A folder for what they trace, see `tests.traced`. And examples that are found at random are the same each time, unless
+FUZZ is set as for `tests.test_fuzz`; however long one takes."""
 
 import os
 from tempfile import TemporaryDirectory
+
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, which reads it then
 
 if "FOLDER_OF_TRACES" not in os.environ:  # else what started this process has one
     of_traces = TemporaryDirectory()  # until this process ends
     os.environ["FOLDER_OF_TRACES"] = of_traces.name
+
+settings.register_profile(
+    "here", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="FUZZ" not in os.environ
+)
+settings.load_profile("here")
