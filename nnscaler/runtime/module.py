@@ -63,9 +63,10 @@ class Weights(dict[str, Tensor]):
 
     @torch.no_grad()
     def scale_of(self, name: str) -> Tensor:
-        """The scale [] of this device's shard of a weight, for products in fp8. It is found once an update."""
+        """The scale [] of this device's shard of a weight, for products in fp8. It is found once an update; and where
+        something else has written to the weight, as a loaded state does to one that is not trained."""
         weight = self[name]
-        versions = [bucket.version for bucket in self._buckets.get(id(weight), ())]
+        versions = [weight._version, *(bucket.version for bucket in self._buckets.get(id(weight), ()))]
         known, scale = self._own_scales.get(id(weight), (None, weight))
         if known != versions:
             scale = fp8.scale_of(weight)
@@ -106,7 +107,6 @@ class Weights(dict[str, Tensor]):
 
     def changed(self, weight: Tensor) -> None:
         """To be called when a weight has changed in another way than by an update."""
-        self._own_scales.pop(id(weight), None)
         for bucket in self._buckets.get(id(weight), ()):
             if bucket.scales is not None:
                 bucket.scales.forget()

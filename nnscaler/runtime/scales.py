@@ -40,6 +40,7 @@ class Scales:
     @torch.no_grad()
     def find(self) -> None:
         """Starts finding them, after what is computed now."""
+        self._wait()
         for value, part in zip(self._values, self._parts):
             if len(part):
                 value.copy_(torch.linalg.vector_norm(part, math.inf, dtype=torch.float32))
@@ -59,10 +60,14 @@ class Scales:
         """The scale [] of a weight, after all that it depends on. It is the reader's own."""
         if not self._known:
             self.find()
+        self._wait()
+        return self._values[self._places[id(weight)]].clone()
+
+    def _wait(self) -> None:
+        """Makes what is computed next come after an exchange that is under way: that writes to the values."""
         if self._exchange is not None:
             self._exchange.wait()
             self._exchange = None
-        return self._values[self._places[id(weight)]].clone()
 
 
 def scale_of(weight: Tensor, parts: Sequence[Scales]) -> Tensor:

@@ -11,7 +11,7 @@ from nnscaler.kernels.fp8 import scale_of as scale_of_whole
 from nnscaler.mesh import Mesh
 from nnscaler.placement import REPLICATE, SHARED, Shard
 from nnscaler.runtime.axes import Axes
-from nnscaler.runtime.axis import ALONE
+from nnscaler.runtime.axis import ALONE, Axis
 from nnscaler.runtime.buckets import make_buckets
 from nnscaler.runtime.generated import scope
 from nnscaler.runtime.module import Weights
@@ -112,11 +112,8 @@ def test_a_weight_below_a_module_path_has_its_scale_there():
     weights = Weights((), {"layers.0.a": torch.full((2, 2), -448.0), "a": torch.ones(2, 2)})
     assert scope(weights, "layers.0.").scale_of("a") == 1.0
     weights["layers.0.a"].fill_(44.8)
-    assert weights.scale_of("layers.0.a") == 1.0, "it has not been told"
-    weights.changed(weights["layers.0.a"])
     assert weights.scale_of("layers.0.a").item() == pytest.approx(0.1)
     weights["layers.0.a"][0, 0] = float("nan")
-    weights.changed(weights["layers.0.a"])
     assert weights.scale_of("layers.0.a").isnan()
 
 
@@ -128,3 +125,25 @@ def test_what_is_read_is_not_what_the_next_update_writes():
     assert torch.equal(found.of(weight), first), "it has not been told"
     found.find()
     assert (found.of(weight).item(), first.item()) == (1.0, torch.tensor(1 / 448).item())
+
+
+def test_they_are_not_written_to_while_an_exchange_may_still_write_to_them(monkeypatch):
+    happened = []
+
+    class Exchange:
+        def __init__(self, values, *_, **__):
+            self.values, self.found = values, values.clone()
+            happened.append("begun")
+
+        def wait(self):
+            happened.append("done")
+            self.values.copy_(self.found)  # when it likes, this at the latest
+
+    monkeypatch.setattr(dist, "all_reduce", Exchange)
+    weight = torch.full((4,), 448.0)
+    found = Scales({id(weight): weight}, torch.bfloat16, Axis(2, 0, "group"))
+    found.find()
+    weight.fill_(896.0)
+    found.find()  # as where a state is loaded after an update, and no forward has come between
+    assert found.of(weight) == 2.0
+    assert happened == ["begun", "done"] * 2
