@@ -1,7 +1,7 @@
 """Operators and gradients on the device: the fastest way that it has, and a plain way that works anywhere."""
 
 from nnscaler.kernels.attention import KERNELS, Asked, Dropped, attend, check_kernel
-from nnscaler.kernels.documents import Documents
+from nnscaler.kernels.documents import Documents, note_copy
 from nnscaler.kernels.experts import counting, gate_named, kept_bytes, mix, note_choice, sum_of_rows
 from nnscaler.kernels.gradient import add_gradient, add_product, rounded_in_place, scale_gradient
 from nnscaler.kernels.loss import softmax_loss
@@ -22,6 +22,7 @@ __all__ = [
     "kept_bytes",
     "mix",
     "note_choice",
+    "note_copy",
     "rounded_in_place",
     "scale_gradient",
     "softmax_loss",

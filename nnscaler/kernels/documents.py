@@ -113,6 +113,24 @@ class Documents:
         return of_rows.int(), of_keys.int(), int(np.diff(on_host).max())
 
 
+def note_copy(copy: Tensor, *sources: Tensor) -> Tensor:
+    """`copy`, after it is noted what the host knows of it: what it knows of its sources, which the copy has one after
+    the other in its memory. Where it does not know all of them, nothing is."""
+    found = [_noted(source) for source in sources]
+    known = [one for one in found if one is not None]
+    if len(known) == len(found):
+        Documents(copy).note(torch.cat([one.flatten() for one in known]).view(copy.shape))
+    return copy
+
+
+def _noted(numbers: Tensor) -> Tensor | None:
+    """What has been noted of a tensor."""
+    if numbers.untyped_storage() not in _known:
+        return None
+    documents = Documents(numbers)
+    return None if documents._memory.on_host is None else torch.from_numpy(documents.on_host)
+
+
 def _whole(tensor: Tensor) -> Tensor:
     """All memory that a tensor is a view of."""
     return tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0)

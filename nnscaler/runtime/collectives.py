@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nnscaler.kernels import note_copy
 from nnscaler.runtime.axis import Axis
 from nnscaler.sums import IN_FP32, GradientSum
 
@@ -188,7 +189,9 @@ def _scattered(x: Tensor, axis: Axis, dim: int) -> Tensor:
 
 def _sliced(x: Tensor, axis: Axis, dim: int) -> Tensor:
     # A copy: a view would keep the whole tensor alive.
-    return x.chunk(axis.size, dim)[axis.rank].clone(memory_format=torch.contiguous_format)
+    mine = x.chunk(axis.size, dim)[axis.rank]
+    copy = mine.clone(memory_format=torch.contiguous_format)
+    return copy if x.is_floating_point() else note_copy(copy, mine)
 
 
 def _padded(x: Tensor, axis: Axis, dim: int) -> Tensor:

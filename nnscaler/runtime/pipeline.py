@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
+from nnscaler.kernels import note_copy
 from nnscaler.mesh import Mesh, PipelineMesh
 from nnscaler.placement import local_shape, parse_placements
 from nnscaler.runtime.axes import Axes
@@ -132,7 +133,7 @@ class PipelineModule:
         Returns what `ParallelModule.accumulate` does where `gives_loss`; else 0.
         """
         batches = list(with_draws(micro_batches, self.axes, seed, step))
-        inputs = {name: torch.stack([batch[name] for batch in batches]) for name in batches[0]}
+        inputs = {name: _stacked([batch[name] for batch in batches]) for name in batches[0]}
         target = next(iter(inputs.values())) if self.gives_loss else None
         self._numbers.clear()
         self._schedule.step(target=target, return_outputs=False, **inputs)
@@ -321,6 +322,10 @@ class _StageModule(nn.Module):
 
     def forward(self, *received: Tensor, **inputs: Tensor) -> Any:
         return self._run(**dict(zip(self._received, received, strict=True)), **{n: inputs[n][0] for n in self._own})
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    return note_copy(torch.stack(list(tensors)), *tensors)
 
 
 def _buckets_of(stage: ParallelModule, name: str) -> list[Bucket]:

@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from nnscaler.kernels import Asked, Documents, attend, documents
 from nnscaler.kernels.attention import choice, flex
+from nnscaler.runtime import collectives, pipeline
+from nnscaler.runtime.axis import Axis
 from nnscaler.runtime.dealing import rows_of
 from tests.kernels.test_attention import libraries_are_there  # noqa: F401  a fixture
 
@@ -92,6 +94,27 @@ def test_the_device_is_not_asked_where_the_host_has_told(numbers, monkeypatch):
         found = Documents(other).part(slice(sequence, sequence + 1), slice(4, 7)).on_host
         assert found.tolist() == [NUMBERS[sequence][4:7]]
     assert len(asked) == 1
+
+
+def test_the_host_knows_copies_of_what_it_knows(numbers, monkeypatch):
+    """As a device gets its part of a batch, and a pipeline those of several micro-batches."""
+    monkeypatch.setattr(Tensor, "is_cpu", False)  # as if they were elsewhere
+    asked = []
+    monkeypatch.setattr(Tensor, "cpu", lambda self: asked.append(self) or self.clone())
+    one, other = numbers.clone(), numbers.flip(0)
+    Documents(one).note(numbers)
+    part = collectives.slice_(one, Axis(2, 1, "group"), 0, "pad")
+    assert Documents(part).on_host.tolist() == NUMBERS[1:]
+    assert not asked
+    together = pipeline._stacked([one, other])
+    assert Documents(together[0]).on_host.tolist() == NUMBERS
+    assert len(asked) == 1, "it does not know the other one"
+    Documents(other).note(numbers.flip(0))
+    together = pipeline._stacked([one, other])
+    assert [Documents(each).on_host.tolist() for each in together] == [NUMBERS, NUMBERS[::-1]]
+    one[0, 0] = 7  # what was noted of it is no longer so
+    assert Documents(pipeline._stacked([one, other])[0]).on_host[0, 0] == 7
+    assert len(asked) == 2
 
 
 def test_nothing_is_left_of_a_micro_batch(monkeypatch):
