@@ -144,5 +144,5 @@ family(
     made("torch.{op}(*)"),
     saves=save_nothing,
 )
-family("scalar_tensor.default", constant, made("torch.tensor({s})"), saves=save_nothing)
+family("scalar_tensor.default", constant, made("torch.scalar_tensor({s})"), saves=save_nothing)
 family("new_zeros.default new_ones.default new_full.default new_empty.default", constant, saves=save_nothing)

@@ -328,7 +328,7 @@ def samples(a: int, b: int, c: int, d: int) -> dict[str, list[tuple]]:
         "eye.m": [(a, b)],
         "empty.memory_format": [],
         "empty_like.default": [],
-        "scalar_tensor.default": [(2.0,), (2.0, {"dtype": torch.bfloat16}), (3, {"dtype": torch.int64})],
+        "scalar_tensor.default": [(2.0,), (3,), (2.0, {"dtype": torch.bfloat16}), (3, {"dtype": torch.int64})],
         "new_zeros.default": [(x, [a, b]), (x, [a], {"dtype": torch.int64})],
         "new_ones.default": [(x, [a, b])],
         "new_full.default": [(x, [a, b], 2), (x, [], 0.5, {"dtype": torch.float32, "device": "cpu"})],
