@@ -134,7 +134,8 @@ class ParallelizedModel:
         """Forward and backward of a step's micro-batches; `optimizer.step()` then updates. Collective.
 
         micro_batches  those of this copy, as many as `ComputeConfig.micro_batches` says, each like `example_inputs`.
-                       They may be on the CPU.
+                       They may be on the CPU. A GPU copies those in page-locked memory when it gets there; they must
+                       stay as they are until then.
         reduction      "mean": the gradient is that of the losses' mean over the micro-batches of all copies, which is
                        the whole batch's mean where each loss is a mean over as many samples; "sum": of their sum
         count          with "mean": what this copy's micro-batches count for together, where each loss is a sum, such as

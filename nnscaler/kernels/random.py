@@ -33,9 +33,9 @@ def draws_of(seed: int, step: int, micro_batch: int, device: torch.device | None
     return torch.stack([torch.full((1,), number, dtype=torch.int64, device=device) for number in numbers], dim=1)
 
 
-def no_draws() -> Tensor:
+def no_draws(device: torch.device | None = None) -> Tensor:
     """In place of `draws_of`: nothing is dropped, as in evaluation."""
-    return torch.zeros((1, 5), dtype=torch.int64)
+    return torch.zeros((1, 5), dtype=torch.int64, device=device)
 
 
 def place_of(path: str, ordinal: int) -> Tensor:

@@ -23,6 +23,6 @@ def with_draws(micro_batches: Iterable[Inputs], axes: Axes, seed: int, step: int
 
 def without_draws(micro_batches: Iterable[Inputs], axes: Axes) -> Iterator[Inputs]:
     """Micro-batches in which nothing is dropped."""
-    draws = no_draws().to(axes.device)
+    draws = no_draws(axes.device)
     for inputs in micro_batches:
         yield {**inputs, DRAWS: draws}
