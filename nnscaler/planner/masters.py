@@ -21,8 +21,24 @@ from nnscaler.plan import Key
 from nnscaler.planner.choices import Choices
 from nnscaler.planner.costs import IN_FP8, narrow
 from nnscaler.planner.flows import Flows, beside, kept_in_fp8
-from nnscaler.planner.problem import Flow
+from nnscaler.planner.problem import Flow, Problem
 from nnscaler.planner.statement import Account, Quantity
+
+
+def may_save_time(problem: Problem) -> bool:
+    """Whether weights without a copy may make a plan faster, and not only smaller: where their shards are rounded to
+    fp8 once a step, and those of others for each gather.
+
+    In their own type they do not: to cast for each gather takes as long as to write the copy once a step.
+    """
+    if problem.micro_batches == 1:
+        return False
+    return any(
+        problem.costs.owners(layout) == 1 and kept_in_fp8(problem, flow, layout)
+        for flow in problem.flows
+        if flow.is_parameter
+        for layout in {option.outputs[flow.producer[1]] for option in problem.decisions[flow.producer[0]].options}
+    )
 
 
 class Masters:

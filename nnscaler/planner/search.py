@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
@@ -18,6 +18,7 @@ from nnscaler.plan import GIB, Key, Plan
 from nnscaler.planner.bodies import Bodies
 from nnscaler.planner.costs import CostModel
 from nnscaler.planner.flows import in_fp8
+from nnscaler.planner.masters import may_save_time
 from nnscaler.planner.options import CannotBePinned
 from nnscaler.planner.price import Price, price
 from nnscaler.planner.problem import Problem, Recomputing, build_problem
@@ -97,6 +98,10 @@ def find_plan(
         found.waiting = waiting
         return found
 
+    def freest(program: Program) -> Program:
+        faster = sparing and may_save_time(program.problem)
+        return Program(problem(program.problem.costs, 0.0, True, False)) if faster else program
+
     programs, refused = [], None
     for model in costs:
         try:
@@ -107,7 +112,7 @@ def find_plan(
         raise refused
     groups = groups and again.free and any(len(chain) > 1 for chain in chains(graph))
     began = time.process_time()
-    search = _Search(memory, began + seconds, below / micro_batches, findings=Findings(began))
+    search = _Search(memory, began + seconds, below / micro_batches, findings=Findings(began), freest=freest)
     widest = [*programs]  # of each mesh, the program with most choices
     for place, program in enumerate(programs, 1):
         search.on(program, len(programs) - place)
@@ -200,6 +205,7 @@ class _Search:
     told       when the log last said how far the search is
     stopped    whether something was left unsearched for want of time
     findings   seconds of a micro-batch of the best plans so far
+    freest     a mesh's first program -> one in which all may be done that could make a plan faster, had it all memory
     """
 
     memory: float
@@ -212,6 +218,7 @@ class _Search:
     told: float = field(default_factory=time.perf_counter)
     stopped: bool = False
     findings: Findings = field(default_factory=lambda: Findings(time.process_time()))
+    freest: Callable[[Program], Program] = lambda program: program
 
     def on(self, program: Program, left: int) -> None:
         """Searches one mesh; `left` more are to come, which get half of the time that is left."""
@@ -297,7 +304,7 @@ class _Search:
     def _floor(self, program: Program) -> float:
         mesh = program.problem.costs.mesh
         if mesh not in self.floors:
-            self.floors[mesh] = least_seconds(program)
+            self.floors[mesh] = least_seconds(self.freest(program))
         return self.floors[mesh]
 
     def _below(self, worth: float) -> float | None:

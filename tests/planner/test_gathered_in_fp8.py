@@ -21,6 +21,7 @@ from nnscaler.planner.costs import IN_FP8, STORED, CostModel
 from nnscaler.planner.price import Price, price
 from nnscaler.planner.problem import Problem, Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution
+from nnscaler.planner.solve import solve
 from nnscaler.recompute import KEEPS_ALL, KEEPS_PRODUCTS, RECOMPUTES_ALL, Level
 from nnscaler.report.categories import bytes_by_category
 from nnscaler.report.parameters import parameter_groups
@@ -136,6 +137,17 @@ def test_a_master_is_cast_and_rounded_once_a_step_and_its_shard_is_kept(micro_ba
     each = priced(stated(stack(Gated), machine, micro_batches), RECOMPUTES_ALL, again=True)
     assert of_gate(each.seconds, "cast") == pytest.approx(BYTE * (2 + 1) * WEIGHT / 2)
     assert Key("parameter", "gated", "gate_weight", IN_FP8) not in each.memory
+
+
+@pytest.mark.parametrize("micro_batches", [1, 16])
+def test_what_is_proven_holds_of_masters_that_are_rounded_once_a_step_too(micro_batches, machine):
+    """They save 0.028 % of sixteen micro-batches, and were left unsearched where memory is plenty."""
+    graph = stack(Gated)
+    plan = find_plan(graph, [TWO], machine, micro_batches=micro_batches)
+    program = Program(stated(graph, machine, micro_batches))
+    fastest = price(program, solve(program, 1e18, gap=0.0).solution).total_seconds * micro_batches
+    assert plan.bound <= fastest * (1 + 1e-6)
+    assert plan.bound == pytest.approx(fastest, rel=1e-4)
 
 
 def test_a_report_counts_the_shards_that_are_kept(machine):
