@@ -29,6 +29,7 @@ from nnscaler.plan import GIB, Key, Plan
 from nnscaler.planner import NothingFits, find_plan
 from nnscaler.planner.bodies import Bodies
 from nnscaler.planner.costs import CostModel
+from nnscaler.planner.masters import may_save_time
 from nnscaler.planner.options import divides
 from nnscaler.planner.problem import build_problem
 from nnscaler.planner.program import Program
@@ -182,11 +183,14 @@ class StagePlanner:
     def _least_seconds(self, estimate: Estimate) -> float:
         """Seconds of a step that none of a candidate takes less than: those that the busiest rank works at least.
 
-        Where what saves memory at a price was left out, no more of it is needed than with unlimited memory.
+        Where what saves memory at a price was left out, no more of it is needed than with unlimited memory. And where
+        backward is to run in two parts, stages may run it whole, which takes less memory.
         """
         schedule, needs = estimate.candidate.schedule, estimate.needs
         if not self.sparing:
             needs = replace(self, memory=inf, estimated={}).estimate(estimate.candidate).needs
+        elif estimate.candidate.splits:
+            needs = self.estimate(replace(estimate.candidate, splits=False)).needs
         of_ranks = (schedule.stages_of(rank) for rank in range(schedule.ranks))
         return max(sum(needs[stage].seconds for stage in mine) for mine in of_ranks) * schedule.micro_batches
 
@@ -239,7 +243,7 @@ class StagePlanner:
             return [needs for stage in stages for needs in self._estimate([stage])]
         key = stages[0].like if unlimited else tuple(stage.key for stage in stages)
         if key not in self.estimated:
-            programs = [self._program(one) for one in stages]
+            programs = [self._freest(one) if unlimited else self._program(one) for one in stages]
             if not unlimited:
                 programs = [program.holding(one.held, one.waiting) for program, one in zip(programs, stages)]
             buffers = [stage.receive_buffers for stage in stages]
@@ -265,6 +269,13 @@ class StagePlanner:
             )  # fmt: skip
             self.programs[stage.like] = Program(problem)
         return self.programs[stage.like]
+
+    def _freest(self, stage: _Stage) -> Program:
+        """The program in which all may be done that could make a stage faster, had it all memory."""
+        program = self._program(stage)
+        if self.sparing or not may_save_time(program.problem):
+            return program
+        return replace(self, sparing=True, programs={})._program(stage)
 
     def _plan(self, stage: _Stage, limit: float, host: float) -> Plan:
         """The plan of a stage within `limit` bytes of the device, and `host` bytes of the host.

@@ -235,18 +235,30 @@ def test_with_unlimited_memory_each_stage_is_estimated_once_whatever_it_holds(mo
     asked = []
 
     def relaxed(programs, memory):
-        asked.append((programs, memory))
+        asked.append(([program.name for program in programs], memory))
         return [Needs(float(len(asked)), 5.0, 6.0)]
 
     one = planner()
     one.memory = math.inf
-    one.programs = {"a": "program of a", "b": "program of b"}
+    one.programs = {name: SimpleNamespace(name=name, problem=SimpleNamespace(micro_batches=1)) for name in ("a", "b")}
     a, b = (stages._Stage(SimpleNamespace(), Mesh((2,)), like, 4, 3, 10, {}) for like in "ab")
     monkeypatch.setattr(stages, "relaxed", relaxed)
     first, second = Needs(1.0, 15.0, 6.0), Needs(2.0, 15.0, 6.0)
     assert one._estimate([a, replace(a, held=2), b]) == [first, first, second]
     assert one._estimate([replace(b, waiting=((2, 1),))]) == [second]
-    assert asked == [(["program of a"], math.inf), (["program of b"], math.inf)]
+    assert asked == [(["a"], math.inf), (["b"], math.inf)]
+
+
+def test_with_unlimited_memory_a_stage_may_do_what_is_sparing_where_that_may_be_faster(monkeypatch):
+    stated = []
+    monkeypatch.setattr(stages, "build_problem", lambda *given, sparing, **named: stated.append(sparing) or sparing)
+    monkeypatch.setattr(stages, "Program", lambda sparing: SimpleNamespace(problem=sparing))
+    this = stages._Stage(SimpleNamespace(graph=SimpleNamespace()), Mesh((2,)), "like", 4, 3, 10, {})
+    for may, sparing in ((True, [False, True]), (False, [False])):
+        monkeypatch.setattr(stages, "may_save_time", lambda problem, may=may: may)
+        stated.clear()
+        assert planner()._freest(this).problem is may
+        assert stated == sparing
 
 
 def test_a_stage_is_stated_with_all_that_may_be_used(monkeypatch):
@@ -271,15 +283,22 @@ def test_no_step_is_faster_than_the_busiest_rank_works(monkeypatch):
     """Of zb-v, ranks have the first and last stage, and the two in the middle: 9 and 6 s of each of 4 micro-batches."""
     needs = [stages.Needs(seconds, 1.0, 0.0) for seconds in (1.0, 2.0, 4.0, 8.0)]
     halves = [one._replace(seconds=one.seconds / 2) for one in needs]
-    estimate = stages.Estimate(SimpleNamespace(schedule=Schedule("zb-v", 2, 4, 4)), tuple(needs), 50.0)
+    candidate = Candidate(Schedule("zb-v", 2, 4, 4), (1, 1, 1, 1), (REPLICATE,), TWO)
+    estimate = stages.Estimate(candidate, tuple(needs), 50.0)
     assert replace(planner(), sparing=True)._least_seconds(estimate) == 36.0
+    asked = []
 
-    def without_limit(self, candidate):
-        assert (self.memory, candidate) == (float("inf"), estimate.candidate)
+    def estimated(self, candidate):
+        asked.append((self.memory, candidate.splits))
         return stages.Estimate(candidate, tuple(halves), 25.0)
 
-    monkeypatch.setattr(StagePlanner, "estimate", without_limit)
+    monkeypatch.setattr(StagePlanner, "estimate", estimated)
     assert planner()._least_seconds(estimate) == 18.0, "what saves memory could make it as fast as that"
+    in_two_parts = replace(estimate, candidate=replace(candidate, splits=True))
+    assert replace(planner(), sparing=True)._least_seconds(in_two_parts) == 18.0, (
+        "as whole backwards may, in less memory"
+    )
+    assert asked == [(math.inf, False), (1.0, False)]
 
 
 def test_stages_know_what_crosses_and_what_they_share():
