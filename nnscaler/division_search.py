@@ -1,10 +1,11 @@
 """The search over ways to divide the sequences of a step, each of which is planned: the fastest, and why others lost.
 
-1. Of each division, a lower bound of its step is found: that of its program on one mesh axis, within memory, where
-   choices may be made in parts. It takes about a second, and most bounds are within 2 % of the plan.
-2. Divisions are planned on one axis, those with the lowest bounds first, as long as a bound is near the fastest plan.
-3. They are planned on two axes, and then as pipelines, where that could be faster still and time is left: at first with
-   ranks that have devices in equal numbers, on one axis each, and then with others.
+1. Of each division, a lower bound of its step is found: that of its program on one mesh axis (where none fits on it, on
+   the first two on which one does), within memory, where choices may be made in parts. It takes about a second, and
+   most bounds are within 2 % of the plan.
+2. Divisions are planned there, those with the lowest bounds first, as long as a bound is near the fastest plan.
+3. They are planned on other meshes, and then as pipelines, where that could be faster still and time is left: at first
+   with ranks that have devices in equal numbers, on one axis each, and then with others.
 
 The model is traced once for each size of micro-batch: sizes are constants of a graph.
 """
@@ -45,7 +46,8 @@ class Tried:
     """A division that was considered.
 
     pipeline whether plans with a pipeline were looked for, or those without
-    bound    seconds of a step; no plan takes less, as far as is known. inf: none fits
+    meshes   on which those without may be
+    bounds   mesh -> seconds of a step; no plan on it takes less. inf: none fits. Of meshes that were looked at
     plan     the fastest that was found; None: it was not planned, or what was found was not faster than others
     needed   bytes a device of the plan that needs least, where none fits
     refusal  why it cannot be planned, where it is not for memory
@@ -53,7 +55,8 @@ class Tried:
 
     division: Division
     pipeline: bool = False
-    bound: float = 0.0
+    meshes: Sequence[Mesh] = ()
+    bounds: dict[Mesh, float] = field(default_factory=dict)
     plan: AnyPlan | None = None
     needed: float | None = None
     refusal: str = ""
@@ -62,6 +65,24 @@ class Tried:
     def name(self) -> str:
         """What it is, for people."""
         return f"{self.division}{', as a pipeline' if self.pipeline else ''}"
+
+    @property
+    def bound(self) -> float:
+        """Seconds of a step; no plan on the meshes that were looked at takes less. inf: none fits; 0: none was."""
+        return min(self.bounds.values(), default=0.0)
+
+    @property
+    def left(self) -> list[Mesh]:
+        """The meshes that were not looked at."""
+        return [mesh for mesh in self.meshes if mesh not in self.bounds]
+
+    def prove(self, meshes: Sequence[Mesh], bound: float) -> None:
+        """Notes that no plan on some meshes, without a pipeline, takes less."""
+        if self.pipeline:
+            return
+        self.bounds.update({mesh: max(bound, self.bounds.get(mesh, 0.0)) for mesh in meshes})
+        if bound < inf:
+            self.refusal, self.needed = "", None
 
     @property
     def step_seconds(self) -> float:
@@ -122,6 +143,8 @@ def divide(
         best = search.closest()
         one, alone = in_division(source, config, best.division)
         best.plan = plan_or_advise(one, search.graph(best.division), alone, hardware, times)
+    elif not best.pipeline:
+        search.certify(best)
     chosen = best.division
     tried = sorted(search.tried, key=lambda one: (one is not best, one.plan is None, one.at_least, one.division))
     source, config = in_division(source, config, chosen)
@@ -164,7 +187,7 @@ class _Search:
     def __post_init__(self) -> None:
         self.findings = Findings(self._now())
         self.until = self.findings.began + SEARCHES * self.config.search_seconds
-        self.tried = [Tried(division) for division in self.batch.divisions()]
+        self.tried = [Tried(division, meshes=self._meshes(division)) for division in self.batch.divisions()]
 
     @property
     def pipelines(self) -> bool:
@@ -206,6 +229,13 @@ class _Search:
             return min(full, key=lambda one: (one.needed, one.division))
         return min(self.tried, key=lambda one: (-one.division.plan_ngpus, one.division.micro_batch_size))
 
+    def certify(self, one: Tried) -> None:
+        """Makes the bound of a division's plan one of all its meshes."""
+        for mesh in one.left:
+            self._bound(one, mesh)
+        assert one.plan is not None
+        one.plan.bound = one.bound
+
     def _fastest(self) -> float:
         return min(one.step_seconds for one in self.tried)
 
@@ -221,24 +251,38 @@ class _Search:
         """Processor seconds of this process, without those of timing operators, which is done once for a device."""
         return time.process_time() - (self.times.spent if self.times else 0.0)
 
+    def _bound(self, one: Tried, mesh: Mesh) -> UserError | None:
+        """Finds the bound of a division on a mesh. Returns why there is no plan, where that is so."""
+        _, config = in_division(self.source, self.config, one.division)
+        try:
+            found = bound_for(self.graph(one.division), config, self.hardware, self.times, mesh)
+        except UserError as refusal:
+            one.prove([mesh], inf)
+            return refusal
+        logger.debug("%s on %s: at least %.4g s a step", one.division, mesh, found)
+        one.prove([mesh], found)
+        return None
+
     def _find_bounds(self) -> None:
-        """Where few sequences do not fit, more are not asked for."""
+        """On the first mesh on which a plan may fit. Where few sequences fit on none, more are not asked for."""
         full: dict[int, Tried] = {}
         for one in self.tried:
             split = one.division.plan_ngpus
             if split in full:
-                one.bound, one.needed = inf, full[split].needed
+                one.needed = full[split].needed
+                one.prove(one.meshes, inf)
                 continue
             if self.left() < 0 and any(0 < other.bound < inf for other in self.tried):
                 continue
-            _, config = in_division(self.source, self.config, one.division)
-            try:
-                one.bound = bound_for(self.graph(one.division), config, self.hardware, self.times)
-                logger.debug("%s: at least %.4g s a step", one.division, one.bound)
-            except NothingFits as refusal:
-                one.bound, one.needed, full[split] = inf, refusal.needed, one
-            except UserError as refusal:
-                one.bound, one.refusal = inf, str(refusal)
+            refusals: list[UserError] = []
+            while one.left and one.bound in (0.0, inf):
+                refusals += filter(None, [self._bound(one, one.left[0])])
+            if one.bound < inf:
+                continue
+            unfit = [refusal for refusal in refusals if isinstance(refusal, NothingFits)]
+            one.needed = min((refusal.needed for refusal in unfit if refusal.needed is not None), default=None)
+            one.refusal = next((str(refusal) for refusal in refusals if refusal not in unfit), "")
+            full.update({split: one} if unfit == refusals else {})
 
     def _plan_on_one_axis(self) -> None:
         """Plans those whose bounds are near the fastest plan, as their own plans may be too."""
@@ -246,16 +290,16 @@ class _Search:
         for one in sorted(possible, key=lambda one: (one.bound, one.division)):
             if one.bound > self._fastest() * (1 + NEAR) or self._is_over(0.0):
                 return
-            self._plan(one, self._meshes(one)[:1])
+            self._plan(one, [mesh for mesh, bound in one.bounds.items() if bound < inf])
 
     def _plan_on_more_axes(self) -> None:
         """Half of the time that is left is for pipelines, where these will do."""
-        possible = [one for one in self.tried if 0 < one.bound < inf and len(self._meshes(one)) > 1]
+        possible = [one for one in self.tried if one.bounds and one.left]
         reserved = self.left() / 2 if self.pipelines else 0.0
         for one in sorted(possible, key=lambda one: (one.bound, one.division)):
-            if self._fastest() == inf or self._is_over(reserved):
+            if self._is_over(reserved):
                 return
-            self._plan(one, self._meshes(one)[1:], self._fastest() * (1 - WORTH))
+            self._plan(one, one.left, self._fastest() * (1 - WORTH))
 
     def _plan_pipelines(self) -> None:
         """Those first whose stages would be on as many devices as do well with micro-batches of their size."""
@@ -266,11 +310,11 @@ class _Search:
                 return
             pipelines.append(Tried(one.division, pipeline=True))
             self.tried.append(pipelines[-1])
-            self._plan(pipelines[-1], self._meshes(one), self._fastest() * (1 - WORTH))
+            self._plan(pipelines[-1], one.meshes, self._fastest() * (1 - WORTH))
         for one in pipelines:
             if self._is_over(0.0):
                 return
-            self._plan(one, self._meshes(one), self._fastest() * (1 - WORTH), plain=False)
+            self._plan(one, self._meshes(one.division), self._fastest() * (1 - WORTH), plain=False)
 
     def _as_pipeline(self, division: Division) -> float:
         """About how many seconds a step would take as a pipeline: those of the division whose copies are as large as a
@@ -288,8 +332,8 @@ class _Search:
             for each in ranks
         )
 
-    def _meshes(self, one: Tried) -> list[Mesh]:
-        _, config = in_division(self.source, self.config, one.division)
+    def _meshes(self, division: Division) -> list[Mesh]:
+        _, config = in_division(self.source, self.config, division)
         return config.meshes(self.hardware)
 
     def _is_over(self, reserved: float) -> bool:
@@ -310,19 +354,20 @@ class _Search:
         config = replace(config, search_seconds=seconds)
         graph = self.graph(one.division)
         try:
-            one.plan = plan_for(graph, config, self.hardware, self.times, meshes, not one.pipeline, below, plain)
+            plan = plan_for(graph, config, self.hardware, self.times, meshes, not one.pipeline, below, plain)
         except NotFaster as slower:
-            one.bound = min(one.bound, slower.bound)
+            one.prove(meshes, slower.bound)
             logger.debug("%s on %s: not below %.4g s a step", one.name, meshes[0], below)
-            return
-        except NothingFits as refusal:
-            one.needed = refusal.needed
         except UserError as refusal:
-            one.refusal = one.refusal or str(refusal)
+            one.prove(meshes, inf)
+            if one.plan is None:
+                if isinstance(refusal, NothingFits):
+                    one.needed = refusal.needed
+                else:
+                    one.refusal = one.refusal or str(refusal)
+                logger.info("%s: %s", one.name, one.refusal or "does not fit")
         else:
-            one.refusal, one.needed = "", None
+            one.plan, one.refusal, one.needed = plan, "", None
+            one.prove(meshes, plan.bound)
             self.findings.add(self._now(), one.step_seconds)
             logger.info("%s: %.4g s a step", one.name, one.step_seconds)
-            return
-        one.bound = 0.0 if one.pipeline else inf
-        logger.info("%s: %s", one.name, one.refusal or "does not fit")

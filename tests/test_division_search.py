@@ -17,6 +17,7 @@ from nnscaler.config import ComputeConfig
 from nnscaler.division_search import Divided, Tried, divide, in_division
 from nnscaler.errors import UserError
 from nnscaler.loaded import division_in
+from nnscaler.mesh import Mesh
 from nnscaler.models.causal_lm import CausalLM, prepare_config
 from nnscaler.plan import GIB
 from nnscaler.planner import NotFaster, NothingFits
@@ -26,6 +27,7 @@ from nnscaler.report.divisions import division_lines, division_rows, division_se
 from nnscaler.source import Source
 from tests import tiny
 
+FOUR = Mesh((4,))
 TINY = tiny.config()
 INPUTS = {name: torch.empty((1, tiny.LENGTH), dtype=torch.int64, device="meta") for name in ("input_ids", "labels")}
 
@@ -38,23 +40,26 @@ def source(config: LlamaConfig = TINY) -> Source:
 class World:
     """A planner whose answers are given. All are by (devices a copy, size of micro-batches).
 
-    bounds  seconds of a step, or what is raised
+    bounds  seconds of a step, or what is raised, on one mesh axis
+    wide    likewise on two, where that is not 7 s, or what is raised on one
     one     of a step, on one mesh axis
     more    likewise, on two
     pipes   likewise, as a pipeline
     others  likewise, whose ranks have several axes, or devices in unequal numbers
     """
 
-    def __init__(self, monkeypatch, bounds, one=None, more=None, pipes=None, others=None):
+    def __init__(self, monkeypatch, bounds, one=None, more=None, pipes=None, others=None, wide=None):
         self.asked: list[tuple] = []
         self.seconds: list[float] = []  # given to each search
         self.now = 0.0
         answers = {"one": one or {}, "more": more or {}, "pipeline": pipes or {}, "others": others or {}}
 
-        def bound_for(graph, config, hardware, times):
+        def bound_for(graph, config, hardware, times, mesh):
             self.now += 1.0
             assert config.micro_batches * graph * 4 // config.plan_ngpus == 8, "the batch is divided"
             answer = bounds[config.plan_ngpus, graph]
+            if len(mesh.sizes) > 1:
+                answer = (wide or {}).get((config.plan_ngpus, graph), answer if isinstance(answer, Exception) else 7.0)
             if isinstance(answer, Exception):
                 raise answer
             return answer
@@ -78,7 +83,9 @@ class World:
                 raise answer
             if not answer or answer >= below:
                 raise NotFaster(bounds[config.plan_ngpus, graph] - 0.5 if alone else below)
-            return SimpleNamespace(step_seconds=answer, memory_bytes=GIB, memory_limit=2 * GIB, gap=0.0, searched=None)
+            return SimpleNamespace(
+                step_seconds=answer, bound=answer - 0.25, memory_bytes=GIB, memory_limit=2 * GIB, gap=0.0, searched=None
+            )  # fmt: skip
 
         monkeypatch.setattr(division_search, "bound_for", bound_for)
         monkeypatch.setattr(division_search, "plan_for", plan_for)
@@ -124,10 +131,10 @@ def test_timing_operators_takes_nothing_of_the_time_to_search(monkeypatch):
     assert [asked[1:3] for asked in world.asked] == [(2, 4), (4, 4), (2, 2)]
     assert found.config.plan_ngpus == 2
 
-    def slow(graph, config, hardware, times):
+    def slow(graph, config, hardware, times, mesh):
         times.spent += 12.0
         world.now += 12.0
-        return bound(graph, config, hardware, times)
+        return bound(graph, config, hardware, times, mesh)
 
     bound = division_search.bound_for
     monkeypatch.setattr(division_search, "bound_for", slow)
@@ -195,7 +202,7 @@ def test_two_axes_and_pipelines_may_be_faster(monkeypatch):
     )
     world = World(monkeypatch, BOUNDS, pipes={(4, 2): NothingFits(), (4, 1): 9.5})
     found = world.divide(explore_pipeline=True, search_seconds=100.0)
-    assert {kind for kind, *_ in world.asked} == {"one", "pipeline", "others"}, "two axes only where one is possible"
+    assert {kind for kind, *_ in world.asked} == {"one", "more", "pipeline", "others"}
     assert found.plan.step_seconds == 9.5
     assert {one.bound for one in found.tried if one.pipeline and not one.plan} == {0.0}
     world = World(monkeypatch, BOUNDS, pipes={(4, 1): 9.5})
@@ -241,7 +248,7 @@ def test_what_does_not_fit_is_told_and_more_sequences_are_not_tried(monkeypatch)
         (1, 1): full,
         (2, 1): UserError("dp cannot"),
     }
-    found = World(monkeypatch, bounds, {(2, 4): 8.1, (4, 4): full, (2, 2): 8.2}).divide()
+    found = World(monkeypatch, bounds, {(2, 4): 8.1, (4, 4): full, (2, 2): 8.2}, {(4, 4): full}).divide()
     assert {one.bound for one in found.tried if one.needed or one.refusal} == {float("inf")}
     said = {tuple(row[name] for name in ("plan_ngpus", "micro_batch_size")): row for row in division_rows(found, 32)}
     assert said[2, 4]["why"] == "chosen"
@@ -331,14 +338,17 @@ def planned(seconds: float) -> SimpleNamespace:
         (Tried(Division(1, 4, 2), plan=planned(9.96)), "0.4 % faster, which is too little for larger micro-batches"),
         (Tried(Division(1, 2, 4), True, plan=planned(9.96)), "0.4 % faster, which is too little for a pipeline"),
         (Tried(Division(1, 1, 8), plan=planned(11.0)), "10.0 % slower"),
-        (Tried(Division(1, 1, 8), bound=12.0), "at least 20.0 % slower"),
-        (Tried(Division(1, 1, 8), bound=9.9), "no faster plan was found"),
-        (Tried(Division(1, 1, 8), bound=10.0), "no faster plan was found"),
+        (Tried(Division(1, 1, 8), bounds={FOUR: 12.0}), "at least 20.0 % slower"),
+        (Tried(Division(1, 1, 8), bounds={FOUR: 9.9}), "no faster plan was found"),
+        (Tried(Division(1, 1, 8), bounds={FOUR: 10.0}), "no faster plan was found"),
         (Tried(Division(1, 1, 8)), "not tried: time was out"),
         (Tried(Division(1, 1, 8), True), "no faster plan was found"),
-        (Tried(Division(1, 1, 8), bound=float("inf"), needed=5 * GIB), "does not fit: 3.00 GiB too much, or more"),
+        (
+            Tried(Division(1, 1, 8), bounds={FOUR: float("inf")}, needed=5 * GIB),
+            "does not fit: 3.00 GiB too much, or more",
+        ),
         (Tried(Division(1, 1, 8), needed=GIB), "does not fit: 0 B too much, or more"),
-        (Tried(Division(1, 1, 8), bound=12.0, needed=5 * GIB, refusal="dp cannot"), "dp cannot"),
+        (Tried(Division(1, 1, 8), bounds={FOUR: 12.0}, needed=5 * GIB, refusal="dp cannot"), "dp cannot"),
     ],
 )
 def test_why_a_division_lost(lost, why):

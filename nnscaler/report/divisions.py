@@ -22,7 +22,8 @@ def division_rows(divided: Divided, length: int) -> list[dict[str, Any]]:
 
     copies, plan_ngpus, micro_batch_size, micro_batches, pipeline  what it is
     step_seconds, tokens_per_second_per_gpu, memory_bytes          predicted; None: it has no plan
-    bound_seconds  of a step, where there is no plan: none takes less; None: none fits, or that is not known
+    bound_seconds  of a step, where there is no plan: none takes less on a mesh that was looked at; None: none fits, or
+                   that is not known
     why            it lost; of the first, that it is the fastest
 
     length  tokens of a sequence; 0: sequences are not made of tokens
@@ -65,7 +66,8 @@ def _why(one: Tried, first: Tried, limit: float) -> str:
         return f"{percent(-change)} faster, which is too little for {_more(one.division, first)}"
     if change <= 0:
         return "no faster plan was found"
-    return f"{least}{percent(change)} slower"
+    unseen = " on one mesh: time was out for others" if one.plan is None and one.left else ""
+    return f"{least}{percent(change)} slower{unseen}"
 
 
 def _more(division: Division, first: Tried) -> str:
