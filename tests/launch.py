@@ -135,7 +135,7 @@ def free_port() -> int:
     """A port for a program that cannot take any: none of those that the system gives out to others meanwhile."""
     given_out = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     while True:
-        port = random.randrange(min(20_000, given_out // 2), given_out)
+        port = random.SystemRandom().randrange(min(20_000, given_out // 2), given_out)  # not that of the tests beside
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
