@@ -134,6 +134,8 @@ def _run(
         if weight_sum is not None:
             add_product(weight_sum, logits_gradient.t(), hidden[chunk], first=start == 0)
         del logits_gradient  # before the next chunk's logits exist
+        if hidden.is_meta:  # there is nothing to compute, and one chunk is as good as all
+            break
     if weight_sum is not None and not len(hidden):
         weight_sum.zero_()
     return losses, hidden_gradient, weight_sum

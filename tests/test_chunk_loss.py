@@ -200,6 +200,22 @@ def test_only_what_needs_a_gradient_gets_one():
         chunk_linear_cross_entropy(hidden, weight, labels, PADDING, 4)
 
 
+def test_without_values_one_chunk_says_what_comes_out(monkeypatch):
+    """So a long sequence is traced as soon as a short one."""
+    projected = []
+    monkeypatch.setattr(
+        "chunk_linear_cross_entropy.softmax_loss", lambda *given: projected.append(given) or softmax_loss(*given)
+    )
+    hidden, weight, labels = (
+        one.detach().to("meta").requires_grad_(grad) for one, grad in zip(inputs(2, 50, 4, 7), (True, True, False))
+    )
+    losses = chunk_linear_cross_entropy(hidden, weight, labels, PADDING, 8)
+    assert (losses.shape, losses.dtype, losses.is_meta, losses.requires_grad) == ((2, 50), torch.float32, True, True)
+    assert len(projected) == 1
+    losses.sum().backward()
+    assert (hidden.grad.shape, weight.grad.shape) == ((2, 50, 4), (7, 4))
+
+
 @pytest.mark.parametrize(
     ("hidden", "weight", "labels", "chunk", "message"),
     [

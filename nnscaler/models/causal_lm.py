@@ -176,6 +176,8 @@ class _LastProjection(TorchFunctionMode):
         return self._results[0]
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self._results:
+            return function(*args, **(kwargs or {}))
         name = getattr(function, "__name__", str(function))
         inputs = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         result = function(*args, **(kwargs or {}))
