@@ -40,6 +40,8 @@ def limits_of(values: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _memory(values: Mapping[str, Any]) -> tuple[float, str]:
     """(seconds of a step that are spent to hold less memory, a text on how full it is).
 
+    Whether they are spent for the limit's sake is not known: to compute again may also take no longer than all else.
+
     What is computed again at a level that keeps everything is the fusing compiler's choice, and is not counted.
     """
     used, limit = (values["predicted"][name] for name in ("memory_bytes", "memory_limit_bytes"))
@@ -50,8 +52,7 @@ def _memory(values: Mapping[str, Any]) -> tuple[float, str]:
         if not level_of(name).everything
     )
     again += sum(one["seconds"] for one in values["collectives"] if one["phase"] == "again")
-    spent = f"{seconds(again)} of computing and gathering again" if again else "nothing is done twice"
-    spent += " to stay within it"
+    spent = f"{seconds(again)} of computing and gathering again what is not kept" if again else "nothing is done twice"
     casts, copies = (values["predicted"]["seconds_by_category"].get(what, 0.0) for what in (CASTS, COPIES))
     if casts:
         spent += f", {seconds(casts)} of casting master weights"

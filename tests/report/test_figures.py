@@ -109,7 +109,7 @@ def test_limits_are_shares_of_the_step():
     assert limits_of(more)[0]["text"].startswith("matmul, at")
     assert found["communication"]["text"].startswith("12.0 s by which computation takes longer; 6.00 s are hidden")
     assert found["memory"]["text"] == (
-        "30.0 GiB of 40.0 GiB are used; 10.0 s of computing and gathering again to stay within it, 3.00 s of copies to "
+        "30.0 GiB of 40.0 GiB are used; 10.0 s of computing and gathering again what is not kept, 3.00 s of copies to "
         "the host and back that nothing hides"
     )
     full = values_of()
