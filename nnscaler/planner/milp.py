@@ -136,7 +136,8 @@ class MixedIntegerProgram:
 
         kinds = (highspy.HighsVarType.kContinuous, highspy.HighsVarType.kInteger)
 
-        def has_solution(in_parts: bool, presolve: str) -> bool:
+        def run(in_parts: bool, presolve: str) -> bool:
+            """Leaves in the solver what it finds. Returns whether there may be a solution."""
             model.integrality_ = [kinds[integer and not in_parts] for integer in self.integer]
             solver.setOptionValue("presolve", presolve)
             solver.passModel(model)
@@ -145,11 +146,12 @@ class MixedIntegerProgram:
 
         # Whether there is one where choices may be made in parts is soon known, and sooner without presolve.
         looked, denied = relaxed or not heuristics, False
-        if (not looked or has_solution(True, "off")) and not relaxed:
+        if (not looked or run(True, "off")) and not relaxed:
             # HiGHS's presolve (1.15) denies that some programs have solutions.
-            denied = not has_solution(False, "choose")
-            if denied and (looked or has_solution(True, "off")):
-                has_solution(False, "off")
+            denied = not run(False, "choose")
+            if denied and (looked or run(True, "off")):
+                run(False, "off")
+        # What the last run has left.
         status, found = solver.getModelStatus(), solver.getInfo()
         if status == highspy.HighsModelStatus.kInfeasible:
             return None
