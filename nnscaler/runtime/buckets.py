@@ -82,7 +82,7 @@ class Bucket:
     is_copy   whether another pipeline stage has the same parameters, and counts them as its own
     on_host   brings its gradient, which lies on the host, to the device; None: it lies on the device
     scales    finds the scales of what is gathered in fp8; None: nothing is
-    version   how often `flat` has been updated
+    version   how often `flat` has been updated, or changed otherwise
 
     An update may still be under way when the next forward begins: whatever reads `flat` must call `wait` first.
     """
@@ -155,6 +155,12 @@ class Bucket:
                 at = part.stop
         ranges.append(slice(at, len(self.flat)))
         return [part for part in ranges if part.start < part.stop]
+
+    def changed(self) -> None:
+        """To be called when `flat` has changed in another way than by an update. All ranks must."""
+        self.version += 1
+        if self.scales is not None:
+            self.scales.forget()
 
     def publish(self) -> None:
         """Starts what follows what is computed now: sending every owner's slice of `flat` to all; finding scales."""

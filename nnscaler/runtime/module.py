@@ -66,7 +66,7 @@ class Weights(dict[str, Tensor]):
         """The scale [] of this device's shard of a weight, for products in fp8. It is found once an update; and where
         something else has written to the weight, as a loaded state does to one that is not trained."""
         weight = self[name]
-        versions = [weight._version, *(bucket.version for bucket in self._buckets.get(id(weight), ()))]
+        versions = [weight._version, *self._versions(weight)]
         known, scale = self._own_scales.get(id(weight), (None, weight))
         if known != versions:
             scale = fp8.scale_of(weight)
@@ -94,7 +94,7 @@ class Weights(dict[str, Tensor]):
         shard, scale = weight.detach(), self.scale(weight)
         if shard.dtype == dtype:
             return fp8.rounded_alone(shard, scale)
-        versions = [one.version for one in self._scales(weight)]
+        versions = self._versions(weight)
         known, rounded = self._rounded.pop(id(weight), ([], shard))
         if known != versions:
             del rounded  # before there is another
@@ -102,14 +102,16 @@ class Weights(dict[str, Tensor]):
         self._rounded[id(weight)] = versions, rounded
         return rounded
 
+    def _versions(self, weight: Tensor) -> list[int]:
+        return [bucket.version for bucket in self._buckets.get(id(weight), ())]
+
     def _scales(self, weight: Tensor) -> list[Scales]:
         return [bucket.scales for bucket in self._buckets[id(weight)] if bucket.scales is not None]
 
     def changed(self, weight: Tensor) -> None:
         """To be called when a weight has changed in another way than by an update."""
         for bucket in self._buckets.get(id(weight), ()):
-            if bucket.scales is not None:
-                bucket.scales.forget()
+            bucket.changed()
 
 
 class ParallelModule(nn.Module):

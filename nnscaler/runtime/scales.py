@@ -25,8 +25,6 @@ class Scales:
     parts  id of a weight -> what this rank owns of it here, maybe nothing. Ranks have the same weights, in one order
     dtype  the type in which the weights are used, whatever the parts are stored in
     every  all devices that own any of these
-
-    version  how often they have been found
     """
 
     def __init__(self, parts: Mapping[int, Tensor], dtype: torch.dtype, every: Axis) -> None:
@@ -35,7 +33,6 @@ class Scales:
         self._values = torch.zeros(len(parts), device=self._parts[0].device)
         self._known = False
         self._exchange: dist.Work | None = None
-        self.version = 0
 
     @torch.no_grad()
     def find(self) -> None:
@@ -50,7 +47,6 @@ class Scales:
         if self._every.group is not None:
             self._exchange = dist.all_reduce(self._values, dist.ReduceOp.MAX, self._every.group, async_op=True)
         self._known = True
-        self.version += 1
 
     def forget(self) -> None:
         """To be called when weights have changed in another way than by an update. All ranks must."""
