@@ -146,7 +146,7 @@ def test_a_weight_that_comes_in_fp8_gives_the_same_in_a_compiled_region():
     x, w, g = (torch.randn(*shape, dtype=torch.bfloat16, device="cuda") for shape in ((64, 128), (256, 128), (64, 256)))
     scale = fp8.scale_of(w)
     place = torch.zeros((), dtype=w.dtype, device="cuda").expand(w.shape).requires_grad_()
-    parts = (place, fp8.rounded_alone(w, scale), scale)
+    parts = (place, scale, fp8.rounded_alone(w, scale))
 
     @functools.partial(torch.compile, dynamic=False, fullgraph=True)
     def region(x, *weight):

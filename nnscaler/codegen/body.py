@@ -161,8 +161,7 @@ class Body:
                     given.setdefault(self._weight(unit.main, tensor, expression), (tensor, layout))
                     if self._is_stored_for_fp8(unit, tensor, expression):
                         expression = self._scaled(tensor, lines)
-                    parts = [part for part in self.in_fp8.get(expression, [])[1:] if part != "None"]
-                    given.update(dict.fromkeys(parts, ("", ())))
+                    given.update(dict.fromkeys(self.in_fp8.get(expression, [])[1:], ("", ())))
         return given
 
     def _is_stored_for_fp8(self, unit: Unit, tensor: str, expression: str) -> bool:
@@ -173,8 +172,8 @@ class Body:
     def _scaled(self, tensor: str, lines: list[str]) -> str:
         """The variable of such a weight inside a region. The first time, the line that finds its scale is added."""
         if tensor not in self.in_fp8:
-            self.in_fp8[tensor] = [tensor, "None", self._fresh(f"{tensor}_scale")]
-            lines.append(f'{self.in_fp8[tensor][2]} = w.scale_of("{self.block.parameters[tensor]}")')
+            self.in_fp8[tensor] = [tensor, self._fresh(f"{tensor}_scale")]
+            lines.append(f'{self.in_fp8[tensor][1]} = w.scale_of("{self.block.parameters[tensor]}")')
         return tensor
 
     def _weight(self, node: Node, tensor: str, expression: str) -> str:
@@ -358,7 +357,7 @@ class Body:
                 how += ", again=True" if (self.block.name, tensor) in self.plan.gathered_again else ""
                 function, parts = "weight", [variable]
                 if (self.block.name, tensor, layout) in self.plan.gathered_in_fp8:
-                    parts += [self._fresh(f"{variable}_{part}") for part in ("fp8", "scale")]
+                    parts += [self._fresh(f"{variable}_{part}") for part in ("scale", "fp8")]
                     function, self.in_fp8[variable] = "weight_in_fp8", parts
                 lines.append(f"{', '.join(parts)} = axes.gathers.{function}({expression}{shards}{how})")
                 expression = variable

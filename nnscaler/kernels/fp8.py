@@ -61,13 +61,13 @@ class Weight(NamedTuple):
 
     value  the weight; or, where it has come in fp8, a place of its shape, and without memory, through which its
            gradient flows
-    rows   [n, k] e4m3; None: products round the weight
     scale  [] fp32: the weight is nearly `rows * scale`
+    rows   [n, k] e4m3; None: products round the weight
     """
 
     value: Tensor
-    rows: Tensor | None
     scale: Tensor
+    rows: Tensor | None = None
 
 
 def rounded(x: Tensor) -> Rounded:
@@ -93,8 +93,8 @@ class _Linear(torch.autograd.Function):
         columns: Tensor,
         scale: Tensor,
         weight: Tensor,
-        weight_rows: Tensor | None,
         weight_scale: Tensor | None,
+        weight_rows: Tensor | None,
     ) -> Tensor:
         kept = weight if weight_rows is None else weight_rows
         if weight_scale is None:

@@ -151,7 +151,7 @@ class Gathers:
         self._remember(rows, _Gather(weight, self.wait) if again else None)
         place = _GatheredWeight.apply(parameter, self, weight, rows.shape)
         self._remember(place, None)
-        return fp8.Weight(place, rows, self.rounding.scale(parameter))
+        return fp8.Weight(place, self.rounding.scale(parameter), rows)
 
     def _remember(self, whole: Tensor, gather: _Gather | None) -> None:
         """Notes what is gathered, while it lives, and how backward gathers it again, if it does."""

@@ -92,7 +92,7 @@ def test_a_weight_is_gathered_as_the_plan_says(plan, how):
 
 def test_a_weight_that_is_gathered_in_fp8_has_parts():
     line = brought((Shard(1),), (SHARED,), parameter=True, gathered_in_fp8={("layer", "x", (SHARED,))})
-    assert line == ["x_whole, x_whole_fp8, x_whole_scale = axes.gathers.weight_in_fp8(x, (axes.devices, 1))"]
+    assert line == ["x_whole, x_whole_scale, x_whole_fp8 = axes.gathers.weight_in_fp8(x, (axes.devices, 1))"]
 
 
 def test_a_weight_that_has_no_copy_beside_its_master_must_be_gathered():

@@ -194,7 +194,7 @@ CASES = {
         def layer_region_1(a, b, b_scale, u):
             # Layer
             a_fp8 = fp8.rounded(a)
-            z = fp8.linear(a_fp8, fp8.Weight(b, None, b_scale))
+            z = fp8.linear(a_fp8, fp8.Weight(b, b_scale))
             v = F.linear(z, u)
             return v
         def layer(w, axes, keep, x, u):
@@ -314,13 +314,13 @@ CASES = {
         def layer_region_0(x, w, w_scale):
             # Layer
             x_fp8 = fp8.rounded(x)
-            y = fp8.linear(x_fp8, fp8.Weight(w, None, w_scale))
+            y = fp8.linear(x_fp8, fp8.Weight(w, w_scale))
             return y
         @region
         def layer_region_1(a, w, w_scale, u_s0):
             # Layer
             a_fp8 = fp8.rounded(a)
-            z = fp8.linear(a_fp8, fp8.Weight(w, None, w_scale))
+            z = fp8.linear(a_fp8, fp8.Weight(w, w_scale))
             v = fp8.linear(a_fp8, u_s0)
             return z, v
         def layer(w, axes, keep, x):
@@ -343,19 +343,19 @@ CASES = {
         ),
         """\
         @region
-        def layer_region_0(x, w_whole, w_whole_fp8, w_whole_scale_2):
+        def layer_region_0(x, w_whole, w_whole_scale_2, w_whole_fp8):
             # Layer
             x_fp8 = fp8.rounded(x)
-            y = fp8.linear(x_fp8, fp8.Weight(w_whole, w_whole_fp8, w_whole_scale_2))
+            y = fp8.linear(x_fp8, fp8.Weight(w_whole, w_whole_scale_2, w_whole_fp8))
             return y
         def layer(w, axes, keep, x, w_whole_scale):
             # x: f32[4, 8]
             # w_whole_scale: f32[4, 8]
-            w_whole, w_whole_fp8, w_whole_scale_2 = axes.gathers.weight_in_fp8(w["w"], (axes.devices, 0))
-            y = layer_region_0(keep, x, w_whole, w_whole_fp8, w_whole_scale_2)
+            w_whole, w_whole_scale_2, w_whole_fp8 = axes.gathers.weight_in_fp8(w["w"], (axes.devices, 0))
+            y = layer_region_0(keep, x, w_whole, w_whole_scale_2, w_whole_fp8)
             # Layer
             a = ops.attention(y, y, y)
-            del w_whole, w_whole_fp8, w_whole_scale_2, y
+            del w_whole, w_whole_scale_2, w_whole_fp8, y
             z = a.cos()
             return z
         """,

@@ -99,7 +99,7 @@ def test_a_weight_that_comes_in_fp8_gives_the_same_to_the_last_bit_and_is_kept_s
     x, w, g = inputs(2, 32, 64)
     scale = fp8.scale_of(w.detach())
     place = torch.zeros((), dtype=w.dtype).expand(w.shape).requires_grad_()
-    weight = fp8.Weight(place, fp8.rounded_alone(w.detach(), scale), scale)
+    weight = fp8.Weight(place, scale, fp8.rounded_alone(w.detach(), scale))
     y = fp8.linear(fp8.rounded(x), weight)
     kept = {one.data_ptr() for one in y.grad_fn.saved_tensors if one.dim()}
     assert weight.rows.data_ptr() in kept
@@ -114,11 +114,11 @@ def test_a_weight_whose_scale_is_known_gives_the_same_to_the_last_bit_and_is_not
     wanted, scale, taken = results(x, w, g), fp8.scale_of(w.detach()), fp8.rounded(x)
     looked, scale_of = [], fp8.scale_of
     monkeypatch.setattr(fp8, "scale_of", lambda matrix: looked.append(matrix.shape) or scale_of(matrix))
-    y = fp8.linear(taken, fp8.Weight(w, None, scale))
+    y = fp8.linear(taken, fp8.Weight(w, scale))
     found = [y.detach(), *torch.autograd.grad(y, (x, w), g)]
     assert all(map(torch.equal, found, wanted))
     assert looked == [g.flatten(0, -2).shape], "the gradient's alone"
-    assert not torch.equal(fp8.linear(taken, fp8.Weight(w, None, 3 * scale)), wanted[0]), "it is used"
+    assert not torch.equal(fp8.linear(taken, fp8.Weight(w, 3 * scale)), wanted[0]), "it is used"
 
 
 def test_compiled_is_the_same():
