@@ -63,10 +63,11 @@ class Weights(dict[str, Tensor]):
 
     @torch.no_grad()
     def scale_of(self, name: str) -> Tensor:
-        """The scale [] of this device's shard of a weight, for products in fp8. It is found once an update; and where
-        something else has written to the weight, as a loaded state does to one that is not trained."""
+        """The scale [] of this device's shard of a weight, for products in fp8. It is found once an update; of one that
+        is not trained, once something has written to it, as a loaded state does."""
         weight = self[name]
-        versions = [weight._version, *self._versions(weight)]
+        # Torch counts what is written to one trained weight for all that lie in its buffer; an exchange, when it ends.
+        versions = self._versions(weight) or [weight._version]
         known, scale = self._own_scales.get(id(weight), (None, weight))
         if known != versions:
             scale = fp8.scale_of(weight)
