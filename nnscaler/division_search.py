@@ -275,14 +275,17 @@ class _Search:
             if self.left() < 0 and any(0 < other.bound < inf for other in self.tried):
                 continue
             refusals: list[UserError] = []
-            while one.left and one.bound in (0.0, inf):
-                refusals += filter(None, [self._bound(one, one.left[0])])
-            if one.bound < inf:
-                continue
-            unfit = [refusal for refusal in refusals if isinstance(refusal, NothingFits)]
-            one.needed = min((refusal.needed for refusal in unfit if refusal.needed is not None), default=None)
-            one.refusal = next((str(refusal) for refusal in refusals if refusal not in unfit), "")
-            full.update({split: one} if unfit == refusals else {})
+            for mesh in one.meshes:
+                refusal = self._bound(one, mesh)
+                if refusal is None:
+                    break
+                refusals.append(refusal)
+            else:
+                unfit = [refusal for refusal in refusals if isinstance(refusal, NothingFits)]
+                one.needed = min((refusal.needed for refusal in unfit if refusal.needed is not None), default=None)
+                one.refusal = next((str(refusal) for refusal in refusals if refusal not in unfit), "")
+                if unfit == refusals:
+                    full[split] = one
 
     def _plan_on_one_axis(self) -> None:
         """Plans those whose bounds are near the fastest plan, as their own plans may be too."""
