@@ -53,7 +53,7 @@ def _settings() -> list[Setting]:
         length = {"8k": 8192, "32k": 32768, "128k": 131072}[name.partition("-")[0]]
         for precision in ("bf16", "fp8"):
             every = f"--sequence_length {length} --precision {precision} --search_seconds 20 {flags}"
-            found.append(Setting(f"{name}-{precision}", devices, every, what))
+            found.append(Setting(f"{name}-{precision}", devices, every, what, HOST in what))
     return found
 
 

@@ -28,7 +28,7 @@ SETTINGS = [
         f"--layers {LAYERS} --sequence_length {TOKENS} --gpu_mem_constraint {GIB} --search_seconds 20 "
         f"--plan_ngpus {devices} --micro_batch_size {size} "
         f"--grad_accumulation_steps {SEQUENCES * devices // DEVICES // size}",
-        f"{'one copy' if devices == DEVICES else 'two copies'}, micro-batches of {size}",
+        f"{'one copy' if devices == DEVICES else 'two copies'}, micro-batches of {size}", copies=True,
     )
     for devices in (1, 2)
     for size in (1, 2, 4, 8, 16)

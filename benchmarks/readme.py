@@ -224,9 +224,8 @@ def profiles() -> list[str]:
             for name in ("communication exposed", "copies to the host exposed", "idle")
         )
         texts.append(
-            f"{describe(one)}, {one['sequences_per_step']} sequences a step: in a step that ``--profile`` looked "
-            f"at, the first device waited for communication for {exchanging} of the time and for copies to and from "
-            f"the host for {copying}, and was idle for {idle}."
+            f"{describe(one)}: in a step that ``--profile`` looked at, the first device waited for communication for "
+            f"{exchanging} of the time and for copies to and from the host for {copying}, and was idle for {idle}."
         )
     return [textwrap.fill(text, 120) for text in texts]
 

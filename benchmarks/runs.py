@@ -1,7 +1,8 @@
 """Runs of benchmarks/train_llama.py, as many at a time as there are GPUs for, and one file of what came out of them.
 
 A run's row is written when the run ends. What the file has is not run again, so that a list of runs can be measured in
-several calls. Each run has GPUs of its own, and all share the host, of whose memory each GPU gets an equal part.
+several calls. Each run has GPUs of its own, and all share the host, of whose memory each GPU gets an equal part. Runs
+that may copy to it come one at a time, as they would share its rate, too.
 """
 
 from __future__ import annotations
@@ -34,15 +35,17 @@ ABOUT = ("torch", "transformers", "python", "revision")  # of a run's result, fo
 class Setting:
     """A run.
 
-    name   of its row
-    flags  of train_llama.py
-    what   it is for, in words
+    name    of its row
+    flags   of train_llama.py
+    what    it is for, in words
+    copies  whether its plan may keep things on the host
     """
 
     name: str
     devices: int
     flags: str
     what: str = ""
+    copies: bool = False
 
 
 @dataclass
@@ -140,7 +143,8 @@ def run_all(
         while running or (waiting and time.monotonic() < end - options.least):
             for setting in list(waiting):
                 now = time.monotonic()
-                if setting.devices <= len(free) and now < end - options.least:
+                alone = not (setting.copies and any(one.setting.copies for one in running))
+                if alone and setting.devices <= len(free) and now < end - options.least:
                     gpus, free = free[: setting.devices], free[setting.devices :]
                     until = min(now + options.limit, end)
                     running.append(Running(setting, gpus, _start(setting, gpus, folder, options), now, until))
