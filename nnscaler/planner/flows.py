@@ -297,8 +297,7 @@ class Flows:
         for use in [*flow.as_used.get(level, ()), *as_resharded]:
             for form in self._forms(flow, use):
                 terms = calls(use[0], self._keeps(flow, form, use[1]))
-                # Where what is around is fused, a copy in fp8 is made again, but for what is resharded for it.
-                made_again = form.rounded and self.problem.costs.fused
+                made_again = form.rounded and use not in flow.copied.get(level, ())
                 if flow.is_parameter or use in as_resharded or made_again:
                     terms = terms + minus(making(storage(form.layout)))
                 share = 1 / self.problem.calls[flow.block] if of_one_call else 1.0

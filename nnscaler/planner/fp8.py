@@ -5,7 +5,8 @@
     backward    one product for each of x and W that has a gradient; dy is rounded, and for dx also W again
                 (where W has been gathered in fp8, it is rounded nowhere; for dx, that is transposed)
     kept        x in e4m3, m k bytes, and no x, where W has a gradient; where regions are compiled, that is made again
-                from what else is kept (see `nnscaler.recompute.keeping`), but for x that was brought from other devices
+                from what else the region keeps, if there is such (see `nnscaler.recompute.keeping`), but for x that was
+                brought from other devices
 
 To round a tensor is to read it for its largest element, and once more to write it in one or two orders, a byte an
 element each. W's largest element is known: it is found once a step, which is not counted.

@@ -10,9 +10,9 @@ from math import inf
 
 from nnscaler.placement import Placements
 from nnscaler.planner.choices import Choices
-from nnscaler.planner.flows import Flows
+from nnscaler.planner.flows import Flows, Form
 from nnscaler.planner.options import Option
-from nnscaler.planner.problem import Decision, Flow
+from nnscaler.planner.problem import Decision, Flow, Port
 from nnscaler.planner.statement import Terms
 
 Sum = tuple[Terms, float]  # a sum, and its largest value
@@ -134,6 +134,24 @@ class Held:
         """Whether backward of a unit makes once more, rounded, what products in fp8 read of it."""
         made = [flow for _, flow in self.flows if flow.producer[0] == index]
         return any(self.rounds(use) for flow in made for use in self._beside(index, flow))
+
+    def copies(self, flow: Flow, of: Callable[[Decision], bool]) -> Sum:
+        """The copies in fp8 of a flow that products of these units have in regions that are given it: one in each."""
+        users: dict[int | None, Port] = {}
+        for index, place in flow.consumers if not flow.is_parameter else ():
+            given = self.region(index) != self.region(flow.producer[0])
+            if given and self.rounds(index) and of(self.units[index]):
+                users.setdefault(self.region(index), (index, place))
+        return total(self._copy(flow, use) for use in users.values())
+
+    def _copy(self, flow: Flow, use: Port) -> Sum:
+        index, place = use
+        options = self.units[index].options
+        sizes = [
+            self.of_flows.bytes_of(flow, Form(option.inputs[place], rounded=True)) if place in option.rounded else 0
+            for option in options
+        ]
+        return [(x, float(size)) for x, size in zip(self.choices.x[index], sizes) if size], float(max(sizes))
 
     def _beside(self, index: int, flow: Flow) -> set[int]:
         """The units that use a flow in the region of the unit that makes it."""

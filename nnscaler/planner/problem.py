@@ -74,6 +74,7 @@ class Flow:
     as_made         levels that keep it in the layout in which it is made
     as_used         level -> consumers; it is kept in the layout in which each of them uses it
     as_resharded    level -> consumers; likewise, but only where it was resharded for them
+    copied          level -> consumers that keep a copy in fp8 wherever the tensor is
     is_parameter    it is a parameter, which is kept anyway in the layout in which it is stored
     needed          backward of its block reads it, whether it is kept or computed again
     read_by         the places of the units of its block whose backward reads it, or makes it again for others
@@ -91,6 +92,7 @@ class Flow:
     as_made: set[Level] = field(default_factory=set)
     as_used: dict[Level, list[Port]] = field(default_factory=dict)
     as_resharded: dict[Level, list[Port]] = field(default_factory=dict)
+    copied: dict[Level, list[Port]] = field(default_factory=dict)
     is_parameter: bool = False
     needed: bool = False
     read_by: frozenset[int] = frozenset()
@@ -437,8 +439,7 @@ class _Body:
 
     def _boundary(self, side: str, index: int, tensor: str) -> int:
         """Makes the decision on how one input or output of the block lies, for its callers and its body alike."""
-        mesh = self.builder.mesh
-        shape = self.block.tensors[tensor].shape
+        mesh, shape = self.builder.mesh, self.block.tensors[tensor].shape
         whole = (REPLICATE,) * len(mesh.sizes)
         choices = [self.builder.layouts.get(tensor, whole)] if self.is_root else layouts_of(shape, mesh, REPLICATE)
         options = tuple(Option((layout,), (layout,)) for layout in choices)
@@ -480,10 +481,9 @@ class _Body:
             flow.consumers.append(use)
             flow.used_last |= flow.is_parameter and 0 <= self.last_call < index
             for level, kept in self.kept_at.items():
-                if (index, tensor) in kept.as_used:
-                    flow.as_used.setdefault(level, []).append(use)
-                if (index, tensor) in kept.as_resharded:
-                    flow.as_resharded.setdefault(level, []).append(use)
+                for how in ("as_used", "as_resharded", "copied"):
+                    if (index, tensor) in getattr(kept, how):
+                        getattr(flow, how).setdefault(level, []).append(use)
         for position, tensor in enumerate(unit.outputs):
             flow = self._open(tensor, (decision, position))
             flow.freed_first = flow.needed and 0 <= self.last_call < index

@@ -21,18 +21,20 @@ Data      w_i   bytes held while i runs. Of a fused cluster: the gradients of it
           K_l   what the calls after(l) keep
           D_bl, W_bl  what is on its way to the host or back, and what others of a group keep, while calls at l run: see
                 `nnscaler.planner.on_host` and `nnscaler.planner.groups`
+          c_fi  bytes of the copy in fp8 that a product i has of f, where i's region is given f; 0 where i does not run
+                again
           E_il  gradients of weights that wait for their exchange: see `nnscaler.planner.deferred`
 Variables V_b >= 0  what one call of b computes again as a whole, beyond what calls after it kept
           A_l >= 0  bytes that a call of level l holds beside what it keeps, if it computes nothing again as a whole
           U >= 0    what is held beside that
           u_bl      whether any call has level l
 
-subject to    V_b >= sum of b_fs of what backward needs and l does not keep + D_bl + W_bl - K_l, if u_bl = 1    (whole)
-                   for levels l that compute a call again as a whole
+subject to    V_b >= sum of b_fs of what backward needs and l does not keep, and of c_fi, + D_bl + W_bl - K_l, if
+                   u_bl = 1, for levels l that compute a call again as a whole                                  (whole)
               U + sum_b V_b >= V_b + w_i + t_i - f_i - f + E_i, and + h_i where products in fp8 read i's output (kept)
               A_l >= w'_i + t_i + h_i - f_i - f + b_fs of what is needed, made in i's region, and not kept at l,
-                   for levels l that compute each region again by itself, w_i + t_i - f_i - f for those that compute
-                   nothing again; of groups, for the level inside                                               (again)
+                   + c_fi of the region's, for levels l that compute each region again by itself,
+                   w_i + t_i - f_i - f for those that compute nothing again; of groups, for the level inside    (again)
               U + sum_b V_b >= A_l + D_bl + W_bl + E_il - K_l, if u_bl = 1, for the same levels               (in call)
               U + sum_b V_b >= V_b + H_r + t_r - f_r - f, for each stretch r that may be in pieces, with H_r as
                    in `nnscaler.planner.piecewise`, and f_r what is likewise free then; A_l likewise           (pieces)
@@ -148,6 +150,11 @@ def _alike(level: Level) -> Level:
 def _keeps_here(level: Level, flow: Flow) -> bool:
     """Whether a level keeps a tensor on the device."""
     return (level in flow.as_made or level in flow.as_used) and not level.on_host
+
+
+def _runs_again(level: Level, unit: Decision) -> bool:
+    """Whether a unit runs again at a level. A call that does as a whole runs all units of a region."""
+    return level.as_a_whole or unit.runs_again.get(level, 0.0) > 0
 
 
 def _is_in(region: int | None, unit: Decision) -> bool:
@@ -307,6 +314,10 @@ class _Body:
                 part, largest = total(parts)
                 terms += part
                 most += largest
+            # Of what a region is given, products that run again have their copies in fp8 beside.
+            copies, largest = self.held.copies(flow, lambda unit: of(unit) and _runs_again(level, unit))
+            terms += copies
+            most += largest
         in_stretches = {i for one in self.pieces.stretches.values() if one.stretch.allows(level) for i in one.own}
         for index, decision in self.units.items():
             if level not in decision.inner_kept_at and index not in in_stretches and of(decision):

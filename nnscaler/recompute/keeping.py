@@ -33,6 +33,8 @@ class Keeping:
     as_made         tensors that are kept in the layout in which they are made
     as_used         (unit, tensor): the tensor is kept in the layout in which this unit uses it
     as_resharded    (unit, tensor): likewise, but only where the tensor had to be resharded for this unit
+    copied          (unit, tensor), of `as_used`: a product in fp8 that keeps its copy wherever the tensor itself is;
+                    another makes its copy again from the tensor, but where that had to be resharded
     recomputed      indices of the units that backward computes again
     reshards_again  whether backward also reshards tensors again
     keeps_inner     whether clusters of cheap operators that are not fused keep their inner tensors
@@ -46,6 +48,7 @@ class Keeping:
     as_made: frozenset[str] = frozenset()
     as_used: frozenset[Use] = frozenset()
     as_resharded: frozenset[Use] = frozenset()
+    copied: frozenset[Use] = frozenset()
     recomputed: frozenset[int] = frozenset()
     reshards_again: bool = False
     keeps_inner: bool = False
@@ -86,6 +89,7 @@ def keep_all(units: list[Unit], block: Block) -> Keeping:
     return Keeping(
         as_made=frozenset(name for _, name, is_input in needed if not is_input),
         as_used=frozenset((index, name) for index, name, is_input in needed if is_input),
+        copied=frozenset((index, name) for index, name, is_input in needed if is_input and units[index].rounds),
         keeps_inner=True,
     )
 
@@ -97,40 +101,52 @@ def keep_cut(units: list[Unit], block: Block, as_used: Collection[str]) -> Keepi
 
     The cut is in a network from "exists" (results of units that are not cheap) to "needed" (what backward reads), along
     cheap operators. What it cuts is kept; what lies behind it is computed again. There is a network for each region,
-    which is compiled by itself: there, what other regions give exists.
+    which is compiled by itself: there, what other regions give exists. A copy in fp8 is made of its tensor as by a
+    cheap operator, and has a byte for each element. A region does not know what others keep: beside what it is given,
+    and others keep, it keeps the copy.
     """
     needed = _needed(units, block)
     used = {(index, name) for index, name, is_input in needed if is_input and units[index].kind in as_used}
-    # A copy in fp8 is made again from its tensor, like what cheap operators make.
     rounded = {use for use in used if units[use[0]].rounds}
     kept_anyway = {name for _, name in used - rounded}
     regions = regions_of(units)
     kept: set[str] = set()
+    copied: set[Use] = set()
     again: set[int] = set()
     uses: set[Use] = set()
     for region in sorted(set(regions), reverse=True):
-        wanted = {name for index, name, _ in needed if regions[index] == region and (index, name) not in used - rounded}
+        wanted = {name for index, name, _ in needed if regions[index] == region and (index, name) not in used}
+        rounding = {(index, name) for index, name in rounded if regions[index] == region}
         inside = [unit for unit, where in zip(units, regions) if where == region]
         # What a later region has been given is made again in this one, where products are kept rather than that.
         given = kept if "product" not in as_used else set()
-        cut = _least_bytes(wanted, inside, block, kept_anyway, given) if wanted else set()
-        own, taken = _computed_again(wanted, cut, units)
+        own_anyway = {name for index, name in used - rounded if regions[index] == region}
+        made = {name for unit in inside if pure(unit) for name in unit.outputs}
+        beside = {name for _, name in rounding if name in kept_anyway - own_anyway - made}
+        copies = {name for _, name in rounding} - beside
+        cut, smaller = _least_bytes(wanted, copies, inside, block, kept_anyway, given)
+        copied |= {(index, name) for index, name in rounding if name in smaller | beside}
+        own, taken = _computed_again((wanted | copies) - smaller, cut, units)
         kept |= cut - set(block.parameters) - kept_anyway
         again |= own
         uses |= taken
     # What reads its own result keeps it as it is made, also where another unit keeps it resharded.
     kept |= {name for index, name, is_input in needed if not is_input and units[index].kind in as_used}
     resharded = {(index, name) for index, name, is_input in needed if is_input} | uses
-    return Keeping(frozenset(kept), frozenset(used), frozenset(resharded - used), frozenset(again))
+    return Keeping(frozenset(kept), frozenset(used), frozenset(resharded - used), frozenset(copied), frozenset(again))
 
 
 def _least_bytes(
-    wanted: set[str], units: list[Unit], block: Block, kept_anyway: set[str], made_again: set[str]
-) -> set[str]:
-    """The tensors of least bytes from which cheap ones of some units can make what is wanted again.
+    wanted: set[str], copies: set[str], units: list[Unit], block: Block, kept_anyway: set[str], made_again: set[str]
+) -> tuple[set[str], set[str]]:
+    """The tensors, and the copies in fp8, of least bytes from which cheap ones of some units can make what is wanted
+    again.
 
+    copies      tensors of which a copy in fp8 is wanted
     made_again  what these units make that is not to be among them
     """
+    if not wanted | copies:
+        return set(), set()
     cheap = {
         name: node
         for unit in units
@@ -155,9 +171,13 @@ def _least_bytes(
             network.add_edge((source, "out"), (name, "in"))
     for name in wanted:
         network.add_edge((name, "out"), "needed")
+    for name in copies:
+        network.add_edge((name, "out"), (name, "in fp8"))
+        network.add_edge((name, "in fp8"), "needed", capacity=block.tensors[name].numel)
     # Of equal cuts networkx gives the one nearest to what is needed: a sum, say, after its collective.
     _, (reached, _) = networkx.minimum_cut(network, "exists", "needed")
-    return {name for name in block.tensors if (name, "in") in reached and (name, "out") not in reached}
+    cut = {name for name in block.tensors if (name, "in") in reached and (name, "out") not in reached}
+    return cut, {name for name in copies if (name, "in fp8") in reached}
 
 
 def _computed_again(wanted: set[str], kept: set[str], units: list[Unit]) -> tuple[set[int], set[Use]]:
@@ -207,7 +227,7 @@ def keep_from(units: list[Unit], block: Block, as_used: Collection[str]) -> Keep
         uses |= taken
         needs |= given & (wanted | {name for _, name in taken})
     resharded = {(index, name) for index, name, is_input in needed if is_input} | uses
-    return Keeping(frozenset(needs), frozenset(used), frozenset(resharded - used), frozenset(again))
+    return Keeping(frozenset(needs), frozenset(used), frozenset(resharded - used), recomputed=frozenset(again))
 
 
 def keep_group(units: list[Unit], block: Block, size: int, inner: Keeping) -> Keeping:

@@ -9,14 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nnscaler import planner, planning
 from nnscaler.codegen import generate
-from nnscaler.compiler import Source
+from nnscaler.compiler import ComputeConfig, Source, compile_model
 from nnscaler.graph import Call, Graph, Node, Ref, TensorMeta
 from nnscaler.hardware import Hardware, load_hardware
 from nnscaler.kernels import fp8
 from nnscaler.mesh import Mesh
 from nnscaler.models.causal_lm import CausalLM, prepare_config
 from nnscaler.operators import spell
+from nnscaler.operators.attention import attention
 from nnscaler.placement import Shard
 from nnscaler.plan import Key
 from nnscaler.planner import find_plan
@@ -27,8 +29,11 @@ from nnscaler.planner.price import price
 from nnscaler.planner.problem import Decision, Recomputing, build_problem
 from nnscaler.planner.program import Program, Solution
 from nnscaler.planning import traced
-from nnscaler.recompute import KEEPS_ALL, KEEPS_PRODUCTS, ON_DEVICE, Level
+from nnscaler.recompute import KEEPS_ALL, KEEPS_PRODUCTS, ON_DEVICE, RECOMPUTES_ALL, RECOMPUTES_ALL_BUT_ATTENTION, Level
+from nnscaler.runtime import regions
+from nnscaler.runtime.module import ParallelModule
 from tests import tiny
+from tests.planner.test_levels import held_after
 
 M, K, N = 32, 16, 64
 FP8 = {"float32": 1e9, "bfloat16": 1e9, "float8_e4m3fn": 2e9}
@@ -56,6 +61,45 @@ class InFp8(Gated):
         return torch.tanh(fp8.linear(fp8.rounded(inner), self.down.weight))
 
 
+class Straight(Gated):
+    """A product of what the layer is given, and one of its result."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.down(self.gate(x)))
+
+
+class StraightInFp8(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        inner = fp8.linear(fp8.rounded(x), self.gate.weight)
+        return torch.tanh(fp8.linear(fp8.rounded(inner), self.down.weight))
+
+
+class Shared(Gated):
+    """What the layer is given is read by products and by what reads it in its own backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.sin(self.gate(x)) * self.up(x)) + torch.sin(x)
+
+
+class SharedInFp8(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        given = fp8.rounded(x)
+        inner = torch.sin(fp8.linear(given, self.gate.weight)) * fp8.linear(given, self.up.weight)
+        return fp8.linear(fp8.rounded(inner), self.down.weight) + torch.sin(x)
+
+
+class Attended(nn.Module):
+    """A product of attention's result, which is in another region, and kept by attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.out = nn.Linear(K, K, bias=False), nn.Linear(K, K, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.query(torch.sigmoid(x)).unflatten(-1, (2, K // 2)).transpose(1, 2)
+        return self.out(attention(heads, heads, heads).flatten(2))
+
+
 class Routed(nn.Module):
     """A router's choice, and a product that it weighs."""
 
@@ -68,20 +112,31 @@ class Routed(nn.Module):
         return self.product(x) * scores.sum(-1, keepdim=True) * (chosen.sum(-1, keepdim=True) % 2)
 
 
+class Stack(nn.Module):
+    def __init__(self, layer: type[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layer() for _ in range(4))
+        self.head = nn.Linear(K, K, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for one in self.layers:
+            x = one(x)
+        return self.head(x).float().sum()
+
+
+class Trained(Stack):
+    """What its layers are given has a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__(Attended)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.head(x))
+
+
 def stack(layer: type[nn.Module], keep: tuple[str, ...] = (), width: int = K, rows: int = M) -> Graph:
-    class Stack(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList(layer() for _ in range(4))
-            self.head = nn.Linear(K, K, bias=False)
-
-        def forward(self, x: Tensor) -> Tensor:
-            for one in self.layers:
-                x = one(x)
-            return self.head(x).float().sum()
-
     inputs = {"x": torch.empty((rows, width), dtype=torch.bfloat16, device="meta")}
-    return traced(Source(Stack, inputs, fp8=True, fp8_keep_bf16=keep), "reuse_cache")
+    return traced(Source(lambda: Stack(layer), inputs, fp8=True, fp8_keep_bf16=keep), "reuse_cache")
 
 
 @pytest.fixture
@@ -232,20 +287,21 @@ def cpu_has_products() -> bool:
 
 
 @pytest.mark.parametrize(("level", "fused"), [*((level, True) for level in ON_DEVICE), (KEEPS_ALL, False)], ids=str)
-def test_backward_keeps_what_it_is_said_to(level: Level, fused: bool, machine, monkeypatch):
+@pytest.mark.parametrize(("layer", "real"), [(Gated, InFp8), (Straight, StraightInFp8), (Shared, SharedInFp8)])
+def test_backward_keeps_what_it_is_said_to(layer, real, level: Level, fused: bool, machine, monkeypatch):
     """As the compiler divides forward and backward, or without one; the scales, a number each, do not count."""
     if not cpu_has_products():
         pytest.skip("oneDNN has no products in fp8 here")
     monkeypatch.setattr(fp8, "_multiplies", lambda on_gpu: True)
     torch._dynamo.reset()
-    graph = stack(Gated)
+    graph = stack(layer)
     problem = build_problem(graph, CostModel(machine, Mesh((1,)), fused=fused), Recomputing(), 1)
-    levels = {graph.root.name: {KEEPS_ALL: 1}, "gated": {level: 4}}
+    levels = {graph.root.name: {KEEPS_ALL: 1}, layer.__name__.lower(): {level: 4}}
     program = Program(problem)
     priced = price(program, Solution([0] * len(problem.decisions), levels))
-    keys = [key for key in priced.memory if key.category in ("saved", "inside") and key.block == "gated"]
+    keys = [key for key in priced.memory if key.category in ("saved", "inside") and key.block == layer.__name__.lower()]
     said = sum(priced.memory[key] for key in keys)
-    model = InFp8().bfloat16()
+    model = real().bfloat16()
     wrapper = level.region or level.call
     function = model.forward if wrapper is None else functools.partial(wrapper, model.forward)
     if fused:
@@ -261,9 +317,66 @@ def test_backward_keeps_what_it_is_said_to(level: Level, fused: bool, machine, m
         result = function(torch.randn(M, K).bfloat16().requires_grad_())
     assert result.requires_grad
     assert said == 4 * sum(tensor.untyped_storage().nbytes() for tensor in found.values())
-    (inner,) = (flow for flow in problem.flows if flow.tensor == "mul")
-    _, freed = program.flows.size(inner, smallest=True)
-    assert freed == (0 if fused else M * N), "what is not kept is not free later either"
+
+
+def test_a_real_run_keeps_the_copy_of_what_attention_keeps_too(tmp_path, monkeypatch):
+    """Beyond what layers keep that are computed again: heads, attention's result and its sums of rows; and the copy."""
+    if not cpu_has_products():
+        pytest.skip("oneDNN has no products in fp8 here")
+    torch._dynamo.reset()
+    monkeypatch.setattr(fp8, "_multiplies", lambda on_gpu: True)
+    monkeypatch.setattr(regions, "_on_accelerator", lambda args: True)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition"))
+    source = Source(Trained, {"x": torch.zeros(1, M, K, dtype=torch.bfloat16)}, fp8=True)
+    graph = traced(source, "reuse_cache")
+    hardware = tiny.write_hardware(tmp_path, flops=FP8)
+    costs = CostModel(load_hardware(hardware), Mesh((1,)), fused=True)
+    program = Program(build_problem(graph, costs, Recomputing(), 1))
+    said, held = [], []
+    for level in (RECOMPUTES_ALL, KEEPS_ALL):
+        levels = {graph.root.name: {KEEPS_ALL: 1}, "attended": {level: 4}}
+        found = price(program, Solution([0] * len(program.problem.decisions), levels))
+        said.append(sum(size for key, size in found.memory.items() if key.category in ("saved", "inside")))
+
+        def find_plan(*args, level=level, **options):
+            plan = planner.find_plan(*args, **options)
+            plan.levels["attended"] = {level: 4}
+            return plan
+
+        monkeypatch.setattr(planning, "find_plan", find_plan)
+        compile_model(source, ComputeConfig(hardware=hardware), tmp_path / level.name)
+        module = ParallelModule(tmp_path / level.name, torch.device("cpu"))
+        module.load(lambda name, box: torch.full(box.sizes, 0.01))
+        module(**source.inputs)  # what is compiled is, and scales of weights are found
+        held.append(held_after(functools.partial(module, **source.inputs)))
+    assert said[1] - said[0] == 4 * (2 * M * K + 2 * M * K + 4 * 2 * M + M * K)
+    scales = 4 * 4 * 2  # of x and of attention's result, which are not counted
+    assert held[1] - held[0] == said[1] - said[0] + scales
+
+
+def test_the_copy_of_what_a_region_is_given_lies_there_while_the_region_runs_again(machine):
+    """While the second product runs backward: itself, what it rounds, its input, and the copy of the layer's input."""
+    graph = stack(Straight)
+    problem = build_problem(graph, CostModel(machine, Mesh((1,)), fused=True), Recomputing(), 1)
+    inner, outer, weight = M * N, M * K, N * K  # elements
+
+    def working(level: Level) -> dict[Key, float]:
+        levels = {graph.root.name: {KEEPS_ALL: 1}, "straight": {level: 4}}
+        found = price(Program(problem), Solution([0] * len(problem.decisions), levels))
+        return {key: size for key, size in found.memory.items() if key.category == "working"}
+
+    product = 2 * (inner + outer + weight) + 2 * inner + weight
+    assert working(RECOMPUTES_ALL_BUT_ATTENTION) == {Key("working"): product + 2 * inner + outer}
+    # As a whole also tanh's result, which is free when the product runs backward.
+    whole = {Key("working", "straight", "backward"): 2 * inner + outer + 2 * outer, Key("working"): product - 2 * outer}
+    assert working(RECOMPUTES_ALL) == whole
+
+
+def test_what_is_not_kept_is_not_free_later_either(machine):
+    for fused, least in ((True, 0), (False, M * N)):
+        problem = build_problem(stack(Gated), CostModel(machine, Mesh((1,)), fused=fused), Recomputing(), 1)
+        (inner,) = (flow for flow in problem.flows if flow.tensor == "mul")
+        assert Program(problem).flows.size(inner, smallest=True)[1] == least
 
 
 @pytest.mark.parametrize(("level", "byte"), [(KEEPS_ALL, 1), (KEEPS_PRODUCTS, 2)], ids=str)

@@ -182,7 +182,32 @@ def test_a_product_alone_keeps_what_it_reads_as_it_reads_it():
     assert found.as_made == found.as_resharded == found.recomputed == set()
     rounding = keep_cut([replace(unit, rounds=True)], block, ("product",))
     assert rounding.as_used == found.as_used
-    assert rounding.as_made == {"input"}, "of which the copy in fp8 is made again"
+    assert (rounding.as_made, rounding.copied) == (set(), {(0, "input")}), "the copy in fp8, which is smaller"
+
+
+def test_a_copy_in_fp8_is_kept_where_its_region_keeps_nothing_of_which_to_make_it():
+    """Of o = attention(q, k, v), products of o, of silu(h), of h + a, and of r, which silu reads too: o is kept by
+    attention, in another region."""
+    given = block(
+        ("attention", "o", "q k v"),
+        ("linear", "h", "o w"),
+        ("silu", "s", "h"),
+        ("linear", "a", "s w"),
+        ("add", "t", "h a"),
+        ("linear", "b", "t w"),
+        ("silu", "u", "r"),
+        ("linear", "c", "r w"),
+        outputs=("b", "u", "c"),
+        inputs=("q", "k", "v", "r"),
+    )
+    units = [replace(unit, rounds=unit.kind == "product") for unit in divide(given)]
+    names = {index: unit.name for index, unit in enumerate(units)}
+    found = keep_cut(units, given, ("registered", "product"))
+    assert {(names[index], name) for index, name in found.copied} == {("h", "o"), ("b", "t")}
+    assert found.as_made == {"o", "h", "r"}, "of which the copies of s and r are made again"
+    assert keep_cut(units, given, ("registered",)).copied == set()
+    everything = {("h", "o"), ("a", "s"), ("b", "t"), ("c", "r")}
+    assert {(names[index], name) for index, name in keep_all(units, given).copied if name != "w"} == everything
 
 
 def test_inputs_that_no_backward_reads_are_not_kept():
