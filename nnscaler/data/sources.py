@@ -178,7 +178,7 @@ def _url_files(url: str, split: str | None) -> RemoteFiles:
     try:
         system, root = located(url)
         found = {name: int(about["size"] or 0) for name, about in system.find(root, detail=True).items()}
-    except (OSError, ValueError, ImportError, TypeError) as error:
+    except Exception as error:  # libraries of networks raise whatever they may
         raise UserError(f"cannot read {url}: {hub.first_line(error)}") from error
     if not found:
         raise UserError(f"no such file or folder: {url}")
@@ -263,7 +263,7 @@ def _say_left_out(folder: Path | str, what: str, names: Counter[str]) -> None:
 def _hub_files(name: str, split: str) -> list[Path]:
     """Local copies of the Parquet files that the hub made of a dataset, in whatever format the dataset itself is."""
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     repo, _, config = name.partition(":")
     source: dict[str, Any] = {"repo_id": repo, "repo_type": "dataset", "revision": PARQUET_BRANCH}
@@ -279,7 +279,9 @@ def _hub_files(name: str, split: str) -> list[Path]:
     except LocalEntryNotFoundError as error:
         reason = "it is not in the local cache, and the hub cannot be reached"
         raise UserError(f"no such file, folder or dataset: {name}; {reason}") from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # the client raises whatever the network makes it raise
         raise UserError(f"cannot get the dataset {name} from the hub: {hub.first_line(error)}") from error
 
 

@@ -104,7 +104,7 @@ class StreamedDataset:
                 raise UserError(f"{flag} is '{path}', where the first row of '{found[0][0]}' has no tokens")
         except UserError:
             raise
-        except (OSError, ValueError, ImportError, TypeError, pa.ArrowException) as error:
+        except Exception as error:  # libraries of networks raise whatever they may
             raise UserError(f"{flag} is '{path}', which cannot be read: {hub.first_line(error)}") from error
         documents = next((name for name in DOCUMENT_COLUMNS if name in columns), None)
         files = tuple((name, footer.num_rows) for name, footer in found)
@@ -164,7 +164,7 @@ class StreamedDataset:
 
     def marks(self) -> dict[str, int]:
         """As `PackedDataset.marks`."""
-        with suppress(OSError, ValueError):
+        with suppress(Exception):  # libraries of networks raise whatever they may
             return marks_in(self.system.cat_file(f"{located(self.path)[1]}/{PROVENANCE}"))
         return {}
 

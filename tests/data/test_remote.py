@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from nnscaler.data import remote
 from nnscaler.data.remote import opened
 from nnscaler.data.sources import find_corpus
+from nnscaler.data.streamed import StreamedDataset
 from nnscaler.errors import UserError
 
 CONTENT = bytes(range(256)) * 4
@@ -141,6 +142,23 @@ def test_the_files_behind_a_url_are_a_corpus():
     }.items():
         with pytest.raises(UserError, match=said):
             find_corpus(url)
+
+
+def test_a_network_may_fail_with_any_error(monkeypatch):
+    """That of the hub's client is no OSError."""
+
+    class ConnectError(Exception):
+        pass
+
+    def fail(self: Any, *args: Any, **given: Any) -> Any:
+        raise ConnectError("Name or service not known")
+
+    for asks in ("find", "glob"):
+        monkeypatch.setattr(fsspec.get_filesystem_class("memory"), asks, fail)
+    with pytest.raises(UserError, match=r"^cannot read memory://rows: Name or service not known$"):
+        find_corpus("memory://rows")
+    with pytest.raises(UserError, match=r"'memory://rows', which cannot be read: Name or service not known$"):
+        StreamedDataset.open("memory://rows")
 
 
 def test_a_server_need_not_tell_how_large_a_file_is(monkeypatch):

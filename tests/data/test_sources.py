@@ -115,6 +115,13 @@ def test_a_dataset_that_is_not_there(stored: Any, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UserError, match=r"^cannot get the dataset owner/name from the hub: 404: no such repository$"):
         texts("owner/name")
 
+    def break_off(self: Any, **kwargs: Any) -> None:
+        raise RuntimeError("the network broke")  # a client's errors are of kinds of its own
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", break_off)
+    with pytest.raises(UserError, match=r"^cannot get the dataset owner/name from the hub: the network broke$"):
+        texts("owner/name")
+
     def not_cached(**kwargs: Any) -> None:
         raise LocalEntryNotFoundError("a long story")
 
