@@ -12,6 +12,8 @@ import hashlib
 import logging
 import os
 import re
+import select
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -87,18 +89,27 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
     return f"there is no {what} {name}{hint}"
 
 
+OUTPUT = 1  # the standard output's descriptor
 _OF_A_PATH = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}  # what only the user's choice of a path may cause
 
 
 def run(main: Callable[[], None]) -> None:
     """Runs a command: logs to stderr, and turns a UserError, or a path that cannot be looked up, into one line on
-    stderr and exit status 2."""
+    stderr and exit status 2. Where nobody reads what it prints any more, it ends without a word, as other programs
+    do."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         main()
+        if sys.stdout is not None:  # it may have been closed
+            sys.stdout.flush()
     except UserError as error:
         _tell(" ".join(f"error: {error}".splitlines()))
         sys.exit(2)
+    except BrokenPipeError:
+        if not _output_is_unread():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), OUTPUT)  # for what Python still writes when it ends
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in _OF_A_PATH or error.filename is None:
             raise
@@ -106,6 +117,13 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _output_is_unread() -> bool:
+    """Whether the standard output is a pipe that nobody reads any more: `head`, for example, has seen enough."""
+    poll = select.poll()
+    poll.register(OUTPUT, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _tell(line: str) -> None:

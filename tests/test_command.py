@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -97,6 +100,27 @@ def test_a_path_that_cannot_be_looked_up_is_one_line(capsys, monkeypatch):
     for error in (PermissionError(errno.EACCES, "Permission denied"), OSError(errno.EIO, "Broken", "/x")):
         with pytest.raises(OSError, match=error.strerror):
             ends(error)
+
+
+def ends_alone(body: str, output: int) -> tuple[int, str]:
+    """The exit status of a command in a process of its own, and what it says on stderr."""
+    script = f"from nnscaler.command import run\ndef main():\n    {body}\nrun(main)"
+    ended = subprocess.run([sys.executable, "-c", script], stdout=output, stderr=subprocess.PIPE, text=True)
+    return ended.returncode, ended.stderr
+
+
+def test_what_it_prints_need_not_be_read_to_the_end():
+    reader, writer = os.pipe()
+    os.close(reader)
+    for letters in (10**6, 1):  # a single one is written when the command ends
+        assert ends_alone(f"print('x' * {letters})", writer) == (141, "")
+    os.close(writer)
+
+
+def test_another_pipe_that_breaks_is_told():
+    status, said = ends_alone("raise BrokenPipeError(32, 'Broken pipe')", subprocess.DEVNULL)
+    assert status == 1
+    assert said.endswith("BrokenPipeError: [Errno 32] Broken pipe\n")
 
 
 def test_of_processes_side_by_side_the_first_tells_what_all_have_found(capsys, monkeypatch, tmp_path):
