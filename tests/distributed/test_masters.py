@@ -36,7 +36,8 @@ HERE, AWAY = (tuple(level.name for level in levels[2:]) for levels in (ON_DEVICE
 COPIED = Case(2, 2, accumulation=2, precision="bf16", levels=HERE)
 MASTERS = dataclasses.replace(COPIED, master_only=True)
 ON_THE_HOST = dataclasses.replace(MASTERS, levels=AWAY)  # with the optimizer's state there
-KINDS = {"bf16": True, "else": False}
+ROWS = 64
+FP8 = {"float32": 1e9, "bfloat16": 1e9, "float8_e4m3fn": 4e9}
 STAGES = dataclasses.replace(COPIED, plan=4, runtime=4, schedule="1f1b", stages=2, levels=())
 
 
@@ -127,11 +128,11 @@ def test_in_a_pipeline(folder):
 class Products(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(3))
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(64, 64, bias=False), nn.ReLU()) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            x = layer(x).relu()
+            x = layer(x)
         return x.square().sum()
 
 
@@ -148,28 +149,32 @@ def held(folder: Path, source: Source) -> dict[str, int]:
 
 
 def alive(folder: Path, source: Source) -> dict[str, int]:
-    """Bytes of this rank after two steps, of all tensors as large as weights that anything holds: in bf16, and else."""
+    """Bytes of this rank after two steps, of all tensors as large as weights that anything holds: in bf16, fp8, and
+    else."""
     loaded = LoadedModel(folder, source, OptimizerConfig(), torch.device("cpu"))
     loaded.initialise(0)
     for _ in range(2):
-        loaded.module.accumulate([{"x": torch.rand(8, 64).bfloat16()} for _ in range(2)])
+        loaded.module.accumulate([{"x": torch.rand(ROWS, 64).bfloat16()} for _ in range(2)])
         loaded.optimizer.step(labels=1.0, lr=0.1)
     loaded.optimizer.finish()
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter) and thing.is_cpu]
     memory = {one.untyped_storage().data_ptr(): (one.untyped_storage().nbytes(), one.dtype) for one in tensors}
-    large = [(size, dtype == torch.bfloat16) for size, dtype in memory.values() if size >= 64 * 64]
-    return {what: sum(size for size, one in large if one == is_bf16) for what, is_bf16 in KINDS.items()}
+    found = dict.fromkeys(("bf16", "fp8", "else"), 0)
+    for size, dtype in memory.values():
+        if size >= 32 * 64:
+            found[{torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8"}.get(dtype, "else")] += size
+    return found
 
 
-def compiled(folder: Path, rows: int, away: bool = False) -> tuple[Source, dict[str, Path]]:
+def compiled(folder: Path, away: bool = False, fp8: bool = False) -> tuple[Source, dict[str, Path]]:
     """The products, with copies beside their masters and without.
 
-    rows  of the input
     away  whether gradients and the optimizer's state lie on the host
+    fp8   whether products may be in fp8
     """
-    source = Source(Products, {"x": torch.empty((rows, 64), dtype=torch.bfloat16, device="meta")})
-    config = ComputeConfig(2, 2, hardware=tiny.write_hardware(folder), micro_batches=2)
+    source = Source(Products, {"x": torch.empty((ROWS, 64), dtype=torch.bfloat16, device="meta")}, fp8=fp8)
+    config = ComputeConfig(2, 2, hardware=tiny.write_hardware(folder, flops=FP8), micro_batches=2)
     folders = {name: folder / name for name in ("copied", "masters")}
     for name, own in folders.items():
 
@@ -187,7 +192,7 @@ def compiled(folder: Path, rows: int, away: bool = False) -> tuple[Source, dict[
 def test_it_takes_the_bytes_that_it_is_said_to(tmp_path):
     """Three weights of 64 x 64, a half of each on a device."""
     elements = 3 * 64 * 64 // 2
-    source, folders = compiled(tmp_path, rows=64)
+    source, folders = compiled(tmp_path)
     rest = {"gradients": 4 * elements, "moments": 8 * elements}
     wanted = {
         "copied": {"parameters": 2 * elements, "master weights": 4 * elements, **rest},
@@ -197,12 +202,16 @@ def test_it_takes_the_bytes_that_it_is_said_to(tmp_path):
         assert run(2, held, folders[name], source) == [sizes] * 2
 
 
+@pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("away", [False, True])
-def test_nothing_holds_a_copy_when_no_weight_is_in_use(away, tmp_path):
-    """Each of a weight, its gradient and two moments in fp32; with copies, the weight is in bf16 beside that. What lies
-    on the host is there in a place for each of three parts of the state, and in a gradient's slot, too."""
+def test_nothing_holds_a_copy_when_no_weight_is_in_use(away, fp8, tmp_path):
+    """Each of a weight, its gradient and two moments in fp32; with copies, the weight is in bf16 beside that; without,
+    and gathered in fp8, its shard is kept in fp8. What lies on the host is there in a place for each of three parts of
+    the state, and in a gradient's slot, too."""
     elements = 3 * 64 * 64 // 2
-    source, folders = compiled(tmp_path, 8, away)
+    source, folders = compiled(tmp_path, away, fp8)
     in_fp32 = 4 * elements * (8 if away else 4)
-    for name, copies in (("copied", 2 * elements), ("masters", 0)):
-        assert run(2, alive, folders[name], source) == [{"bf16": copies, "else": in_fp32}] * 2
+    for name, copies, rounded in (("copied", 2 * elements, 0), ("masters", 0, elements * fp8)):
+        assert ("weight_in_fp8(" in (folders[name] / "gencode_stage0.py").read_text()) == fp8
+        wanted = {"bf16": copies, "fp8": rounded, "else": in_fp32}
+        assert run(2, alive, folders[name], source) == [wanted] * 2

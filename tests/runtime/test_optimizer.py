@@ -281,6 +281,14 @@ def test_a_number_on_the_host_that_is_not_finite_is_found(name):
     assert not optimizer.is_finite()
 
 
+def test_who_reads_the_state_waits_until_it_is_on_the_host(monkeypatch):
+    optimizer, _ = optimizer_of(CONFIG, torch.bfloat16, range(1, 100))
+    waited: list[object] = []
+    monkeypatch.setattr(optimizers.StagedTensors, "wait_for_host", lambda self: waited.append(self))
+    optimizer.settle()
+    assert waited == list(optimizer._staged.values()) != []
+
+
 def test_who_asks_whether_all_is_finite_leaves_gradients_on_the_host(monkeypatch):
     optimizer, _ = optimizer_of(CONFIG, torch.bfloat16, range(3), gradients_on_host=1e9)
     assert all(bucket.on_host is not None for bucket in optimizer.buckets)
