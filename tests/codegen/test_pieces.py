@@ -4,12 +4,14 @@ losses and gradients are equal within fp32's rounding."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from nnscaler import Source
 from nnscaler.codegen import generate
@@ -30,17 +32,42 @@ from tests.parity import heads_in_attention_alone
 LAYER = "llama_decoder_layer"
 
 
-def make() -> CausalLM:
+def plain() -> CausalLM:
     config = tiny.config(num_key_value_heads=2)
     prepare_config(config, tiny.LENGTH, "auto")
     return CausalLM(config).float()
 
 
-@pytest.fixture(scope="module")
-def plan() -> Plan:
+def biased() -> CausalLM:
+    """A model with biases and tied weights, large enough that no gradient is what rounding leaves of a sum."""
+    config = tiny.config(num_key_value_heads=2, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
+    prepare_config(config, tiny.LENGTH, "auto")
+    model = CausalLM(config).float()
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "proj" in name and not weight.is_meta:
+            nn.init.normal_(weight, std=0.4, generator=generator)
+    return model
+
+
+def shared() -> CausalLM:
+    """The same, with weights that two products of a layer have in common: within attention, and around it."""
+    model = biased()
+    for layer in model.model.model.layers:
+        layer.self_attn.v_proj.weight = layer.self_attn.k_proj.weight
+        layer.mlp.up_proj.weight = layer.mlp.gate_proj.weight
+    return model
+
+
+def planned(make: Callable[[], CausalLM]) -> Plan:
     tokens = {name: torch.zeros(1, tiny.LENGTH, dtype=torch.long) for name in ("input_ids", "labels")}
     made, buffers = Source(make, tokens, torch.float32).build()
     return find_plan(trace(made, tokens, buffers), [Mesh((1,))], load_hardware("h100"))
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return planned(plain)
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +84,14 @@ def names(graph: Graph) -> tuple[str, str, str]:
     return before.name, heads.name, after.name
 
 
+@pytest.fixture(scope="module", params=[plain, biased, shared], ids=lambda make: make.__name__)
+def made(request, plan) -> tuple[Callable[[], CausalLM], Plan]:
+    return request.param, plan if request.param is plain else planned(request.param)
+
+
 @pytest.mark.parametrize(("before", "heads", "after"), [(1, 2, 1), (4, 2, 1), (1, 2, 8), (4, 2, 4)])
-def test_heads_at_a_time_are_those_of_the_plain_model(before, heads, after, plan, sample):
+def test_heads_at_a_time_are_those_of_the_plain_model(before, heads, after, made, sample):
+    make, plan = made
     torch.manual_seed(0)
     model = make()
     counts = dict(zip(names(plan.graph), (before, heads, after)))
@@ -68,11 +101,12 @@ def test_heads_at_a_time_are_those_of_the_plain_model(before, heads, after, plan
     exec(generate(plan), code)
     trained = {name: weight.detach().clone().requires_grad_() for name, weight in model.named_parameters()}
     axes = SimpleNamespace(device=torch.device("cpu"), gathers=SimpleNamespace(settle=lambda: None))
-    loss = code["forward"]({**plan.graph.buffers, **trained}, axes, sample["input_ids"], sample["labels"])
+    tied = {name: trained[path] for name, path in plan.graph.tied.items() if path in trained}
+    loss = code["forward"]({**plan.graph.buffers, **trained, **tied}, axes, sample["input_ids"], sample["labels"])
     loss.backward()
-    plain = model(**sample)
-    wanted = dict(zip(trained, torch.autograd.grad(plain, list(model.parameters()))))
-    assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
+    plain_loss = model(**sample)
+    wanted = dict(zip(trained, torch.autograd.grad(plain_loss, list(model.parameters()))))
+    assert loss.item() == pytest.approx(plain_loss.item(), rel=1e-6)
     for name, right in wanted.items():
         assert (trained[name].grad - right).norm() <= 1e-6 * right.norm(), name
 

@@ -32,6 +32,7 @@ CASES = {
         *(dataclasses.replace(SPLIT, levels=levels) for levels in (KEPT, AGAIN)),
         Case(2, 2, levels=(KEPT[1], AGAIN[0]), pieces=4, dropout=True, compiled=True),
         Case(2, 2, accumulation=4, layers=4, schedule="zb-v", stages=4, recompute=("LlamaDecoderLayer",), dropout=True),
+        Case(2, 2, levels=AGAIN[1:] * 2, pieces=4, heads=2, dropout=True),
     ],
     4: [
         Case(4, 4, dropout=True),
@@ -63,6 +64,8 @@ def test_every_plan_drops_the_same(world, folder, reference):
         without, *_ = reference(dataclasses.replace(case, dropout=False))
         assert max(abs(a - b) for a, b in zip(wanted, without)) > 0.001, "nothing was dropped"
     if world == 2:
+        code = (folder / "code" / CASES[2][-1].name / "gencode_stage0.py").read_text()
+        assert "= in_pieces(llama_decoder_layer_piece_0, 2, " in code, "some heads at a time"
         kept, again = (final(folder, dataclasses.replace(SPLIT, levels=levels).name) for levels in (KEPT, AGAIN))
         assert_equal(again, kept)
         plan = json.loads((folder / "code" / CASES[2][1].name / "plan.json").read_text())

@@ -248,6 +248,13 @@ def test_what_is_resharded_inside_or_kept_is_not_computed_in_pieces(graph):
     assert found == [True, True, True, False, True, True, False, False]
 
 
+def test_what_is_divided_among_devices_is_in_no_more_pieces_than_a_device_has_rows(graph):
+    """A device has two of four rows: all four may be in four pieces."""
+    problem = stated(graph, groups=False)
+    rows = dict.fromkeys((one.name for one in problem.decisions if one.kind == "unit"), (Shard(0),))
+    assert [priced(problem, RECOMPUTES_ALL, pieces, **rows) for pieces in (0, 4)] == [True, False]
+
+
 def test_what_other_calls_keep_is_counted_of_the_micro_batch_that_runs_backward(graph, monkeypatch):
     """However many others are in flight."""
     found: dict[int, list] = {}
