@@ -367,8 +367,8 @@ class CostModel:
         """Seconds of a parameter's update, as a part of one micro-batch's time.
 
         Once a step, the owners update their parts and send them to each other; these seconds are divided by
-        `micro_batches`. In each micro-batch, the gradient is copied to a buffer, and added to that of the micro-batches
-        before.
+        `micro_batches`. In each micro-batch, the gradient is written to a buffer, or to the sum of the micro-batches
+        before if it is exchanged once.
         """
         elements = self.local_bytes(meta, placements) / meta.dtype.itemsize
         owned = elements / self.owners(placements)
@@ -378,8 +378,9 @@ class CostModel:
         if master_bytes(meta) and not master_only:  # which is read once more, and written as the parameter
             state += MASTER_BYTES + meta.dtype.itemsize
         update = owned * state / self.hardware.memory_bandwidth
-        # The first micro-batch's is copied, those of the others are added: all of it, or what comes of the exchange.
-        added = (elements * 2 if exchanged_once else owned * 3) * (1 - 1 / micro_batches)
+        # But for the first micro-batch's, the sum is read, too; or what comes of the exchange and the sum are read, and
+        # the sum written.
+        added = (elements if exchanged_once else owned * 3) * (1 - 1 / micro_batches)
         copied = elements * (meta.dtype.itemsize + gradient) + added * gradient
         once = self.weight_exchange(meta, placements) + update
         return once / micro_batches + copied / self.hardware.memory_bandwidth

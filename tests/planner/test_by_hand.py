@@ -114,8 +114,9 @@ def test_three_operators(graph, machine, devices):
     # Master weight and two moments are read and written; the gradient is read, scaled, and read again; the master is
     # read once more for the weight that is written.
     state = owned * (2 * (4 + 8) + 4 * 4 + 4 + 2) / MEMORY
-    # Backward's bf16 gradient is read, its fp32 copy written; every second micro-batch adds.
-    added = (W * 2 if devices == 1 else owned * 3) * 4 / 2
+    # Backward's bf16 gradient is read; in fp32 its sum is written, which every second micro-batch reads, or what is
+    # exchanged, of which that one adds the owned part.
+    added = (W if devices == 1 else owned * 3) * 4 / 2
     copied = (W * (2 + 4) + added) / MEMORY
     gathered = 2 * W * (devices - 1) / devices / LINK
     assert total(found.seconds, "update") == pytest.approx((state + gathered) / 2 + copied, rel=1e-3)

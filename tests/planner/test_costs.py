@@ -153,11 +153,11 @@ def test_a_gradient_to_which_none_is_added_stays_as_it_is(machine):
 @pytest.mark.parametrize("once", [True, False])
 def test_an_update_by_hand(machine, once):
     """100 elements on two copies, in 4 micro-batches: of the 50 owned ones 46 bytes each are read and written once a
-    step, and the bf16 weights travel. In each micro-batch a gradient of 2 bytes becomes one of 4, which three of four
-    add to what was there: to all elements, or to the owned ones that come of an exchange."""
+    step, and the bf16 weights travel. In each micro-batch a gradient of 2 bytes is read, and 4 bytes are written: the
+    sum, which three of four read before; or what is exchanged, of which they add the owned elements, reading both."""
     model = CostModel(machine, Mesh((1,), 2))
     step = 50 * 46 / MEMORY + 2 * 100 / 2 / LINK
-    added = 0.75 * 4 * (2 * 100 if once else 3 * 50)
+    added = 0.75 * 4 * (100 if once else 3 * 50)
     found = model.update(WEIGHT, (REPLICATE,), 4, once)
     assert found == pytest.approx(step / 4 + (100 * (2 + 4) + added) / MEMORY)
     assert model.gradient_exchange(WEIGHT, (REPLICATE,)) == pytest.approx(4 * 100 / 2 / LINK)

@@ -164,8 +164,8 @@ def test_parameters_of_all_layers_count(graph, machine):
         assert total(found.memory, "parameter", what) == 3 * 2 * W * size, what
     one, two = (total(priced(graph, machine, {KEEPS_ALL: 3}, micro_batches=n).seconds, "update") for n in (2, 4))
     # Of 46 bytes an element once a step; and of those that copy and add up each micro-batch's gradient.
-    assert one == pytest.approx(6 * W * (46 / 2 + 6 + 8 / 2) / MEMORY)
-    assert two == pytest.approx(6 * W * (46 / 4 + 6 + 8 * 3 / 4) / MEMORY)
+    assert one == pytest.approx(6 * W * (46 / 2 + 6 + 4 / 2) / MEMORY)
+    assert two == pytest.approx(6 * W * (46 / 4 + 6 + 4 * 3 / 4) / MEMORY)
 
 
 @pytest.mark.parametrize("once", [False, True])
