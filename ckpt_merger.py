@@ -46,7 +46,7 @@ class Options:
         if self.output_fname is not None:
             if self.output_fname.is_dir():
                 raise UserError(f"output_fname is '{self.output_fname}', which is a directory; it must be a file")
-            check_writable(self.output_fname.parent, "output_fname")
+            check_writable(self.output_fname.parent, "output_fname's folder")
 
 
 def main() -> None:
