@@ -103,7 +103,7 @@ def initialised_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
 
     try:
         with torch.device("meta"):  # so that the layers do not draw weights of their own before the model does
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **hub.NO_CODE)
     except Exception as error:  # a value that no check of ours knows makes the class raise whatever it may
         reason = f"{type(error).__name__}: {hub.first_line(error)}"
         raise UserError(f"cannot build a {config.model_type} language model: {reason}") from error

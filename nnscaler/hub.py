@@ -17,6 +17,9 @@ from nnscaler.errors import UserError
 
 PATIENCE = 4.0  # seconds
 
+# For what loads with `transformers`, which otherwise asks at the terminal whether a model's own code is to run.
+NO_CODE = {"trust_remote_code": False}
+
 # One line a request would bury our own messages.
 logging.getLogger("httpx").setLevel(logging.WARNING)
 logging.getLogger("httpx2").setLevel(logging.WARNING)
@@ -52,7 +55,7 @@ def load_tokenizer(path_or_name: str) -> Any:
     local = Path(path_or_name).exists()
     online = not local and reachable()
     try:
-        return AutoTokenizer.from_pretrained(path_or_name, local_files_only=not online)
+        return AutoTokenizer.from_pretrained(path_or_name, local_files_only=not online, **NO_CODE)
     except Exception as error:  # the loaders raise whatever a damaged file makes them raise
         if not local and not online:
             reason = "no such directory, not in the local cache, and the Hugging Face hub cannot be reached"
@@ -61,8 +64,15 @@ def load_tokenizer(path_or_name: str) -> Any:
         elif local and not any(Path(path_or_name).glob("*token*")):
             reason = "it holds no tokenizer.json"
         else:
-            reason = first_line(error)
+            reason = why_not_loaded(error)
         raise UserError(f"cannot load a tokenizer from {path_or_name}: {reason}") from error
+
+
+def why_not_loaded(error: BaseException) -> str:
+    """What an error of `transformers` says of a model or tokenizer that it does not load with NO_CODE."""
+    if "trust_remote_code" in str(error):
+        return "it comes with code of its own, which is never run; what transformers has code for can be loaded"
+    return first_line(error)
 
 
 def first_line(error: BaseException) -> str:

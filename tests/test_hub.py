@@ -119,7 +119,8 @@ def test_where_a_tokenizer_is_looked_for_and_why_there_is_none(name, reaches, lo
     monkeypatch.setattr(hub, "reachable", lambda: reaches if reaches is not None else pytest.fail("nobody is to ask"))
     asked_for: list[tuple[str, bool]] = []
 
-    def load(path: str, local_files_only: bool) -> str:
+    def load(path: str, local_files_only: bool, trust_remote_code: bool) -> str:
+        assert not trust_remote_code
         asked_for.append((path, local_files_only))
         if len(asked_for) > 1:
             raise RuntimeError("\n it is damaged\nmore of it")

@@ -66,6 +66,6 @@ def marks_of(config: PretrainedConfig) -> dict[str, list[int]]:
 
 def _load(model_id: str, online: bool) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(model_id, local_files_only=not online)
+        return AutoConfig.from_pretrained(model_id, local_files_only=not online, **hub.NO_CODE)
     except Exception as error:  # the loader raises whatever the damaged file makes it raise
-        raise UserError(f"cannot load the configuration of {model_id}: {hub.first_line(error)}") from error
+        raise UserError(f"cannot load the configuration of {model_id}: {hub.why_not_loaded(error)}") from error

@@ -105,7 +105,7 @@ def build(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTr
     if isinstance(layers, int) and layers > MOST_LAYERS:
         raise UserError(f"num_hidden_layers is {layers}; it must be at most {MOST_LAYERS:,}")
     try:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **hub.NO_CODE)
     except Exception as error:  # a value that no check of ours knows makes the class raise whatever it may
         reason = f"{type(error).__name__}: {hub.first_line(error)}"
         raise UserError(f"cannot build a {config.model_type} language model: {reason}") from error

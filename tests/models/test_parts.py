@@ -45,6 +45,20 @@ def test_a_directory_without_a_configuration_is_no_model(tmp_path) -> None:
         load_config(str(tmp_path))
 
 
+def test_code_that_comes_with_a_model_is_not_run_nor_asked_about(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda question: pytest.fail(question))
+    described = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    (tmp_path / "own.py").write_text("raise SystemExit('it has run')")
+    with pytest.raises(UserError, match=r"it comes with code of its own, which is never run; what transformers has"):
+        load_config(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}})
+    )
+    with pytest.raises(UserError, match=rf"^cannot load a tokenizer from {tmp_path}: it comes with code of its own"):
+        hub.load_tokenizer(str(tmp_path))
+
+
 def test_the_hub_is_asked_for_names_alone_and_bundled_ones_stand_in(tmp_path, monkeypatch, caplog) -> None:
     monkeypatch.setattr(hub, "reachable", lambda: pytest.fail("a directory is here"))
     assert load_config(str(tiny.write_model(tmp_path / "model"))).hidden_size == tiny.config().hidden_size
