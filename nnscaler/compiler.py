@@ -24,7 +24,7 @@ from safetensors.torch import save
 from nnscaler.batch import Batch
 from nnscaler.codegen import generate
 from nnscaler.config import ComputeConfig
-from nnscaler.directory import work_beside
+from nnscaler.directory import work_beside, writing
 from nnscaler.division_search import divide
 from nnscaler.errors import UserError
 from nnscaler.graph import Graph
@@ -64,7 +64,7 @@ def compile_model(
     batch      the planner chooses how it is divided, and micro-batches' size and number, and plan_ngpus, with it
 
     Raises UserError where `directory` is not a folder that a compile made, the model cannot be traced, an operator is
-    not known, or no plan fits.
+    not known, no plan fits, or `directory` cannot be written.
     """
     check_replaceable(directory)
     started = time.perf_counter()
@@ -94,7 +94,7 @@ def compile_model(
     if times is not None:
         times.save()
     made_for = identity(source, source.build(), config, graph.record or None, batch)
-    with work_beside(directory) as work:
+    with writing(directory), work_beside(directory) as work:
         _write(work, graph, plan, report)
         (work / DONE).write_text(json.dumps(made_for, indent=1))
         put_in_place(work, directory)

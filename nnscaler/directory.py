@@ -58,6 +58,29 @@ def check_new(path: Path) -> None:
         raise UserError(f"{path} already exists and is not empty: remove it or choose another path")
 
 
+def system_error(error: BaseException) -> OSError | None:
+    """The system's error behind one of a library: torch.save raises its own when it closes a file that it could not
+    write."""
+    behind: BaseException | None = error
+    while behind is not None and not isinstance(behind, OSError):
+        behind = behind.__cause__ or behind.__context__
+    return behind
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A block in which `path` is written. Raises UserError where the system refuses that: no right to, a full disk."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        refused = system_error(error)
+        if refused is None:
+            raise
+        # Where several files were copied, each has its own reason.
+        reason = refused.args[0][0][2] if isinstance(refused, shutil.Error) else refused.strerror or refused
+        raise UserError(f"cannot write '{path}': {reason}") from error
+
+
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """Yields a temporary sibling of `path` to write into, and renames it to `path` at the end of the block, when all of
@@ -72,14 +95,13 @@ def new_directory(path: Path) -> Iterator[Path]:
     check_new(path)
     partial = path.absolute().with_name(f"{path.name}.partial-{os.getpid()}")
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        sync(partial)
-        check_new(path)
-        partial.rename(path)
-        sync_entry(partial.parent)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        with writing(path):
+            partial.mkdir(parents=True)
+            yield partial
+            sync(partial)
+            check_new(path)
+            partial.rename(path)
+            sync_entry(partial.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -18,7 +18,7 @@ from torch.distributed import distributed_c10d
 
 from nnscaler.compiler import OWN_FILES, put_in_place
 from nnscaler.counting import counted
-from nnscaler.directory import work_beside
+from nnscaler.directory import work_beside, writing
 from nnscaler.errors import UserError
 from nnscaler.watch import Watch, is_leader
 
@@ -151,7 +151,7 @@ def share_folder(folder: Path, device: torch.device) -> None:
     files: list[dict[str, bytes]] = [_read_all(folder) if dist.get_rank() == 0 else {}]
     dist.broadcast_object_list(files, src=0, device=device)
     if lacks:
-        with work_beside(folder) as work:
+        with writing(folder), work_beside(folder) as work:
             for name, content in files[0].items():
                 (work / name).write_bytes(content)
             put_in_place(work, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +16,7 @@ from torch import nn
 from nnscaler import compiler, loaded
 from nnscaler.batch import Batch, Division
 from nnscaler.config import ComputeConfig
+from nnscaler.errors import UserError
 from nnscaler.identity import DONE
 from nnscaler.mesh import Mesh
 from nnscaler.shards import Box
@@ -107,10 +109,10 @@ def test_a_pipeline_is_reported_as_one(steps, tmp_path, monkeypatch):
 
 def test_what_is_not_written_to_the_end_leaves_nothing(steps, tmp_path, monkeypatch):
     def full(*given):
-        raise OSError("no space left")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(compiler, "_write", full)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(UserError, match=f"^cannot write '{tmp_path}/code': No space left on device$"):
         compiler.compile_model(SOURCE, ComputeConfig(), tmp_path / "code")
     assert list(tmp_path.iterdir()) == []
 

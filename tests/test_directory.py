@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 from nnscaler.compiler import put_in_place
-from nnscaler.directory import alone_in, check_name, check_new, check_writable, new_directory, work_beside
+from nnscaler.directory import (
+    alone_in,
+    check_name,
+    check_new,
+    check_writable,
+    new_directory,
+    system_error,
+    work_beside,
+    writing,
+)
 from nnscaler.errors import UserError
 from nnscaler.identity import DONE
 
@@ -61,8 +70,21 @@ def test_nothing_is_left_when_the_block_fails(error: BaseException, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_system_s_error_is_found_behind_that_of_a_library() -> None:
+    full, closing = OSError(errno.ENOSPC, "No space left on device"), RuntimeError("unexpected pos")
+    closing.__context__ = ValueError("between")
+    closing.__context__.__cause__ = full
+    assert system_error(closing) is full
+    assert system_error(RuntimeError("alone")) is None
+
+
+def test_an_error_of_ours_is_none_of_the_system(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="ours"), writing(tmp_path):
+        raise RuntimeError("ours")
+
+
 def test_a_full_disk_is_the_users_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot write .*/out: No space left on device"):
+    with pytest.raises(UserError, match=r"cannot write '.*/out': No space left on device"):
         write_and_raise(tmp_path / "out", OSError(errno.ENOSPC, "No space left on device"))
 
 
@@ -86,7 +108,7 @@ def test_one_that_appears_meanwhile_is_left_alone(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file")
     with (
-        pytest.raises(UserError, match=r"cannot write .*file/out: Not a directory"),
+        pytest.raises(UserError, match=r"cannot write '.*file/out': Not a directory"),
         new_directory(tmp_path / "file/out"),
     ):
         pytest.fail("the block must not run")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -38,6 +40,24 @@ def test_after_a_resume_every_step_is_there_once(tmp_path):
     board = EventAccumulator(str(tmp_path))
     board.Reload()
     assert [(event.step, event.value) for event in board.Scalars("loss")] == wanted
+
+
+def test_a_full_disk_is_told_once_and_training_goes_on(tmp_path, monkeypatch, caplog):
+    full = Path("/dev/full").open("a")  # noqa: SIM115  the log closes it
+    with caplog.at_level(logging.WARNING, "nnscaler"), RunLog(tmp_path, "me", 5, 0) as log:
+        log._file.close()
+        log._file = full
+        for step in (3, 4, 5):
+            log.write(step, {"loss": 1.0})
+    assert [record.getMessage() for record in caplog.records] == [
+        f"cannot write numbers from step 3 on to '{tmp_path}': No space left on device"
+    ]
+
+
+def test_where_nothing_can_be_written_training_does_not_begin(tmp_path):
+    (tmp_path / "run.json").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=f"^cannot write '{tmp_path}': No space left on device$"):
+        RunLog(tmp_path, "me", 5, 0)
 
 
 def test_what_is_not_finite_is_null(tmp_path):

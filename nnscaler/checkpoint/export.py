@@ -18,7 +18,7 @@ from nnscaler.checkpoint.checksums import CorruptCheckpoint, file_crc
 from nnscaler.checkpoint.folder import ASSETS
 from nnscaler.checkpoint.merge import forget_cached, progress, write_tensor
 from nnscaler.checkpoint.stored import Checkpoint
-from nnscaler.directory import sync
+from nnscaler.directory import sync, writing
 from nnscaler.errors import UserError
 from nnscaler.models import load_config
 from nnscaler.models.adapters import CONFIG, FILE, PREFIX, is_adapter, name_in_file
@@ -56,22 +56,21 @@ def export_model(checkpoint: Checkpoint, directory: Path, verify: bool = False, 
     work = directory.with_name(f".{directory.name}.writing")
     shutil.rmtree(work, ignore_errors=True)
     try:
-        shutil.copytree(assets, work)
-        if (assets / CONFIG).exists():
-            shards = {FILE: _adapters(checkpoint)}
-            for name in ("config.json", "generation_config.json"):  # which are the model's, not its adapters'
-                (work / name).unlink(missing_ok=True)
-        else:
-            shards = _shards(_tensors(checkpoint), shard_bytes)
-        crcs = _write(work, shards)
-        sync(work)
-        if verify:
-            _check(work, crcs)
-        if directory.exists():
-            directory.rmdir()
-        work.rename(directory)
-    except OSError as error:
-        raise UserError(f"cannot write '{directory}': {error.strerror or error}") from error
+        with writing(directory):
+            shutil.copytree(assets, work)
+            if (assets / CONFIG).exists():
+                shards = {FILE: _adapters(checkpoint)}
+                for name in ("config.json", "generation_config.json"):  # which are the model's, not its adapters'
+                    (work / name).unlink(missing_ok=True)
+            else:
+                shards = _shards(_tensors(checkpoint), shard_bytes)
+            crcs = _write(work, shards)
+            sync(work)
+            if verify:
+                _check(work, crcs)
+            if directory.exists():
+                directory.rmdir()
+            work.rename(directory)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

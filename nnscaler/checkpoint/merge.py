@@ -25,6 +25,7 @@ from nnscaler.checkpoint.checksums import CorruptCheckpoint, file_crc
 from nnscaler.checkpoint.folder import TrainerState
 from nnscaler.checkpoint.sharded import Part
 from nnscaler.checkpoint.stored import Checkpoint
+from nnscaler.directory import writing
 from nnscaler.errors import UserError
 
 _CHECKSUMS = "checksums"
@@ -47,27 +48,27 @@ def merge_to_file(checkpoint: Checkpoint, output: Path, verify: bool = False) ->
     content["trainer"] = asdict(checkpoint.state)
     work = output.with_name(f".{output.name}.writing")
     try:
-        work.parent.mkdir(parents=True, exist_ok=True)
-        with torch.serialization.skip_data(materialize_fake_tensors=True):
-            torch.save(content, work)  # the file with room for every tensor
-        places = _Layout.read(work).places
-        with open(work, "r+b") as file, progress(sum(t.nbytes for t in tensors.values()), "merging") as bar:
-            crcs = []
-            for name, shape in shapes.items():
-                file.seek(places[name].begin)
-                crcs.append(write_tensor(file, checkpoint.read(name, shape), tensors[name].dtype, bar))
-            file.flush()
-            crcs.append(_crc_without(work, list(places.values())))
-            file.seek(places[_CHECKSUMS].begin)
-            file.write(torch.tensor(crcs, dtype=torch.int64).numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        if verify:
-            forget_cached(work)
-            MergedFile.open(work).check(list(shapes))
-        work.replace(output)
-    except OSError as error:
-        raise UserError(f"cannot write '{output}': {error.strerror or error}") from error
+        with writing(output):
+            work.parent.mkdir(parents=True, exist_ok=True)
+            # Through a file of Python's, whose errors say what the system says.
+            with torch.serialization.skip_data(materialize_fake_tensors=True), open(work, "wb") as file:
+                torch.save(content, file)  # the file with room for every tensor
+            places = _Layout.read(work).places
+            with open(work, "r+b") as file, progress(sum(t.nbytes for t in tensors.values()), "merging") as bar:
+                crcs = []
+                for name, shape in shapes.items():
+                    file.seek(places[name].begin)
+                    crcs.append(write_tensor(file, checkpoint.read(name, shape), tensors[name].dtype, bar))
+                file.flush()
+                crcs.append(_crc_without(work, list(places.values())))
+                file.seek(places[_CHECKSUMS].begin)
+                file.write(torch.tensor(crcs, dtype=torch.int64).numpy().data)
+                file.flush()
+                os.fsync(file.fileno())
+            if verify:
+                forget_cached(work)
+                MergedFile.open(work).check(list(shapes))
+            work.replace(output)
     finally:
         work.unlink(missing_ok=True)
 

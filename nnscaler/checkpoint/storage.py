@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from nnscaler.checkpoint.checksums import Checksums, CorruptCheckpoint, Piece, file_crc
+from nnscaler.directory import system_error
 from nnscaler.shards import Box
 
 INDEX = ".metadata"
@@ -65,7 +66,7 @@ class CheckedWriter(dcp.FileSystemWriter):
         try:
             written = super().write_data(plan, planner).wait()
         except RuntimeError as error:
-            raise _cause(error) from error
+            raise system_error(error) or error from error
         checked: list[WriteResult] = []
         for result in written:
             stored = result.storage_data
@@ -83,15 +84,6 @@ class CheckedWriter(dcp.FileSystemWriter):
             stored = result.storage_data
             pieces.append(Piece(result.crc, stored.offset, stored.length, stored.relative_path, _label(result.index)))
         self._complete(pieces)
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The system's error behind one of torch.save, which raises its own when it closes a file that it could not
-    write."""
-    behind: BaseException | None = error
-    while behind is not None and not isinstance(behind, OSError):
-        behind = behind.__cause__ or behind.__context__
-    return behind or error
 
 
 class _IndexUnpickler(pickle.Unpickler):

@@ -7,6 +7,7 @@ about later steps, so that each step is there once.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,10 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from nnscaler.directory import writing
+
+logger = logging.getLogger(__name__)
 
 METRICS, _RUN = "metrics.jsonl", "run.json"
 
@@ -52,11 +57,13 @@ class RunLog:
         self._active = folder is not None
         if folder is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _RUN).write_text(json.dumps({"run": run}))
-        _drop_after(folder / METRICS, start)
-        self._writer = SummaryWriter(str(folder), purge_step=start + 1)
-        self._file = (folder / METRICS).open("a")
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / _RUN).write_text(json.dumps({"run": run}))
+            _drop_after(folder / METRICS, start)
+            self._writer = SummaryWriter(str(folder), purge_step=start + 1)
+            self._file = (folder / METRICS).open("a")
+        self._folder, self._failed = folder, False
         self._wandb = _wandb_run(folder, run, about) if about is not None else None
         self._shown: dict[str, float] = {}
         self._bar = tqdm(total=steps, initial=start, desc="training", unit="step", dynamic_ncols=True)
@@ -67,8 +74,9 @@ class RunLog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._active:
             self._bar.close()
-            self._writer.close()
-            self._file.close()
+            for file in (self._file, self._writer):
+                with suppress(OSError):  # which `write` has told
+                    file.close()
             if self._wandb is not None:
                 self._wandb.finish(exit_code=0 if kind is None else 1)
 
@@ -82,12 +90,18 @@ class RunLog:
         if not self._active:
             return
         known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
-        for name, value in known.items():
-            self._writer.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(known, step=step)
-        self._file.write(json.dumps({"step": step, **{name: known.get(name) for name in values}}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **{name: known.get(name) for name in values}}) + "\n")
+            self._file.flush()
+            for name, value in known.items():
+                self._writer.add_scalar(name, value, step)
+        except OSError as error:  # a full disk, say, need not end a long training
+            if not self._failed:
+                reason = error.strerror or error
+                logger.warning("cannot write numbers from step %d on to '%s': %s", step, self._folder, reason)
+            self._failed = True
         self._shown = {name: value for name, value in self._shown.items() if name not in values} | known
         self._bar.set_postfix_str(_summary(self._shown))
 

@@ -95,6 +95,17 @@ class StepProfiler:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         profiled.stop()
+        try:
+            text = self._tables(profiled, folder)
+        except (OSError, ValueError) as error:  # a full disk, say, on which the trace is missing or cut short
+            logger.warning(
+                "no profile is written to %s, which has no room for it or cannot be written: %s", folder, error
+            )
+        else:
+            logger.info("profile of a step in %s\n%s", folder, text)
+
+    def _tables(self, profiled: profile, folder: Path) -> str:
+        """Writes the files; returns what is said of them."""
         folder.mkdir(parents=True, exist_ok=True)
         trace = folder / "trace.json"
         profiled.export_chrome_trace(str(trace))
@@ -103,7 +114,7 @@ class StepProfiler:
         (folder / "profile.txt").write_text(text)
         if times := milliseconds_by_category(kernels):
             (folder / "profile.json").write_text(json.dumps({"milliseconds": times}, indent=1) + "\n")
-        logger.info("profile of a step in %s\n%s", folder, text)
+        return text
 
 
 def kernel_runs(trace: Path) -> list[KernelRun]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -115,6 +117,26 @@ def test_what_is_not_as_written_gets_no_name(module, damaged, tmp_path, monkeypa
     with pytest.raises(CorruptCheckpoint, match="is damaged"):
         write(checkpoint, output, verify=True)
     assert output.read_bytes() == before if module is merge else not output.exists()
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """As on a disk that gets full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(("write", "room"), [(merge_to_file, 10), (merge_to_file, 500), (export_model, 1)])
+def test_a_disk_without_room_is_one_line(write, room, tmp_path):
+    """torch.save's own errors do not say what is wrong, and those of copies come as a list."""
+    checkpoint, output = Checkpoint.open(write_checkpoint(tmp_path / "runs", 4, 8, 1)), tmp_path / "output"
+    with pytest.raises(UserError, match=f"^cannot write '{output}': [^()]*File too large"), files_of_at_most(room):
+        write(checkpoint, output)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
 def test_a_file_that_is_something_else_is_not_replaced(tmp_path):

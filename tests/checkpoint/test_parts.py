@@ -29,7 +29,6 @@ from nnscaler.checkpoint.export import _header, _shards
 from nnscaler.checkpoint.folder import TrainerState, is_checkpoint, own_checkpoints, remove_old, saved_at
 from nnscaler.checkpoint.randomness import new_random_states
 from nnscaler.checkpoint.sharded import Part, whole
-from nnscaler.checkpoint.storage import _cause
 from nnscaler.checkpoint.stored import Checkpoint, describe
 from nnscaler.checkpoint.termination import Termination
 from nnscaler.checkpoint.whole import gather_whole, scatter_whole
@@ -195,15 +194,6 @@ def test_what_is_a_checkpoint_and_when_it_was_saved(tmp_path: Path) -> None:
     (tmp_path / ".step_00000008.writing" / "trainer.json").write_text("{}")
     assert not is_checkpoint(tmp_path / ".step_00000008.writing")
     assert saved_at(tmp_path / "gone") == 0.0
-
-
-def test_the_system_s_error_is_found_behind_torch_s() -> None:
-    full, closing = OSError(errno.ENOSPC, "No space left on device"), RuntimeError("unexpected pos")
-    closing.__context__ = ValueError("between")
-    closing.__context__.__cause__ = full
-    assert _cause(closing) is full
-    alone = RuntimeError("alone")
-    assert _cause(alone) is alone
 
 
 @pytest.mark.parametrize("error", [errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL, errno.EBADF, errno.EIO])

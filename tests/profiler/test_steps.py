@@ -185,6 +185,25 @@ def test_a_run_that_ends_early_leaves_no_profiler_running(steps, tmp_path, caplo
     )
 
 
+@pytest.mark.parametrize("written", [None, "", '{"traceEv'])
+def test_a_full_disk_costs_the_profile_alone(written, tmp_path, monkeypatch, caplog):
+    """The library tells nobody that it could not write a trace, or not all of it. None: it could, and we cannot."""
+
+    def write(self: object, path: str) -> None:
+        Path(path).write_text(written)
+
+    if written is None:
+        (tmp_path / "profile.txt").symlink_to("/dev/full")
+    else:
+        monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", write)
+    with caplog.at_level(logging.WARNING, "nnscaler"), StepProfiler(tmp_path, {}) as profiler:
+        for _ in range(LEAST):
+            profiler.step()
+    assert [record.getMessage().partition(",")[0] for record in caplog.records] == [
+        f"no profile is written to {tmp_path}"
+    ]
+
+
 def test_too_few_steps_for_a_profile_are_refused(tmp_path):
     def run(steps: int, profile: bool = True) -> TrainerArgs:
         log = LogConfig(profile=tmp_path if profile else None)
