@@ -111,7 +111,7 @@ PIPELINE = (*PLAN, "--plan_ngpus", "2", "--explore_pipeline")
         ((*PLAN, "--recompute_modules", "LlamaModel"), "contains LlamaDecoderLayer; name those instead"),
         (
             (*PLAN, "--gpu_mem_constraint", "0.0001", "--hardware", "h100"),
-            "a device, constraint 0.0001 GiB: workspaces of libraries 0.094 GiB, moments",
+            "a device, constraint 0.0001 GiB: workspaces of libraries 0.1 GiB, moments",
         ),
         ((*MODEL, *DATA, "--explain"), "explain goes with run_mode compile; run_mode is run"),
         (

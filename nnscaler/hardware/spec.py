@@ -60,7 +60,8 @@ class Hardware:
     launch            seconds that an operator takes however small it is
     interference      seconds that computation loses for each second of communication beside it
     intra, inter      the links between devices of one node, and of different nodes
-    workspaces        bytes of a device that libraries of kernels take for themselves all the time
+    workspaces        bytes of a device that libraries of kernels take for themselves, all the time or while they choose
+                      among kernels in the first step
     host              the host's memory, which a plan may use too; None: there is none beside the device's, as for a CPU
     source            where these figures come from, for people
     borrowed          whether the rates are those of another kind of device, because none of this kind are known
