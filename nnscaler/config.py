@@ -135,6 +135,7 @@ class ComputeConfig:
         Raises UserError where there is none of this name, or it has no host of which memory could be limited.
         """
         from nnscaler.hardware import find_hardware
+        from nnscaler.hardware.spec import host_memory
 
         hardware = find_hardware(self.hardware, self.devices_per_node)
         if self.host_mem_constraint and hardware.host is None:
@@ -145,6 +146,13 @@ class ComputeConfig:
         processes = min(self.runtime_ngpus, hardware.devices_per_node)
         if hardware.host is not None and processes == 1:
             hardware = replace(hardware, host=hardware.host.alone())
+        allowed = processes * (self.host_mem_constraint or 0.0)
+        if self.hardware is None and hardware.host is not None and allowed * 2**30 > host_memory():
+            most = (
+                f"host_mem_constraint is {self.host_mem_constraint:g}, which is {allowed:g} GiB for the devices of a "
+                f"node, and this computer has {host_memory() / 2**30:.3g}: a plan that uses more cannot run here"
+            )
+            hardware = replace(hardware, remark="; ".join(filter(None, (hardware.remark, most))))
         if self.hardware is None and hardware.name == "CPU" and processes > 1:
             memory = hardware.memory / processes
             shared = f"{processes} processes share its memory, and each plans with {memory / 2**30:.3g} GiB of it"

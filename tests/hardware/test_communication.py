@@ -141,3 +141,20 @@ def test_every_bundled_device_has_a_profile(name):
 def test_the_bundled_h200_is_what_was_measured_on_four(collective, rate):
     estimate = load_hardware("h200").collective_seconds(collective, 2**30, 4, spans_nodes=False)
     assert 2**30 / estimate.seconds / 1e9 == pytest.approx(rate, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", [name for name in hardware_names() if name != "cpu"])
+def test_every_bundled_gpu_has_a_host_and_says_where_its_figures_are_from(name):
+    """Copies both ways at once are slower than one way, and none faster than the slots: 16 lanes of PCIe 4 or 5."""
+    hardware = load_hardware(name)
+    slot = 31.5e9 if name in ("a100", "mi250") else 63e9
+    assert hardware.host.memory in (2**40 / 8, 2**41 / 8), "a node's 1 or 2 TiB, for each of eight devices"
+    assert hardware.host.both_ways < min(hardware.host.to_host, hardware.host.to_device)
+    assert 0.7 * slot < min(hardware.host.to_host, hardware.host.to_device)
+    assert max(hardware.host.to_host, hardware.host.to_device) < slot
+    assert "Host: " in hardware.source
+
+
+def test_the_bundled_h100_copies_as_was_measured():
+    host = load_hardware("h100").host
+    assert (host.to_host, host.to_device, host.both_ways) == (55e9, 52e9, 44e9)

@@ -282,6 +282,20 @@ def test_memory_of_a_host_that_is_not_there_is_not_limited():
     assert ComputeConfig(hardware="h100", host_mem_constraint=12.0).find_hardware().host is not None
 
 
+def test_more_of_the_host_than_there_is_is_said(monkeypatch):
+    """Of 240 GiB, four devices may have 60 each; a device that is named is not of this computer."""
+    gpus(monkeypatch, "NVIDIA H100 80GB HBM3", count=4)
+    monkeypatch.setattr(spec, "host_memory", lambda: 240 * 2**30)
+    said = "host_mem_constraint is 61, which is 244 GiB for the devices of a node, and this computer has 240"
+    for given, devices, hardware, wrong in (
+        (60.0, 4, None, False), (61.0, 4, None, True), (61.0, 8, None, True), (61.0, 2, None, False),
+        (61.0, 4, "h100", False), (None, 4, None, False),
+    ):  # fmt: skip
+        found = ComputeConfig(devices, devices, hardware=hardware, host_mem_constraint=given).find_hardware()
+        assert (said in found.remark) == wrong
+        assert found.host.memory == (60 if hardware is None else 256) * 2**30
+
+
 def test_a_device_that_copies_alone_has_its_own_rate_both_ways():
     """In a run of one device for each node, too; but what was measured here comes before all that is bundled."""
     both, alone = (load_hardware("h200").host.__dict__[name] for name in ("both_ways", "both_ways_alone"))

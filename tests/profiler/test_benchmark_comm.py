@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -56,6 +57,21 @@ def test_the_table_ends_with_copies():
     times = CommunicationTimes(curves, "", CopyRates(5.5e10, 5.2e10, 4.4e10))
     last = table(times).splitlines()[-1]
     assert last == "copies to the host 55.0 GB/s, back 52.0 GB/s, at once 44.0 GB/s each way"
+
+
+def test_copies_of_a_gpu_are_kept_with_the_rest(tmp_path, monkeypatch):
+    times = CommunicationTimes({(name, Group(2, 2)): ((1024, 1e-6),) for name in COLLECTIVES}, "a test")
+    rates = CopyRates(5.5e10, 5.2e10, 4.4e10)
+    world = World(0, 2, 2, "nccl", torch.device("cuda:1"))
+    ranks = SimpleNamespace(init_process_group=lambda *args, **named: None, destroy_process_group=lambda: None)
+    copied = {world.device: rates}
+    for name, value in (
+        ("find_world", lambda backend: world), ("measure", lambda world: times), ("dist", ranks),
+        ("measure_copies", copied.__getitem__), ("communication_path", lambda name: tmp_path / "times.json"),
+    ):  # fmt: skip
+        monkeypatch.setattr(collectives, name, value)
+    collectives.measure_and_keep(None)
+    assert CommunicationTimes.from_json(json.loads((tmp_path / "times.json").read_text())).copies == rates
 
 
 def keep_of_a_node(folder: Path) -> None:

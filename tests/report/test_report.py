@@ -99,12 +99,12 @@ def test_hidden_copies_are_those_of_activations_state_and_gradients(graph, tmp_p
     held = predicted["bytes_by_category"]
     assert sum(held.values()) == pytest.approx(plan.memory_bytes, rel=1e-4)
     weights = sum(meta.numel for meta in graph.parameters.values() if meta.requires_grad)
-    everywhere = {"master weights": 4 * weights, "moments": 8 * weights}
-    away = state / sum(everywhere.values())
+    away, everywhere = state / (12 * weights), {"master weights": 4 * weights, "moments": 8 * weights}
     assert {kind: held[kind] for kind in everywhere} == pytest.approx(
         {kind: size * (1 - away) for kind, size in everywhere.items()}, rel=1e-4
     )
-    assert predicted["host_bytes"] == pytest.approx(kept + state + gradients, rel=1e-5)
+    there = [predicted[name] for name in ("host_bytes", "host_limit_bytes")]
+    assert there == pytest.approx([kept + state + gradients, 1e9], rel=1e-5)
     exposed = predicted["seconds_by_category"].get("copies to the host exposed", 0.0)
     seconds = 3 * kept * (1 / 1e10 + 1 / 2e10) + (state + 4 * gradients) / 5e9
     assert predicted["hidden_copies_seconds"] == pytest.approx(seconds - exposed, rel=1e-4)
