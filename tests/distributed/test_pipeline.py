@@ -133,7 +133,8 @@ def test_stages_use_the_host_and_pieces(folder, reference):
         away = one.levels == AWAY
         assert all(("axes.host.keeping(" in text) == away for text in texts)
         assert all(("= in_pieces(" in text) == bool(one.pieces) for text in texts)
-        assert [bool(stage["state_on_host"]) for stage in plan["stages"]] == [away] * one.stages
+        for what in ("state_on_host", "gradients_on_host"):
+            assert [bool(stage[what]) for stage in plan["stages"]] == [away] * one.stages
         assert plan["pipeline"]["splits"] == [False] * one.stages, "1f1b has no backward in two parts"
     here, away = (Checkpoint.open(latest_checkpoint(folder / "checkpoints" / one.name)) for one in cases[:2])
     assert here.shapes() == away.shapes()
