@@ -26,6 +26,7 @@ from nnscaler.plan import Key, Plan
 from nnscaler.planner import NothingFits, find_plan
 from nnscaler.planner.solve import Needs
 from nnscaler.recompute import KEEPS_ALL
+from nnscaler.report.pipeline import pipeline_report
 from nnscaler.schedules import Schedule
 from tests import tiny
 from tests.pipeline.test_cut import llama
@@ -211,6 +212,13 @@ def test_stages_share_the_host(tmp_path):
     assert 0 < half.host_bytes <= away.host_bytes / 2 * (1 + 1e-5)
     assert half.host_limit == away.host_bytes / 2
     assert away.step_seconds <= half.step_seconds <= alone.step_seconds
+    predicted, pipeline = (pipeline_report(half)[what] for what in ("predicted", "pipeline"))
+    stages = [sum(stage.host.values()) for stage in half.stages]
+    assert [stage["host_bytes"] for stage in pipeline["stages"]] == pytest.approx(stages, rel=1e-5)
+    most = max(stages[0] + stages[2], stages[1] + stages[3])  # of each of two ranks
+    there = [predicted["host_bytes"], predicted["host_limit_bytes"]]
+    assert there == pytest.approx([most, away.host_bytes / 2], rel=1e-5)
+    assert "host_bytes" not in pipeline_report(free)["predicted"]
     parts = [forward_seconds(stage) + update_seconds(stage) for stage in away.stages]
     backward = [
         sum(seconds for key, seconds in stage.seconds.items() if "backward" in key or key.category in AGAIN)
