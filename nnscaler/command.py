@@ -17,6 +17,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from threading import Timer, current_thread, main_thread
+from types import FrameType
 from typing import Any, NoReturn
 
 from nnscaler.errors import UserError
@@ -89,6 +91,7 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
     return f"there is no {what} {name}{hint}"
 
 
+IMPORTER = "<frozen importlib._bootstrap>"
 OUTPUT = 1  # the standard output's descriptor
 _OF_A_PATH = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}  # what only the user's choice of a path may cause
 
@@ -98,6 +101,8 @@ def run(main: Callable[[], None]) -> None:
     stderr and exit status 2. Where nobody reads what it prints any more, it ends without a word, as other programs
     do."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler and current_thread() is main_thread():
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         main()
         if sys.stdout is not None:  # it may have been closed
@@ -117,6 +122,17 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C ends a command, but not within Python's importer, which would ignore it in places, and keep a lock for
+    which the next thread that imports anything waits for ever."""
+    if frame is not None and frame.f_code.co_filename == IMPORTER:
+        again = Timer(0.01, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
+    else:
+        raise KeyboardInterrupt
 
 
 def _output_is_unread() -> bool:

@@ -117,6 +117,38 @@ def test_what_it_prints_need_not_be_read_to_the_end():
     os.close(writer)
 
 
+def test_ctrl_c_ends_a_command_but_not_within_the_importer():
+    """Where it would be ignored; and the importer's lock be kept, for which a thread that imports would wait."""
+    script = """
+import importlib, signal
+from nnscaler.command import run
+imported = []
+source = "signal.raise_signal(signal.SIGINT)\\nfor number in range(1000): imported.append(number)"
+def main():
+    try:
+        exec(compile(source, importlib._bootstrap._find_and_load.__code__.co_filename, "exec"), globals())
+        while True:
+            imported.append("something else")
+    finally:
+        print(imported[:1000] == list(range(1000)))
+run(main)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "True\n", "")
+
+
+@pytest.mark.parametrize("action", ["SIG_IGN", "default_int_handler"])
+def test_ctrl_c_ends_what_it_ended_before(action):
+    """A shell's background command ignores it."""
+    body = "; ".join([
+        f"import signal; signal.signal(signal.SIGINT, signal.{action})",
+        "run(lambda: signal.raise_signal(signal.SIGINT))",
+    ])  # fmt: skip
+    script = f"from nnscaler.command import run; {body}"
+    ended = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr) == (0 if action == "SIG_IGN" else 130, "")
+
+
 def test_another_pipe_that_breaks_is_told():
     status, said = ends_alone("raise BrokenPipeError(32, 'Broken pipe')", subprocess.DEVNULL)
     assert status == 1
