@@ -153,7 +153,11 @@ def test_wrong_flags_of_train(monkeypatch, capsys, tmp_path, flags, said):
         (train.main, ("--model_id", "m", "--sequence_length", "8"), "training needs a dataset_path"),
         (ckpt_merger.main, ("--ckpt_dir", "c", "--output_dir", "."), "is the folder that this command runs in"),
         (ckpt_merger.main, ("--ckpt_dir", "c", "--output_fname", "."), "output_fname is '.', which is a directory"),
-        (ckpt_merger.main, ("--ckpt_dir", "c", "--output_fname", "/dev/null/x"), "which cannot be written"),
+        (
+            ckpt_merger.main,
+            ("--ckpt_dir", "c", "--output_fname", "/dev/null/x"),
+            "output_fname's folder is '/dev/null', which",
+        ),
         (ckpt_merger.main, ("--ckpt_dir", "c"), "nothing to write"),
         (create_mini_model.main, ("--model_id", "m", "--output_id", "."), "is the folder that this command runs in"),
         (create_mini_model.main, ("--output_id", "o"), "--model_id is not given"),

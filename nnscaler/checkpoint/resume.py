@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from nnscaler.checkpoint.sharded import Part, load_parts, owned_state, whole
 from nnscaler.checkpoint.stored import Checkpoint
 from nnscaler.counting import counted
 from nnscaler.errors import UserError
+from nnscaler.models.adapters import is_adapter
 from nnscaler.models.weights import WeightFiles
 from nnscaler.runtime.optimizer import ShardedOptimizer
 from nnscaler.runtime.pipeline import TrainedModule
@@ -104,6 +105,7 @@ def check_fits(path: Path, model: nn.Module, name: str, prefix: str) -> None:
     CorruptCheckpoint for damage.
     """
     state = MergedFile.open(path).state if path.is_file() else TrainerState.read(path)
+    _check_adapters(path, [own for own, _ in model.named_parameters()], state.parameters)
     for own, parameter in model.named_parameters():
         stored = state.parameters.get(state.tied.get(own, own))
         if stored is None or tuple(stored["shape"]) != tuple(parameter.shape):
@@ -119,6 +121,18 @@ def check_fits(path: Path, model: nn.Module, name: str, prefix: str) -> None:
             f"checkpoint '{path}' does not fit the model {name}: it holds {left.removeprefix(prefix)}, which the model "
             "does not have"
         )
+
+
+def _check_adapters(path: Path, own: Iterable[str], stored: Iterable[str]) -> None:
+    """Raises UserError where one of a model and a checkpoint, whose parameters these are, has adapters."""
+    wanted, found = any(map(is_adapter, own)), any(map(is_adapter, stored))
+    if wanted and not found:
+        raise UserError(
+            f"checkpoint '{path}' was trained without adapters, which lora_rank asks for; merge it with ckpt_merger.py "
+            "--output_dir, and give that folder as model_id"
+        )
+    if found and not wanted:
+        raise UserError(f"checkpoint '{path}' is one of adapters; give the lora_rank with which they were trained")
 
 
 def resume(

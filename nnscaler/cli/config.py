@@ -138,7 +138,8 @@ class DatasetConfig:
                 f"sequence_length is {self.sequence_length}, but the dataset has {self.dataset.sequence_length}"
             )
         if self.length < 2:
-            raise UserError(f"sequence_length is {self.length}; it must be at least 2")
+            named = "sequence_length" if self.dataset is None else "the length of dataset_path's sequences"
+            raise UserError(f"{named} is {self.length}; it must be at least 2")
         length, dataset = self.document_length, self.dataset
         if length is not None and not self.document_mask:
             raise UserError(f"document_length is {length}, which needs --document_mask")

@@ -135,6 +135,11 @@ class TrainingRun:
                 "the checkpoint was trained on the mixture %s (name: rows, share), this one is %s: samples may come "
                 "twice or not", state.mixture, self._mixture(),
             )  # fmt: skip
+        if state is not None and state.seed != self.args.seed:
+            logger.warning(
+                "the seed stays %d, as in the checkpoint, and is not %d: the order of the data goes on",
+                state.seed, self.args.seed,
+            )  # fmt: skip
         before = state.step_samples if state is not None else 0
         if before and before != self.share.step_samples:
             logger.warning(

@@ -8,14 +8,17 @@ import os
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from nnscaler import UserError
+from nnscaler.checkpoint import resume as resuming
 from nnscaler.checkpoint.checksums import Checksums, whole_file
 from nnscaler.checkpoint.export import export_model
 from nnscaler.checkpoint.folder import TrainerState, latest_checkpoint
@@ -176,6 +179,22 @@ def test_a_merged_file_resumes_on_any_number_of_processes(folder, saved, tmp_pat
         name = f"merged-{case.name}"
         run(case.runtime, train, case, folder, 12, name, {"resume": tmp_path / "merged.ckpt"}, init=False)
         assert losses(folder, name) == pytest.approx(losses(folder, "straight")[5:], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("own", "stored", "said"),
+    [
+        ("a.lora_A.x", "a.x", r"was trained without adapters, which lora_rank asks for; merge it with ckpt_merger"),
+        ("a.x", "a.lora_A.x", r"is one of adapters; give the lora_rank with which they were trained$"),
+    ],
+)
+def test_adapters_are_told_where_only_the_model_or_the_checkpoint_has_them(own, stored, said, tmp_path, monkeypatch):
+    state = SimpleNamespace(parameters={stored: {"shape": [1]}}, tied={})
+    monkeypatch.setattr(resuming.TrainerState, "read", lambda path: state)
+    model = nn.Module()
+    model.named_parameters = lambda: iter([(own, torch.empty(1))])
+    with pytest.raises(UserError, match=f"^checkpoint '{tmp_path}' {said}"):
+        resuming.check_fits(tmp_path, model, "other", "")
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_what_a_dataset_is_for_a_model(given, length, positions, mean):
     [
         ({}, "neither dataset_path nor sequence_length is given"),
         ({"dataset": dataset(), "sequence_length": 13}, "sequence_length is 13, but the dataset has 12"),
-        ({"dataset": dataset(1)}, "sequence_length is 1; it must be at least 2"),
+        ({"dataset": dataset(1)}, "the length of dataset_path's sequences is 1; it must be at least 2"),
         ({"sequence_length": 12, "document_length": 5}, "document_length is 5, which needs --document_mask"),
         (
             {"sequence_length": 12, "document_mask": True, "document_length": 13},

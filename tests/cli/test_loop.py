@@ -302,6 +302,7 @@ def test_the_state_of_a_run():
 
 def test_what_differs_from_the_checkpoint_is_said(caplog):
     run = Run()
+    run.args = replace(run.args, seed=9)
     state = run._state()
     for same in (None, state, replace(state, step_samples=0)):  # it is not known of older checkpoints
         run._warn_of_changes(same)
@@ -488,6 +489,7 @@ def test_a_run_is_begun_where_another_was(begun, tmp_path, caplog):
     assert (run.step, run.consumed, run.seed, run.reports.loss, run.saved) == (7, 21, 11, 1.5, 7)
     assert run.finite.skipped == 2
     assert begun.made["claim"][1] == tmp_path
+    assert "the seed stays 11, as in the checkpoint, and is not 4: the order of the data goes on" in caplog.messages
     assert caplog.messages[-1].startswith("the learning rate no longer follows the checkpoint's schedule: ")
     begun.state = replace(begun.state, updates=None)
     assert begin(resume_from=[tmp_path / "merged.ckpt"]).finite.skipped == 0, "older ones do not say"
