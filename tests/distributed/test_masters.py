@@ -36,6 +36,7 @@ HERE, AWAY = (tuple(level.name for level in levels[2:]) for levels in (ON_DEVICE
 COPIED = Case(2, 2, accumulation=2, precision="bf16", levels=HERE)
 MASTERS = dataclasses.replace(COPIED, master_only=True)
 ON_THE_HOST = dataclasses.replace(MASTERS, levels=AWAY)  # with the optimizer's state there
+COPIED_THERE = dataclasses.replace(COPIED, levels=AWAY)  # the master weights, too
 ROWS = 64
 FP8 = {"float32": 1e9, "bfloat16": 1e9, "float8_e4m3fn": 4e9}
 STAGES = dataclasses.replace(COPIED, plan=4, runtime=4, schedule="1f1b", stages=2, levels=())
@@ -84,7 +85,7 @@ def without_copies(folder: Path, name: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    names = {"copied": COPIED, "masters": MASTERS, "on-the-host": ON_THE_HOST}
+    names = {"copied": COPIED, "masters": MASTERS, "on-the-host": ON_THE_HOST, "copied-there": COPIED_THERE}
     run(2, train, [(case, name, None) for name, case in names.items()], folder, init=False)
     return folder
 
@@ -99,16 +100,22 @@ def test_training_and_validation_are_the_same_to_the_last_bit(trained):
     assert_equal(last(trained, "masters"), last(trained, "copied"))
 
 
-def test_moments_may_lie_on_the_host(trained):
+def test_moments_may_lie_on_the_host_and_masters_too_where_there_are_copies(trained):
     assert json.loads((trained / "code" / "on-the-host" / "plan.json").read_text())["state_on_host"]
     assert without_copies(trained, "on-the-host") == without_copies(trained, "masters")
-    assert_equal(last(trained, "on-the-host"), last(trained, "copied"))
+    assert not without_copies(trained, "copied-there")
+    for name in ("on-the-host", "copied-there"):
+        assert metrics(trained, name) == metrics(trained, "copied")
+        assert_equal(last(trained, name), last(trained, "copied"))
 
 
 def test_one_is_continued_as_the_other(trained):
     """The master weight itself is saved: what is rounded when it is gathered goes on unrounded."""
     jobs = []
-    for case, name, of in ((COPIED, "then-copied", "masters"), (MASTERS, "then-masters", "copied")):
+    for case, name, of in (
+        (COPIED, "then-copied", "masters"), (MASTERS, "then-masters", "copied"),
+        (COPIED_THERE, "then-there", "masters"), (MASTERS, "then-from-there", "copied-there"),
+    ):  # fmt: skip
         saved = trained / "checkpoints" / of / f"step_{SAVED:08d}"
         jobs.append((case, name, Path(shutil.copytree(saved, trained / "checkpoints" / name / saved.name))))
     run(2, train, jobs, trained, init=False)
