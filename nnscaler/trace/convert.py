@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
@@ -38,6 +38,7 @@ class CallTarget:
 class Converter:
     """Converts one exported program.
 
+    module       that the program does the same as
     prefix       with which the program's module paths begin, with its dot
     targets      leaf of a repeated module -> the block that it was traced to
     constants    collects the tensors that the program holds besides parameters and buffers, by path; one that is made
@@ -47,6 +48,7 @@ class Converter:
 
     program: ExportedProgram
     session: Session
+    module: nn.Module
     prefix: str = ""
     targets: dict[str, CallTarget] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
@@ -140,7 +142,8 @@ class Converter:
         if same is not None:
             return same
         made, returns_tuple = self._made(node, op, tuple(args), dict(kwargs))
-        made.module, made.module_types = _module_stack(node, self.prefix)
+        path, made.module_types = _module_stack(node, self.prefix)
+        made.module = _without_slices(path, self.module)
         made.source, made.no_grad, made.returns_tuple = source, no_grad, returns_tuple
         value = node.meta["val"]
         values = list(value) if isinstance(value, (list, tuple)) else [value]
@@ -227,6 +230,7 @@ _IDENTITIES = {
     "aten.to.device",
     "aten._to_copy.default",
 }
+_SLICE = re.compile(r"(?:^|\.)slice\((\S+), (\S+), (\S+)\)\.(\d+)")
 _NEUTRAL = {"aten.add.Tensor": 0, "aten.mul.Tensor": 1, "aten.div.Tensor": 1}
 
 
@@ -243,6 +247,17 @@ def _module_stack(node: fx.Node, prefix: str) -> tuple[str, tuple[str, ...]]:
     types = tuple((kind if isinstance(kind, str) else kind.__qualname__).rsplit(".", 1)[-1] for _, kind in inside)
     path = inside[-1][0] if inside else ""
     return re.sub(r"@\d+$", "", "" if path == root else path.removeprefix(prefix)), types
+
+
+def _without_slices(path: str, module: nn.Module) -> str:
+    """The path of a part of a module. Where some part has two names, export tells in which slice of a list it is:
+    layers.slice(None, 3, None).0"""
+    while found := _SLICE.search(path):
+        before, after = path[: found.start()], path[found.end() :]
+        bounds = slice(*(None if bound == "None" else int(bound) for bound in found.groups()[:3]))
+        index = range(len(module.get_submodule(before)._modules))[bounds][int(found[4])]
+        path = f"{before}.{index}{after}".removeprefix(".")
+    return path
 
 
 def _drop_unused(block: Block) -> None:

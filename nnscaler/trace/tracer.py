@@ -69,7 +69,7 @@ def trace(
             traced = {
                 token: exporter.leaf(leaf) for token, leaf in list(session.leaves.items()) if leaf.module is not None
             }
-    root = Converter(program, session, targets={})
+    root = Converter(program, session, model, targets={})
     blocks, root.targets, constants = _merge_equal(session, traced)
     graph = _assemble(model, root.block("model", type(model).__name__), root.constants, blocks, constants, buffers)
     graph.record = "" if execution is not None else exporter.observation.key
@@ -182,7 +182,7 @@ def _merge_equal(
         assert leaf.module is not None
         kind = type(leaf.module).__name__
         names_of_inputs = leaf.arguments.tensor_names(list(inspect.signature(leaf.module.forward).parameters))
-        converter = Converter(program, session, "module.", {}, input_names=names_of_inputs)
+        converter = Converter(program, session, leaf.module, "module.", {}, input_names=names_of_inputs)
         block = converter.block("block", kind)
         used = {name for node in block.nodes for name in node.inputs}.union(block.outputs)
         kept = [index for index, name in enumerate(block.inputs) if name in used]

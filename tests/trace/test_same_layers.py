@@ -226,6 +226,26 @@ def counting_depth():
     return Model(Layer(index, factor) for index in range(3))
 
 
+def two_names_in_slices():
+    """A module that has two names in each layer; layers are called by slices, of which one counts from the end."""
+
+    class Twice(Layer):
+        def __init__(self, index):
+            super().__init__(index, Layer.scale)
+            self.again = self.linear
+
+        def forward(self, x):
+            return super().forward(x) + self.again(x)
+
+    class Model(Stack):
+        def forward(self, x):
+            for layer in [*self.layers[:1], *self.layers[-2:], *self.layers[1:2], *self.layers[::-2]]:
+                x = layer(x)
+            return x.square().sum()
+
+    return Model(Twice(index) for index in range(4))
+
+
 def handing_on():
     """Layers that get a list from those before, and add to it: numbers and tensors."""
 
@@ -275,7 +295,7 @@ def compiled():
 
 RIGHT = (
     patched, hooked, subclasses, parametrized, tied, borrowing, stashing, writing, without_gradient, counting_depth,
-    handing_on, twice, compiled,
+    handing_on, twice, two_names_in_slices, compiled,
 )  # fmt: skip
 
 
