@@ -111,14 +111,14 @@ def check_fits(path: Path, model: nn.Module, name: str, prefix: str) -> None:
         if stored is None or tuple(stored["shape"]) != tuple(parameter.shape):
             has = "is missing" if stored is None else f"has shape {stored['shape']}"
             raise UserError(
-                f"checkpoint '{path}' does not fit the model {name}: {own.removeprefix(prefix)} {has}, and the model's "
+                f"checkpoint '{path}' does not fit model '{name}': {own.removeprefix(prefix)} {has}, and the model's "
                 f"has shape {list(parameter.shape)}"
             )
     places = model.state_dict().keys()
     left = next((own for own in state.parameters if own not in places), None)
     if left is not None:
         raise UserError(
-            f"checkpoint '{path}' does not fit the model {name}: it holds {left.removeprefix(prefix)}, which the model "
+            f"checkpoint '{path}' does not fit model '{name}': it holds {left.removeprefix(prefix)}, which the model "
             "does not have"
         )
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from nnscaler.batch import Batch, Division
 from nnscaler.config import ComputeConfig, OptimizerConfig
+from nnscaler.counting import counted
 from nnscaler.directory import check_name
 from nnscaler.errors import UserError
 from nnscaler.options import REQUIRED, check, names, number, path, switch, text, whole, words
@@ -337,7 +338,8 @@ class TrainerArgs:
         validation = self.evaluation.dataset
         if validation is not None and validation.sequence_length != self.dataset.length:
             raise UserError(
-                f"eval_dataset_path is '{validation.path}', whose sequences have {validation.sequence_length} tokens, "
+                f"eval_dataset_path is '{validation.path}', whose sequences have "
+                f"{counted(validation.sequence_length, 'token')}, "
                 f"but those of dataset_path have {self.dataset.length}"
             )
         if validation is not None:

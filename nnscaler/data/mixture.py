@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from nnscaler.counting import counted
 from nnscaler.data.documents import DocumentLengths
 from nnscaler.data.files import is_url
 from nnscaler.data.packed import PackedDataset, Row
@@ -44,8 +45,8 @@ class Mixture:
         for part in parts[1:]:
             if part.sequence_length != parts[0].sequence_length:
                 raise UserError(
-                    f"{flag} is '{part.path}', whose sequences have {part.sequence_length} tokens, but those of "
-                    f"'{parts[0].path}' have {parts[0].sequence_length}"
+                    f"{flag} is '{part.path}', whose sequences have {counted(part.sequence_length, 'token')}, but "
+                    f"those of '{parts[0].path}' have {parts[0].sequence_length}"
                 )
         return Mixture(tuple(parts), tuple(shares_of(weights, [str(part.path) for part in parts], flag)))
 

@@ -102,8 +102,8 @@ def build(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTr
     """The language model of a configuration. Raises UserError where there is none or it cannot be built."""
     check_rope(config)
     layers = getattr(config, "num_hidden_layers", None)
-    if isinstance(layers, int) and layers > MOST_LAYERS:
-        raise UserError(f"num_hidden_layers is {layers}; it must be at most {MOST_LAYERS:,}")
+    if isinstance(layers, int) and not 1 <= layers <= MOST_LAYERS:
+        raise UserError(f"num_hidden_layers is {layers}; it must be from 1 to {MOST_LAYERS:,}")
     try:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **hub.NO_CODE)
     except Exception as error:  # a value that no check of ours knows makes the class raise whatever it may

@@ -214,7 +214,7 @@ def test_a_checkpoint_of_another_model_is_refused_before_planning(folder, saved,
         args = job(Case(1, 1, accumulation=2), folder, 12, "other", resume=resume)
         make = lambda: CausalLM(tiny.config(**changed))  # noqa: E731
         other = dataclasses.replace(args, model=dataclasses.replace(args.model, make=make, name="other"))
-        with pytest.raises(UserError, match=rf"^checkpoint '{resume}' does not fit the model other: {said}"):
+        with pytest.raises(UserError, match=rf"^checkpoint '{resume}' does not fit model 'other': {said}"):
             Trainer(other).run()
         assert not (folder / "code" / "other" / "plan.json").exists()
 

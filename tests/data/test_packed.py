@@ -166,7 +166,7 @@ def test_each_kind_of_dataset_is_opened_under_the_flag_s_name(tmp_path):
         open_dataset("nowhere://x", "eval_dataset_path")
     parts = [PackedDataset([[0]] * rows, 3 - rows, tmp_path / str(rows)) for rows in (1, 2)]
     with pytest.raises(
-        UserError, match=f"^x is '{tmp_path}/2', whose sequences have 1 tokens, .* '{tmp_path}/1' have 2"
+        UserError, match=f"^x is '{tmp_path}/2', whose sequences have 1 token, .* '{tmp_path}/1' have 2"
     ):
         Mixture.of(parts, [1, 1], "x")
 

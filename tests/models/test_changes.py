@@ -66,9 +66,12 @@ def test_a_kind_of_rope_that_is_not_known_or_lacks_something():
         changed_config(tiny.config(), {"rope_parameters": '{"rope_type": "linear", "rope_theta": 1e4}'})
 
 
-def test_a_model_of_a_million_layers_is_refused_before_it_is_built():
-    with pytest.raises(UserError, match=r"^num_hidden_layers is 1048576; it must be at most 4,096$"):
-        build(changed_config(tiny.config(), {"num_hidden_layers": "1048576"}))
+@pytest.mark.parametrize("layers", [1048576, 0, -1])
+def test_a_model_of_a_million_layers_or_of_none_is_refused_before_it_is_built(layers):
+    config = tiny.config()
+    config.num_hidden_layers = layers
+    with pytest.raises(UserError, match=rf"^num_hidden_layers is {layers}; it must be from 1 to 4,096$"):
+        build(config)
 
 
 def test_what_is_not_changed_stays():
