@@ -83,8 +83,8 @@ def test_all_that_is_damaged_is_listed(merged, capsys):
 
 
 def test_where_nothing_can_be_written_is_said_before(merged):
-    for flag in ("--output_fname", "--output_dir"):
-        with pytest.raises(UserError, match=rf"^{flag[2:]} is '/dev/null.*', which cannot be written"):
+    for flag, named in (("--output_fname", "output_fname's folder"), ("--output_dir", "output_dir")):
+        with pytest.raises(UserError, match=rf"^{named} is '/dev/null.*', which cannot be written"):
             merged(flag, "/dev/null/x/y")
 
 

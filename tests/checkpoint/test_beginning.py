@@ -119,9 +119,9 @@ class Net(nn.Module):
     ("changes", "said"),
     [
         ({}, ""), ({"model.table": None}, ""),  # buffers may be missing
-        ({"model.first.weight": None}, r"the model Net: first\.weight is missing, and the model's has shape \[2, 3\]"),
-        ({"model.first.weight": [3, 2]}, r"the model Net: first\.weight has shape \[3, 2\], and the model's has"),
-        ({"model.third.weight": [1]}, r"the model Net: it holds third\.weight, which the model does not have"),
+        ({"model.first.weight": None}, r"model 'Net': first\.weight is missing, and the model's has shape \[2, 3\]"),
+        ({"model.first.weight": [3, 2]}, r"model 'Net': first\.weight has shape \[3, 2\], and the model's has"),
+        ({"model.third.weight": [1]}, r"model 'Net': it holds third\.weight, which the model does not have"),
     ],
 )  # fmt: skip
 def test_a_model_has_what_is_loaded_into_it(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
