@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nnscaler import planner, planning
 from nnscaler.codegen import generate
-from nnscaler.compiler import ComputeConfig, Source, compile_model
+from nnscaler.compiler import Source
 from nnscaler.graph import Call, Graph, Node, Ref, TensorMeta
 from nnscaler.hardware import Hardware, load_hardware
 from nnscaler.kernels import fp8
@@ -31,9 +30,8 @@ from nnscaler.planner.program import Program, Solution
 from nnscaler.planning import traced
 from nnscaler.recompute import KEEPS_ALL, KEEPS_PRODUCTS, ON_DEVICE, RECOMPUTES_ALL, RECOMPUTES_ALL_BUT_ATTENTION, Level
 from nnscaler.runtime import regions
-from nnscaler.runtime.module import ParallelModule
 from tests import tiny
-from tests.planner.test_levels import held_after
+from tests.planner.test_levels import said_and_held
 
 M, K, N = 32, 16, 64
 FP8 = {"float32": 1e9, "bfloat16": 1e9, "float8_e4m3fn": 2e9}
@@ -332,23 +330,10 @@ def test_a_real_run_keeps_the_copy_of_what_attention_keeps_too(tmp_path, monkeyp
     hardware = tiny.write_hardware(tmp_path, flops=FP8)
     costs = CostModel(load_hardware(hardware), Mesh((1,)), fused=True)
     program = Program(build_problem(graph, costs, Recomputing(), 1))
-    said, held = [], []
-    for level in (RECOMPUTES_ALL, KEEPS_ALL):
-        levels = {graph.root.name: {KEEPS_ALL: 1}, "attended": {level: 4}}
-        found = price(program, Solution([0] * len(program.problem.decisions), levels))
-        said.append(sum(size for key, size in found.memory.items() if key.category in ("saved", "inside")))
-
-        def find_plan(*args, level=level, **options):
-            plan = planner.find_plan(*args, **options)
-            plan.levels["attended"] = {level: 4}
-            return plan
-
-        monkeypatch.setattr(planning, "find_plan", find_plan)
-        compile_model(source, ComputeConfig(hardware=hardware), tmp_path / level.name)
-        module = ParallelModule(tmp_path / level.name, torch.device("cpu"))
-        module.load(lambda name, box: torch.full(box.sizes, 0.01))
-        module(**source.inputs)  # what is compiled is, and scales of weights are found
-        held.append(held_after(functools.partial(module, **source.inputs)))
+    said, held = zip(*(
+        said_and_held(level, "attended", 4, source, program, hardware, tmp_path, monkeypatch)
+        for level in (RECOMPUTES_ALL, KEEPS_ALL)
+    ))  # fmt: skip
     assert said[1] - said[0] == 4 * (2 * M * K + 2 * M * K + 4 * 2 * M + M * K)
     scales = 4 * 4 * 2  # of x and of attention's result, which are not counted
     assert held[1] - held[0] == said[1] - said[0] + scales

@@ -327,6 +327,26 @@ def held_after(run: Callable[[], Tensor]) -> int:
     return sum(event.nbytes() for event in events if event.name() == "[memory]") - result.nbytes
 
 
+def said_and_held(level, block, calls, source, program, hardware, folder, monkeypatch):
+    """Bytes that a model keeps where so many calls of a block have a level: as the program says, and in a real run."""
+    levels = {program.problem.root: {KEEPS_ALL: 1}, block: {level: calls}}
+    found = price(program, Solution([0] * len(program.problem.decisions), levels))
+    assert found is not None
+    said = sum(size for key, size in found.memory.items() if key.category in ("saved", "inside"))
+
+    def find_plan(*args, **options):
+        plan = planner.find_plan(*args, **options)
+        plan.levels[block] = {level: calls}
+        return plan
+
+    monkeypatch.setattr(planning, "find_plan", find_plan)
+    compile_model(source, ComputeConfig(hardware=hardware), folder / level.name)
+    module = ParallelModule(folder / level.name, torch.device("cpu"))
+    module.load(lambda name, box: torch.full(box.sizes, 0.01))
+    module(**source.inputs)  # what is compiled is, and scales of weights are found
+    return said, held_after(functools.partial(module, **source.inputs))
+
+
 @pytest.mark.parametrize(
     ("level", "compiled", "tensors"),
     # Heads, the gate and attention's result; and where products are kept, that before the gate.
@@ -338,28 +358,15 @@ def test_a_real_run_keeps_what_goes_from_one_region_to_another(level, compiled, 
     monkeypatch.setattr(regions, "_on_accelerator", lambda args: compiled)
     compile_ = functools.partial(torch.compile, backend="aot_eager_decomp_partition")
     monkeypatch.setattr(torch, "compile", compile_)
-    hardware, said, held = tiny.write_hardware(tmp_path), [], []
+    hardware = tiny.write_hardware(tmp_path)
     source = Source(Stacked, {"x": torch.zeros(1, 64, 16)}, torch.float32)
     model, buffers = source.build()
     graph, costs = trace(model, source.inputs, buffers), CostModel(load_hardware(hardware), Mesh((1,)), compiled)
     problem = build_problem(graph, costs, Recomputing(), 1)
-    for one in (RECOMPUTES_ALL, level):
-        levels = {graph.root.name: {KEEPS_ALL: 1}, "crossing": {one: 3}}
-        found = price(Program(problem), Solution([0] * len(problem.decisions), levels))
-        assert found is not None
-        said.append(sum(size for key, size in found.memory.items() if key.category in ("saved", "inside")))
-
-        def find_plan(*args, one=one, **options):
-            plan = planner.find_plan(*args, **options)
-            plan.levels["crossing"] = {one: 3}
-            return plan
-
-        monkeypatch.setattr(planning, "find_plan", find_plan)
-        compile_model(source, ComputeConfig(hardware=hardware), tmp_path / one.name)
-        module = ParallelModule(tmp_path / one.name, torch.device("cpu"))
-        module.load(lambda name, box: torch.full(box.sizes, 0.01))
-        module(**source.inputs)  # what is compiled is
-        held.append(held_after(functools.partial(module, **source.inputs)))
+    said, held = zip(*(
+        said_and_held(one, "crossing", 3, source, Program(problem), hardware, tmp_path, monkeypatch)
+        for one in (RECOMPUTES_ALL, level)
+    ))  # fmt: skip
     assert held[1] - held[0] == said[1] - said[0] == 3 * 4 * (tensors * 64 * 16 + 2 * 64), "with sums of rows"
 
 
